@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but Python 3.10+ and a network: they set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where PyTorch's CPU builds are; elsewhere the default wheel brings several GB of CUDA packages.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?= -n auto
+
+.PHONY: demo test lint typecheck docs bench clean
+.DEFAULT_GOAL := test
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip setuptools
+	$(BIN)/pip install -q --retries 0 --timeout 20 --index-url $(TORCH_INDEX) -c constraints.txt torch \
+		|| $(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/attn-dispatch demo $(DEMO_ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the package-dir mapping of an editable install: it reads a built copy.
+typecheck: $(VENV)/ready
+	rm -rf build/types build/lib
+	$(BIN)/pip install -q --no-deps --no-build-isolation --target build/types .
+	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p attn_dispatch
+
+docs: $(VENV)/ready
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/host_overhead.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Backends, one module each; the registry names them."""

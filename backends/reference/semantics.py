@@ -1,0 +1,125 @@
+"""What attention means here, in plain PyTorch: read this to learn the conventions.
+
+    score  = scale * (query . key)
+    score  = cap * tanh(score / cap)                     with a soft cap
+    score += slope * (key position - query position)     with ALiBi
+    score  = -inf                                        where the query does not see the key
+    output = softmax(score) @ value                      a sink is one more score, without a value
+
+Queries stand at the end of the keys: the last query has the position of the last key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["attend", "compute_dtype", "visible"]
+
+#: Scores held at a time; longer queries are worked off in pieces.
+_MAX_SCORES = 1 << 26
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to calculate in: float64 for float64, which makes the oracle; else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def visible(
+    query_positions: torch.Tensor,
+    num_keys: int,
+    *,
+    causal: bool,
+    sliding_window: int | None = None,
+    ranges: Sequence[tuple[int, int]] = (),
+    custom_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(len(query_positions), num_keys) bool: which query sees which key.
+
+    Args:
+        query_positions: (num_queries,) int64, positions among the keys.
+        num_keys: keys of the request.
+        causal: a query sees no later key.
+        sliding_window: with causal, a query sees this many tokens up to itself; without, the keys
+            closer than this on either side.
+        ranges: tokens of one range [start, end) see each other whatever the above says.
+        custom_mask: (num_queries, num_keys) bool; False hides a key whatever the above says.
+    """
+    q = query_positions[:, None]
+    k = torch.arange(num_keys, device=query_positions.device)[None, :]
+    seen = torch.ones(len(query_positions), num_keys, dtype=torch.bool, device=q.device)
+    if causal:
+        seen &= k <= q
+    if sliding_window is not None:
+        seen &= k > q - sliding_window
+        if not causal:
+            seen &= k < q + sliding_window
+    for start, end in ranges:
+        seen |= (q >= start) & (q < end) & (k >= start) & (k < end)
+    if custom_mask is not None:
+        seen &= custom_mask
+    return seen
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    ranges: Sequence[tuple[int, int]] = (),
+    custom_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one request, in the dtype of its arguments.
+
+    Args:
+        query: (num_queries, num_heads, head_size).
+        key: (num_keys, num_kv_heads, head_size).
+        value: (num_keys, num_kv_heads, head_size_v).
+        scale: factor on the scores.
+        causal, sliding_window, ranges, custom_mask: as for `visible`.
+        logits_soft_cap: cap of the scores, or None.
+        alibi_slopes: (num_heads,), or None.
+        sinks: (num_heads,), or None.
+
+    Returns:
+        output: (num_queries, num_heads, head_size_v); 0 for a query that sees no key.
+        lse: (num_queries, num_heads), natural log, sinks left out; −inf for such a query.
+    """
+    num_queries, num_heads, _ = query.shape
+    num_keys, num_kv_heads, _ = key.shape
+    key = key.repeat_interleave(num_heads // num_kv_heads, dim=1)
+    value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
+    positions = torch.arange(num_queries, device=query.device) + num_keys - num_queries
+
+    def piece(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = scale * torch.einsum("qhd,khd->hqk", query[rows], key)
+        if logits_soft_cap is not None:
+            scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+        if alibi_slopes is not None:
+            distance = torch.arange(num_keys, device=query.device) - positions[rows, None]
+            scores = scores + alibi_slopes[:, None, None] * distance
+        seen = visible(
+            positions[rows],
+            num_keys,
+            causal=causal,
+            sliding_window=sliding_window,
+            ranges=ranges,
+            custom_mask=None if custom_mask is None else custom_mask[rows],
+        )
+        scores = scores.masked_fill(~seen, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
+        weights = torch.exp(scores - total[..., None]).masked_fill(~seen, 0.0)
+        return torch.einsum("hqk,khd->qhd", weights, value), lse.T
+
+    step = max(1, _MAX_SCORES // max(1, num_heads * num_keys))
+    pieces = [piece(slice(row, row + step)) for row in range(0, num_queries, step)]
+    outputs, lses = zip(*pieces, strict=True)
+    return torch.cat(outputs), torch.cat(lses)

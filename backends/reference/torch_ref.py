@@ -1,0 +1,196 @@
+"""REFERENCE: every feature, any device, any dtype. The oracle, and what answers when all else fails.
+
+`semantics.py` has the mathematics; this file finds each request's keys and puts results away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from attn_dispatch.backends.reference.semantics import attend, compute_dtype
+from attn_dispatch.batch import AttentionBatch, BatchMetadata
+from attn_dispatch.capability import ANY, Capabilities, OneOf, Reason, ReasonCode
+from attn_dispatch.device import DeviceMatch, DeviceProfile
+from attn_dispatch.interface import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
+from attn_dispatch.quantization import GROUP_SIZE, quantize_output
+from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
+from attn_dispatch.validation import check_forward, check_metadata
+
+__all__ = ["ReferenceBackend", "ReferenceBuilder", "ReferenceImpl", "ReferenceMetadata"]
+
+
+@dataclass
+class ReferenceMetadata(BatchMetadata):
+    """The batch as it is; the reference plans nothing."""
+
+
+class ReferenceBuilder(AttentionMetadataBuilder[ReferenceMetadata]):
+    """Wraps the batch."""
+
+    def build(self, batch: AttentionBatch) -> ReferenceMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        metadata: ReferenceMetadata = ReferenceMetadata.of(batch, self)
+        return metadata
+
+
+class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
+    """Computes request by request in float32, or in float64 for float64 queries."""
+
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        """Every quantization of the output that the spec can name."""
+        return quant_key in OUTPUT_QUANTS
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: ReferenceMetadata,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See AttentionImpl.forward."""
+        check_metadata(self, attn_metadata, ReferenceMetadata)
+        batch = attn_metadata.batch
+        scales = (output_scale, output_block_scale)
+        check_forward(self, query, key, value, kv_cache, batch, output, *scales)
+        if kv_cache is not None and key is not None and value is not None:
+            write_new_kv(self, layer, key, value, kv_cache, batch)
+
+        dtype = compute_dtype(query.dtype)
+        shape = (query.shape[0], self.num_heads, self.head_size_v)
+        result = torch.zeros(shape, dtype=dtype, device=query.device)
+        lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
+        slopes = self._on(query.device, self.alibi_slopes, dtype)
+        sinks = self._on(query.device, self.sinks, dtype)
+        for request, query_len in enumerate(batch.query_lens):
+            if query_len == 0 or batch.host_seq_lens[request] == 0:
+                continue
+            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            keys, values = self._keys_of(request, layer, key, value, kv_cache, batch, dtype)
+            result[rows], lse[rows] = attend(
+                query[rows].to(dtype),
+                keys,
+                values,
+                scale=self.scale,
+                causal=self.causal,
+                sliding_window=self.sliding_window,
+                logits_soft_cap=self.logits_soft_cap,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                ranges=attn_metadata.ranges_of(request),
+                custom_mask=None if batch.custom_mask is None else batch.request_mask(request),
+            )
+        if output is None:
+            output = result.to(query.dtype)
+        elif output_scale is None and output_block_scale is None:
+            output.copy_(result)
+        else:
+            quantize_output(result, output, output_scale, output_block_scale)
+        return (output, lse) if self.returns_lse else output
+
+    def _keys_of(
+        self,
+        request: int,
+        layer: AttentionLayer,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        batch: AttentionBatch,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The request's keys and values, (seq_len, num_kv_heads, size), from cache or arguments."""
+        if kv_cache is None:
+            assert key is not None
+            assert value is not None
+            rows = slice(batch.key_starts[request], batch.key_starts[request + 1])
+            return key[rows].to(dtype), value[rows].to(dtype)
+        assert batch.block_table is not None
+        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
+        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        return (
+            gather_kv(keys, blocks, seq_len, layer._k_scale, dtype),
+            gather_kv(values, blocks, seq_len, layer._v_scale, dtype),
+        )
+
+    @staticmethod
+    def _on(device: torch.device, values: object, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
+
+
+class ReferenceBackend(AttentionBackend):
+    """Plain PyTorch: right everywhere, fast nowhere."""
+
+    interface_version = 1
+    capabilities = Capabilities(
+        devices=(DeviceMatch(),),
+        num_heads=ANY,
+        num_kv_heads=ANY,
+        head_size=ANY,
+        head_size_v=ANY,
+        dtype=OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
+        kv_scales=OneOf("per_tensor", "per_head"),
+        block_size=ANY,
+        kv_cache_layout=OneOf(None, "NHD", "HND"),
+        attn_type=OneOf(*AttentionType),
+        causal=OneOf(True, False),
+        sliding_window=ANY,
+        logits_soft_cap=ANY,
+        alibi=OneOf(True, False),
+        sinks=OneOf(True, False),
+        kv_sharing=OneOf(True, False),
+        custom_mask=OneOf(True, False),
+        bidirectional_ranges=OneOf(True, False),
+        mla=OneOf(None),
+        returns_lse=OneOf(True, False),
+        output_quant=OneOf(None, *OUTPUT_QUANTS),
+        batch_invariant=OneOf(True, False),
+        cuda_graph=OneOf(False),
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        """REFERENCE."""
+        return "REFERENCE"
+
+    @staticmethod
+    def get_impl_cls() -> type[ReferenceImpl]:
+        """ReferenceImpl."""
+        return ReferenceImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[ReferenceMetadata]:
+        """ReferenceMetadata."""
+        return ReferenceMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[ReferenceBuilder]:
+        """ReferenceBuilder."""
+        return ReferenceBuilder
+
+    @classmethod
+    def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
+        """Groups of output values must come out even."""
+        row = spec.num_heads * spec.head_size_v
+        if spec.output_quant == "fp8_e4m3_group128" and row % GROUP_SIZE:
+            return [
+                Reason(
+                    code=ReasonCode.COMBINATION,
+                    field="output_quant",
+                    asked=f"fp8_e4m3_group128 with num_heads * head_size_v = {row}",
+                    allowed=f"multiples of {GROUP_SIZE}",
+                )
+            ]
+        return []

@@ -1,0 +1,303 @@
+"""REFERENCE_MLA: multi-head latent attention in plain PyTorch, any device, any dtype.
+
+DeepSeek-V2 (arXiv:2405.04434), section 2.1. The cache holds one latent c and one rotated key part
+per token, for all heads together; kv_b_proj expands a latent to each head's keys and values:
+
+    expanded (prefill):  key = [W_UK c, k_pe], value = W_UV c
+    absorbed (decode):   query = [W_UK^T q_nope, q_pe], key = [c, k_pe], value = c, output = W_UV o
+
+Both are the same function; the first multiplies each key once, the second each query once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attn_dispatch.backends.reference.semantics import attend, compute_dtype
+from attn_dispatch.batch import AttentionBatch, BatchMetadata
+from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
+from attn_dispatch.device import DeviceMatch
+from attn_dispatch.environment import check_mode
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MLAAttentionImpl,
+    Phase,
+)
+from attn_dispatch.kv_cache import gather_kv, write_mla_cache
+from attn_dispatch.quantization import quantize_output
+from attn_dispatch.spec import KV_CACHE_DTYPES, MLADims
+from attn_dispatch.validation import (
+    check_batch_contents,
+    check_cache_tensor,
+    check_metadata,
+    check_output,
+    check_slot_mapping,
+)
+
+__all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
+
+
+@dataclass
+class ReferenceMLAMetadata(BatchMetadata):
+    """The batch as it is; the reference plans nothing."""
+
+
+class ReferenceMLABuilder(AttentionMetadataBuilder[ReferenceMLAMetadata]):
+    """Wraps the batch."""
+
+    def build(self, batch: AttentionBatch) -> ReferenceMLAMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        if batch.block_table is None:
+            raise InvalidInputError("Multi-head latent attention needs a block_table in the batch.")
+        metadata: ReferenceMLAMetadata = ReferenceMLAMetadata.of(batch, self)
+        return metadata
+
+
+class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
+    """Computes request by request: prefill expanded, decode absorbed.
+
+    Args:
+        *args: AttentionImpl's arguments, as MLAAttentionImpl describes them.
+        mla: the sizes.
+        kv_b_proj: (num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank), or a module whose
+            `weight` that is; each head's key rows stand before its value rows.
+        q_proj: maps hidden_states_or_cq to the queries, rotary embedding applied; None if they
+            are given as they are.
+        **kwargs: AttentionImpl's arguments by keyword.
+
+    Raises:
+        InvalidInputError: kv_b_proj has another shape.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        mla: MLADims,
+        kv_b_proj: torch.Tensor | torch.nn.Module,
+        q_proj: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.mla = mla
+        self.kv_b_proj = kv_b_proj
+        self.q_proj = q_proj
+        weight = self._weight()
+        wanted = (self.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+        if tuple(weight.shape) != wanted:
+            raise InvalidInputError(
+                f"kv_b_proj has shape {tuple(weight.shape)}; the layer takes {wanted}: "
+                "(num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank)."
+            )
+
+    def _weight(self) -> torch.Tensor:
+        weight = (
+            self.kv_b_proj if isinstance(self.kv_b_proj, torch.Tensor) else self.kv_b_proj.weight
+        )
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        """Static fp8."""
+        return quant_key == "fp8_e4m3"
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: AttentionLayer,
+        hidden_states_or_cq: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ReferenceMLAMetadata,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See MLAAttentionImpl.forward."""
+        check_metadata(self, attn_metadata, ReferenceMLAMetadata)
+        batch, mla = attn_metadata.batch, self.mla
+        query = hidden_states_or_cq if self.q_proj is None else self.q_proj(hidden_states_or_cq)
+        query = query.reshape(len(query), -1) if query.dim() != 2 else query
+        k_pe = k_pe.reshape(len(k_pe), -1)
+        self._check(query, kv_c_normed, k_pe, kv_cache, batch)
+        query = query.view(len(query), self.num_heads, -1)
+        shape = (len(query), self.num_heads, mla.v_head_dim)
+        check_output(shape, query, output, output_scale, output_block_scale)
+        if self.kv_sharing_target_layer_name is None:
+            slots = batch.slot_mapping
+            assert slots is not None  # _check saw to it
+            new = (kv_c_normed[: len(slots)], k_pe[: len(slots)])
+            write_mla_cache(*new, kv_cache, slots, layer._k_scale)
+
+        dtype = compute_dtype(query.dtype)
+        result = torch.zeros(shape, dtype=dtype, device=query.device)
+        lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
+        for request, phase in enumerate(batch.phases):
+            if batch.query_lens[request] == 0 or batch.host_seq_lens[request] == 0:
+                continue
+            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            latents, rotated = self._latents_of(request, layer, kv_cache, batch, dtype)
+            compute = self._absorbed if phase is Phase.DECODE else self._expanded
+            result[rows], lse[rows] = compute(query[rows].to(dtype), latents, rotated)
+        if output is None:
+            output = result.to(query.dtype)
+        elif output_scale is None and output_block_scale is None:
+            output.copy_(result)
+        else:
+            quantize_output(result, output, output_scale, output_block_scale)
+        return (output, lse) if self.returns_lse else output
+
+    def _check(
+        self,
+        query: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        mla = self.mla
+        widths = {
+            "query": (query, self.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)),
+            "kv_c_normed": (kv_c_normed, mla.kv_lora_rank),
+            "k_pe": (k_pe, mla.qk_rope_head_dim),
+        }
+        for name, (tensor, width) in widths.items():
+            if tensor.dim() != 2 or tensor.shape[1] != width or len(tensor) < batch.num_tokens:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(tensor.shape)}; the layer takes {width} values for "
+                    f"each of the batch's {batch.num_tokens} tokens."
+                )
+            if tensor.dtype != query.dtype or tensor.device != query.device:
+                raise InvalidInputError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, and the query is {query.dtype} "
+                    f"on {query.device}. Give both in the same dtype, on the same device."
+                )
+        width = mla.kv_lora_rank + mla.qk_rope_head_dim
+        if kv_cache.dim() != 3 or kv_cache.shape[2] != width:
+            raise InvalidInputError(
+                f"kv_cache has shape {tuple(kv_cache.shape)}; the layer takes "
+                f"(num_blocks, block_size, {width})."
+            )
+        check_cache_tensor(self.kv_cache_dtype, query, kv_cache)
+        if self.kv_sharing_target_layer_name is None:
+            check_slot_mapping(batch, len(kv_c_normed))
+        if check_mode():
+            check_batch_contents(batch, kv_cache)
+
+    def _latents_of(
+        self,
+        request: int,
+        layer: AttentionLayer,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The request's latents (seq_len, kv_lora_rank) and key parts (seq_len, rope)."""
+        assert batch.block_table is not None
+        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
+        stored = gather_kv(kv_cache[:, :, None], blocks, seq_len, layer._k_scale, dtype)
+        latents, rotated = stored[:, 0].split(
+            [self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1
+        )
+        return latents, rotated
+
+    def _projections(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_UK (num_heads, qk_nope_head_dim, rank) and W_UV (num_heads, v_head_dim, rank)."""
+        weight = self._weight().to(dtype).view(self.num_heads, -1, self.mla.kv_lora_rank)
+        up_k, up_v = weight.split([self.mla.qk_nope_head_dim, self.mla.v_head_dim], dim=1)
+        return up_k, up_v
+
+    def _expanded(
+        self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        up_k, up_v = self._projections(query.dtype)
+        keys = torch.einsum("kr,hnr->khn", latents, up_k)
+        rotated = rotated[:, None].expand(-1, self.num_heads, -1)
+        values = torch.einsum("kr,hvr->khv", latents, up_v)
+        return self._attend(query, torch.cat([keys, rotated], dim=-1), values)
+
+    def _absorbed(
+        self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        up_k, up_v = self._projections(query.dtype)
+        nope, pe = query.split([self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], dim=-1)
+        query = torch.cat([torch.einsum("qhn,hnr->qhr", nope, up_k), pe], dim=-1)
+        keys = torch.cat([latents, rotated], dim=-1)[:, None]
+        mixed, lse = self._attend(query, keys, latents[:, None])
+        return torch.einsum("qhr,hvr->qhv", mixed, up_v), lse
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return attend(
+            query,
+            keys,
+            values,
+            scale=self.scale,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+        )
+
+
+class ReferenceMLABackend(AttentionBackend):
+    """Multi-head latent attention in plain PyTorch."""
+
+    interface_version = 1
+    capabilities = Capabilities(
+        devices=(DeviceMatch(),),
+        num_heads=ANY,
+        num_kv_heads=OneOf(1),
+        head_size=ANY,
+        head_size_v=ANY,
+        dtype=OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
+        block_size=ANY,
+        kv_cache_layout=OneOf(None, "NHD", "HND"),
+        attn_type=OneOf(AttentionType.DECODER),
+        causal=OneOf(True, False),
+        sliding_window=ANY,
+        logits_soft_cap=ANY,
+        kv_sharing=OneOf(True, False),
+        mla=GIVEN,
+        returns_lse=OneOf(True, False),
+        output_quant=OneOf(None, "fp8_e4m3"),
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        """REFERENCE_MLA."""
+        return "REFERENCE_MLA"
+
+    @staticmethod
+    def get_impl_cls() -> type[ReferenceMLAImpl]:
+        """ReferenceMLAImpl."""
+        return ReferenceMLAImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[ReferenceMLAMetadata]:
+        """ReferenceMLAMetadata."""
+        return ReferenceMLAMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[ReferenceMLABuilder]:
+        """ReferenceMLABuilder."""
+        return ReferenceMLABuilder
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
+    ) -> tuple[int, ...]:
+        """(num_blocks, block_size, head_size): one latent and key part for all heads."""
+        return num_blocks, block_size, head_size
+
+    @staticmethod
+    def get_kv_cache_stride_order() -> tuple[int, ...]:
+        """As they come."""
+        return 0, 1, 2

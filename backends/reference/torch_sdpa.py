@@ -1,0 +1,409 @@
+"""TORCH_SDPA: PyTorch's scaled_dot_product_attention over the paged cache; the fast way on a CPU.
+
+The builder takes a batch apart into groups, one call each, and lays out on the host which rows
+and which cache entries each call reads; the layers only gather and call. Only entries that belong
+to a request are gathered, so that what lies in the others (NaN, say) cannot reach a result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attn_dispatch.backends.reference.semantics import visible
+from attn_dispatch.batch import AttentionBatch, BatchMetadata
+from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf
+from attn_dispatch.device import DeviceMatch
+from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.interface import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    AttentionType,
+    refuse_features,
+)
+from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
+from attn_dispatch.quantization import is_fp8
+from attn_dispatch.spec import KV_CACHE_DTYPES
+from attn_dispatch.validation import check_forward, check_metadata
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+__all__ = ["MathPathWarning", "SDPABuilder", "SDPAImpl", "SDPAMetadata", "TorchSDPABackend"]
+
+#: Queries up to this length share a call with others of their length.
+_SHARED_QUERY_LEN = 16
+#: A shared call reads at most this many times the keys that its requests have.
+_MAX_WASTE = 1.25
+#: Longer queries that need a mask are worked off in pieces of this many rows.
+_MASKED_ROWS = 256
+
+
+class MathPathWarning(UserWarning):
+    """PyTorch has no fused kernel for a call and computes it step by step."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of one request's query, which are the last rows of its first num_keys keys."""
+
+    request: int
+    first_row: int
+    num_rows: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One call: pieces with the same number of rows.
+
+    Attributes:
+        num_pieces: how many.
+        rows: which rows of the query and of the output are theirs.
+        key_rows: the rows of key and value that hold all keys, for one piece without a past.
+        requests: (num_pieces, 1) int64, the request of each piece.
+        key_starts: (num_pieces, 1) int64, where its rows of key and value start.
+        positions: (num_pieces, num_keys) int64, which keys of the request each piece reads.
+        mask: (num_pieces, num_rows, num_keys) bool; None if every row sees every key, or `causal`.
+        distance: (num_pieces, num_rows, num_keys) float32, key minus query position, for ALiBi.
+        causal: the call is square and causal, and needs no mask.
+        may_see_nothing: the mask has a row that is all False.
+    """
+
+    num_pieces: int
+    rows: slice | torch.Tensor
+    key_rows: slice | None
+    requests: torch.Tensor
+    key_starts: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    distance: torch.Tensor | None
+    causal: bool
+    may_see_nothing: bool
+
+
+@dataclass
+class SDPAMetadata(BatchMetadata):
+    """The batch, and the calls that compute it."""
+
+    groups: list[_Group]
+
+
+class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
+    """Takes a batch apart into calls."""
+
+    def build(self, batch: AttentionBatch) -> SDPAMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        metadata: SDPAMetadata = SDPAMetadata.of(batch, self, groups=[])
+        metadata.groups += [self._group(metadata, pieces) for pieces in self._share(batch)]
+        return metadata
+
+    def _pieces(self, batch: AttentionBatch) -> Iterator[_Piece]:
+        for request, query_len in enumerate(batch.query_lens):
+            seq_len = batch.host_seq_lens[request]
+            if query_len == 0 or seq_len == 0:
+                continue
+            if query_len <= _MASKED_ROWS or not self.spec.causal or self._is_square(batch, request):
+                yield _Piece(request, 0, query_len, seq_len)
+                continue
+            for first in range(0, query_len, _MASKED_ROWS):
+                rows = min(_MASKED_ROWS, query_len - first)
+                num_keys = seq_len - query_len + first + rows
+                if num_keys > 0:
+                    yield _Piece(request, first, rows, num_keys)
+
+    def _is_square(self, batch: AttentionBatch, request: int) -> bool:
+        """Whether plain causality on a square says it all."""
+        seq_len = batch.host_seq_lens[request]
+        return (
+            self.spec.causal
+            and batch.query_lens[request] == seq_len
+            and (self.spec.sliding_window or seq_len) >= seq_len
+            and batch.custom_mask is None
+            and not self.spec.bidirectional_ranges
+            and not self.spec.alibi
+        )
+
+    def _share(self, batch: AttentionBatch) -> Iterator[list[_Piece]]:
+        """Pieces that go into one call together."""
+        pieces = sorted(self._pieces(batch), key=lambda p: (p.num_rows, p.num_keys))
+        group: list[_Piece] = []
+        for piece in pieces:
+            if group and not self._may_join(group, piece):
+                yield group
+                group = []
+            group.append(piece)
+        if group:
+            yield group
+
+    def _may_join(self, group: list[_Piece], piece: _Piece) -> bool:
+        needed = sum(p.num_keys for p in group) + piece.num_keys
+        return (
+            piece.num_rows == group[0].num_rows <= _SHARED_QUERY_LEN
+            and piece.num_keys * (len(group) + 1) <= _MAX_WASTE * needed
+        )
+
+    def _group(self, metadata: SDPAMetadata, pieces: list[_Piece]) -> _Group:
+        batch, spec = metadata.batch, self.spec
+        first, num_rows = pieces[0], pieces[0].num_rows
+        num_keys = max(piece.num_keys for piece in pieces)
+        if spec.sliding_window is not None and spec.causal and not spec.bidirectional_ranges:
+            # Keys that the window has passed, for every row, are not read.
+            num_keys = min(num_keys, spec.sliding_window - 1 + num_rows)
+        # Right-aligned: the last column is each piece's last key. What stands left of a piece's
+        # first key repeats that key, and the mask hides it.
+        columns = torch.stack([torch.arange(p.num_keys - num_keys, p.num_keys) for p in pieces])
+        causal = num_rows > 1 and len(pieces) == 1 and self._is_square(batch, first.request)
+        mask = None if causal else self._mask(metadata, pieces, columns)
+        distance = None
+        if spec.alibi:
+            ends = torch.tensor([[piece.num_keys] for piece in pieces])
+            own = ends + torch.arange(-num_rows, 0)
+            distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
+        starts = [batch.query_starts[p.request] + p.first_row for p in pieces]
+        rows = torch.cat([torch.arange(start, start + num_rows) for start in starts])
+        requests = torch.tensor([[piece.request] for piece in pieces])
+        alone = len(pieces) == 1
+        return _Group(
+            num_pieces=len(pieces),
+            rows=slice(starts[0], starts[0] + num_rows) if alone else rows.to(self.device),
+            key_rows=self._key_rows(batch, first, num_keys) if alone else None,
+            requests=requests.to(self.device),
+            key_starts=torch.tensor(batch.key_starts)[requests].to(self.device),
+            positions=columns.clamp(min=0).to(self.device),
+            mask=None if mask is None else mask.to(self.device),
+            distance=distance,
+            causal=causal,
+            may_see_nothing=mask is not None and not bool(mask.any(-1).all()),
+        )
+
+    def _mask(
+        self, metadata: SDPAMetadata, pieces: list[_Piece], positions: torch.Tensor
+    ) -> torch.Tensor | None:
+        batch, spec = metadata.batch, self.spec
+        masks = []
+        for piece, columns in zip(pieces, positions, strict=True):
+            first = piece.num_keys - piece.num_rows
+            custom = None
+            if batch.custom_mask is not None:
+                rows = slice(piece.first_row, piece.first_row + piece.num_rows)
+                custom = batch.request_mask(piece.request)[rows, : piece.num_keys].cpu()
+            seen = visible(
+                torch.arange(first, first + piece.num_rows),
+                piece.num_keys,
+                causal=bool(spec.causal),
+                sliding_window=spec.sliding_window,
+                ranges=metadata.ranges_of(piece.request),
+                custom_mask=custom,
+            )
+            masks.append(seen[:, columns.clamp(min=0)] & (columns >= 0))
+        mask = torch.stack(masks)
+        return None if bool(mask.all()) else mask
+
+    def _key_rows(self, batch: AttentionBatch, piece: _Piece, num_keys: int) -> slice | None:
+        """The rows of key and value that hold all that the piece reads, if they do."""
+        start, end = batch.key_starts[piece.request], batch.key_starts[piece.request + 1]
+        has_past = end - start != batch.host_seq_lens[piece.request]
+        # With another dtype in the cache, what is read must be what was stored.
+        if has_past or self.spec.kv_sharing or self.spec.kv_cache_dtype != "auto":
+            return None
+        return slice(start + piece.num_keys - num_keys, start + piece.num_keys)
+
+
+class SDPAImpl(AttentionImpl[SDPAMetadata]):
+    """Gathers each group's keys and calls PyTorch.
+
+    Raises:
+        UnsupportedError: it is constructed with a feature that the backend does not declare.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_features(self, "TORCH_SDPA", "logits_soft_cap", "sinks", "returns_lse")
+        self._checked: set[tuple[object, ...]] = set()
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: SDPAMetadata,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See AttentionImpl.forward."""
+        check_metadata(self, attn_metadata, SDPAMetadata)
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedError("TORCH_SDPA does not quantize its output; REFERENCE does.")
+        batch = attn_metadata.batch
+        check_forward(self, query, key, value, kv_cache, batch, output)
+        if kv_cache is not None and key is not None and value is not None:
+            write_new_kv(self, layer, key, value, kv_cache, batch)
+        if output is None:
+            output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
+        output.zero_()  # a row of no group sees no key
+        for group in attn_metadata.groups:
+            keys, values = self._gather(group, key, value, kv_cache, batch, query.dtype)
+            k_scale, v_scale = 1.0, 1.0
+            if kv_cache is not None and is_fp8(kv_cache.dtype):
+                k_scale, v_scale = layer._k_scale_float, layer._v_scale_float
+            result = self._call(group, query[group.rows], keys, values, self.scale * k_scale)
+            output[group.rows] = result if v_scale == 1.0 else result * v_scale
+        return output
+
+    def _gather(
+        self,
+        group: _Group,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        batch: AttentionBatch,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, (num_pieces, num_keys, num_kv_heads, size), scales not yet applied."""
+        if key is not None and value is not None and group.key_rows is not None:
+            return key[group.key_rows][None], value[group.key_rows][None]
+        if kv_cache is None:
+            assert key is not None
+            assert value is not None
+            rows = group.key_starts + group.positions
+            return key[rows], value[rows]
+        assert batch.block_table is not None
+        block_size = kv_cache.shape[2]
+        blocks = batch.block_table[group.requests, group.positions // block_size].long()
+        offsets = group.positions % block_size
+        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        return (
+            read_kv_cache(keys, blocks, offsets).to(dtype),
+            read_kv_cache(values, blocks, offsets).to(dtype),
+        )
+
+    def _call(
+        self,
+        group: _Group,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """(num_rows of all pieces, num_heads, head_size_v): the group's attention."""
+        group_size = self.num_heads // self.num_kv_heads
+        q = query.unflatten(0, (group.num_pieces, -1)).transpose(1, 2)
+        num_rows = q.shape[2]
+        if not group.causal:
+            # The query heads of one KV head become rows of one head, so that no key is repeated.
+            q = q.reshape(group.num_pieces, self.num_kv_heads, group_size * num_rows, -1)
+        result = self._sdpa(
+            q,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self._mask_or_bias(group, group_size),
+            is_causal=group.causal,
+            scale=scale,
+            enable_gqa=group.causal and group_size > 1,
+        )
+        result = result.reshape(group.num_pieces, self.num_heads, num_rows, -1)
+        if group.may_see_nothing and group.mask is not None:
+            result = result.masked_fill(~group.mask.any(-1)[:, None, :, None], 0.0)
+        return result.transpose(1, 2).flatten(0, 1)[..., : self.head_size_v]
+
+    def _mask_or_bias(self, group: _Group, group_size: int) -> torch.Tensor | None:
+        """(num_pieces, 1 or num_kv_heads, group_size * num_rows, num_keys), bool or float32."""
+        if self.alibi_slopes is None or group.distance is None:
+            return None if group.mask is None else group.mask[:, None].repeat(1, 1, group_size, 1)
+        slopes = torch.as_tensor(
+            self.alibi_slopes, dtype=torch.float32, device=group.distance.device
+        )
+        bias = slopes[:, None, None] * group.distance[:, None]
+        if group.mask is not None:
+            bias = bias.masked_fill(~group.mask[:, None], float("-inf"))
+        return bias.reshape(len(bias), self.num_kv_heads, -1, bias.shape[-1])
+
+    def _sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        # The CPU's kernel wants one head size for all three, and rows that are dense.
+        size = max(self.head_size, self.head_size_v)
+        q, k, v = (_dense(F.pad(t, (0, size - t.shape[-1]))) for t in (q, k, v))
+        mask = options["attn_mask"]
+        if mask is not None and mask.is_floating_point() and q.dtype == torch.float64:
+            options["attn_mask"] = mask.double()
+        shape = (q.device, q.dtype, None if mask is None else mask.dtype, options["is_causal"])
+        if shape not in self._checked:
+            self._checked.add(shape)
+            self._tell_of_math_path(q, k, v, options)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    def _tell_of_math_path(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        if torch._fused_sdp_choice(q, k, v, **options) == SDPBackend.MATH.value:
+            warnings.warn(
+                f"PyTorch {torch.__version__} has no fused kernel for {tuple(q.shape)} {q.dtype} "
+                f"queries on {q.device.type} and computes them step by step. REFERENCE does so "
+                "too; another backend may be faster.",
+                MathPathWarning,
+                stacklevel=2,
+            )
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+_CPU = DeviceMatch(vendor="cpu")
+
+
+class TorchSDPABackend(AttentionBackend):
+    """PyTorch's scaled_dot_product_attention, one call for each group of alike requests."""
+
+    interface_version = 1
+    capabilities = Capabilities(
+        devices=(DeviceMatch(),),
+        num_heads=ANY,
+        num_kv_heads=ANY,
+        head_size=ANY,
+        head_size_v=ANY,
+        dtype=ByDevice(
+            (_CPU, OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+            otherwise=OneOf(torch.float32, torch.bfloat16, torch.float16),
+        ),
+        kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
+        block_size=ANY,
+        kv_cache_layout=OneOf(None, "NHD", "HND"),
+        attn_type=OneOf(*AttentionType),
+        causal=OneOf(True, False),
+        sliding_window=ANY,
+        # Elsewhere the bias must have the query's dtype, and rounds distances to eight bits.
+        alibi=ByDevice((_CPU, OneOf(True, False)), otherwise=OneOf(False)),
+        kv_sharing=OneOf(True, False),
+        custom_mask=OneOf(True, False),
+        bidirectional_ranges=OneOf(True, False),
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        """TORCH_SDPA."""
+        return "TORCH_SDPA"
+
+    @staticmethod
+    def get_impl_cls() -> type[SDPAImpl]:
+        """SDPAImpl."""
+        return SDPAImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[SDPAMetadata]:
+        """SDPAMetadata."""
+        return SDPAMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[SDPABuilder]:
+        """SDPABuilder."""
+        return SDPABuilder

@@ -1,0 +1,1 @@
+"""The demo of attn_dispatch: a small trained decoder that adds numbers, and its tokenizer."""

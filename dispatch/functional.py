@@ -1,0 +1,245 @@
+"""attention(): the function, for those who want no classes; and merge_states()."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface import AttentionType, Phase
+from attn_dispatch.quantization import kv_cache_torch_dtype
+from attn_dispatch.selector import resolve
+from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
+
+__all__ = ["attention", "merge_states"]
+
+
+@dataclass
+class _Scales:
+    """The scales of an fp8 cache, as AttentionLayer wants them."""
+
+    _k_scale: torch.Tensor
+    _v_scale: torch.Tensor
+    _k_scale_float: float
+    _v_scale_float: float
+
+    @classmethod
+    def of(cls, k: float | torch.Tensor, v: float | torch.Tensor, device: torch.device) -> _Scales:
+        k_tensor = torch.as_tensor(k, dtype=torch.float32, device=device)
+        v_tensor = torch.as_tensor(v, dtype=torch.float32, device=device)
+        return cls(k_tensor, v_tensor, _as_float(k), _as_float(v))
+
+
+def _as_float(scale: float | torch.Tensor) -> float:
+    per_head = isinstance(scale, torch.Tensor) and scale.dim() > 0
+    return float("nan") if per_head else float(scale)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    *,
+    query_lens: Sequence[int] | torch.Tensor | None = None,
+    seq_lens: Sequence[int] | torch.Tensor | None = None,
+    kv_cache: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Sequence[float] | torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    custom_mask: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a ragged batch, with the keys given or in a paged cache.
+
+    Args:
+        query: (num_tokens, num_heads, head_size), all requests one after another.
+        key: (num_key_tokens, num_kv_heads, head_size). Ragged: all keys. Paged: the new ones,
+            which are written to the cache first, or None if the cache holds them.
+        value: (num_key_tokens, num_kv_heads, head_size_v).
+        query_lens: query tokens of each request; None for one request.
+        seq_lens: keys of each request; None for the same as query_lens, or with one request for
+            all rows of key. Paged: the new ones included.
+        kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)), paged.
+        block_table: (num_requests, max_blocks), paged: each request's blocks in order.
+        slot_mapping: (num_key_tokens,), paged: where new keys go; None for the last query_len
+            positions of each request.
+        scale: factor on the scores; None for head_size ** -0.5.
+        causal: a query sees no later key; queries align to the end of the keys.
+        sliding_window: tokens a query sees, itself included, or None.
+        logits_soft_cap: cap of the scores, or None.
+        alibi_slopes: (num_heads,), or None.
+        sinks: (num_heads,) one more logit per head, or None.
+        custom_mask: (sum of query_len * seq_len,) bool, see AttentionBatch, or None.
+        k_scale: of an fp8 cache: a number, or (num_kv_heads,).
+        v_scale: the same for values.
+        out: (num_tokens, num_heads, head_size_v), written and returned; made if None.
+        return_lse: return (output, lse), lse (num_tokens, num_heads) float32, natural log.
+        backend: an override with the authority of an argument.
+
+    Raises:
+        UnsupportedError: no backend, or not the required one, computes exactly this here.
+        InvalidInputError: an argument does not fit; nothing has been written then.
+
+    Example:
+        >>> query = torch.randn(5, 8, 64)
+        >>> key, value = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
+        >>> attention(query, key, value, query_lens=[2, 3]).shape
+        torch.Size([5, 8, 64])
+    """
+    _check_arguments(query, key, value, kv_cache, block_table)
+    if query_lens is None:
+        query_lens = [len(query)]
+    if seq_lens is None:
+        whole = key is not None and kv_cache is None and len(query_lens) == 1
+        seq_lens = [len(key)] if whole and key is not None else query_lens
+    keys = kv_cache if key is None else key
+    assert keys is not None
+    per_head = any(isinstance(s, torch.Tensor) and s.dim() for s in (k_scale, v_scale))
+    spec = AttentionSpec(
+        num_heads=query.shape[1],
+        num_kv_heads=keys.shape[-2],
+        head_size=query.shape[2],
+        head_size_v=query.shape[2] if value is None else value.shape[2],
+        dtype=query.dtype,
+        kv_cache_dtype="auto" if kv_cache is None else _name_of(kv_cache.dtype, query.dtype),
+        kv_scales="per_head" if per_head else "per_tensor",
+        block_size=None if kv_cache is None else kv_cache.shape[2],
+        attn_type=AttentionType.DECODER,
+        causal=causal,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        alibi=alibi_slopes is not None,
+        sinks=sinks is not None,
+        custom_mask=custom_mask is not None,
+        returns_lse=return_lse,
+    )
+    batch = AttentionBatch.create(
+        query_lens,
+        seq_lens,
+        block_table=block_table,
+        block_size=None if kv_cache is None or key is None else kv_cache.shape[2],
+        slot_mapping=slot_mapping,
+        key_lens=seq_lens if kv_cache is None else None,
+        custom_mask=custom_mask,
+        device=query.device,
+    )
+    if sum(batch.query_lens) != len(query):
+        raise InvalidInputError(
+            f"query has {len(query)} rows, and query_lens adds up to {sum(batch.query_lens)}."
+        )
+    phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
+    backend_cls = resolve(spec, query.device, phase=phase, backend=backend).backend_cls
+    impl = backend_cls.get_impl_cls()(
+        spec.num_heads,
+        spec.head_size,
+        spec.head_size**-0.5 if scale is None else scale,
+        spec.num_kv_heads,
+        alibi_slopes,
+        sliding_window,
+        spec.kv_cache_dtype,
+        logits_soft_cap,
+        spec.attn_type,
+        None,
+        sinks,
+        head_size_v=spec.head_size_v,
+        causal=causal,
+        returns_lse=return_lse,
+    )
+    metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
+    scales = _Scales.of(k_scale, v_scale, query.device)
+    return impl.forward(scales, query, key, value, kv_cache, metadata, out)
+
+
+def _check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    tensors: dict[str, tuple[Any, int]] = {
+        "query": (query, 3),
+        "key": (key, 3),
+        "value": (value, 3),
+        "kv_cache": (kv_cache, 5),
+        "block_table": (block_table, 2),
+    }
+    for name, (tensor, rank) in tensors.items():
+        if tensor is None and name != "query":
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != rank:
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+            raise InvalidInputError(
+                f"{name} must be a tensor of {rank} dimensions, not {found}. Queries, keys and "
+                "values are (num_tokens, num_heads, head_size) without a batch dimension; tell "
+                "requests apart by query_lens."
+            )
+    if (kv_cache is None) != (block_table is None):
+        raise InvalidInputError("kv_cache and block_table go together: give both, or neither.")
+    if key is None and kv_cache is None:
+        raise InvalidInputError("Give key and value, or kv_cache and block_table, or all of them.")
+    if (key is None) != (value is None):
+        raise InvalidInputError("key and value go together: give both, or None for both.")
+
+
+def _name_of(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
+    """The kv_cache_dtype that a cache tensor stands for."""
+    if cache_dtype == dtype:
+        return "auto"
+    for name in KV_CACHE_DTYPES:
+        if name != "auto" and kv_cache_torch_dtype(name, dtype) == cache_dtype:
+            return name
+    raise InvalidInputError(f"kv_cache is {cache_dtype}; it must be a floating-point type.")
+
+
+def merge_states(
+    outputs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge attention over parts of the keys into attention over all of them.
+
+    Split softmax, as in FlashAttention (arXiv:2205.14135) and Flash-Decoding.
+
+    Args:
+        outputs: (num_tokens, num_heads, head_size_v) each, over disjoint sets of keys.
+        lses: (num_tokens, num_heads) each, natural log.
+        sinks: (num_heads,) logits that join once, here; the parts were computed without them.
+
+    Returns:
+        The merged output, in the dtype of the first, and its lse in float32 (float64 if the
+        lses are), sinks left out. Rows that saw no key in any part are 0 and −inf.
+
+    Raises:
+        InvalidInputError: there is no part, or the shapes differ.
+    """
+    if not outputs or len(outputs) != len(lses):
+        raise InvalidInputError(
+            f"Give one lse for each output: there are {len(outputs)} outputs and {len(lses)} lses."
+        )
+    shapes = {tuple(o.shape) for o in outputs} | {
+        (*lse.shape, outputs[0].shape[-1]) for lse in lses
+    }
+    if len(shapes) != 1:
+        raise InvalidInputError(f"The parts have different shapes: {sorted(shapes)}.")
+    dtype = torch.float64 if lses[0].dtype == torch.float64 else torch.float32
+    stacked = torch.stack([lse.to(dtype) for lse in lses])
+    lse = torch.logsumexp(stacked, dim=0)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks.to(dtype))
+    merged = torch.zeros_like(outputs[0], dtype=dtype)
+    for output, part in zip(outputs, stacked, strict=True):
+        weight = torch.exp(part - total).masked_fill(part == float("-inf"), 0.0)
+        merged += torch.where(weight[..., None] > 0, weight[..., None] * output.to(dtype), 0.0)
+    return merged.to(outputs[0].dtype), lse

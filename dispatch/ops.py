@@ -1,0 +1,57 @@
+"""The custom op behind the layer, so that torch.compile sees one opaque call with known effects."""
+
+# No `from __future__ import annotations`: the op's schema is inferred from real annotations.
+
+import weakref
+from typing import Any, Optional
+
+import torch
+from attn_dispatch.errors import InvalidInputError
+
+__all__ = ["attention_op", "layers_by_key"]
+
+#: The layers that are alive, by the key that their op call carries.
+layers_by_key: "dict[str, weakref.ref[Any]]" = {}
+
+
+@torch.library.custom_op(
+    "attn_dispatch::attention", mutates_args=("output", "lse", "output_block_scale")
+)
+def attention_op(
+    query: torch.Tensor,
+    key: Optional[torch.Tensor],  # noqa: UP045
+    value: Optional[torch.Tensor],  # noqa: UP045
+    output: torch.Tensor,
+    lse: Optional[torch.Tensor],  # noqa: UP045
+    output_scale: Optional[torch.Tensor],  # noqa: UP045
+    output_block_scale: Optional[torch.Tensor],  # noqa: UP045
+    layer_key: str,
+) -> None:
+    """Run a layer's attention: output, lse and output_block_scale are written.
+
+    The layer's KV cache is written too. It is no argument, because functionalization would then
+    be free to copy gigabytes; what reads a cache depends on an earlier layer's output anyway.
+    """
+    found = layers_by_key.get(layer_key)
+    layer = None if found is None else found()
+    if layer is None:
+        layers_by_key.pop(layer_key, None)
+        raise InvalidInputError(
+            f"The attention layer {layer_key!r} that this graph was compiled for is gone. Compile "
+            "the model that is in use."
+        )
+    layer._run(query, key, value, output, lse, output_scale, output_block_scale)
+
+
+@attention_op.register_fake
+def _(
+    query: torch.Tensor,
+    key: Optional[torch.Tensor],  # noqa: UP045
+    value: Optional[torch.Tensor],  # noqa: UP045
+    output: torch.Tensor,
+    lse: Optional[torch.Tensor],  # noqa: UP045
+    output_scale: Optional[torch.Tensor],  # noqa: UP045
+    output_block_scale: Optional[torch.Tensor],  # noqa: UP045
+    layer_key: str,
+) -> None:
+    """Nothing is returned, so there is nothing to describe."""

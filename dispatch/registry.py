@@ -1,0 +1,225 @@
+"""The registry: backend names and where their classes are.
+
+To add a backend to the library: write its module and add one line to `BUILTIN`. A package
+outside of it names its backend in the entry-point group `attn_dispatch.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from attn_dispatch.capability import Capabilities, Reason, ReasonCode
+from attn_dispatch.errors import BackendFailure, InvalidInputError
+from attn_dispatch.interface import (
+    INTERFACE_VERSION,
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionState,
+)
+
+__all__ = [
+    "BUILTIN",
+    "ENTRY_POINT_GROUP",
+    "Candidate",
+    "Registry",
+    "check_backend_class",
+    "register_backend",
+    "registry",
+    "resolve_full_cls_name",
+]
+
+ENTRY_POINT_GROUP = "attn_dispatch.backends"
+
+BUILTIN: dict[str, str] = {
+    "TORCH_SDPA": "attn_dispatch.backends.reference.torch_sdpa:TorchSDPABackend",
+    "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
+    "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A registered backend: its class, or the reason why there is none."""
+
+    name: str
+    target: str
+    backend_cls: type[AttentionBackend] | None
+    problem: Reason | None = None
+
+
+def check_backend_class(cls: Any) -> list[str]:
+    """What a class lacks to be a backend, as sentences; empty if nothing."""
+    if not (isinstance(cls, type) and issubclass(cls, AttentionBackend)):
+        return [f"{cls!r} is not a subclass of attn_dispatch.AttentionBackend"]
+    problems = _missing_members(cls)
+    if problems:
+        return problems
+    version = getattr(cls, "interface_version", None)
+    if version != INTERFACE_VERSION:
+        problems.append(
+            f"{cls.__name__}.interface_version is {version!r}, and this attn-dispatch has "
+            f"interface version {INTERFACE_VERSION}"
+        )
+    if not isinstance(getattr(cls, "capabilities", None), Capabilities):
+        problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
+    parts = {
+        "get_impl_cls": AttentionImpl,
+        "get_metadata_cls": AttentionMetadata,
+        "get_builder_cls": AttentionMetadataBuilder,
+        "get_state_cls": AttentionState,
+    }
+    for getter, base in parts.items():
+        try:
+            part = getattr(cls, getter)()
+        except Exception as error:  # a plugin's getter may raise anything at all
+            problems.append(f"{cls.__name__}.{getter}() raises {type(error).__name__}: {error}")
+            continue
+        if not (isinstance(part, type) and issubclass(part, base)):
+            problems.append(f"{cls.__name__}.{getter}() is not a subclass of {base.__name__}")
+        else:
+            problems += _missing_members(part)
+    return problems
+
+
+def _missing_members(cls: type) -> list[str]:
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if not missing and not inspect.isabstract(cls):
+        return []
+    return [f"{cls.__name__} does not implement {', '.join(missing)}"]
+
+
+def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[AttentionBackend]:
+    """The backend class behind "package.module:Class" or behind (module, class).
+
+    Raises:
+        InvalidInputError: the name has neither form.
+        BackendFailure: the module cannot be imported, or the class is not a proper backend.
+    """
+    if isinstance(full_cls_name, str):
+        module_name, separator, class_name = full_cls_name.partition(":")
+        if not separator:
+            module_name, _, class_name = full_cls_name.rpartition(".")
+    else:
+        module_name, class_name = full_cls_name
+    if not module_name or not class_name:
+        raise InvalidInputError(f"{full_cls_name!r} is not of the form 'package.module:Class'.")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # a plugin's module may raise anything at all
+        raise BackendFailure(
+            f"{module_name}:{class_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    problems = check_backend_class(cls)
+    if problems:
+        raise BackendFailure(f"{module_name}:{class_name} is not a backend: {'; '.join(problems)}.")
+    backend_cls: type[AttentionBackend] = cls
+    return backend_cls
+
+
+class Registry:
+    """Backends by name, in the order in which they were registered. Safe to use from threads."""
+
+    def __init__(self, builtin: Mapping[str, str]) -> None:
+        self._lock = threading.RLock()
+        self._builtin = dict(builtin)
+        self._targets: dict[str, str] | None = None
+        self._registered: dict[str, type[AttentionBackend]] = {}
+        self._candidates: Mapping[str, Candidate] | None = None
+        self._names: frozenset[str] | None = None
+        #: Changes whenever a decision may come out differently.
+        self.generation = 0
+
+    def register(self, backend_cls: type[AttentionBackend]) -> None:
+        """Add a backend class under the name that it gives itself, in place of an earlier one.
+
+        Raises:
+            InvalidInputError: the class is not a proper backend; it says what is missing.
+        """
+        problems = check_backend_class(backend_cls)
+        if problems:
+            raise InvalidInputError(f"Not registered: {'; '.join(problems)}.")
+        with self._lock:
+            self._registered[backend_cls.get_name()] = backend_cls
+            self._changed()
+
+    def unregister(self, name: str) -> None:
+        """Take back what `register` added.
+
+        Raises:
+            InvalidInputError: nothing was registered under this name by `register`.
+        """
+        with self._lock:
+            if self._registered.pop(name, None) is None:
+                raise InvalidInputError(f"{name!r} was not registered by register_backend.")
+            self._changed()
+
+    def _changed(self) -> None:
+        self._candidates = self._names = None
+        self.generation += 1
+
+    def names(self) -> frozenset[str]:
+        """Every registered name."""
+        names = self._names
+        if names is None:
+            with self._lock:
+                names = self._names = frozenset([*self._all_targets(), *self._registered])
+        return names
+
+    def _all_targets(self) -> dict[str, str]:
+        with self._lock:
+            if self._targets is None:
+                found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+                # A name of ours stays ours: a plugin replaces one only by an explicit register().
+                plugins = {point.name: point.value for point in found}
+                self._targets = {**plugins, **self._builtin}
+            return self._targets
+
+    def candidates(self) -> Mapping[str, Candidate]:
+        """Every registered backend, loaded; one that fails to load carries the reason."""
+        candidates = self._candidates
+        if candidates is None:
+            with self._lock:
+                loaded = {name: _load(name, target) for name, target in self._all_targets().items()}
+                for name, cls in self._registered.items():
+                    loaded[name] = Candidate(name, ":".join(cls.full_cls_name()), cls)
+                candidates = self._candidates = MappingProxyType(loaded)
+        return candidates
+
+
+def _load(name: str, target: str) -> Candidate:
+    try:
+        cls = resolve_full_cls_name(target)
+        if cls.get_name() != name:
+            raise BackendFailure(f"{target} calls itself {cls.get_name()!r}, not {name!r}")
+    except (BackendFailure, InvalidInputError) as error:
+        reason = Reason(
+            code=ReasonCode.LOAD,
+            field="backend",
+            asked=str(error),
+            hint="repair or uninstall the package that brings it",
+        )
+        return Candidate(name, target, None, reason)
+    return Candidate(name, target, cls)
+
+
+#: The registry that the library uses.
+registry = Registry(BUILTIN)
+
+
+def register_backend(backend_cls: type[AttentionBackend]) -> type[AttentionBackend]:
+    """Register a backend class; usable as a decorator.
+
+    Raises:
+        InvalidInputError: the class lacks members, capabilities or the right interface version.
+    """
+    registry.register(backend_cls)
+    return backend_cls

@@ -1,0 +1,323 @@
+"""The decision: which backend computes exactly this request here, and why.
+
+`select` is pure: everything that it depends on is an argument. `resolve`, `get_attn_backend` and
+`explain` are its fronts: they read the overrides in force, the device and the registry.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch import libraries, overrides
+from attn_dispatch.capability import Reason, ReasonCode, compare
+from attn_dispatch.device import DeviceProfile, default_torch_device, detect_device, known_device
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.interface import AttentionType, Phase
+from attn_dispatch.libraries import LIBRARIES, Library
+from attn_dispatch.overrides import Mode, Rule, Source
+from attn_dispatch.platforms import LAST_RESORT, backend_order
+from attn_dispatch.registry import Candidate, registry
+from attn_dispatch.report import Report, Selection, Verdict
+from attn_dispatch.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    import torch
+    from attn_dispatch.interface import AttentionBackend
+
+__all__ = [
+    "ReferenceFallbackWarning",
+    "explain",
+    "get_attn_backend",
+    "phases_of",
+    "resolve",
+    "select",
+]
+
+
+class ReferenceFallbackWarning(UserWarning):
+    """Automatic selection on a GPU found nothing faster than the reference backend."""
+
+
+def select(
+    spec: AttentionSpec,
+    device: DeviceProfile,
+    *,
+    phase: Phase | None = None,
+    rules: Iterable[Rule] = (),
+    candidates: Mapping[str, Candidate] | None = None,
+) -> Selection:
+    """Pick the backend for a request. Pure: no environment, no clock, no device is read.
+
+    Args:
+        spec: the request.
+        device: where, with the libraries that are there.
+        phase: prefill or decode; None for one backend that serves both.
+        rules: the overrides in force, most authoritative first.
+        candidates: the backends to choose from; those that are registered if None.
+
+    Raises:
+        UnsupportedError: the required backend, or every backend, is refused. Its report holds
+            every reason.
+    """
+    if candidates is None:
+        candidates = registry.candidates()
+    report = decide(spec, device, phase=phase, rules=rules, candidates=candidates)
+    if report.picked is None:
+        raise UnsupportedError(str(report), report)
+    backend_cls = candidates[report.picked].backend_cls
+    assert backend_cls is not None
+    return Selection(backend_cls, report)
+
+
+def decide(
+    spec: AttentionSpec,
+    device: DeviceProfile,
+    *,
+    phase: Phase | None,
+    rules: Iterable[Rule],
+    candidates: Mapping[str, Candidate],
+) -> Report:
+    """`select` as a report, also of a failure. Pure."""
+    rules = [rule for rule in rules if rule.applies(phase, spec.kind)]
+    order = backend_order(device, phase, tuple(candidates))
+    verdicts = {name: _judge(candidates[name], spec, device) for name in order}
+
+    def conclude(picked: str | None, source: Source | None, because: str) -> Report:
+        cls = candidates[picked].backend_cls if picked else None
+        full_cls_name = cls.full_cls_name() if cls else None
+        found = tuple(verdicts.values())
+        return Report(spec, device, phase, picked, source, because, full_cls_name, found)
+
+    settled: set[str] = set()  # a higher rule has spoken of these; lower ones no longer count
+    passed_over = []
+    for rule in rules:
+        if rule.name in settled or rule.name not in verdicts:
+            continue
+        settled.add(rule.name)
+        if rule.mode is Mode.EXCLUDE:
+            reason = Reason(code=ReasonCode.EXCLUDED, field="override", asked=str(rule))
+            verdict = verdicts[rule.name]
+            verdicts[rule.name] = Verdict(rule.name, (*verdict.reasons, reason))
+        elif verdicts[rule.name].supported:
+            return conclude(rule.name, rule.source, f"{rule} asks for it")
+        elif rule.mode is Mode.REQUIRE:
+            return conclude(None, rule.source, _required_but_refused(rule, verdicts))
+        else:
+            passed_over.append(f"; {rule} prefers {rule.name}, which is refused")
+    for name in order:
+        if verdicts[name].supported:
+            because = (
+                f"first in this platform's order that supports the request{''.join(passed_over)}"
+            )
+            return conclude(name, Source.PLATFORM, because)
+    return conclude(None, None, "No registered backend computes exactly this request here:")
+
+
+def _judge(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) -> Verdict:
+    cls = candidate.backend_cls
+    if cls is None:
+        assert candidate.problem is not None
+        return Verdict(candidate.name, (candidate.problem,))
+    reasons = compare(spec, cls.capabilities, device)
+    # Fields that are refused one by one need no word on how they combine.
+    return Verdict(candidate.name, tuple(reasons or cls.check_combination(spec, device)))
+
+
+def _required_but_refused(rule: Rule, verdicts: Mapping[str, Verdict]) -> str:
+    able = [verdict.name for verdict in verdicts.values() if verdict.supported]
+    remedy = f"What could: {', '.join(able)}." if able else "Nothing else could either."
+    return (
+        f"{rule} requires {rule.name}, which cannot compute this request. {remedy} "
+        f"Drop the override, or soften it to {rule.name}? (prefer). The reasons:"
+    )
+
+
+def phases_of(spec: AttentionSpec) -> tuple[Phase, ...]:
+    """The phases that a layer goes through: an encoder has only a prefill."""
+    if spec.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+        return (Phase.PREFILL,)
+    return (Phase.PREFILL, Phase.DECODE)
+
+
+# Decisions by everything that they depend on, overrides and environment as they stand included.
+_decided: dict[tuple[Any, ...], Selection] = {}
+_DECIDED_MAX = 4096
+
+
+def resolve(
+    spec: AttentionSpec,
+    device: torch.device | str | DeviceProfile | None = None,
+    *,
+    phase: Phase | None = None,
+    backend: str | None = None,
+) -> Selection:
+    """Pick the backend for a request under the overrides that are in force here and now.
+
+    Args:
+        spec: the request.
+        device: a torch device of this machine, or a profile; None for the default device.
+        phase: prefill or decode; None for one backend that serves both.
+        backend: an override with the authority of an argument, in overrides' grammar.
+
+    Raises:
+        UnsupportedError: the required backend, or every backend, is refused.
+        UnknownBackendError: an override names a backend that is not registered.
+        InvalidInputError: an override or the device is malformed.
+    """
+    generations = (registry.generation, libraries.generation())
+    key = (spec, device, phase, backend, overrides.current_texts(), generations)
+    selection = _decided.get(key)
+    if selection is None:
+        profile = _profile(device)
+        rules = overrides.current_rules(backend, registry.names())
+        selection = select_and_warn(spec, profile, phase=phase, rules=rules)
+        if len(_decided) >= _DECIDED_MAX:
+            _decided.clear()
+        _decided[key] = selection
+    return selection
+
+
+def select_and_warn(
+    spec: AttentionSpec, device: DeviceProfile, *, phase: Phase | None, rules: tuple[Rule, ...]
+) -> Selection:
+    """`select` over the registry, with a warning where a GPU is left with the last resort.
+
+    Raises:
+        UnsupportedError: the required backend, or every backend, is refused.
+        InvalidInputError: phase is None, and the rules differ by phase.
+    """
+    selection = _select_one(spec, device, phase, rules)
+    _warn_of_last_resort(selection)
+    return selection
+
+
+def _select_one(
+    spec: AttentionSpec, device: DeviceProfile, phase: Phase | None, rules: tuple[Rule, ...]
+) -> Selection:
+    if phase is not None or not any(
+        rule.phase and rule.kind in (None, spec.kind) for rule in rules
+    ):
+        return select(spec, device, phase=phase, rules=rules)
+    # One backend is wanted for both phases, and somebody spoke of one phase: they must agree.
+    prefill, decode = (select(spec, device, phase=each, rules=rules) for each in Phase)
+    if prefill.name != decode.name:
+        raise InvalidInputError(
+            f"The overrides in force pick {prefill.name} for prefill and {decode.name} for decode. "
+            "Pass phase= to say which one is meant."
+        )
+    return prefill
+
+
+def _profile(device: torch.device | str | DeviceProfile | None) -> DeviceProfile:
+    if isinstance(device, DeviceProfile):
+        return device
+    return detect_device(default_torch_device() if device is None else device)
+
+
+def _warn_of_last_resort(selection: Selection) -> None:
+    report = selection.report
+    if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
+        return
+    faster = [v for v in report.verdicts if v.name not in LAST_RESORT]
+    if report.device.is_gpu and faster:
+        warnings.warn(
+            f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
+            f"What stood in the way of faster backends:\n{report.refusals()}",
+            ReferenceFallbackWarning,
+            stacklevel=4,
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_spec(**fields: Any) -> AttentionSpec:
+    return AttentionSpec(**fields)
+
+
+def get_attn_backend(
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None = "auto",
+    block_size: int | None = 16,
+    *,
+    num_heads: int,
+    device: torch.device | str | DeviceProfile | None = None,
+    phase: Phase | None = None,
+    backend: str | None = None,
+    **fields: Any,
+) -> type[AttentionBackend]:
+    """The backend class for a layer: vLLM's front door, where every feature is named.
+
+    Args:
+        head_size: elements per query and key head.
+        dtype: dtype of queries, keys and values.
+        kv_cache_dtype: element type of the cache; None or "auto" for that of dtype.
+        block_size: tokens per block of the cache; None without one.
+        num_heads: query heads.
+        device: as for `resolve`.
+        phase: as for `resolve`.
+        backend: as for `resolve`.
+        **fields: any other field of AttentionSpec.
+
+    Raises:
+        UnsupportedError, UnknownBackendError, InvalidInputError: as for `resolve`.
+    """
+    try:
+        spec = _make_spec(
+            num_heads=num_heads,
+            head_size=head_size,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype or "auto",
+            block_size=block_size,
+            **fields,
+        )
+    except TypeError as error:
+        raise InvalidInputError(f"This is no AttentionSpec: {error}.") from error
+    return resolve(spec, device, phase=phase, backend=backend).backend_cls
+
+
+def explain(
+    spec: AttentionSpec,
+    device: torch.device | str | DeviceProfile | None = None,
+    *,
+    backend: str | None = None,
+    phase: Phase | None = None,
+) -> tuple[Report, ...]:
+    """What would be picked for a request and why, phase by phase, refusals included.
+
+    Never raises because of a refusal: the report of a phase that nothing can serve says so.
+
+    Args:
+        spec: the request.
+        device: a torch device of this machine, a profile, or the name of a known device that may
+            be elsewhere ("gfx942", "H200"): then every optional library is assumed to be there.
+        backend: an override with the authority of an argument.
+        phase: for this phase alone; None for all that the layer goes through.
+
+    Raises:
+        UnknownBackendError, InvalidInputError: as for `resolve`.
+    """
+    profile = explained_device(device)
+    rules = overrides.current_rules(backend, registry.names())
+    candidates = registry.candidates()
+    phases = phases_of(spec) if phase is None else (phase,)
+    return tuple(
+        decide(spec, profile, phase=each, rules=rules, candidates=candidates) for each in phases
+    )
+
+
+def explained_device(
+    device: torch.device | str | DeviceProfile | None, without: Iterable[str] = ()
+) -> DeviceProfile:
+    """The profile that `explain` speaks of; `without` names libraries to be taken as missing."""
+    if isinstance(device, str) and not _is_torch_device(device):
+        device = known_device(device)
+        device = device.with_libraries(*(Library(name, "unknown") for name in LIBRARIES))
+    profile = _profile(device)
+    return profile.with_libraries(*(Library(name) for name in without))
+
+
+def _is_torch_device(name: str) -> bool:
+    return name.split(":", maxsplit=1)[0] in ("cpu", "cuda", "mps", "xpu")

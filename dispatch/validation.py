@@ -1,0 +1,248 @@
+"""What is checked before a call writes anything.
+
+Shapes, dtypes and devices are checked on every call, at host cost only. Contents (block ids,
+slots, lengths) may sit on the device, so they are checked under ATTN_DISPATCH_CHECK=1 alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attn_dispatch import environment
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface import AttentionType
+from attn_dispatch.quantization import GROUP_SIZE, is_fp8, kv_cache_torch_dtype
+
+if TYPE_CHECKING:
+    from attn_dispatch.batch import AttentionBatch
+    from attn_dispatch.interface import AttentionImpl, AttentionMetadata
+
+__all__ = [
+    "check_batch_contents",
+    "check_cache_tensor",
+    "check_forward",
+    "check_metadata",
+    "check_output",
+    "check_slot_mapping",
+]
+
+
+def check_forward(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    batch: AttentionBatch,
+    output: torch.Tensor | None = None,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+) -> None:
+    """Check the arguments of AttentionImpl.forward against the layer and the batch.
+
+    Raises:
+        InvalidInputError: an argument does not fit; it says which, and what would.
+    """
+    _check_rows("query", query, (impl.num_heads, impl.head_size), query)
+    if query.shape[0] < batch.num_tokens:
+        raise InvalidInputError(
+            f"query has {query.shape[0]} rows, and the batch has {batch.num_tokens} new tokens. "
+            "Build the metadata from the batch that the query belongs to."
+        )
+    if (key is None) != (value is None):
+        raise InvalidInputError("key and value go together: give both, or None for both.")
+    if key is not None and value is not None:
+        _check_rows("key", key, (impl.num_kv_heads, impl.head_size), query)
+        _check_rows("value", value, (impl.num_kv_heads, impl.head_size_v), query)
+        if len(key) != len(value) or len(key) < batch.key_starts[-1]:
+            raise InvalidInputError(
+                f"key has {len(key)} rows, value {len(value)}, and the batch brings "
+                f"{batch.key_starts[-1]} new keys. Give a row for each."
+            )
+    if kv_cache is None:
+        _check_without_cache(impl, key, batch)
+    else:
+        _check_with_cache(impl, query, key, kv_cache, batch)
+    shape = (query.shape[0], impl.num_heads, impl.head_size_v)
+    check_output(shape, query, output, output_scale, output_block_scale)
+    if environment.check_mode():
+        check_batch_contents(batch, kv_cache)
+
+
+def _check_rows(
+    name: str, tensor: torch.Tensor, heads: tuple[int, int], query: torch.Tensor
+) -> None:
+    if tensor.dim() != 3 or tensor.shape[1:] != heads:
+        raise InvalidInputError(
+            f"{name} has shape {tuple(tensor.shape)}; the layer takes "
+            f"(num_tokens, {heads[0]}, {heads[1]}): tokens, heads, elements per head."
+        )
+    if tensor.dtype != query.dtype or tensor.device != query.device:
+        raise InvalidInputError(
+            f"{name} is {tensor.dtype} on {tensor.device}, and query is {query.dtype} on "
+            f"{query.device}. Give both in the same dtype, on the same device."
+        )
+    if not tensor.dtype.is_floating_point:
+        raise InvalidInputError(f"{name} is {tensor.dtype}; attention needs floating point.")
+
+
+def _check_without_cache(
+    impl: AttentionImpl[Any],
+    key: torch.Tensor | None,
+    batch: AttentionBatch,
+) -> None:
+    if impl.kv_sharing_target_layer_name is not None:
+        raise InvalidInputError(
+            f"The layer reads the cache of {impl.kv_sharing_target_layer_name!r}, and kv_cache is "
+            "None. Bind that layer's cache to it."
+        )
+    if key is None:
+        raise InvalidInputError("Without a kv_cache the keys must be given; key is None.")
+    starts = batch.key_starts
+    key_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    if key_lens != batch.host_seq_lens:
+        raise InvalidInputError(
+            f"Without a kv_cache a request's keys are its rows of key, {key_lens[:8]}; seq_lens "
+            f"says {batch.host_seq_lens[:8]}. Give the kv_cache that holds the earlier ones."
+        )
+
+
+def _check_with_cache(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+) -> None:
+    if impl.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+        raise InvalidInputError(f"{impl.attn_type} attention has no kv_cache; give None.")
+    size = max(impl.head_size, impl.head_size_v)
+    wanted = (2, impl.num_kv_heads, size)
+    found = tuple(kv_cache.shape)
+    if len(found) != 5 or (found[1], found[3], found[4]) != wanted:
+        raise InvalidInputError(
+            f"kv_cache has shape {found}; the layer takes "
+            f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {size})."
+        )
+    check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
+    if batch.block_table is None:
+        raise InvalidInputError("The batch has no block_table, and the layer has a kv_cache.")
+    if batch.max_seq_len > batch.block_table.shape[1] * found[2]:
+        raise InvalidInputError(
+            f"block_table has {batch.block_table.shape[1]} blocks of {found[2]} tokens for a "
+            f"request, and the longest has {batch.max_seq_len} keys."
+        )
+    if key is not None and impl.kv_sharing_target_layer_name is None:
+        check_slot_mapping(batch, len(key))
+
+
+def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Check the device and element type of a cache."""
+    wanted = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
+    either = kv_cache_dtype == "fp8" and is_fp8(kv_cache.dtype)
+    if (kv_cache.dtype != wanted and not either) or kv_cache.device != query.device:
+        raise InvalidInputError(
+            f"kv_cache is {kv_cache.dtype} on {kv_cache.device}; the layer takes {wanted} on "
+            f"{query.device} (kv_cache_dtype={kv_cache_dtype!r})."
+        )
+
+
+def check_slot_mapping(batch: AttentionBatch, num_keys: int) -> None:
+    """Check that the new keys have slots to go to."""
+    slots = batch.slot_mapping
+    if slots is None or slots.dim() != 1 or not batch.key_starts[-1] <= len(slots) <= num_keys:
+        found = "no slot_mapping" if slots is None else f"slot_mapping {tuple(slots.shape)}"
+        raise InvalidInputError(
+            f"The batch has {found} for {batch.key_starts[-1]} new keys ({num_keys} rows). Give a "
+            "slot for each: block * block_size + offset, or −1 for padding."
+        )
+
+
+def check_output(
+    shape: tuple[int, int, int],
+    query: torch.Tensor,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
+    """Check where the result goes: shape, dtype, device, and the scales of a quantized one."""
+    if output_scale is not None and output_block_scale is not None:
+        raise InvalidInputError("Give output_scale or output_block_scale, not both.")
+    quantized = output_scale is not None or output_block_scale is not None
+    if output is None:
+        if quantized:
+            raise InvalidInputError("A scale of the output needs an fp8 output to go with it.")
+        return
+    if tuple(output.shape) != shape or output.device != query.device:
+        raise InvalidInputError(
+            f"output has shape {tuple(output.shape)} on {output.device}; it must be {shape} on "
+            f"{query.device}."
+        )
+    if quantized != is_fp8(output.dtype) or (not quantized and output.dtype != query.dtype):
+        raise InvalidInputError(
+            f"output is {output.dtype}. It must be {query.dtype}; or an fp8 type together with "
+            "output_scale or output_block_scale."
+        )
+    if output_block_scale is not None:
+        wanted = (shape[0], shape[1] * shape[2] // GROUP_SIZE)
+        if (shape[1] * shape[2]) % GROUP_SIZE or tuple(output_block_scale.shape) != wanted:
+            raise InvalidInputError(
+                f"output_block_scale has shape {tuple(output_block_scale.shape)}; it must be "
+                f"(num_tokens, num_heads * head_size_v / {GROUP_SIZE}), and the row a multiple of "
+                f"{GROUP_SIZE} values."
+            )
+
+
+def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted: type) -> None:
+    """Check that metadata comes from the backend's own builder, made for layers like this one."""
+    if not isinstance(metadata, wanted):
+        raise InvalidInputError(
+            f"attn_metadata is a {type(metadata).__name__}; this backend takes the "
+            f"{wanted.__name__} of its own builder (layer.build_metadata makes the right one)."
+        )
+    spec = metadata.builder.spec  # type: ignore[attr-defined]
+    for field in ("causal", "sliding_window", "attn_type"):
+        if getattr(spec, field) != getattr(impl, field):
+            raise InvalidInputError(
+                f"attn_metadata was built for layers with {field}={getattr(spec, field)}, and this "
+                f"layer has {getattr(impl, field)}. Build the metadata from the layer's own spec."
+            )
+
+
+def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:
+    """Check what the batch's tensors hold. May wait for the device.
+
+    Raises:
+        InvalidInputError: lengths are not monotone or differ from their host copies, a block id
+            or a slot is out of range, or two tokens share a slot.
+    """
+    starts = batch.query_start_loc
+    if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+        raise InvalidInputError("query_start_loc must start at 0 and never fall.")
+    if starts.tolist() != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
+        raise InvalidInputError(
+            "query_start_loc or seq_lens differs from its host copy. Make both from the same "
+            "lengths; AttentionBatch.create does."
+        )
+    if kv_cache is None or batch.block_table is None:
+        return
+    num_blocks = kv_cache.shape[0]
+    block_size = kv_cache.shape[2] if kv_cache.dim() == 5 else kv_cache.shape[1]
+    for request, length in enumerate(batch.host_seq_lens):
+        used = batch.block_table[request, : -(-length // block_size)]
+        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
+            raise InvalidInputError(
+                f"block_table of request {request} names blocks {int(used.min())} to "
+                f"{int(used.max())}; the cache has blocks 0 to {num_blocks - 1}."
+            )
+    if batch.slot_mapping is None:
+        return
+    slots = batch.slot_mapping[batch.slot_mapping != -1]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < num_blocks * block_size:
+        raise InvalidInputError(
+            f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; the cache has "
+            f"slots 0 to {num_blocks * block_size - 1}, and −1 is padding."
+        )
+    if len(slots.unique()) != len(slots):
+        raise InvalidInputError("slot_mapping sends two tokens to the same slot.")
