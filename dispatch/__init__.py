@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Reason,
         SameAs,
     )
+    from attn_dispatch.context import forward_context
     from attn_dispatch.device import DeviceMatch, DeviceProfile, detect_device, known_device
     from attn_dispatch.errors import (
         AttnDispatchError,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
         UnknownBackendError,
         UnsupportedError,
     )
-    from attn_dispatch.context import forward_context
     from attn_dispatch.functional import attention, merge_states
     from attn_dispatch.interface import (
         INTERFACE_VERSION,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import (
     AttentionMetadata,

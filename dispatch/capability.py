@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from attn_dispatch.device import DeviceMatch, DeviceProfile
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.libraries import requirement_problem
 from attn_dispatch.spec import AttentionSpec, plain_value
-from packaging.requirements import Requirement
 
 __all__ = [
     "ANY",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType, Phase

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+
     from attn_dispatch.batch import AttentionBatch
     from attn_dispatch.capability import Capabilities, Reason
     from attn_dispatch.device import DeviceProfile

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from attn_dispatch.device import DeviceProfile
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType

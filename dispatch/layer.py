@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+
 from attn_dispatch import overrides
 from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.context import current_context
 from attn_dispatch.device import default_torch_device, detect_device
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.context import current_context
 from attn_dispatch.interface import (
     AttentionImpl,
     AttentionMetadata,
@@ -27,7 +29,6 @@ from attn_dispatch.report import Selection
 from attn_dispatch.routing import RoutedBuilder, RoutedMetadata, forward_routed
 from attn_dispatch.selector import phases_of, select_and_warn
 from attn_dispatch.spec import AttentionSpec
-from torch import nn
 
 __all__ = ["Attention", "bind_kv_caches"]
 
@@ -126,7 +127,7 @@ class Attention(nn.Module):
             self._bind(chosen)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register()  # a copy is a layer of its own
 
     def _register(self) -> None:

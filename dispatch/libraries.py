@@ -15,8 +15,9 @@ import threading
 from dataclasses import dataclass
 from types import ModuleType
 
-from attn_dispatch.errors import BackendFailure
 from packaging.requirements import Requirement
+
+from attn_dispatch.errors import BackendFailure
 
 __all__ = [
     "LIBRARIES",

@@ -6,6 +6,7 @@ import weakref
 from typing import Any, Optional
 
 import torch
+
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["attention_op", "layers_by_key"]

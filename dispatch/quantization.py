@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = [

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.interface import (
     AttentionImpl,

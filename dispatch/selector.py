@@ -25,6 +25,7 @@ from attn_dispatch.spec import AttentionSpec
 
 if TYPE_CHECKING:
     import torch
+
     from attn_dispatch.interface import AttentionBackend
 
 __all__ = [

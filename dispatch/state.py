@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionState

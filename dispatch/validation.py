@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType

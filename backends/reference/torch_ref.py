@@ -1,4 +1,4 @@
-"""REFERENCE: every feature, any device, any dtype. The oracle, and what answers when all else fails.
+"""REFERENCE: every feature, any device, any dtype; the oracle, and the last resort.
 
 `semantics.py` has the mathematics; this file finds each request's keys and puts results away.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, Capabilities, OneOf, Reason, ReasonCode

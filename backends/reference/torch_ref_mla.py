@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
 from attn_dispatch.backends.reference.semantics import visible
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf
@@ -30,8 +33,6 @@ from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
 from attn_dispatch.quantization import is_fp8
 from attn_dispatch.spec import KV_CACHE_DTYPES
 from attn_dispatch.validation import check_forward, check_metadata
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 
 __all__ = ["MathPathWarning", "SDPABuilder", "SDPAImpl", "SDPAMetadata", "TorchSDPABackend"]
 

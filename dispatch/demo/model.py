@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from attn_dispatch.demo import tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
+
+from attn_dispatch.demo import tokenizer
 
 WEIGHTS_PATH = Path(__file__).with_name("weights.safetensors")
 """The trained weights that ship with the package: float16, the config in their metadata."""
