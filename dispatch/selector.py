@@ -111,7 +111,7 @@ def decide(
     for name in order:
         if verdicts[name].supported:
             because = (
-                f"first in this platform's order that supports the request{''.join(passed_over)}"
+                f"first in this platform's order that supports it{''.join(passed_over)}"
             )
             return conclude(name, Source.PLATFORM, because)
     return conclude(None, None, "No registered backend computes exactly this request here:")

@@ -1,0 +1,90 @@
+"""What the demo serves: requests to add numbers, of mixed length, arriving over time."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from attn_dispatch.errors import InvalidInputError
+
+__all__ = ["Task", "Workload", "make_workload", "prompt_task", "score"]
+
+#: Longest operand that the model was trained on.
+MAX_DIGITS = 6
+#: Worked examples that every request begins with, and the most that one adds of its own.
+SHARED_EXAMPLES = 4
+MAX_OWN_EXAMPLES = 8
+
+_PROMPT = re.compile(r"(\d+)\+(\d+)=?")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request: its text after the shared prefix, the answer, and when it arrives.
+
+    Attributes:
+        text: worked examples of its own, then the question: "5+7=12;48+76=".
+        question: the last sum alone.
+        answer: what the model should write, without the closing ";".
+        arrival: the engine's step in which it arrives.
+    """
+
+    text: str
+    question: str
+    answer: str
+    arrival: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tasks in order of arrival, and the text that all of them begin with."""
+
+    prefix: str
+    tasks: tuple[Task, ...]
+
+
+def make_workload(num_requests: int, seed: int) -> Workload:
+    """A workload of this many requests; the same for the same seed."""
+    rng = random.Random(seed)
+    prefix = "".join(_example(rng) for _ in range(SHARED_EXAMPLES))
+    tasks, arrival = [], 0
+    for _ in range(num_requests):
+        own = "".join(_example(rng) for _ in range(rng.randint(0, MAX_OWN_EXAMPLES)))
+        a, b = _operand(rng), _operand(rng)
+        tasks.append(Task(f"{own}{a}+{b}=", f"{a}+{b}=", str(a + b), arrival))
+        arrival += rng.choice((0, 0, 1, 1, 2))
+    return Workload(prefix, tuple(tasks))
+
+
+def prompt_task(prompt: str) -> Task:
+    """The task in a prompt such as "48+76".
+
+    Raises:
+        InvalidInputError: it is not a sum that the model was trained on.
+    """
+    match = _PROMPT.fullmatch(prompt.replace(" ", ""))
+    if match is None or max(map(len, match.groups())) > MAX_DIGITS:
+        raise InvalidInputError(
+            f"The demo model adds two numbers of 1 to {MAX_DIGITS} digits; {prompt!r} is no such "
+            "sum. Ask for instance: --prompt 48+76"
+        )
+    a, b = (int(number) for number in match.groups())
+    question = f"{match[1]}+{match[2]}="
+    return Task(question, question, str(a + b), 0)
+
+
+def score(workload: Workload, answers: list[str]) -> float:
+    """The share of right answers."""
+    right = sum(a == task.answer for a, task in zip(answers, workload.tasks, strict=True))
+    return right / len(answers)
+
+
+def _operand(rng: random.Random) -> int:
+    digits = rng.randint(1, MAX_DIGITS)
+    return rng.randint(10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1)
+
+
+def _example(rng: random.Random) -> str:
+    a, b = _operand(rng), _operand(rng)
+    return f"{a}+{b}={a + b};"
