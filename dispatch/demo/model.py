@@ -299,14 +299,15 @@ def save_demo_model(model: DemoModel, path: Path) -> None:
 
     The file is replaced as a whole, so a reader never sees half of one.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {
         name: tensor.detach().to("cpu", torch.float16).contiguous()
         for name, tensor in model.state_dict().items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, str(partial), metadata={CONFIG_KEY: model.config.to_json()})
+    # safetensors' own save_file makes a file that only its owner may read; this one is shipped.
+    partial.write_bytes(save(tensors, metadata={CONFIG_KEY: model.config.to_json()}))
     partial.replace(path)
 
 
