@@ -1,18 +1,21 @@
 # `make demo` and `make test` need nothing but Python 3.10+ and a network: they set up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 # Where PyTorch's CPU builds are; elsewhere the default wheel brings several GB of CUDA packages.
+# Empty (`make test TORCH_INDEX=`): pip's own index, which has the CUDA builds on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test lint typecheck docs bench clean
+.PHONY: demo test lint typecheck docs docs-check wheel-check bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("attn-dispatch needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip setuptools
-	$(BIN)/pip install -q --retries 0 --timeout 20 --index-url $(TORCH_INDEX) -c constraints.txt torch \
+	{ test -n "$(TORCH_INDEX)" && $(BIN)/pip install -q --retries 0 --timeout 20 \
+		--index-url "$(TORCH_INDEX)" -c constraints.txt torch; } \
 		|| $(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -31,10 +34,20 @@ lint: $(VENV)/ready
 typecheck: $(VENV)/ready
 	rm -rf build/types build/lib
 	$(BIN)/pip install -q --no-deps --no-build-isolation --target build/types .
-	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p attn_dispatch
+	cd build/types && MYPYPATH=. $(BIN)/mypy --config-file ../../pyproject.toml -p attn_dispatch
+	MYPYPATH=build/types $(BIN)/mypy docs/generate.py
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate.py
+
+docs-check: $(VENV)/ready
+	$(BIN)/python docs/generate.py --check
+
+# Builds the wheel, looks into it, and runs it from a virtual environment of its own.
+wheel-check: $(VENV)/ready
+	rm -rf build/wheel build/lib
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/host_overhead.py

@@ -46,7 +46,8 @@ class AttentionBatch:
         multi_modal_placeholder_index_maps: modality -> the ranges of its items.
         enable_kv_scales_calculation: derive an fp8 cache's scales from this batch.
         max_decode_query_len: a request with this many new tokens or fewer, and some before them,
-            is in the decode phase. 1, or more for speculative decoding.
+            is in the decode phase; so is one without keys, which pads a graph's batch. 1, or more
+            for speculative decoding.
     """
 
     query_start_loc: torch.Tensor
@@ -83,7 +84,8 @@ class AttentionBatch:
             seq_lens: keys of each request, the new ones included.
             block_table: as the attribute.
             block_size: with it and a block table, but without a slot_mapping, the slots of the
-                new tokens are derived: they are the last query_len ones of each request.
+                new tokens are derived: they are the last query_len ones of each request, and −1
+                for a request without keys, which pads the batch.
             slot_mapping: as the attribute.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go.
@@ -100,11 +102,19 @@ class AttentionBatch:
             )
         query_start_loc_cpu = _starts(queries)
         if block_table is not None:
-            _check_block_table(block_table, seqs, block_size)
+            _check_block_table(block_table, len(seqs))
             block_table = block_table.to(device=device, dtype=torch.int32)
             if slot_mapping is None and block_size is not None and key_lens is None:
+                _check_room(block_table, queries, seqs, block_size)
                 slot_mapping = slots_of(queries, seqs, block_table, block_size)
-        key_starts = None if key_lens is None else _starts(_lengths("key_lens", key_lens))
+        keys = None if key_lens is None else _lengths("key_lens", key_lens)
+        if keys is not None and keys.shape != seqs.shape:
+            raise InvalidInputError(
+                f"key_lens has {len(keys)} requests and seq_lens {len(seqs)}; give both for the "
+                "same requests."
+            )
+        if more.get("custom_mask") is not None:
+            more["custom_mask"] = more["custom_mask"].to(device)
         return cls(
             query_start_loc=query_start_loc_cpu.to(device),
             seq_lens=seqs.to(device),
@@ -114,7 +124,7 @@ class AttentionBatch:
             max_seq_len=int(seqs.max()) if len(seqs) else 0,
             block_table=block_table,
             slot_mapping=None if slot_mapping is None else slot_mapping.to(device, torch.int64),
-            key_start_loc_cpu=key_starts,
+            key_start_loc_cpu=None if keys is None else _starts(keys),
             **more,
         )
 
@@ -154,7 +164,9 @@ class AttentionBatch:
     def phases(self) -> list[Phase]:
         """The phase of each request."""
         return [
-            Phase.DECODE if query <= self.max_decode_query_len and seq > query else Phase.PREFILL
+            Phase.DECODE
+            if query <= self.max_decode_query_len and (seq > query or seq == 0)
+            else Phase.PREFILL
             for query, seq in zip(self.query_lens, self.host_seq_lens, strict=True)
         ]
 
@@ -163,35 +175,29 @@ class AttentionBatch:
         """The batch taken apart by phase; a phase without requests is absent."""
         found = set(self.phases)
         if len(found) == 1:
-            whole = slice(0, self.num_tokens)
-            return {found.pop(): BatchPart(self, whole)}
+            return {found.pop(): BatchPart(self, slice(None), slice(None))}
         return {phase: self._part(phase) for phase in Phase if phase in found}
 
     def _part(self, phase: Phase) -> BatchPart:
-        if self.key_start_loc_cpu is not None:
-            raise InvalidInputError(
-                "A batch whose keys are not its queries' rows (cross-attention) cannot be taken "
-                "apart by phase. Use one backend for both phases of such layers."
-            )
         chosen = [i for i, each in enumerate(self.phases) if each is phase]
-        rows = [range(self.query_starts[i], self.query_starts[i + 1]) for i in chosen]
-        tokens = _slice_or_index([row for each in rows for row in each], self.seq_lens.device)
-        requests = _slice_or_index(chosen, self.seq_lens.device)
-        queries = torch.tensor([self.query_lens[i] for i in chosen], dtype=torch.int32)
-        seqs = torch.tensor([self.host_seq_lens[i] for i in chosen], dtype=torch.int32)
+        device = self.seq_lens.device
+        tokens, query_lens = _rows_of(chosen, self.query_starts, device)
+        keys, key_lens = _rows_of(chosen, self.key_starts, device)
+        requests = _slice_or_index(chosen, device)
         ranges = self.multi_modal_placeholder_index_maps
         part = AttentionBatch.create(
-            queries,
-            seqs,
+            query_lens,
+            [self.host_seq_lens[i] for i in chosen],
+            key_lens=None if self.key_start_loc_cpu is None else key_lens,
             block_table=None if self.block_table is None else self.block_table[requests],
-            slot_mapping=None if self.slot_mapping is None else self.slot_mapping[tokens],
-            device=self.seq_lens.device,
+            slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
+            device=device,
             custom_mask=self._mask_of(chosen),
             multi_modal_placeholder_index_maps=None if ranges is None else _select(ranges, chosen),
             enable_kv_scales_calculation=self.enable_kv_scales_calculation,
             max_decode_query_len=self.max_decode_query_len,
         )
-        return BatchPart(part, tokens)
+        return BatchPart(part, tokens, keys)
 
     def _mask_of(self, chosen: list[int]) -> torch.Tensor | None:
         if self.custom_mask is None:
@@ -204,31 +210,80 @@ class AttentionBatch:
         return [0, *itertools.accumulate(sizes)]
 
     def request_mask(self, request: int) -> torch.Tensor:
-        """(query_len, seq_len) bool, the custom mask of one request.
-
-        Raises:
-            InvalidInputError: the batch has no custom mask, or one of the wrong size.
-        """
+        """(query_len, seq_len) bool, the part of custom_mask that is one request's."""
+        assert self.custom_mask is not None
         starts = self._mask_starts
-        if self.custom_mask is None or self.custom_mask.shape != (starts[-1],):
-            found = None if self.custom_mask is None else tuple(self.custom_mask.shape)
-            raise InvalidInputError(
-                f"custom_mask has shape {found}; the layer needs ({starts[-1]},): query_len * "
-                "seq_len values for each request, one request after another."
-            )
         rows = self.custom_mask[starts[request] : starts[request + 1]]
         return rows.view(self.query_lens[request], self.host_seq_lens[request])
+
+    def check(self) -> None:
+        """Check that the batch agrees with itself, as far as the host can see.
+
+        Raises:
+            InvalidInputError: it says what contradicts what.
+        """
+        num_reqs = self.num_reqs
+        starts = {"query_start_loc_cpu": self.query_starts, "key_start_loc_cpu": self.key_starts}
+        for name, values in starts.items():
+            if len(values) != num_reqs + 1 or values[0] != 0 or values != sorted(values):
+                raise InvalidInputError(
+                    f"{name} is {values[:8]}; for {num_reqs} requests it takes {num_reqs + 1} "
+                    "values that start at 0 and never fall."
+                )
+        seqs = self.host_seq_lens
+        if len(seqs) != num_reqs or min(seqs, default=0) < 0:
+            raise InvalidInputError(
+                f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths of "
+                "0 or more."
+            )
+        longest = {"max_query_len": self.query_lens, "max_seq_len": seqs}
+        for name, lengths in longest.items():
+            if getattr(self, name) < max(lengths, default=0):
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)}, and a request has {max(lengths)}. It must "
+                    "be the longest or more."
+                )
+        for name in ("block_table", "slot_mapping", "custom_mask"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.seq_lens.device:
+                raise InvalidInputError(
+                    f"{name} is on {tensor.device}, and seq_lens on {self.seq_lens.device}. Make "
+                    "the batch by AttentionBatch.create, with device=."
+                )
+        if self.block_table is not None:
+            _check_block_table(self.block_table, num_reqs)
+        slots, num_keys = self.slot_mapping, self.key_starts[-1]
+        if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
+            raise InvalidInputError(
+                f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
+                "slot for each: block * block_size + offset, or −1 for padding."
+            )
+        mask, size = self.custom_mask, self._mask_starts[-1]
+        if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
+            raise InvalidInputError(
+                f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
+                f"({size},) bool: query_len * seq_len values for each request, one after another."
+            )
+        for modality, ranges in (self.multi_modal_placeholder_index_maps or {}).items():
+            for each in ranges:
+                if not (0 <= each.request < num_reqs and 0 <= each.start <= each.end):
+                    raise InvalidInputError(
+                        f"The {modality!r} range {tuple(each)} fits none of the {num_reqs} "
+                        "requests; give (request, start, end) with start <= end."
+                    )
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """The requests of one phase as a batch of their own, and which rows of the tokens are theirs.
+    """The requests of one phase as a batch of their own, and which rows are theirs.
 
-    `tokens` is a slice where the phase's requests stand together, else an index tensor.
+    `tokens` are their rows of query and output, `keys` those of key and value: a slice where the
+    phase's requests stand together, of everything if there are no others; else an index tensor.
     """
 
     batch: AttentionBatch
     tokens: slice | torch.Tensor
+    keys: slice | torch.Tensor
 
 
 @dataclass
@@ -243,8 +298,10 @@ class BatchMetadata(AttentionMetadata):
         """The metadata of a batch; `more` are a subclass's further fields.
 
         Raises:
-            InvalidInputError: the batch brings a mask, and the layers were not said to take one.
+            InvalidInputError: the batch contradicts itself, or it brings a mask and the layers
+                were not said to take one.
         """
+        batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
             raise InvalidInputError(
                 "The batch has a custom_mask, and the layer was described without one, so it "
@@ -296,6 +353,8 @@ def slots_of(
 ) -> torch.Tensor:
     """(num_tokens,) int64, the slots of each request's last query_len positions, row by row.
 
+    A row that stands before the first position has slot −1.
+
     Args:
         query_lens: (num_reqs,) on the host.
         seq_lens: (num_reqs,) on the host.
@@ -306,8 +365,10 @@ def slots_of(
     ends = torch.cumsum(query_lens, 0).long()
     positions = torch.arange(len(requests)) + (seq_lens.long() - ends)[requests]
     requests, positions = requests.to(block_table.device), positions.to(block_table.device)
-    blocks = block_table[requests, positions // block_size].long()
-    return blocks * block_size + positions % block_size
+    if not block_table.numel():
+        return torch.full_like(positions, -1)
+    blocks = block_table[requests, positions.clamp(min=0) // block_size].long()
+    return torch.where(positions < 0, -1, blocks * block_size + positions % block_size)
 
 
 def _lengths(name: str, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -325,21 +386,44 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0)).to(torch.int32)
 
 
-def _check_block_table(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int | None
-) -> None:
-    if block_table.dim() != 2 or block_table.shape[0] != len(seq_lens):
+def _check_block_table(block_table: torch.Tensor, num_reqs: int) -> None:
+    if (
+        block_table.dim() != 2
+        or block_table.shape[0] != num_reqs
+        or block_table.dtype not in (torch.int32, torch.int64)
+    ):
         raise InvalidInputError(
-            f"block_table has shape {tuple(block_table.shape)}; it must be (num_reqs, max_blocks) "
-            f"with num_reqs={len(seq_lens)}."
+            f"block_table has shape {tuple(block_table.shape)} and dtype {block_table.dtype}; it "
+            f"must be (num_reqs, max_blocks) with num_reqs={num_reqs}, int32 or int64."
         )
-    longest = int(seq_lens.max()) if len(seq_lens) else 0
-    if block_size is not None and longest > block_table.shape[1] * block_size:
+
+
+def _check_room(
+    block_table: torch.Tensor, queries: torch.Tensor, seqs: torch.Tensor, block_size: int
+) -> None:
+    """Check that the last query_len positions of each request exist and have blocks."""
+    for request, (query, seq) in enumerate(zip(queries.tolist(), seqs.tolist(), strict=True)):
+        if 0 < seq < query:
+            raise InvalidInputError(
+                f"Request {request} has {query} new tokens and {seq} keys. seq_lens counts the new "
+                "ones too."
+            )
+    longest = int(seqs.max()) if len(seqs) else 0
+    if longest > block_table.shape[1] * block_size:
         raise InvalidInputError(
             f"block_table has {block_table.shape[1]} blocks of {block_size} tokens for a request, "
             f"and the longest has {longest} keys. Give it "
             f"{-(-longest // block_size)} columns."
         )
+
+
+def _rows_of(
+    requests: list[int], starts: list[int], device: torch.device
+) -> tuple[slice | torch.Tensor, list[int]]:
+    """Which rows are these requests', and how many each has."""
+    spans = [range(starts[i], starts[i + 1]) for i in requests]
+    rows = _slice_or_index([row for span in spans for row in span], device)
+    return rows, [len(span) for span in spans]
 
 
 def _slice_or_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:

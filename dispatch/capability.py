@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from attn_dispatch.device import DeviceMatch, DeviceProfile
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.libraries import requirement_problem
+from attn_dispatch.libraries import library_name, requirement_problem
 from attn_dispatch.spec import AttentionSpec, plain_value
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "SameAs",
     "EitherOf",
     "compare",
+    "compare_availability",
 ]
 
 
@@ -181,9 +182,16 @@ class Range(Constraint):
 
 @dataclass(frozen=True)
 class SameAs(Constraint):
-    """The same value as another field of the request."""
+    """The same value as another field of the request.
+
+    Raises:
+        InvalidInputError: the other field is not one of AttentionSpec's.
+    """
 
     other: str
+
+    def __post_init__(self) -> None:
+        _check_known([self.other])
 
     def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
         return bool(value == getattr(spec, self.other))
@@ -227,16 +235,27 @@ class ByDevice(Constraint):
         return "; ".join([*cases, f"otherwise {self.otherwise.describe()}"])
 
 
+def _check_known(fields: Iterable[str]) -> None:
+    known = {field.name for field in dataclasses.fields(AttentionSpec)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise InvalidInputError(
+            f"Capabilities declare {', '.join(unknown)}, which AttentionSpec does not have. "
+            f"Its fields are: {', '.join(sorted(known))}."
+        )
+
+
 class Capabilities:
     """A backend's declaration: where it runs, what it needs, what it accepts field by field.
 
     Args:
         devices: the sets of devices that it runs on.
-        requires: libraries with versions, in packaging's form ("triton>=3.6").
+        requires: libraries with versions, in packaging's form ("triton>=3.6"), each by the name of
+            its module.
         **fields: a constraint for each field of the spec that the backend knows.
 
     Raises:
-        InvalidInputError: a field is not one of AttentionSpec's.
+        InvalidInputError: a field is not one of AttentionSpec's, or a value is not of its form.
     """
 
     def __init__(
@@ -246,25 +265,44 @@ class Capabilities:
         requires: tuple[str, ...] = (),
         **fields: Constraint,
     ) -> None:
-        known = {field.name for field in dataclasses.fields(AttentionSpec)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise InvalidInputError(
-                f"Capabilities declare {', '.join(unknown)}, which AttentionSpec does not have. "
-                f"Its fields are: {', '.join(sorted(known))}."
-            )
+        _check_known(fields)
+        _check_all("devices", devices, DeviceMatch)
+        _check_all("requires", requires, str)
+        for requirement in requires:
+            try:
+                Requirement(requirement)
+            except InvalidRequirement as error:
+                raise InvalidInputError(
+                    f"requires names {requirement!r}, which is no requirement such as "
+                    f"'triton>=3.6': {str(error).splitlines()[0]}"
+                ) from error
+        for name, constraint in fields.items():
+            if not isinstance(constraint, Constraint):
+                raise InvalidInputError(
+                    f"{name}={constraint!r} is not a constraint. "
+                    f"Write e.g. {name}=OneOf({constraint!r})."
+                )
         self.devices = devices
         self.requires = requires
         self.fields: Mapping[str, Constraint] = dict(fields)
 
 
+def _check_all(name: str, values: Any, kind: type) -> None:
+    if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+        raise InvalidInputError(f"{name}={values!r} is not a tuple of {kind.__name__}.")
+
+
 def compare(spec: AttentionSpec, capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
     """Every reason for which a backend with these capabilities cannot serve the request here."""
     return [
-        *_compare_device(capabilities, device),
-        *_compare_libraries(capabilities, device),
+        *compare_availability(capabilities, device),
         *_compare_fields(spec, capabilities, device),
     ]
+
+
+def compare_availability(capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
+    """Every reason for which such a backend cannot run here at all, whatever the request."""
+    return [*_compare_device(capabilities, device), *_compare_libraries(capabilities, device)]
 
 
 def _compare_device(capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
@@ -278,7 +316,7 @@ def _compare_device(capabilities: Capabilities, device: DeviceProfile) -> list[R
 def _compare_libraries(capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
     reasons = []
     for requirement in capabilities.requires:
-        name = Requirement(requirement).name
+        name = library_name(requirement)
         problem = requirement_problem(requirement, device.library(name))
         if problem:
             fact, remedy = problem

@@ -20,6 +20,7 @@ __all__ = [
     "default_torch_device",
     "detect_device",
     "known_device",
+    "settle_device",
 ]
 
 
@@ -35,7 +36,8 @@ class DeviceProfile:
         num_sms: streaming multiprocessors or compute units.
         shared_memory_bytes: shared memory or LDS that one program can have.
         l2_bytes: size of the L2 cache.
-        memory_bandwidth: bytes per second, by the vendor's datasheet.
+        memory_bandwidth: bytes per second at best: by the vendor's datasheet for a known device,
+            by the memory's clock and width for a detected one.
         libraries: what is installed beside it; see `libraries.Library`.
     """
 
@@ -79,12 +81,12 @@ class DeviceMatch:
 
     def admits(self, device: DeviceProfile) -> bool:
         """Whether the device is in the set."""
-        capability = device.capability or (0, 0)
+        first, last, capability = self.min_capability, self.max_capability, device.capability
         return (
             self.vendor in (None, device.vendor)
             and (not self.archs or device.arch in self.archs)
-            and (self.min_capability is None or capability >= self.min_capability)
-            and (self.max_capability is None or capability <= self.max_capability)
+            and (first is None or (capability is not None and capability >= first))
+            and (last is None or (capability is not None and capability <= last))
         )
 
     def describe(self) -> str:
@@ -190,14 +192,19 @@ def default_torch_device() -> torch.device:
     import torch
 
     chosen = torch.get_default_device()
-    if chosen.type != "cpu":
-        return chosen
+    return chosen if chosen.type != "cpu" else _accelerator_or_cpu()
+
+
+@functools.cache
+def _accelerator_or_cpu() -> torch.device:
+    import torch
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def detect_device(device: torch.device | str) -> DeviceProfile:
-    """The profile of a device of this machine, with the libraries that are installed.
+def settle_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant here and now: what None and a bare "cuda" mean may change.
 
     Raises:
         InvalidInputError: PyTorch does not know or cannot reach the device.
@@ -205,15 +212,40 @@ def detect_device(device: torch.device | str) -> DeviceProfile:
     import torch
 
     try:
-        torch_device = torch.device(device)
-        hardware = _detect_hardware(torch_device.type, torch_device.index)
+        settled = default_torch_device() if device is None else torch.device(device)
+        if settled.type == "cuda" and settled.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return settled
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            f"Device {str(device)!r} cannot be used here: {str(error).splitlines()[0]} "
-            "`attn-dispatch doctor` shows what this machine has; to ask about a device that is "
-            "elsewhere, name its architecture, e.g. gfx942."
-        ) from error
-    return dataclasses.replace(hardware, libraries=installed_libraries())
+        raise _unusable(device, error) from error
+
+
+def _unusable(device: object, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"Device {str(device)!r} cannot be used here: {str(error).splitlines()[0]} "
+        "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` answers for "
+        "devices that are elsewhere, by architecture or product, e.g. gfx942 or H200."
+    )
+
+
+def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
+    """The profile of a device of this machine, with the libraries that are installed.
+
+    Args:
+        device: as PyTorch names it; None for the default device.
+
+    Raises:
+        InvalidInputError: PyTorch does not know or cannot reach the device.
+    """
+    from attn_dispatch.registry import registry
+
+    settled = settle_device(device)
+    try:
+        hardware = _detect_hardware(settled.type, settled.index)
+    except (RuntimeError, AssertionError) as error:
+        raise _unusable(device, error) from error
+    libraries = installed_libraries(registry.library_names())
+    return dataclasses.replace(hardware, libraries=libraries)
 
 
 @functools.cache
@@ -227,6 +259,13 @@ def _detect_hardware(kind: str, index: int | None) -> DeviceProfile:
     raise RuntimeError(f"there is no profile for PyTorch devices of type {kind!r}.")
 
 
+def _bandwidth(properties: Any) -> float | None:
+    """Bytes per second by the memory's clock and width; two transfers a cycle."""
+    clock_khz = getattr(properties, "memory_clock_rate", None)
+    bits = getattr(properties, "memory_bus_width", None)
+    return 2 * clock_khz * 1e3 * bits / 8 if clock_khz and bits else None
+
+
 def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
     """A profile out of torch.cuda.get_device_properties; pure, so that tests can feed it."""
     if hip_version:
@@ -235,7 +274,6 @@ def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
     else:
         capability = (int(properties.major), int(properties.minor))
         vendor, arch = "nvidia", f"sm{capability[0]}{capability[1]}"
-    known = KNOWN_DEVICES.get(arch)
     return DeviceProfile(
         vendor=vendor,
         arch=arch,
@@ -244,5 +282,5 @@ def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
         num_sms=int(properties.multi_processor_count),
         shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", None),
         l2_bytes=getattr(properties, "L2_cache_size", None),
-        memory_bandwidth=known.memory_bandwidth if known else None,
+        memory_bandwidth=_bandwidth(properties),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,32 +10,11 @@ import torch
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType, Phase
-from attn_dispatch.quantization import kv_cache_torch_dtype
+from attn_dispatch.quantization import KVScales, is_fp8, kv_cache_torch_dtype
 from attn_dispatch.selector import resolve
 from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
 
 __all__ = ["attention", "merge_states"]
-
-
-@dataclass
-class _Scales:
-    """The scales of an fp8 cache, as AttentionLayer wants them."""
-
-    _k_scale: torch.Tensor
-    _v_scale: torch.Tensor
-    _k_scale_float: float
-    _v_scale_float: float
-
-    @classmethod
-    def of(cls, k: float | torch.Tensor, v: float | torch.Tensor, device: torch.device) -> _Scales:
-        k_tensor = torch.as_tensor(k, dtype=torch.float32, device=device)
-        v_tensor = torch.as_tensor(v, dtype=torch.float32, device=device)
-        return cls(k_tensor, v_tensor, _as_float(k), _as_float(v))
-
-
-def _as_float(scale: float | torch.Tensor) -> float:
-    per_head = isinstance(scale, torch.Tensor) and scale.dim() > 0
-    return float("nan") if per_head else float(scale)
 
 
 def attention(
@@ -136,9 +114,16 @@ def attention(
         custom_mask=custom_mask,
         device=query.device,
     )
-    if sum(batch.query_lens) != len(query):
+    if batch.num_tokens != len(query):
         raise InvalidInputError(
-            f"query has {len(query)} rows, and query_lens adds up to {sum(batch.query_lens)}."
+            f"query has {len(query)} rows, and query_lens adds up to {batch.num_tokens}. Give each "
+            "request's rows of query."
+        )
+    if key is not None and batch.key_starts[-1] != len(key):
+        lens = "seq_lens" if kv_cache is None else "query_lens"
+        raise InvalidInputError(
+            f"key has {len(key)} rows, and {lens} adds up to {batch.key_starts[-1]}. Give each "
+            "request's rows of key and value."
         )
     phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
     backend_cls = resolve(spec, query.device, phase=phase, backend=backend).backend_cls
@@ -159,7 +144,13 @@ def attention(
         returns_lse=return_lse,
     )
     metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
-    scales = _Scales.of(k_scale, v_scale, query.device)
+    scales = KVScales()
+    if kv_cache is not None and is_fp8(kv_cache.dtype):
+        scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
+    elif any(isinstance(scale, torch.Tensor) or scale != 1.0 for scale in (k_scale, v_scale)):
+        raise InvalidInputError(
+            "k_scale and v_scale are of an fp8 kv_cache, and there is none; leave them out."
+        )
     return impl.forward(scales, query, key, value, kv_cache, metadata, out)
 
 
@@ -237,10 +228,15 @@ def merge_states(
         raise InvalidInputError(f"The parts have different shapes: {sorted(shapes)}.")
     dtype = torch.float64 if lses[0].dtype == torch.float64 else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in lses])
-    lse = torch.logsumexp(stacked, dim=0)
-    total = lse if sinks is None else torch.logaddexp(lse, sinks.to(dtype))
+    logits = stacked
+    if sinks is not None:
+        logits = torch.cat([stacked, sinks.to(dtype).expand(1, *stacked.shape[1:])])
+    largest = logits.amax(dim=0)
+    weights = torch.exp(logits - largest.masked_fill(largest == float("-inf"), 0.0))
+    weights = weights / weights.sum(dim=0)  # so that they add up to 1, however large the lses are
     merged = torch.zeros_like(outputs[0], dtype=dtype)
-    for output, part in zip(outputs, stacked, strict=True):
-        weight = torch.exp(part - total).masked_fill(part == float("-inf"), 0.0)
-        merged += torch.where(weight[..., None] > 0, weight[..., None] * output.to(dtype), 0.0)
-    return merged.to(outputs[0].dtype), lse
+    for output, weight, part in zip(outputs, weights, stacked, strict=False):
+        # A part without keys may hold anything; any other NaN is an error that must show.
+        empty = (part == float("-inf"))[..., None]
+        merged += torch.where(empty, 0.0, weight[..., None] * output.to(dtype))
+    return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)

@@ -87,10 +87,17 @@ class AttentionLayer(Protocol):
     ones, for kernels that take an argument by value; per-head scales have none (NaN).
     """
 
-    _k_scale: torch.Tensor
-    _v_scale: torch.Tensor
-    _k_scale_float: float
-    _v_scale_float: float
+    @property
+    def _k_scale(self) -> torch.Tensor: ...
+
+    @property
+    def _v_scale(self) -> torch.Tensor: ...
+
+    @property
+    def _k_scale_float(self) -> float: ...
+
+    @property
+    def _v_scale_float(self) -> float: ...
 
 
 @dataclass

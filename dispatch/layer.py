@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from attn_dispatch import overrides
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.context import current_context
 from attn_dispatch.device import default_torch_device, detect_device
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import BackendFailure, InvalidInputError
 from attn_dispatch.interface import (
     AttentionImpl,
     AttentionMetadata,
@@ -23,16 +22,39 @@ from attn_dispatch.interface import (
     Phase,
 )
 from attn_dispatch.ops import attention_op, layers_by_key
-from attn_dispatch.quantization import is_fp8, scale_for
+from attn_dispatch.quantization import KVScales, is_e4m3, is_fp8, scale_for
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
-from attn_dispatch.routing import RoutedBuilder, RoutedMetadata, forward_routed
+from attn_dispatch.routing import RoutedBuilder, RoutedImpl
 from attn_dispatch.selector import phases_of, select_and_warn
 from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.validation import check_no_grad
 
 __all__ = ["Attention", "bind_kv_caches"]
 
 _serial = itertools.count()
+
+_SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
+
+
+class _CacheState(KVScales):
+    """What belongs to a cache, and is shared by the layers that share it.
+
+    Attributes:
+        scales_are_final: what is in the cache depends on the scales.
+        token: stands for the cache in compiled graphs, see `ops.attention_op`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales_are_final = False
+        with torch.inference_mode(False):  # else it could only be used inside of that mode
+            self.token = torch.zeros(1)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        with torch.inference_mode(False):
+            self.token = self.token.to(device)
 
 
 class Attention(nn.Module):
@@ -40,7 +62,8 @@ class Attention(nn.Module):
 
     Called inside of `forward_context(batch)`, with or without torch.compile; or with explicit
     `kv_cache` and `attn_metadata`. The overrides in force when the layer is made are the ones that
-    count, also if the layer is moved to another device afterwards.
+    count, also if the layer is moved to another device afterwards. A copy of a layer, or a pickled
+    one, is a layer of its own, to which no cache is bound yet.
 
     Args:
         num_heads: query heads.
@@ -112,19 +135,37 @@ class Attention(nn.Module):
         self.scale = head_size**-0.5 if scale is None else float(scale)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.kv_cache: torch.Tensor | None = None
-        self._alibi_slopes = alibi_slopes
-        self._sinks = sinks
+        # In a dict, so that sinks which are a Parameter stay the model's, and not this module's.
+        self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
         self._rules = overrides.current_rules(backend, registry.names())
-        self._scales_are_set = False
-        # Not buffers: a scale must stay float32 when the module is cast.
-        self._k_scale = torch.ones(())
-        self._v_scale = torch.ones(())
-        self._k_scale_float = self._v_scale_float = 1.0
+        # Not made of buffers: a scale must stay float32 when the module is cast.
+        self._cache_state = _CacheState()
         self._device: torch.device | None = None
         self._register()
         chosen = default_torch_device() if device is None else torch.device(device)
         if chosen.type != "meta":
-            self._bind(chosen)
+            self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
+
+    # What AttentionLayer promises: a layer that shares a cache has the scales of its target.
+    @property
+    def _k_scale(self) -> torch.Tensor:
+        return self._cache_state._k_scale
+
+    @property
+    def _v_scale(self) -> torch.Tensor:
+        return self._cache_state._v_scale
+
+    @property
+    def _k_scale_float(self) -> float:
+        return self._cache_state._k_scale_float
+
+    @property
+    def _v_scale_float(self) -> float:
+        return self._cache_state._v_scale_float
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no cache: that is the engine's, large, and not to be written by two layers.
+        return {**self.__dict__, "kv_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -132,7 +173,7 @@ class Attention(nn.Module):
 
     def _register(self) -> None:
         self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
-        layers_by_key[self._op_key] = weakref.ref(self)
+        layers_by_key[self._op_key] = self
 
     def _bind(self, device: torch.device) -> None:
         """Pick backends for a device and build their impls."""
@@ -141,42 +182,48 @@ class Attention(nn.Module):
             phase: select_and_warn(spec, profile, phase=phase, rules=self._rules)
             for phase in phases_of(spec)
         }
-        self._impls: dict[Phase, AttentionImpl[Any]] = {}
-        self._builders: dict[Phase, AttentionMetadataBuilder[Any]] = {}
-        made: dict[str, Phase] = {}
-        for phase, selection in self.selections.items():
-            twin = made.setdefault(selection.name, phase)
-            if twin is phase:
-                cls = selection.backend_cls
-                self._impls[phase] = cls.get_impl_cls()(**self._impl_arguments())
-                self._builders[phase] = cls.get_builder_cls()(spec, device)
-            else:
-                self._impls[phase] = self._impls[twin]
-                self._builders[phase] = self._builders[twin]
-        first = next(iter(self._builders.values()))
-        self._build = first.build if len(made) == 1 else RoutedBuilder(self._builders).build
-        self._metadata_key = (tuple(made), spec, device)
-        self._k_scale, self._v_scale = self._k_scale.to(device), self._v_scale.to(device)
+        classes = {phase: selection.backend_cls for phase, selection in self.selections.items()}
+        self._impl: AttentionImpl[Any] | RoutedImpl
+        self._builder: AttentionMetadataBuilder[Any]
+        if len(set(classes.values())) == 1:
+            only = next(iter(self.selections.values()))
+            self._impl = self._build_impl(only)
+            self._builder = only.backend_cls.get_builder_cls()(spec, device)
+        else:
+            impls = {phase: self._build_impl(each) for phase, each in self.selections.items()}
+            self._impl = RoutedImpl(impls, classes)
+            self._builder = RoutedBuilder(
+                {phase: cls.get_builder_cls()(spec, device) for phase, cls in classes.items()}
+            )
+        self._metadata_key = (tuple(s.name for s in self.selections.values()), spec, device)
+        self._cache_state.to(device)
         self._device = device
 
-    def _impl_arguments(self) -> dict[str, Any]:
+    def _build_impl(self, selection: Selection) -> AttentionImpl[Any]:
         spec = self.spec
-        return {
+        arguments: dict[str, Any] = {
             "num_heads": spec.num_heads,
             "head_size": spec.head_size,
             "scale": self.scale,
             "num_kv_heads": spec.num_kv_heads,
-            "alibi_slopes": self._alibi_slopes,
+            **self._per_head,
             "sliding_window": spec.sliding_window,
             "kv_cache_dtype": spec.kv_cache_dtype,
             "logits_soft_cap": spec.logits_soft_cap,
             "attn_type": spec.attn_type,
             "kv_sharing_target_layer_name": self.kv_sharing_target_layer_name,
-            "sinks": self._sinks,
             "head_size_v": spec.head_size_v,
             "causal": spec.causal,
             "returns_lse": spec.returns_lse,
         }
+        impl = selection.backend_cls.get_impl_cls()(**arguments)
+        quant = spec.output_quant
+        if quant is not None and not impl.fused_output_quant_supported(quant):
+            raise BackendFailure(
+                f"{selection.name} declares output_quant={quant!r}, and its impl does not support "
+                f"it. That is a bug of the backend; exclude it by the override -{selection.name}."
+            )
+        return impl
 
     def set_kv_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
         """Set the scales of an fp8 cache.
@@ -189,38 +236,45 @@ class Attention(nn.Module):
             InvalidInputError: the shape does not go with the spec's kv_scales, or a scale is not
                 positive and finite.
         """
-        scales = [torch.as_tensor(s, dtype=torch.float32).detach() for s in (k_scale, v_scale)]
+        self._set_scales(k_scale, v_scale)
+        self._cache_state.scales_are_final = True
+
+    def _set_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
         shape = (self.spec.num_kv_heads,) if self.spec.kv_scales == "per_head" else ()
-        for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
-            if tuple(scale.shape) != shape:
-                raise InvalidInputError(
-                    f"{name} has shape {tuple(scale.shape)}; with kv_scales="
-                    f"{self.spec.kv_scales!r} it must be {shape}."
-                )
-            if not bool((scale.isfinite() & (scale > 0)).all()):
-                raise InvalidInputError(f"{name} must be positive and finite.")
-        device = self._device or scales[0].device
-        self._k_scale, self._v_scale = (scale.to(device) for scale in scales)
-        self._k_scale_float, self._v_scale_float = (
-            float("nan") if scale.dim() else float(scale) for scale in scales
-        )
-        self._scales_are_set = True
+        self._cache_state.set(k_scale, v_scale, (shape,), self._device)
 
     def _derive_scales(
         self,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-    ) -> None:
-        """Derive the scales from these keys and values; once, since the cache depends on them."""
-        if key is None or value is None or kv_cache is None or not is_fp8(kv_cache.dtype):
-            return
+        slots: torch.Tensor | None,
+    ) -> bool:
+        """Derive the scales from what of these keys and values goes to a cache, if anything does.
+
+        Raises:
+            InvalidInputError: the cache is another layer's, and so are its scales.
+        """
+        if kv_cache is None or not is_fp8(kv_cache.dtype):
+            return False
+        if self.spec.kv_sharing:
+            raise InvalidInputError(
+                f"Layer {self.prefix!r} reads the cache of {self.kv_sharing_target_layer_name!r} "
+                "and does not know its scales. Bind the caches of both by bind_kv_caches, or give "
+                "both set_kv_scales."
+            )
+        if key is None or value is None or slots is None or not bool((slots >= 0).any()):
+            return False
+        if min(len(key), len(value)) < len(slots):
+            return False  # the impl says what is wrong
         dims = (0, 2) if self.spec.kv_scales == "per_head" else (0, 1, 2)
-        self.set_kv_scales(*(scale_for(t, kv_cache.dtype, dims) for t in (key, value)))
+        new = (tensor[: len(slots)][slots >= 0] for tensor in (key, value))
+        self._set_scales(*(scale_for(tensor, kv_cache.dtype, dims) for tensor in new))
+        return True
 
     def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
         """The metadata for this layer, and all alike, of a batch."""
-        metadata: AttentionMetadata = self._build(batch)
+        metadata: AttentionMetadata = self._builder.build(batch)
         return metadata
 
     def forward(
@@ -255,6 +309,7 @@ class Attention(nn.Module):
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
         spec = self.spec
+        check_no_grad(query, key, value)  # the op hides this from what it calls
         is_flat = query.dim() == 2
         query = self._unflatten("query", query, spec.num_heads, spec.head_size)
         if key is not None and value is not None:
@@ -274,7 +329,7 @@ class Attention(nn.Module):
                     "Under torch.compile the cache is the one that is bound to the layer and the "
                     "metadata comes from forward_context; do not pass them."
                 )
-            attention_op(*arguments, self._op_key)
+            attention_op(*arguments, self._cache_state.token, self._op_key)
         else:
             self._run(*arguments, kv_cache, attn_metadata)
         result = output.flatten(1) if is_flat else output
@@ -311,38 +366,40 @@ class Attention(nn.Module):
                 f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
                 "the query, or make the layer with dtype=."
             )
-        if (spec.output_quant is not None) != is_fp8(output.dtype):
-            raise InvalidInputError(
-                f"output is {output.dtype}; layer {self.prefix!r} was made with output_quant="
-                f"{spec.output_quant!r}."
-            )
+        if spec.output_quant is not None or is_fp8(output.dtype):
+            self._check_quantized(output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
         if metadata is None:
-            metadata = current_context().metadata(self.prefix, self._metadata_key, self._build)
-        if metadata.enable_kv_scales_calculation and not self._scales_are_set:
-            self._derive_scales(key, value, kv_cache)
-        if isinstance(metadata, RoutedMetadata):
-            forward_routed(
-                self._impls,
-                self,
-                query,
-                key,
-                value,
-                kv_cache,
-                metadata,
-                output,
-                output_scale,
-                output_block_scale,
-                lse,
+            metadata = current_context().metadata(
+                self.prefix, self._metadata_key, self._builder.build
             )
-            return
-        impl = next(iter(self._impls.values()))
-        result = impl.forward(
-            self, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale
-        )
+        derived_scales = False
+        if metadata.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
+            slots = metadata.slot_mapping
+            derived_scales = self._derive_scales(key, value, kv_cache, slots)
+        scales = (output_scale, output_block_scale)
+        result = self._impl.forward(self, query, key, value, kv_cache, metadata, output, *scales)
         if lse is not None:
             lse.copy_(result[1])
+        if derived_scales:
+            self._cache_state.scales_are_final = True
+
+    def _check_quantized(
+        self,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> None:
+        quant = self.spec.output_quant
+        scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
+        given = [name for name, scale in scales.items() if scale is not None]
+        if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
+            wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
+            raise InvalidInputError(
+                f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
+                f"{self.prefix!r} was made with output_quant={quant!r}{wants}."
+            )
 
     def extra_repr(self) -> str:
         """The request and the picks, for print(model)."""
@@ -354,6 +411,8 @@ def bind_kv_caches(
     layers: nn.Module | Mapping[str, Attention], caches: Mapping[str, torch.Tensor]
 ) -> None:
     """Give each layer its cache, by name; a layer that shares another's gets that one's.
+
+    With the cache come its scales: what is set for one of the layers that share it holds for all.
 
     Args:
         layers: a model, whose Attention layers are named by their prefix; or layers by name.
@@ -374,6 +433,8 @@ def bind_kv_caches(
                 "model, under the names that the layers have."
             )
         layer.kv_cache = caches[source]
+        if source in named:
+            layer._cache_state = named[source]._cache_state
 
 
 def _attention_layers(model: nn.Module) -> dict[str, Attention]:

@@ -11,11 +11,13 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from attn_dispatch.errors import BackendFailure
 
@@ -26,6 +28,7 @@ __all__ = [
     "generation",
     "import_library",
     "installed_libraries",
+    "library_name",
     "requirement_problem",
 ]
 
@@ -74,7 +77,6 @@ class Library:
 
 
 _broken: dict[str, str] = {}
-_lock = threading.Lock()
 
 
 def generation() -> int:
@@ -82,24 +84,35 @@ def generation() -> int:
     return len(_broken)
 
 
+def library_name(requirement: str) -> str:
+    """The module that a requirement such as "flash-attn>=2.8" speaks of.
+
+    A requirement may name one of LIBRARIES by its module or by a package that brings it; any other
+    library goes by the name of its module.
+    """
+    name = Requirement(requirement).name
+    for info in LIBRARIES.values():
+        if canonicalize_name(name) in map(canonicalize_name, (info.module, *info.distributions)):
+            return info.module
+    return name.replace("-", "_").replace(".", "_")
+
+
+def installed_libraries(names: Iterable[str] = LIBRARIES) -> tuple[Library, ...]:
+    """These libraries as they stand on this machine; nothing is imported."""
+    return tuple(Library(name, _installed_version(name), _broken.get(name)) for name in names)
+
+
 @functools.cache
-def installed_libraries() -> tuple[Library, ...]:
-    """Every library of LIBRARIES as it stands on this machine; nothing is imported."""
-    return tuple(
-        Library(info.module, _installed_version(info), _broken.get(info.module))
-        for info in LIBRARIES.values()
-    )
-
-
-def _installed_version(info: LibraryInfo) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
-        if importlib.util.find_spec(info.module) is None:
+        if importlib.util.find_spec(name) is None:
             return None
     except (ImportError, ValueError):  # a half-loaded module without a spec counts as absent
         return None
-    for distribution in info.distributions:
+    info = LIBRARIES.get(name)
+    for distribution in (name,) if info is None else info.distributions:
         try:
-            return importlib.metadata.version(distribution)
+            return importlib.metadata.version(distribution) or "unknown"
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
@@ -115,23 +128,26 @@ def import_library(module: str) -> ModuleType:
     name = module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a broken native library raises OSError, RuntimeError, anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken library raises OSError, SystemExit, anything
         summary = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        with _lock:
-            _broken[name] = summary
-            installed_libraries.cache_clear()
+        _broken[name] = summary
         raise BackendFailure(f"{module} cannot be imported here: {summary}") from error
 
 
 def requirement_problem(requirement: str, library: Library) -> tuple[str, str] | None:
     """What stands between a library and a requirement such as "triton>=3.6": (fact, remedy)."""
-    wanted = Requirement(requirement)
-    info = LIBRARIES.get(wanted.name)
-    remedy = f"{wanted.name}: {info.install}" if info else f"install {requirement}"
+    info = LIBRARIES.get(library_name(requirement))
+    remedy = f"{info.module}: {info.install}" if info else f"install {requirement}"
     if library.version is None:
         return "not installed", remedy
     if library.error is not None:
         return f"installed but broken: {library.error}", f"repair it ({remedy})"
-    if library.version == "unknown" or wanted.specifier.contains(library.version, prereleases=True):
+    try:
+        version = Version(library.version)
+    except InvalidVersion:  # "unknown", or a build's own invention: nothing speaks against it
+        return None
+    if Requirement(requirement).specifier.contains(version, prereleases=True):
         return None
     return f"version {library.version}", f"install {requirement}"

@@ -12,11 +12,11 @@ from attn_dispatch.errors import InvalidInputError
 __all__ = ["attention_op", "layers_by_key"]
 
 #: The layers that are alive, by the key that their op call carries.
-layers_by_key: "dict[str, weakref.ref[Any]]" = {}
+layers_by_key: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 
 
 @torch.library.custom_op(
-    "attn_dispatch::attention", mutates_args=("output", "lse", "output_block_scale")
+    "attn_dispatch::attention", mutates_args=("output", "lse", "output_block_scale", "cache_token")
 )
 def attention_op(
     query: torch.Tensor,
@@ -26,17 +26,18 @@ def attention_op(
     lse: Optional[torch.Tensor],  # noqa: UP045
     output_scale: Optional[torch.Tensor],  # noqa: UP045
     output_block_scale: Optional[torch.Tensor],  # noqa: UP045
+    cache_token: torch.Tensor,
     layer_key: str,
 ) -> None:
     """Run a layer's attention: output, lse and output_block_scale are written.
 
     The layer's KV cache is written too. It is no argument, because functionalization would then
-    be free to copy gigabytes; what reads a cache depends on an earlier layer's output anyway.
+    be free to copy gigabytes. `cache_token`, one element that layers with a common cache share,
+    stands for it: a mutated input keeps the compiler from dropping a layer whose output nobody
+    uses, and keeps those that write and read one cache in their order.
     """
-    found = layers_by_key.get(layer_key)
-    layer = None if found is None else found()
+    layer = layers_by_key.get(layer_key)
     if layer is None:
-        layers_by_key.pop(layer_key, None)
         raise InvalidInputError(
             f"The attention layer {layer_key!r} that this graph was compiled for is gone. Compile "
             "the model that is in use."
@@ -53,6 +54,7 @@ def _(
     lse: Optional[torch.Tensor],  # noqa: UP045
     output_scale: Optional[torch.Tensor],  # noqa: UP045
     output_block_scale: Optional[torch.Tensor],  # noqa: UP045
+    cache_token: torch.Tensor,
     layer_key: str,
 ) -> None:
     """Nothing is returned, so there is nothing to describe."""

@@ -1,7 +1,7 @@
 """Overrides: what a user demands of the selection, where it came from, and how it ranks.
 
     override := item ("," item)*
-    item     := [scope "="] ["-"] NAME ["?"]
+    item     := [scope "="] (NAME | NAME "?" | "-" NAME)
     scope    := phase | kind | kind "." phase
 
 `NAME` is required, `NAME?` preferred, `-NAME` excluded; `prefill=NAME`, `sliding_window=NAME` and
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ def parse_override(text: str, source: Source, names: frozenset[str]) -> tuple[Ru
         InvalidInputError: the text is malformed or contradicts itself.
         UnknownBackendError: it names a backend that is not registered.
     """
+    if not isinstance(text, str):
+        raise InvalidInputError(f"{_ORIGINS[source]} is {text!r}. Give the name of a backend.")
     if not text.strip():
         return ()
     rules = tuple(_parse_item(item, text, source, names) for item in text.split(","))
@@ -161,7 +164,14 @@ def _backend_name(value: str, source: Source, names: frozenset[str]) -> str:
     raise UnknownBackendError(
         f"{_ORIGINS[source]} names the backend {value!r}, which is not registered.{meant}"
         f"{_did_you_mean(name, names)} Registered are: {', '.join(sorted(names))}."
+        + (_VLLM_REMEDY if source is Source.VLLM_ENVIRONMENT else "")
     )
+
+
+_VLLM_REMEDY = (
+    f" If it is meant for vLLM alone, set {environment.BACKEND.name} to what is meant here, which "
+    "outranks it, or unset it."
+)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -177,6 +187,15 @@ def _check_consistent(rules: tuple[Rule, ...], text: str, source: Source) -> Non
             raise InvalidInputError(
                 f"{_ORIGINS[source]} {text!r} requires both {required[scope]} and {rule.name}. "
                 f"Require one; or prefer them in order: {required[scope]}?,{rule.name}?"
+            )
+    # By phase and by kind count the same: what is said of either must agree where both apply.
+    by_phase = [(phase, name) for (phase, kind), name in required.items() if phase and not kind]
+    by_kind = [(kind, name) for (phase, kind), name in required.items() if kind and not phase]
+    for (phase, one), (kind, other) in itertools.product(by_phase, by_kind):
+        if one != other and (phase, kind) not in required:
+            raise InvalidInputError(
+                f"{_ORIGINS[source]} {text!r} requires both {one} and {other} for the {phase} of "
+                f"{kind} layers. Add {kind}.{phase}=NAME to say which one is meant there."
             )
     for rule in rules:
         opposed = (
@@ -237,6 +256,8 @@ def current_rules(argument: str | None, names: frozenset[str]) -> tuple[Rule, ..
         *parse_override(argument or "", Source.ARGUMENT, names),
         *(rule for text in contexts for rule in parse_override(text, Source.CONTEXT, names)),
         *parse_override(env, Source.ENVIRONMENT, names),
-        *parse_override(vllm_env, Source.VLLM_ENVIRONMENT, names),
     ]
+    # What is meant for vLLM may name what is not here; where something else has the say, let it.
+    if not any(rule.mode is Mode.REQUIRE and rule.scopes == 0 for rule in rules):
+        rules += parse_override(vllm_env, Source.VLLM_ENVIRONMENT, names)
     return tuple(sorted(rules, key=lambda rule: (rule.source is not Source.ARGUMENT, -rule.scopes)))

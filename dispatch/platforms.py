@@ -1,7 +1,7 @@
 """The declared order of backends on each platform: what automatic selection tries, best first.
 
-A backend is named here once it exists. One that is registered but not named (a plugin) is tried
-before the last resort.
+A backend is named here once it exists. One that is registered but not named for a platform (a
+plugin, or a backend that nobody measured there) is tried before the last resort.
 """
 
 from __future__ import annotations
@@ -59,13 +59,12 @@ PLATFORMS: tuple[Platform, ...] = (
 def backend_order(
     device: DeviceProfile, phase: Phase | None, registered: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Registered backends in the order to try them: declared, then plugins, then last resort."""
+    """Every registered backend in the order to try them: declared, others, last resort."""
     platform = next((p for p in PLATFORMS if p.match.admits(device)), None)
     declared: tuple[str, ...] = ()
     if platform is not None:
         declared = platform.decode if phase is Phase.DECODE else platform.prefill
     named = [name for name in declared if name in registered]
     resort = [name for name in LAST_RESORT if name in registered]
-    everywhere = {name for p in PLATFORMS for name in (*p.prefill, *p.decode)}
-    plugins = [n for n in registered if n not in everywhere and n not in resort]
-    return (*named, *plugins, *resort)
+    others = [name for name in registered if name not in named and name not in resort]
+    return (*named, *others, *resort)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = [
     "GROUP_SIZE",
+    "KVScales",
     "dequantize",
+    "is_e4m3",
     "is_fp8",
     "kv_cache_torch_dtype",
     "quantize",
@@ -35,6 +39,11 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in _FP8.values()
 
 
+def is_e4m3(dtype: torch.dtype) -> bool:
+    """Whether a torch dtype is e4m3, of either form."""
+    return dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
 def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = "") -> torch.dtype:
     """The torch dtype of a cache.
 
@@ -51,15 +60,62 @@ def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = ""
     if kv_cache_dtype == "fp8":
         return torch.float8_e4m3fnuz if arch in FNUZ_ARCHS else torch.float8_e4m3fn
     found = _FP8.get(kv_cache_dtype) or getattr(torch, kv_cache_dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise InvalidInputError(f"kv_cache_dtype={kv_cache_dtype!r} names no element type.")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidInputError(f"kv_cache_dtype={kv_cache_dtype!r} names no floating-point type.")
     return found
+
+
+class KVScales:
+    """The scales of one fp8 cache, under the names of AttentionLayer; 1 until they are set."""
+
+    def __init__(self) -> None:
+        self._k_scale = self._v_scale = torch.ones(())
+        self._k_scale_float = self._v_scale_float = 1.0
+
+    def set(
+        self,
+        k_scale: float | torch.Tensor,
+        v_scale: float | torch.Tensor,
+        shapes: tuple[tuple[int, ...], ...],
+        device: torch.device | None = None,
+    ) -> None:
+        """Set both.
+
+        Args:
+            k_scale: a number, or a tensor of one of the shapes.
+            v_scale: the same for values.
+            shapes: what is allowed: () per tensor, (num_kv_heads,) per head.
+            device: where they go; None for where they are.
+
+        Raises:
+            InvalidInputError: one has another shape, or is not positive and finite.
+        """
+        scales = [torch.as_tensor(s, dtype=torch.float32).detach() for s in (k_scale, v_scale)]
+        for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
+            if tuple(scale.shape) not in shapes:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(scale.shape)}; it must be "
+                    f"{' or '.join(map(str, shapes))}."
+                )
+            if not bool((scale.isfinite() & (scale > 0)).all()):
+                raise InvalidInputError(
+                    f"{name} is {scale.tolist()}; scales are finite and above 0."
+                )
+        self._k_scale, self._v_scale = (scale.to(device or scale.device) for scale in scales)
+        self._k_scale_float, self._v_scale_float = (
+            math.nan if scale.dim() else float(scale) for scale in scales
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Move both to a device."""
+        self._k_scale, self._v_scale = self._k_scale.to(device), self._v_scale.to(device)
 
 
 def scale_for(values: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> torch.Tensor:
     """float32: the scales under which the largest value over `dims` is the largest of dtype."""
     amax = values.detach().abs().amax(dims).float()
-    return torch.where(amax > 0, amax / torch.finfo(dtype).max, torch.ones_like(amax))
+    scale = (amax / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax > 0, scale, torch.ones_like(amax))
 
 
 def quantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -93,7 +149,7 @@ def quantize_output(
         output.copy_(quantize(values, output_scale, output.dtype))
         return
     assert output_block_scale is not None
-    groups = values.reshape(values.shape[0], -1, GROUP_SIZE)
+    groups = values.flatten(1).unflatten(1, (-1, GROUP_SIZE))
     scales = scale_for(groups, output.dtype, (-1,))
     output_block_scale.copy_(scales)
     output.copy_(quantize(groups, scales[..., None], output.dtype).view(values.shape))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
+import operator
+import re
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +27,7 @@ from attn_dispatch.interface import (
     AttentionMetadataBuilder,
     AttentionState,
 )
+from attn_dispatch.libraries import LIBRARIES, library_name
 
 __all__ = [
     "BUILTIN",
@@ -71,6 +74,7 @@ def check_backend_class(cls: Any) -> list[str]:
         )
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
+    problems += _problems_of_name(cls)
     parts = {
         "get_impl_cls": AttentionImpl,
         "get_metadata_cls": AttentionMetadata,
@@ -90,11 +94,22 @@ def check_backend_class(cls: Any) -> list[str]:
     return problems
 
 
+def _problems_of_name(cls: type[AttentionBackend]) -> list[str]:
+    try:
+        name: object = cls.get_name()
+    except Exception as error:  # as above
+        return [f"{cls.__name__}.get_name() raises {type(error).__name__}: {error}"]
+    if isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name):
+        return []
+    return [
+        f"{cls.__name__}.get_name() is {name!r}, and overrides know only names of capitals, digits "
+        "and underscores"
+    ]
+
+
 def _missing_members(cls: type) -> list[str]:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if not missing and not inspect.isabstract(cls):
-        return []
-    return [f"{cls.__name__} does not implement {', '.join(missing)}"]
+    return [f"{cls.__name__} does not implement {', '.join(missing)}"] if missing else []
 
 
 def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[AttentionBackend]:
@@ -104,17 +119,12 @@ def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[Attentio
         InvalidInputError: the name has neither form.
         BackendFailure: the module cannot be imported, or the class is not a proper backend.
     """
-    if isinstance(full_cls_name, str):
-        module_name, separator, class_name = full_cls_name.partition(":")
-        if not separator:
-            module_name, _, class_name = full_cls_name.rpartition(".")
-    else:
-        module_name, class_name = full_cls_name
-    if not module_name or not class_name:
-        raise InvalidInputError(f"{full_cls_name!r} is not of the form 'package.module:Class'.")
+    module_name, class_name = _split(full_cls_name)
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a plugin's module may raise anything at all
+        cls = operator.attrgetter(class_name)(importlib.import_module(module_name))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin's module may raise anything at all, SystemExit too
         raise BackendFailure(
             f"{module_name}:{class_name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -125,6 +135,18 @@ def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[Attentio
     return backend_cls
 
 
+def _split(full_cls_name: Any) -> tuple[str, str]:
+    if isinstance(full_cls_name, str):
+        separator = ":" if ":" in full_cls_name else "."
+        module_name, _, class_name = full_cls_name.rpartition(separator)
+        parts = [module_name, class_name]
+    else:
+        parts = list(full_cls_name) if isinstance(full_cls_name, (tuple, list)) else []
+    if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+        raise InvalidInputError(f"{full_cls_name!r} is not of the form 'package.module:Class'.")
+    return parts[0], parts[1]
+
+
 class Registry:
     """Backends by name, in the order in which they were registered. Safe to use from threads."""
 
@@ -132,6 +154,7 @@ class Registry:
         self._lock = threading.RLock()
         self._builtin = dict(builtin)
         self._targets: dict[str, str] | None = None
+        self._loaded: dict[str, Candidate] = {}
         self._registered: dict[str, type[AttentionBackend]] = {}
         self._candidates: Mapping[str, Candidate] | None = None
         self._names: frozenset[str] | None = None
@@ -177,22 +200,47 @@ class Registry:
     def _all_targets(self) -> dict[str, str]:
         with self._lock:
             if self._targets is None:
-                found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
                 # A name of ours stays ours: a plugin replaces one only by an explicit register().
-                plugins = {point.name: point.value for point in found}
-                self._targets = {**plugins, **self._builtin}
+                self._targets = {**_entry_points(), **self._builtin}
             return self._targets
 
     def candidates(self) -> Mapping[str, Candidate]:
         """Every registered backend, loaded; one that fails to load carries the reason."""
         candidates = self._candidates
         if candidates is None:
+            # Not under the lock: a module may register while another thread imports it.
+            for name, target in self._all_targets().items():
+                if name not in self._loaded:
+                    self._loaded[name] = _load(name, target)
             with self._lock:
-                loaded = {name: _load(name, target) for name, target in self._all_targets().items()}
-                for name, cls in self._registered.items():
-                    loaded[name] = Candidate(name, ":".join(cls.full_cls_name()), cls)
-                candidates = self._candidates = MappingProxyType(loaded)
+                candidates = self._candidates = MappingProxyType(self._all_candidates())
         return candidates
+
+    def _all_candidates(self) -> dict[str, Candidate]:
+        registered = {
+            name: Candidate(name, ":".join(cls.full_cls_name()), cls)
+            for name, cls in self._registered.items()
+        }
+        return {name: self._loaded[name] for name in self._all_targets()} | registered
+
+    def library_names(self) -> tuple[str, ...]:
+        """The libraries that selection asks about: those of LIBRARIES, and what plugins require."""
+        classes = (candidate.backend_cls for candidate in self.candidates().values())
+        required = (r for cls in classes if cls is not None for r in cls.capabilities.requires)
+        return tuple(dict.fromkeys([*LIBRARIES, *map(library_name, required)]))
+
+
+def _entry_points() -> dict[str, str]:
+    try:
+        found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    except Exception as error:  # one malformed record, of any package, spoils the whole list
+        warnings.warn(
+            f"Plugins are not available: the installed packages' entry points cannot be read "
+            f"({type(error).__name__}: {error}). Reinstall the package that was installed last.",
+            stacklevel=2,
+        )
+        return {}
+    return {point.name: point.value for point in found}
 
 
 def _load(name: str, target: str) -> Candidate:

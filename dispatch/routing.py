@@ -12,31 +12,33 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.batch import AttentionBatch, BatchMetadata, BatchPart
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import (
+    AttentionBackend,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
     AttentionMetadataBuilder,
-    AttentionType,
     Phase,
 )
-from attn_dispatch.validation import check_forward
+from attn_dispatch.kv_cache import write_new_kv
+from attn_dispatch.validation import check_forward, check_metadata
 
-__all__ = ["RoutedBuilder", "RoutedMetadata", "RoutedPart", "forward_routed"]
+__all__ = ["RoutedBuilder", "RoutedImpl", "RoutedMetadata", "RoutedPart"]
 
 
 @dataclass(frozen=True)
 class RoutedPart:
-    """The requests of one phase: which rows are theirs, and their backend's metadata."""
+    """The requests of one phase, and the metadata of that phase's backend."""
 
     phase: Phase
-    tokens: slice | torch.Tensor
+    rows: BatchPart
     metadata: Any
 
 
 @dataclass
-class RoutedMetadata(AttentionMetadata):
+class RoutedMetadata(BatchMetadata):
     """A batch taken apart by phase, each part with the metadata of its own backend."""
 
     parts: list[RoutedPart]
@@ -55,87 +57,96 @@ class RoutedMetadata(AttentionMetadata):
         return self._of(Phase.DECODE)
 
 
-class RoutedBuilder:
+class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
     """Builds each phase's metadata with that phase's builder."""
 
     def __init__(self, builders: Mapping[Phase, AttentionMetadataBuilder[Any]]) -> None:
+        first = builders[Phase.PREFILL]
+        super().__init__(first.spec, first.device)
         self._builders = builders
 
     def build(self, batch: AttentionBatch) -> RoutedMetadata:
         """The metadata of every phase that the batch has requests in."""
-        spec = self._builders[Phase.PREFILL].spec
-        if spec.attn_type == AttentionType.ENCODER_DECODER:
-            # Cross-attention brings an encoder's keys, not one for each query: kept whole.
-            phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
-            whole = slice(0, batch.num_tokens)
-            parts = [RoutedPart(phase, whole, self._builders[phase].build(batch))]
-        else:
-            parts = [
-                RoutedPart(phase, part.tokens, self._builders[phase].build(part.batch))
-                for phase, part in batch.parts.items()
-            ]
-        prefill_tokens = sum(
-            query
-            for query, phase in zip(batch.query_lens, batch.phases, strict=True)
-            if phase is Phase.PREFILL
-        )
-        return RoutedMetadata(
-            num_prefills=batch.phases.count(Phase.PREFILL),
-            num_prefill_tokens=prefill_tokens,
-            num_decode_tokens=batch.num_tokens - prefill_tokens,
-            slot_mapping=batch.slot_mapping,
-            multi_modal_placeholder_index_maps=batch.multi_modal_placeholder_index_maps,
-            enable_kv_scales_calculation=batch.enable_kv_scales_calculation,
-            parts=parts,
-        )
+        metadata: RoutedMetadata = RoutedMetadata.of(batch, self, parts=[])
+        for phase, part in batch.parts.items():
+            built = self._builders[phase].build(part.batch)
+            metadata.parts.append(RoutedPart(phase, part, built))
+        return metadata
 
 
-def forward_routed(
-    impls: Mapping[Phase, AttentionImpl[Any]],
-    layer: AttentionLayer,
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
-    metadata: RoutedMetadata,
-    output: torch.Tensor,
-    output_scale: torch.Tensor | None,
-    output_block_scale: torch.Tensor | None,
-    lse: torch.Tensor | None,
-) -> None:
-    """Run each part on its phase's impl; the arguments are those of AttentionImpl.forward.
+class RoutedImpl:
+    """Runs each part of a batch on its phase's impl.
 
-    `output`, and `lse` if there is one, are written.
+    Args:
+        impls: of each phase, for the same layer.
+        backends: of each phase.
     """
 
-    def rows(tensor: torch.Tensor | None, part: RoutedPart) -> torch.Tensor | None:
-        # Keys that are not the query's rows belong to a part that is the whole batch.
-        own = tensor is None or len(tensor) == len(query)
-        return tensor[part.tokens] if own and tensor is not None else tensor
+    def __init__(
+        self,
+        impls: Mapping[Phase, AttentionImpl[Any]],
+        backends: Mapping[Phase, type[AttentionBackend]],
+    ) -> None:
+        self._impls = impls
+        self._metadata_classes = {phase: cls.get_metadata_cls() for phase, cls in backends.items()}
 
-    for part in metadata.parts:  # nothing is written before everything is checked
-        args = (query[part.tokens], rows(key, part), rows(value, part), kv_cache)
-        check_forward(impls[part.phase], *args, part.metadata.batch)
-    for part in metadata.parts:
-        block_scale = None if output_block_scale is None else output_block_scale[part.tokens]
-        part_output = output[part.tokens]
-        result = impls[part.phase].forward(
-            layer,
-            query[part.tokens],
-            rows(key, part),
-            rows(value, part),
-            kv_cache,
-            part.metadata,
-            part_output,
-            output_scale,
-            block_scale,
-        )
-        if lse is not None:
-            lse[part.tokens] = result[1]
-        if not isinstance(part.tokens, slice):  # indexing made copies: put them back
-            _bytes(output)[part.tokens] = _bytes(part_output)
-            if output_block_scale is not None and block_scale is not None:
-                output_block_scale[part.tokens] = block_scale
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: RoutedMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See AttentionImpl.forward; only that output must be given."""
+        first = self._impls[Phase.PREFILL]
+        check_metadata(first, attn_metadata, RoutedMetadata)
+        batch, parts = attn_metadata.batch, attn_metadata.parts
+        for part in parts:
+            if not isinstance(part.metadata, self._metadata_classes[part.phase]):
+                raise InvalidInputError(
+                    f"attn_metadata has a {type(part.metadata).__name__} for {part.phase}, and "
+                    "this layer's backend for it is another. Make it by layer.build_metadata."
+                )
+        scales = (output_scale, output_block_scale)
+        check_forward(first, query, key, value, kv_cache, batch, output, *scales)
+
+        if len(parts) > 1 and kv_cache is not None and key is not None and value is not None:
+            # A part may read what another writes: a prefix that their requests share. So what the
+            # later parts write must be there before the first one reads.
+            for part in parts[1:]:
+                new = (key[part.rows.keys], value[part.rows.keys])
+                write_new_kv(first, layer, *new, kv_cache, part.rows.batch)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        if len(parts) != 1:  # what lies beyond the batch's tokens is in no part
+            _bytes(output)[batch.num_tokens :] = 0
+            lse[batch.num_tokens :] = float("-inf")
+        for part in parts:
+            tokens, keys = part.rows.tokens, part.rows.keys
+            part_output = output[tokens]
+            block_scale = None if output_block_scale is None else output_block_scale[tokens]
+            result = self._impls[part.phase].forward(
+                layer,
+                query[tokens],
+                None if key is None else key[keys],
+                None if value is None else value[keys],
+                kv_cache,
+                part.metadata,
+                part_output,
+                output_scale,
+                block_scale,
+            )
+            if first.returns_lse:
+                lse[tokens] = result[1]
+            if not isinstance(tokens, slice):  # indexing made copies: put them back
+                _bytes(output)[tokens] = _bytes(part_output)
+                if output_block_scale is not None and block_scale is not None:
+                    output_block_scale[tokens] = block_scale
+        return (output, lse) if first.returns_lse else output
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from attn_dispatch import libraries, overrides
 from attn_dispatch.capability import Reason, ReasonCode, compare
-from attn_dispatch.device import DeviceProfile, default_torch_device, detect_device, known_device
+from attn_dispatch.device import DeviceProfile, detect_device, known_device, settle_device
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType, Phase
-from attn_dispatch.libraries import LIBRARIES, Library
+from attn_dispatch.libraries import Library
 from attn_dispatch.overrides import Mode, Rule, Source
 from attn_dispatch.platforms import LAST_RESORT, backend_order
 from attn_dispatch.registry import Candidate, registry
@@ -62,6 +62,7 @@ def select(
     Raises:
         UnsupportedError: the required backend, or every backend, is refused. Its report holds
             every reason.
+        InvalidInputError: phase is neither prefill nor decode.
     """
     if candidates is None:
         candidates = registry.candidates()
@@ -82,9 +83,12 @@ def decide(
     candidates: Mapping[str, Candidate],
 ) -> Report:
     """`select` as a report, also of a failure. Pure."""
+    phase = _as_phase(phase)
     rules = [rule for rule in rules if rule.applies(phase, spec.kind)]
     order = backend_order(device, phase, tuple(candidates))
     verdicts = {name: _judge(candidates[name], spec, device) for name in order}
+    for name in {rule.name for rule in rules} - set(verdicts):
+        verdicts[name] = Verdict(name, (_NO_CANDIDATE,))
 
     def conclude(picked: str | None, source: Source | None, because: str) -> Report:
         cls = candidates[picked].backend_cls if picked else None
@@ -95,7 +99,7 @@ def decide(
     settled: set[str] = set()  # a higher rule has spoken of these; lower ones no longer count
     passed_over = []
     for rule in rules:
-        if rule.name in settled or rule.name not in verdicts:
+        if rule.name in settled:
             continue
         settled.add(rule.name)
         if rule.mode is Mode.EXCLUDE:
@@ -110,11 +114,19 @@ def decide(
             passed_over.append(f"; {rule} prefers {rule.name}, which is refused")
     for name in order:
         if verdicts[name].supported:
-            because = (
-                f"first in this platform's order that supports it{''.join(passed_over)}"
-            )
+            because = f"first in this platform's order that supports it{''.join(passed_over)}"
             return conclude(name, Source.PLATFORM, because)
     return conclude(None, None, "No registered backend computes exactly this request here:")
+
+
+_NO_CANDIDATE = Reason(code=ReasonCode.LOAD, field="backend", asked="it is not a candidate")
+
+
+def _as_phase(phase: Phase | str | None) -> Phase | None:
+    try:
+        return None if phase is None else Phase(phase)
+    except ValueError as error:
+        raise InvalidInputError(f"phase={phase!r} is neither 'prefill' nor 'decode'.") from error
 
 
 def _judge(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) -> Verdict:
@@ -122,18 +134,25 @@ def _judge(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) -> 
     if cls is None:
         assert candidate.problem is not None
         return Verdict(candidate.name, (candidate.problem,))
-    reasons = compare(spec, cls.capabilities, device)
-    # Fields that are refused one by one need no word on how they combine.
-    return Verdict(candidate.name, tuple(reasons or cls.check_combination(spec, device)))
+    try:
+        reasons = compare(spec, cls.capabilities, device)
+        # Fields that are refused one by one need no word on how they combine.
+        return Verdict(candidate.name, tuple(reasons or cls.check_combination(spec, device)))
+    except Exception as error:  # a plugin's own checks may raise anything at all
+        asked = f"its check of the request raises {type(error).__name__}: {error}"
+        problem = Reason(code=ReasonCode.LOAD, field="backend", asked=asked)
+        return Verdict(candidate.name, (problem,))
 
 
 def _required_but_refused(rule: Rule, verdicts: Mapping[str, Verdict]) -> str:
     able = [verdict.name for verdict in verdicts.values() if verdict.supported]
-    remedy = f"What could: {', '.join(able)}." if able else "Nothing else could either."
-    return (
-        f"{rule} requires {rule.name}, which cannot compute this request. {remedy} "
-        f"Drop the override, or soften it to {rule.name}? (prefer). The reasons:"
-    )
+    remedy = "Nothing else could either: change the request."
+    if able:
+        remedy = (
+            f"What could: {', '.join(able)}. Drop the override, or soften it to {rule.name}? "
+            "(prefer)."
+        )
+    return f"{rule} requires {rule.name}, which cannot compute this request. {remedy} The reasons:"
 
 
 def phases_of(spec: AttentionSpec) -> tuple[Phase, ...]:
@@ -168,11 +187,13 @@ def resolve(
         UnknownBackendError: an override names a backend that is not registered.
         InvalidInputError: an override or the device is malformed.
     """
+    if not isinstance(device, DeviceProfile):
+        device = settle_device(device)
     generations = (registry.generation, libraries.generation())
     key = (spec, device, phase, backend, overrides.current_texts(), generations)
     selection = _decided.get(key)
     if selection is None:
-        profile = _profile(device)
+        profile = device if isinstance(device, DeviceProfile) else detect_device(device)
         rules = overrides.current_rules(backend, registry.names())
         selection = select_and_warn(spec, profile, phase=phase, rules=rules)
         if len(_decided) >= _DECIDED_MAX:
@@ -203,36 +224,36 @@ def _select_one(
     ):
         return select(spec, device, phase=phase, rules=rules)
     # One backend is wanted for both phases, and somebody spoke of one phase: they must agree.
-    prefill, decode = (select(spec, device, phase=each, rules=rules) for each in Phase)
-    if prefill.name != decode.name:
+    picks = [select(spec, device, phase=each, rules=rules) for each in phases_of(spec)]
+    if len({pick.name for pick in picks}) > 1:
+        told = " and ".join(f"{pick.name} for {pick.report.phase}" for pick in picks)
         raise InvalidInputError(
-            f"The overrides in force pick {prefill.name} for prefill and {decode.name} for decode. "
-            "Pass phase= to say which one is meant."
+            f"The overrides in force pick {told}. Pass phase= to say which one is meant."
         )
-    return prefill
+    return picks[0]
 
 
-def _profile(device: torch.device | str | DeviceProfile | None) -> DeviceProfile:
-    if isinstance(device, DeviceProfile):
-        return device
-    return detect_device(default_torch_device() if device is None else device)
+#: Each warning is given once in a process, however many layers it is about.
+_warned: set[str] = set()
 
 
 def _warn_of_last_resort(selection: Selection) -> None:
     report = selection.report
     if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
         return
-    faster = [v for v in report.verdicts if v.name not in LAST_RESORT]
-    if report.device.is_gpu and faster:
-        warnings.warn(
-            f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
-            f"What stood in the way of faster backends:\n{report.refusals()}",
-            ReferenceFallbackWarning,
-            stacklevel=4,
-        )
+    refused = [
+        f"  {v.name}: {r}" for v in report.verdicts for r in v.reasons if v.name not in LAST_RESORT
+    ]
+    text = (
+        f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
+        "What stood in the way of faster backends:\n" + "\n".join(refused)
+    )
+    if report.device.is_gpu and refused and text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, ReferenceFallbackWarning, stacklevel=4)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)  # 1 is not True, and 128.0 not 128
 def _make_spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**fields)
 
@@ -313,12 +334,14 @@ def explained_device(
     device: torch.device | str | DeviceProfile | None, without: Iterable[str] = ()
 ) -> DeviceProfile:
     """The profile that `explain` speaks of; `without` names libraries to be taken as missing."""
-    if isinstance(device, str) and not _is_torch_device(device):
-        device = known_device(device)
-        device = device.with_libraries(*(Library(name, "unknown") for name in LIBRARIES))
-    profile = _profile(device)
-    return profile.with_libraries(*(Library(name) for name in without))
+    if isinstance(device, str) and not is_torch_device(device):
+        assumed = (Library(name, "unknown") for name in registry.library_names())
+        device = known_device(device).with_libraries(*assumed)
+    if not isinstance(device, DeviceProfile):
+        device = detect_device(device)
+    return device.with_libraries(*(Library(name) for name in without))
 
 
-def _is_torch_device(name: str) -> bool:
+def is_torch_device(name: str) -> bool:
+    """Whether the name is that of a PyTorch device of this machine, not of a known device."""
     return name.split(":", maxsplit=1)[0] in ("cpu", "cuda", "mps", "xpu")

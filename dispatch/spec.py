@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MLADims", "AttentionSpec", "KV_CACHE_DTYPES", "LAYER_KINDS", "OUTPUT_QUANTS"]
 
@@ -33,6 +35,13 @@ OUTPUT_QUANTS = ("fp8_e4m3", "fp8_e4m3_group128")
 
 #: The kinds of layer that an override can name, see `AttentionSpec.kind`.
 LAYER_KINDS = ("full", "sliding_window", "encoder", "encoder_only", "encoder_decoder", "mla")
+
+#: What a field holds that was left None.
+_DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
+    "num_kv_heads": lambda spec: spec.num_heads,
+    "head_size_v": lambda spec: spec.head_size,
+    "causal": lambda spec: spec.attn_type == AttentionType.DECODER,
+}
 
 _REQUIRED: Any = dataclasses.MISSING
 
@@ -129,15 +138,16 @@ class AttentionSpec:
     cuda_graph: bool = _field("Calls are captured into CUDA graphs.", False, neutral=False)
 
     def __post_init__(self) -> None:
+        import torch  # not above: what only reads the declarations, such as --help, stays quick
+
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
         _require_int("num_heads", self.num_heads, minimum=1)
         _require_int("head_size", self.head_size, minimum=1)
-        if self.num_kv_heads is None:
-            fill("num_kv_heads", self.num_heads)
-        if self.head_size_v is None:
-            fill("head_size_v", self.head_size)
+        for name, derive in _DERIVED.items():
+            if getattr(self, name) is None:
+                fill(name, derive(self))
         _require_int("num_kv_heads", self.num_kv_heads, minimum=1)
         _require_int("head_size_v", self.head_size_v, minimum=1)
         if self.num_heads % self.num_kv_heads:
@@ -159,8 +169,6 @@ class AttentionSpec:
             _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
         _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))
         fill("attn_type", AttentionType(self.attn_type))
-        if self.causal is None:
-            fill("causal", self.attn_type == AttentionType.DECODER)
         for name in ("block_size", "sliding_window"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), minimum=1)
@@ -212,8 +220,9 @@ class AttentionSpec:
         return "full" if self.sliding_window is None else "sliding_window"
 
     def replace(self, **changes: Any) -> AttentionSpec:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; what was derived from them is derived again."""
+        derived = {name: None for name in _DERIVED if _is_filled_in(self, name)}
+        return dataclasses.replace(self, **{**derived, **changes})
 
     def asdict(self) -> dict[str, Any]:
         """The request as JSON-ready data: dtypes by name, nested records as dicts."""
@@ -231,6 +240,8 @@ class AttentionSpec:
 
 def plain_value(value: Any) -> Any:
     """A field's value as JSON-ready data."""
+    import torch
+
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, AttentionType):
@@ -242,12 +253,7 @@ def plain_value(value: Any) -> Any:
 
 def _is_filled_in(spec: AttentionSpec, name: str) -> bool:
     """Whether the field holds what __post_init__ would have put there."""
-    derived = {
-        "num_kv_heads": spec.num_heads,
-        "head_size_v": spec.head_size,
-        "causal": spec.attn_type == AttentionType.DECODER,
-    }
-    return name in derived and getattr(spec, name) == derived[name]
+    return name in _DERIVED and bool(getattr(spec, name) == _DERIVED[name](spec))
 
 
 def _require_int(name: str, value: Any, minimum: int) -> None:

@@ -66,7 +66,10 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         device, columns = self.runner.device, self.runner.max_blocks_per_request
         self._buffers = {
             "query_start_loc": torch.arange(max_batch_size + 1, dtype=torch.int32, device=device),
-            "seq_lens": torch.ones(max_batch_size, dtype=torch.int32, device=device),
+            # A key before the new one makes each request a decode.
+            "seq_lens": torch.full(
+                (max_batch_size,), min(2, self.runner.max_seq_len), dtype=torch.int32, device=device
+            ),
             "block_table": torch.zeros(max_batch_size, columns, dtype=torch.int32, device=device),
             "slot_mapping": torch.full((max_batch_size,), -1, dtype=torch.int64, device=device),
         }
@@ -132,14 +135,20 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         """See AttentionState.prepare_graph_input_buffers.
 
         Raises:
-            InvalidInputError: the step has more requests than the graph, or longer queries.
+            InvalidInputError: the step has more requests than the graph, or other queries than
+                one token each, or what a graph cannot take.
         """
         batch = attn_metadata.batch
         size, num_reqs = len(input_buffers["seq_lens"]), batch.num_reqs
-        if num_reqs > size or batch.max_query_len > 1:
+        if num_reqs > size or batch.query_lens != [1] * num_reqs:
             raise InvalidInputError(
                 f"The graph was captured for {size} requests of one token, and the step has "
-                f"{num_reqs} of up to {batch.max_query_len}. Replay a larger graph, or run eagerly."
+                f"{num_reqs} with {batch.query_lens[:8]}. Replay a larger graph, or run eagerly."
+            )
+        if batch.custom_mask is not None or batch.enable_kv_scales_calculation:
+            raise InvalidInputError(
+                "The step brings a custom_mask or asks for scales, and a captured graph knows "
+                "neither. Run it eagerly."
             )
         self.begin_forward(batch)
         input_buffers["seq_lens"].zero_()[:num_reqs].copy_(batch.seq_lens)
@@ -149,4 +158,4 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         if "slot_mapping" in input_buffers:
             slots = input_buffers["slot_mapping"].fill_(-1)
             if batch.slot_mapping is not None:
-                slots[:num_reqs].copy_(batch.slot_mapping)
+                slots[:num_reqs].copy_(batch.slot_mapping[:num_reqs])

@@ -6,6 +6,7 @@ slots, lengths) may sit on the device, so they are checked under ATTN_DISPATCH_C
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_batch_contents",
+    "check_block_table",
     "check_cache_tensor",
     "check_forward",
     "check_metadata",
+    "check_no_grad",
     "check_output",
     "check_slot_mapping",
 ]
@@ -45,6 +48,7 @@ def check_forward(
     Raises:
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
+    check_no_grad(query, key, value)
     _check_rows("query", query, (impl.num_heads, impl.head_size), query)
     if query.shape[0] < batch.num_tokens:
         raise InvalidInputError(
@@ -69,6 +73,19 @@ def check_forward(
     check_output(shape, query, output, output_scale, output_block_scale)
     if environment.check_mode():
         check_batch_contents(batch, kv_cache)
+
+
+def check_no_grad(*tensors: torch.Tensor | None) -> None:
+    """Check that no gradient is expected to flow through.
+
+    Raises:
+        InvalidInputError: autograd is recording one of these tensors.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise InvalidInputError(
+            "attn-dispatch computes attention for inference, and autograd is recording this call. "
+            "Call the model inside of torch.inference_mode() or torch.no_grad()."
+        )
 
 
 def _check_rows(
@@ -127,15 +144,9 @@ def _check_with_cache(
             f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {size})."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
-    if batch.block_table is None:
-        raise InvalidInputError("The batch has no block_table, and the layer has a kv_cache.")
-    if batch.max_seq_len > batch.block_table.shape[1] * found[2]:
-        raise InvalidInputError(
-            f"block_table has {batch.block_table.shape[1]} blocks of {found[2]} tokens for a "
-            f"request, and the longest has {batch.max_seq_len} keys."
-        )
+    check_block_table(batch, found[2], query.device)
     if key is not None and impl.kv_sharing_target_layer_name is None:
-        check_slot_mapping(batch, len(key))
+        check_slot_mapping(batch, len(key), query.device)
 
 
 def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
@@ -149,14 +160,49 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch
         )
 
 
-def check_slot_mapping(batch: AttentionBatch, num_keys: int) -> None:
+def check_block_table(batch: AttentionBatch, block_size: int, device: torch.device) -> None:
+    """Check that there is a block table, where the cache is, with room for the longest request."""
+    table = batch.block_table
+    if table is None:
+        raise InvalidInputError(
+            "The batch has no block_table, and the layer has a kv_cache. Give "
+            "AttentionBatch.create the requests' block_table."
+        )
+    if batch.max_seq_len > table.shape[1] * block_size:
+        raise InvalidInputError(
+            f"block_table has {table.shape[1]} blocks of {block_size} tokens for a request, and "
+            f"the longest has {batch.max_seq_len} keys. Give it "
+            f"{-(-batch.max_seq_len // block_size)} columns."
+        )
+    _check_device("block_table", table, device)
+
+
+def check_slot_mapping(batch: AttentionBatch, num_keys: int, device: torch.device) -> None:
     """Check that the new keys have slots to go to."""
     slots = batch.slot_mapping
-    if slots is None or slots.dim() != 1 or not batch.key_starts[-1] <= len(slots) <= num_keys:
-        found = "no slot_mapping" if slots is None else f"slot_mapping {tuple(slots.shape)}"
+    if (
+        slots is None
+        or slots.dim() != 1
+        or slots.dtype != torch.int64
+        or not batch.key_starts[-1] <= len(slots) <= num_keys
+    ):
+        found = (
+            "no slot_mapping"
+            if slots is None
+            else f"slot_mapping {tuple(slots.shape)} {slots.dtype}"
+        )
         raise InvalidInputError(
             f"The batch has {found} for {batch.key_starts[-1]} new keys ({num_keys} rows). Give a "
-            "slot for each: block * block_size + offset, or −1 for padding."
+            "slot for each, int64: block * block_size + offset, or −1 for padding."
+        )
+    _check_device("slot_mapping", slots, device)
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidInputError(
+            f"{name} is on {tensor.device}, and query on {device}. Make the batch with "
+            f"device={str(device)!r}."
         )
 
 
@@ -185,14 +231,43 @@ def check_output(
             f"output is {output.dtype}. It must be {query.dtype}; or an fp8 type together with "
             "output_scale or output_block_scale."
         )
+    if output_scale is not None:
+        _check_scale("output_scale", output_scale, (), query)
     if output_block_scale is not None:
-        wanted = (shape[0], shape[1] * shape[2] // GROUP_SIZE)
-        if (shape[1] * shape[2]) % GROUP_SIZE or tuple(output_block_scale.shape) != wanted:
+        row = shape[1] * shape[2]
+        if row % GROUP_SIZE:
             raise InvalidInputError(
-                f"output_block_scale has shape {tuple(output_block_scale.shape)}; it must be "
-                f"(num_tokens, num_heads * head_size_v / {GROUP_SIZE}), and the row a multiple of "
-                f"{GROUP_SIZE} values."
+                f"A row of the output has num_heads * head_size_v = {row} values, which is no "
+                f"multiple of {GROUP_SIZE}; use output_scale."
             )
+        groups = (shape[0], row // GROUP_SIZE)
+        _check_scale("output_block_scale", output_block_scale, groups, query)
+
+
+def _check_scale(
+    name: str, scale: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
+) -> None:
+    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.device != query.device:
+        raise InvalidInputError(
+            f"{name} is {tuple(scale.shape)} {scale.dtype} on {scale.device}; it must be {shape} "
+            f"torch.float32 on {query.device}."
+        )
+
+
+#: What an impl and the spec of its metadata must have in common.
+_IN_COMMON = (
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "kv_cache_dtype",
+    "attn_type",
+    "causal",
+    "sliding_window",
+    "logits_soft_cap",
+    "returns_lse",
+)
+_in_common = operator.attrgetter(*_IN_COMMON)
 
 
 def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted: type) -> None:
@@ -203,12 +278,24 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
             f"{wanted.__name__} of its own builder (layer.build_metadata makes the right one)."
         )
     spec = metadata.builder.spec  # type: ignore[attr-defined]
-    for field in ("causal", "sliding_window", "attn_type"):
-        if getattr(spec, field) != getattr(impl, field):
-            raise InvalidInputError(
-                f"attn_metadata was built for layers with {field}={getattr(spec, field)}, and this "
-                f"layer has {getattr(impl, field)}. Build the metadata from the layer's own spec."
-            )
+    given = (
+        impl.alibi_slopes is not None,
+        impl.sinks is not None,
+        impl.kv_sharing_target_layer_name is not None,
+    )
+    if _in_common(spec) == _in_common(impl) and (spec.alibi, spec.sinks, spec.kv_sharing) == given:
+        return
+    pairs = [
+        *zip(_IN_COMMON, _in_common(spec), _in_common(impl), strict=True),
+        ("alibi", spec.alibi, given[0]),
+        ("sinks", spec.sinks, given[1]),
+        ("kv_sharing", spec.kv_sharing, given[2]),
+    ]
+    field, theirs, mine = next(pair for pair in pairs if pair[1] != pair[2])
+    raise InvalidInputError(
+        f"attn_metadata was built for layers with {field}={theirs}, and this layer has {mine}. "
+        "Build the metadata from the layer's own spec; layer.build_metadata does."
+    )
 
 
 def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:
@@ -218,10 +305,13 @@ def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -
         InvalidInputError: lengths are not monotone or differ from their host copies, a block id
             or a slot is out of range, or two tokens share a slot.
     """
-    starts = batch.query_start_loc
-    if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-        raise InvalidInputError("query_start_loc must start at 0 and never fall.")
-    if starts.tolist() != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
+    starts = batch.query_start_loc.tolist()
+    if starts[0] != 0 or starts != sorted(starts):
+        raise InvalidInputError(
+            f"query_start_loc is {starts[:8]}; it must start at 0 and never fall. "
+            "AttentionBatch.create makes one from the lengths."
+        )
+    if starts != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
         raise InvalidInputError(
             "query_start_loc or seq_lens differs from its host copy. Make both from the same "
             "lengths; AttentionBatch.create does."
@@ -235,7 +325,8 @@ def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -
         if len(used) and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
             raise InvalidInputError(
                 f"block_table of request {request} names blocks {int(used.min())} to "
-                f"{int(used.max())}; the cache has blocks 0 to {num_blocks - 1}."
+                f"{int(used.max())}; the cache has blocks 0 to {num_blocks - 1}. Give blocks of "
+                "this layer's cache."
             )
     if batch.slot_mapping is None:
         return
@@ -246,4 +337,6 @@ def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -
             f"slots 0 to {num_blocks * block_size - 1}, and −1 is padding."
         )
     if len(slots.unique()) != len(slots):
-        raise InvalidInputError("slot_mapping sends two tokens to the same slot.")
+        raise InvalidInputError(
+            "slot_mapping sends two tokens to the same slot. Give each its own; −1 is padding."
+        )

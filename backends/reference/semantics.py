@@ -117,7 +117,9 @@ def attend(
         lse = torch.logsumexp(scores, dim=-1)
         total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
         weights = torch.exp(scores - total[..., None]).masked_fill(~seen, 0.0)
-        return torch.einsum("hqk,khd->qhd", weights, value), lse.T
+        # What no query sees may be freed memory, and zero times NaN would be NaN.
+        used = value.masked_fill(~seen.any(0)[:, None, None], 0.0)
+        return torch.einsum("hqk,khd->qhd", weights, used), lse.T
 
     step = max(1, _MAX_SCORES // max(1, num_heads * num_keys))
     pieces = [piece(slice(row, row + step)) for row in range(0, num_queries, step)]

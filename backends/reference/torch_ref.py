@@ -11,7 +11,7 @@ import torch
 
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import ANY, Capabilities, OneOf, Reason, ReasonCode
+from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf, Reason, ReasonCode
 from attn_dispatch.device import DeviceMatch, DeviceProfile
 from attn_dispatch.interface import (
     AttentionBackend,
@@ -130,6 +130,13 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
 
 
+#: Apple's GPUs have no float64.
+FLOATS = ByDevice(
+    (DeviceMatch(vendor="apple"), OneOf(torch.float32, torch.bfloat16, torch.float16)),
+    otherwise=OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+)
+
+
 class ReferenceBackend(AttentionBackend):
     """Plain PyTorch: right everywhere, fast nowhere."""
 
@@ -140,7 +147,7 @@ class ReferenceBackend(AttentionBackend):
         num_kv_heads=ANY,
         head_size=ANY,
         head_size_v=ANY,
-        dtype=OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        dtype=FLOATS,
         kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
         kv_scales=OneOf("per_tensor", "per_head"),
         block_size=ANY,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype
+from attn_dispatch.backends.reference.torch_ref import FLOATS
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
 from attn_dispatch.device import DeviceMatch
@@ -30,14 +31,17 @@ from attn_dispatch.interface import (
     AttentionType,
     MLAAttentionImpl,
     Phase,
+    refuse_features,
 )
 from attn_dispatch.kv_cache import gather_kv, write_mla_cache
 from attn_dispatch.quantization import quantize_output
 from attn_dispatch.spec import KV_CACHE_DTYPES, MLADims
 from attn_dispatch.validation import (
     check_batch_contents,
+    check_block_table,
     check_cache_tensor,
     check_metadata,
+    check_no_grad,
     check_output,
     check_slot_mapping,
 )
@@ -74,7 +78,9 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         **kwargs: AttentionImpl's arguments by keyword.
 
     Raises:
-        InvalidInputError: kv_b_proj has another shape.
+        InvalidInputError: kv_b_proj has another shape or a bias, or head_size and num_kv_heads are
+            not those of the latent cache.
+        UnsupportedError: it is constructed with a feature that the backend does not declare.
     """
 
     def __init__(
@@ -86,9 +92,22 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        refuse_features(self, "REFERENCE_MLA", "alibi_slopes", "sinks")
         self.mla = mla
         self.kv_b_proj = kv_b_proj
         self.q_proj = q_proj
+        self.head_size_v = mla.kv_lora_rank
+        latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+        if (self.head_size, self.num_kv_heads) != (latent, 1):
+            raise InvalidInputError(
+                f"head_size={self.head_size} and num_kv_heads={self.num_kv_heads} do not describe "
+                f"the latent cache; give kv_lora_rank + qk_rope_head_dim = {latent} and 1."
+            )
+        if getattr(kv_b_proj, "bias", None) is not None:
+            raise InvalidInputError(
+                "kv_b_proj has a bias, which multi-head latent attention has no place for. Give a "
+                "module without one."
+            )
         weight = self._weight()
         wanted = (self.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
         if tuple(weight.shape) != wanted:
@@ -124,10 +143,11 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         check_metadata(self, attn_metadata, ReferenceMLAMetadata)
         batch, mla = attn_metadata.batch, self.mla
         query = hidden_states_or_cq if self.q_proj is None else self.q_proj(hidden_states_or_cq)
-        query = query.reshape(len(query), -1) if query.dim() != 2 else query
-        k_pe = k_pe.reshape(len(k_pe), -1)
+        query, k_pe = (t.flatten(1) if t.dim() > 2 else t for t in (query, k_pe))
         self._check(query, kv_c_normed, k_pe, kv_cache, batch)
-        query = query.view(len(query), self.num_heads, -1)
+        if layer._k_scale.dim():
+            raise InvalidInputError("The layer's scale is per head; a latent has one for a tensor.")
+        query = query.unflatten(1, (self.num_heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
         shape = (len(query), self.num_heads, mla.v_head_dim)
         check_output(shape, query, output, output_scale, output_block_scale)
         if self.kv_sharing_target_layer_name is None:
@@ -163,6 +183,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         batch: AttentionBatch,
     ) -> None:
         mla = self.mla
+        check_no_grad(query, kv_c_normed, k_pe)
         widths = {
             "query": (query, self.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)),
             "kv_c_normed": (kv_c_normed, mla.kv_lora_rank),
@@ -186,8 +207,9 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
                 f"(num_blocks, block_size, {width})."
             )
         check_cache_tensor(self.kv_cache_dtype, query, kv_cache)
+        check_block_table(batch, kv_cache.shape[1], query.device)
         if self.kv_sharing_target_layer_name is None:
-            check_slot_mapping(batch, len(kv_c_normed))
+            check_slot_mapping(batch, min(len(kv_c_normed), len(k_pe)), query.device)
         if check_mode():
             check_batch_contents(batch, kv_cache)
 
@@ -257,7 +279,7 @@ class ReferenceMLABackend(AttentionBackend):
         num_kv_heads=OneOf(1),
         head_size=ANY,
         head_size_v=ANY,
-        dtype=OneOf(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        dtype=FLOATS,
         kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),

@@ -7,6 +7,7 @@ to a request are gathered, so that what lies in the others (NaN, say) cannot rea
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from attn_dispatch.backends.reference.semantics import visible
+from attn_dispatch.backends.reference.semantics import compute_dtype, visible
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf
 from attn_dispatch.device import DeviceMatch
@@ -50,11 +51,15 @@ class MathPathWarning(UserWarning):
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of one request's query, which are the last rows of its first num_keys keys."""
+    """Some rows of one request's query, and its first keys, as far as these rows may see.
+
+    The first row stands at `position` among the keys; below 0, before them.
+    """
 
     request: int
     first_row: int
     num_rows: int
+    position: int
     num_keys: int
 
 
@@ -100,22 +105,28 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
     def build(self, batch: AttentionBatch) -> SDPAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         metadata: SDPAMetadata = SDPAMetadata.of(batch, self, groups=[])
-        metadata.groups += [self._group(metadata, pieces) for pieces in self._share(batch)]
+        metadata.groups += [self._group(metadata, pieces) for pieces in self._share(metadata)]
         return metadata
 
-    def _pieces(self, batch: AttentionBatch) -> Iterator[_Piece]:
+    def _pieces(self, metadata: SDPAMetadata) -> Iterator[_Piece]:
+        batch = metadata.batch
         for request, query_len in enumerate(batch.query_lens):
             seq_len = batch.host_seq_lens[request]
             if query_len == 0 or seq_len == 0:
                 continue
+            start = seq_len - query_len
             if query_len <= _MASKED_ROWS or not self.spec.causal or self._is_square(batch, request):
-                yield _Piece(request, 0, query_len, seq_len)
+                yield _Piece(request, 0, query_len, start, seq_len)
                 continue
+            ranges = metadata.ranges_of(request)
             for first in range(0, query_len, _MASKED_ROWS):
                 rows = min(_MASKED_ROWS, query_len - first)
-                num_keys = seq_len - query_len + first + rows
+                position, end = start + first, start + first + rows
+                # A range that reaches into the piece lets its rows see as far as the range goes.
+                reach = [e for s, e in ranges if s < end and position < e]
+                num_keys = min(max(end, *reach, 0), seq_len)
                 if num_keys > 0:
-                    yield _Piece(request, first, rows, num_keys)
+                    yield _Piece(request, first, rows, position, num_keys)
 
     def _is_square(self, batch: AttentionBatch, request: int) -> bool:
         """Whether plain causality on a square says it all."""
@@ -129,9 +140,9 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
             and not self.spec.alibi
         )
 
-    def _share(self, batch: AttentionBatch) -> Iterator[list[_Piece]]:
+    def _share(self, metadata: SDPAMetadata) -> Iterator[list[_Piece]]:
         """Pieces that go into one call together."""
-        pieces = sorted(self._pieces(batch), key=lambda p: (p.num_rows, p.num_keys))
+        pieces = sorted(self._pieces(metadata), key=lambda p: (p.num_rows, p.num_keys))
         group: list[_Piece] = []
         for piece in pieces:
             if group and not self._may_join(group, piece):
@@ -162,8 +173,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         mask = None if causal else self._mask(metadata, pieces, columns)
         distance = None
         if spec.alibi:
-            ends = torch.tensor([[piece.num_keys] for piece in pieces])
-            own = ends + torch.arange(-num_rows, 0)
+            own = torch.tensor([[piece.position] for piece in pieces]) + torch.arange(num_rows)
             distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
         starts = [batch.query_starts[p.request] + p.first_row for p in pieces]
         rows = torch.cat([torch.arange(start, start + num_rows) for start in starts])
@@ -188,13 +198,12 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         batch, spec = metadata.batch, self.spec
         masks = []
         for piece, columns in zip(pieces, positions, strict=True):
-            first = piece.num_keys - piece.num_rows
             custom = None
             if batch.custom_mask is not None:
                 rows = slice(piece.first_row, piece.first_row + piece.num_rows)
                 custom = batch.request_mask(piece.request)[rows, : piece.num_keys].cpu()
             seen = visible(
-                torch.arange(first, first + piece.num_rows),
+                torch.arange(piece.position, piece.position + piece.num_rows),
                 piece.num_keys,
                 causal=bool(spec.causal),
                 sliding_window=spec.sliding_window,
@@ -243,6 +252,8 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         check_metadata(self, attn_metadata, SDPAMetadata)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("TORCH_SDPA does not quantize its output; REFERENCE does.")
+        if math.isnan(layer._k_scale_float + layer._v_scale_float):
+            raise UnsupportedError("TORCH_SDPA does not take scales per head; REFERENCE does.")
         batch = attn_metadata.batch
         check_forward(self, query, key, value, kv_cache, batch, output)
         if kv_cache is not None and key is not None and value is not None:
@@ -301,27 +312,33 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         if not group.causal:
             # The query heads of one KV head become rows of one head, so that no key is repeated.
             q = q.reshape(group.num_pieces, self.num_kv_heads, group_size * num_rows, -1)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        shares_heads = group.causal and group_size > 1
+        if shares_heads and q.dtype == torch.float32 and q.device.type != "cpu":
+            # The one fused kernel for float32 there does not know of shared heads.
+            k, v = (t.repeat_interleave(group_size, dim=1) for t in (k, v))
+            shares_heads = False
         result = self._sdpa(
             q,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self._mask_or_bias(group, group_size),
+            k,
+            v,
+            attn_mask=self._mask_or_bias(group, group_size, compute_dtype(q.dtype)),
             is_causal=group.causal,
             scale=scale,
-            enable_gqa=group.causal and group_size > 1,
+            enable_gqa=shares_heads,
         )
         result = result.reshape(group.num_pieces, self.num_heads, num_rows, -1)
         if group.may_see_nothing and group.mask is not None:
             result = result.masked_fill(~group.mask.any(-1)[:, None, :, None], 0.0)
         return result.transpose(1, 2).flatten(0, 1)[..., : self.head_size_v]
 
-    def _mask_or_bias(self, group: _Group, group_size: int) -> torch.Tensor | None:
-        """(num_pieces, 1 or num_kv_heads, group_size * num_rows, num_keys), bool or float32."""
+    def _mask_or_bias(
+        self, group: _Group, group_size: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """(num_pieces, 1 or num_kv_heads, group_size * num_rows, num_keys), bool or dtype."""
         if self.alibi_slopes is None or group.distance is None:
             return None if group.mask is None else group.mask[:, None].repeat(1, 1, group_size, 1)
-        slopes = torch.as_tensor(
-            self.alibi_slopes, dtype=torch.float32, device=group.distance.device
-        )
+        slopes = torch.as_tensor(self.alibi_slopes, dtype=dtype, device=group.distance.device)
         bias = slopes[:, None, None] * group.distance[:, None]
         if group.mask is not None:
             bias = bias.masked_fill(~group.mask[:, None], float("-inf"))
@@ -330,12 +347,12 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
     def _sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        # The CPU's kernel wants one head size for all three, and rows that are dense.
+        # The CPU's kernel wants one head size for all three, a GPU's a multiple of 8.
         size = max(self.head_size, self.head_size_v)
-        q, k, v = (_dense(F.pad(t, (0, size - t.shape[-1]))) for t in (q, k, v))
+        if q.device.type != "cpu":
+            size = -(-size // 8) * 8
+        q, k, v = (_dense(t, size) for t in (q, k, v))
         mask = options["attn_mask"]
-        if mask is not None and mask.is_floating_point() and q.dtype == torch.float64:
-            options["attn_mask"] = mask.double()
         shape = (q.device, q.dtype, None if mask is None else mask.dtype, options["is_causal"])
         if shape not in self._checked:
             self._checked.add(shape)
@@ -355,8 +372,15 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
             )
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _dense(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """The tensor with heads of this size, their elements side by side; itself if it is so."""
+    if tensor.shape[-1] < size:
+        # Not F.pad: it may keep odd strides of dimensions of one, which a GPU's kernel refuses.
+        padded = tensor.new_zeros(*tensor.shape[:-1], size)
+        padded[..., : tensor.shape[-1]] = tensor
+        return padded
+    # Not contiguous(): that leaves the stride of a dimension of size 1 as it is.
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 _CPU = DeviceMatch(vendor="cpu")

@@ -1,0 +1,200 @@
+"""Hugging Face's config.json: finding the file, and reading values out of it with care.
+
+What the keys mean is not known here: see `model_families`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ConfigReader", "load_config", "read_dtype"]
+
+#: A config.json takes some kilobytes; what is larger than this is something else.
+_MAX_BYTES = 16 << 20
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Args:
+        path: the file, or the folder of a model that holds one.
+
+    Raises:
+        InvalidInputError: there is no such file, or it does not hold one JSON object.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    advice = "Give the model's config.json, or the folder that holds it."
+    try:
+        if file != path and not file.exists():
+            raise InvalidInputError(f"The folder {path} holds no config.json. {advice}")
+        if not file.is_file():
+            raise InvalidInputError(f"There is no file {file}. {advice}")
+        if file.stat().st_size > _MAX_BYTES:
+            raise InvalidInputError(f"{file} is far too large for a config.json. {advice}")
+        content = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InvalidInputError(f"{file} cannot be read: {error.strerror}. {advice}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{file} is not text, so it is no config.json. {advice}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidInputError(f"{file} is not valid JSON: {error}. {advice}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InvalidInputError(f"{file} holds a JSON {kind}, not an object. {advice}")
+    return content
+
+
+class ConfigReader:
+    """The values of a config, read key by key; it remembers which keys were asked for.
+
+    A key is written as in the file, with a dot between the levels of nested objects
+    ("attn_config.alibi") and a bar between names for the same thing ("n_head|num_heads"). A key
+    that is null in the file is None; one that is missing has its default, or is None too.
+
+    Args:
+        content: the config.
+        model_type: which model the config is read as, for messages.
+        defaults: what a missing key stands for.
+    """
+
+    def __init__(
+        self, content: Mapping[str, Any], model_type: str, defaults: Mapping[str, Any]
+    ) -> None:
+        self.content = content
+        self.model_type = model_type
+        self.defaults = defaults
+        #: Top-level keys that were asked for.
+        self.read: set[str] = set()
+
+    def get(self, key: str) -> Any:
+        """The value as it stands.
+
+        Raises:
+            InvalidInputError: two names for the same thing have different values, or what should
+                be a nested object is none.
+        """
+        found = {}
+        for name in key.split("|"):
+            present, value = self._look_up(name)
+            if present:
+                found[name] = value
+        values = list(found.values())
+        if any(value != values[0] for value in values[1:]):
+            said = " and ".join(f"{name}={value!r}" for name, value in found.items())
+            raise self.problem(f"says both {said}, which mean the same. Keep the right one.")
+        return values[0] if values else self.defaults.get(key)
+
+    def _look_up(self, name: str) -> tuple[bool, Any]:
+        first, *rest = name.split(".")
+        self.read.add(first)
+        if first not in self.content:
+            return False, None
+        value = self.content[first]
+        for part in rest:
+            if value is None:
+                return False, None
+            if not isinstance(value, Mapping):
+                raise self.problem(f"has {first}={value!r}, which should be an object.")
+            if part not in value:
+                return False, None
+            value = value[part]
+        return True, value
+
+    def integer(self, key: str) -> int:
+        """A size that the model cannot do without.
+
+        Raises:
+            InvalidInputError: it is missing, or not an integer of 1 or more.
+        """
+        value = self.optional_integer(key)
+        if value is None:
+            raise self.problem(
+                f"has no {key.replace('|', ' (or ')}{')' if '|' in key else ''}, which this model "
+                "needs. Is it the whole config.json of the model itself, not of an adapter?"
+            )
+        return value
+
+    def optional_integer(self, key: str, minimum: int = 1) -> int | None:
+        """A size that may be null or missing.
+
+        Raises:
+            InvalidInputError: it is not an integer of `minimum` or more.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.problem(f"has {key}={value!r}, not an integer of {minimum} or more.")
+        return value
+
+    def number(self, key: str) -> float | None:
+        """A number that may be null or missing.
+
+        Raises:
+            InvalidInputError: it is not a number.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.problem(f"has {key}={value!r}, not a number.")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """A switch; off where it is null or missing.
+
+        Raises:
+            InvalidInputError: it is neither true nor false.
+        """
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.problem(f"has {key}={value!r}, neither true nor false.")
+        return bool(value)
+
+    def names(self, key: str, length: int) -> list[str] | None:
+        """A list with one word for each layer, or None.
+
+        Raises:
+            InvalidInputError: it is not a list of that many words.
+        """
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise self.problem(f"has {key}={value!r}, not a list of words.")
+        if len(value) != length:
+            raise self.problem(f"has {len(value)} {key} for {length} layers. Make them agree.")
+        return value
+
+    def problem(self, what: str) -> InvalidInputError:
+        """An error about this config; `what` goes on after its subject."""
+        return InvalidInputError(f"This config (read as {self.model_type!r}) {what}")
+
+
+def read_dtype(content: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that the weights were saved in, or None where the config does not say.
+
+    Raises:
+        InvalidInputError: it is not the name of a floating-point dtype.
+    """
+    import torch
+
+    name = content.get("dtype") or content.get("torch_dtype")
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InvalidInputError(
+            f"This config has dtype={name!r}, which is not the name of a floating-point dtype. "
+            "Name the dtype that the model runs in, e.g. bfloat16."
+        )
+    return dtype

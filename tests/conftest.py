@@ -1,0 +1,35 @@
+"""What every test starts from: a clean environment, one thread, a hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+#: Where the property tests run.
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    """No override and no check but those that a test sets itself."""
+    for name in list(os.environ):
+        if name.startswith("ATTN_DISPATCH_") or name == "VLLM_ATTENTION_BACKEND":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> torch.device:
+    return torch.device(request.param)

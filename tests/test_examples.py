@@ -1,0 +1,74 @@
+"""The examples run, and a backend that only an entry point names is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_dispatch import environment
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(*arguments, path=""):
+    """What a fresh Python prints, without overrides from outside."""
+    settings = {variable.name for variable in environment.VARIABLES}
+    env = {name: value for name, value in os.environ.items() if name not in settings}
+    env["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_minimal_backend_runs():
+    printed = run(str(EXAMPLES / "minimal_backend.py"))
+    assert "with a soft cap: MINIMAL" in printed
+    assert "and with sinks:  REFERENCE" in printed
+    assert "MINIMAL: sinks=True is not supported" in printed
+    assert "MINIMAL and REFERENCE agree" in printed
+
+
+#: The second entry point names a module that does not exist.
+ENTRY_POINTS = """
+[attn_dispatch.backends]
+MINIMAL = minimal_backend:MinimalBackend
+BROKEN = no_such_module:Backend
+TORCH_SDPA = minimal_backend:MinimalBackend
+"""
+
+PROGRAM = """
+import torch
+from attn_dispatch import AttentionSpec, explain, resolve
+
+spec = AttentionSpec(num_heads=2, head_size=16, dtype=torch.float32, logits_soft_cap=5.0)
+selection = resolve(spec, "cpu")
+print(selection.name, selection.full_cls_name)
+print(*[v.reasons[0].code for v in selection.verdicts if v.name == "BROKEN"])
+print(resolve(spec.replace(logits_soft_cap=None), "cpu").full_cls_name)
+"""
+
+
+def test_an_entry_point_is_enough(tmp_path):
+    """A package's record is all that an installer leaves behind of an entry point."""
+    record = tmp_path / "minimal_backend-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: minimal-backend\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text(ENTRY_POINTS)
+    source = (EXAMPLES / "minimal_backend.py").read_text(encoding="utf-8")
+    (tmp_path / "minimal_backend.py").write_text(source, encoding="utf-8")
+
+    picked, broken, builtin = run("-c", PROGRAM, path=tmp_path).splitlines()
+    assert picked == "MINIMAL ('minimal_backend', 'MinimalBackend')"
+    assert broken == "load"
+    assert "torch_sdpa" in builtin, "a plugin took the name of a built-in backend"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_in_the_readme(example):
+    assert f"({example.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

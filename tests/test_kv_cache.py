@@ -1,0 +1,362 @@
+"""The KV cache: where things lie, what is written and what is left alone, moving blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from steps import FP8, as_stored, meant, nan_cache
+
+from attn_dispatch import Attention, AttentionBatch, attention, bind_kv_caches
+from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.kv_cache import (
+    STRIDE_ORDERS,
+    allocate_kv_cache,
+    copy_blocks,
+    gather_kv,
+    split_kv_cache,
+    swap_blocks,
+    write_kv_cache,
+    write_mla_cache,
+)
+from attn_dispatch.quantization import kv_cache_torch_dtype
+from attn_dispatch.registry import registry
+from attn_dispatch.spec import KV_CACHE_DTYPES
+
+ONE = torch.ones(())
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2fnuz]
+SHARED = [
+    name
+    for name, candidate in registry.candidates().items()
+    if candidate.backend_cls is not None and not name.endswith("MLA")
+]
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def random_cache(num_blocks, layout="NHD", dtype=torch.float32, seed=0):
+    """(num_blocks, 2, 4, 2, 8), every byte random."""
+    cache = allocate_kv_cache((num_blocks, 2, 4, 2, 8), STRIDE_ORDERS[layout], dtype)
+    random = torch.randint(0, 255, as_bytes(cache).shape, generator=torch.manual_seed(seed))
+    cache.view(torch.uint8)[:] = random.to(torch.uint8).view(cache.view(torch.uint8).shape)
+    return cache
+
+
+def blocks_of(cache):
+    """Each block's bytes."""
+    return [bytes(as_bytes(block).flatten().tolist()) for block in cache]
+
+
+@pytest.mark.parametrize("backend", SHARED)
+def test_every_backend_shares_one_logical_shape(backend):
+    cls = registry.candidates()[backend].backend_cls
+    assert cls.get_kv_cache_shape(7, 16, 2, 64) == (7, 2, 16, 2, 64)
+    assert cls.get_kv_cache_stride_order() in STRIDE_ORDERS.values()
+
+
+def test_latents_have_a_shape_of_their_own():
+    assert ReferenceMLABackend.get_kv_cache_shape(7, 16, 1, 576) == (7, 16, 576)
+    assert ReferenceMLABackend.get_kv_cache_stride_order() == (0, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", STRIDE_ORDERS)
+def test_a_block_is_one_contiguous_piece_of_zeros(layout, dtype):
+    shape = (3, 2, 4, 5, 6)
+    cache = allocate_kv_cache(shape, STRIDE_ORDERS[layout], dtype)
+    assert cache.shape == shape
+    assert cache.dtype == dtype
+    assert not as_bytes(cache).any()
+    assert cache.stride(0) == 2 * 4 * 5 * 6
+    last = sum(
+        stride * (size - 1) for stride, size in zip(cache.stride()[1:], shape[1:], strict=False)
+    )
+    assert last == cache.stride(0) - 1
+
+
+def test_the_layouts_differ_in_the_order_of_tokens_and_heads():
+    nhd, hnd = (
+        allocate_kv_cache((1, 2, 4, 5, 6), o, torch.float32) for o in STRIDE_ORDERS.values()
+    )
+    assert (nhd.stride(2), nhd.stride(3)) == (5 * 6, 6)
+    assert (hnd.stride(2), hnd.stride(3)) == (6, 4 * 6)
+
+
+@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+def test_every_kv_cache_dtype_is_a_torch_dtype(name):
+    assert kv_cache_torch_dtype(name, torch.bfloat16).is_floating_point
+
+
+def test_fp8_is_what_the_device_has():
+    assert kv_cache_torch_dtype("fp8", torch.bfloat16, "gfx942") == torch.float8_e4m3fnuz
+    assert kv_cache_torch_dtype("fp8", torch.bfloat16, "gfx950") == torch.float8_e4m3fn
+    with pytest.raises(InvalidInputError, match="names no floating-point type"):
+        kv_cache_torch_dtype("int4", torch.bfloat16)
+
+
+@given(
+    slots=st.lists(st.integers(0, 6 * 4 - 1), max_size=12, unique=True),
+    skipped=st.integers(0, 3),
+    layout=st.sampled_from(list(STRIDE_ORDERS)),
+    kv_cache_dtype=st.sampled_from(["auto", "bfloat16", *FP8]),
+    sizes=st.sampled_from([(8, 8), (8, 3), (3, 8)]),
+    per_head=st.booleans(),
+)
+def test_what_is_written_is_there_and_nothing_else_changes(
+    slots, skipped, layout, kv_cache_dtype, sizes, per_head
+):
+    cache = random_cache(6, layout, kv_cache_torch_dtype(kv_cache_dtype, torch.float32))
+    slots = [*slots, *[-1] * skipped]
+    scales = [torch.tensor([0.02, 0.5]) if per_head else torch.tensor(s) for s in (0.1, 3.0)]
+    new = [torch.randn(len(slots), 2, size) for size in sizes]
+    wanted = cache.clone()
+    for row, slot in enumerate(slots):
+        for index in (0, 1):
+            if slot >= 0:
+                stored = as_stored(new[index][row], scales[index], cache.dtype)
+                place = wanted[slot // 4, index, slot % 4, :, : sizes[index]]
+                place.view(stored.dtype).copy_(stored)
+    write_kv_cache(*new, cache, torch.tensor(slots, dtype=torch.int64), *scales)
+    assert torch.equal(as_bytes(cache), as_bytes(wanted))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", *FP8])
+@pytest.mark.parametrize("layout", STRIDE_ORDERS)
+def test_what_is_written_is_read(layout, kv_cache_dtype):
+    dtype = kv_cache_torch_dtype(kv_cache_dtype, torch.float32)
+    cache = nan_cache((5, 2, 4, 2, 8), layout, dtype)
+    key, value = torch.randn(6, 2, 8), torch.randn(6, 2, 5)
+    table = torch.tensor([3, 1, 99])
+    slots = torch.tensor([12, 13, 14, 15, 4, 5])
+    k_scale, v_scale = torch.tensor([0.1, 0.2]), torch.tensor(0.05)
+    write_kv_cache(key, value, cache, slots, k_scale, v_scale)
+    keys, values = split_kv_cache(cache, 8, 5)
+    read = gather_kv(keys, table, 6, k_scale, torch.float64)
+    torch.testing.assert_close(read, meant(key, k_scale, dtype))
+    read = gather_kv(values, table, 6, v_scale, torch.float64)
+    torch.testing.assert_close(read, meant(value, v_scale, dtype))
+
+
+def test_what_an_fp8_cache_cannot_hold_is_its_largest_value():
+    cache = nan_cache((1, 2, 4, 1, 1), "NHD", torch.float8_e4m3fn)
+    huge = torch.tensor([1e6, -torch.inf, 448.0]).view(3, 1, 1)
+    write_kv_cache(huge, huge, cache, torch.arange(3), ONE, ONE)
+    assert cache[0, 0, :3, 0, 0].float().tolist() == [448.0, -448.0, 448.0]
+
+
+def test_latents_are_written_side_by_side():
+    cache = torch.full((3, 4, 6), torch.nan)
+    latents, rotated = torch.randn(3, 4), torch.randn(3, 2)
+    write_mla_cache(latents, rotated, cache, torch.tensor([9, -1, 2]), ONE)
+    assert torch.equal(cache[2, 1], torch.cat([latents[0], rotated[0]]))
+    assert torch.equal(cache[0, 2], torch.cat([latents[2], rotated[2]]))
+    assert int((~cache.isnan()).sum()) == 12
+
+
+PAIRS = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6, unique_by=lambda pair: pair[1]
+)
+
+
+@given(pairs=PAIRS, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(list(STRIDE_ORDERS)))
+def test_copying_reads_every_source_before_it_writes(pairs, dtype, layout):
+    caches = [random_cache(6, layout, dtype, seed) for seed in (0, 1)]
+    before = [blocks_of(cache) for cache in caches]
+    copy_blocks(caches, torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2))
+    source = {destination: source for source, destination in pairs}
+    for cache, old in zip(caches, before, strict=True):
+        assert blocks_of(cache) == [old[source.get(block, block)] for block in range(6)]
+
+
+@given(
+    pairs=PAIRS,
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.sampled_from(list(itertools.product(STRIDE_ORDERS, STRIDE_ORDERS))),
+)
+def test_swapping_takes_blocks_to_a_cache_of_another_size_and_layout(pairs, dtype, layouts):
+    src, dst = random_cache(6, layouts[0], dtype, 0), random_cache(9, layouts[1], dtype, 1)
+    before, old = blocks_of(src), blocks_of(dst)
+    swap_blocks(src, dst, torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2))
+    source = {destination: source for source, destination in pairs}
+    assert blocks_of(src) == before
+    wanted = [before[source[b]] if b in source else old[b] for b in range(9)]
+    assert blocks_of(dst) == wanted
+
+
+def test_blocks_go_to_the_host_and_back(device):
+    cache = random_cache(6).to(device)
+    host = torch.zeros_like(cache[:2], device="cpu")
+    swap_blocks(cache, host, torch.tensor([[5, 0], [3, 1]]))
+    kept = blocks_of(cache.cpu())
+    cache[3] = cache[5] = 0
+    swap_blocks(host, cache, torch.tensor([[0, 5], [1, 3]]))
+    assert blocks_of(cache.cpu()) == kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_latents_move_too(dtype):
+    cache = allocate_kv_cache((3, 4, 6), (0, 1, 2), dtype)
+    cache.view(torch.uint8)[:] = torch.arange(3, dtype=torch.uint8)[:, None, None]
+    ReferenceMLABackend.copy_blocks([cache], torch.tensor([[2, 0]]))
+    other = torch.zeros_like(cache)
+    ReferenceMLABackend.swap_blocks(cache, other, torch.tensor([[0, 1]]))
+    assert other.view(torch.uint8)[:, 0, 0].tolist() == [0, 2, 0]
+
+
+BAD_PAIRS = {
+    "no pairs": (torch.tensor([0, 1]), r"shape \(2,\)"),
+    "triples": (torch.zeros(1, 3).long(), r"\(num_pairs, 2\)"),
+    "floats": (torch.tensor([[0.0, 1.0]]), "torch.float32"),
+    "source beyond": (torch.tensor([[4, 1]]), "A source block is out of range.*4 to 4.*has 4"),
+    "source below": (torch.tensor([[-1, 1]]), "A source block is out of range"),
+    "destination beyond": (torch.tensor([[0, 1], [1, 4]]), "A destination block is out of range"),
+    "destination twice": (torch.tensor([[0, 2], [1, 2]]), "A destination block is named twice"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PAIRS)
+def test_bad_pairs_are_refused_before_any_cache_is_written(what):
+    pairs, message = BAD_PAIRS[what]
+    larger, smaller = random_cache(6), random_cache(4)
+    before = [blocks_of(cache) for cache in (larger, smaller)]
+    with pytest.raises(InvalidInputError, match=message):
+        copy_blocks([larger, smaller], pairs)
+    with pytest.raises(InvalidInputError, match=message):
+        swap_blocks(smaller, smaller, pairs)
+    assert [blocks_of(cache) for cache in (larger, smaller)] == before
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"size": 16}], ids=["dtype", "size"])
+def test_blocks_of_another_kind_are_refused(other):
+    src = random_cache(4)
+    shape = (4, 2, 4, 2, other.get("size", 8))
+    dst = torch.zeros(shape, dtype=other.get("dtype", torch.float32))
+    with pytest.raises(InvalidInputError, match="do not fit into a cache"):
+        swap_blocks(src, dst, torch.tensor([[0, 0]]))
+
+
+# The scales of an fp8 cache, as a layer keeps them.
+
+
+def fp8_layer(kv_scales="per_tensor", **more):
+    return Attention(
+        4, 8, num_kv_heads=2, kv_cache_dtype="fp8_e4m3", kv_scales=kv_scales, dtype=torch.float32,
+        block_size=4, device="cpu", **more,
+    )  # fmt: skip
+
+
+def run_prompt(layer, key, value, cache, padding=0):
+    """One prompt of which the layer is to derive its scales; the output of its tokens."""
+    tokens = len(key) - padding
+    table = torch.arange(len(cache))[None]
+    slots = torch.cat([torch.arange(tokens), torch.full((padding,), -1)])
+    batch = AttentionBatch.create(
+        [tokens], [tokens], block_table=table, slot_mapping=slots, enable_kv_scales_calculation=True
+    )
+    query = torch.ones(len(key), 4, 8)
+    metadata = layer.build_metadata(batch)
+    return layer(query, key, value, kv_cache=cache, attn_metadata=metadata)[:tokens]
+
+
+def fp8_cache():
+    return nan_cache((2, 2, 4, 2, 8), "NHD", torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kv_scales", ["per_tensor", "per_head"])
+def test_scales_are_derived_so_that_the_largest_value_just_fits(kv_scales):
+    layer, (key, value) = fp8_layer(kv_scales), 5 * torch.randn(2, 6, 2, 8)
+    output = run_prompt(layer, key, value, fp8_cache())
+    dims = (0, 2) if kv_scales == "per_head" else (0, 1, 2)
+    scales = [tensor.abs().amax(dims) / 448 for tensor in (key, value)]
+    torch.testing.assert_close(layer._k_scale, scales[0])
+    torch.testing.assert_close(layer._v_scale, scales[1])
+    stored = [
+        meant(t, s, torch.float8_e4m3fn).float() for t, s in zip((key, value), scales, strict=False)
+    ]
+    plain = attention(torch.ones(6, 4, 8), *stored, backend="REFERENCE")
+    torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_are_derived_once():
+    """What is in the cache was stored under them."""
+    layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
+    run_prompt(layer, key, value, fp8_cache())
+    first = layer._k_scale.clone()
+    run_prompt(layer, 100 * key, value, fp8_cache())
+    assert torch.equal(layer._k_scale, first)
+
+
+def test_scales_that_are_set_are_not_derived():
+    layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
+    layer.set_kv_scales(0.5, 0.25)
+    run_prompt(layer, key, value, fp8_cache())
+    assert (layer._k_scale_float, layer._v_scale_float) == (0.5, 0.25)
+
+
+def test_padding_has_no_part_in_the_scales():
+    layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
+    key[4:], value[4:] = torch.nan, 1e9
+    run_prompt(layer, key, value, fp8_cache(), padding=2)
+    torch.testing.assert_close(layer._k_scale, key[:4].abs().max() / 448)
+
+
+def test_a_call_that_fails_leaves_the_scales_to_be_derived():
+    layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
+    with pytest.raises(InvalidInputError, match="kv_cache has shape"):
+        run_prompt(layer, 100 * key, value, fp8_cache()[..., :4])
+    run_prompt(layer, key, value, fp8_cache())
+    torch.testing.assert_close(layer._k_scale, key.abs().max() / 448)
+
+
+def test_a_cache_of_full_precision_has_no_scales():
+    layer, (key, value) = Attention(4, 8, num_kv_heads=2, device="cpu"), torch.randn(2, 6, 2, 8)
+    run_prompt(layer, key, value, torch.zeros(2, 2, 16, 2, 8))
+    assert layer._k_scale_float == 1.0
+
+
+def test_a_layer_that_shares_a_cache_has_its_scales_too():
+    writer = fp8_layer(prefix="a")
+    reader = fp8_layer(prefix="b", kv_sharing_target_layer_name="a")
+    bind_kv_caches({"a": writer, "b": reader}, {"a": fp8_cache()})
+    key, value = torch.randn(2, 6, 2, 8)
+    wrote = run_prompt(writer, key, value, writer.kv_cache)
+    assert torch.equal(run_prompt(reader, 50 * key, value, reader.kv_cache), wrote)
+    reader.set_kv_scales(0.5, 0.25)
+    assert writer._k_scale_float == 0.5
+
+
+def test_a_sharing_layer_that_does_not_know_its_target_derives_nothing():
+    reader, (key, value) = fp8_layer(kv_sharing_target_layer_name="a"), torch.randn(2, 6, 2, 8)
+    with pytest.raises(InvalidInputError, match=r"does not know its scales. Bind the caches"):
+        run_prompt(reader, key, value, fp8_cache())
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ((0.0, 1.0), "k_scale is 0.0; scales are finite and above 0"),
+        ((1.0, float("nan")), "v_scale is nan"),
+        ((1.0, -1.0), "v_scale is -1.0"),
+        ((torch.ones(2), 1.0), r"k_scale has shape \(2,\); it must be \(\)"),
+    ],
+)
+def test_scales_that_make_no_sense_are_refused(scales, message):
+    layer = fp8_layer()
+    with pytest.raises(InvalidInputError, match=message):
+        layer.set_kv_scales(*scales)
+    assert layer._k_scale_float == layer._v_scale_float == 1.0
+
+
+def test_scales_per_head_have_no_float():
+    layer = fp8_layer("per_head")
+    layer.set_kv_scales(torch.tensor([0.5, 1.0]), torch.tensor([2.0, 1.0]))
+    assert layer._k_scale.tolist() == [0.5, 1.0]
+    assert layer._k_scale_float != layer._k_scale_float
+    with pytest.raises(InvalidInputError, match=r"it must be \(2,\)"):
+        layer.set_kv_scales(1.0, 1.0)
