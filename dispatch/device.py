@@ -222,7 +222,7 @@ def settle_device(device: torch.device | str | None) -> torch.device:
 
 def _unusable(device: object, error: Exception) -> InvalidInputError:
     return InvalidInputError(
-        f"Device {str(device)!r} cannot be used here: {str(error).splitlines()[0]} "
+        f"Device {str(device)!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. "
         "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` answers for "
         "devices that are elsewhere, by architecture or product, e.g. gfx942 or H200."
     )

@@ -131,9 +131,14 @@ def _print_picks(console: Console, result: DemoResult) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="What was picked, and why", box=box.SIMPLE_HEAD, title_justify="left")
+    spec = result.picks[0][0].spec
+    title = (
+        f"What was picked, and why ({spec.num_heads} heads on {spec.num_kv_heads} KV heads of "
+        f"{spec.head_size})"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for header in ("layers", "attention", "phase", "backend", "why"):
-        table.add_column(header, overflow="fold")
+        table.add_column(header, overflow="fold", no_wrap=header == "attention")
     for layers, reports in _alike(result.picks):
         rows: dict[tuple[str, str], list[str]] = {}
         for report in reports:
@@ -154,13 +159,11 @@ def _alike(picks: tuple[tuple[Report, ...], ...]) -> list[tuple[list[int], tuple
 
 
 def _feature(report: Report) -> str:
+    """What sets the layer apart."""
     spec = report.spec
-    text = f"{spec.num_heads} heads on {spec.num_kv_heads}"
     if spec.sliding_window:
-        text += f", sliding_window={spec.sliding_window}"
-    if spec.logits_soft_cap:
-        text += f", logits_soft_cap={spec.logits_soft_cap:g}"
-    return text
+        return f"sliding window {spec.sliding_window}"
+    return f"soft cap {spec.logits_soft_cap:g}" if spec.logits_soft_cap else "plain"
 
 
 def _why(report: Report) -> str:
