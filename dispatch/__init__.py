@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from attn_dispatch.interface import AttentionType as AttentionType
     from attn_dispatch.interface import MLAAttentionImpl as MLAAttentionImpl
     from attn_dispatch.interface import Phase as Phase
-    from attn_dispatch.kv_cache import KVCachePlan as KVCachePlan
     from attn_dispatch.kv_cache import allocate_kv_cache as allocate_kv_cache
     from attn_dispatch.kv_cache import copy_blocks as copy_blocks
-    from attn_dispatch.kv_cache import plan_kv_cache as plan_kv_cache
     from attn_dispatch.kv_cache import swap_blocks as swap_blocks
     from attn_dispatch.kv_cache import write_kv_cache as write_kv_cache
+    from attn_dispatch.kv_cache_plan import KVCachePlan as KVCachePlan
+    from attn_dispatch.kv_cache_plan import plan_kv_cache as plan_kv_cache
     from attn_dispatch.layer import Attention as Attention
     from attn_dispatch.layer import bind_kv_caches as bind_kv_caches
     from attn_dispatch.overrides import attention_backend as attention_backend
@@ -97,13 +97,12 @@ _HOMES = {
         "Phase",
     ],
     "kv_cache": [
-        "KVCachePlan",
         "allocate_kv_cache",
         "copy_blocks",
-        "plan_kv_cache",
         "swap_blocks",
         "write_kv_cache",
     ],
+    "kv_cache_plan": ["KVCachePlan", "plan_kv_cache"],
     "layer": ["Attention", "bind_kv_caches"],
     "overrides": ["attention_backend"],
     "registry": ["register_backend", "resolve_full_cls_name"],

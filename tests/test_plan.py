@@ -14,7 +14,7 @@ from attn_dispatch.capability import EitherOf, MultipleOf, OneOf
 from attn_dispatch.device import known_device
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType
-from attn_dispatch.kv_cache import BLOCK_SIZES
+from attn_dispatch.kv_cache_plan import BLOCK_SIZES
 
 CPU = known_device("cpu")
 

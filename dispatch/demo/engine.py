@@ -20,7 +20,7 @@ from attn_dispatch.context import forward_context
 from attn_dispatch.demo import tokenizer
 from attn_dispatch.demo.model import DemoModel
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.kv_cache import plan_kv_cache
+from attn_dispatch.kv_cache_plan import plan_kv_cache
 from attn_dispatch.layer import Attention, bind_kv_caches
 
 __all__ = ["Engine", "EngineLimits", "EngineStats", "Request"]
