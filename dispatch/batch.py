@@ -361,9 +361,9 @@ def slots_of(
         block_table: (num_reqs, max_blocks).
         block_size: tokens per block.
     """
-    requests = torch.repeat_interleave(torch.arange(len(query_lens)), query_lens.long())
+    requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
     ends = torch.cumsum(query_lens, 0).long()
-    positions = torch.arange(len(requests)) + (seq_lens.long() - ends)[requests]
+    positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
     requests, positions = requests.to(block_table.device), positions.to(block_table.device)
     if not block_table.numel():
         return torch.full_like(positions, -1)

@@ -22,7 +22,13 @@ from attn_dispatch.interface import (
     Phase,
 )
 from attn_dispatch.ops import attention_op, layers_by_key
-from attn_dispatch.quantization import KVScales, is_e4m3, is_fp8, scale_for
+from attn_dispatch.quantization import (
+    KVScales,
+    is_e4m3,
+    is_fp8,
+    kv_cache_torch_dtype,
+    scale_for,
+)
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
 from attn_dispatch.routing import RoutedBuilder, RoutedImpl
@@ -49,7 +55,7 @@ class _CacheState(KVScales):
         super().__init__()
         self.scales_are_final = False
         with torch.inference_mode(False):  # else it could only be used inside of that mode
-            self.token = torch.zeros(1)
+            self.token = torch.zeros(1, device="cpu")
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -141,6 +147,7 @@ class Attention(nn.Module):
         # Not made of buffers: a scale must stay float32 when the module is cast.
         self._cache_state = _CacheState()
         self._device: torch.device | None = None
+        self._fp8_dtype = torch.float8_e4m3fn
         self._register()
         chosen = default_torch_device() if device is None else torch.device(device)
         if chosen.type != "meta":
@@ -197,6 +204,7 @@ class Attention(nn.Module):
             )
         self._metadata_key = (tuple(s.name for s in self.selections.values()), spec, device)
         self._cache_state.to(device)
+        self._fp8_dtype = kv_cache_torch_dtype("fp8", spec.dtype, profile.arch)
         self._device = device
 
     def _build_impl(self, selection: Selection) -> AttentionImpl[Any]:
@@ -317,7 +325,7 @@ class Attention(nn.Module):
             value = self._unflatten("value", value, spec.num_kv_heads, spec.head_size_v)
         if output is None:
             shape = (query.shape[0], spec.num_heads, spec.head_size_v)
-            dtype = torch.float8_e4m3fn if spec.output_quant else query.dtype
+            dtype = self._fp8_dtype if spec.output_quant else query.dtype
             output = torch.empty(shape, dtype=dtype, device=query.device)
         lse = None
         if spec.returns_lse:

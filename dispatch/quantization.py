@@ -69,7 +69,7 @@ class KVScales:
     """The scales of one fp8 cache, under the names of AttentionLayer; 1 until they are set."""
 
     def __init__(self) -> None:
-        self._k_scale = self._v_scale = torch.ones(())
+        self._k_scale = self._v_scale = torch.ones((), dtype=torch.float32, device="cpu")
         self._k_scale_float = self._v_scale_float = 1.0
 
     def set(
@@ -90,7 +90,12 @@ class KVScales:
         Raises:
             InvalidInputError: one has another shape, or is not positive and finite.
         """
-        scales = [torch.as_tensor(s, dtype=torch.float32).detach() for s in (k_scale, v_scale)]
+        scales = [
+            s.detach().to(torch.float32, copy=True)
+            if isinstance(s, torch.Tensor)
+            else torch.tensor(s, dtype=torch.float32, device="cpu")
+            for s in (k_scale, v_scale)
+        ]
         for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             if tuple(scale.shape) not in shapes:
                 raise InvalidInputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import hypothesis
@@ -28,6 +29,23 @@ def _clean_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith("ATTN_DISPATCH_") or name == "VLLM_ATTENTION_BACKEND":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def misleading_defaults():
+    """A context in which what is made without saying where and of what is made wrongly."""
+
+    @contextlib.contextmanager
+    def mislead():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return mislead
 
 
 @pytest.fixture(scope="module", params=DEVICES)

@@ -187,6 +187,23 @@ def test_every_argument_is_documented():
             assert f"    {name}: " in doc
 
 
+@pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
+@pytest.mark.parametrize("fields", [{}, {"kv_cache_dtype": "fp8_e4m3"}], ids=["plain", "fp8"])
+def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_defaults):
+    step = Step(Case(spec=layer_spec(dtype=torch.float32, **fields), **LENS))
+    expected = step.expected()[0]
+    with misleading_defaults():
+        output = call(step, backend=backend)
+    step.check(output, expected)
+
+
+def test_merging_knows_no_default_device(misleading_defaults):
+    output, lse = torch.randn(3, 2, 4), torch.randn(3, 2)
+    with misleading_defaults():
+        merged, _ = merge_states([output, output], [lse, lse], torch.full((2,), -1e9, device="cpu"))
+    torch.testing.assert_close(merged, output)
+
+
 # merge_states: parts of the keys, attended to apart.
 
 

@@ -143,6 +143,19 @@ def test_what_is_written_is_read(layout, kv_cache_dtype):
     torch.testing.assert_close(read, meant(value, v_scale, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cache_may_be_a_slice_of_what_all_layers_share(dtype):
+    """Engines that move blocks of all layers at once lay the layers side by side in a block."""
+    everything = allocate_kv_cache((5, 3, 2, 4, 2, 8), range(6), dtype)
+    cache, (key, value) = everything[:, 1], torch.randn(2, 3, 2, 8)
+    write_kv_cache(key, value, cache, torch.tensor([12, 13, 7]), ONE, ONE)
+    keys, _ = split_kv_cache(cache, 8, 8)
+    read = gather_kv(keys, torch.tensor([3]), 2, ONE, torch.float64)
+    torch.testing.assert_close(read, meant(key[:2], ONE, dtype))
+    assert not as_bytes(everything[:, 0]).any()
+    assert not as_bytes(everything[:, 2]).any()
+
+
 def test_what_an_fp8_cache_cannot_hold_is_its_largest_value():
     cache = nan_cache((1, 2, 4, 1, 1), "NHD", torch.float8_e4m3fn)
     huge = torch.tensor([1e6, -torch.inf, 448.0]).view(3, 1, 1)
@@ -351,6 +364,14 @@ def test_scales_that_make_no_sense_are_refused(scales, message):
     with pytest.raises(InvalidInputError, match=message):
         layer.set_kv_scales(*scales)
     assert layer._k_scale_float == layer._v_scale_float == 1.0
+
+
+def test_scales_are_copied():
+    """The tensor and the float say the same, whatever becomes of what was given."""
+    layer, given = fp8_layer(), torch.tensor(0.5)
+    layer.set_kv_scales(given, 1.0)
+    given.fill_(7.0)
+    assert float(layer._k_scale) == layer._k_scale_float == 0.5
 
 
 def test_scales_per_head_have_no_float():

@@ -16,6 +16,7 @@ from torch import nn
 
 from attn_dispatch import (
     Attention,
+    AttentionBatch,
     AttentionType,
     InvalidInputError,
     Phase,
@@ -23,6 +24,7 @@ from attn_dispatch import (
     attention_backend,
     bind_kv_caches,
     forward_context,
+    known_device,
 )
 from attn_dispatch.backends.reference.torch_sdpa import SDPABuilder
 
@@ -124,6 +126,18 @@ def test_the_log_sum_exp_comes_with_the_output():
     expected, expected_lse = step.expected()
     step.check(output, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+def test_contexts_nest_and_end_with_an_error():
+    step, other = Step(CASE), Step(CASE.replace(query_lens=(2,), seq_lens=(6,)))
+    layer, layer_of_other = layer_of(step), layer_of(other)
+    with forward_context(step.batch):
+        with pytest.raises(RuntimeError, match="stop"), forward_context(other.batch):
+            other.check(layer_of_other(other.query, other.key, other.value))
+            raise RuntimeError("stop")
+        step.check(layer(step.query, step.key, step.value))
+    with pytest.raises(InvalidInputError, match="outside of forward_context"):
+        layer(step.query, step.key, step.value)
 
 
 # What layers share.
@@ -269,6 +283,24 @@ def test_a_layer_made_on_meta_runs_where_its_queries_are():
     step.check(call(layer, step))
 
 
+@pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA", *ROUTES])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"alibi": True}, {"kv_cache_dtype": "fp8_e4m3"}, {"sliding_window": 3}],
+    ids=lambda fields: next(iter(fields), "plain"),
+)
+def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_defaults):
+    step = Step(CASE.replace(spec=layer_spec(dtype=torch.float32, **fields)))
+    expected, table = step.expected()[0], step._table
+    lens = (step.case.query_lens, step.case.seq_lens)
+    with misleading_defaults():
+        layer = layer_of(step, backend=backend)
+        assert layer._k_scale.dtype == torch.float32
+        step.batch = AttentionBatch.create(*lens, block_table=table, block_size=4)
+        output = call(layer, step)
+    step.check(output, expected)
+
+
 def test_a_layer_that_nothing_can_serve_is_not_made():
     with pytest.raises(UnsupportedError, match="TORCH_SDPA"):
         Attention(4, 8, logits_soft_cap=30.0, backend="TORCH_SDPA", device="cpu")
@@ -381,3 +413,14 @@ def test_the_output_is_quantized_as_described_or_not_at_all(quant, given):
     step, _ = quantized(quant)
     with pytest.raises(InvalidInputError, match=f"made with output_quant={quant!r}"):
         call(layer_of(step), step, **given)
+
+
+@pytest.mark.filterwarnings("ignore::attn_dispatch.selector.ReferenceFallbackWarning")
+def test_fp8_outputs_take_the_form_that_the_device_computes_with(monkeypatch):
+    monkeypatch.setattr("attn_dispatch.layer.detect_device", lambda device: known_device("gfx942"))
+    sizes = {"dtype": torch.float32, "device": "cpu", "attn_type": "encoder_only"}
+    layer = Attention(2, 64, output_quant="fp8_e4m3", **sizes)
+    query = torch.randn(3, 2, 64)
+    with forward_context(AttentionBatch.create([3], [3])):
+        output = layer(query, query, query, output_scale=torch.tensor(0.01))
+    assert output.dtype == torch.float8_e4m3fnuz

@@ -171,6 +171,17 @@ def test_any_step_agrees_with_the_oracle(lens, seed, padding):
     step.check(step.run())
 
 
+def test_decodes_multiply_the_query_and_prefills_the_keys(monkeypatch):
+    """A decode that expanded its keys would project the whole cache for one token."""
+    calls = []
+    for name in ("_absorbed", "_expanded"):
+        method = getattr(ReferenceMLAImpl, name)
+        spy = lambda *args, name=name, method=method: calls.append(name) or method(*args)
+        monkeypatch.setattr(ReferenceMLAImpl, name, spy)
+    Step().run()
+    assert calls == ["_absorbed", "_expanded", "_expanded", "_absorbed"]
+
+
 def test_absorbed_is_expanded(monkeypatch):
     step = Step()
     usual = step.run()
@@ -190,6 +201,13 @@ def test_the_log_sum_exp_comes_with_the_output():
 def test_an_empty_batch_gives_an_empty_result():
     step = Step((), ())
     assert step.run().shape == (0, HEADS, 3)
+
+
+def test_the_default_device_and_dtype_have_no_say(misleading_defaults):
+    step = Step(kv_cache_dtype="fp8", returns_lse=True)
+    with misleading_defaults():
+        output, _ = step.run()
+    step.check(output)
 
 
 def test_queries_and_keys_may_have_their_heads_flattened_or_not():

@@ -188,7 +188,9 @@ def test_groups_come_in_the_order_of_the_layers():
 
 def test_window_to_both_sides_of_an_encoder():
     spec = layers_from_config(load("modernbert"))["encoder_only, sliding_window"].spec
-    seen = visible(torch.tensor([500]), 1000, causal=False, sliding_window=spec.sliding_window)
+    seen = visible(
+        torch.tensor([500]), torch.arange(1000), causal=False, sliding_window=spec.sliding_window
+    )
     assert seen[0].nonzero().flatten().tolist() == list(range(500 - 64, 500 + 64 + 1))
 
 

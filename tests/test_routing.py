@@ -212,9 +212,12 @@ def test_the_parts_of_a_batch_are_the_batch(lens, longest_decode):
             "image": [PlaceholderRange(request, 0, request + 1) for request in range(len(lens))]
         },
         max_decode_query_len=longest_decode,
+        enable_kv_scales_calculation=True,
     )
     seen = []
     for phase, part in batch.parts.items():
+        assert set(part.batch.phases) == {phase}
+        assert part.batch.enable_kv_scales_calculation
         rows = torch.arange(tokens)[part.tokens].tolist()
         assert part.batch.slot_mapping.tolist() == [row * 7 for row in rows]
         ranges = part.batch.multi_modal_placeholder_index_maps["image"]

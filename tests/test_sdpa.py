@@ -154,6 +154,18 @@ def test_a_key_that_the_window_has_passed_may_hold_anything():
     step.check(run_fused(step), expected)
 
 
+def test_ranges_in_a_window_widen_what_is_read_by_as_much_as_they_need():
+    spec = layer_spec(sliding_window=3, bidirectional_ranges=True)
+    ranges = ((0, 2, 5), (1, 7, 12))
+    step = Step(Case(spec=spec, query_lens=(2, 2), seq_lens=(12, 12), ranges=ranges))
+    expected = step.expected()[0]
+    groups = _builder(step).build(step.batch).groups
+    assert [group.positions.shape[1] for group in groups] == [5]
+    for request in (0, 1):
+        step.kv_cache[step.batch.block_table[request, :1].long()] = torch.nan
+    step.check(run_fused(step), expected)
+
+
 def test_a_prompt_without_a_past_reads_no_cache():
     """Its keys are the ones that it brings; nothing is gathered."""
     step = Step(Case(spec=layer_spec(), query_lens=(6,), seq_lens=(6,)))

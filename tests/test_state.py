@@ -184,6 +184,12 @@ def test_a_graph_takes_no_mask():
         state.prepare_graph_input_buffers(buffers, builder_of("TORCH_SDPA", spec).build(batch))
 
 
+def test_the_default_device_and_dtype_have_no_say(misleading_defaults):
+    with misleading_defaults():
+        metadata = state_of(max_batch_size=4).graph_capture_get_metadata_for_batch(3)
+    assert metadata.batch.block_table.device.type == "cpu"
+
+
 # Metadata.
 
 
@@ -237,6 +243,13 @@ def test_a_phase_alone_computes_its_share(backend):
         arguments = (step.query[rows], step.key[rows], step.value[rows])
         output = impl.forward(step.layer, *arguments, step.kv_cache, part)
         step.check(output, expected[rows])
+
+
+def test_derived_slots_are_the_last_positions_of_each_request():
+    """Of a request without keys there are none: it pads the batch."""
+    table = torch.tensor([[4, 2], [7, 9], [1, 1]])
+    batch = AttentionBatch.create([2, 1, 3], [5, 0, 3], block_table=table, block_size=4)
+    assert batch.slot_mapping.tolist() == [4 * 4 + 3, 2 * 4, -1, 4, 5, 6]
 
 
 def test_metadata_carries_what_the_engine_said():

@@ -320,6 +320,13 @@ def test_gradients_are_refused():
     assert_refused_untouched(call, "inference_mode")
 
 
+def test_metadata_of_the_opposite_route_is_refused():
+    call, (prefill, decode) = Call(RUNNERS[2]), ("TORCH_SDPA", "REFERENCE")
+    opposite = layer_of(call.step, f"prefill={prefill},decode={decode}")
+    call.set(attn_metadata=opposite.build_metadata(call.batch))
+    assert_refused_untouched(call, "attn_metadata has a SDPAMetadata for prefill")
+
+
 BAD_BATCHES = {
     "lengths of different requests": (
         {"seq_lens": [3]},

@@ -28,29 +28,27 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def visible(
     query_positions: torch.Tensor,
-    num_keys: int,
+    key_positions: torch.Tensor,
     *,
     causal: bool,
     sliding_window: int | None = None,
     ranges: Sequence[tuple[int, int]] = (),
     custom_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(len(query_positions), num_keys) bool: which query sees which key.
+    """(..., num_queries, num_keys) bool: which query sees which key.
 
     Args:
-        query_positions: (num_queries,) int64, positions among the keys.
-        num_keys: keys of the request.
+        query_positions: (..., num_queries) int64, where the queries stand among the keys.
+        key_positions: (..., num_keys) int64.
         causal: a query sees no later key.
         sliding_window: with causal, a query sees this many tokens up to itself; without, the keys
             closer than this on either side.
         ranges: tokens of one range [start, end) see each other whatever the above says.
-        custom_mask: (num_queries, num_keys) bool; False hides a key whatever the above says.
+        custom_mask: (..., num_queries, num_keys) bool; False hides a key whatever the above says.
     """
-    q = query_positions[:, None]
-    k = torch.arange(num_keys, device=query_positions.device)[None, :]
-    seen = torch.ones(len(query_positions), num_keys, dtype=torch.bool, device=q.device)
-    if causal:
-        seen &= k <= q
+    q = query_positions[..., :, None]
+    k = key_positions[..., None, :]
+    seen = (k <= q) if causal else torch.ones_like(k <= q)
     if sliding_window is not None:
         seen &= k > q - sliding_window
         if not causal:
@@ -107,7 +105,7 @@ def attend(
             scores = scores + alibi_slopes[:, None, None] * distance
         seen = visible(
             positions[rows],
-            num_keys,
+            torch.arange(num_keys, device=query.device),
             causal=causal,
             sliding_window=sliding_window,
             ranges=ranges,

@@ -7,6 +7,7 @@ to a request are gathered, so that what lies in the others (NaN, say) cannot rea
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ _SHARED_QUERY_LEN = 16
 _MAX_WASTE = 1.25
 #: Longer queries that need a mask are worked off in pieces of this many rows.
 _MASKED_ROWS = 256
+#: Plans are laid on the host, whatever torch's default device is.
+_HOST = torch.device("cpu")
 
 
 class MathPathWarning(UserWarning):
@@ -163,28 +166,30 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         batch, spec = metadata.batch, self.spec
         first, num_rows = pieces[0], pieces[0].num_rows
         num_keys = max(piece.num_keys for piece in pieces)
-        if spec.sliding_window is not None and spec.causal and not spec.bidirectional_ranges:
-            # Keys that the window has passed, for every row, are not read.
-            num_keys = min(num_keys, spec.sliding_window - 1 + num_rows)
+        if spec.sliding_window is not None and spec.causal:
+            # Keys that the window has passed, for every row, are not read: they may be freed.
+            num_keys = max(p.num_keys - self._first_key(metadata, p) for p in pieces)
         # Right-aligned: the last column is each piece's last key. What stands left of a piece's
         # first key repeats that key, and the mask hides it.
-        columns = torch.stack([torch.arange(p.num_keys - num_keys, p.num_keys) for p in pieces])
+        ends = torch.tensor([[piece.num_keys] for piece in pieces], device=_HOST)
+        columns = ends + torch.arange(-num_keys, 0, device=_HOST)
+        row = torch.arange(num_rows, device=_HOST)
+        own = torch.tensor([[piece.position] for piece in pieces], device=_HOST) + row
         causal = num_rows > 1 and len(pieces) == 1 and self._is_square(batch, first.request)
-        mask = None if causal else self._mask(metadata, pieces, columns)
+        mask = None if causal else self._mask(metadata, pieces, own, columns)
         distance = None
         if spec.alibi:
-            own = torch.tensor([[piece.position] for piece in pieces]) + torch.arange(num_rows)
             distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
         starts = [batch.query_starts[p.request] + p.first_row for p in pieces]
-        rows = torch.cat([torch.arange(start, start + num_rows) for start in starts])
-        requests = torch.tensor([[piece.request] for piece in pieces])
+        rows = (torch.tensor(starts, device=_HOST)[:, None] + row).flatten()
+        requests = torch.tensor([[piece.request] for piece in pieces], device=_HOST)
         alone = len(pieces) == 1
         return _Group(
             num_pieces=len(pieces),
             rows=slice(starts[0], starts[0] + num_rows) if alone else rows.to(self.device),
             key_rows=self._key_rows(batch, first, num_keys) if alone else None,
             requests=requests.to(self.device),
-            key_starts=torch.tensor(batch.key_starts)[requests].to(self.device),
+            key_starts=torch.tensor(batch.key_starts, device=_HOST)[requests].to(self.device),
             positions=columns.clamp(min=0).to(self.device),
             mask=None if mask is None else mask.to(self.device),
             distance=distance,
@@ -192,26 +197,33 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
             may_see_nothing=mask is not None and not bool(mask.any(-1).all()),
         )
 
+    def _first_key(self, metadata: SDPAMetadata, piece: _Piece) -> int:
+        """The first key that one of the piece's rows sees through the window or a range."""
+        assert self.spec.sliding_window is not None
+        end = piece.position + piece.num_rows
+        ranges = metadata.ranges_of(piece.request)
+        starts = [s for s, e in ranges if s < end and piece.position < e]
+        return max(0, min(piece.position - self.spec.sliding_window + 1, *starts, end))
+
     def _mask(
-        self, metadata: SDPAMetadata, pieces: list[_Piece], positions: torch.Tensor
+        self, metadata: SDPAMetadata, pieces: list[_Piece], own: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor | None:
+        """(num_pieces, num_rows, num_keys) bool; None if every row sees every key."""
         batch, spec = metadata.batch, self.spec
-        masks = []
-        for piece, columns in zip(pieces, positions, strict=True):
-            custom = None
-            if batch.custom_mask is not None:
-                rows = slice(piece.first_row, piece.first_row + piece.num_rows)
-                custom = batch.request_mask(piece.request)[rows, : piece.num_keys].cpu()
-            seen = visible(
-                torch.arange(piece.position, piece.position + piece.num_rows),
-                piece.num_keys,
-                causal=bool(spec.causal),
-                sliding_window=spec.sliding_window,
-                ranges=metadata.ranges_of(piece.request),
-                custom_mask=custom,
-            )
-            masks.append(seen[:, columns.clamp(min=0)] & (columns >= 0))
-        mask = torch.stack(masks)
+        sees = functools.partial(visible, causal=spec.causal, sliding_window=spec.sliding_window)
+        if batch.custom_mask is None and not spec.bidirectional_ranges:
+            mask = sees(own, columns)
+        else:
+            masks = []
+            for piece, queries, keys in zip(pieces, own, columns, strict=True):
+                custom = None
+                if batch.custom_mask is not None:
+                    rows = slice(piece.first_row, piece.first_row + piece.num_rows)
+                    custom = batch.request_mask(piece.request)[rows].cpu()[:, keys.clamp(min=0)]
+                ranges = metadata.ranges_of(piece.request)
+                masks.append(sees(queries, keys, ranges=ranges, custom_mask=custom))
+            mask = torch.stack(masks)
+        mask = mask & (columns >= 0)[:, None]
         return None if bool(mask.all()) else mask
 
     def _key_rows(self, batch: AttentionBatch, piece: _Piece, num_keys: int) -> slice | None:
