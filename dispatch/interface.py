@@ -168,10 +168,13 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
 
 
 def _check_per_head(name: str, values: Sequence[float] | torch.Tensor | None, heads: int) -> None:
-    if values is not None and (len(values) != heads or getattr(values, "ndim", 1) != 1):
+    if values is None:
+        return
+    shape = tuple(values.shape) if hasattr(values, "shape") else (len(values),)
+    if shape != (heads,):
         raise InvalidInputError(
-            f"{name} has {len(values)} values; the layer has {heads} query heads and needs one "
-            "for each."
+            f"{name} has shape {shape}; the layer has {heads} query heads and needs one value for "
+            "each."
         )
 
 

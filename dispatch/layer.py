@@ -82,7 +82,8 @@ class Attention(nn.Module):
         logits_soft_cap: cap of the scores; None or 0 for none.
         attn_type: one of AttentionType.
         kv_sharing_target_layer_name: the layer whose cache this one reads and never writes.
-        sinks: (num_heads,) one more logit per head, or None.
+        sinks: (num_heads,) one more logit per head, or None. Kept as it is: load weights into it
+            in place.
         prefix: the layer's name in the model, e.g. "model.layers.0.attn".
         dtype: of queries, keys and values; None for torch's default.
         device: where it will run first; None for the default device.

@@ -7,15 +7,19 @@ entries hold garbage, tensors that lie in memory as an engine's do.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import oracle
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attn_dispatch.backends.reference.torch_sdpa import MathPathWarning
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.context import forward_context
 from attn_dispatch.interface import PlaceholderRange
@@ -325,7 +329,7 @@ class Step:
                 continue
             bias = self._bias(request)
             q, k, v = (
-                t.transpose(0, 1)[None].to(spec.dtype)
+                t.transpose(0, 1)[None].to(self.device, spec.dtype)
                 for t in (
                     query,
                     self.keys[request].repeat_interleave(group, 1),
@@ -333,10 +337,10 @@ class Step:
                 )
             )
             result = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias[None].to(spec.dtype), scale=self.scale
+                q, k, v, attn_mask=bias[None].to(self.device, spec.dtype), scale=self.scale
             )
             blind = (bias == -math.inf).all(-1)[..., None]
-            outputs.append(result[0].masked_fill(blind, 0.0).transpose(0, 1))
+            outputs.append(result[0].cpu().masked_fill(blind, 0.0).transpose(0, 1))
         return _joined(outputs, spec, spec.dtype)
 
     def _bias(self, request):
@@ -396,6 +400,17 @@ def layer_of(step, **more):
 def call(layer, step, **more):
     with forward_context(step.batch):
         return layer(step.query, step.key, step.value, **more)
+
+
+@contextlib.contextmanager
+def fused_on_cpu(device):
+    """On a CPU PyTorch has its fused kernel and no other; elsewhere shapes may need another."""
+    if device.type != "cpu":
+        yield
+        return
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        warnings.simplefilter("error", MathPathWarning)
+        yield
 
 
 def _distance(actual, expected):

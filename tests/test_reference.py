@@ -134,6 +134,31 @@ def test_long_queries_are_worked_off_in_pieces(monkeypatch):
     torch.testing.assert_close(step.run("REFERENCE"), whole, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_large_scores_do_not_overflow(backend, dtype):
+    step = Step(case_of("mask").replace(spec=layer_spec(dtype=dtype, custom_mask=True)))
+    step.query *= 500
+    step.queries = [500 * query for query in step.queries]
+    output = step.run(backend)
+    assert bool(output.isfinite().all())
+    allowed = {torch.float64: 1e-11, torch.float32: 1e-3}[dtype]
+    torch.testing.assert_close(output.double(), step.naive()[0], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(("sink", "same_as"), [(-torch.inf, "none"), (1e30, "nothing")])
+def test_a_sink_may_be_nothing_or_all(sink, same_as):
+    step = Step(case_of("sinks", "mask"))
+    step.sinks.fill_(sink)
+    output = step.run("REFERENCE")
+    without = Step(case_of("mask"))
+    without.masks, without.batch = step.masks, step.batch
+    for name in ("query", "key", "value", "kv_cache"):
+        setattr(without, name, getattr(step, name))
+    wanted = without.run("REFERENCE") if same_as == "none" else torch.zeros_like(output)
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-14)
+
+
 def test_a_key_that_nobody_sees_may_hold_anything():
     """What a sliding window has passed is freed, and another request's NaN may lie there."""
     spec = layer_spec(sliding_window=3)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-
 import pytest
 import torch
 from hypothesis import given
-from steps import FP8, MEMORY, Case, Step, layer_spec
+from steps import FP8, MEMORY, Case, Step, fused_on_cpu, layer_spec
 from strategies import cases
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from attn_dispatch.backends.reference.torch_sdpa import MathPathWarning, SDPAImpl
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -21,11 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def run_fused(step):
     """The output of TORCH_SDPA, on a CPU with nothing but the fused kernel to run on."""
-    is_cpu = step.device.type == "cpu"
-    only = sdpa_kernel([SDPBackend.FLASH_ATTENTION]) if is_cpu else contextlib.nullcontext()
-    with warnings.catch_warnings(), only:
-        if is_cpu:
-            warnings.simplefilter("error", MathPathWarning)
+    with fused_on_cpu(step.device):
         return step.run("TORCH_SDPA")
 
 

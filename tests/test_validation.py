@@ -327,6 +327,15 @@ def test_metadata_of_the_opposite_route_is_refused():
     assert_refused_untouched(call, "attn_metadata has a SDPAMetadata for prefill")
 
 
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+@pytest.mark.parametrize(
+    "values", [torch.ones(()), torch.ones(3), torch.ones(4, 1)], ids=["0-d", "3", "4x1"]
+)
+def test_slopes_and_sinks_are_one_for_each_query_head(name, values):
+    with pytest.raises(InvalidInputError, match=f"{name} has shape .* 4 query heads"):
+        Attention(4, 8, device="cpu", **{name: values})
+
+
 BAD_BATCHES = {
     "lengths of different requests": (
         {"seq_lens": [3]},
