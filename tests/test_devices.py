@@ -103,7 +103,8 @@ def test_a_gpu_that_nobody_has_listed_gets_a_profile_too():
 
 
 def test_detection_adds_the_libraries():
-    assert detect_device("cpu").library("torch").version == torch.__version__
+    # The record of the installed package may leave out what the build appends ("+cu130").
+    assert torch.__version__.startswith(str(detect_device("cpu").library("torch").version))
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99", "nonsense", "meta", "cpu:x"])

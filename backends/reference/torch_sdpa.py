@@ -385,14 +385,25 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
 
 
 def _dense(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """The tensor with heads of this size, their elements side by side; itself if it is so."""
+    """The tensor with heads of this size, laid out as a fused kernel wants it; itself if it is."""
     if tensor.shape[-1] < size:
         # Not F.pad: it may keep odd strides of dimensions of one, which a GPU's kernel refuses.
         padded = tensor.new_zeros(*tensor.shape[:-1], size)
         padded[..., : tensor.shape[-1]] = tensor
         return padded
+    if tensor.stride(-1) == 1 and (tensor.device.type == "cpu" or _is_aligned(tensor)):
+        return tensor
     # Not contiguous(): that leaves the stride of a dimension of size 1 as it is.
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, which a GPU's kernels load at a time.
+
+    PyTorch looks at the strides and not at the address, which a slice of a fused tensor moves.
+    """
+    steps = (step * tensor.element_size() for step in tensor.stride()[:-1])
+    return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
 
 
 _CPU = DeviceMatch(vendor="cpu")
