@@ -16,8 +16,8 @@ __all__ = [
     "is_fp8",
     "kv_cache_torch_dtype",
     "quantize",
-    "quantize_output",
     "scale_for",
+    "store_output",
 ]
 
 #: Values that share one scale under output_quant="fp8_e4m3_group128".
@@ -135,25 +135,25 @@ def dequantize(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     return stored.to(dtype) * scale.to(dtype)
 
 
-def quantize_output(
+def store_output(
     values: torch.Tensor,
     output: torch.Tensor,
     output_scale: torch.Tensor | None,
     output_block_scale: torch.Tensor | None,
 ) -> None:
-    """Store attention's result into an fp8 output.
+    """Store attention's result where it goes, quantized if a scale says so.
 
     Args:
         values: (num_tokens, num_heads, head_size_v), floating point.
-        output: the same shape, fp8, written.
+        output: the same shape, written; fp8 if there is a scale.
         output_scale: () float32: values are divided by it.
         output_block_scale: (num_tokens, num_heads * head_size_v // GROUP_SIZE) float32, written:
-            the scale of each group. Exactly one of the two scales is given.
+            the scale of each group. At most one of the two scales is given.
     """
-    if output_scale is not None:
-        output.copy_(quantize(values, output_scale, output.dtype))
+    if output_block_scale is None:
+        scaled = values if output_scale is None else quantize(values, output_scale, output.dtype)
+        output.copy_(scaled)
         return
-    assert output_block_scale is not None
     groups = values.flatten(1).unflatten(1, (-1, GROUP_SIZE))
     scales = scale_for(groups, output.dtype, (-1,))
     output_block_scale.copy_(scales)

@@ -95,6 +95,11 @@ def assert_refused_untouched(call, message):
         assert torch.equal(as_bytes(tensor), old)
 
 
+def batch_elsewhere(call):
+    names = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+    call.change_batch(**{name: getattr(call.batch, name).to("meta") for name in names})
+
+
 def metadata_of(backend, **changes):
     """Metadata that another layer's builder made."""
 
@@ -155,6 +160,7 @@ BAD_CALLS = {
         lambda c: c.change_batch(block_table=c.batch.block_table.to("meta")),
         "block_table is on meta",
     ),
+    "batch elsewhere": (batch_elsewhere, "block_table is on meta, and query on cpu"),
     "no slots": (lambda c: c.change_batch(slot_mapping=None), "no slot_mapping for 10 new keys"),
     "fewer slots than keys": (
         lambda c: c.change_batch(slot_mapping=c.batch.slot_mapping[:9]),

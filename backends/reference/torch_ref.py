@@ -21,7 +21,7 @@ from attn_dispatch.interface import (
     AttentionType,
 )
 from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
-from attn_dispatch.quantization import GROUP_SIZE, quantize_output
+from attn_dispatch.quantization import GROUP_SIZE, store_output
 from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
 from attn_dispatch.validation import check_forward, check_metadata
 
@@ -94,11 +94,8 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 custom_mask=None if batch.custom_mask is None else batch.request_mask(request),
             )
         if output is None:
-            output = result.to(query.dtype)
-        elif output_scale is None and output_block_scale is None:
-            output.copy_(result)
-        else:
-            quantize_output(result, output, output_scale, output_block_scale)
+            output = torch.empty_like(result, dtype=query.dtype)
+        store_output(result, output, *scales)
         return (output, lse) if self.returns_lse else output
 
     def _keys_of(

@@ -34,7 +34,7 @@ from attn_dispatch.interface import (
     refuse_features,
 )
 from attn_dispatch.kv_cache import gather_kv, write_mla_cache
-from attn_dispatch.quantization import quantize_output
+from attn_dispatch.quantization import store_output
 from attn_dispatch.spec import KV_CACHE_DTYPES, MLADims
 from attn_dispatch.validation import (
     check_batch_contents,
@@ -167,11 +167,8 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
             compute = self._absorbed if phase is Phase.DECODE else self._expanded
             result[rows], lse[rows] = compute(query[rows].to(dtype), latents, rotated)
         if output is None:
-            output = result.to(query.dtype)
-        elif output_scale is None and output_block_scale is None:
-            output.copy_(result)
-        else:
-            quantize_output(result, output, output_scale, output_block_scale)
+            output = torch.empty_like(result, dtype=query.dtype)
+        store_output(result, output, output_scale, output_block_scale)
         return (output, lse) if self.returns_lse else output
 
     def _check(
