@@ -9,7 +9,8 @@ import torch
 
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import AttentionType, Phase
+from attn_dispatch.interface import AttentionBackend, AttentionImpl, AttentionType, Phase
+from attn_dispatch.libraries import past_broken_libraries
 from attn_dispatch.quantization import KVScales, is_fp8, kv_cache_torch_dtype
 from attn_dispatch.selector import resolve
 from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
@@ -126,23 +127,27 @@ def attention(
             "request's rows of key and value."
         )
     phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
-    backend_cls = resolve(spec, query.device, phase=phase, backend=backend).backend_cls
-    impl = backend_cls.get_impl_cls()(
-        spec.num_heads,
-        spec.head_size,
-        spec.head_size**-0.5 if scale is None else scale,
-        spec.num_kv_heads,
-        alibi_slopes,
-        sliding_window,
-        spec.kv_cache_dtype,
-        logits_soft_cap,
-        spec.attn_type,
-        None,
-        sinks,
-        head_size_v=spec.head_size_v,
-        causal=causal,
-        returns_lse=return_lse,
-    )
+
+    def build() -> tuple[type[AttentionBackend], AttentionImpl[Any]]:
+        backend_cls = resolve(spec, query.device, phase=phase, backend=backend).backend_cls
+        return backend_cls, backend_cls.get_impl_cls()(
+            spec.num_heads,
+            spec.head_size,
+            spec.head_size**-0.5 if scale is None else scale,
+            spec.num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            spec.kv_cache_dtype,
+            logits_soft_cap,
+            spec.attn_type,
+            None,
+            sinks,
+            head_size_v=spec.head_size_v,
+            causal=causal,
+            returns_lse=return_lse,
+        )
+
+    backend_cls, impl = past_broken_libraries(build)
     metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
     scales = KVScales()
     if kv_cache is not None and is_fp8(kv_cache.dtype):

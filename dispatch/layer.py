@@ -21,6 +21,7 @@ from attn_dispatch.interface import (
     AttentionType,
     Phase,
 )
+from attn_dispatch.libraries import past_broken_libraries
 from attn_dispatch.ops import attention_op, layers_by_key
 from attn_dispatch.quantization import (
     KVScales,
@@ -185,6 +186,9 @@ class Attention(nn.Module):
 
     def _bind(self, device: torch.device) -> None:
         """Pick backends for a device and build their impls."""
+        past_broken_libraries(lambda: self._try_to_bind(device))
+
+    def _try_to_bind(self, device: torch.device) -> None:
         spec, profile = self.spec, detect_device(device)
         self.selections: dict[Phase, Selection] = {
             phase: select_and_warn(spec, profile, phase=phase, rules=self._rules)

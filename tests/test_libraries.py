@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from selection_helpers import FakeSite, layer, make_backend, registered
 
 import attn_dispatch
+from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
 from attn_dispatch.capability import ReasonCode
 from attn_dispatch.device import detect_device, known_device
-from attn_dispatch.errors import BackendFailure
+from attn_dispatch.errors import BackendFailure, UnsupportedError
+from attn_dispatch.functional import attention
+from attn_dispatch.interface import Phase
+from attn_dispatch.layer import Attention
 from attn_dispatch.libraries import (
     LIBRARIES,
+    BrokenLibraryWarning,
     Library,
     import_library,
     installed_libraries,
     library_name,
+    past_broken_libraries,
     requirement_problem,
 )
 from attn_dispatch.selector import resolve, select
@@ -126,6 +133,54 @@ def test_a_library_that_works_is_returned(site):
     site.install("flash_attn", "answer = 42")
     assert import_library("flash_attn").answer == 42
     assert detect_device("cpu").library("flash_attn").usable
+
+
+def importing(library: str):
+    """A backend that would win, and whose impl imports the library when it is built."""
+
+    class Impl(ReferenceImpl):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            import_library(library)
+
+    backend = needing(library)
+    backend.get_impl_cls = staticmethod(lambda: Impl)
+    return backend
+
+
+def test_a_layer_goes_on_without_a_library_that_turns_out_broken(site):
+    site.install("flash_attn", ERRORS["OSError"])
+    with registered(importing("flash_attn")):
+        with pytest.warns(BrokenLibraryWarning, match="flash_attn cannot be imported here"):
+            made = Attention(2, 8, dtype=torch.float32, device="cpu")
+    assert {selection.name for selection in made.selections.values()} == {"REFERENCE"}
+    assert "installed but broken" in str(made.selections[Phase.DECODE])
+
+
+def test_the_function_goes_on_too(site):
+    site.install("flash_attn", ERRORS["OSError"])
+    query = torch.randn(3, 2, 8)
+    with registered(importing("flash_attn")), pytest.warns(BrokenLibraryWarning):
+        output = attention(query, query, query)
+    torch.testing.assert_close(output, attention(query, query, query, backend="REFERENCE"))
+
+
+def test_what_is_required_is_an_error_that_names_the_broken_library(site):
+    site.install("flash_attn", ERRORS["OSError"])
+    with (
+        registered(importing("flash_attn")),
+        pytest.warns(BrokenLibraryWarning),
+        pytest.raises(UnsupportedError, match="flash_attn is installed but broken: OSError"),
+    ):
+        Attention(2, 8, dtype=torch.float32, device="cpu", backend="TORCH_SDPA")
+
+
+def test_another_failure_is_not_tried_again():
+    def fail():
+        raise BackendFailure("for a reason of its own")
+
+    with pytest.raises(BackendFailure, match="of its own"):
+        past_broken_libraries(fail)
 
 
 def test_an_interrupt_is_not_swallowed(site):
