@@ -150,9 +150,11 @@ def importing(library: str):
 
 def test_a_layer_goes_on_without_a_library_that_turns_out_broken(site):
     site.install("flash_attn", ERRORS["OSError"])
-    with registered(importing("flash_attn")):
-        with pytest.warns(BrokenLibraryWarning, match="flash_attn cannot be imported here"):
-            made = Attention(2, 8, dtype=torch.float32, device="cpu")
+    with (
+        registered(importing("flash_attn")),
+        pytest.warns(BrokenLibraryWarning, match="flash_attn cannot be imported here"),
+    ):
+        made = Attention(2, 8, dtype=torch.float32, device="cpu")
     assert {selection.name for selection in made.selections.values()} == {"REFERENCE"}
     assert "installed but broken" in str(made.selections[Phase.DECODE])
 
