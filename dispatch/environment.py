@@ -20,6 +20,11 @@ class Variable:
     default: str
     doc: str
 
+    @property
+    def value(self) -> str | None:
+        """The variable as it stands now; None if it is not set."""
+        return os.environ.get(self.name)
+
 
 BACKEND = Variable(
     "ATTN_DISPATCH_BACKEND",
@@ -31,8 +36,8 @@ VLLM_BACKEND = Variable(
     "VLLM_ATTENTION_BACKEND",
     "one of vLLM's backend names",
     "unset",
-    "Understood as ATTN_DISPATCH_BACKEND with vLLM's names, and outranked by it. "
-    "A vLLM backend without a counterpart here is refused, never ignored.",
+    "Understood as ATTN_DISPATCH_BACKEND with vLLM's names. A vLLM backend without a counterpart "
+    "here is refused. Not looked at where something else requires a backend for everything.",
 )
 CHECK = Variable(
     "ATTN_DISPATCH_CHECK",
@@ -46,12 +51,12 @@ VARIABLES = (BACKEND, VLLM_BACKEND, CHECK)
 
 def backend_override() -> str:
     """ATTN_DISPATCH_BACKEND as it stands now, or an empty string."""
-    return os.environ.get("ATTN_DISPATCH_BACKEND", "")
+    return BACKEND.value or ""
 
 
 def vllm_backend_override() -> str:
     """VLLM_ATTENTION_BACKEND as it stands now, or an empty string."""
-    return os.environ.get("VLLM_ATTENTION_BACKEND", "")
+    return VLLM_BACKEND.value or ""
 
 
 def check_mode() -> bool:
@@ -60,8 +65,8 @@ def check_mode() -> bool:
     Raises:
         InvalidInputError: the variable holds neither 0 nor 1.
     """
-    value = os.environ.get("ATTN_DISPATCH_CHECK", "")
-    if value in ("", "0"):
+    value = CHECK.value
+    if value in (None, "", "0"):
         return False
     if value == "1":
         return True

@@ -57,6 +57,11 @@ class AttentionType(str, Enum):
     ENCODER_DECODER = "encoder_decoder"
     """A decoder's queries over an encoder's keys, which are cached once."""
 
+    @property
+    def has_kv_cache(self) -> bool:
+        """Whether keys outlive the step, so that there is a cache, and a decode phase."""
+        return self in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+
     def __str__(self) -> str:
         return str(self.value)
 

@@ -105,7 +105,9 @@ def plan_kv_cache(
         InvalidInputError: a sharing layer's target is missing or does not fit.
     """
     shared = dict(shared or {})
-    cached = {name: spec for name, spec in layers.items() if _has_cache(spec)}
+    cached = {
+        name: spec for name, spec in layers.items() if AttentionType(spec.attn_type).has_kv_cache
+    }
     for name in shared:
         if name not in cached:
             raise InvalidInputError(f"shared= names {name!r}, which is no layer with a cache.")
@@ -132,10 +134,6 @@ def plan_kv_cache(
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
     return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
-
-
-def _has_cache(spec: AttentionSpec) -> bool:
-    return spec.attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 
 
 def _check_sharing(

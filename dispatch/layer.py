@@ -118,14 +118,13 @@ class Attention(nn.Module):
         **features: Any,
     ) -> None:
         super().__init__()
-        has_cache = attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
-        self.spec = AttentionSpec(
+        spec = AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
             head_size=head_size,
             dtype=dtype or torch.get_default_dtype(),
             kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size if has_cache else None,
+            block_size=block_size,
             attn_type=attn_type,
             sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap or None,
@@ -134,6 +133,8 @@ class Attention(nn.Module):
             kv_sharing=kv_sharing_target_layer_name is not None,
             **features,
         )
+        has_kv_cache = AttentionType(spec.attn_type).has_kv_cache
+        self.spec = spec if has_kv_cache else spec.replace(block_size=None)
         if self.spec.mla is not None:
             raise InvalidInputError(
                 "Attention has no multi-head latent attention; use the impl of "

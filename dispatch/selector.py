@@ -157,9 +157,9 @@ def _required_but_refused(rule: Rule, verdicts: Mapping[str, Verdict]) -> str:
 
 def phases_of(spec: AttentionSpec) -> tuple[Phase, ...]:
     """The phases that a layer goes through: an encoder has only a prefill."""
-    if spec.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
-        return (Phase.PREFILL,)
-    return (Phase.PREFILL, Phase.DECODE)
+    if AttentionType(spec.attn_type).has_kv_cache:
+        return (Phase.PREFILL, Phase.DECODE)
+    return (Phase.PREFILL,)
 
 
 # Decisions by everything that they depend on, overrides and environment as they stand included.

@@ -13,7 +13,6 @@ import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import AttentionType
 from attn_dispatch.quantization import GROUP_SIZE, is_fp8, kv_cache_torch_dtype
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def _check_with_cache(
     kv_cache: torch.Tensor,
     batch: AttentionBatch,
 ) -> None:
-    if impl.attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+    if not impl.attn_type.has_kv_cache:
         raise InvalidInputError(f"{impl.attn_type} attention has no kv_cache; give None.")
     size = max(impl.head_size, impl.head_size_v)
     wanted = (2, impl.num_kv_heads, size)

@@ -139,13 +139,11 @@ def _facts(profile: DeviceProfile) -> dict[str, Any]:
 
 
 def _environment() -> list[dict[str, Any]]:
-    import os
-
     from attn_dispatch.environment import VARIABLES
 
     found = []
     for variable in VARIABLES:
-        value, error = os.environ.get(variable.name), None
+        value, error = variable.value, None
         try:
             READERS[variable.name]()
         except AttnDispatchError as problem:
