@@ -11,7 +11,12 @@ from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionBackend, AttentionImpl, AttentionType, Phase
 from attn_dispatch.libraries import past_broken_libraries
-from attn_dispatch.quantization import KVScales, is_fp8, kv_cache_torch_dtype
+from attn_dispatch.quantization import (
+    KVScales,
+    has_token_scales,
+    is_fp8,
+    kv_cache_torch_dtype,
+)
 from attn_dispatch.selector import resolve
 from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
 
@@ -51,7 +56,8 @@ def attention(
         query_lens: query tokens of each request; None for one request.
         seq_lens: keys of each request; None for the same as query_lens, or with one request for
             all rows of key. Paged: the new ones included.
-        kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)), paged.
+        kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)), paged;
+            an int8 one has heads of quantization.stored_head_size, with their scales in them.
         block_table: (num_requests, max_blocks), paged: each request's blocks in order.
         slot_mapping: (num_key_tokens,), paged: where new keys go; None for the last query_len
             positions of each request.
@@ -79,6 +85,7 @@ def attention(
         torch.Size([5, 8, 64])
     """
     _check_arguments(query, key, value, kv_cache, block_table)
+    _check_scales(kv_cache, k_scale, v_scale)
     if query_lens is None:
         query_lens = [len(query)]
     if seq_lens is None:
@@ -152,10 +159,6 @@ def attention(
     scales = KVScales()
     if kv_cache is not None and is_fp8(kv_cache.dtype):
         scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
-    elif any(isinstance(scale, torch.Tensor) or scale != 1.0 for scale in (k_scale, v_scale)):
-        raise InvalidInputError(
-            "k_scale and v_scale are of an fp8 kv_cache, and there is none; leave them out."
-        )
     return impl.forward(scales, query, key, value, kv_cache, metadata, out)
 
 
@@ -191,6 +194,21 @@ def _check_arguments(
         raise InvalidInputError("key and value go together: give both, or None for both.")
 
 
+def _check_scales(
+    kv_cache: torch.Tensor | None, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor
+) -> None:
+    """Check that scales are given only with a cache that takes them."""
+    if kv_cache is not None and is_fp8(kv_cache.dtype):
+        return
+    if any(isinstance(scale, torch.Tensor) or scale != 1.0 for scale in (k_scale, v_scale)):
+        found = "there is none"
+        if kv_cache is not None and has_token_scales(kv_cache.dtype):
+            found = "this int8 one has its own for each token and head"
+        raise InvalidInputError(
+            f"k_scale and v_scale are of an fp8 kv_cache, and {found}; leave them out."
+        )
+
+
 def _name_of(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
     """The kv_cache_dtype that a cache tensor stands for."""
     if cache_dtype == dtype:
@@ -198,7 +216,10 @@ def _name_of(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
     for name in KV_CACHE_DTYPES:
         if name != "auto" and kv_cache_torch_dtype(name, dtype) == cache_dtype:
             return name
-    raise InvalidInputError(f"kv_cache is {cache_dtype}; it must be a floating-point type.")
+    raise InvalidInputError(
+        f"kv_cache is {cache_dtype}; it must be a floating-point type, or torch.int8 with a scale "
+        "for each token and head. Allocate it as plan_kv_cache does."
+    )
 
 
 def merge_states(

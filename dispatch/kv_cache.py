@@ -3,7 +3,8 @@
 Logically a cache is (num_blocks, 2, block_size, num_kv_heads, head_size), keys at index 0 and
 values at 1 of the second dimension; multi-head latent attention's is (num_blocks, block_size,
 kv_lora_rank + qk_rope_head_dim). A block is one contiguous piece of memory in either layout.
-Where key and value heads differ in size, a head takes the larger of the two.
+Where key and value heads differ in size, a head takes the larger of the two. A head of an int8
+cache takes more, since its scale stands beside it: quantization.stored_head_size says how much.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.quantization import dequantize, is_fp8, quantize
+from attn_dispatch.quantization import (
+    dequantize,
+    dequantize_rows,
+    has_token_scales,
+    is_fp8,
+    quantize,
+    quantize_rows,
+    token_scales,
+)
 
 if TYPE_CHECKING:
     from attn_dispatch.batch import AttentionBatch
@@ -26,8 +35,10 @@ __all__ = [
     "copy_blocks",
     "gather_kv",
     "kv_cache_shape",
+    "kv_scales_of",
     "read_kv_cache",
     "split_kv_cache",
+    "split_token_scales",
     "swap_blocks",
     "write_kv_cache",
     "write_mla_cache",
@@ -41,7 +52,15 @@ STRIDE_ORDERS: dict[str, tuple[int, ...]] = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 
 def kv_cache_shape(
     num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
 ) -> tuple[int, int, int, int, int]:
-    """The logical shape of a cache; head_size is the larger of key's and value's."""
+    """The logical shape of a cache.
+
+    Args:
+        num_blocks: blocks.
+        block_size: tokens per block.
+        num_kv_heads: key and value heads.
+        head_size: of a stored head: quantization.stored_head_size of the larger of key's and
+            value's, which is that larger size itself but for int8.
+    """
     return num_blocks, 2, block_size, num_kv_heads, head_size
 
 
@@ -71,9 +90,37 @@ def allocate_kv_cache(
 def split_kv_cache(
     kv_cache: torch.Tensor, head_size: int, head_size_v: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size)."""
+    """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size).
+
+    Of an int8 cache they are the integers alone; `split_token_scales` has the scales.
+    """
     keys, values = kv_cache.unbind(1)
     return keys[..., :head_size], values[..., :head_size_v]
+
+
+def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the scales in an int8 cache, of keys and of values.
+
+    Args:
+        kv_cache: in the logical shape, any layout, int8.
+
+    Returns:
+        (num_blocks, block_size, num_kv_heads) float32 each, over the cache's own memory.
+    """
+    keys, values = token_scales(kv_cache).unbind(1)
+    return keys, values
+
+
+def kv_scales_of(
+    layer: AttentionLayer, kv_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of keys and values, as `gather_kv` takes them.
+
+    Those in the cache if it is int8, else those of the layer: () or (num_kv_heads,) float32.
+    """
+    if has_token_scales(kv_cache.dtype):
+        return split_token_scales(kv_cache)
+    return layer._k_scale, layer._v_scale
 
 
 def write_kv_cache(
@@ -91,10 +138,13 @@ def write_kv_cache(
         value: (num_tokens, num_kv_heads, head_size_v).
         kv_cache: in the logical shape, any layout, written.
         slot_mapping: (num_tokens,) int64; a slot is block * block_size + offset.
-        k_scale: () or (num_kv_heads,) float32; used where the cache is fp8.
+        k_scale: () or (num_kv_heads,) float32; used where the cache is fp8. An int8 cache gets
+            a scale with each row that is written.
         v_scale: the same for values.
     """
     keys, values = split_kv_cache(kv_cache, key.shape[-1], value.shape[-1])
+    if has_token_scales(kv_cache.dtype):
+        k_scale, v_scale = split_token_scales(kv_cache)
     _scatter(key, keys, slot_mapping, k_scale)
     _scatter(value, values, slot_mapping, v_scale)
 
@@ -114,7 +164,14 @@ def write_mla_cache(
         kv_cache: (num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), written.
         slot_mapping: (num_tokens,) int64.
         scale: () float32; used where the cache is fp8.
+
+    Raises:
+        InvalidInputError: the cache is int8, whose rows have no place for a scale here.
     """
+    if has_token_scales(kv_cache.dtype):
+        raise InvalidInputError(
+            "A cache of latents cannot be int8. Give it the layer's dtype, or an fp8 type."
+        )
     latents = torch.cat([kv_c_normed, k_pe], dim=-1)
     _scatter(latents[:, None], kv_cache[:, :, None], slot_mapping, scale)
 
@@ -122,13 +179,19 @@ def write_mla_cache(
 def _scatter(
     new: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor
 ) -> None:
-    """Write (num_tokens, heads, size) rows into a (num_blocks, block_size, heads, size) view."""
+    """Write (num_tokens, heads, size) rows into a (num_blocks, block_size, heads, size) view.
+
+    Of an int8 cache, `scale` are its own, (num_blocks, block_size, heads), and written too.
+    """
     kept = (slots >= 0).nonzero().squeeze(1)
     slots, new = slots[kept], new[kept]
+    blocks, offsets = slots // cache.shape[1], slots % cache.shape[1]
+    if has_token_scales(cache.dtype):
+        cache[blocks, offsets], scale[blocks, offsets] = quantize_rows(new)
+        return
     stored = (
         quantize(new, _per_head(scale), cache.dtype) if is_fp8(cache.dtype) else new.to(cache.dtype)
     )
-    blocks, offsets = slots // cache.shape[1], slots % cache.shape[1]
     _bytes(cache)[blocks, offsets] = _bytes(stored)
 
 
@@ -154,6 +217,9 @@ def write_new_kv(
 
 def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Entries of one view of `split_kv_cache`, as they are stored.
+
+    A view of a whole int8 cache, `kv_cache[:, 0]`, gives rows with their scale in them, which
+    quantization.token_scales finds, and is read faster than the integers alone.
 
     Args:
         cache: (num_blocks, block_size, num_kv_heads, size).
@@ -185,21 +251,32 @@ def gather_kv(
     scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One request's entries of one view of `split_kv_cache`, times their scale if it is fp8.
+    """One request's entries of one view of `split_kv_cache`, times their scale if it has 8 bits.
 
     Args:
         cache: (num_blocks, block_size, num_kv_heads, size).
         block_table_row: (max_blocks,) the request's blocks.
         seq_len: how many entries.
-        scale: () or (num_kv_heads,) float32.
+        scale: that of `kv_scales_of`: () or (num_kv_heads,) float32, or those in an int8 cache.
         dtype: of the result.
 
     Returns:
         (seq_len, num_kv_heads, size)
+
+    Raises:
+        InvalidInputError: the cache is int8, and the scale is not the cache's own.
     """
     positions = torch.arange(seq_len, device=cache.device)
     blocks = block_table_row.long()[positions // cache.shape[1]]
-    stored = read_kv_cache(cache, blocks, positions % cache.shape[1])
+    offsets = positions % cache.shape[1]
+    stored = read_kv_cache(cache, blocks, offsets)
+    if has_token_scales(cache.dtype):
+        if scale.shape != cache.shape[:-1]:
+            raise InvalidInputError(
+                f"An int8 cache of {tuple(cache.shape)} has a scale for each token and head, not "
+                f"one of shape {tuple(scale.shape)}. Take the scales of kv_cache.kv_scales_of."
+            )
+        return dequantize_rows(stored, scale[blocks, offsets], dtype)
     if is_fp8(cache.dtype):
         return dequantize(stored, _per_head(scale), dtype)
     return stored.to(dtype)

@@ -13,7 +13,7 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType, Phase
 from attn_dispatch.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.overrides import Rule, Source, current_rules
-from attn_dispatch.quantization import kv_cache_torch_dtype
+from attn_dispatch.quantization import kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
 from attn_dispatch.selector import phases_of, select
@@ -128,7 +128,7 @@ def plan_kv_cache(
             continue
         spec = specs[name]
         selection = select(spec, profile, phase=phases_of(spec)[0], rules=rules)
-        size = max(spec.head_size, spec.head_size_v)
+        size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
         shape = selection.backend_cls.get_kv_cache_shape(1, block_size, spec.num_kv_heads, size)
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))

@@ -34,7 +34,7 @@ from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
 from attn_dispatch.routing import RoutedBuilder, RoutedImpl
 from attn_dispatch.selector import phases_of, select_and_warn
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 from attn_dispatch.validation import check_no_grad
 
 __all__ = ["Attention", "bind_kv_caches"]
@@ -247,9 +247,14 @@ class Attention(nn.Module):
             v_scale: the same for values.
 
         Raises:
-            InvalidInputError: the shape does not go with the spec's kv_scales, or a scale is not
-                positive and finite.
+            InvalidInputError: the shape does not go with the spec's kv_scales, a scale is not
+                positive and finite, or the cache is int8 and has its own.
         """
+        if self.spec.kv_cache_dtype == INT8_PER_TOKEN_HEAD:
+            raise InvalidInputError(
+                f"The cache of layer {self.prefix!r} is {INT8_PER_TOKEN_HEAD}: it has a scale for "
+                "each token and head, made when the token is written. Leave set_kv_scales out."
+            )
         self._set_scales(k_scale, v_scale)
         self._cache_state.scales_are_final = True
 

@@ -1,4 +1,4 @@
-"""fp8, in and out: element types by name, the scales of a cache, and quantized outputs."""
+"""8 bits, in and out: element types by name, the scales of a cache, and quantized outputs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import math
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.spec import INT8_PER_TOKEN_HEAD
 
 __all__ = [
     "GROUP_SIZE",
     "KVScales",
     "dequantize",
+    "dequantize_rows",
+    "has_token_scales",
     "is_e4m3",
     "is_fp8",
     "kv_cache_torch_dtype",
     "quantize",
+    "quantize_rows",
     "scale_for",
     "store_output",
+    "stored_head_size",
+    "token_scales",
 ]
 
 #: Values that share one scale under output_quant="fp8_e4m3_group128".
@@ -29,6 +35,12 @@ _FP8 = {
     "fp8_e4m3fnuz": torch.float8_e4m3fnuz,
     "fp8_e5m2fnuz": torch.float8_e5m2fnuz,
 }
+
+#: The largest integer of an int8 cache; -128 is left out, so that the range is symmetric.
+_INT8_MAX = 127.0
+#: Bytes to which an int8 row is filled up, and which its scale takes after that: rows stay aligned
+#: for the widest load of a GPU, and a scale stays aligned for float32.
+_ROW_ALIGNMENT = 16
 
 #: Where "fp8" means the fnuz form: the matrix cores there know no other.
 FNUZ_ARCHS = ("gfx942",)
@@ -44,6 +56,30 @@ def is_e4m3(dtype: torch.dtype) -> bool:
     return dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
 
+def has_token_scales(dtype: torch.dtype) -> bool:
+    """Whether a cache of this torch dtype has the scale of each of its rows beside it."""
+    return dtype == torch.int8
+
+
+def stored_head_size(kv_cache_dtype: str, size: int) -> int:
+    """Elements of the cache that one token's key, or value, of one KV head takes.
+
+    What AttentionBackend.get_kv_cache_shape and kv_cache.kv_cache_shape take as head_size. It is
+    `size`, but for int8_per_token_head: there a row is round_up(size, 16) + 16 bytes, in which
+
+        [0, head_size)          are the integers, head_size being that of the key or of the value,
+        [stored - 16, ... - 12) is the float32 scale, in the machine's byte order,
+        the rest                is unused and may hold anything.
+
+    Args:
+        kv_cache_dtype: one of spec.KV_CACHE_DTYPES.
+        size: max(head_size, head_size_v).
+    """
+    if kv_cache_dtype != INT8_PER_TOKEN_HEAD:
+        return size
+    return -(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT + _ROW_ALIGNMENT
+
+
 def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = "") -> torch.dtype:
     """The torch dtype of a cache.
 
@@ -57,11 +93,16 @@ def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = ""
     """
     if kv_cache_dtype == "auto":
         return dtype
+    if kv_cache_dtype == INT8_PER_TOKEN_HEAD:
+        return torch.int8
     if kv_cache_dtype == "fp8":
         return torch.float8_e4m3fnuz if arch in FNUZ_ARCHS else torch.float8_e4m3fn
     found = _FP8.get(kv_cache_dtype) or getattr(torch, kv_cache_dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InvalidInputError(f"kv_cache_dtype={kv_cache_dtype!r} names no floating-point type.")
+        raise InvalidInputError(
+            f"kv_cache_dtype={kv_cache_dtype!r} names no floating-point type. Give one of "
+            "spec.KV_CACHE_DTYPES."
+        )
     return found
 
 
@@ -133,6 +174,42 @@ def quantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
 def dequantize(stored: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Stored values times their scale, as dtype."""
     return stored.to(dtype) * scale.to(dtype)
+
+
+def token_scales(stored: torch.Tensor) -> torch.Tensor:
+    """The scales of stored rows: a float32 view, (...), of (..., stored_head_size) int8."""
+    return stored.view(torch.float32)[..., -(_ROW_ALIGNMENT // torch.float32.itemsize)]
+
+
+def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a cache of int8_per_token_head holds of some rows.
+
+    A row with NaN or infinity in it gets that as its scale and zeros as its integers, so that all
+    of it reads back as NaN. All is computed in float32.
+
+    Args:
+        values: (..., size), floating point.
+
+    Returns:
+        (..., size) int8, round(values / scale) with ties to even, within ±127; and their scales,
+        (...) float32, largest magnitude / 127; 1 for a row of zeros, else at least the smallest
+        normal number, which no device flushes to 0.
+    """
+    values = values.to(torch.float32)
+    amax = values.abs().amax(-1)
+    # By a tensor: a GPU multiplies by the reciprocal of a number, and other bits come out.
+    scale = (amax / torch.full_like(amax, _INT8_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.where(amax == 0, torch.ones_like(amax), scale)
+    integers = (values / scale[..., None]).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return integers.nan_to_num(nan=0.0).to(torch.int8), scale
+
+
+def dequantize_rows(
+    integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What int8 rows mean: (..., size) integers times (...) scales, rounded to dtype once."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    return (integers.to(working) * scale.to(working)[..., None]).to(dtype)
 
 
 def store_output(

@@ -13,7 +13,17 @@ from attn_dispatch.interface import AttentionType
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MLADims", "AttentionSpec", "KV_CACHE_DTYPES", "LAYER_KINDS", "OUTPUT_QUANTS"]
+__all__ = [
+    "INT8_PER_TOKEN_HEAD",
+    "KV_CACHE_DTYPES",
+    "LAYER_KINDS",
+    "OUTPUT_QUANTS",
+    "AttentionSpec",
+    "MLADims",
+]
+
+#: Signed 8-bit integers with a scale for each token and KV head, stored in the cache beside them.
+INT8_PER_TOKEN_HEAD = "int8_per_token_head"
 
 #: Names accepted for `kv_cache_dtype`. "fp8" is the device's own e4m3 (fnuz on gfx942).
 KV_CACHE_DTYPES = (
@@ -27,6 +37,7 @@ KV_CACHE_DTYPES = (
     "fp8_e5m2",
     "fp8_e4m3fnuz",
     "fp8_e5m2fnuz",
+    INT8_PER_TOKEN_HEAD,
 )
 
 #: Names accepted for `output_quant`: static per-tensor fp8 by `output_scale`, and fp8 with one
@@ -163,6 +174,11 @@ class AttentionSpec:
             )
         _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _require_one_of("kv_scales", self.kv_scales, ("per_tensor", "per_head"))
+        if self.kv_cache_dtype == INT8_PER_TOKEN_HEAD and self.kv_scales != "per_tensor":
+            raise InvalidInputError(
+                f"kv_scales={self.kv_scales!r} is for fp8 caches; one of {INT8_PER_TOKEN_HEAD} "
+                "has its own scale for each token and head. Leave kv_scales out."
+            )
         if self.kv_cache_layout is not None:
             _require_one_of("kv_cache_layout", self.kv_cache_layout, ("NHD", "HND"))
         if self.output_quant is not None:

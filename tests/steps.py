@@ -36,6 +36,7 @@ MEMORY = ("contiguous", "fused", "transposed", "strided")
 GARBAGE_BLOCKS = (-1, 2**31 - 1, 0, -(2**31), 1_000_000)
 
 FP8 = ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
+INT8 = "int8_per_token_head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,7 @@ class Step:
         needed = [-(-n // block_size) for n in case.seq_lens]
         num_blocks = sum(needed) + 2
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
-        size = max(spec.head_size, spec.head_size_v)
+        size = stored_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
         shape = (num_blocks, 2, block_size, spec.num_kv_heads, size)
         self.kv_cache = nan_cache(shape, spec.kv_cache_layout or "NHD", dtype, self.device)
         free = torch.randperm(num_blocks, generator=self._random).tolist()
@@ -198,8 +199,11 @@ class Step:
 
     def _store(self, index, place, row):
         scale = (self.layer._k_scale, self.layer._v_scale)[index]
-        stored = as_stored(row.to(self.device), scale, self.kv_cache.dtype)
         block, offset = place
+        if self.kv_cache.dtype == torch.int8:
+            store_int8(self.kv_cache[block, index, offset], row)
+            return
+        stored = as_stored(row.to(self.device), scale, self.kv_cache.dtype)
         target = self.kv_cache[block, index, offset, :, : row.shape[-1]]
         if stored.dtype.itemsize == 1:
             target, stored = target.view(torch.uint8), stored.view(torch.uint8)
@@ -427,15 +431,37 @@ def _joined(outputs, spec, dtype):
 
 
 def nan_cache(shape, layout, dtype, device="cpu"):
-    """A cache in this layout in which every element is NaN."""
+    """A cache in this layout in which every element, or every scale of int8 rows, is NaN."""
     order = STRIDE_ORDERS[layout]
     physical = [shape[dim] for dim in order]
     nan = torch.tensor(math.nan).to(dtype)
-    if dtype.itemsize == 1:
+    if dtype == torch.int8:  # four bytes of ones are a NaN too
+        memory = torch.full(physical, -1, dtype=dtype)
+    elif dtype.itemsize == 1:
         memory = torch.full(physical, nan.view(torch.uint8).item(), dtype=torch.uint8).view(dtype)
     else:
         memory = torch.full(physical, math.nan, dtype=dtype)
     return memory.to(device).permute([order.index(dim) for dim in range(5)])
+
+
+def stored_size(kv_cache_dtype, size):
+    """Elements that a head of this size takes in a cache."""
+    return 16 * math.ceil(size / 16) + 16 if kv_cache_dtype == INT8 else size
+
+
+def int8_rows(values):
+    """(..., size) integers and (..., 1) scales that an int8 cache holds of (..., size) values."""
+    values = values.float()
+    scales = values.abs().amax(-1, keepdim=True) / 127
+    scales[scales == 0] = 1.0
+    return torch.round(values / scales).clamp(-127, 127).to(torch.int8), scales
+
+
+def store_int8(target, row):
+    """Put (heads, size) values into (heads, stored size) of an int8 cache, byte by byte."""
+    integers, scales = int8_rows(row.cpu())
+    target[:, : row.shape[-1]] = integers.to(target.device)
+    target[:, -16:-12] = scales.view(torch.int8).to(target.device)
 
 
 def as_stored(values, scale, dtype):
@@ -450,6 +476,9 @@ def as_stored(values, scale, dtype):
 
 def meant(values, scale, dtype):
     """What the values are once they were in a cache of this dtype, float64."""
+    if dtype == torch.int8:
+        integers, scales = int8_rows(values)
+        return integers.double() * scales.double()
     stored = as_stored(values, scale.cpu(), dtype).double()
     return stored * _per_head(scale.cpu()).double() if dtype.itemsize == 1 else stored
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from steps import FP8, MEMORY, Case, layer_spec
+from steps import FP8, INT8, MEMORY, Case, layer_spec
 
 from attn_dispatch.device import KNOWN_DEVICES
 from attn_dispatch.interface import AttentionType
@@ -51,11 +51,14 @@ def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
             returns_lse=draw(options("returns_lse", False, True)),
         )
         if has_cache:
+            names = ("auto", "float32", "fp8", *FP8, INT8)
+            kv_cache_dtype = draw(options("kv_cache_dtype", *names))
+            kv_scales = draw(options("kv_scales", "per_tensor", "per_head"))
             spec = spec.replace(
                 block_size=draw(st.sampled_from([1, 2, 3, 16, 64, 256])),
                 kv_cache_layout=draw(st.sampled_from([None, "NHD", "HND"])),
-                kv_cache_dtype=draw(options("kv_cache_dtype", "auto", "float32", "fp8", *FP8)),
-                kv_scales=draw(options("kv_scales", "per_tensor", "per_head")),
+                kv_cache_dtype=kv_cache_dtype,
+                kv_scales="per_tensor" if kv_cache_dtype == INT8 else kv_scales,
                 kv_sharing=draw(options("kv_sharing", False, True)),
             )
         lens = draw(st.lists(_lengths(max_query, max_past), max_size=5))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from steps import Case, Step, layer_spec
+from steps import INT8, Case, Step, layer_spec
 from strategies import cases
 
 from attn_dispatch import InvalidInputError, UnsupportedError, attention, functional, merge_states
+from attn_dispatch.quantization import is_fp8
 
 LENS = {"query_lens": (1, 5, 3), "seq_lens": (9, 5, 8)}
 
@@ -20,7 +21,7 @@ LENS = {"query_lens": (1, 5, 3), "seq_lens": (9, 5, 8)}
 def call(step, **more):
     """attention() with a step's tensors."""
     spec, batch = step.spec, step.batch
-    has_scales = step.kv_cache is not None and step.kv_cache.dtype.itemsize == 1
+    has_scales = step.kv_cache is not None and is_fp8(step.kv_cache.dtype)
     return attention(
         step.query,
         step.key,
@@ -110,6 +111,13 @@ def test_a_cache_that_holds_everything_needs_no_new_keys():
     step.check(call(step))
 
 
+@pytest.mark.parametrize("brings_keys", [True, False])
+def test_an_int8_cache_is_known_by_its_dtype(brings_keys):
+    spec = layer_spec(kv_cache_dtype=INT8, head_size_v=40 if brings_keys else 8)
+    step = Step(Case(spec=spec, **LENS, brings_keys=brings_keys))
+    step.check(call(step))
+
+
 def test_values_of_another_size_in_a_cache_are_taken_whole():
     """Without new values nothing says how wide they are but the cache: as wide as the keys."""
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(5,), brings_keys=False))
@@ -129,7 +137,8 @@ def test_a_backend_that_cannot_is_refused():
 
 
 Q, CACHE = torch.zeros(5, 4, 8), torch.zeros(3, 2, 4, 2, 8)
-K, TABLE = torch.zeros(5, 2, 8), torch.zeros(1, 2).int()
+INT8_CACHE = torch.zeros(3, 2, 4, 2, 32, dtype=torch.int8)
+K, TABLE = torch.zeros(5, 2, 8), torch.tensor([[0, 1]]).int()
 BAD_CALLS = {
     "a batch dimension": ((Q[None], K, K), {}, "query must be a tensor of 3 .* without a batch"),
     "no tensor": ((Q.numpy(), K, K), {}, "query must be a tensor"),
@@ -157,10 +166,20 @@ BAD_CALLS = {
         {"kv_cache": CACHE.to(torch.float8_e5m2), "block_table": TABLE, "k_scale": torch.ones(3)},
         r"k_scale has shape \(3,\); it must be \(\) or \(2,\)",
     ),
+    "a scale with an int8 cache": (
+        (Q, K, K),
+        {"kv_cache": INT8_CACHE, "block_table": TABLE, "k_scale": torch.ones(2)},
+        "this int8 one has its own for each token and head; leave them out",
+    ),
+    "an int8 cache without room for scales": (
+        (Q, K, K),
+        {"kv_cache": CACHE.to(torch.int8), "block_table": TABLE},
+        r"2, 32\): 8 elements, filled up to 16s, and their scale",
+    ),
     "a cache of integers": (
         (Q, K, K),
         {"kv_cache": CACHE.int(), "block_table": TABLE},
-        "must be a floating-point type",
+        "must be a floating-point type, or torch.int8",
     ),
     "an output of another shape": ((Q, K, K), {"out": Q[:4]}, "output has shape"),
 }
@@ -188,9 +207,10 @@ def test_every_argument_is_documented():
 
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
-@pytest.mark.parametrize("fields", [{}, {"kv_cache_dtype": "fp8_e4m3"}], ids=["plain", "fp8"])
-def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_defaults):
-    step = Step(Case(spec=layer_spec(dtype=torch.float32, **fields), **LENS))
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", INT8])
+def test_the_default_device_and_dtype_have_no_say(backend, kv_cache_dtype, misleading_defaults):
+    spec = layer_spec(dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
+    step = Step(Case(spec=spec, **LENS))
     expected = step.expected()[0]
     with misleading_defaults():
         output = call(step, backend=backend)

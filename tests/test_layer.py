@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from hypothesis import given
-from steps import Case, Step, call, fused_on_cpu, layer_of, layer_spec
+from steps import INT8, Case, Step, call, fused_on_cpu, layer_of, layer_spec
 from strategies import cases
 from torch import nn
 
@@ -25,6 +25,7 @@ from attn_dispatch import (
     bind_kv_caches,
     forward_context,
     known_device,
+    plan_kv_cache,
 )
 from attn_dispatch.backends.reference.torch_sdpa import SDPABuilder
 
@@ -287,8 +288,14 @@ def test_a_layer_made_on_meta_runs_where_its_queries_are():
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA", *ROUTES])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"alibi": True}, {"kv_cache_dtype": "fp8_e4m3"}, {"sliding_window": 3}],
-    ids=lambda fields: next(iter(fields), "plain"),
+    [
+        {},
+        {"alibi": True},
+        {"kv_cache_dtype": "fp8_e4m3"},
+        {"kv_cache_dtype": INT8},
+        {"sliding_window": 3},
+    ],
+    ids=lambda fields: str(*fields.values()) or "plain",
 )
 def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_defaults):
     step = Step(CASE.replace(spec=layer_spec(dtype=torch.float32, **fields)))
@@ -353,6 +360,24 @@ def test_sinks_stay_the_parameter_of_the_model():
     assert list(model.state_dict()) == ["sinks"]
     model.load_state_dict({"sinks": wanted})
     step.check(call(model.attn, step))
+
+
+def test_a_layer_with_an_int8_cache_takes_no_scales():
+    layer = layer_of(Step(CASE.replace(spec=layer_spec(kv_cache_dtype=INT8))), prefix="a")
+    with pytest.raises(InvalidInputError, match=r"layer 'a' .* Leave set_kv_scales out\."):
+        layer.set_kv_scales(1.0, 1.0)
+
+
+@pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA", *ROUTES])
+def test_an_int8_cache_is_what_the_plan_made(backend):
+    """From the plan to the layer and back out, nothing but the name of the dtype is given."""
+    step = Step(CASE.replace(spec=layer_spec(kv_cache_dtype=INT8, head_size_v=33)))
+    plan = plan_kv_cache({"a": step.spec}, "cpu")
+    layer = layer_of(step, prefix="a", backend=backend)
+    bind_kv_caches({"a": layer}, plan.allocate(len(step.kv_cache), "cpu"))
+    assert layer.kv_cache.shape == step.kv_cache.shape
+    layer.kv_cache.copy_(step.kv_cache)
+    step.check(call(layer, step))
 
 
 # Quantized output.

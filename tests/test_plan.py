@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from selection_helpers import layer, make_backend, mla_layer, registered
+from steps import INT8
 
 from attn_dispatch import plan_kv_cache
 from attn_dispatch.capability import EitherOf, MultipleOf, OneOf
@@ -98,6 +99,7 @@ ELEMENT_TYPES = [
     ("fp8", "sm90", torch.float8_e4m3fn),
     ("fp8", "gfx942", torch.float8_e4m3fnuz),
     ("fp8_e5m2", "cpu", torch.float8_e5m2),
+    (INT8, "cpu", torch.int8),
 ]
 
 
@@ -117,8 +119,26 @@ def test_memory_becomes_blocks():
     assert plan.num_blocks(10 * plan.bytes_per_block - 1) == 9
 
 
+@pytest.mark.parametrize(
+    ("sizes", "stored"), [((64, 64), 80), ((64, 128), 144), ((65, 1), 96), ((7, 16), 32)], ids=str
+)
+def test_an_int8_head_takes_its_scale_along(sizes, stored):
+    head_size, head_size_v = sizes
+    spec = open_layer(head_size=head_size, head_size_v=head_size_v, kv_cache_dtype=INT8)
+    plan = plan_kv_cache({"a": spec}, CPU)
+    assert plan.shapes["a"] == (2, 16, 2, stored)
+    assert plan.bytes_per_block == 2 * 16 * 2 * stored
+    assert plan.allocate(3)["a"].shape == (3, 2, 16, 2, stored)
+
+
+def test_latents_have_no_int8_cache():
+    with pytest.raises(UnsupportedError, match=f"kv_cache_dtype={INT8} is not supported"):
+        plan_kv_cache({"mla": mla_layer(kv_cache_dtype=INT8)}, CPU)
+
+
 def test_what_is_allocated_is_what_was_counted():
-    plan = plan_kv_cache({"a": open_layer(), "mla": mla_layer()}, CPU)
+    layers = {"a": open_layer(), "mla": mla_layer(), "int8": open_layer(kv_cache_dtype=INT8)}
+    plan = plan_kv_cache(layers, CPU)
     caches = plan.allocate(5).values()
     assert sum(c.numel() * c.element_size() for c in caches) == 5 * plan.bytes_per_block
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from hypothesis import given
-from steps import FP8, MEMORY, Case, Step, layer_spec
+from steps import FP8, INT8, MEMORY, Case, Step, layer_spec
 from strategies import cases
 
 from attn_dispatch.interface import AttentionType
@@ -32,6 +32,7 @@ FEATURES = {
     "float32_cache": {"kv_cache_dtype": "float32"},
     "fp8_cache": {"kv_cache_dtype": "fp8"},
     "fp8_per_head": {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "per_head"},
+    "int8_cache": {"kv_cache_dtype": INT8},
     "sharing": {"kv_sharing": True},
     "no_cache": {"block_size": None},
     "lse": {"returns_lse": True},
@@ -81,6 +82,16 @@ def test_a_pair_of_features_agrees_with_the_oracle(pair):
 @pytest.mark.parametrize("kv_scales", ["per_tensor", "per_head"])
 def test_every_fp8_type_agrees_with_the_oracle(kv_cache_dtype, kv_scales):
     spec = layer_spec(kv_cache_dtype=kv_cache_dtype, kv_scales=kv_scales)
+    step = Step(Case(spec=spec, query_lens=(1, 4), seq_lens=(7, 6)))
+    assert_is_naive(step, step.run("REFERENCE"))
+
+
+@pytest.mark.parametrize("head_size", [1, 8, 15, 16, 17, 64])
+@pytest.mark.parametrize("head_size_v", [1, 16, 33])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_int8_rows_of_any_size_agree_with_the_oracle(head_size, head_size_v, layout):
+    sizes = {"head_size": head_size, "head_size_v": head_size_v}
+    spec = layer_spec(kv_cache_dtype=INT8, kv_cache_layout=layout, **sizes)
     step = Step(Case(spec=spec, query_lens=(1, 4), seq_lens=(7, 6)))
     assert_is_naive(step, step.run("REFERENCE"))
 
@@ -159,18 +170,21 @@ def test_a_sink_may_be_nothing_or_all(sink, same_as):
     torch.testing.assert_close(output, wanted, rtol=0, atol=1e-14)
 
 
-def test_a_key_that_nobody_sees_may_hold_anything():
+@pytest.mark.parametrize(("kv_cache_dtype", "nan"), [("auto", torch.nan), (INT8, -1)])
+def test_a_key_that_nobody_sees_may_hold_anything(kv_cache_dtype, nan):
     """What a sliding window has passed is freed, and another request's NaN may lie there."""
-    spec = layer_spec(sliding_window=3)
+    spec = layer_spec(sliding_window=3, kv_cache_dtype=kv_cache_dtype)
     step = Step(Case(spec=spec, query_lens=(2,), seq_lens=(12,)))
     expected = step.run("REFERENCE")
     first = step.batch.block_table[0, :2].long()  # positions 0 to 7; the window starts at 8
-    step.kv_cache[first] = torch.nan
+    step.kv_cache[first] = nan
     torch.testing.assert_close(step.run("REFERENCE"), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("feature", ["not_causal", "soft_cap", "alibi", "sinks", "fp8_cache"])
+@pytest.mark.parametrize(
+    "feature", ["not_causal", "soft_cap", "alibi", "sinks", "fp8_cache", "int8_cache"]
+)
 def test_less_precise_types_are_as_near_as_they_can_be(dtype, feature):
     case = case_of(feature)
     step = Step(case.replace(spec=case.spec.replace(dtype=dtype)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from steps import FP8, MEMORY, Case, Step, fused_on_cpu, layer_spec
+from steps import FP8, INT8, MEMORY, Case, Step, fused_on_cpu, layer_spec
 from strategies import cases
 from torch.nn.attention import SDPBackend
 
@@ -102,10 +102,24 @@ def test_one_element_with_a_stride_of_its_own_is_fused_too():
     step.check(run_fused(step))
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8", *FP8, "float64", "float32", "float16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", *FP8, INT8, "float64", "float32", "float16"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_caches_of_another_type(device, kv_cache_dtype, dtype):
     spec = layer_spec(dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+    step = Step(Case(spec=spec, query_lens=(1, 4, 6), seq_lens=(9, 11, 6)), device)
+    step.check(run_fused(step))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("sizes", [(8, 8), (7, 33), (64, 16)], ids=str)
+def test_int8_rows_of_any_size_in_either_layout(device, layout, sizes):
+    spec = layer_spec(
+        dtype=torch.float32,
+        head_size=sizes[0],
+        head_size_v=sizes[1],
+        kv_cache_dtype=INT8,
+        kv_cache_layout=layout,
+    )
     step = Step(Case(spec=spec, query_lens=(1, 4, 6), seq_lens=(9, 11, 6)), device)
     step.check(run_fused(step))
 
@@ -139,11 +153,13 @@ def test_a_window_bounds_what_is_read():
     assert sorted(group.positions.shape[1] for group in groups) == [8, 10]
 
 
-def test_a_key_that_the_window_has_passed_may_hold_anything():
-    step = Step(Case(spec=layer_spec(sliding_window=3), query_lens=(2, 1), seq_lens=(12, 13)))
+@pytest.mark.parametrize(("kv_cache_dtype", "nan"), [("auto", torch.nan), (INT8, -1)])
+def test_a_key_that_the_window_has_passed_may_hold_anything(kv_cache_dtype, nan):
+    spec = layer_spec(sliding_window=3, kv_cache_dtype=kv_cache_dtype)
+    step = Step(Case(spec=spec, query_lens=(2, 1), seq_lens=(12, 13)))
     expected = step.expected()[0]
     for request in (0, 1):
-        step.kv_cache[step.batch.block_table[request, :2].long()] = torch.nan
+        step.kv_cache[step.batch.block_table[request, :2].long()] = nan
     step.check(run_fused(step), expected)
 
 

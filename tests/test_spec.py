@@ -76,6 +76,12 @@ def test_kv_heads_must_divide_heads():
         layer(num_heads=8, num_kv_heads=3)
 
 
+def test_a_cache_with_scales_of_its_own_takes_none():
+    message = r"kv_scales='per_head' is for fp8 caches; .* Leave kv_scales out\."
+    with pytest.raises(InvalidInputError, match=message):
+        layer(kv_cache_dtype="int8_per_token_head", kv_scales="per_head")
+
+
 def test_mla_sizes_must_be_those_of_the_latent_cache():
     with pytest.raises(InvalidInputError, match=r"head_size=kv_lora_rank\+qk_rope_head_dim=576"):
         layer(num_heads=16, num_kv_heads=16, head_size=192, mla=DEEPSEEK)

@@ -20,7 +20,7 @@ from attn_dispatch.interface import (
     AttentionMetadataBuilder,
     AttentionType,
 )
-from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
+from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache, write_new_kv
 from attn_dispatch.quantization import GROUP_SIZE, store_output
 from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
 from attn_dispatch.validation import check_forward, check_metadata
@@ -117,9 +117,10 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         assert batch.block_table is not None
         blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
         keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        k_scale, v_scale = kv_scales_of(layer, kv_cache)
         return (
-            gather_kv(keys, blocks, seq_len, layer._k_scale, dtype),
-            gather_kv(values, blocks, seq_len, layer._v_scale, dtype),
+            gather_kv(keys, blocks, seq_len, k_scale, dtype),
+            gather_kv(values, blocks, seq_len, v_scale, dtype),
         )
 
     @staticmethod

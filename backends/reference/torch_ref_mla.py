@@ -23,7 +23,7 @@ from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
 from attn_dispatch.device import DeviceMatch
 from attn_dispatch.environment import check_mode
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionLayer,
@@ -35,7 +35,7 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.kv_cache import gather_kv, write_mla_cache
 from attn_dispatch.quantization import store_output
-from attn_dispatch.spec import KV_CACHE_DTYPES, MLADims
+from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, MLADims
 from attn_dispatch.validation import (
     check_batch_contents,
     check_block_table,
@@ -47,6 +47,9 @@ from attn_dispatch.validation import (
 )
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
+
+#: An entry is a latent and a rotated key, which one scale for both would serve badly.
+_KV_CACHE_DTYPES = tuple(name for name in KV_CACHE_DTYPES if name != INT8_PER_TOKEN_HEAD)
 
 
 @dataclass
@@ -93,6 +96,11 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
     ) -> None:
         super().__init__(*args, **kwargs)
         refuse_features(self, "REFERENCE_MLA", "alibi_slopes", "sinks")
+        if self.kv_cache_dtype not in _KV_CACHE_DTYPES:
+            raise UnsupportedError(
+                f"REFERENCE_MLA does not support kv_cache_dtype={self.kv_cache_dtype!r}. Give one "
+                f"of: {', '.join(_KV_CACHE_DTYPES)}."
+            )
         self.mla = mla
         self.kv_b_proj = kv_b_proj
         self.q_proj = q_proj
@@ -277,7 +285,7 @@ class ReferenceMLABackend(AttentionBackend):
         head_size=ANY,
         head_size_v=ANY,
         dtype=FLOATS,
-        kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
+        kv_cache_dtype=OneOf(*_KV_CACHE_DTYPES),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         attn_type=OneOf(AttentionType.DECODER),

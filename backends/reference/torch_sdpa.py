@@ -32,7 +32,7 @@ from attn_dispatch.interface import (
     refuse_features,
 )
 from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
-from attn_dispatch.quantization import is_fp8
+from attn_dispatch.quantization import dequantize_rows, has_token_scales, is_fp8, token_scales
 from attn_dispatch.spec import KV_CACHE_DTYPES
 from attn_dispatch.validation import check_forward, check_metadata
 
@@ -291,7 +291,7 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         batch: AttentionBatch,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, (num_pieces, num_keys, num_kv_heads, size), scales not yet applied."""
+        """Keys and values, (num_pieces, num_keys, num_kv_heads, size), without a layer's scales."""
         if key is not None and value is not None and group.key_rows is not None:
             return key[group.key_rows][None], value[group.key_rows][None]
         if kv_cache is None:
@@ -303,6 +303,12 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         block_size = kv_cache.shape[2]
         blocks = batch.block_table[group.requests, group.positions // block_size].long()
         offsets = group.positions % block_size
+        if has_token_scales(kv_cache.dtype):
+            k_rows, v_rows = (read_kv_cache(rows, blocks, offsets) for rows in kv_cache.unbind(1))
+            return (
+                dequantize_rows(k_rows[..., : self.head_size], token_scales(k_rows), dtype),
+                dequantize_rows(v_rows[..., : self.head_size_v], token_scales(v_rows), dtype),
+            )
         keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
         return (
             read_kv_cache(keys, blocks, offsets).to(dtype),
