@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test lint typecheck docs docs-check wheel-check bench clean
+.PHONY: demo test lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -49,7 +49,16 @@ wheel-check: $(VENV)/ready
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
 
+# Compiles every Triton kernel for every known GPU, and compares with docs/kernels.md. No GPU needed.
+compile-matrix: $(VENV)/ready
+	$(BIN)/python benchmarks/compile_matrix.py --check
+
+# On a CPU most cases take long: make bench BENCH_ARGS="--cases benchmarks/cases.json --filter B1-512".
+BENCH_ARGS ?= --cases benchmarks/cases.json
 bench: $(VENV)/ready
+	$(BIN)/attn-dispatch bench $(BENCH_ARGS)
+
+host-overhead: $(VENV)/ready
 	$(BIN)/python benchmarks/host_overhead.py
 
 clean:

@@ -1,4 +1,4 @@
-"""The command line: `attn-dispatch doctor`, `explain` and `demo`.
+"""The command line: `attn-dispatch doctor`, `explain`, `bench` and `demo`.
 
 Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
@@ -12,7 +12,7 @@ import typer
 import typer.core
 
 from attn_dispatch import __version__
-from attn_dispatch.cli import demo, doctor, explain
+from attn_dispatch.cli import bench, demo, doctor, explain
 from attn_dispatch.errors import AttnDispatchError
 
 __all__ = ["app", "main"]
@@ -59,7 +59,7 @@ def _options(
     pass
 
 
-for _module in (doctor, explain, demo):
+for _module in (doctor, explain, bench, demo):
     _module.register(app)
 
 

@@ -1,0 +1,1 @@
+"""What `attn-dispatch bench` is made of: cases, inputs, an oracle, clocks, peers, reports."""

@@ -1,0 +1,200 @@
+"""The tensors of a case: queries, keys and values, and a cache whose blocks lie scattered."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from attn_dispatch.batch import AttentionBatch, slots_of
+from attn_dispatch.bench.cases import Case
+from attn_dispatch.device import detect_device
+from attn_dispatch.interface import AttentionType
+from attn_dispatch.kv_cache import (
+    STRIDE_ORDERS,
+    allocate_kv_cache,
+    gather_kv,
+    kv_cache_shape,
+    kv_scales_of,
+    split_kv_cache,
+    write_kv_cache,
+)
+from attn_dispatch.quantization import (
+    KVScales,
+    has_token_scales,
+    is_fp8,
+    kv_cache_torch_dtype,
+    stored_head_size,
+)
+
+__all__ = ["Inputs", "alibi_slopes"]
+
+#: New tokens that are made and written at a time.
+_CHUNK_TOKENS = 1 << 16
+
+#: The largest value that an fp8 cache can hold, in standard deviations of keys and of values:
+#: what calibration on such numbers would find. They differ, so that exchanging the scales shows.
+_K_RANGE, _V_RANGE = 6.0, 5.0
+
+
+class Inputs:
+    """A case with tensors, made from a seed; the same on every run on the same device.
+
+    Attributes:
+        case, spec, device: what they are for.
+        query: (num_tokens, num_heads, head_size).
+        key, value: (num_tokens, num_kv_heads, head_size); None if there is a cache.
+        kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored head size), NHD, or None.
+        block_table: (num_reqs, max_blocks) int32, or None.
+        query_start_loc: (num_reqs + 1,) int32.
+        seq_lens: (num_reqs,) int32.
+        batch: all of it as an engine would give it.
+        layer: carries the scales of the cache.
+        slopes: (num_heads,) float32, or None.
+        sinks: (num_heads,) float32, or None; of bfloat16's precision, which some kernels want.
+    """
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+        self.case, self.spec, self.device = case, case.spec(), device
+        self._host = torch.Generator("cpu").manual_seed(seed)
+        self._random = torch.Generator(device).manual_seed(seed)
+        self.query = self._normal(case.num_tokens, case.num_heads)
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.kv_cache: torch.Tensor | None = None
+        self.block_table: torch.Tensor | None = None
+        self.layer = KVScales()
+        self.layer.to(device)
+        self.slopes = alibi_slopes(case.num_heads).to(device) if case.alibi else None
+        self.sinks = None
+        if case.sinks:
+            sinks = torch.randn(case.num_heads, generator=self._host, device="cpu")
+            self.sinks = sinks.bfloat16().float().to(device)
+        if case.has_kv_cache:
+            self._make_cache()
+        else:
+            self.key = self._normal(case.num_tokens, case.num_kv_heads)
+            self.value = self._normal(case.num_tokens, case.num_kv_heads)
+        self.batch = AttentionBatch.create(
+            case.query_lens,
+            case.seq_lens,
+            block_table=self.block_table,
+            block_size=case.block_size if case.causal else None,
+            max_decode_query_len=max(case.query_lens) if case.kind == "decode" else 1,
+            device=device,
+        )
+        self.query_start_loc, self.seq_lens = self.batch.query_start_loc, self.batch.seq_lens
+
+    def _normal(self, tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(
+            tokens,
+            heads,
+            self.case.head_size,
+            generator=self._random,
+            dtype=self.case.torch_dtype,
+            device=self.device,
+        )
+
+    def _make_cache(self) -> None:
+        case = self.case
+        needed = [-(-n // case.block_size) for n in case.seq_lens]
+        order = torch.randperm(sum(needed), generator=self._host, device="cpu").int()
+        table = torch.zeros(len(needed), max(needed), dtype=torch.int32, device="cpu")
+        for request, blocks in enumerate(order.split(needed)):
+            table[request, : len(blocks)] = blocks
+        dtype = kv_cache_torch_dtype(
+            case.kv_cache_dtype, case.torch_dtype, detect_device(self.device).arch
+        )
+        if is_fp8(dtype):
+            largest = torch.finfo(dtype).max
+            self.layer.set(_K_RANGE / largest, _V_RANGE / largest, ((),), self.device)
+        size = stored_head_size(case.kv_cache_dtype, case.head_size)
+        shape = kv_cache_shape(sum(needed), case.block_size, case.num_kv_heads, size)
+        self.kv_cache = allocate_kv_cache(shape, STRIDE_ORDERS["NHD"], dtype, self.device)
+        seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32, device="cpu")
+        slots = slots_of(seq_lens, seq_lens, table, case.block_size)
+        for some in slots.split(_CHUNK_TOKENS):
+            key = self._normal(len(some), case.num_kv_heads)
+            value = self._normal(len(some), case.num_kv_heads)
+            scales = (self.layer._k_scale, self.layer._v_scale)
+            write_kv_cache(key, value, self.kv_cache, some.to(self.device), *scales)
+        self.block_table = table.to(self.device)
+
+    def keys_and_values(
+        self, request: int, keys: slice, heads: slice, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some of a request's keys and values as the cache holds them, scales applied.
+
+        Args:
+            request: which.
+            keys: from a multiple of block_size, to any end.
+            heads: of the KV heads.
+            dtype: of the result.
+
+        Returns:
+            Two of (num_keys, num_heads, head_size).
+        """
+        case = self.case
+        if self.kv_cache is None:
+            assert self.key is not None
+            assert self.value is not None
+            start = self.batch.query_starts[request]
+            rows = slice(start + keys.start, start + keys.stop)
+            return self.key[rows, heads].to(dtype), self.value[rows, heads].to(dtype)
+        assert self.block_table is not None
+        blocks = self.block_table[request, keys.start // case.block_size :]
+        stored = split_kv_cache(self.kv_cache, case.head_size, case.head_size)
+        found = []
+        for part, scale in zip(stored, kv_scales_of(self.layer, self.kv_cache), strict=True):
+            own = scale[:, :, heads] if has_token_scales(part.dtype) else scale
+            num_keys = keys.stop - keys.start
+            found.append(gather_kv(part[:, :, heads], blocks, num_keys, own, dtype))
+        return found[0], found[1]
+
+    def ragged_keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values without a cache, (sum of seq_lens, num_kv_heads, head_size) each."""
+        if self.key is not None and self.value is not None:
+            return self.key, self.value
+        every = [
+            self.keys_and_values(r, slice(0, n), slice(None), self.case.torch_dtype)
+            for r, n in enumerate(self.case.seq_lens)
+        ]
+        keys, values = zip(*every, strict=True)
+        return torch.cat(keys), torch.cat(values)
+
+    def key_start_loc(self) -> torch.Tensor:
+        """(num_reqs + 1,) int32: where each request starts in `ragged_keys_and_values`."""
+        starts = [0, *itertools.accumulate(self.case.seq_lens)]
+        return torch.tensor(starts, dtype=torch.int32, device=self.device)
+
+    def impl_arguments(self) -> dict[str, object]:
+        """What an impl of the case's layer is constructed with."""
+        case = self.case
+        return {
+            "num_heads": case.num_heads,
+            "head_size": case.head_size,
+            "scale": case.scale,
+            "num_kv_heads": case.num_kv_heads,
+            "alibi_slopes": self.slopes,
+            "sliding_window": case.sliding_window,
+            "kv_cache_dtype": self.spec.kv_cache_dtype,
+            "logits_soft_cap": case.logits_soft_cap,
+            "attn_type": AttentionType(case.attn_type),
+            "sinks": self.sinks,
+        }
+
+    def empty_output(self) -> torch.Tensor:
+        """An output full of NaN, so that what is not written shows."""
+        return torch.full_like(self.query, float("nan"))
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """(num_heads,) float32: the slopes of the paper, arXiv:2108.12409, on the host.
+
+    2^(-8/n), its square, and so on, for n heads, n a power of two; the heads beyond it take every
+    second slope of 2n heads.
+    """
+    whole = 1 << (num_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2 ** (-4 * (i + 1) / whole) for i in range(0, 2 * (num_heads - whole), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")

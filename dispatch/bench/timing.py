@@ -1,0 +1,194 @@
+"""Clocks: how long a call takes on its device, and how long it keeps the host.
+
+On a GPU a call is timed by events, after its L2 cache was overwritten. Contestants take turns call
+by call, so that a drift of the device's clocks hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["CpuClock", "CudaClock", "Timing", "clock_for", "host_time_us", "measure"]
+
+#: Calls of each contestant: at least, and at most.
+MIN_CALLS, MAX_CALLS = 3, 300
+
+#: What is written between two calls, unless twice the L2 cache is more.
+_FLUSH_BYTES = 256 << 20
+
+#: The longest time for which a device waits for the host.
+_MAX_HEAD_START_US = 5000.0
+
+#: Cycles per microsecond, where a device does not tell its clock rate.
+_CYCLES_PER_US = 2000.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The calls of one contestant: the median, a fifth from below and from above, microseconds."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+    calls: int
+
+    @classmethod
+    def of(cls, samples_us: list[float]) -> Timing:
+        """The summary of single calls."""
+        ordered = sorted(samples_us)
+        fifth = len(ordered) // 5
+        return cls(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered))
+
+
+class Clock(Protocol):
+    """Times one call at a time."""
+
+    def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
+        """Microseconds that the call takes on its device.
+
+        Args:
+            call: what is timed.
+            host_us: about how long it keeps the host.
+        """
+
+    def wait(self) -> None:
+        """Wait until the device has done all that it was told."""
+
+    def now(self) -> float:
+        """Seconds on the host."""
+
+
+class CpuClock:
+    """Wall-clock time of calls that are done when they return."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+
+    def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
+        """See Clock."""
+        start = self.now()
+        call()
+        return (self.now() - start) * 1e6
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
+class CudaClock:
+    """Events on the current stream, on a GPU whose L2 cache holds nothing of the call's.
+
+    Args:
+        device: a CUDA or ROCm device.
+        cuda: torch.cuda, or a stand-in for it.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._cuda, self._device = cuda, device
+        properties = cuda.get_device_properties(device)
+        size = max(_FLUSH_BYTES, 2 * int(getattr(properties, "L2_cache_size", 0)))
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self._cycles_per_us = float(getattr(properties, "clock_rate", 0)) / 1e3 or _CYCLES_PER_US
+        self.now = time.perf_counter
+
+    def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
+        """See Clock."""
+        start = self._cuda.Event(enable_timing=True)
+        end = self._cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        # The device waits until the host has said all of it, or it would wait in between.
+        head_start_us = min(1.5 * host_us + 20, _MAX_HEAD_START_US)
+        self._cuda._sleep(int(head_start_us * self._cycles_per_us))
+        start.record()
+        call()
+        end.record()
+        self.wait()
+        return float(start.elapsed_time(end)) * 1e3
+
+    def wait(self) -> None:
+        """Wait for the device, and raise what went wrong on it."""
+        self._cuda.synchronize(self._device)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def host_time_us(
+    call: Callable[[], object], clock: Clock, seconds: float = 0.1, batch: int = 10
+) -> float:
+    """Microseconds for which a call keeps the host, the device's work not waited for.
+
+    The median over batches of calls; the device is idle before each, so that no queue fills up. A
+    call that takes long on the device stands alone in its batch.
+    """
+    samples: list[float] = []
+    clock.wait()
+    began = clock.now()
+    call()
+    clock.wait()
+    if clock.now() - began > seconds / batch:
+        batch = 1
+    while not samples or (clock.now() - began < seconds and len(samples) < 20):
+        start = clock.now()
+        for _ in range(batch):
+            call()
+        samples.append((clock.now() - start) / batch * 1e6)
+        clock.wait()
+    return statistics.median(samples)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    *,
+    budget_s: float,
+    rounds: int | None = None,
+    host_us: Mapping[str, float] | None = None,
+) -> dict[str, Timing | Exception]:
+    """Time several calls by turns.
+
+    Args:
+        calls: by name; each has run before.
+        clock: of their device.
+        budget_s: about how long to spend on each.
+        rounds: so many calls of each instead.
+        host_us: by name, see Clock.time_us.
+
+    Returns:
+        By name: the timing, or what the call raised.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    failed: dict[str, Exception] = {}
+
+    def wants_more(name: str) -> bool:
+        taken = len(samples[name])
+        if name in failed:
+            return False
+        if rounds is not None:
+            return taken < rounds
+        # A call that takes the whole budget is believed at once.
+        enough = 1 if spent[name] > budget_s * MIN_CALLS else MIN_CALLS
+        return taken < enough or (spent[name] < budget_s and taken < MAX_CALLS)
+
+    turn = 0
+    names = list(calls)
+    while names:
+        shift = turn % len(names)  # who follows whom changes, too
+        for name in names[shift:] + names[:shift]:
+            start = clock.now()
+            try:
+                samples[name].append(clock.time_us(calls[name], (host_us or {}).get(name, 0.0)))
+            except Exception as error:  # a peer's kernel may raise anything
+                failed[name] = error
+            spent[name] += clock.now() - start
+        names = [name for name in names if wants_more(name)]
+        turn += 1
+    return {name: failed.get(name) or Timing.of(samples[name]) for name in calls}
