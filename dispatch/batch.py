@@ -128,6 +128,11 @@ class AttentionBatch:
             **more,
         )
 
+    @functools.cached_property
+    def checked(self) -> set[tuple[object, ...]]:
+        """The forms of arguments that were checked against this batch: see validation.py."""
+        return set()
+
     @property
     def num_reqs(self) -> int:
         """Requests in the batch."""
@@ -205,14 +210,15 @@ class AttentionBatch:
         return torch.cat([self.request_mask(i).reshape(-1) for i in chosen])
 
     @functools.cached_property
-    def _mask_starts(self) -> list[int]:
+    def mask_starts(self) -> list[int]:
+        """Where each request's part of custom_mask begins, and where the last one ends."""
         sizes = (q * s for q, s in zip(self.query_lens, self.host_seq_lens, strict=True))
         return [0, *itertools.accumulate(sizes)]
 
     def request_mask(self, request: int) -> torch.Tensor:
         """(query_len, seq_len) bool, the part of custom_mask that is one request's."""
         assert self.custom_mask is not None
-        starts = self._mask_starts
+        starts = self.mask_starts
         rows = self.custom_mask[starts[request] : starts[request + 1]]
         return rows.view(self.query_lens[request], self.host_seq_lens[request])
 
@@ -258,7 +264,7 @@ class AttentionBatch:
                 f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
                 "slot for each: block * block_size + offset, or −1 for padding."
             )
-        mask, size = self.custom_mask, self._mask_starts[-1]
+        mask, size = self.custom_mask, self.mask_starts[-1]
         if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
             raise InvalidInputError(
                 f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "

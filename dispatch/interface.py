@@ -261,8 +261,9 @@ class AttentionImpl(ABC, Generic[T]):
             query: (num_tokens, num_heads, head_size).
             key: (num_key_tokens, num_kv_heads, head_size); None if the cache holds them all.
             value: (num_key_tokens, num_kv_heads, head_size_v); None if and only if key is.
-            kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)),
-                or None for attention over key and value alone.
+            kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored), where stored is
+                stored_head_size(kv_cache_dtype, max(head_size, head_size_v)), which is that
+                maximum itself but for int8; or None for attention over key and value alone.
             attn_metadata: made by this backend's builder for this batch.
             output: (num_tokens, num_heads, head_size_v), written and returned; made if None.
             output_scale: () float32: the output is divided by it and stored as fp8.
@@ -276,6 +277,22 @@ class AttentionImpl(ABC, Generic[T]):
         Raises:
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
+
+    def write_kv(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """Store a batch's new keys and values, as `forward` does; in PyTorch unless overridden.
+
+        The arguments are those of forward, which were checked.
+        """
+        from attn_dispatch.kv_cache import write_new_kv
+
+        write_new_kv(self, layer, key, value, kv_cache, batch)
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """Whether forward can store its output quantized so (one of spec.OUTPUT_QUANTS)."""
@@ -431,7 +448,10 @@ class AttentionBackend(ABC):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
     ) -> tuple[int, ...]:
-        """The logical shape of the cache, the same for every backend that is not MLA."""
+        """The logical shape of the cache, the same for every backend that is not MLA.
+
+        head_size is that of a stored head: `stored_head_size` of the larger of key's and value's.
+        """
         from attn_dispatch.kv_cache import kv_cache_shape
 
         return kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)

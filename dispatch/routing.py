@@ -22,7 +22,6 @@ from attn_dispatch.interface import (
     AttentionMetadataBuilder,
     Phase,
 )
-from attn_dispatch.kv_cache import write_new_kv
 from attn_dispatch.validation import check_forward, check_metadata
 
 __all__ = ["RoutedBuilder", "RoutedImpl", "RoutedMetadata", "RoutedPart"]
@@ -120,7 +119,7 @@ class RoutedImpl:
             # later parts write must be there before the first one reads.
             for part in parts[1:]:
                 new = (key[part.rows.keys], value[part.rows.keys])
-                write_new_kv(first, layer, *new, kv_cache, part.rows.batch)
+                self._impls[part.phase].write_kv(layer, *new, kv_cache, part.rows.batch)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         if len(parts) != 1:  # what lies beyond the batch's tokens is in no part
             _bytes(output)[batch.num_tokens :] = 0

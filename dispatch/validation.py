@@ -13,7 +13,13 @@ import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.quantization import GROUP_SIZE, is_fp8, kv_cache_torch_dtype
+from attn_dispatch.quantization import (
+    GROUP_SIZE,
+    has_token_scales,
+    is_fp8,
+    kv_cache_torch_dtype,
+    stored_head_size,
+)
 
 if TYPE_CHECKING:
     from attn_dispatch.batch import AttentionBatch
@@ -44,10 +50,48 @@ def check_forward(
 ) -> None:
     """Check the arguments of AttentionImpl.forward against the layer and the batch.
 
+    What passed for one layer of a batch is not looked at again for the others that are alike.
+
     Raises:
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
     check_no_grad(query, key, value)
+    signature = (
+        _shape_of_layer(impl),
+        impl.kv_sharing_target_layer_name is None,
+        None if kv_cache is None else kv_cache.stride(),
+        *map(_form, (query, key, value, kv_cache, output, output_scale, output_block_scale)),
+    )
+    if signature not in batch.checked:
+        _check_forms(
+            impl, query, key, value, kv_cache, batch, output, output_scale, output_block_scale
+        )
+        batch.checked.add(signature)
+    if environment.check_mode():
+        check_batch_contents(batch, kv_cache)
+
+
+_shape_of_layer = operator.attrgetter(
+    "num_heads", "num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype", "attn_type"
+)
+
+
+def _form(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
+    """All that the checks below look at, of a tensor."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _check_forms(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    batch: AttentionBatch,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
     _check_rows("query", query, (impl.num_heads, impl.head_size), query)
     if query.shape[0] < batch.num_tokens:
         raise InvalidInputError(
@@ -70,8 +114,6 @@ def check_forward(
         _check_with_cache(impl, query, key, kv_cache, batch)
     shape = (query.shape[0], impl.num_heads, impl.head_size_v)
     check_output(shape, query, output, output_scale, output_block_scale)
-    if environment.check_mode():
-        check_batch_contents(batch, kv_cache)
 
 
 def check_no_grad(*tensors: torch.Tensor | None) -> None:
@@ -135,12 +177,14 @@ def _check_with_cache(
     if not impl.attn_type.has_kv_cache:
         raise InvalidInputError(f"{impl.attn_type} attention has no kv_cache; give None.")
     size = max(impl.head_size, impl.head_size_v)
-    wanted = (2, impl.num_kv_heads, size)
+    stored = stored_head_size(impl.kv_cache_dtype, size)
+    wanted = (2, impl.num_kv_heads, stored)
     found = tuple(kv_cache.shape)
     if len(found) != 5 or (found[1], found[3], found[4]) != wanted:
+        scaled = "" if stored == size else f": {size} elements, filled up to 16s, and their scale"
         raise InvalidInputError(
             f"kv_cache has shape {found}; the layer takes "
-            f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {size})."
+            f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
     check_block_table(batch, found[2], query.device)
@@ -149,7 +193,7 @@ def _check_with_cache(
 
 
 def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
-    """Check the device and element type of a cache."""
+    """Check the device and element type of a cache, and that the scales in it can be read."""
     wanted = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
     either = kv_cache_dtype == "fp8" and is_fp8(kv_cache.dtype)
     if (kv_cache.dtype != wanted and not either) or kv_cache.device != query.device:
@@ -157,6 +201,18 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch
             f"kv_cache is {kv_cache.dtype} on {kv_cache.device}; the layer takes {wanted} on "
             f"{query.device} (kv_cache_dtype={kv_cache_dtype!r})."
         )
+    if has_token_scales(kv_cache.dtype) and not _is_aligned(kv_cache):
+        raise InvalidInputError(
+            f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on; "
+            "the float32 scales in an int8 cache need rows without gaps that start at multiples "
+            "of 4 bytes. Make the cache by allocate_kv_cache."
+        )
+
+
+def _is_aligned(int8_cache: torch.Tensor) -> bool:
+    """Whether each row is one piece that float32 can be read from."""
+    *steps, last = int8_cache.stride()
+    return last == 1 and not any(step % 4 for step in (*steps, int8_cache.storage_offset()))
 
 
 def check_block_table(batch: AttentionBatch, block_size: int, device: torch.device) -> None:

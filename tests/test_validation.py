@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from steps import Case, Step, layer_spec
+from steps import INT8, Case, Step, layer_spec
 
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
@@ -73,6 +73,7 @@ def layer_of(step, backend):
         step.scale,
         spec.num_kv_heads,
         sliding_window=spec.sliding_window,
+        kv_cache_dtype=spec.kv_cache_dtype,
         dtype=spec.dtype,
         block_size=spec.block_size,
         backend=backend,
@@ -237,6 +238,31 @@ BAD_CONTENTS = {
         "differs from its host copy",
     ),
 }
+
+
+#: The same for an int8 cache, whose rows have a float32 in them.
+BAD_INT8_CACHES = {
+    "heads without a scale": (lambda cache: cache[..., :8], r"2, 32\): 8 elements, filled up"),
+    "larger heads": (lambda cache: cache.repeat(1, 1, 1, 1, 2), "kv_cache has shape"),
+    "another dtype": (lambda cache: cache.view(torch.uint8), "takes torch.int8 .*int8_per_token"),
+    "elements apart": (
+        lambda cache: cache.repeat_interleave(2, -1)[..., ::2],
+        "rows without gaps .* Make the cache by allocate_kv_cache",
+    ),
+    "rows at odd bytes": (
+        lambda cache: torch.nn.functional.pad(cache, (1, 0))[..., 1:],
+        "start at multiples of 4 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INT8_CACHES)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_bad_int8_cache_is_refused(runner, what):
+    make, message = BAD_INT8_CACHES[what]
+    call = Call(runner, CASE.replace(spec=layer_spec(kv_cache_dtype=INT8)))
+    call.set(kv_cache=make(call.step.kv_cache))
+    assert_refused_untouched(call, message)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
