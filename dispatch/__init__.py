@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from attn_dispatch.layer import Attention as Attention
     from attn_dispatch.layer import bind_kv_caches as bind_kv_caches
     from attn_dispatch.overrides import attention_backend as attention_backend
+    from attn_dispatch.quantization import stored_head_size as stored_head_size
     from attn_dispatch.registry import register_backend as register_backend
     from attn_dispatch.registry import resolve_full_cls_name as resolve_full_cls_name
     from attn_dispatch.report import Report as Report
@@ -105,6 +106,7 @@ _HOMES = {
     "kv_cache_plan": ["KVCachePlan", "plan_kv_cache"],
     "layer": ["Attention", "bind_kv_caches"],
     "overrides": ["attention_backend"],
+    "quantization": ["stored_head_size"],
     "registry": ["register_backend", "resolve_full_cls_name"],
     "report": ["Report", "Selection"],
     "selector": ["explain", "get_attn_backend", "resolve", "select"],

@@ -92,10 +92,13 @@ class DeviceMatch:
     def describe(self) -> str:
         """The set in words, e.g. "nvidia from sm90"."""
         parts = [self.vendor or "", "/".join(self.archs)]
-        if self.min_capability:
-            parts.append("from sm{}{}".format(*self.min_capability))
-        if self.max_capability:
-            parts.append("to sm{}{}".format(*self.max_capability))
+        first, last = self.min_capability, self.max_capability
+        if first and first == last:
+            parts.append("sm{}{}".format(*first))
+        elif first:
+            parts.append("from sm{}{}".format(*first))
+        if last and first != last:
+            parts.append("to sm{}{}".format(*last))
         return " ".join(part for part in parts if part) or "any device"
 
 

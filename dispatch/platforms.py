@@ -27,14 +27,18 @@ class Platform:
     decode: tuple[str, ...]
 
 
-def _cuda(name: str, first: tuple[int, int], last: tuple[int, int]) -> Platform:
+_PORTABLE = ("TRITON_ATTN", "TORCH_SDPA")
+
+
+def _cuda(name: str, first: tuple[int, int], last: tuple[int, int], *before: str) -> Platform:
     match = DeviceMatch(vendor="nvidia", min_capability=first, max_capability=last)
-    return Platform(name, match, prefill=("TORCH_SDPA",), decode=("TORCH_SDPA",))
+    order = (*before, *_PORTABLE)
+    return Platform(name, match, prefill=order, decode=order)
 
 
 def _rocm(name: str, *archs: str) -> Platform:
     match = DeviceMatch(vendor="amd", archs=archs)
-    return Platform(name, match, prefill=("TORCH_SDPA",), decode=("TORCH_SDPA",))
+    return Platform(name, match, prefill=_PORTABLE, decode=_PORTABLE)
 
 
 def _other(name: str, vendor: str) -> Platform:
@@ -45,7 +49,7 @@ def _other(name: str, vendor: str) -> Platform:
 #: First match counts.
 PLATFORMS: tuple[Platform, ...] = (
     _cuda("CUDA, Ampere and Ada", (8, 0), (8, 9)),
-    _cuda("CUDA, Hopper", (9, 0), (9, 9)),
+    _cuda("CUDA, Hopper", (9, 0), (9, 9), "HOPPER_ATTN"),
     _cuda("CUDA, Blackwell for data centres", (10, 0), (11, 9)),
     _cuda("CUDA, Blackwell for workstations", (12, 0), (12, 9)),
     _rocm("ROCm, CDNA", "gfx90a", "gfx942", "gfx950"),

@@ -43,6 +43,8 @@ __all__ = [
 ENTRY_POINT_GROUP = "attn_dispatch.backends"
 
 BUILTIN: dict[str, str] = {
+    "HOPPER_ATTN": "attn_dispatch.backends.cuda.hopper_attn:HopperAttnBackend",
+    "TRITON_ATTN": "attn_dispatch.backends.triton_attn:TritonAttnBackend",
     "TORCH_SDPA": "attn_dispatch.backends.reference.torch_sdpa:TorchSDPABackend",
     "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
     "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",

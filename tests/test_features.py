@@ -8,22 +8,50 @@ registered, and a new field of the spec fails here until it has an entry.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from dataclasses import dataclass
 
 import pytest
-from steps import FP8, Case, Step, layer_spec
+import torch
+from steps import FP8, INT8, Case, Step, layer_spec
 
 from attn_dispatch.capability import compare
-from attn_dispatch.device import KNOWN_DEVICES
+from attn_dispatch.device import KNOWN_DEVICES, DeviceProfile
 from attn_dispatch.interface import AttentionType, PlaceholderRange
+from attn_dispatch.libraries import Library
 from attn_dispatch.registry import registry
 from attn_dispatch.spec import AttentionSpec
 
 CPU = KNOWN_DEVICES["cpu"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where backends are tested: in this dtype, on this device of PyTorch's, declared for another.
+
+    Triton's kernels run in its interpreter where there is no GPU, which no backend declares.
+    """
+
+    dtype: torch.dtype
+    device: str
+    profile: DeviceProfile
+
+
+PLACES = [Place(torch.float64, "cpu", CPU)]
+if importlib.util.find_spec("triton"):
+    GPU = KNOWN_DEVICES["sm90"].with_libraries(Library("triton", version="3.6.0"))
+    PLACES.append(Place(torch.float32, "cuda" if torch.cuda.is_available() else "cpu", GPU))
+
+#: name -> class and the first place that it declares; on a GPU those that need nothing but Triton.
 BACKENDS = {
-    name: candidate.backend_cls
+    name: (candidate.backend_cls, place)
+    for place in reversed(PLACES)
     for name, candidate in registry.candidates().items()
     if candidate.backend_cls is not None
-    and not compare(layer_spec(), candidate.backend_cls.capabilities, CPU)
+    and (place.profile is CPU or "TRITON" in name)
+    and not compare(
+        layer_spec(dtype=place.dtype), candidate.backend_cls.capabilities, place.profile
+    )
 }
 
 #: A decode, a prompt and a chunk; heads 0 and 1 share a KV head, 2 and 3 the other one.
@@ -48,7 +76,7 @@ SWITCHES = {
         {"sliding_window": 2},
         {"sliding_window": 2, "bidirectional_ranges": True},
     ),
-    **{f"{name} cache": ({}, {"kv_cache_dtype": name}) for name in (*FP8, "float16")},
+    **{f"{name} cache": ({}, {"kv_cache_dtype": name}) for name in (*FP8, INT8, "float16")},
     "scales per head": (SCALES, SCALES | {"kv_scales": "per_head"}),
     "wider values": ({"head_size_v": 4}, {"head_size_v": 12}),
     "encoder": (
@@ -84,6 +112,18 @@ def nudge_cache(index, request=0, position=2):
         block_size = step.spec.block_size
         block = int(step.batch.block_table[request, position // block_size])
         step.kv_cache[block, index, position % block_size, 0] += 1.5
+
+    return change
+
+
+def double_cached_scale(index, request=0, position=2):
+    """Double the scale that an int8 cache has beside a key (index 0) or a value, of KV head 0."""
+
+    def change(step):
+        block_size = step.spec.block_size
+        block = int(step.batch.block_table[request, position // block_size])
+        row = step.kv_cache[block, index, position % block_size, 0]
+        row[-16:-12] = (2 * row[-16:-12].clone().view(torch.float32)).view(torch.int8)
 
     return change
 
@@ -133,6 +173,16 @@ INPUTS = {
     "range": ({"bidirectional_ranges": True}, move_ranges, (PROMPT,)),
     "k_scale": (SCALES, scale_by_two("_k_scale"), ()),
     "v_scale": (SCALES, scale_by_two("_v_scale"), ()),
+    "scale of a cached key": (
+        {"kv_cache_dtype": INT8},
+        double_cached_scale(0),
+        (DECODE, slice(0, 2)),
+    ),
+    "scale of a cached value": (
+        {"kv_cache_dtype": INT8},
+        double_cached_scale(1),
+        (DECODE, slice(0, 2)),
+    ),
     "shared cache": ({"kv_sharing": True}, nudge_cache(1), (DECODE, slice(0, 2))),
 }
 
@@ -152,23 +202,26 @@ WITHOUT_EFFECT = {
 }
 
 
-def step_of(fields):
-    spec = layer_spec(**fields)
+def step_of(backend, fields):
+    place = BACKENDS[backend][1]
+    spec = layer_spec(dtype=place.dtype, **fields)
     has_cache = spec.block_size is not None
     lens = dict(BATCH)
     case = Case(spec=spec, **lens, ranges=RANGES if spec.bidirectional_ranges else ())
     if spec.attn_type == AttentionType.ENCODER_DECODER:
         case = case.replace(new_lens=case.seq_lens)
-    return Step(case if has_cache else case.replace(new_lens=case.seq_lens))
+    return Step(case if has_cache else case.replace(new_lens=case.seq_lens), place.device)
 
 
 def declaring(*specs):
     """The backends that declare every one of these specs."""
-    layers = [layer_spec(**fields) for fields in specs]
     return [
         name
-        for name, cls in BACKENDS.items()
-        if not any(compare(spec, cls.capabilities, CPU) for spec in layers)
+        for name, (cls, place) in BACKENDS.items()
+        if not any(
+            compare(layer_spec(dtype=place.dtype, **fields), cls.capabilities, place.profile)
+            for fields in specs
+        )
     ]
 
 
@@ -180,7 +233,7 @@ CHANGED = [(b, name) for name, (fields, *_) in INPUTS.items() for b in declaring
     ("backend", "switch"), [pytest.param(*p, id=": ".join(p)) for p in SWITCHED]
 )
 def test_a_feature_that_is_switched_on_has_its_effect(backend, switch):
-    before, after = (step_of(fields) for fields in SWITCHES[switch])
+    before, after = (step_of(backend, fields) for fields in SWITCHES[switch])
     off, on = before.run(backend), after.run(backend)
     width = min(off.shape[-1], on.shape[-1])
     differs = off.shape != on.shape or bool(((off - on)[..., :width].abs() > 1e-4).any())
@@ -191,7 +244,7 @@ def test_a_feature_that_is_switched_on_has_its_effect(backend, switch):
 @pytest.mark.parametrize(("backend", "what"), [pytest.param(*p, id=": ".join(p)) for p in CHANGED])
 def test_an_input_that_changes_changes_its_part_of_the_output(backend, what):
     fields, change, where = INPUTS[what]
-    step = step_of(fields)
+    step = step_of(backend, fields)
     before = step.run(backend)
     change(step)
     changed = (step.run(backend) - before).abs() > 1e-4
@@ -209,8 +262,9 @@ def test_every_field_that_a_backend_declares_is_tested(backend):
         if (backend, name) in SWITCHED
     ]
     used += [layer_spec(**INPUTS[name][0]) for b, name in CHANGED if b == backend]
+    declared = BACKENDS[backend][0].capabilities.fields
     for field in dataclasses.fields(AttentionSpec):
-        if field.name in WITHOUT_EFFECT or field.name not in BACKENDS[backend].capabilities.fields:
+        if field.name in WITHOUT_EFFECT or field.name not in declared:
             continue
         values = {getattr(spec, field.name) for spec in used}
         assert len(values) > 1, f"{backend} declares {field.name}, and nothing here changes it"

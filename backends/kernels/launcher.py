@@ -1,0 +1,128 @@
+"""Launching a kernel again and again: what Triton works out at each launch is worked out once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["METADATA", "Launcher"]
+
+#: Pointers through which kernels read one number at a time, or which are not there: their
+#: alignment is left open (do_not_specialize_on_alignment), so nobody need look at it.
+METADATA = [
+    "lse_ptr",
+    "out_scale_ptr",
+    "part_lse_ptr",
+    "counters_ptr",
+    "requests_ptr",
+    "tiles_ptr",
+    "pieces_ptr",
+    "query_start_loc_ptr",
+    "seq_lens_ptr",
+    "key_start_loc_ptr",
+    "block_table_ptr",
+    "k_row_scales_ptr",
+    "v_row_scales_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+    "slopes_ptr",
+    "mask_ptr",
+    "mask_starts_ptr",
+    "ranges_ptr",
+    "range_starts_ptr",
+    "slots_ptr",
+]
+
+_HAS_GPU = torch.cuda.is_available()
+_HIP = torch.version.hip is not None
+
+
+class Launcher:
+    """A kernel with its constants.
+
+    At every launch Triton binds names, derives what to specialize on and looks for the compiled
+    kernel, which takes longer than a short kernel runs. Here the compiled kernel is kept for each
+    combination of what Triton specializes on, and called directly.
+
+    Args:
+        kernel: a @triton.jit function; its constexpr parameters come last.
+        constants: the values of all of them, by name.
+        options: the compiler's: num_warps, num_stages and so on.
+    """
+
+    def __init__(
+        self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        self.kernel = kernel
+        self.constants = dict(constants)
+        self.options = dict(options)
+        self._compiled: dict[Any, Any] = {}
+        names = kernel.arg_names
+        self._constants_in_order = [constants[name] for name in names if name in constants]
+        unspecialized = {
+            *(getattr(kernel, "do_not_specialize", None) or ()),
+            *(getattr(kernel, "do_not_specialize_on_alignment", None) or ()),
+        }
+        self._looked_at = [
+            i for i, name in enumerate(names) if name not in constants and name not in unspecialized
+        ]
+        self._tensors: list[int] | None = None
+        self._integers: list[int] = []
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch it on the current stream of the current device.
+
+        Args:
+            grid: number of programs in each dimension.
+            *args: of the kernel, in order, up to its first constexpr. Each always has the same
+                type, and each tensor the same dtype: other ones take a launcher of their own.
+        """
+        if not _HAS_GPU:  # in the interpreter
+            self.kernel[grid](*args, **self.constants, **self.options)
+            return
+        if self._tensors is None:
+            looked_at = [(i, args[i]) for i in self._looked_at]
+            self._integers = [i for i, arg in looked_at if isinstance(arg, int)]
+            self._tensors = [i for i, arg in looked_at if isinstance(arg, torch.Tensor)]
+        device = torch.cuda.current_device()
+        # What compiled code may depend on; at least all that Triton looks at. On AMD that is also
+        # whether 32 bits reach all of a tensor's memory.
+        reach = [_in_reach(arg) for arg in args if isinstance(arg, torch.Tensor)] if _HIP else ()
+        key = (
+            device,
+            *reach,
+            *[args[i].data_ptr() & 15 for i in self._tensors],
+            *[a if (a := args[i]) < 16 else (a & 15) | 16 | a >> 31 << 5 for i in self._integers],
+        )
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            self._compiled[key] = self.kernel[grid](*args, **self.constants, **self.options)
+        elif _is_watched():
+            compiled[grid](*args, *self._constants_in_order)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(
+                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *args, *self._constants_in_order,
+            )  # fmt: skip
+
+
+def _in_reach(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() < 1 << 31
+
+
+def _is_watched() -> bool:
+    """Whether somebody, such as a profiler, wants to hear of launches."""
+    runtime = _knobs().runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _knobs() -> Any:
+    from triton import knobs
+
+    return knobs

@@ -1,0 +1,665 @@
+"""TRITON_ATTN: every feature, over the paged cache, in Triton kernels for NVIDIA's and AMD's GPUs.
+
+The kernels are in `kernels/`, how they are launched in `cuda/launch_tables.py` and
+`rocm/launch_tables.py`, how a batch is laid out for them in `triton_plan.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.backends.kernels.launch import LaunchTable
+from attn_dispatch.backends.kernels.launcher import Launcher
+from attn_dispatch.backends.rocm import launch_tables as amd
+from attn_dispatch.backends.triton_plan import (
+    INVARIANT_PARTS,
+    DecodePlan,
+    PrefillPlan,
+    TritonBuilder,
+    TritonMetadata,
+    block_of,
+)
+from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
+from attn_dispatch.device import DeviceMatch, DeviceProfile
+from attn_dispatch.interface import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionType,
+)
+from attn_dispatch.libraries import import_library
+from attn_dispatch.quantization import GROUP_SIZE, token_scales
+from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
+from attn_dispatch.validation import check_forward, check_metadata
+
+__all__ = ["Out", "Source", "TritonAttnBackend", "TritonImpl"]
+
+LOG2E = math.log2(math.e)
+#: Lengths that a program of the decode kernel reads at a time.
+_LENGTHS_AT_ONCE = 256
+#: A larger window is as good as this one, and positions plus this are still an int32.
+_WINDOW_LIMIT = 1 << 30
+#: So many parts of a split are merged as whole tiles, more row by row.
+_FEW_PARTS = 8
+
+#: How the kernels call what a cache or an output keeps; any other dtype is "plain".
+FORMATS = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2fnuz: "e5m2fnuz",
+    torch.int8: "int8",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values as the kernels take them; see kernels/attend.py for `kind` and `format`.
+
+    Attributes:
+        k, v: as bytes where the format is fp8.
+        k_row_scales, v_row_scales: float32 views that begin at the first rows' scales, for "int8".
+        k_strides, v_strides: of blocks, tokens and heads, in elements.
+        block_size: tokens per block.
+        starts: (num_reqs,) int32, for "rows", where each request's begin.
+    """
+
+    kind: str
+    format: str
+    k: torch.Tensor
+    v: torch.Tensor
+    k_row_scales: torch.Tensor
+    v_row_scales: torch.Tensor
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+    block_size: int = 1
+    starts: torch.Tensor | None = None
+
+    def scales(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The scales of keys and values, and how far those of the heads lie apart.
+
+        Anything on the device where the format takes none: the layer's may be on the host then.
+        """
+        if self.format in ("plain", "int8"):
+            return self.k, self.k, 0
+        return layer._k_scale, layer._v_scale, layer._k_scale.dim()
+
+    @classmethod
+    def of_pages(cls, kv_cache: torch.Tensor) -> Source:
+        """The paged cache."""
+        form = FORMATS.get(kv_cache.dtype, "plain")
+        if form not in ("plain", "int8"):
+            kv_cache = kv_cache.view(torch.uint8)
+        scales = token_scales(kv_cache) if form == "int8" else kv_cache
+        k, v = kv_cache.unbind(1)
+        strides = k.stride()[:3]
+        return cls(
+            "pages", form, k, v, scales[:, 0], scales[:, 1], strides, strides, kv_cache.shape[2]
+        )
+
+    @functools.cached_property
+    def pairs(self) -> Source:
+        """A paged cache of bytes as pairs of them, strides in 16 bytes; itself where that fails."""
+        if self.format == "plain" or self.k.dtype.itemsize != 1:
+            return self
+        # Each row at a multiple of 16 bytes: the kernel counts on it.
+        if any(step % 16 for step in (*self.k_strides, self.k.data_ptr(), self.v.data_ptr())):
+            return self
+        k, v = self.k.view(torch.uint16), self.v.view(torch.uint16)
+        strides = tuple(step // 16 for step in self.k_strides)
+        return dataclasses.replace(
+            self, kind="pairs", k=k, v=v, k_strides=strides, v_strides=strides
+        )
+
+    @classmethod
+    def of_rows(cls, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> Source:
+        """Contiguous keys and values, (tokens, num_kv_heads, size)."""
+        k_strides, v_strides = ((0, *t.stride()[:2]) for t in (key, value))
+        return cls("rows", "plain", key, value, key, value, k_strides, v_strides, starts=starts)
+
+
+@dataclass(frozen=True)
+class Out:
+    """Where results go, as the kernels take it.
+
+    Attributes:
+        values: as bytes where they are quantized.
+        lse: (num_tokens, num_heads) float32, or anything where none is asked for.
+        scale: of a quantized output, read, or with `group` written; anything where there is none.
+        format: "plain" or one of kernels/elements.py's.
+        group: values that share a scale, or 0.
+    """
+
+    values: torch.Tensor
+    lse: torch.Tensor
+    scale: torch.Tensor
+    format: str
+    group: int
+    returned: torch.Tensor
+    returns_lse: bool
+
+    @classmethod
+    def of(
+        cls,
+        impl: TritonImpl,
+        query: torch.Tensor,
+        output: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> Out:
+        """For a call with these arguments."""
+        shape = (query.shape[0], impl.num_heads, impl.head_size_v)
+        values = output
+        if values is None or values.stride(-1) != 1:
+            dtype = query.dtype if output is None else output.dtype
+            values = torch.empty(shape, dtype=dtype, device=query.device)
+        scale = query
+        if output_scale is not None:
+            scale = output_scale
+        elif output_block_scale is not None:
+            scale = output_block_scale.contiguous()
+        form = FORMATS.get(values.dtype, "plain")
+        lse = query
+        if impl.returns_lse:
+            lse = torch.empty(shape[:2], dtype=torch.float32, device=query.device)
+        return cls(
+            values=values if form == "plain" else values.view(torch.uint8),
+            lse=lse,
+            scale=scale,
+            format=form,
+            group=0 if output_block_scale is None else GROUP_SIZE,
+            returned=values,
+            returns_lse=impl.returns_lse,
+        )
+
+    def result(
+        self, output: torch.Tensor | None, output_block_scale: torch.Tensor | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What forward returns, put where the caller wanted it."""
+        returned = self.returned
+        if output is not None and output is not returned:
+            (output if self.format == "plain" else output.view(torch.uint8)).copy_(self.values)
+            returned = output
+        if output_block_scale is not None and output_block_scale is not self.scale:
+            output_block_scale.copy_(self.scale)
+        return (returned, self.lse) if self.returns_lse else returned
+
+
+def suits_tma(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: addresses and steps in multiples of 16 bytes."""
+    *steps, last = tensor.stride()
+    size = tensor.element_size()
+    return (
+        tensor.numel() > 0
+        and last == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(step > 0 and step * size % 16 == 0 for step in steps)
+    )
+
+
+def fills_tiles(tensor: torch.Tensor, block: int) -> bool:
+    """Whether (tokens, heads, size) can be described with one head a tile."""
+    return tensor.shape[2] == block and tensor.stride(1) == block and suits_tma(tensor)
+
+
+@functools.cache
+def tensor_descriptor() -> Any:
+    module = import_library("triton.tools.tensor_descriptor")
+    return module.TensorDescriptor.from_tensor
+
+
+@functools.cache
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no hardware instruction."""
+    return bool(import_library("triton").knobs.runtime.interpret)
+
+
+def _native(table: LaunchTable, form: str) -> bool:
+    """Whether the compiler converts a format in hardware."""
+    return form in table.native_fp8 and not is_interpreted()
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the elements of a head next to each other, as the kernels read them."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+class TritonImpl(AttentionImpl[TritonMetadata]):
+    """Launches the kernels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        import_library("triton")
+        from attn_dispatch.backends.kernels import decode, gather, kv_write, prefill
+
+        self._decode_kernels = (decode.decode_kernel, decode.decode_invariant_kernel)
+        self._prefill_kernel = prefill.prefill_kernel
+        self._write_kernel = kv_write.write_kv_kernel
+        self._gather_kernel = gather.gather_kv_kernel
+        self._launchers: dict[Any, Launcher] = {}
+        self._slopes: torch.Tensor | None = None
+        self._last_cache: tuple[Any, Source] | None = None
+        cap = self.logits_soft_cap or 1.0
+        scale = abs(self.scale)
+        #: What every attention kernel takes after its strides.
+        self._numbers = (
+            min(self.sliding_window or 0, _WINDOW_LIMIT), scale * LOG2E, cap * LOG2E, scale / cap
+        )  # fmt: skip
+        self._sizes = {
+            "HEAD_SIZE": self.head_size,
+            "HEAD_SIZE_V": self.head_size_v,
+            "BLOCK_D": block_of(self.head_size),
+            "BLOCK_DV": block_of(self.head_size_v),
+        }
+        sizes = (self.head_size, self.head_size_v)
+        #: Heads can be taken as pairs of bytes: half a tile still suits the matrix units.
+        self._has_pairs = not any(size % 2 or block_of(size) < 32 for size in sizes)
+        self._largest_block = max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"])
+
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        """Static fp8; and fp8 by groups, where a group lies in one head."""
+        return quant_key in OUTPUT_QUANTS
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: TritonMetadata,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See AttentionImpl.forward."""
+        check_metadata(self, attn_metadata, TritonMetadata)
+        scales = (output_scale, output_block_scale)
+        check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output, *scales)
+        query = _dense(query if self.scale >= 0 else -query)
+        cache = None if kv_cache is None else self._paged(kv_cache)
+        if cache is None and attn_metadata.batch.block_table is not None:
+            attn_metadata = attn_metadata.without_pages
+        out = Out.of(self, query, output, *scales)
+        if key is not None and value is not None:
+            key, value = _dense(key), _dense(value)
+            if kv_cache is not None:
+                self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
+        if attn_metadata.decode is not None and cache is not None:
+            self._decode(layer, attn_metadata, attn_metadata.decode, query, cache, out)
+        if attn_metadata.prefill is not None:
+            source = self._source(layer, attn_metadata, attn_metadata.prefill, cache, key, value)
+            self._prefill(layer, attn_metadata, attn_metadata.prefill, query, source, out)
+        return out.result(output, output_block_scale)
+
+    def _launcher(
+        self,
+        name: tuple[Any, ...],
+        kernel: Any,
+        constants: Callable[[], dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> Launcher:
+        """The launcher of this name, made when it is first asked for."""
+        found = self._launchers.get(name)
+        if found is None:
+            found = self._launchers[name] = Launcher(kernel, constants(), options)
+        return found
+
+    def _paged(self, kv_cache: torch.Tensor) -> Source:
+        """The cache as the kernels take it; the last one is remembered."""
+        if self._last_cache is None or self._last_cache[0]() is not kv_cache:
+            self._last_cache = (weakref.ref(kv_cache), Source.of_pages(kv_cache))
+        return self._last_cache[1]
+
+    def write_kv(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """See AttentionImpl.write_kv."""
+        slots = batch.slot_mapping
+        if self.kv_sharing_target_layer_name is not None or slots is None:
+            return
+        key, value, cache = _dense(key), _dense(value), self._paged(kv_cache)
+        num_tokens = slots.shape[0]
+        if not num_tokens:
+            return
+        rows = max(1, 2048 // self._largest_block)
+        k_scale, v_scale, scale_stride = cache.scales(layer)
+        launch = self._launcher(
+            ("write", key.dtype, cache.format, cache.k.dtype, cache.block_size, scale_stride),
+            self._write_kernel,
+            lambda: {
+                "NUM_KV_HEADS": self.num_kv_heads,
+                "ROWS": rows,
+                "BLOCK_SIZE": cache.block_size,
+                "FORMAT": cache.format,
+                "SCALE_STRIDE": scale_stride,
+                **self._sizes,
+            },
+            {},
+        )
+        launch(
+            (-(-num_tokens * self.num_kv_heads // rows), 1, 1),
+            key, value, cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
+            v_scale, slots, num_tokens, *key.stride()[:2], *value.stride()[:2],
+            *cache.k_strides,
+        )  # fmt: skip
+
+    def _features(
+        self, metadata: TritonMetadata, source: Source, out: Out, scale_stride: int, dtype: Any
+    ) -> dict[str, Any]:
+        """What both attention kernels are compiled for."""
+        table = metadata.launches.table
+        return {
+            "NUM_HEADS": self.num_heads,
+            "GROUP": self.num_heads // self.num_kv_heads,
+            **self._sizes,
+            "BLOCK_SIZE": source.block_size,
+            "FORMAT": source.format,
+            "NATIVE": _native(table, source.format),
+            "SCALE_STRIDE": scale_stride,
+            "CAUSAL": self.causal,
+            "WINDOW": self.sliding_window is not None,
+            "CAP": self.logits_soft_cap is not None,
+            "FAST_TANH": table.fast_tanh and dtype != torch.float32 and not is_interpreted(),
+            "ALIBI": self.alibi_slopes is not None,
+            "SINKS": self.sinks is not None,
+            "RANGES": metadata.ranges is not None,
+            "MASK": metadata.mask_starts is not None,
+            "LSE": self.returns_lse,
+            "OUT_FORMAT": out.format,
+            "OUT_GROUP": out.group,
+        }
+
+    def _has_descriptors(self, query: torch.Tensor) -> bool:
+        """Whether keys and values are of sizes for which descriptors were run on a GPU.
+
+        With keys of 256 and values of 16 one launch ended in an illegal access; why is open.
+        """
+        block = self._sizes["BLOCK_D"]
+        is_usual = block == self._sizes["BLOCK_DV"] and block in (64, 128, 256)
+        return is_usual and query.dtype.itemsize == 2
+
+    def _per_head(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ALiBi's slopes and the sinks, on the query's device; anything where there are none."""
+        slopes = sinks = query
+        if self.alibi_slopes is not None:
+            if self._slopes is None or self._slopes.device != query.device:
+                self._slopes = torch.as_tensor(
+                    self.alibi_slopes, dtype=torch.float32, device=query.device
+                ).contiguous()
+            slopes = self._slopes
+        if self.sinks is not None:
+            sinks = self.sinks.to(query.device).contiguous()
+        return slopes, sinks
+
+    def _decode(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        plan: DecodePlan,
+        query: torch.Tensor,
+        cache: Source,
+        out: Out,
+    ) -> None:
+        """Attention of the requests of few query tokens."""
+        if not plan.num_reqs:
+            return
+        batch, row = metadata.batch, plan.launch
+        table, requests = batch.block_table, plan.requests
+        assert table is not None
+        k_scale, v_scale, scale_stride = cache.scales(layer)
+        cache = cache.pairs if self._has_pairs and query.dtype.itemsize == 2 else cache
+        kind = (
+            cache.kind, cache.format, cache.k.dtype, cache.block_size, scale_stride, out.format,
+            out.group,
+        )  # fmt: skip
+        features = (metadata.ranges is not None, metadata.mask_starts is not None)
+        slopes, sinks = self._per_head(query)
+        dtypes = (query.dtype, sinks.dtype)
+        stages = row.num_stages
+        if cache.k.dtype.itemsize == 1 or cache.kind == "pairs":
+            stages = row.num_stages_of_bytes or stages
+        is_usual = row is metadata.launches.decode
+        name = (
+            "decode", metadata.launches, is_usual, plan.rows, requests is None, *features, *kind,
+            *dtypes,
+        )  # fmt: skip
+
+        def constants() -> dict[str, Any]:
+            parts = (
+                {"PARTS": INVARIANT_PARTS} if plan.is_invariant else {"MIN_TILES": row.min_tiles}
+            )
+            return {
+                **self._features(metadata, cache, out, scale_stride, query.dtype),
+                "ROWS": plan.rows,
+                "BLOCK_N": row.block_n,
+                "STAGES": stages,
+                "LISTED": requests is not None,
+                "PTX": metadata.launches.is_nvidia and not is_interpreted(),
+                "PAIRS": cache.kind == "pairs",
+                "CHUNK": _LENGTHS_AT_ONCE,
+                "FEW": _FEW_PARTS,
+                "AT_ONCE": max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
+                **parts,
+            }
+
+        kernel = self._decode_kernels[plan.is_invariant]
+        options = {**row.compile_options, "num_stages": stages}
+        launch = self._launcher(name, kernel, constants, options)
+        launch(
+            (plan.grid, 1, 1),
+            query, cache.k, cache.v, out.values, out.lse, out.scale, plan.part_out, plan.part_lse,
+            plan.counters, batch.seq_lens if requests is None else requests,
+            batch.query_start_loc, batch.seq_lens, table, cache.k_row_scales, cache.v_row_scales,
+            k_scale, v_scale, slopes, sinks, *metadata.extras(),
+            *query.stride()[:2], *cache.k_strides, *out.values.stride()[:2], plan.num_reqs,
+            table.stride(0), *self._numbers,
+        )  # fmt: skip
+
+    def _source(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        plan: PrefillPlan,
+        cache: Source | None,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+    ) -> Source:
+        """Where the prefill kernel finds keys: as they came, gathered, or in their pages."""
+        if key is not None and value is not None and plan.is_fresh:
+            # What a cache keeps in another form is what must be read.
+            as_kept = cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
+            if as_kept and self.kv_sharing_target_layer_name is None:
+                return Source.of_rows(key, value, plan.key_start_loc)
+        assert cache is not None  # check_forward saw to it
+        if plan.gathered_start_loc is None:
+            return cache
+        return self._gather(layer, metadata, plan, plan.gathered_start_loc, cache)
+
+    def _gather(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        plan: PrefillPlan,
+        starts: torch.Tensor,
+        cache: Source,
+    ) -> Source:
+        """Copy the keys and values of the plan's requests out of their pages."""
+        batch, launches = metadata.batch, metadata.launches
+        table = batch.block_table
+        assert table is not None
+        keys, values = plan.room_for(self.num_kv_heads, self.head_size, self.head_size_v)
+        rows = max(16, 16384 // self._largest_block)
+        windowed = self.sliding_window is not None and metadata.ranges is None
+        k_scale, v_scale, scale_stride = cache.scales(layer)
+        kind = (cache.format, cache.k.dtype, cache.block_size, scale_stride)
+        launch = self._launcher(
+            ("gather", launches, plan.pad, windowed, *kind),
+            self._gather_kernel,
+            lambda: {
+                "NUM_KV_HEADS": self.num_kv_heads,
+                "BLOCK_SIZE": cache.block_size,
+                "ROWS": rows,
+                "PAD": plan.pad,
+                "WINDOW": windowed,
+                "FORMAT": cache.format,
+                "NATIVE": _native(launches.table, cache.format),
+                "SCALE_STRIDE": scale_stride,
+                **self._sizes,
+            },
+            {},
+        )
+        launch(
+            (-(-plan.longest * self.num_kv_heads // rows), len(plan.requests), 1),
+            cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
+            v_scale, table, plan.requests, batch.query_start_loc, batch.seq_lens, starts,
+            keys, values, *cache.k_strides, table.stride(0), self._numbers[0],
+        )  # fmt: skip
+        return Source.of_rows(keys, values, starts)
+
+    def _prefill(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        plan: PrefillPlan,
+        query: torch.Tensor,
+        source: Source,
+        out: Out,
+    ) -> None:
+        """Attention of the requests of many query tokens."""
+        if not len(plan.tiles):
+            return
+        batch, launches = metadata.batch, metadata.launches
+        row = launches.prefill
+        k, v, kind = source.k, source.v, source.kind
+        if kind == "rows" and launches.table.descriptors:
+            block = self._sizes["BLOCK_D"]
+            if self._has_descriptors(query) and fills_tiles(k, block) and fills_tiles(v, block):
+                kind = "descriptors"
+                k = tensor_descriptor()(k.flatten(1), [row.block_n, block])
+                v = tensor_descriptor()(v.flatten(1), [row.block_n, block])
+        k_scale, v_scale, scale_stride = source.scales(layer)
+        slopes, sinks = self._per_head(query)
+        name = (
+            "prefill", launches, kind, source.format, source.k.dtype, source.block_size,
+            scale_stride, out.format, out.group, metadata.ranges is not None,
+            metadata.mask_starts is not None, query.dtype, sinks.dtype,
+        )  # fmt: skip
+        launch = self._launcher(
+            name,
+            self._prefill_kernel,
+            lambda: {
+                **self._features(metadata, source, out, scale_stride, query.dtype),
+                "BLOCK_M": row.block_m,
+                "BLOCK_N": row.block_n,
+                "STAGES": row.num_stages,
+                "SOURCE": kind,
+            },
+            row.compile_options,
+        )
+        table = batch.seq_lens if batch.block_table is None else batch.block_table
+        starts = batch.seq_lens if source.starts is None else source.starts
+        launch(
+            (self.num_kv_heads, len(plan.tiles), 1),
+            query, k, v, out.values, out.lse, out.scale, plan.tiles, batch.query_start_loc,
+            batch.seq_lens, starts, table, source.k_row_scales, source.v_row_scales,
+            k_scale, v_scale, slopes, sinks, *metadata.extras(),
+            *query.stride()[:2], *source.k_strides, *source.v_strides, *out.values.stride()[:2],
+            table.stride(0), *self._numbers,
+        )  # fmt: skip
+
+
+class TritonAttnBackend(AttentionBackend):
+    """Triton kernels for NVIDIA's and AMD's GPUs, compiled on the spot, for nearly every layer."""
+
+    interface_version = 1
+    capabilities = Capabilities(
+        devices=(
+            DeviceMatch(vendor="nvidia", min_capability=(8, 0)),
+            DeviceMatch(vendor="amd", archs=amd.ARCHS),
+        ),
+        requires=("triton>=3.6",),
+        num_heads=ANY,
+        num_kv_heads=ANY,
+        head_size=Range(1, 512),
+        head_size_v=Range(1, 512),
+        dtype=OneOf(torch.bfloat16, torch.float16, torch.float32),
+        kv_cache_dtype=OneOf(*(name for name in KV_CACHE_DTYPES if name != "float64")),
+        kv_scales=OneOf("per_tensor", "per_head"),
+        block_size=ANY,
+        kv_cache_layout=OneOf(None, "NHD", "HND"),
+        attn_type=OneOf(*AttentionType),
+        causal=OneOf(True, False),
+        sliding_window=ANY,
+        logits_soft_cap=ANY,
+        alibi=OneOf(True, False),
+        sinks=OneOf(True, False),
+        kv_sharing=OneOf(True, False),
+        custom_mask=OneOf(True, False),
+        bidirectional_ranges=OneOf(True, False),
+        mla=OneOf(None),
+        returns_lse=OneOf(True, False),
+        output_quant=OneOf(None, *OUTPUT_QUANTS),
+        batch_invariant=OneOf(True, False),
+        cuda_graph=OneOf(True, False),
+    )
+
+    @staticmethod
+    def get_name() -> str:
+        """TRITON_ATTN."""
+        return "TRITON_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonImpl]:
+        """TritonImpl."""
+        return TritonImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[TritonMetadata]:
+        """TritonMetadata."""
+        return TritonMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[TritonBuilder]:
+        """TritonBuilder."""
+        return TritonBuilder
+
+    @classmethod
+    def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
+        """A group of output values lies in one head; a graph takes no mask and no range."""
+        reasons = []
+        groups = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
+        if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in groups:
+            reasons.append(
+                Reason(
+                    code=ReasonCode.COMBINATION,
+                    field="output_quant",
+                    asked=f"fp8_e4m3_group128 with head_size_v={spec.head_size_v}",
+                    allowed="head_size_v " + ", ".join(map(str, groups)),
+                )
+            )
+        for field in ("custom_mask", "bidirectional_ranges"):
+            if spec.cuda_graph and getattr(spec, field):
+                reasons.append(
+                    Reason(
+                        code=ReasonCode.COMBINATION,
+                        field="cuda_graph",
+                        asked=f"cuda_graph with {field}",
+                        allowed=f"cuda_graph without {field}",
+                    )
+                )
+        return reasons
