@@ -1,0 +1,283 @@
+"""What compile_matrix.py compiles: layers and steps, and what the library launches for them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from attn_dispatch.backends.cuda.hopper_attn import HopperAttnBackend
+from attn_dispatch.backends.kernels.launcher import Launcher
+from attn_dispatch.backends.triton_attn import TritonAttnBackend
+from attn_dispatch.backends.triton_plan import Launches
+from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.device import KNOWN_DEVICES, DeviceProfile
+from attn_dispatch.interface import PlaceholderRange
+from attn_dispatch.kv_cache import allocate_kv_cache
+from attn_dispatch.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
+from attn_dispatch.spec import AttentionSpec
+
+__all__ = [
+    "AMD",
+    "FEATURES",
+    "HOPPER",
+    "NVIDIA",
+    "SIZES",
+    "Case",
+    "Launch",
+    "covering_set",
+    "full_set",
+    "launches_of",
+]
+
+NVIDIA = tuple(name for name, device in KNOWN_DEVICES.items() if device.vendor == "nvidia")
+AMD = tuple(name for name, device in KNOWN_DEVICES.items() if device.vendor == "amd")
+
+#: Steps as (query_lens, seq_lens). The first three have requests for the decode kernel, enough for
+#: every device, and one whose keys the prefill kernel takes as they come, from pages, or gathered.
+_MANY = 320
+FRESH = ((1,) * _MANY + (300,), (200,) * _MANY + (300,))
+PAGES = ((1,) * _MANY + (100,), (200,) * _MANY + (400,))
+GATHERED = ((1,) * _MANY + (300,), (200,) * _MANY + (400,))
+VERIFY = ((4,) * _MANY, (200,) * _MANY)
+FEW = ((1,), (200,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layer and a step of it.
+
+    Attributes:
+        name: what the table calls it.
+        fields: of AttentionSpec, over those of LAYER.
+        lens: query_lens and seq_lens.
+        archs: where it is compiled, of the covering set; None for one of each vendor, in turns.
+        odd_rows: new keys lie where no tensor descriptor can describe them.
+        only: of what is launched, kernels with this in their name.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    lens: tuple[tuple[int, ...], tuple[int, ...]] = FRESH
+    archs: tuple[str, ...] | None = None
+    odd_rows: bool = False
+    only: str = ""
+
+
+LAYER: dict[str, Any] = {
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_size": 128,
+    "block_size": 16,
+    "dtype": torch.bfloat16,
+}
+
+#: One for each row of the launch tables but the last, which only float32 takes.
+SIZES = tuple(
+    Case(name=str(size), fields={"head_size": size}, archs=(*NVIDIA, *AMD))
+    for size in (64, 128, 256, 512)
+)
+
+FEATURES = (
+    Case(name="head size 80, float16", fields={"head_size": 80, "dtype": torch.float16}),
+    Case(name="head size 192, values 128", fields={"head_size": 192, "head_size_v": 128}),
+    Case(name="float32", fields={"dtype": torch.float32}),
+    Case(name="float32, head size 512", fields={"dtype": torch.float32, "head_size": 512}),
+    Case(name="pages", fields={}, lens=PAGES),
+    Case(name="gathered", fields={}, lens=GATHERED),
+    Case(name="no descriptors", fields={}, odd_rows=True, archs=("sm90", "sm100")),
+    Case(name="fp8_e4m3", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=PAGES),
+    Case(name="fp8_e4m3 gathered", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=GATHERED),
+    Case(
+        name="fp8_e5m2 per head",
+        fields={"kv_cache_dtype": "fp8_e5m2", "kv_scales": "per_head"},
+        lens=PAGES,
+    ),
+    Case(
+        name="fp8_e4m3fnuz",
+        fields={"kv_cache_dtype": "fp8_e4m3fnuz"},
+        lens=PAGES,
+        archs=("sm80", "gfx942"),
+    ),
+    Case(
+        name="fp8_e5m2fnuz",
+        fields={"kv_cache_dtype": "fp8_e5m2fnuz"},
+        lens=PAGES,
+        archs=("sm90", "gfx942"),
+    ),
+    Case(name="int8_per_token_head", fields={"kv_cache_dtype": "int8_per_token_head"}, lens=PAGES),
+    Case(
+        name="int8, float16",
+        fields={"kv_cache_dtype": "int8_per_token_head", "dtype": torch.float16},
+        lens=PAGES,
+    ),
+    Case(
+        name="soft cap, ALiBi, sinks, lse",
+        fields={"logits_soft_cap": 30.0, "alibi": True, "sinks": True, "returns_lse": True},
+    ),
+    Case(name="window", fields={"sliding_window": 128}),
+    Case(
+        name="window, ranges",
+        fields={"sliding_window": 128, "bidirectional_ranges": True},
+        lens=PAGES,
+    ),
+    Case(name="custom mask", fields={"custom_mask": True}, lens=PAGES),
+    Case(name="fp8 output", fields={"output_quant": "fp8_e4m3"}),
+    Case(name="fp8 output by groups", fields={"output_quant": "fp8_e4m3_group128"}),
+    Case(name="batch invariant", fields={"batch_invariant": True}),
+    Case(name="GQA 7", fields={"num_heads": 28, "num_kv_heads": 4}),
+    Case(name="MQA", fields={"num_kv_heads": 1}),
+    Case(name="verify 4 tokens", fields={}, lens=VERIFY),
+    Case(name="one request", fields={}, lens=FEW, archs=("sm90", "sm100")),
+    Case(
+        name="encoder",
+        fields={"attn_type": "encoder_only", "block_size": None},
+        lens=((300,), (300,)),
+    ),
+)
+
+#: What HOPPER_ATTN adds.
+HOPPER = tuple(
+    Case(name=f"Hopper, {name}", fields=fields, archs=("sm90",), only="hopper", lens=lens)
+    for name, fields, lens in (
+        ("128", {}, FRESH),
+        ("64, gathered", {"head_size": 64}, GATHERED),
+        ("256, float16", {"head_size": 256, "dtype": torch.float16}, FRESH),
+        ("soft cap, ALiBi", {"logits_soft_cap": 30.0, "alibi": True}, FRESH),
+        ("window, sinks, lse", {"sliding_window": 99, "sinks": True, "returns_lse": True}, FRESH),
+        ("window both ways", {"causal": False, "sliding_window": 99, "alibi": True}, FRESH),
+    )
+)
+
+
+def covering_set() -> list[tuple[Case, str]]:
+    """The cases and devices that the table has: each case on a device of each vendor at least."""
+    pairs = [(case, arch) for case in SIZES for arch in (*NVIDIA, *AMD)]
+    pairs += [(case, "sm90") for case in HOPPER]
+    for i, case in enumerate(FEATURES):
+        archs = case.archs or (NVIDIA[i % len(NVIDIA)], AMD[i % len(AMD)])
+        pairs += [(case, arch) for arch in archs]
+    return pairs
+
+
+def full_set() -> list[tuple[Case, str]]:
+    """Every case on every device."""
+    return [
+        *itertools.product((*SIZES, *FEATURES), (*NVIDIA, *AMD)),
+        *itertools.product(HOPPER, ("sm90",)),
+    ]
+
+
+# Recording ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a Launcher was made of and called with."""
+
+    kernel: Any
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    args: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without its last word."""
+        return str(self.kernel.__name__).removesuffix("_kernel")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside of this, launches are kept and not run."""
+    launches: list[Launch] = []
+
+    def record(launcher: Launcher, grid: tuple[int, int, int], *args: Any) -> None:
+        launches.append(Launch(launcher.kernel, launcher.constants, launcher.options, args))
+
+    with mock.patch.object(Launcher, "__call__", record):
+        yield launches
+
+
+def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
+    """What TRITON_ATTN, or HOPPER_ATTN for its cases, launches on a device."""
+    spec = AttentionSpec(**{**LAYER, **case.fields})
+    backend = HopperAttnBackend if case in HOPPER else TritonAttnBackend
+    impl = backend.get_impl_cls()(
+        num_heads=spec.num_heads,
+        head_size=spec.head_size,
+        scale=spec.head_size**-0.5,
+        num_kv_heads=spec.num_kv_heads,
+        alibi_slopes=[0.5] * spec.num_heads if spec.alibi else None,
+        sliding_window=spec.sliding_window,
+        kv_cache_dtype=spec.kv_cache_dtype,
+        logits_soft_cap=spec.logits_soft_cap,
+        attn_type=spec.attn_type,
+        sinks=torch.zeros(spec.num_heads) if spec.sinks else None,
+        head_size_v=spec.head_size_v,
+        causal=spec.causal,
+        returns_lse=spec.returns_lse,
+    )
+    builder = backend.get_builder_cls()(spec, torch.device("cpu"))
+    builder.launches = Launches.of(spec, device)
+    batch, num_blocks = _batch(case, spec)
+    tokens = batch.num_tokens
+    query = torch.zeros(tokens, spec.num_heads, spec.head_size, dtype=spec.dtype)
+    key, value = (
+        torch.zeros(tokens, spec.num_kv_heads * size + case.odd_rows, dtype=spec.dtype)
+        .narrow(1, 0, spec.num_kv_heads * size)
+        .unflatten(1, (spec.num_kv_heads, size))
+        for size in (spec.head_size, spec.head_size_v)
+    )
+    scales = KVScales()
+    if spec.kv_scales == "per_head":
+        ones = torch.ones(spec.num_kv_heads)
+        scales.set(ones, ones, (tuple(ones.shape),))
+    kv_cache = None
+    if spec.block_size is not None:
+        size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
+        shape = TritonAttnBackend.get_kv_cache_shape(
+            num_blocks, spec.block_size, spec.num_kv_heads, size
+        )
+        dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
+        kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
+    with recorded() as launches:
+        impl.forward(
+            scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)
+        )
+    return [launch for launch in launches if case.only in launch.name]
+
+
+def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:
+    """The case's batch, and how many blocks it takes."""
+    query_lens, seq_lens = case.lens
+    more: dict[str, Any] = {}
+    num_blocks = 0
+    if spec.block_size is not None:  # nothing runs, so requests can share blocks
+        num_blocks = math.ceil(max(seq_lens) / spec.block_size)
+        table = torch.arange(num_blocks, dtype=torch.int32).repeat(len(seq_lens), 1)
+        more = {"block_table": table, "block_size": spec.block_size}
+    if spec.custom_mask:
+        size = sum(q * s for q, s in zip(query_lens, seq_lens, strict=True))
+        more["custom_mask"] = torch.ones(size, dtype=torch.bool)
+    if spec.bidirectional_ranges:
+        ranges = [PlaceholderRange(len(seq_lens) - 1, 0, 50)]
+        more["multi_modal_placeholder_index_maps"] = {"image": ranges}
+    return AttentionBatch.create(query_lens, seq_lens, **more), num_blocks
+
+
+def _output(spec: AttentionSpec, tokens: int) -> dict[str, torch.Tensor]:
+    """What forward takes for a quantized output."""
+    if spec.output_quant is None:
+        return {}
+    shape = (tokens, spec.num_heads, spec.head_size_v)
+    output = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    if spec.output_quant == "fp8_e4m3":
+        return {"output": output, "output_scale": torch.ones(())}
+    groups = spec.num_heads * spec.head_size_v // 128
+    return {"output": output, "output_block_scale": torch.ones(tokens, groups)}

@@ -1,0 +1,419 @@
+"""Compile every Triton kernel for every GPU that is known, and look at what comes out.
+
+    python benchmarks/compile_matrix.py [--arch sm90] [--filter fp8] [--full] [--check | --write]
+
+No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
+compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
+more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1.
+With --check, so is a table in docs/kernels.md that says something else than the compiler; --write
+writes it. What is compiled is a covering set; --full compiles every case for every device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compile_cases import (
+    AMD,
+    NVIDIA,
+    SIZES,
+    Case,
+    Launch,
+    covering_set,
+    full_set,
+    launches_of,
+)
+
+from attn_dispatch.device import KNOWN_DEVICES
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+_TABLES = re.compile(
+    r"(?<=<!-- compile-matrix -->\n).*?(?=^<!-- compile-matrix end -->$)", re.M | re.S
+)
+
+#: Bytes per thread that a kernel may spill.
+SPILL_ALLOWANCE = 64
+#: Where it may be more, because nothing was found that spills less: how the device's name begins,
+#: what is in kernel and case, and bytes. The first that fits counts. Only sm90's 256 was timed.
+MORE_SPILLS = (
+    ("gfx1", r"float32", 2304),  # no matrix instructions: products take many registers
+    ("gfx1100", r"256|512", 2304),  # the queries alone fill the registers
+    ("gfx1100", r"int8", 640),
+    ("gfx1201", r"512", 128),
+    ("sm90", r"prefill.*, (256|512)$", 256),
+    ("sm", r"float32", 512),
+    ("sm", r"mask|ranges", 384),
+)
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+    torch.uint32: "u32",
+    torch.int8: "i8",
+}
+
+_MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "v_wmma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the compiler made of a launch.
+
+    Attributes:
+        registers: per thread; on AMD all vector registers.
+        shared_bytes: of one program.
+        spilled_bytes: of one thread: what it stores to local memory, or its scratch on AMD.
+        programs: that an SM or CU holds at a time, by shared memory, registers and warps.
+        matrix: the instruction that multiplies, or "".
+        problems: what is wrong, as sentences.
+    """
+
+    case: str
+    arch: str
+    kernel: str
+    registers: int = 0
+    shared_bytes: int = 0
+    spilled_bytes: int = 0
+    programs: int = 0
+    matrix: str = ""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def cell(self) -> str:
+        """The figures as the table has them."""
+        spilled = f"+{self.spilled_bytes}s" if self.spilled_bytes else ""
+        return f"{self.registers}{spilled} · {self.shared_bytes / 1024:.0f} · {self.programs}"
+
+    def __str__(self) -> str:
+        words = f"{self.arch} {self.kernel}, {self.case}: {self.cell} {self.matrix}"
+        return "\n    ".join([words.rstrip(), *self.problems])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What the programs on one SM, CU or, on RDNA, pair of CUs share (vendors' manuals).
+
+    Attributes:
+        shared_bytes: shared memory or LDS.
+        reserved_bytes: of it, that the system takes for each program.
+        partitions: schedulers or SIMDs, each with its own registers.
+        registers: of a partition, for one lane.
+        granule: registers of a lane are given out in multiples of this.
+        warps: that a partition holds.
+        programs: that the unit holds.
+    """
+
+    shared_bytes: int
+    reserved_bytes: int = 0
+    partitions: int = 4
+    registers: int = 512
+    granule: int = 8
+    warps: int = 16
+    programs: int = 32
+
+    def holds(self, shared_bytes: int, registers: int, num_warps: int) -> int:
+        """So many programs at a time; 0 if it is not even one."""
+        rounded = -(-max(registers, 1) // self.granule) * self.granule
+        warps = self.partitions * min(self.warps, self.registers // rounded)
+        by_memory = self.shared_bytes // max(shared_bytes + self.reserved_bytes, 1)
+        return min(self.programs, warps // num_warps, by_memory)
+
+
+_KIB = 1024
+_CDNA = Unit(shared_bytes=64 * _KIB, warps=8)
+_RDNA = Unit(shared_bytes=128 * _KIB, registers=1536, granule=24)
+UNITS = {
+    "sm80": Unit(shared_bytes=164 * _KIB, reserved_bytes=_KIB),
+    "sm86": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=16),
+    "sm89": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=24),
+    "sm90": Unit(shared_bytes=228 * _KIB, reserved_bytes=_KIB),
+    "sm100": Unit(shared_bytes=228 * _KIB, reserved_bytes=_KIB),
+    "sm120": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=24),
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx950": dataclasses.replace(_CDNA, shared_bytes=160 * _KIB),
+    "gfx1100": _RDNA,
+    "gfx1201": _RDNA,
+}
+
+
+def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
+    """The kernel that Triton compiles for a launch, and what ptxas says of it, "" on AMD."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    if arch.startswith("sm"):
+        target = GPUTarget("cuda", int(arch.removeprefix("sm")), 32)
+    else:
+        target = GPUTarget("hip", arch, 64 if UNITS[arch].warps == _CDNA.warps else 32)
+    types: dict[str, str] = dict.fromkeys(launch.constants, "constexpr")
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
+        types[name], attributes[(i,)] = _argument(launch, name, value)
+        if types[name] == "constexpr":
+            constants[name] = value
+    types = {name: types[name] for name in launch.kernel.arg_names}
+    is_gluon = isinstance(launch.kernel, GluonJITFunction)
+    source_cls = GluonASTSource if is_gluon else ASTSource
+    source = source_cls(launch.kernel, types, constants, attributes)
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        return triton.compile(source, target=target, options=dict(launch.options)), said.getvalue()
+
+
+def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any]]]:
+    """The type that Triton gives an argument, and what it takes for granted of its value.
+
+    On AMD, Triton also notices tensors under 2 GiB. A cache is larger, so no tensor counts as one.
+    """
+    aligned: list[list[Any]] = [["tt.divisibility", 16]]
+    kernel = launch.kernel
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>", []
+    if isinstance(value, torch.Tensor):
+        is_open = name in (kernel.do_not_specialize_on_alignment or ())
+        known = [] if is_open or value.data_ptr() % 16 else aligned
+        return f"*{_TYPES[value.dtype]}", known
+    if isinstance(value, float):
+        return "fp32", []
+    if name in (kernel.do_not_specialize or ()):
+        return "i32", []
+    return ("constexpr", []) if value == 1 else ("i32", aligned if value % 16 == 0 else [])
+
+
+def report_on(case: Case, launch: Launch, arch: str) -> Report:
+    """Compile a launch and look at the result."""
+    source = launch.constants.get("SOURCE")
+    kernel = launch.name if source is None else f"{launch.name} from {source}"
+    report = Report(case=case.name, arch=arch, kernel=kernel)
+    try:
+        kernel_of, log = compiled(launch, arch)
+    except Exception as error:  # whatever it is, it is what the table must say
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        said = f"does not compile: {type(error).__name__}: {lines[-1].strip()}"
+        return dataclasses.replace(report, problems=(said,))
+    assembly = kernel_of.asm.get("ptx") or kernel_of.asm["amdgcn"]
+    registers, spilled = figures_of(assembly, log)
+    shared, num_warps = kernel_of.metadata.shared, kernel_of.metadata.num_warps
+    report = dataclasses.replace(
+        report,
+        registers=registers,
+        shared_bytes=shared,
+        spilled_bytes=spilled,
+        programs=UNITS[arch].holds(shared, registers, num_warps),
+        matrix=next((name for name in _MATRIX if name in assembly), ""),
+    )
+    multiplies = "BLOCK_N" in launch.constants
+    is_half = getattr(launch.args[0], "dtype", None) != torch.float32
+    return judged(report, has_matrix=multiplies and (is_half or arch.startswith("gfx9")))
+
+
+def figures_of(assembly: str, log: str) -> tuple[int, int]:
+    """Registers, and bytes that are spilled, by ptxas' log or else AMD's assembly."""
+    patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    if not log:
+        patterns = (r"\.vgpr_count: +(\d+)", r"\.private_segment_fixed_size: +(\d+)")
+    registers, spilled = (re.findall(p, log or assembly)[-1] for p in patterns)
+    return int(registers), int(spilled)
+
+
+def judged(report: Report, has_matrix: bool) -> Report:
+    """The report with its problems.
+
+    Args:
+        report: of a kernel that compiles.
+        has_matrix: it multiplies, and the device has instructions for that in its dtype.
+    """
+    problems = []
+    limit = KNOWN_DEVICES[report.arch].shared_memory_bytes or 0
+    if report.shared_bytes > limit:
+        problems.append(f"takes {report.shared_bytes} bytes of shared memory of {limit}")
+    name = f"{report.kernel}, {report.case}"
+    more = (
+        n for arch, part, n in MORE_SPILLS if report.arch.startswith(arch) and re.search(part, name)
+    )
+    allowed = next(more, SPILL_ALLOWANCE)
+    if report.spilled_bytes > allowed:
+        problems.append(f"spills {report.spilled_bytes} bytes; {allowed} are allowed")
+    if has_matrix and not report.matrix:
+        problems.append("multiplies without matrix instructions")
+    return dataclasses.replace(report, problems=tuple(problems))
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def reports_for(pair: tuple[Case, str]) -> list[Report]:
+    """Reports on all that a case launches on a device."""
+    case, arch = pair
+    torch.set_num_threads(1)
+    return [report_on(case, each, arch) for each in launches_of(case, KNOWN_DEVICES[arch])]
+
+
+def run(pairs: Sequence[tuple[Case, str]], jobs: int) -> list[Report]:
+    """Reports on all pairs, in their order; progress goes to stderr."""
+    start, found = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"], os.environ["TRITON_ALWAYS_COMPILE"] = cache, "1"
+        os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # Triton's default, which 3.10 will change
+        os.environ.pop("TRITON_INTERPRET", None)
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            for pair, reports in zip(pairs, pool.imap(reports_for, pairs), strict=True):
+                found += reports
+                seconds = time.monotonic() - start
+                print(f"{seconds:5.0f} s  {pair[1]} {pair[0].name}", file=sys.stderr)
+                for report in reports:
+                    if report.problems:
+                        print(report, file=sys.stderr, flush=True)
+    return found
+
+
+# The tables ---------------------------------------------------------------------------------------
+
+#: A cell's place: kernel, case, device.
+Place = tuple[str, str, str]
+
+_IN_SIZES = ("decode", "prefill")
+_IN_FEATURES = ("decode", "prefill", "gather_kv", "write_kv")
+
+
+def cells_of(reports: Iterable[Report]) -> dict[Place, str]:
+    """The cells that reports fill."""
+    places = {(r.kernel.split()[0].removesuffix("_invariant"), r.case, r.arch): r for r in reports}
+    return {place: report.cell for place, report in places.items()}
+
+
+def tables(cells: Mapping[Place, str], triton: str) -> str:
+    """What stands between the markers of docs/kernels.md."""
+    parts = [f"\nTriton {triton}.\n"]
+    for archs in (NVIDIA, AMD):
+        rows = [
+            [kernel, case.name, *(cells.get((kernel, case.name, arch), "") for arch in archs)]
+            for kernel, case in itertools.product(_IN_SIZES, SIZES)
+        ]
+        parts.append(_table(["Kernel", "Head size", *archs], rows))
+    rows = [
+        [case.name, arch, *(cells.get((kernel, case.name, arch), "") for kernel in _IN_FEATURES)]
+        for case, arch in covering_set()
+        if case not in SIZES
+    ]
+    parts.append(_table(["Case", "On", *_IN_FEATURES], rows))
+    return "\n".join([*parts, ""])
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def read_tables(text: str) -> tuple[dict[Place, str], str]:
+    """The cells of such a text, and its Triton."""
+    found, header = {}, [""]
+    for line in text.splitlines():
+        names = [cell.strip() for cell in line.strip("|").split("|")]
+        if "---" in names:
+            continue
+        if names[0] in ("Kernel", "Case"):
+            header = names
+        for column, cell in zip(header[2:], names[2:], strict=False):
+            if cell and names is not header:
+                first, second = names[:2]
+                is_size = header[0] == "Kernel"
+                found[(first, second, column) if is_size else (column, first, second)] = cell
+    version = re.search(r"^Triton (.*)\.$", text, re.M)
+    return found, version[1] if version else ""
+
+
+def settle(reports: Iterable[Report], triton: str, is_whole: bool, write: bool) -> bool:
+    """Write the page's tables, or compare and print what differs.
+
+    Args:
+        reports: what was found.
+        triton: the version that compiled.
+        is_whole: these are all cells; else those of the page stay beside them.
+        write: write, and do not compare.
+
+    Returns:
+        Whether the page is out of date.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    (old,) = _TABLES.findall(page)
+    kept, version = read_tables(old)
+    if triton != version and not (write and is_whole):
+        print(f"{PAGE.name} is of Triton {version or '(none)'}, this is {triton}: not compared.")
+        return False
+    new = tables({**({} if is_whole else kept), **cells_of(reports)}, triton)
+    if write:
+        PAGE.write_text(_TABLES.sub(lambda _: new, page), encoding="utf-8")
+        return False
+    before, after = (text.splitlines(keepends=True) for text in (old, new))
+    sys.stdout.writelines(difflib.unified_diff(before, after, PAGE.name, "now", n=0))
+    if old != new:
+        print(f"{PAGE.name} is out of date: run benchmarks/compile_matrix.py --write.")
+    return bool(old != new)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print, compare or write."""
+    parser = argparse.ArgumentParser(description="Compile every kernel for every known GPU.")
+    parser.add_argument("--arch", choices=(*NVIDIA, *AMD), help="this device alone")
+    parser.add_argument("--filter", default="", help="cases that have this in their name")
+    parser.add_argument("--full", action="store_true", help="every case on every device")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument("--check", action="store_true", help="compare with docs/kernels.md")
+    page.add_argument("--write", action="store_true", help="write into docs/kernels.md")
+    args = parser.parse_args(arguments)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("Triton is not installed here: pip install 'triton>=3.6'")
+    pairs = [
+        (case, arch)
+        for case, arch in (full_set() if args.full else covering_set())
+        if args.arch in (None, arch) and args.filter in case.name
+    ]
+    reports = run(pairs, args.jobs)
+    bad = [report for report in reports if report.problems]
+    for report in bad if args.check or args.write else reports:
+        print(report)
+    print(f"{len(reports)} kernels, {len(bad)} with problems")
+    is_stale = False
+    if args.check or args.write:
+        is_whole = not (args.arch or args.filter)
+        version = importlib.metadata.version("triton")
+        is_stale = settle(reports, version, is_whole, args.write)
+    return 1 if bad or is_stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
