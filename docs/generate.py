@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_dispatch import overrides
-from attn_dispatch.capability import Constraint, OneOf
+from attn_dispatch.capability import Constraint
 from attn_dispatch.device import ALIASES, KNOWN_DEVICES, DeviceProfile
 from attn_dispatch.environment import VARIABLES
 from attn_dispatch.interface import AttentionBackend, AttentionType, Phase
@@ -76,8 +76,11 @@ def _accepted(field: dataclasses.Field[Any], backend: type[AttentionBackend]) ->
             return str(plain_value(field.metadata["neutral"]))
         return "no"
     words = constraint.describe()
-    for everything in (OneOf(*KV_CACHE_DTYPES), OneOf(*AttentionType)):
-        words = words.replace(everything.describe(), "all")
+    for everything in (KV_CACHE_DTYPES, tuple(map(str, AttentionType))):
+        words = words.replace(", ".join(everything), "all")
+        named = words.split(", ")
+        if set(named) < set(everything) and len(named) > len(everything) // 2:
+            words = f"all but {', '.join(v for v in everything if v not in named)}"
     if field.metadata.get("neutral", ...) is False:
         return words.replace("True, False", "yes").replace("False", "no")
     return re.sub(r"^None$", "no", re.sub(r"\bNone, ", "", words))

@@ -18,6 +18,7 @@ from attn_dispatch.errors import InvalidInputError, UnknownBackendError
 from attn_dispatch.interface import Phase
 from attn_dispatch.overrides import VLLM_NAMES, Source
 from attn_dispatch.registry import registry
+from attn_dispatch.selector import explained_device
 
 CPU = known_device("cpu")
 OURS, VLLM = "ATTN_DISPATCH_BACKEND", "VLLM_ATTENTION_BACKEND"
@@ -241,11 +242,20 @@ def test_vllms_name_is_understood(name, monkeypatch):
     assert (selection.name, selection.source) == ("TORCH_SDPA", Source.VLLM_ENVIRONMENT)
 
 
+@pytest.mark.parametrize("name", ["TRITON_ATTN", "TRITON_ATTN_VLLM_V1", "ROCM_ATTN"])
+@pytest.mark.parametrize("device", ["H200", "MI300X"])
+def test_vllms_names_for_its_triton_kernels_are_understood(name, device, monkeypatch):
+    monkeypatch.setenv(VLLM, name)
+    selection = resolve(layer(), explained_device(device))
+    assert (selection.name, selection.source) == ("TRITON_ATTN", Source.VLLM_ENVIRONMENT)
+
+
 @pytest.mark.parametrize("name", VLLM_NAMES)
 def test_every_translation_is_honoured_or_refused(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     if VLLM_NAMES[name] in registry.names():
-        assert resolve(layer(), CPU).name == VLLM_NAMES[name]
+        # There the platform's order picks none of them.
+        assert resolve(layer(), explained_device("H200")).name == VLLM_NAMES[name]
     else:
         with pytest.raises(UnknownBackendError, match=f"vLLM's name for {VLLM_NAMES[name]}, which"):
             ask()

@@ -25,10 +25,11 @@ from attn_dispatch.capability import (
     SameAs,
     compare,
 )
-from attn_dispatch.device import KNOWN_DEVICES, DeviceMatch, known_device
+from attn_dispatch.device import KNOWN_DEVICES, DeviceMatch, DeviceProfile, known_device
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType
 from attn_dispatch.registry import BUILTIN, resolve_full_cls_name
+from attn_dispatch.selector import explained_device
 from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec, plain_value
 
 BACKENDS = {name: resolve_full_cls_name(target) for name, target in BUILTIN.items()}
@@ -57,23 +58,31 @@ def served(name: str) -> AttentionSpec:
     return mla_layer() if name == "REFERENCE_MLA" else layer()
 
 
+def home(name: str) -> DeviceProfile:
+    """A device that the backend runs on, with every library."""
+    matches = BACKENDS[name].capabilities.devices
+    runs_on = (a for a, profile in KNOWN_DEVICES.items() if any(m.admits(profile) for m in matches))
+    return explained_device(next(runs_on))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_new_field_is_refused_by_a_backend_that_has_not_heard_of_it(name):
     spec = with_new_field(served(name), "sharp")
-    (reason,) = compare(spec, BACKENDS[name].capabilities, CPU)
+    (reason,) = compare(spec, BACKENDS[name].capabilities, home(name))
     assert (reason.code, reason.field, reason.asked) == (ReasonCode.UNDECLARED, "novelty", "sharp")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_new_field_without_a_neutral_value_is_refused_even_if_nobody_sets_it(name):
-    (reason,) = compare(with_new_field(served(name), None), BACKENDS[name].capabilities, CPU)
+    spec = with_new_field(served(name), None)
+    (reason,) = compare(spec, BACKENDS[name].capabilities, home(name))
     assert (reason.code, reason.field) == (ReasonCode.UNDECLARED, "novelty")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_new_field_is_accepted_at_its_neutral_value(name):
     spec = with_new_field(served(name), None, neutral=None)
-    assert compare(spec, BACKENDS[name].capabilities, CPU) == []
+    assert compare(spec, BACKENDS[name].capabilities, home(name)) == []
 
 
 # --- Every declaration of every backend -------------------------------------------------------

@@ -12,7 +12,7 @@ from selection_helpers import Forbidden, layer, make_backend, mla_layer, registe
 import attn_dispatch
 from attn_dispatch import device as device_module
 from attn_dispatch import selector
-from attn_dispatch.capability import OneOf
+from attn_dispatch.capability import OneOf, ReasonCode
 from attn_dispatch.device import (
     ALIASES,
     KNOWN_DEVICES,
@@ -24,9 +24,16 @@ from attn_dispatch.device import (
     settle_device,
 )
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.libraries import LIBRARIES
 from attn_dispatch.platforms import LAST_RESORT, PLATFORMS, backend_order
 from attn_dispatch.registry import BUILTIN
-from attn_dispatch.selector import ReferenceFallbackWarning, explain, resolve, select
+from attn_dispatch.selector import (
+    ReferenceFallbackWarning,
+    explain,
+    explained_device,
+    resolve,
+    select,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +149,10 @@ MATCHES = {
     ),
     "from sm100": (DeviceMatch(min_capability=(10, 0)), {"sm100", "sm120"}),
     "to sm89": (DeviceMatch(max_capability=(8, 9)), {"sm80", "sm86", "sm89"}),
+    "nvidia sm90": (
+        DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0)),
+        {"sm90"},
+    ),
     "from sm86 to sm90": (
         DeviceMatch(min_capability=(8, 6), max_capability=(9, 0)),
         {"sm86", "sm89", "sm90"},
@@ -188,7 +199,10 @@ def test_a_device_that_nobody_has_listed_is_not_left_with_the_last_resort(profil
 @pytest.mark.parametrize("name", [*KNOWN_DEVICES, "H200", "MI300X"])
 def test_explaining_a_device_elsewhere_touches_no_gpu(name, monkeypatch):
     monkeypatch.setattr(torch, "cuda", Forbidden("torch.cuda"))
-    assert [report.picked for report in explain(layer(), name)] == ["TORCH_SDPA"] * 2
+    profile = known_device(name)
+    wanted = {"nvidia": "TRITON_ATTN", "amd": "TRITON_ATTN"}.get(profile.vendor, "TORCH_SDPA")
+    wanted = {"sm90": "HOPPER_ATTN"}.get(profile.arch, wanted)
+    assert [report.picked for report in explain(layer(), name)] == [wanted] * 2
 
 
 def test_explaining_an_unknown_device_is_an_error():
@@ -198,9 +212,26 @@ def test_explaining_an_unknown_device_is_an_error():
 
 def test_a_profile_is_taken_as_it_is():
     bare = known_device("H200")
-    with registered(make_backend("NEEDY", requires=("triton",), sinks=OneOf(True))):
-        assert select(layer(sinks=True), bare).name == "REFERENCE"
-        assert explain(layer(sinks=True), "H200")[0].picked == "NEEDY"
+    assert select(layer(), bare).name == "TORCH_SDPA"
+    assert explain(layer(), bare)[0].picked == "TORCH_SDPA"
+    assert explain(layer(), "H200")[0].picked == "HOPPER_ATTN"
+
+
+def test_a_device_elsewhere_is_assumed_to_have_what_plugins_require():
+    spec = layer(dtype=torch.float64)  # which no backend of ours computes on a GPU but the last
+    needy = make_backend("NEEDY", requires=("no_such_library>=2",), dtype=OneOf(torch.float64))
+    with registered(needy):
+        assert select(spec, known_device("H200")).name == "REFERENCE"
+        assert explain(spec, "H200")[0].picked == "NEEDY"
+
+
+def test_a_device_elsewhere_may_be_explained_without_a_library():
+    profile = explained_device("H200", without=["triton"])
+    (report, _) = explain(layer(), profile)
+    assert report.picked == "TORCH_SDPA"
+    refused = {verdict.name: verdict.reasons for verdict in report.verdicts}
+    assert [r.code for r in refused["HOPPER_ATTN"]] == [ReasonCode.LIBRARY]
+    assert [r.code for r in refused["TRITON_ATTN"]] == [ReasonCode.LIBRARY]
 
 
 # --- The warning ------------------------------------------------------------------------------
@@ -209,9 +240,12 @@ def test_a_profile_is_taken_as_it_is():
 def test_the_last_resort_on_a_gpu_warns_with_what_stood_in_the_way():
     with pytest.warns(ReferenceFallbackWarning) as caught:
         resolve(layer(sinks=True), known_device("H200"))
+    no_triton = f"triton is not installed (triton: {LIBRARIES['triton'].install})"
     assert str(caught[0].message) == (
         "REFERENCE serves this layer on NVIDIA H200: right, but slow. "
         "What stood in the way of faster backends:\n"
+        f"  HOPPER_ATTN: needs triton>=3.6,<3.10: {no_triton}\n"
+        f"  TRITON_ATTN: needs triton>=3.6: {no_triton}\n"
         "  TORCH_SDPA: sinks=True is not supported; the backend does not declare it"
     )
 

@@ -60,6 +60,13 @@ def test_an_item(text, rule):
     )
 
 
+@pytest.mark.parametrize("name", ["TRITON_ATTN", "TRITON_ATTN_VLLM_V1", "ROCM_ATTN", "rocm_attn"])
+@pytest.mark.parametrize("item", ["{}", "-{}", "{}?", "decode={}"])
+def test_vllms_names_for_its_triton_kernels_mean_ours(item, name):
+    (rule,) = rules(item.format(name))
+    assert rule.name == "TRITON_ATTN"
+
+
 SCOPES = ["", *(f"{p}=" for p in Phase), *(f"{k}=" for k in LAYER_KINDS)]
 SCOPES += [f"{kind}.{phase}=" for kind, phase in itertools.product(LAYER_KINDS, Phase)]
 AFFIXES = {Mode.REQUIRE: ("", ""), Mode.PREFER: ("", "?"), Mode.EXCLUDE: ("-", "")}

@@ -14,14 +14,21 @@ from attn_dispatch.spec import AttentionSpec
 
 PATH = Path(__file__).with_name("selection.md")
 
-SHORT = {"TORCH_SDPA": "sdpa", "REFERENCE": "ref", "REFERENCE_MLA": "ref_mla"}
+SHORT = {
+    "HOPPER_ATTN": "hopper",
+    "TRITON_ATTN": "triton",
+    "TORCH_SDPA": "sdpa",
+    "REFERENCE": "ref",
+    "REFERENCE_MLA": "ref_mla",
+}
 
 _HEAD = """\
 # What is picked, for every known device
 
 Written by `python tests/golden/regenerate.py`; a test compares it with what selection does now.
-Every optional library is taken to be installed. A cell is the pick, prefill/decode where they
-differ, and `-` where every backend refuses.
+Every optional library is taken to be installed, Triton among them: PyTorch's builds for NVIDIA and
+AMD GPUs bring it on Linux. A cell is the pick, prefill/decode where they differ, and `-` where
+every backend refuses.
 
 {legend}
 """

@@ -41,12 +41,17 @@ SPECS: dict[str, AttentionSpec] = {
     "Llama 3 8B, e4m3 cache, scale per head": _llama3(
         kv_cache_dtype="fp8_e4m3", kv_scales="per_head"
     ),
+    "Llama 3 8B, int8 cache": _llama3(kv_cache_dtype="int8_per_token_head"),
     "Llama 3 8B, fp8 output": _llama3(output_quant="fp8_e4m3"),
     "Llama 3 8B, fp8 output by groups": _llama3(output_quant="fp8_e4m3_group128"),
     "Llama 3 8B, returns LSE": _llama3(returns_lse=True),
     "Llama 3 8B, tree mask": _llama3(custom_mask=True),
     "Llama 3 8B, batch invariant": _llama3(batch_invariant=True),
     "Llama 3 8B, CUDA graph": _llama3(cuda_graph=True),
+    "Llama 3 8B, CUDA graph, tree mask": _llama3(cuda_graph=True, custom_mask=True),
+    "Llama 3 8B, CUDA graph, int8 cache": _llama3(
+        cuda_graph=True, kv_cache_dtype="int8_per_token_head"
+    ),
     "Llama 3 8B, float16": _llama3(dtype=FP16),
     "Llama 3 8B, float32": _llama3(dtype=FP32),
     "Llama 3 8B, float64": _llama3(dtype=FP64),
@@ -71,6 +76,7 @@ SPECS: dict[str, AttentionSpec] = {
     "Gemma 3n, KV shared": _layer(8, 2, 256, kv_sharing=True),
     "gpt-oss 20B, local": _layer(64, 8, 64, sliding_window=128, sinks=True),
     "gpt-oss 20B, global": _layer(64, 8, 64, sinks=True),
+    "gpt-oss 20B, global, CUDA graph": _layer(64, 8, 64, sinks=True, cuda_graph=True),
     "DeepSeek-V2 Lite, MLA": _mla(16, block_size=16),
     "DeepSeek-V3, MLA": _mla(128, block_size=64),
     "DeepSeek-V3, MLA, e4m3 cache": _mla(128, block_size=64, kv_cache_dtype="fp8_e4m3"),
@@ -88,4 +94,5 @@ SPECS: dict[str, AttentionSpec] = {
     "heads of 80": _layer(32, 32, 80),
     "heads of 192": _layer(16, 16, 192),
     "heads of 512": _layer(8, 1, 512),
+    "heads of 1024": _layer(8, 1, 1024),
 }
