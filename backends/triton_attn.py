@@ -1,24 +1,30 @@
 """TRITON_ATTN: every feature, over the paged cache, in Triton kernels for NVIDIA's and AMD's GPUs.
 
 The kernels are in `kernels/`, how they are launched in `cuda/launch_tables.py` and
-`rocm/launch_tables.py`, how a batch is laid out for them in `triton_plan.py`.
+`rocm/launch_tables.py`, how a batch is laid out for them in `triton_plan.py`, and what they are
+given in `triton_arguments.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attn_dispatch.backends.kernels.launch import LaunchTable
 from attn_dispatch.backends.kernels.launcher import Launcher
 from attn_dispatch.backends.rocm import launch_tables as amd
+from attn_dispatch.backends.triton_arguments import (
+    Out,
+    Source,
+    dense,
+    fills_tiles,
+    is_interpreted,
+    is_native,
+    tensor_descriptor,
+)
 from attn_dispatch.backends.triton_plan import (
     INVARIANT_PARTS,
     DecodePlan,
@@ -37,11 +43,11 @@ from attn_dispatch.interface import (
     AttentionType,
 )
 from attn_dispatch.libraries import import_library
-from attn_dispatch.quantization import GROUP_SIZE, token_scales
+from attn_dispatch.quantization import GROUP_SIZE
 from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
 from attn_dispatch.validation import check_forward, check_metadata
 
-__all__ = ["Out", "Source", "TritonAttnBackend", "TritonImpl"]
+__all__ = ["TritonAttnBackend", "TritonImpl"]
 
 LOG2E = math.log2(math.e)
 #: Lengths that a program of the decode kernel reads at a time.
@@ -50,187 +56,6 @@ _LENGTHS_AT_ONCE = 256
 _WINDOW_LIMIT = 1 << 30
 #: So many parts of a split are merged as whole tiles, more row by row.
 _FEW_PARTS = 8
-
-#: How the kernels call what a cache or an output keeps; any other dtype is "plain".
-FORMATS = {
-    torch.float8_e4m3fn: "e4m3",
-    torch.float8_e5m2: "e5m2",
-    torch.float8_e4m3fnuz: "e4m3fnuz",
-    torch.float8_e5m2fnuz: "e5m2fnuz",
-    torch.int8: "int8",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Keys and values as the kernels take them; see kernels/attend.py for `kind` and `format`.
-
-    Attributes:
-        k, v: as bytes where the format is fp8.
-        k_row_scales, v_row_scales: float32 views that begin at the first rows' scales, for "int8".
-        k_strides, v_strides: of blocks, tokens and heads, in elements.
-        block_size: tokens per block.
-        starts: (num_reqs,) int32, for "rows", where each request's begin.
-    """
-
-    kind: str
-    format: str
-    k: torch.Tensor
-    v: torch.Tensor
-    k_row_scales: torch.Tensor
-    v_row_scales: torch.Tensor
-    k_strides: tuple[int, ...]
-    v_strides: tuple[int, ...]
-    block_size: int = 1
-    starts: torch.Tensor | None = None
-
-    def scales(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The scales of keys and values, and how far those of the heads lie apart.
-
-        Anything on the device where the format takes none: the layer's may be on the host then.
-        """
-        if self.format in ("plain", "int8"):
-            return self.k, self.k, 0
-        return layer._k_scale, layer._v_scale, layer._k_scale.dim()
-
-    @classmethod
-    def of_pages(cls, kv_cache: torch.Tensor) -> Source:
-        """The paged cache."""
-        form = FORMATS.get(kv_cache.dtype, "plain")
-        if form not in ("plain", "int8"):
-            kv_cache = kv_cache.view(torch.uint8)
-        scales = token_scales(kv_cache) if form == "int8" else kv_cache
-        k, v = kv_cache.unbind(1)
-        strides = k.stride()[:3]
-        return cls(
-            "pages", form, k, v, scales[:, 0], scales[:, 1], strides, strides, kv_cache.shape[2]
-        )
-
-    @functools.cached_property
-    def pairs(self) -> Source:
-        """A paged cache of bytes as pairs of them, strides in 16 bytes; itself where that fails."""
-        if self.format == "plain" or self.k.dtype.itemsize != 1:
-            return self
-        # Each row at a multiple of 16 bytes: the kernel counts on it.
-        if any(step % 16 for step in (*self.k_strides, self.k.data_ptr(), self.v.data_ptr())):
-            return self
-        k, v = self.k.view(torch.uint16), self.v.view(torch.uint16)
-        strides = tuple(step // 16 for step in self.k_strides)
-        return dataclasses.replace(
-            self, kind="pairs", k=k, v=v, k_strides=strides, v_strides=strides
-        )
-
-    @classmethod
-    def of_rows(cls, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> Source:
-        """Contiguous keys and values, (tokens, num_kv_heads, size)."""
-        k_strides, v_strides = ((0, *t.stride()[:2]) for t in (key, value))
-        return cls("rows", "plain", key, value, key, value, k_strides, v_strides, starts=starts)
-
-
-@dataclass(frozen=True)
-class Out:
-    """Where results go, as the kernels take it.
-
-    Attributes:
-        values: as bytes where they are quantized.
-        lse: (num_tokens, num_heads) float32, or anything where none is asked for.
-        scale: of a quantized output, read, or with `group` written; anything where there is none.
-        format: "plain" or one of kernels/elements.py's.
-        group: values that share a scale, or 0.
-    """
-
-    values: torch.Tensor
-    lse: torch.Tensor
-    scale: torch.Tensor
-    format: str
-    group: int
-    returned: torch.Tensor
-    returns_lse: bool
-
-    @classmethod
-    def of(
-        cls,
-        impl: TritonImpl,
-        query: torch.Tensor,
-        output: torch.Tensor | None,
-        output_scale: torch.Tensor | None,
-        output_block_scale: torch.Tensor | None,
-    ) -> Out:
-        """For a call with these arguments."""
-        shape = (query.shape[0], impl.num_heads, impl.head_size_v)
-        values = output
-        if values is None or values.stride(-1) != 1:
-            dtype = query.dtype if output is None else output.dtype
-            values = torch.empty(shape, dtype=dtype, device=query.device)
-        scale = query
-        if output_scale is not None:
-            scale = output_scale
-        elif output_block_scale is not None:
-            scale = output_block_scale.contiguous()
-        form = FORMATS.get(values.dtype, "plain")
-        lse = query
-        if impl.returns_lse:
-            lse = torch.empty(shape[:2], dtype=torch.float32, device=query.device)
-        return cls(
-            values=values if form == "plain" else values.view(torch.uint8),
-            lse=lse,
-            scale=scale,
-            format=form,
-            group=0 if output_block_scale is None else GROUP_SIZE,
-            returned=values,
-            returns_lse=impl.returns_lse,
-        )
-
-    def result(
-        self, output: torch.Tensor | None, output_block_scale: torch.Tensor | None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What forward returns, put where the caller wanted it."""
-        returned = self.returned
-        if output is not None and output is not returned:
-            (output if self.format == "plain" else output.view(torch.uint8)).copy_(self.values)
-            returned = output
-        if output_block_scale is not None and output_block_scale is not self.scale:
-            output_block_scale.copy_(self.scale)
-        return (returned, self.lse) if self.returns_lse else returned
-
-
-def suits_tma(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: addresses and steps in multiples of 16 bytes."""
-    *steps, last = tensor.stride()
-    size = tensor.element_size()
-    return (
-        tensor.numel() > 0
-        and last == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(step > 0 and step * size % 16 == 0 for step in steps)
-    )
-
-
-def fills_tiles(tensor: torch.Tensor, block: int) -> bool:
-    """Whether (tokens, heads, size) can be described with one head a tile."""
-    return tensor.shape[2] == block and tensor.stride(1) == block and suits_tma(tensor)
-
-
-@functools.cache
-def tensor_descriptor() -> Any:
-    module = import_library("triton.tools.tensor_descriptor")
-    return module.TensorDescriptor.from_tensor
-
-
-@functools.cache
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which knows no hardware instruction."""
-    return bool(import_library("triton").knobs.runtime.interpret)
-
-
-def _native(table: LaunchTable, form: str) -> bool:
-    """Whether the compiler converts a format in hardware."""
-    return form in table.native_fp8 and not is_interpreted()
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the elements of a head next to each other, as the kernels read them."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
@@ -285,13 +110,13 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         check_metadata(self, attn_metadata, TritonMetadata)
         scales = (output_scale, output_block_scale)
         check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output, *scales)
-        query = _dense(query if self.scale >= 0 else -query)
+        query = dense(query if self.scale >= 0 else -query)
         cache = None if kv_cache is None else self._paged(kv_cache)
         if cache is None and attn_metadata.batch.block_table is not None:
             attn_metadata = attn_metadata.without_pages
         out = Out.of(self, query, output, *scales)
         if key is not None and value is not None:
-            key, value = _dense(key), _dense(value)
+            key, value = dense(key), dense(value)
             if kv_cache is not None:
                 self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
         if attn_metadata.decode is not None and cache is not None:
@@ -332,7 +157,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         slots = batch.slot_mapping
         if self.kv_sharing_target_layer_name is not None or slots is None:
             return
-        key, value, cache = _dense(key), _dense(value), self._paged(kv_cache)
+        key, value, cache = dense(key), dense(value), self._paged(kv_cache)
         num_tokens = slots.shape[0]
         if not num_tokens:
             return
@@ -369,7 +194,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             **self._sizes,
             "BLOCK_SIZE": source.block_size,
             "FORMAT": source.format,
-            "NATIVE": _native(table, source.format),
+            "NATIVE": is_native(table, source.format),
             "SCALE_STRIDE": scale_stride,
             "CAUSAL": self.causal,
             "WINDOW": self.sliding_window is not None,
@@ -517,7 +342,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "PAD": plan.pad,
                 "WINDOW": windowed,
                 "FORMAT": cache.format,
-                "NATIVE": _native(launches.table, cache.format),
+                "NATIVE": is_native(launches.table, cache.format),
                 "SCALE_STRIDE": scale_stride,
                 **self._sizes,
             },

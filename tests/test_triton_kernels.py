@@ -25,7 +25,7 @@ from triton_steps import (
     triton_plan,
 )
 
-from attn_dispatch.backends import triton_attn
+from attn_dispatch.backends import triton_arguments, triton_attn
 from attn_dispatch.backends.kernels.elements import decode_fp8, encode_fp8
 from attn_dispatch.backends.triton_attn import TritonImpl
 from attn_dispatch.kv_cache import write_kv_cache
@@ -34,7 +34,7 @@ from attn_dispatch.quantization import kv_cache_torch_dtype
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-FORMATS = {name: dtype for dtype, name in triton_attn.FORMATS.items() if name != "int8"}
+FORMATS = {name: dtype for dtype, name in triton_arguments.FORMATS.items() if name != "int8"}
 
 
 # Decode: the line of work is cut anywhere.

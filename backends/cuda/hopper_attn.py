@@ -8,13 +8,8 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.triton_attn import (
-    Out,
-    Source,
-    TritonAttnBackend,
-    TritonImpl,
-    fills_tiles,
-)
+from attn_dispatch.backends.triton_arguments import Out, Source, fills_tiles
+from attn_dispatch.backends.triton_attn import TritonAttnBackend, TritonImpl
 from attn_dispatch.backends.triton_plan import (
     PrefillPlan,
     TritonBuilder,
