@@ -209,14 +209,16 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             "OUT_GROUP": out.group,
         }
 
-    def _has_descriptors(self, query: torch.Tensor) -> bool:
-        """Whether keys and values are of sizes for which descriptors were run on a GPU.
+    def _has_descriptors(self, query: torch.Tensor, metadata: TritonMetadata) -> bool:
+        """Whether this is a step of the kind for which descriptors were run on a GPU.
 
-        With keys of 256 and values of 16 one launch ended in an illegal access; why is open.
+        With ranges, keys of 256 and values of 16 one launch ended in an illegal access; why is
+        open. So: heads of the usual sizes, 16 bits, and no loop in the masks.
         """
         block = self._sizes["BLOCK_D"]
         is_usual = block == self._sizes["BLOCK_DV"] and block in (64, 128, 256)
-        return is_usual and query.dtype.itemsize == 2
+        has_loop = metadata.ranges is not None or metadata.mask_starts is not None
+        return is_usual and query.dtype.itemsize == 2 and not has_loop
 
     def _per_head(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ALiBi's slopes and the sinks, on the query's device; anything where there are none."""
@@ -373,7 +375,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         k, v, kind = source.k, source.v, source.kind
         if kind == "rows" and launches.table.descriptors:
             block = self._sizes["BLOCK_D"]
-            if self._has_descriptors(query) and fills_tiles(k, block) and fills_tiles(v, block):
+            fills = fills_tiles(k, block) and fills_tiles(v, block)
+            if fills and self._has_descriptors(query, metadata):
                 kind = "descriptors"
                 k = tensor_descriptor()(k.flatten(1), [row.block_n, block])
                 v = tensor_descriptor()(v.flatten(1), [row.block_n, block])

@@ -239,7 +239,11 @@ PROMPTS = {"query_lens": (20, 24, 18), "seq_lens": (20, 24, 18)}
 @pytest.fixture
 def any_size(monkeypatch):
     """Descriptors for heads of any size that fills a tile, so that shapes can be small here."""
-    monkeypatch.setattr(TritonImpl, "_has_descriptors", lambda self, query: True)
+    monkeypatch.setattr(
+        TritonImpl,
+        "_has_descriptors",
+        lambda self, query, metadata: metadata.ranges is None and metadata.mask_starts is None,
+    )
 
 
 @pytest.fixture
@@ -282,6 +286,8 @@ CHUNK_FEATURES = [
 def test_chunks_agree_wherever_keys_are_found(source, fields, found_in):
     kind, table = SOURCES[source]
     step = prefill_step(CHUNKS, **fields)
+    if kind == "descriptors" and (step.spec.bidirectional_ranges or step.spec.custom_mask):
+        kind = "rows"
     check(step, run_prefill(step, table))
     assert found_in == [kind]
 
@@ -331,7 +337,10 @@ def test_descriptors_are_for_rows_that_suit_them(memory, sizes, kind, found_in):
 )
 def test_descriptors_are_for_sizes_that_were_run(sizes, dtype, has):
     impl = TritonImpl(2, sizes[0], 1.0, head_size_v=sizes[1])
-    assert impl._has_descriptors(torch.empty(1, 2, sizes[0], dtype=dtype)) is has
+    query = torch.empty(1, 2, sizes[0], dtype=dtype)
+    plain, masked = (SimpleNamespace(ranges=None, mask_starts=m) for m in (None, query))
+    assert impl._has_descriptors(query, plain) is has
+    assert not impl._has_descriptors(query, masked)
 
 
 def test_what_there_is_no_room_for_is_not_gathered(monkeypatch, found_in):
