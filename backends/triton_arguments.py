@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ __all__ = [
     "fills_tiles",
     "is_interpreted",
     "is_native",
+    "on_its_device",
     "suits_tma",
     "tensor_descriptor",
 ]
@@ -34,6 +36,27 @@ FORMATS = {
     torch.float8_e5m2fnuz: "e5m2fnuz",
     torch.int8: "int8",
 }
+
+
+T = TypeVar("T")
+
+
+def on_its_device(method: Callable[..., T]) -> Callable[..., T]:
+    """For a method of an impl: run it with the device of its first tensor as the current one.
+
+    PyTorch's operators look where their tensors are. Triton launches on the current device.
+    """
+
+    @functools.wraps(method)
+    def run(*args: Any, **options: Any) -> T:
+        given = (*args, *options.values())
+        index = next(each.device.index for each in given if isinstance(each, torch.Tensor))
+        if index is None or index == torch.cuda.current_device():
+            return method(*args, **options)
+        with torch.cuda.device(index):
+            return method(*args, **options)
+
+    return run
 
 
 @dataclass(frozen=True)

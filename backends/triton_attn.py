@@ -23,6 +23,7 @@ from attn_dispatch.backends.triton_arguments import (
     fills_tiles,
     is_interpreted,
     is_native,
+    on_its_device,
     tensor_descriptor,
 )
 from attn_dispatch.backends.triton_plan import (
@@ -94,6 +95,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         """Static fp8; and fp8 by groups, where a group lies in one head."""
         return quant_key in OUTPUT_QUANTS
 
+    @on_its_device
     def forward(
         self,
         layer: AttentionLayer,
@@ -145,6 +147,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             self._last_cache = (weakref.ref(kv_cache), Source.of_pages(kv_cache))
         return self._last_cache[1]
 
+    @on_its_device
     def write_kv(
         self,
         layer: AttentionLayer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from steps import INT8, Case, Step, layer_spec
 from triton_steps import DEVICE, DTYPES, SMALL, builder_of, check, counters_are_zero, forward
 from triton_steps import needs_gpu as gpu
 
+from attn_dispatch.backends import triton_arguments
 from attn_dispatch.backends.kernels import launcher
 from attn_dispatch.backends.triton_attn import TritonAttnBackend, TritonImpl
 from attn_dispatch.batch import AttentionBatch
@@ -339,3 +341,43 @@ def test_caches_beyond_2_to_the_31_elements(layout, kv_cache_dtype):
     metadata = builder_of(spec).build(step.batch)
     impl.forward(step.layer, step.query, step.key, step.value, written, metadata)
     assert torch.equal(big[first:].nan_to_num(7), written.nan_to_num(7))
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(("index", "entered"), [(None, []), (0, []), (1, [1])])
+def test_kernels_are_launched_where_the_tensors_are(monkeypatch, index, entered):
+    """Triton launches on the current device, wherever that is."""
+    seen = []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        seen.append(wanted)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    class Elsewhere(torch.Tensor):
+        device = SimpleNamespace(index=index)
+
+    query = Elsewhere()
+    method = triton_arguments.on_its_device(lambda *args, **options: (len(args), list(options)))
+    assert method(None, None, query, 3) == (4, [])
+    assert method(None, layer=None, query=query) == (1, ["layer", "query"])
+    assert seen == 2 * entered
+
+
+def test_an_impl_looks_where_its_tensors_are():
+    for name in ("forward", "write_kv"):
+        assert getattr(TritonImpl, name).__wrapped__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_computes_what_the_first_does():
+    spec = layer_spec(dtype=torch.float16, head_size=64, block_size=16)
+    step = Step(Case(spec=spec, query_lens=(1, 20), seq_lens=(70, 40)), "cuda:1")
+    assert torch.cuda.current_device() == 0
+    step.check(step.run("TRITON_ATTN"))
