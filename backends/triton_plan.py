@@ -113,7 +113,7 @@ class PrefillPlan:
     """What the prefill kernel takes.
 
     Attributes:
-        tiles: (num_tiles, 2) int32, requests and first rows, the most work first.
+        tiles: (num_tiles, 2) int32, requests and first rows; long requests and late rows first.
         requests: (number,) int32, which requests.
         is_fresh: none of them has a past: their keys are the rows of `key` that the step brings.
         key_start_loc: (num_reqs,) int32, where each request's rows begin there.

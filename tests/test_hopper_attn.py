@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from steps import Case, Step, layer_spec
 
 pytest.importorskip("triton")
 
-from attn_dispatch.backends.cuda.hopper_attn import HopperBuilder, HopperPlan
+from attn_dispatch import libraries
+from attn_dispatch.backends.cuda.hopper_attn import HopperBuilder, HopperImpl, HopperPlan
 from attn_dispatch.backends.triton_plan import PrefillPlan
+from attn_dispatch.errors import BackendFailure
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
@@ -135,3 +139,12 @@ def test_one_prompt_is_read_as_it_comes_and_several_are_gathered(fields, batch, 
 def test_several_requests_without_pages_are_the_portable_kernels():
     plan = plan_of({"block_size": None}, {"seq_lens": BATCH["query_lens"]}).prefill
     assert type(plan) is PrefillPlan
+
+
+def test_a_triton_without_gluon_is_told_of_as_broken(monkeypatch):
+    """So that selection goes on without it, instead of trying again."""
+    monkeypatch.setattr(libraries, "_broken", {})
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
+    with pytest.raises(BackendFailure, match="cannot be imported here"):
+        HopperImpl(8, 128, 1.0, 2)
+    assert list(libraries._broken) == ["triton"]

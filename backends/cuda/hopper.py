@@ -27,7 +27,7 @@ from attn_dispatch.backends.kernels.launcher import METADATA
 
 __all__ = ["hopper_prefill_kernel"]
 
-# Triton 3.7 gave it another name.
+# After Triton 3.6 it got another name.
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 _NOTHING = gl.constexpr(-1.0e30)  # a masked score; its infinity would make NaN of itself

@@ -1,8 +1,8 @@
 """Launch tables: how large the tiles are, and how many warps, stages and programs, as data.
 
-A table belongs to a set of devices; its rows are by head size, the smallest that fits. The figures
-for NVIDIA were measured (benchmarks/NOTES.md), those for AMD chosen by what the compiler reports
-(docs/kernels.md): no AMD GPU was at hand.
+A table belongs to a set of devices; its rows are by head size, the smallest that fits. Those of
+Hopper were measured for heads of 64, 128 and 256 (benchmarks/NOTES.md); all others were chosen by
+what the compiler reports (docs/kernels.md), for want of such GPUs.
 """
 
 from __future__ import annotations
