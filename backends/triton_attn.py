@@ -37,6 +37,7 @@ from attn_dispatch.backends.triton_plan import (
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
 from attn_dispatch.device import DeviceMatch, DeviceProfile
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -51,8 +52,6 @@ from attn_dispatch.validation import check_forward, check_metadata
 __all__ = ["TritonAttnBackend", "TritonImpl"]
 
 LOG2E = math.log2(math.e)
-#: Lengths that a program of the decode kernel reads at a time.
-_LENGTHS_AT_ONCE = 256
 #: A larger window is as good as this one, and positions plus this are still an int32.
 _WINDOW_LIMIT = 1 << 30
 #: So many parts of a split are merged as whole tiles, more row by row.
@@ -215,8 +214,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
     def _has_descriptors(self, query: torch.Tensor, metadata: TritonMetadata) -> bool:
         """Whether this is a step of the kind for which descriptors were run on a GPU.
 
-        With ranges, keys of 256 and values of 16 one launch ended in an illegal access; why is
-        open. So: heads of the usual sizes, 16 bits, and no loop in the masks.
+        Where values are 16 wide and keys are not, Triton 3.6 reads beyond the tile's shared memory,
+        or its neighbour's numbers. So: heads of the usual sizes, 16 bits, and no loop in the masks.
         """
         block = self._sizes["BLOCK_D"]
         is_usual = block == self._sizes["BLOCK_DV"] and block in (64, 128, 256)
@@ -281,7 +280,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "LISTED": requests is not None,
                 "PTX": metadata.launches.is_nvidia and not is_interpreted(),
                 "PAIRS": cache.kind == "pairs",
-                "CHUNK": _LENGTHS_AT_ONCE,
+                "CHUNK": row.lengths_at_once,
                 "FEW": _FEW_PARTS,
                 "AT_ONCE": max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
                 **parts,
@@ -373,6 +372,11 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         """Attention of the requests of many query tokens."""
         if not len(plan.tiles):
             return
+        if plan.tiles.shape[1] != 2:  # a subclass's, for a kernel of its own
+            raise InvalidInputError(
+                f"attn_metadata was laid out by a {type(metadata.builder).__name__} for another "
+                "kernel. Make it by the layer's own builder; layer.build_metadata does."
+            )
         batch, launches = metadata.batch, metadata.launches
         row = launches.prefill
         k, v, kind = source.k, source.v, source.kind

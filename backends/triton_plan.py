@@ -236,7 +236,8 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             num_reqs, longest = batch.num_reqs, batch.max_query_len
         else:
             num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
-        is_few = num_reqs * spec.num_kv_heads < launches.num_sms and not spec.batch_invariant
+        programs = launches.num_sms * launches.decode_few.programs_per_sm
+        is_few = num_reqs * spec.num_kv_heads < programs and not spec.batch_invariant
         launch = launches.decode_few if is_few else launches.decode
         rows = min(block_of(longest * self._group), launch.max_rows)
         grid = launches.num_sms * launch.programs_per_sm

@@ -219,7 +219,8 @@ def test_inputs_have_the_cases_shapes_and_are_the_same_each_time(features):
     assert first.batch.query_lens == list(one.query_lens)
     assert first.batch.host_seq_lens == list(one.seq_lens)
     assert (first.slopes is not None, first.sinks is not None) == (one.alibi, one.sinks)
-    assert (first.kv_cache is None) == (first.key is not None) == (not one.has_kv_cache)
+    assert (first.kv_cache is None) == (not one.has_kv_cache)
+    assert (first.key is not None) == (one.brings_keys or not one.has_kv_cache)
     for request, seq_len in enumerate(one.seq_lens):
         keys, values = first.keys_and_values(request, slice(0, seq_len), slice(None), torch.float64)
         assert keys.shape == values.shape == (seq_len, one.num_kv_heads, one.head_size)
@@ -252,6 +253,29 @@ def test_parts_of_keys_are_parts_of_all_keys(name):
     assert torch.equal(ragged[:9].double(), every[0].float().double())
     starts = [0, *itertools.accumulate(inputs.case.seq_lens)]
     assert inputs.key_start_loc().tolist() == starts
+
+
+@pytest.mark.parametrize("seq_lens", [(18, 20), (18, 27)], ids=["no past", "some have a past"])
+def test_a_prefill_brings_the_keys_that_are_in_the_cache_and_writes_none(seq_lens):
+    one = case(query_lens=(18, 20), seq_lens=seq_lens)
+    inputs = Inputs(one, CPU)
+    assert inputs.batch.slot_mapping.tolist() == [-1] * 38
+    for request, rows in enumerate((slice(0, 18), slice(18, 38))):
+        stored = inputs.keys_and_values(
+            request, slice(0, one.seq_lens[request]), slice(None), one.torch_dtype
+        )
+        count = one.query_lens[request]
+        assert torch.equal(inputs.key[rows], stored[0][-count:])
+        assert torch.equal(inputs.value[rows], stored[1][-count:])
+
+
+def test_keys_come_beside_the_cache_only_where_a_request_has_no_past_and_nothing_is_rounded():
+    fresh = {"query_lens": (18,), "seq_lens": (18,)}
+    assert case(**fresh).brings_keys
+    assert not case(query_lens=(18,), seq_lens=(19,)).brings_keys
+    assert not case(**fresh, kv_cache_dtype="fp8_e4m3").brings_keys
+    assert not case(query_lens=(1,), seq_lens=(1,)).brings_keys  # a decode
+    assert not case(**fresh, attn_type="encoder_decoder").brings_keys
 
 
 def test_the_cache_is_filled_in_pieces_like_at_once(monkeypatch):

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 
 from attn_dispatch import libraries
 from attn_dispatch.backends.cuda.hopper_attn import HopperBuilder, HopperImpl, HopperPlan
+from attn_dispatch.backends.triton_attn import TritonImpl
 from attn_dispatch.backends.triton_plan import PrefillPlan
-from attn_dispatch.errors import BackendFailure
+from attn_dispatch.errors import BackendFailure, InvalidInputError
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
@@ -50,6 +51,11 @@ VARIANTS = {
     "fresh, fused": ({}, ALONE | {"memory": "fused", "padding": 60}),
     "without a cache": ({"block_size": None}, ALONE),
     "several without a cache": ({"block_size": None}, {"seq_lens": BATCH["query_lens"]}),
+    "several fresh": ({}, {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)}),
+    "several without a cache, whole tiles": (
+        {"block_size": None, "returns_lse": True},
+        {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)},
+    ),
     "blind": ({"block_size": None, "returns_lse": True}, ALONE | {"seq_lens": (200,)}),
 }
 
@@ -126,19 +132,33 @@ def test_requests_start_at_multiples_of_a_tile_once_gathered():
     [
         ({}, ALONE, True),
         ({}, {"query_lens": (300, 1), "seq_lens": (300, 50)}, True),
-        ({}, {"query_lens": (300, 300), "seq_lens": (300, 300)}, False),
+        ({}, {"query_lens": (44, 256), "seq_lens": (44, 256)}, False),
+        ({}, {"query_lens": (256, 44), "seq_lens": (256, 44)}, True),
+        ({"head_size": 256}, {"query_lens": (192, 108), "seq_lens": (192, 108)}, True),
+        ({}, {"query_lens": (192, 108), "seq_lens": (192, 108)}, False),
         ({}, {"query_lens": (300,), "seq_lens": (400,)}, False),
     ],
 )
-def test_one_prompt_is_read_as_it_comes_and_several_are_gathered(fields, batch, is_fresh):
+def test_prompts_are_read_as_they_come_where_they_end_with_a_tile(fields, batch, is_fresh):
     plan = plan_of(fields, batch).prefill
     assert plan.is_fresh is is_fresh
     assert plan.fresh_end == 300
 
 
-def test_several_requests_without_pages_are_the_portable_kernels():
+def test_requests_without_pages_that_end_inside_a_tile_are_the_portable_kernels():
     plan = plan_of({"block_size": None}, {"seq_lens": BATCH["query_lens"]}).prefill
     assert type(plan) is PrefillPlan
+    lengths = (128, 256, 70)
+    plan = plan_of({"block_size": None}, {"query_lens": lengths, "seq_lens": lengths}).prefill
+    assert type(plan) is HopperPlan
+
+
+def test_the_portable_kernels_refuse_what_was_laid_out_for_this_one():
+    step = step_of({"block_size": None, "dtype": torch.float16}, ALONE, "cpu")
+    metadata = HopperBuilder(step.spec, step.device).build(step.batch)
+    impl = TritonImpl(**step.impl_arguments())
+    with pytest.raises(InvalidInputError, match="laid out by a HopperBuilder"):
+        impl.forward(step.layer, step.query, step.key, step.value, None, metadata)
 
 
 def test_a_triton_without_gluon_is_told_of_as_broken(monkeypatch):

@@ -151,15 +151,15 @@ def test_equal_requests_for_as_many_programs_stay_whole():
 @pytest.mark.parametrize(
     ("programs", "is_invariant", "listed"), some(4, [1, 7], [False, True], [False, True])
 )
-def test_more_requests_than_lengths_are_read_at_a_time(programs, is_invariant, listed, monkeypatch):
-    monkeypatch.setattr(triton_attn, "_LENGTHS_AT_ONCE", 4)
+def test_more_requests_than_lengths_are_read_at_a_time(programs, is_invariant, listed):
     seq_lens = (0, 0, 0, 0, 20, 0, 40, 1, 0, 0, 0, 0, 33, 0, 0, 0, 0, 0, 17, 0)
     query_lens = [1] * len(seq_lens)
     spec = layer_spec(dtype=torch.float32, num_kv_heads=1, batch_invariant=is_invariant)
     if listed:
         query_lens[9], seq_lens = 30, (*seq_lens[:9], 30, *seq_lens[10:])
     step = Step(Case(spec=spec, query_lens=tuple(query_lens), seq_lens=seq_lens), DEVICE)
-    metadata = builder_of(spec, **SMALL | launched(programs)).build(step.batch)
+    launch = SMALL | launched(programs, lengths_at_once=4)
+    metadata = builder_of(spec, **launch).build(step.batch)
     assert (metadata.decode.requests is not None) == listed
     check(step, forward(step, metadata))
     assert counters_are_zero(metadata)
@@ -197,12 +197,15 @@ def test_bytes_that_the_window_has_passed_may_be_nan(kv_cache_dtype):
 
 
 def test_few_requests_may_have_a_launch_of_their_own():
-    """Fewer KV heads, over all requests, than SMs."""
-    for requests, is_few in ((4, True), (5, False)):
-        step = decode_step(((1,) * requests, (9,) * requests))
-        builder = builder_of(step.spec, num_sms=5)
-        plan = builder.build(step.batch).decode
-        launches = builder.launches
+    """Fewer KV heads, over all requests, than programs."""
+    spec = layer_spec(num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.float16)
+    builder = builder_of(spec, num_sms=5)
+    launches = builder.launches
+    assert launches.decode_few is not launches.decode
+    programs = 5 * launches.decode_few.programs_per_sm
+    for requests, is_few in ((programs - 1, True), (programs, False)):
+        case = Case(spec=spec, query_lens=(1,) * requests, seq_lens=(9,) * requests)
+        plan = builder.build(Step(case, DEVICE).batch).decode
         assert plan.launch is (launches.decode_few if is_few else launches.decode)
 
 

@@ -9,8 +9,8 @@ come first and last; the others are not, and run in the pipelined loop between.
 There is one program for each SM. It goes through a list of pieces of work, so that loads for the
 next piece are under way while the last one is finished and stored.
 
-Keys and values are contiguous rows, (tokens, num_kv_heads * head_size), each request's padded with
-zeros to whole tiles: pages are gathered before.
+Keys and values are contiguous rows, (tokens, num_kv_heads * head_size), gathered from pages before,
+or those that the step brings. Behind a request's last key come zeros, to the end of its last tile.
 """
 
 from triton.experimental import gluon
@@ -243,31 +243,35 @@ def _consumer(
         rows = first + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         last_tile = end_tile - 1
         first_left = num_tiles - num_left
+        begin = gl.maximum(num_right - 1, 0)  # with this tile the pipeline begins
         mbarrier.wait(q_full, round_ & 1)
-        for i in range(0, num_right):
+        for i in range(0, begin):
             acc, m_i, l_i = _masked_tile(
                 came + i, last_tile - i, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc,
                 m_i, l_i, rows, col, zero, col_bias, first, seq_len, window, slope, scale_log2,
                 cap_log2, scale_over_cap, CAUSAL, WINDOW, CAP, ALIBI,
             )  # fmt: skip
-        if num_right < first_left:
-            stage = (came + num_right) % STAGES
-            mbarrier.wait(k_full.index(stage), ((came + num_right) // STAGES) & 1)
+        if num_tiles > 0:
+            stage = (came + begin) % STAGES
+            phase = ((came + begin) // STAGES) & 1
+            tile = last_tile - begin
+            mbarrier.wait(k_full.index(stage), phase)
             s = warpgroup_mma(
                 q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
             )
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
             p, m_i, l_i, alpha = _softmax(
-                s, m_i, l_i, rows, (last_tile - num_right) * BLOCK_N + col, col_bias,
-                slope * ((last_tile - num_right) * BLOCK_N - first), seq_len, window, scale_log2,
-                cap_log2, scale_over_cap, False, CAUSAL, WINDOW, CAP, ALIBI,
+                s, m_i, l_i, rows, tile * BLOCK_N + col, col_bias,
+                slope * (tile * BLOCK_N - first), seq_len, window, scale_log2, cap_log2,
+                scale_over_cap, True, CAUSAL, WINDOW, CAP, ALIBI,
             )  # fmt: skip
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
             weights = gl.convert_layout(p.to(dtype), WEIGHTS)
-            for i in range(num_right + 1, first_left):
+            for i in range(begin + 1, first_left):
                 stage = (came + i) % STAGES
                 before = (came + i - 1) % STAGES
+                tile = last_tile - i
                 mbarrier.wait(k_full.index(stage), ((came + i) // STAGES) & 1)
                 s = warpgroup_mma(
                     q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -277,9 +281,9 @@ def _consumer(
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
                 p, m_i, l_i, alpha = _softmax(
-                    s, m_i, l_i, rows, (last_tile - i) * BLOCK_N + col, col_bias,
-                    slope * ((last_tile - i) * BLOCK_N - first), seq_len, window, scale_log2,
-                    cap_log2, scale_over_cap, False, CAUSAL, WINDOW, CAP, ALIBI,
+                    s, m_i, l_i, rows, tile * BLOCK_N + col, col_bias,
+                    slope * (tile * BLOCK_N - first), seq_len, window, scale_log2, cap_log2,
+                    scale_over_cap, False, CAUSAL, WINDOW, CAP, ALIBI,
                 )  # fmt: skip
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(v_empty.index(before))
@@ -287,20 +291,21 @@ def _consumer(
                 weights = gl.convert_layout(p.to(dtype), WEIGHTS)
             if not WINDOW:
                 mbarrier.arrive(q_empty)
-            before = (came + first_left - 1) % STAGES
-            mbarrier.wait(v_full.index(before), ((came + first_left - 1) // STAGES) & 1)
+            end = gl.maximum(first_left, begin + 1)
+            before = (came + end - 1) % STAGES
+            mbarrier.wait(v_full.index(before), ((came + end - 1) // STAGES) & 1)
             acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(before))
-        elif not WINDOW:
-            mbarrier.arrive(q_empty)
-        if WINDOW:
-            for i in range(gl.maximum(first_left, num_right), num_tiles):
-                acc, m_i, l_i = _masked_tile(
-                    came + i, last_tile - i, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                    acc, m_i, l_i, rows, col, zero, col_bias, first, seq_len, window, slope,
-                    scale_log2, cap_log2, scale_over_cap, CAUSAL, WINDOW, CAP, ALIBI,
-                )  # fmt: skip
+            if WINDOW:
+                for i in range(end, num_tiles):
+                    acc, m_i, l_i = _masked_tile(
+                        came + i, last_tile - i, q, k_smem, v_smem, k_full, k_empty, v_full,
+                        v_empty, acc, m_i, l_i, rows, col, zero, col_bias, first, seq_len, window,
+                        slope, scale_log2, cap_log2, scale_over_cap, CAUSAL, WINDOW, CAP, ALIBI,
+                    )  # fmt: skip
+                mbarrier.arrive(q_empty)
+        else:
             mbarrier.arrive(q_empty)
         came += num_tiles
 

@@ -24,6 +24,7 @@ from attn_dispatch.libraries import import_library
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
 
+
 #: Query tokens in a tile, half of them for each warp group.
 _BLOCK_M = 128
 #: Head size -> keys in a tile: what two stages of keys and values leave room for.
@@ -37,8 +38,7 @@ class HopperPlan(PrefillPlan):
     """A plan whose tiles are this kernel's: tokens of one query head.
 
     Attributes:
-        fresh_end: where the rows of `key` end that are the request's. What lies behind them is
-            another's or padding, and is not to be read: times a weight of zero NaN is NaN.
+        fresh_end: where the rows of `key` end that are these requests'.
         descriptors: of gathered keys and values, which stay where they are for all layers.
     """
 
@@ -59,21 +59,24 @@ class HopperPlan(PrefillPlan):
 
 
 class HopperBuilder(TritonBuilder):
-    """Lays out prefills for this kernel where their keys can be had as contiguous rows."""
+    """Lays out prefills for this kernel, unless their keys are too many to be gathered."""
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
-        rows = plan_rows(batch, chosen, _BLOCK_N[self.spec.head_size])
+        block_n = _BLOCK_N[self.spec.head_size]
+        rows = plan_rows(batch, chosen, block_n)
         has_pages = batch.block_table is not None
-        # Without pages there is nothing to gather from: one request's rows end where they end,
-        # but after one of several come another's, which must not be read.
-        if self._has_room(rows) if has_pages else len(chosen) == 1:
-            pieces = _pieces(batch, self._tiles(rows, _BLOCK_M, 1))
-            plan = self._plan(batch, rows, pieces, has_pages, HopperPlan)
-            assert isinstance(plan, HopperPlan)
-            plan.is_fresh = plan.is_fresh and len(chosen) == 1
-            plan.fresh_end = batch.key_starts[chosen[0] + 1]
-            return plan
-        return super()._prefill(batch, chosen)
+        # The last tile of a request's new keys must not reach into those of the next: times a
+        # weight of zero NaN is NaN. Behind the last request's TMA finds zeros.
+        ends = [batch.key_starts[i + 1] - batch.key_starts[i] for i in chosen[:-1]]
+        ends_with_tile = not any(length % block_n for length in ends)
+        if not (self._has_room(rows) if has_pages else ends_with_tile):
+            return super()._prefill(batch, chosen)
+        pieces = _pieces(batch, self._tiles(rows, _BLOCK_M, 1))
+        plan = self._plan(batch, rows, pieces, has_pages, HopperPlan)
+        assert isinstance(plan, HopperPlan)
+        plan.is_fresh = plan.is_fresh and ends_with_tile
+        plan.fresh_end = batch.key_starts[chosen[-1] + 1]
+        return plan
 
 
 def _pieces(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:

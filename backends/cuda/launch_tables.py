@@ -22,7 +22,9 @@ HOPPER = LaunchTable(
     },
     # Little work is bound by latency: fewer programs, each with more in flight.
     decode_few={
-        128: DecodeLaunch(block_n=64, num_warps=2, num_stages=7, programs_per_sm=2),
+        128: DecodeLaunch(
+            block_n=64, num_warps=2, num_stages=5, programs_per_sm=2, lengths_at_once=64
+        ),
     },
     prefill={
         64: PrefillLaunch(block_m=64, block_n=128, num_warps=4, num_stages=2),

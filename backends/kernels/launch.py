@@ -25,6 +25,7 @@ class DecodeLaunch:
         min_tiles: a program that works gets so many tiles of keys at least.
         max_rows: rows (tokens times query heads of a KV head) in a tile, at most.
         num_stages_of_bytes: num_stages for a cache of one byte an element; None for num_stages.
+        lengths_at_once: lengths of requests that a program reads at a time; more are more code.
         options: what only this vendor's compiler knows, e.g. waves_per_eu.
     """
 
@@ -35,6 +36,7 @@ class DecodeLaunch:
     min_tiles: int = 4
     max_rows: int = 64
     num_stages_of_bytes: int | None = None
+    lengths_at_once: int = 256
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,8 +67,8 @@ class LaunchTable:
 
     Attributes:
         decode: largest head size -> launch.
-        decode_few: the same for batches with fewer KV heads, over all requests, than SMs; a size
-            without a row takes that of `decode`.
+        decode_few: the same for batches with fewer KV heads, over all requests, than programs; a
+            size without a row takes that of `decode`.
         prefill: the same.
         native_fp8: the formats of elements.py that the compiler converts in hardware.
         descriptors: tensor descriptors are faster than pointers (TMA).

@@ -89,6 +89,17 @@ class Case:
         return self.query_lens != self.seq_lens
 
     @property
+    def brings_keys(self) -> bool:
+        """Whether the call brings the new keys beside the cache, as an engine's prefill does.
+
+        It does where some request has no past, and the cache keeps keys as they are: such a
+        request's keys need not be read from their pages.
+        """
+        fresh = any(q == s for q, s in zip(self.query_lens, self.seq_lens, strict=True))
+        as_they_are = self.stored_dtype == self.torch_dtype
+        return self.has_kv_cache and self.causal and self.kind != "decode" and fresh and as_they_are
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """Of keys and values as they are stored; with "fp8", of its usual form."""
         if not self.has_kv_cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -43,7 +44,8 @@ class Inputs:
     Attributes:
         case, spec, device: what they are for.
         query: (num_tokens, num_heads, head_size).
-        key, value: (num_tokens, num_kv_heads, head_size); None if there is a cache.
+        key, value: (num_tokens, num_kv_heads, head_size), the new ones; None if the cache has them
+            and the case does not bring them too. It has them in any case: their slots are −1.
         kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored head size), NHD, or None.
         block_table: (num_reqs, max_blocks) int32, or None.
         query_start_loc: (num_reqs + 1,) int32.
@@ -80,6 +82,9 @@ class Inputs:
             case.seq_lens,
             block_table=self.block_table,
             block_size=case.block_size if case.causal else None,
+            slot_mapping=torch.full((case.num_tokens,), -1, device="cpu")
+            if case.brings_keys
+            else None,
             max_decode_query_len=max(case.query_lens) if case.kind == "decode" else 1,
             device=device,
         )
@@ -119,6 +124,8 @@ class Inputs:
             scales = (self.layer._k_scale, self.layer._v_scale)
             write_kv_cache(key, value, self.kv_cache, some.to(self.device), *scales)
         self.block_table = table.to(self.device)
+        if case.brings_keys:
+            self.key, self.value = self._rows(case.query_lens)
 
     def keys_and_values(
         self, request: int, keys: slice, heads: slice, dtype: torch.dtype
@@ -153,13 +160,22 @@ class Inputs:
 
     def ragged_keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values without a cache, (sum of seq_lens, num_kv_heads, head_size) each."""
-        if self.key is not None and self.value is not None:
+        if self.kv_cache is None:
+            assert self.key is not None
+            assert self.value is not None
             return self.key, self.value
+        return self._rows(self.case.seq_lens)
+
+    def _rows(self, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last keys and values of each request, so many, one request after another."""
         every = [
             self.keys_and_values(r, slice(0, n), slice(None), self.case.torch_dtype)
             for r, n in enumerate(self.case.seq_lens)
         ]
-        keys, values = zip(*every, strict=True)
+        some = [
+            (k[len(k) - n :], v[len(v) - n :]) for (k, v), n in zip(every, lengths, strict=True)
+        ]
+        keys, values = zip(*some, strict=True)
         return torch.cat(keys), torch.cat(values)
 
     def key_start_loc(self) -> torch.Tensor:

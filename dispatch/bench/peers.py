@@ -22,6 +22,9 @@ __all__ = ["PEERS", "Peer", "PeerMissing"]
 
 Call = Callable[[], torch.Tensor]
 
+#: Variants of a prefill without a past: keys are read from their pages, or as they came.
+_PAGES, _NEW_KEYS = "pages", "new keys"
+
 #: What vLLM's engine gives its Triton kernel to split long requests: segments, and how many
 #: programs it takes without splitting.
 _VLLM_SEGMENTS, _VLLM_PROGRAMS = 16, 128
@@ -174,14 +177,19 @@ class _FlashAttention(Peer):
             return "its sinks are bfloat16"
         return refusal
 
+    def variants(self, case: Case) -> Sequence[str]:
+        """See Peer."""
+        return (_PAGES, _NEW_KEYS) if case.brings_keys and not case.has_past else ("",)
+
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """See Peer."""
-        return self._prepare_vllm(inputs) if self._is_vllm else self._prepare_own(inputs)
+        paged = inputs.kv_cache is not None and variant != _NEW_KEYS
+        return (self._prepare_vllm if self._is_vllm else self._prepare_own)(inputs, paged)
 
-    def _prepare_own(self, inputs: Inputs) -> Call:
+    def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
         raise NotImplementedError
 
-    def _prepare_vllm(self, inputs: Inputs) -> Call:
+    def _prepare_vllm(self, inputs: Inputs, paged: bool) -> Call:
         case, output = inputs.case, inputs.empty_output()
         arguments = {
             "q": inputs.query,
@@ -195,13 +203,14 @@ class _FlashAttention(Peer):
             "out": output,
             "fa_version": self.vllm_version,
         }
-        if inputs.kv_cache is None:
+        if not paged:
             arguments |= {
                 "k": inputs.key,
                 "v": inputs.value,
                 "cu_seqlens_k": inputs.key_start_loc(),
             }
         else:
+            assert inputs.kv_cache is not None
             key, value = inputs.kv_cache.unbind(1)
             arguments |= {
                 "k": key,
@@ -238,11 +247,12 @@ class FlashAttention2(_FlashAttention):
     def variants(self, case: Case) -> Sequence[str]:
         """See Peer."""
         ragged = case.has_kv_cache and not self._is_vllm and not self._needs_pages(case)
-        return ("contiguous keys",) if ragged else ("",)
+        return (_NEW_KEYS,) if ragged else super().variants(case)
 
-    def _prepare_own(self, inputs: Inputs) -> Call:
+    def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
         case, function = inputs.case, self._function
-        if self._needs_pages(case):
+        paged = paged and self._needs_pages(case)
+        if paged:
             assert inputs.kv_cache is not None
             key, value = inputs.kv_cache.unbind(1)
         else:
@@ -258,7 +268,7 @@ class FlashAttention2(_FlashAttention):
             "window_size": _window(case),
             "softcap": case.logits_soft_cap or 0.0,
             "alibi_slopes": inputs.slopes,
-            "block_table": inputs.block_table if self._needs_pages(case) else None,
+            "block_table": inputs.block_table if paged else None,
         }
         return lambda: _first(function(**arguments))
 
@@ -276,7 +286,7 @@ class FlashAttention3(_FlashAttention):
             return _refusal(case, *self.computes, "sinks")
         return super().supports(case)
 
-    def _prepare_own(self, inputs: Inputs) -> Call:
+    def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
         case, function = inputs.case, self._function
         arguments = {
             "q": inputs.query,
@@ -285,7 +295,7 @@ class FlashAttention3(_FlashAttention):
             "window_size": _window(case),
             "softcap": case.logits_soft_cap or 0.0,
         }
-        if inputs.kv_cache is None:
+        if not paged:
             arguments |= {
                 "k": inputs.key,
                 "v": inputs.value,
@@ -294,6 +304,7 @@ class FlashAttention3(_FlashAttention):
             }
         else:
             function = importlib.import_module(self.provider).flash_attn_with_kvcache
+            assert inputs.kv_cache is not None
             key, value = inputs.kv_cache.unbind(1)
             arguments |= {
                 "k_cache": key,
@@ -321,7 +332,7 @@ class FlashAttention4(_FlashAttention):
             self._find("vllm.vllm_flash_attn.cute.interface:_flash_attn_fwd")
             self.provider = "vllm.vllm_flash_attn"
 
-    def _prepare_own(self, inputs: Inputs) -> Call:
+    def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
         case, function = inputs.case, self._function
         left, right = _window(case)
         arguments = {
@@ -335,13 +346,14 @@ class FlashAttention4(_FlashAttention):
             arguments["window_size"] = (left, right)
         if inputs.sinks is not None:
             arguments["learnable_sink"] = inputs.sinks.bfloat16()
-        if inputs.kv_cache is None:
+        if not paged:
             arguments |= {
                 "k": inputs.key,
                 "v": inputs.value,
                 "cu_seqlens_k": inputs.key_start_loc(),
             }
         else:
+            assert inputs.kv_cache is not None
             key, value = inputs.kv_cache.unbind(1)
             arguments |= {
                 "k": key,
