@@ -55,6 +55,8 @@ class ReasonCode(str, Enum):
     """The backend itself cannot be imported, or breaks the interface."""
     EXCLUDED = "excluded"
     """An override excludes it."""
+    FAILED = "failed"
+    """It failed on layers like this one, or cannot take the place of one that did."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -95,6 +97,7 @@ _SENTENCES = {
     ReasonCode.LIBRARY: "needs {r.allowed}: {r.field} is {r.asked}",
     ReasonCode.LOAD: "cannot be loaded: {r.asked}",
     ReasonCode.EXCLUDED: "excluded by {r.asked}",
+    ReasonCode.FAILED: "passed over: {r.asked}",
 }
 
 

@@ -6,9 +6,19 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
-__all__ = ["VARIABLES", "Variable", "backend_override", "check_mode", "vllm_backend_override"]
+__all__ = [
+    "VARIABLES",
+    "Variable",
+    "backend_override",
+    "cache_folder",
+    "check_mode",
+    "shadow_interval",
+    "tuning",
+    "vllm_backend_override",
+]
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,27 @@ VLLM_BACKEND = Variable(
 )
 CHECK = Variable(
     "ATTN_DISPATCH_CHECK",
-    "`0` or `1`",
+    "`0`, `1`, `shadow` or `shadow:N`",
     "0",
     "With 1, the contents of batches are checked before anything is written: block ids in range, "
-    "slots unique and in range, lengths monotone. May synchronize the device.",
+    "slots unique and in range, lengths monotone. May synchronize the device. With `shadow`, the "
+    "first call of each layer and every 100th after it, or every Nth, is computed by the reference "
+    "too, and what is off by more than `attn-dispatch verify` allows is reported.",
 )
-VARIABLES = (BACKEND, VLLM_BACKEND, CHECK)
+TUNING = Variable(
+    "ATTN_DISPATCH_TUNING",
+    "`off`, or the path of a table that `attn-dispatch tune --output` wrote",
+    "unset: what was measured on this machine, then what the package brings",
+    "Which measured times decide between backends. With `off` the platform's order decides alone. "
+    "A table that is corrupt, of another device or of other versions is set aside with a warning.",
+)
+CACHE_FOLDER = Variable(
+    "ATTN_DISPATCH_CACHE_DIR",
+    "a folder",
+    "unset: the user's cache folder, `~/.cache/attn-dispatch` on Linux",
+    "Where `attn-dispatch tune` keeps what it measured, and where it is looked for.",
+)
+VARIABLES = (BACKEND, VLLM_BACKEND, CHECK, TUNING, CACHE_FOLDER)
 
 
 def backend_override() -> str:
@@ -59,17 +84,47 @@ def vllm_backend_override() -> str:
     return VLLM_BACKEND.value or ""
 
 
+def tuning() -> str:
+    """ATTN_DISPATCH_TUNING as it stands now: "off", a path, or an empty string."""
+    return TUNING.value or ""
+
+
+def cache_folder() -> str:
+    """ATTN_DISPATCH_CACHE_DIR as it stands now, or an empty string."""
+    return CACHE_FOLDER.value or ""
+
+
 def check_mode() -> bool:
     """Whether ATTN_DISPATCH_CHECK asks for the contents of batches to be checked.
 
     Raises:
-        InvalidInputError: the variable holds neither 0 nor 1.
+        InvalidInputError: as for `shadow_interval`.
     """
     value = CHECK.value
-    if value in (None, "", "0"):
-        return False
-    if value == "1":
-        return True
-    from attn_dispatch.errors import InvalidInputError
+    if value not in (None, "", "0", "1"):
+        shadow_interval()  # which knows all other forms
+    return value == "1"
 
-    raise InvalidInputError(f"ATTN_DISPATCH_CHECK={value!r} is not understood. Set it to 0 or 1.")
+
+#: `shadow` without a number.
+_SHADOW_EVERY = 100
+
+
+def shadow_interval() -> int:
+    """Every how many calls of a layer the reference computes one too; 0 for none.
+
+    Raises:
+        InvalidInputError: the variable holds nothing of its form.
+    """
+    value = CHECK.value
+    if value in (None, "", "0", "1"):
+        return 0
+    found = re.fullmatch("shadow(?::([1-9][0-9]*))?", value)
+    if found is None:
+        from attn_dispatch.errors import InvalidInputError
+
+        raise InvalidInputError(
+            f"ATTN_DISPATCH_CHECK={value!r} is not understood. Set it to 0 or 1, or to shadow or "
+            "shadow:N."
+        )
+    return int(found[1] or _SHADOW_EVERY)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from attn_dispatch import fallback, libraries, overrides
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import AttentionBackend, AttentionImpl, AttentionType, Phase
+from attn_dispatch.interface import AttentionImpl, AttentionType, Phase
 from attn_dispatch.libraries import past_broken_libraries
 from attn_dispatch.quantization import (
     KVScales,
@@ -17,10 +18,14 @@ from attn_dispatch.quantization import (
     is_fp8,
     kv_cache_torch_dtype,
 )
+from attn_dispatch.registry import registry
+from attn_dispatch.report import Selection
 from attn_dispatch.selector import resolve
 from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
 
 __all__ = ["attention", "merge_states"]
+
+T = TypeVar("T")
 
 
 def attention(
@@ -135,9 +140,13 @@ def attention(
         )
     phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
 
-    def build() -> tuple[type[AttentionBackend], AttentionImpl[Any]]:
-        backend_cls = resolve(spec, query.device, phase=phase, backend=backend).backend_cls
-        return backend_cls, backend_cls.get_impl_cls()(
+    scales = KVScales()
+    if kv_cache is not None and is_fp8(kv_cache.dtype):
+        scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
+
+    def attempt(selection: Selection) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        backend_cls = selection.backend_cls
+        impl: AttentionImpl[Any] = backend_cls.get_impl_cls()(
             spec.num_heads,
             spec.head_size,
             spec.head_size**-0.5 if scale is None else scale,
@@ -153,13 +162,45 @@ def attention(
             causal=causal,
             returns_lse=return_lse,
         )
+        metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
+        return impl.forward(scales, query, key, value, kv_cache, metadata, out)
 
-    backend_cls, impl = past_broken_libraries(build)
-    metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
-    scales = KVScales()
-    if kv_cache is not None and is_fp8(kv_cache.dtype):
-        scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
-    return impl.forward(scales, query, key, value, kv_cache, metadata, out)
+    return past_broken_libraries(
+        lambda: _past_failures(attempt, spec, query.device, phase, backend)
+    )
+
+
+def _past_failures(
+    attempt: Callable[[Selection], T],
+    spec: AttentionSpec,
+    device: torch.device,
+    phase: Phase,
+    backend: str | None,
+) -> T:
+    """What `attempt` returns with the backend that is picked, or with the next if that one fails.
+
+    A second attempt writes the same keys and values to the same slots, and all of the output: it
+    does not matter how far the first one came.
+    """
+    while True:
+        known = fallback.failures()
+        selection = resolve(spec, device, phase=phase, backend=backend)
+        intact = libraries.generation()
+        try:
+            return attempt(selection)
+        except Exception as error:
+            if libraries.generation() != intact:
+                raise  # past_broken_libraries knows what to do
+            fallback.give_up(
+                error,
+                selection.name,
+                spec,
+                selection.report.device,
+                phase,
+                doing="when it was called",
+                rules=overrides.current_rules(backend, registry.names()),
+                known=known,
+            )
 
 
 def _check_arguments(

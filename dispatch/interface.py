@@ -39,6 +39,7 @@ __all__ = [
     "Phase",
     "PlaceholderRange",
     "refuse_features",
+    "refuse_spec",
 ]
 
 #: Version of the contract in this file. A backend states the one that it was written for.
@@ -312,6 +313,30 @@ def refuse_features(impl: AttentionImpl[Any], backend: str, *features: str) -> N
             raise UnsupportedError(
                 f"{backend} does not support {feature}. get_attn_backend finds one that does."
             )
+
+
+def refuse_spec(
+    backend_cls: type[AttentionBackend], spec: AttentionSpec, device: DeviceProfile
+) -> None:
+    """For a builder's constructor: refuse layers that the backend does not declare.
+
+    Selection never lets such layers through; this is for a builder that is made by hand. Every call
+    needs metadata, so nothing is dropped in silence. Other devices than the declared ones will do.
+
+    Raises:
+        UnsupportedError: a field's value, or a combination, is not declared.
+    """
+    from attn_dispatch.capability import ReasonCode, compare
+
+    by_field = compare(spec, backend_cls.capabilities, device)
+    of_layer = (ReasonCode.VALUE, ReasonCode.UNDECLARED)
+    reasons = [reason for reason in by_field if reason.code in of_layer]
+    reasons = reasons or backend_cls.check_combination(spec, device)
+    if reasons:
+        raise UnsupportedError(
+            f"{backend_cls.get_name()} does not compute this layer: "
+            f"{'; '.join(map(str, reasons))}. get_attn_backend finds one that does."
+        )
 
 
 class MLAAttentionImpl(AttentionImpl[T]):

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_dispatch import overrides
+from attn_dispatch import environment, fallback, overrides, shadow
 from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.bound import Bound
 from attn_dispatch.context import current_context
 from attn_dispatch.device import default_torch_device, detect_device
-from attn_dispatch.errors import BackendFailure, InvalidInputError
+from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface import (
+    AttentionBackend,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -32,8 +34,7 @@ from attn_dispatch.quantization import (
 )
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
-from attn_dispatch.routing import RoutedBuilder, RoutedImpl
-from attn_dispatch.selector import phases_of, select_and_warn
+from attn_dispatch.routing import RoutedImpl
 from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 from attn_dispatch.validation import check_no_grad
 
@@ -66,6 +67,9 @@ class _CacheState(KVScales):
 
 class Attention(nn.Module):
     """One attention layer: its backends are picked when it is made, and explained by `selections`.
+
+    A backend that was picked automatically and fails, when it is built or on a call, is passed over
+    from then on (see `fallback`), and `selections` change; one that is required raises.
 
     Called inside of `forward_context(batch)`, with or without torch.compile; or with explicit
     `kv_cache` and `attn_metadata`. The overrides in force when the layer is made are the ones that
@@ -150,6 +154,9 @@ class Attention(nn.Module):
         # Not made of buffers: a scale must stay float32 when the module is cast.
         self._cache_state = _CacheState()
         self._device: torch.device | None = None
+        self._bound: Bound | None = None
+        self._has_moved_on = False
+        self._generation = -1
         self._fp8_dtype = torch.float8_e4m3fn
         self._register()
         chosen = default_torch_device() if device is None else torch.device(device)
@@ -185,37 +192,60 @@ class Attention(nn.Module):
         self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
         layers_by_key[self._op_key] = self
 
+    @property
+    def selections(self) -> dict[Phase, Selection]:
+        """Which backend serves each phase, and why; empty until the layer is on a device."""
+        return {} if self._bound is None else self._bound.selections
+
+    @property
+    def _impl(self) -> AttentionImpl[Any] | RoutedImpl:
+        return self._on_device().impl
+
+    @property
+    def _builder(self) -> AttentionMetadataBuilder[Any]:
+        return self._on_device().builder
+
+    def _on_device(self) -> Bound:
+        if self._bound is None:
+            raise InvalidInputError(
+                f"Layer {self.prefix!r} was made on the meta device and has not run on another "
+                "yet. Call it there first, or make it with device=."
+            )
+        return self._bound
+
     def _bind(self, device: torch.device) -> None:
         """Pick backends for a device and build their impls."""
-        past_broken_libraries(lambda: self._try_to_bind(device))
-
-    def _try_to_bind(self, device: torch.device) -> None:
-        spec, profile = self.spec, detect_device(device)
-        self.selections: dict[Phase, Selection] = {
-            phase: select_and_warn(spec, profile, phase=phase, rules=self._rules)
-            for phase in phases_of(spec)
-        }
-        classes = {phase: selection.backend_cls for phase, selection in self.selections.items()}
-        self._impl: AttentionImpl[Any] | RoutedImpl
-        self._builder: AttentionMetadataBuilder[Any]
-        if len(set(classes.values())) == 1:
-            only = next(iter(self.selections.values()))
-            self._impl = self._build_impl(only)
-            self._builder = only.backend_cls.get_builder_cls()(spec, device)
-        else:
-            impls = {phase: self._build_impl(each) for phase, each in self.selections.items()}
-            self._impl = RoutedImpl(impls, classes)
-            self._builder = RoutedBuilder(
-                {phase: cls.get_builder_cls()(spec, device) for phase, cls in classes.items()}
+        self._bound = past_broken_libraries(
+            lambda: Bound.of(
+                self.spec, device, detect_device(device), self._rules, self._build_impl
             )
-        self._metadata_key = (tuple(s.name for s in self.selections.values()), spec, device)
+        )
+        self._generation = self._bound.generation
         self._cache_state.to(device)
-        self._fp8_dtype = kv_cache_torch_dtype("fp8", spec.dtype, profile.arch)
+        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, self._bound.profile.arch)
         self._device = device
 
-    def _build_impl(self, selection: Selection) -> AttentionImpl[Any]:
+    def _keep_up(self) -> None:
+        """Do without what failed in other layers that are alike, and with what was forgiven."""
+        bound, generation = self._bound, fallback.generation()
+        if bound is None or self._device is None or fallback.is_capturing():
+            return  # nothing is built while a graph is captured
+        if not bound.is_current:
+            self._has_moved_on = True
+            self._bind(self._device)
+        self._generation = generation
+
+    def _move_on(
+        self, error: Exception, bound: Bound, batch: AttentionBatch | None, doing: str
+    ) -> None:
+        """After an error of a backend: go on with the next one, or raise."""
+        bound.give_up(error, batch, doing)
+        self._keep_up()
+
+    def _impl_arguments(self) -> dict[str, Any]:
+        """What any backend's impl of this layer is constructed with."""
         spec = self.spec
-        arguments: dict[str, Any] = {
+        return {
             "num_heads": spec.num_heads,
             "head_size": spec.head_size,
             "scale": self.scale,
@@ -230,12 +260,14 @@ class Attention(nn.Module):
             "causal": spec.causal,
             "returns_lse": spec.returns_lse,
         }
-        impl = selection.backend_cls.get_impl_cls()(**arguments)
-        quant = spec.output_quant
+
+    def _build_impl(self, name: str, cls: type[AttentionBackend]) -> AttentionImpl[Any]:
+        impl: AttentionImpl[Any] = cls.get_impl_cls()(**self._impl_arguments())
+        quant = self.spec.output_quant
         if quant is not None and not impl.fused_output_quant_supported(quant):
             raise BackendFailure(
-                f"{selection.name} declares output_quant={quant!r}, and its impl does not support "
-                f"it. That is a bug of the backend; exclude it by the override -{selection.name}."
+                f"{name} declares output_quant={quant!r}, and its impl does not support it. That "
+                f"is a bug of the backend; exclude it by the override -{name}."
             )
         return impl
 
@@ -293,8 +325,35 @@ class Attention(nn.Module):
 
     def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
         """The metadata for this layer, and all alike, of a batch."""
-        metadata: AttentionMetadata = self._builder.build(batch)
+        if self._generation != fallback.generation():
+            self._keep_up()
+        metadata: AttentionMetadata = self._plan(None, batch)[1]
         return metadata
+
+    def _plan(self, metadata: Any, batch: AttentionBatch | None = None) -> tuple[Bound, Any]:
+        """What the layer runs on, and metadata for it: of the batch, the given, or the context's.
+
+        Metadata that was given and made before the layer moved on is made again.
+        """
+        while True:
+            bound = self._on_device()
+            build = bound.builder.build
+            try:
+                if batch is not None:
+                    made = build(batch)
+                elif metadata is None:
+                    made = current_context().metadata(self.prefix, bound.metadata_key, build)
+                elif self._has_moved_on and not bound.takes(metadata):
+                    made = build(metadata.batch)
+                else:
+                    made = metadata
+                return bound, made
+            except (InvalidInputError, UnsupportedError):
+                raise  # the caller's, whatever the backend
+            except Exception as error:
+                self._move_on(
+                    error, bound, batch or self._batch_of(metadata), "when it planned a batch"
+                )
 
     def forward(
         self,
@@ -380,6 +439,8 @@ class Attention(nn.Module):
         spec = self.spec
         if query.device != self._device:
             self._bind(query.device)
+        elif self._generation != fallback.generation():
+            self._keep_up()
         if query.dtype != spec.dtype:
             raise InvalidInputError(
                 f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
@@ -389,20 +450,39 @@ class Attention(nn.Module):
             self._check_quantized(output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
-        if metadata is None:
-            metadata = current_context().metadata(
-                self.prefix, self._metadata_key, self._builder.build
-            )
+        bound, used = self._plan(metadata)
         derived_scales = False
-        if metadata.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
-            slots = metadata.slot_mapping
-            derived_scales = self._derive_scales(key, value, kv_cache, slots)
-        scales = (output_scale, output_block_scale)
-        result = self._impl.forward(self, query, key, value, kv_cache, metadata, output, *scales)
+        if used.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
+            derived_scales = self._derive_scales(key, value, kv_cache, used.slot_mapping)
+        new, scales = (query, key, value, kv_cache), (output_scale, output_block_scale)
+        watch = None
+        if environment.shadow_interval():
+            watch = shadow.watch(self, *new, self._batch_of(metadata))
+        while True:
+            try:
+                result = bound.impl.forward(self, *new, used, output, *scales)
+                break
+            except (InvalidInputError, UnsupportedError):
+                raise  # the caller's, whatever the backend
+            except Exception as error:
+                # The next may do all of it again, however far this one came: the same keys and
+                # values go to the same slots by the same scales, no slot is read before that, and
+                # all of the output is written.
+                self._move_on(error, bound, self._batch_of(metadata), "at its launch")
+                bound, used = self._plan(metadata)
         if lse is not None:
             lse.copy_(result[1])
         if derived_scales:
             self._cache_state.scales_are_final = True
+        if watch is not None:
+            watch.compare(result, used, *scales)
+
+    def _batch_of(self, metadata: Any) -> AttentionBatch | None:
+        """The batch behind metadata, None if it keeps none; without metadata the context's."""
+        if metadata is None:
+            return current_context().batch_for(self.prefix)
+        batch: AttentionBatch | None = getattr(metadata, "batch", None)
+        return batch
 
     def _check_quantized(
         self,
@@ -422,7 +502,7 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """The request and the picks, for print(model)."""
-        picks = {str(phase): s.name for phase, s in getattr(self, "selections", {}).items()}
+        picks = {str(phase): s.name for phase, s in self.selections.items()}
         return f"{self.spec}, backends={picks}"
 
 

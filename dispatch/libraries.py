@@ -28,6 +28,7 @@ __all__ = [
     "BrokenLibraryWarning",
     "Library",
     "LibraryInfo",
+    "error_of",
     "generation",
     "import_library",
     "installed_libraries",
@@ -58,10 +59,26 @@ LIBRARIES: dict[str, LibraryInfo] = {
             ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton"),
             "it comes with torch's CUDA and ROCm builds; on a CPU build: pip install triton",
         ),
-        LibraryInfo("flash_attn", ("flash-attn",), "pip install flash-attn --no-build-isolation"),
+        LibraryInfo(
+            "flash_attn",
+            # FlashAttention 4 is a part of the same module, and may be the only one there.
+            ("flash-attn", "flash-attn-4"),
+            "pip install flash-attn --no-build-isolation",
+        ),
+        LibraryInfo(
+            "flash_attn_2_cuda",  # the compiled part of flash_attn, on ROCm too
+            ("flash-attn",),
+            "build flash-attn from source without FLASH_ATTENTION_TRITON_AMD_ENABLE",
+        ),
         LibraryInfo(
             "flash_attn_interface", ("flash-attn-3", "flash_attn_3"), "build it from source"
         ),
+        LibraryInfo("vllm", ("vllm",), "pip install vllm"),
+        LibraryInfo("sgl_kernel", ("sgl-kernel",), "pip install sgl-kernel"),
+        LibraryInfo(
+            "cutlass", ("nvidia-cutlass-dsl",), "it comes with pip install --pre flash-attn-4"
+        ),
+        LibraryInfo("quack", ("quack-kernels",), "it comes with pip install --pre flash-attn-4"),
         LibraryInfo("flashinfer", ("flashinfer-python",), "pip install flashinfer-python"),
         LibraryInfo("aiter", ("aiter", "amd-aiter"), "build it from source, for ROCm"),
         LibraryInfo("transformers", ("transformers",), "pip install attn-dispatch[transformers]"),
@@ -125,14 +142,18 @@ def _installed_version(name: str) -> str | None:
     return "unknown"
 
 
-def import_library(module: str) -> ModuleType:
+def import_library(module: str, part: str | None = None) -> ModuleType:
     """Import a library, or a submodule of one, for use.
+
+    Args:
+        module: which.
+        part: what is broken if this fails; None for the whole library.
 
     Raises:
         BackendFailure: it is missing, or its import raised anything at all; the error is
             remembered and shown by `doctor` and by every later selection.
     """
-    name = module.split(".", maxsplit=1)[0]
+    name = part or module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
     except KeyboardInterrupt:
@@ -141,6 +162,11 @@ def import_library(module: str) -> ModuleType:
         summary = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         _broken[name] = summary
         raise BackendFailure(f"{module} cannot be imported here: {summary}") from error
+
+
+def error_of(name: str) -> str | None:
+    """What the import of a library, or of a part of one, raised here; None if nothing has yet."""
+    return _broken.get(name)
 
 
 class BrokenLibraryWarning(UserWarning):

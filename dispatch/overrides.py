@@ -45,6 +45,7 @@ class Source(str, Enum):
     CONTEXT = "context"
     ENVIRONMENT = "environment"
     VLLM_ENVIRONMENT = "vllm environment"
+    MEASURED = "measured table"
     PLATFORM = "platform order"
 
     def __str__(self) -> str:
@@ -80,10 +81,12 @@ _ORIGINS = {
     Source.CONTEXT: "attention_backend()",
     Source.ENVIRONMENT: environment.BACKEND.name,
     Source.VLLM_ENVIRONMENT: environment.VLLM_BACKEND.name,
+    Source.MEASURED: "a measured table",
     Source.PLATFORM: "the platform's order",
 }
 
-#: vLLM's names for what has another name here. Its names that are the same need no entry.
+#: vLLM's names for what has another name here. Its names that are the same need no entry, and
+#: what is nothing like ours has none: ROCM_AITER_UNIFIED_ATTN is a kernel that ROCM_AITER avoids.
 VLLM_NAMES: dict[str, str] = {
     "TORCH_SDPA_VLLM_V1": "TORCH_SDPA",
     "CPU_ATTN": "TORCH_SDPA",
@@ -93,7 +96,6 @@ VLLM_NAMES: dict[str, str] = {
     "ROCM_FLASH": "ROCM_FLASH_ATTN",
     "ROCM_ATTN": "TRITON_ATTN",
     "ROCM_AITER_FA": "ROCM_AITER",
-    "ROCM_AITER_UNIFIED_ATTN": "ROCM_AITER",
 }
 
 

@@ -42,9 +42,17 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "attn_dispatch.backends"
 
+#: How long a decision waits for a plugin's import. What a backend calls is for its constructor.
+_PLUGIN_SECONDS = 30.0
+
 BUILTIN: dict[str, str] = {
     "HOPPER_ATTN": "attn_dispatch.backends.cuda.hopper_attn:HopperAttnBackend",
+    "FLASH_ATTN": "attn_dispatch.backends.cuda.flash_attn:FlashAttnBackend",
+    "FLASHINFER": "attn_dispatch.backends.cuda.flashinfer_attn:FlashInferBackend",
+    "ROCM_AITER": "attn_dispatch.backends.rocm.aiter_attn:RocmAiterBackend",
+    "ROCM_FLASH_ATTN": "attn_dispatch.backends.rocm.flash_attn:RocmFlashAttnBackend",
     "TRITON_ATTN": "attn_dispatch.backends.triton_attn:TritonAttnBackend",
+    "TORCH_VARLEN": "attn_dispatch.backends.cuda.torch_varlen:TorchVarlenBackend",
     "TORCH_SDPA": "attn_dispatch.backends.reference.torch_sdpa:TorchSDPABackend",
     "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
     "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",
@@ -213,7 +221,8 @@ class Registry:
             # Not under the lock: a module may register while another thread imports it.
             for name, target in self._all_targets().items():
                 if name not in self._loaded:
-                    self._loaded[name] = _load(name, target)
+                    limit = None if name in self._builtin else _PLUGIN_SECONDS
+                    self._loaded[name] = _load(name, target, limit)
             with self._lock:
                 candidates = self._candidates = MappingProxyType(self._all_candidates())
         return candidates
@@ -245,9 +254,9 @@ def _entry_points() -> dict[str, str]:
     return {point.name: point.value for point in found}
 
 
-def _load(name: str, target: str) -> Candidate:
+def _load(name: str, target: str, limit: float | None) -> Candidate:
     try:
-        cls = resolve_full_cls_name(target)
+        cls = resolve_full_cls_name(target) if limit is None else _resolve_within(limit, target)
         if cls.get_name() != name:
             raise BackendFailure(f"{target} calls itself {cls.get_name()!r}, not {name!r}")
     except (BackendFailure, InvalidInputError) as error:
@@ -259,6 +268,26 @@ def _load(name: str, target: str) -> Candidate:
         )
         return Candidate(name, target, None, reason)
     return Candidate(name, target, cls)
+
+
+def _resolve_within(seconds: float, target: str) -> type[AttentionBackend]:
+    """The class behind a name, by a thread that is left alone if it does not come back."""
+    outcome: list[type[AttentionBackend] | BaseException] = []
+
+    def resolve() -> None:
+        try:
+            outcome.append(resolve_full_cls_name(target))
+        except BaseException as error:  # raised below, where somebody can see it
+            outcome.append(error)
+
+    thread = threading.Thread(target=resolve, name=f"import of {target}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise BackendFailure(f"the import of {target} did not end within {seconds:g} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 #: The registry that the library uses.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.capability import Reason
 from attn_dispatch.device import DeviceProfile
 from attn_dispatch.interface import AttentionBackend, Phase
 from attn_dispatch.overrides import Source
 from attn_dispatch.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attn_dispatch.tuning.choose import Evidence
 
 __all__ = ["Report", "Selection", "Verdict"]
 
@@ -48,6 +51,7 @@ class Report:
         because: one sentence on what decided.
         full_cls_name: (module, class) of the backend, or None.
         verdicts: one for every registered backend, in the order in which they were considered.
+        measured: what a table of times says; None if none does, or if an override had the say.
     """
 
     spec: AttentionSpec
@@ -58,6 +62,12 @@ class Report:
     because: str
     full_cls_name: tuple[str, str] | None
     verdicts: tuple[Verdict, ...]
+    measured: Evidence | None = None
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Who could serve the request too, in the order in which they would be tried."""
+        return tuple(v.name for v in self.verdicts if v.supported and v.name != self.picked)
 
     def asdict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
@@ -71,6 +81,7 @@ class Report:
             "because": self.because,
             "full_cls_name": None if self.full_cls_name is None else list(self.full_cls_name),
             "verdicts": [verdict.asdict() for verdict in self.verdicts],
+            "measured": None if self.measured is None else self.measured.asdict(),
         }
 
     def refusals(self) -> str:

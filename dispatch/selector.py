@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attn_dispatch import libraries, overrides
+from attn_dispatch import environment, fallback, libraries, overrides
 from attn_dispatch.capability import Reason, ReasonCode, compare
 from attn_dispatch.device import DeviceProfile, detect_device, known_device, settle_device
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -22,6 +22,10 @@ from attn_dispatch.platforms import LAST_RESORT, backend_order
 from attn_dispatch.registry import Candidate, registry
 from attn_dispatch.report import Report, Selection, Verdict
 from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.tuning.choose import Evidence, Side, times_for, weigh
+from attn_dispatch.tuning.stand_ins import stand_ins
+from attn_dispatch.tuning.store import tables_for
+from attn_dispatch.tuning.table import Table
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +53,7 @@ def select(
     phase: Phase | None = None,
     rules: Iterable[Rule] = (),
     candidates: Mapping[str, Candidate] | None = None,
+    tables: Sequence[Table] = (),
 ) -> Selection:
     """Pick the backend for a request. Pure: no environment, no clock, no device is read.
 
@@ -58,6 +63,7 @@ def select(
         phase: prefill or decode; None for one backend that serves both.
         rules: the overrides in force, most authoritative first.
         candidates: the backends to choose from; those that are registered if None.
+        tables: of measured times, the most telling first; see `tuning`.
 
     Raises:
         UnsupportedError: the required backend, or every backend, is refused. Its report holds
@@ -66,7 +72,7 @@ def select(
     """
     if candidates is None:
         candidates = registry.candidates()
-    report = decide(spec, device, phase=phase, rules=rules, candidates=candidates)
+    report = decide(spec, device, phase=phase, rules=rules, candidates=candidates, tables=tables)
     if report.picked is None:
         raise UnsupportedError(str(report), report)
     backend_cls = candidates[report.picked].backend_cls
@@ -81,6 +87,7 @@ def decide(
     phase: Phase | None,
     rules: Iterable[Rule],
     candidates: Mapping[str, Candidate],
+    tables: Sequence[Table] = (),
 ) -> Report:
     """`select` as a report, also of a failure. Pure."""
     phase = _as_phase(phase)
@@ -90,11 +97,13 @@ def decide(
     for name in {rule.name for rule in rules} - set(verdicts):
         verdicts[name] = Verdict(name, (_NO_CANDIDATE,))
 
-    def conclude(picked: str | None, source: Source | None, because: str) -> Report:
+    def conclude(
+        picked: str | None, source: Source | None, because: str, measured: Evidence | None = None
+    ) -> Report:
         cls = candidates[picked].backend_cls if picked else None
         full_cls_name = cls.full_cls_name() if cls else None
         found = tuple(verdicts.values())
-        return Report(spec, device, phase, picked, source, because, full_cls_name, found)
+        return Report(spec, device, phase, picked, source, because, full_cls_name, found, measured)
 
     settled: set[str] = set()  # a higher rule has spoken of these; lower ones no longer count
     passed_over = []
@@ -103,7 +112,10 @@ def decide(
             continue
         settled.add(rule.name)
         if rule.mode is Mode.EXCLUDE:
-            reason = Reason(code=ReasonCode.EXCLUDED, field="override", asked=str(rule))
+            code, field = ReasonCode.EXCLUDED, "override"
+            if isinstance(rule, fallback.PassedOver):
+                code, field = ReasonCode.FAILED, "backend"
+            reason = Reason(code=code, field=field, asked=str(rule))
             verdict = verdicts[rule.name]
             verdicts[rule.name] = Verdict(rule.name, (*verdict.reasons, reason))
         elif verdicts[rule.name].supported:
@@ -112,11 +124,39 @@ def decide(
             return conclude(None, rule.source, _required_but_refused(rule, verdicts))
         else:
             passed_over.append(f"; {rule} prefers {rule.name}, which is refused")
-    for name in order:
-        if verdicts[name].supported:
-            because = f"first in this platform's order that supports it{''.join(passed_over)}"
-            return conclude(name, Source.PLATFORM, because)
-    return conclude(None, None, "No registered backend computes exactly this request here:")
+    able = [name for name in order if verdicts[name].supported]
+    if not able:
+        return conclude(None, None, "No registered backend computes exactly this request here:")
+    told = "".join(passed_over)
+    measured = _measured(able, spec, device, phase, candidates, tables)
+    if measured is not None and measured.pick != able[0]:
+        return conclude(measured.pick, Source.MEASURED, measured.because + told, measured)
+    if measured is not None:
+        told = f"; {measured.because}{told}"
+    because = f"first in this platform's order that supports it{told}"
+    return conclude(able[0], Source.PLATFORM, because, measured)
+
+
+def _measured(
+    able: Sequence[str],
+    spec: AttentionSpec,
+    device: DeviceProfile,
+    phase: Phase | None,
+    candidates: Mapping[str, Candidate],
+    tables: Sequence[Table],
+) -> Evidence | None:
+    """What the tables say of those who are able, in the platform's order; None if nothing."""
+    times = times_for(tables, spec)
+    if times is None:
+        return None
+    admitted = stand_ins(
+        able,
+        {name: cls for name in able if (cls := candidates[name].backend_cls)},
+        spec,
+        lambda name, each: _judge(candidates[name], each, device).supported,
+    )
+    side = Side(able[0], admitted)
+    return weigh(times, side, phase, captured=spec.cuda_graph)
 
 
 _NO_CANDIDATE = Reason(code=ReasonCode.LOAD, field="backend", asked="it is not a candidate")
@@ -189,8 +229,9 @@ def resolve(
     """
     if not isinstance(device, DeviceProfile):
         device = settle_device(device)
-    generations = (registry.generation, libraries.generation())
-    key = (spec, device, phase, backend, overrides.current_texts(), generations)
+    generations = (registry.generation, libraries.generation(), fallback.generation())
+    tuning = (environment.tuning(), environment.cache_folder())
+    key = (spec, device, phase, backend, overrides.current_texts(), tuning, generations)
     selection = _decided.get(key)
     if selection is None:
         profile = device if isinstance(device, DeviceProfile) else detect_device(device)
@@ -205,13 +246,15 @@ def resolve(
 def select_and_warn(
     spec: AttentionSpec, device: DeviceProfile, *, phase: Phase | None, rules: tuple[Rule, ...]
 ) -> Selection:
-    """`select` over the registry, with a warning where a GPU is left with the last resort.
+    """`select` over the registry and this device's tables of times, beside what failed here.
+
+    One warns where a GPU is left with the last resort, another where a table is set aside.
 
     Raises:
         UnsupportedError: the required backend, or every backend, is refused.
         InvalidInputError: phase is None, and the rules differ by phase.
     """
-    selection = _select_one(spec, device, phase, rules)
+    selection = _select_one(spec, device, phase, fallback.beside(rules, spec, device, phase))
     _warn_of_last_resort(selection)
     return selection
 
@@ -222,8 +265,9 @@ def _select_one(
     if phase is not None or not any(
         rule.phase and rule.kind in (None, spec.kind) for rule in rules
     ):
-        return select(spec, device, phase=phase, rules=rules)
+        return select(spec, device, phase=phase, rules=rules, tables=tables_for(device))
     # One backend is wanted for both phases, and somebody spoke of one phase: they must agree.
+    # Times differ by phase too, and are no reason to refuse: they are left out.
     picks = [select(spec, device, phase=each, rules=rules) for each in phases_of(spec)]
     if len({pick.name for pick in picks}) > 1:
         told = " and ".join(f"{pick.name} for {pick.report.phase}" for pick in picks)
@@ -241,9 +285,9 @@ def _warn_of_last_resort(selection: Selection) -> None:
     report = selection.report
     if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
         return
-    refused = [
-        f"  {v.name}: {r}" for v in report.verdicts for r in v.reasons if v.name not in LAST_RESORT
-    ]
+    # What is for other devices did not stand in the way here.
+    here = [v for v in report.verdicts if all(r.code is not ReasonCode.DEVICE for r in v.reasons)]
+    refused = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
     text = (
         f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
         "What stood in the way of faster backends:\n" + "\n".join(refused)
@@ -324,10 +368,14 @@ def explain(
     profile = explained_device(device)
     rules = overrides.current_rules(backend, registry.names())
     candidates = registry.candidates()
+    tables = tables_for(profile)
     phases = phases_of(spec) if phase is None else (phase,)
-    return tuple(
-        decide(spec, profile, phase=each, rules=rules, candidates=candidates) for each in phases
-    )
+
+    def report(each: Phase) -> Report:
+        beside = fallback.beside(rules, spec, profile, each)
+        return decide(spec, profile, phase=each, rules=beside, candidates=candidates, tables=tables)
+
+    return tuple(map(report, phases))
 
 
 def explained_device(

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from attn_dispatch import overrides
+from attn_dispatch.backends.cuda.flash_attn_providers import PROVIDERS
 from attn_dispatch.capability import Constraint
 from attn_dispatch.device import ALIASES, KNOWN_DEVICES, DeviceProfile
 from attn_dispatch.environment import VARIABLES
-from attn_dispatch.interface import AttentionBackend, AttentionType, Phase
+from attn_dispatch.interface import AttentionType, Phase
 from attn_dispatch.overrides import VLLM_NAMES
 from attn_dispatch.platforms import LAST_RESORT, PLATFORMS
 from attn_dispatch.registry import BUILTIN, resolve_full_cls_name
@@ -64,13 +65,17 @@ def backends() -> str:
         ["runs on", *("; ".join(m.describe() for m in c.capabilities.devices) for c in classes)],
         ["needs", *(", ".join(c.capabilities.requires) or "torch alone" for c in classes)],
     ]
-    for field in dataclasses.fields(AttentionSpec):
-        rows.append([code(field.name), *(_accepted(field, each) for each in classes)])
+    for name, field in _FIELDS.items():
+        accepted = (_words(each.capabilities.fields.get(name), field) for each in classes)
+        rows.append([code(name), *accepted])
     return table(["", *(code(name) for name in BUILTIN)], rows)
 
 
-def _accepted(field: dataclasses.Field[Any], backend: type[AttentionBackend]) -> str:
-    constraint: Constraint | None = backend.capabilities.fields.get(field.name)
+_FIELDS = {field.name: field for field in dataclasses.fields(AttentionSpec)}
+
+
+def _words(constraint: Constraint | None, field: dataclasses.Field[Any]) -> str:
+    """What is accepted for a field of the request; constraint is None where none is declared."""
     if constraint is None:
         if field.metadata.get("neutral") not in (None, False):
             return str(plain_value(field.metadata["neutral"]))
@@ -82,8 +87,11 @@ def _accepted(field: dataclasses.Field[Any], backend: type[AttentionBackend]) ->
         if set(named) < set(everything) and len(named) > len(everything) // 2:
             words = f"all but {', '.join(v for v in everything if v not in named)}"
     if field.metadata.get("neutral", ...) is False:
-        return words.replace("True, False", "yes").replace("False", "no")
-    return re.sub(r"^None$", "no", re.sub(r"\bNone, ", "", words))
+        yes_or_no = words.replace("False, True", "True, False")
+        return yes_or_no.replace("True, False", "yes").replace("False", "no")
+    if field.metadata.get("neutral", ...) is None:  # what leaves the field out is no choice
+        words = re.sub(r"\bNone(, | or )", "", words)
+    return re.sub(r"^None$", "no", words)
 
 
 def registered() -> str:
@@ -94,6 +102,19 @@ def registered() -> str:
         module = target.split(":")[0].removeprefix("attn_dispatch.").replace(".", "/")
         rows.append([code(name), doc, code(f"{module}.py")])
     return table(["Backend", "What it is", "File"], rows)
+
+
+def flash_attention() -> str:
+    """The packages that FLASH_ATTN can call, with what each accepts."""
+    header = ["Package", "Devices", "Needs", "head_size", "block_size", "alibi", "sinks", "graphs"]
+    fields = ("head_size", "block_size", "alibi", "sinks", "cuda_graph")
+    rows = []
+    for provider in PROVIDERS:
+        accepts = provider.capabilities
+        devices = "; ".join(match.describe() for match in accepts.devices)
+        words = (_words(accepts.fields.get(name), _FIELDS[name]) for name in fields)
+        rows.append([provider.name, devices, ", ".join(accepts.requires), *words])
+    return table(header, rows)
 
 
 def platforms() -> str:
@@ -192,6 +213,7 @@ def vllm_names() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "backends": backends,
     "registered": registered,
+    "flash-attention": flash_attention,
     "platforms": platforms,
     "request": request,
     "must-declare": must_declare,

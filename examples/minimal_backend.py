@@ -30,18 +30,16 @@ from attn_dispatch import (
     OneOf,
     UnsupportedError,
     attention,
+    detect_device,
     register_backend,
     resolve,
 )
 from attn_dispatch.batch import BatchMetadata
-from attn_dispatch.interface import refuse_features
+from attn_dispatch.interface import refuse_spec
 from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
 from attn_dispatch.validation import check_forward, check_metadata
 
 __all__ = ["MinimalBackend", "MinimalBuilder", "MinimalImpl", "MinimalMetadata"]
-
-#: The features that the backend does not declare, as its impl would be given them.
-REFUSED = ("alibi_slopes", "sliding_window", "kv_sharing_target_layer_name", "sinks", "returns_lse")
 
 
 @dataclass
@@ -50,7 +48,15 @@ class MinimalMetadata(BatchMetadata):
 
 
 class MinimalBuilder(AttentionMetadataBuilder[MinimalMetadata]):
-    """Turns an engine's batch into metadata, once per step for all layers that are alike."""
+    """Turns an engine's batch into metadata, once per step for all layers that are alike.
+
+    Raises:
+        UnsupportedError: it is made by hand for layers that the backend does not declare.
+    """
+
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        refuse_spec(MinimalBackend, spec, detect_device(device))
 
     def build(self, batch: AttentionBatch) -> MinimalMetadata:
         """The batch's metadata."""
@@ -59,15 +65,7 @@ class MinimalBuilder(AttentionMetadataBuilder[MinimalMetadata]):
 
 
 class MinimalImpl(AttentionImpl[MinimalMetadata]):
-    """Causal attention, one request after another, with or without a soft cap.
-
-    Raises:
-        UnsupportedError: it is constructed by hand with a feature that the backend lacks.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        refuse_features(self, "MINIMAL", *REFUSED)
+    """Causal attention, one request after another, with or without a soft cap."""
 
     def forward(
         self,

@@ -255,13 +255,25 @@ def test_every_translation_is_honoured_or_refused(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     if VLLM_NAMES[name] in registry.names():
         # There the platform's order picks none of them.
-        assert resolve(layer(), explained_device("H200")).name == VLLM_NAMES[name]
+        device = "MI300X" if VLLM_NAMES[name].startswith("ROCM_") else "H200"
+        assert resolve(layer(), explained_device(device)).name == VLLM_NAMES[name]
     else:
         with pytest.raises(UnknownBackendError, match=f"vLLM's name for {VLLM_NAMES[name]}, which"):
             ask()
 
 
-@pytest.mark.parametrize("name", ["XFORMERS", "FLASHMLA", "PALLAS", "NO_SUCH_BACKEND"])
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "FLASHINFER"])
+def test_vllms_names_that_are_ours_too_need_no_translation(name, monkeypatch):
+    monkeypatch.setenv(VLLM, name)
+    assert name not in VLLM_NAMES
+    selection = resolve(layer(), explained_device("H200"))
+    assert (selection.name, selection.source) == (name, Source.VLLM_ENVIRONMENT)
+
+
+UNKNOWN_HERE = ["XFORMERS", "FLASHMLA", "PALLAS", "ROCM_AITER_UNIFIED_ATTN", "NO_SUCH_BACKEND"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN_HERE)
 def test_vllms_name_without_a_counterpart_is_refused_and_never_ignored(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     with pytest.raises(UnknownBackendError, match=f"{VLLM} names the backend '{name}'"):

@@ -591,7 +591,7 @@ def test_what_selection_would_pick_is_timed_also_where_phases_differ():
     with attention_backend("prefill=TORCH_SDPA,decode=REFERENCE"):
         (result,) = run_cases(mixed, backends=["TORCH_SDPA"])
         (decode,) = run_cases(case(), backends=["TORCH_SDPA"])
-    assert result.picked_row == "TORCH_SDPA + REFERENCE"
+    assert result.picked_row == "TORCH_SDPA+REFERENCE"
     assert result.best(result.picked_row).status == "ok"
     assert decode.picked_row == "REFERENCE"
 

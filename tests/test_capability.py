@@ -259,6 +259,7 @@ SENTENCES = {
     ReasonCode.LIBRARY: "needs 64, 128: head_size is 7 (pad it)",
     ReasonCode.LOAD: "cannot be loaded: 7 (pad it)",
     ReasonCode.EXCLUDED: "excluded by 7 (pad it)",
+    ReasonCode.FAILED: "passed over: 7 (pad it)",
 }
 
 

@@ -7,20 +7,23 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from selection_helpers import FakeSite, Forbidden, make_backend, registered
+from selection_helpers import FakeSite, Forbidden, layer, make_backend, registered
+from tuning_tables import FAST_REFERENCE, MEASURED, in_force
 from typer.testing import CliRunner
 
 from attn_dispatch import __version__, device, libraries
-from attn_dispatch.cli import app, doctor, main, spec_flags
+from attn_dispatch.cli import app, doctor, doctor_report, main, spec_flags
 from attn_dispatch.device import DeviceMatch, known_device
 from attn_dispatch.environment import VARIABLES
 from attn_dispatch.registry import registry
 from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.tuning.store import TuningWarning
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 LAYER = ["--num-heads", "8", "--num-kv-heads", "2", "--head-size", "64", "--dtype", "bfloat16"]
@@ -280,7 +283,7 @@ def test_doctor_shows_a_broken_library_and_goes_on(tmp_path, monkeypatch):
     assert states["torch"]["state"] == "ok"
     assert states["flash_attn"]["state"] == "broken"
     assert states["flash_attn"]["error"] == "OSError: libfa.so: [bold]no[/] such file"
-    assert states["flash_attn"]["needed_by"] == ["FLASHY"]
+    assert states["flash_attn"]["needed_by"] == ["ROCM_FLASH_ATTN", "FLASHY"]
     assert "- flash_attn: OSError: libfa.so: [bold]no[/] such file" in text
     verdicts = {backend["name"]: backend["devices"]["cpu"] for backend in found["backends"]}
     assert verdicts["REFERENCE"]["usable"]
@@ -317,7 +320,41 @@ def test_doctor_with_a_gpu(monkeypatch):
     assert "Backend cuda:0, cuda:1, cuda:3 cuda:2 cpu" in " ".join(text.split())
     assert "- HOPPER on cuda:2: does not run on NVIDIA A100 (sm80)" in text
     assert "- HOPPER on cpu: does not run on CPU (cpu)" in text
-    assert doctor._range(["cuda:0", "cuda:1"]) == "cuda:0-1"
+    assert doctor_report._range(["cuda:0", "cuda:1"]) == "cuda:0-1"
+
+
+def test_doctor_knows_a_backend_that_needs_any_of_several_libraries(monkeypatch):
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kw: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    triton, flash = libraries.Library("triton", "3.6.0"), libraries.Library("flash_attn", "2.8.3")
+    a100 = known_device("A100")
+    profiles = {
+        "cuda:0": a100.with_libraries(triton),
+        "cuda:1": a100.with_libraries(triton, flash),
+        "cpu": known_device("cpu"),
+    }
+    monkeypatch.setattr(device, "detect_device", profiles.__getitem__)
+    found = answer("doctor")
+    (flashes,) = (b["devices"] for b in found["backends"] if b["name"] == "FLASH_ATTN")
+    assert [where for where, verdict in flashes.items() if verdict["usable"]] == ["cuda:1"]
+    messages = " ".join(reason["message"] for reason in flashes["cuda:0"]["reasons"])
+    assert "needs flash_attn>=2.6.3,<3 for FlashAttention 2" in messages
+    assert "needs vllm>=0.11 for vLLM's FlashAttention 2" in messages
+    (todo,) = (gain["do"] for gain in found["gains"] if "FLASH_ATTN" in gain["gains"])
+    assert todo[0].startswith("what one of these needs: flash_attn: pip install flash-attn")
+
+
+def test_doctor_shows_the_tables_that_count(tmp_path, monkeypatch):
+    assert answer("doctor")["tables"] == []
+    assert "None count here: the platform's order decides." in run("doctor").stdout
+    path = tmp_path / "times.json"
+    in_force(monkeypatch, path, {layer(dtype=torch.float32): FAST_REFERENCE})
+    (table,) = answer("doctor")["tables"]
+    assert (table["from"], table["measured"], table["layers"]) == (str(path), MEASURED, 1)
+    assert "cpu" in table["devices"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"cpu 1 {MEASURED} {path}" in " ".join(run("doctor").stdout.split())
 
 
 def test_doctor_survives_a_broken_driver(monkeypatch):
@@ -335,9 +372,15 @@ def test_doctor_reads_every_environment_variable(monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_BACKEND", "REFERNCE")
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", "maybe")
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
-    found = {variable["name"]: variable for variable in answer("doctor")["environment"]}
+    monkeypatch.setenv("ATTN_DISPATCH_TUNING", "no-such-table.json")
+    monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", __file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)  # each is given once in a process
+        found = {variable["name"]: variable for variable in answer("doctor")["environment"]}
     assert "Did you mean REFERENCE?" in found["ATTN_DISPATCH_BACKEND"]["error"]
     assert "'maybe' is not understood" in found["ATTN_DISPATCH_CHECK"]["error"]
     assert found["VLLM_ATTENTION_BACKEND"]["value"] == "TORCH_SDPA"
     assert found["VLLM_ATTENTION_BACKEND"]["error"] is None
+    assert "no-such-table.json cannot be read" in found["ATTN_DISPATCH_TUNING"]["error"]
+    assert "a file. Give a folder" in found["ATTN_DISPATCH_CACHE_DIR"]["error"]
     assert "Did you mean REFERENCE?" in " ".join(run("doctor").stdout.split())

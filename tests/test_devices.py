@@ -200,9 +200,11 @@ def test_a_device_that_nobody_has_listed_is_not_left_with_the_last_resort(profil
 def test_explaining_a_device_elsewhere_touches_no_gpu(name, monkeypatch):
     monkeypatch.setattr(torch, "cuda", Forbidden("torch.cuda"))
     profile = known_device(name)
-    wanted = {"nvidia": "TRITON_ATTN", "amd": "TRITON_ATTN"}.get(profile.vendor, "TORCH_SDPA")
-    wanted = {"sm90": "HOPPER_ATTN"}.get(profile.arch, wanted)
-    assert [report.picked for report in explain(layer(), name)] == [wanted] * 2
+    nvidia = ["FLASH_ATTN", "TRITON_ATTN"]
+    wanted = {"nvidia": nvidia, "amd": ["TRITON_ATTN"] * 2}.get(profile.vendor, ["TORCH_SDPA"] * 2)
+    exceptions = {"sm90": ["HOPPER_ATTN"] * 2, "sm100": ["FLASH_ATTN", "FLASHINFER"]}
+    wanted = exceptions.get(profile.arch, wanted)
+    assert [report.picked for report in explain(layer(), name)] == wanted
 
 
 def test_explaining_an_unknown_device_is_an_error():
@@ -228,10 +230,10 @@ def test_a_device_elsewhere_is_assumed_to_have_what_plugins_require():
 def test_a_device_elsewhere_may_be_explained_without_a_library():
     profile = explained_device("H200", without=["triton"])
     (report, _) = explain(layer(), profile)
-    assert report.picked == "TORCH_SDPA"
+    assert report.picked == "TORCH_VARLEN"
     refused = {verdict.name: verdict.reasons for verdict in report.verdicts}
-    assert [r.code for r in refused["HOPPER_ATTN"]] == [ReasonCode.LIBRARY]
-    assert [r.code for r in refused["TRITON_ATTN"]] == [ReasonCode.LIBRARY]
+    for name in ("HOPPER_ATTN", "TRITON_ATTN", "FLASH_ATTN", "FLASHINFER"):
+        assert [r.code for r in refused[name]] == [ReasonCode.LIBRARY]
 
 
 # --- The warning ------------------------------------------------------------------------------
@@ -240,12 +242,20 @@ def test_a_device_elsewhere_may_be_explained_without_a_library():
 def test_the_last_resort_on_a_gpu_warns_with_what_stood_in_the_way():
     with pytest.warns(ReferenceFallbackWarning) as caught:
         resolve(layer(sinks=True), known_device("H200"))
-    no_triton = f"triton is not installed (triton: {LIBRARIES['triton'].install})"
+    no_triton, no_flashinfer, no_torch = (
+        f"{name} is not installed ({name}: {LIBRARIES[name].install})"
+        for name in ("triton", "flashinfer", "torch")
+    )
     assert str(caught[0].message) == (
         "REFERENCE serves this layer on NVIDIA H200: right, but slow. "
         "What stood in the way of faster backends:\n"
         f"  HOPPER_ATTN: needs triton>=3.6,<3.10: {no_triton}\n"
+        f"  FLASH_ATTN: needs triton>=3.6: {no_triton}\n"
         f"  TRITON_ATTN: needs triton>=3.6: {no_triton}\n"
+        f"  FLASHINFER: needs flashinfer>=0.7.2: {no_flashinfer}\n"
+        f"  FLASHINFER: needs triton>=3.6: {no_triton}\n"
+        f"  TORCH_VARLEN: needs torch>=2.11: {no_torch}\n"
+        "  TORCH_VARLEN: sinks=True is not supported; the backend does not declare it\n"
         "  TORCH_SDPA: sinks=True is not supported; the backend does not declare it"
     )
 

@@ -15,10 +15,10 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(*arguments, path=""):
-    """What a fresh Python prints, without overrides from outside."""
+    """What a fresh Python prints, without overrides and tables from outside."""
     settings = {variable.name for variable in environment.VARIABLES}
     env = {name: value for name, value in os.environ.items() if name not in settings}
-    env["PYTHONPATH"] = str(path)
+    env |= {"PYTHONPATH": str(path), "ATTN_DISPATCH_TUNING": "off"}
     done = subprocess.run(
         [sys.executable, *arguments], env=env, check=False, capture_output=True, text=True
     )
@@ -32,6 +32,17 @@ def test_minimal_backend_runs():
     assert "and with sinks:  REFERENCE" in printed
     assert "MINIMAL: sinks=True is not supported" in printed
     assert "MINIMAL and REFERENCE agree" in printed
+
+
+def test_minimal_backend_passes_its_verification():
+    program = """
+from attn_dispatch.conformance import verify
+from minimal_backend import MinimalBackend
+report = verify(MinimalBackend, "cpu")
+print(*report.failures, sep="\\n")
+print(report.passed)
+"""
+    assert run("-c", program, path=EXAMPLES) == "\nTrue\n"
 
 
 #: The second entry point names a module that does not exist.

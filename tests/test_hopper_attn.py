@@ -14,7 +14,7 @@ from attn_dispatch import libraries
 from attn_dispatch.backends.cuda.hopper_attn import HopperBuilder, HopperImpl, HopperPlan
 from attn_dispatch.backends.triton_attn import TritonImpl
 from attn_dispatch.backends.triton_plan import PrefillPlan
-from attn_dispatch.errors import BackendFailure, InvalidInputError
+from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
@@ -159,6 +159,12 @@ def test_the_portable_kernels_refuse_what_was_laid_out_for_this_one():
     impl = TritonImpl(**step.impl_arguments())
     with pytest.raises(InvalidInputError, match="laid out by a HopperBuilder"):
         impl.forward(step.layer, step.query, step.key, step.value, None, metadata)
+
+
+@pytest.mark.parametrize("fields", [{"custom_mask": True}, {"head_size": 96}])
+def test_a_builder_made_by_hand_refuses_what_the_kernel_would_drop(fields):
+    with pytest.raises(UnsupportedError, match="HOPPER_ATTN does not compute this layer"):
+        plan_of(fields, {})
 
 
 def test_a_triton_without_gluon_is_told_of_as_broken(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from abc import abstractmethod
 
 import pytest
@@ -254,6 +255,18 @@ def test_a_broken_plugin_that_is_required_is_an_error_with_the_cause(site):
     rule = type(rule)(rule.mode, "PLUGIN", text="PLUGIN")
     with pytest.raises(UnsupportedError, match="No module named 'no_such_module'"):
         select(layer(), CPU, rules=[rule], candidates=broken.candidates())
+
+
+def test_a_plugin_whose_import_does_not_end_is_left_alone(site, monkeypatch):
+    monkeypatch.setattr("attn_dispatch.registry._PLUGIN_SECONDS", 0.2)
+    waiting = with_plugin(site, "import threading; threading.Event().wait(20)")
+    start = time.perf_counter()
+    candidates = waiting.candidates()
+    assert time.perf_counter() - start < 10
+    assert candidates["PLUGIN"].backend_cls is None
+    assert "did not end within 0.2 s" in str(candidates["PLUGIN"].problem)
+    assert candidates["REFERENCE"].backend_cls is not None
+    assert waiting.candidates() is candidates  # it is not waited for again
 
 
 def test_an_interrupt_during_the_import_of_a_plugin_is_not_swallowed(site):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import time
 
 import pytest
@@ -20,6 +21,8 @@ from attn_dispatch.capability import OneOf, Reason, ReasonCode
 from attn_dispatch.device import KNOWN_DEVICES, DeviceMatch, known_device
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType, Phase
+from attn_dispatch.kv_cache_plan import plan_kv_cache
+from attn_dispatch.libraries import Library
 from attn_dispatch.overrides import Source
 from attn_dispatch.registry import registry
 from attn_dispatch.selector import explain, get_attn_backend, phases_of, resolve, select
@@ -39,6 +42,32 @@ def test_every_decision_is_the_one_in_the_golden_table():
         f"{PATH.name} is not what selection does now (-: there, +: now):\n{difference}\n"
         "If that is right, write it again: python tests/golden/regenerate.py"
     )
+
+
+#: What is installed beside Triton and PyTorch on an A100 -> the block size of a plan that leaves it
+#: open, and who serves prefill and decode. flash-attn's pages are multiples of 256 tokens.
+ON_AN_A100 = {
+    (): (16, ["TRITON_ATTN", "TRITON_ATTN"]),
+    ("vllm",): (16, ["FLASH_ATTN", "TRITON_ATTN"]),
+    ("flash_attn",): (256, ["FLASH_ATTN", "TRITON_ATTN"]),
+}
+
+
+@pytest.mark.parametrize("installed", ON_AN_A100, ids=lambda names: "+".join(names) or "nothing")
+def test_a_plan_lets_the_phases_have_the_first_of_their_orders(installed):
+    names = ("torch", "triton", *installed)
+    device = known_device("A100").with_libraries(*(Library(name, "unknown") for name in names))
+    plan = plan_kv_cache({"0": layer(block_size=None)}, device)
+    picks = [select(plan.specs["0"], device, phase=phase).name for phase in Phase]
+    assert (plan.block_size, picks) == ON_AN_A100[installed]
+
+
+def test_a_block_size_that_is_asked_for_stays_and_the_next_backend_serves_it():
+    names = ("torch", "triton", "flash_attn")
+    device = known_device("A100").with_libraries(*(Library(name, "unknown") for name in names))
+    plan = plan_kv_cache({"0": layer(block_size=16)}, device)
+    assert plan.block_size == 16
+    assert select(plan.specs["0"], device, phase=Phase.PREFILL).name == "TRITON_ATTN"
 
 
 def test_the_platforms_order_decides_among_those_that_can():
@@ -222,16 +251,22 @@ def test_get_attn_backend_refuses_what_is_no_request():
 
 
 @pytest.mark.slow
-def test_a_warm_call_takes_less_than_20_us():
+def test_a_warm_call_costs_less_than_30_reads_of_a_variable():
+    """Some 15 us on an idle machine, where it costs 15 of them; a busy one slows both down."""
+
     def call():
         get_attn_backend(128, torch.bfloat16, "auto", 16, num_heads=32, num_kv_heads=8)
 
-    def mean_of(calls: int) -> float:
+    def read():
+        os.environ.get("ATTN_DISPATCH_BACKEND")
+
+    def mean_of(function) -> float:
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
+        for _ in range(100):
+            function()
+        return (time.perf_counter() - start) / 100
 
     call()
     # The least of many short runs: others on the machine only ever make it longer.
-    assert min(mean_of(100) for _ in range(50)) < 20e-6
+    calls, reads = (min(mean_of(each) for _ in range(50)) for each in (call, read))
+    assert calls < 30 * reads

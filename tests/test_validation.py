@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from selection_helpers import make_backend, registered
 from steps import INT8, Case, Step, layer_spec
 
 from attn_dispatch.batch import AttentionBatch
@@ -352,11 +353,18 @@ def test_gradients_are_refused():
     assert_refused_untouched(call, "inference_mode")
 
 
-def test_metadata_of_the_opposite_route_is_refused():
-    call, (prefill, decode) = Call(RUNNERS[2]), ("TORCH_SDPA", "REFERENCE")
-    opposite = layer_of(call.step, f"prefill={prefill},decode={decode}")
-    call.set(attn_metadata=opposite.build_metadata(call.batch))
-    assert_refused_untouched(call, "attn_metadata has a SDPAMetadata for prefill")
+def test_metadata_of_a_route_over_a_backend_that_the_layer_has_not_is_refused():
+    call = Call(RUNNERS[2])
+    with registered(make_backend("ELSEWHERE")):
+        other = layer_of(call.step, "prefill=ELSEWHERE,decode=TORCH_SDPA")
+        call.set(attn_metadata=other.build_metadata(call.batch))
+        assert_refused_untouched(call, "attn_metadata has a ReferenceMetadata for ELSEWHERE")
+
+
+def test_metadata_of_the_opposite_route_goes_to_whom_it_was_made_for():
+    call, opposite = Call(RUNNERS[2]), "prefill=TORCH_SDPA,decode=REFERENCE"
+    call.set(attn_metadata=layer_of(call.step, opposite).build_metadata(call.batch))
+    assert torch.equal(call(), Call(opposite)())
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])

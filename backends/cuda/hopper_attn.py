@@ -18,9 +18,10 @@ from attn_dispatch.backends.triton_plan import (
 )
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.capability import Capabilities, OneOf, SameAs
-from attn_dispatch.device import DeviceMatch
-from attn_dispatch.interface import AttentionLayer
+from attn_dispatch.device import DeviceMatch, detect_device
+from attn_dispatch.interface import AttentionLayer, refuse_spec
 from attn_dispatch.libraries import import_library
+from attn_dispatch.spec import AttentionSpec
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
 
@@ -60,6 +61,10 @@ class HopperPlan(PrefillPlan):
 
 class HopperBuilder(TritonBuilder):
     """Lays out prefills for this kernel, unless their keys are too many to be gathered."""
+
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        refuse_spec(HopperAttnBackend, spec, detect_device(device))
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         block_n = _BLOCK_N[self.spec.head_size]

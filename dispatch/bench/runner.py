@@ -25,10 +25,10 @@ from attn_dispatch.interface import AttentionBackend, AttentionImpl, Phase
 from attn_dispatch.platforms import LAST_RESORT
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Report, Verdict
-from attn_dispatch.routing import RoutedBuilder, RoutedImpl
+from attn_dispatch.routing import RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selector import ReferenceFallbackWarning, phases_of, resolve, select
 
-__all__ = ["Bench", "CaseResult", "Contestant", "Row", "verdicts_of"]
+__all__ = ["Bench", "CaseResult", "Contestant", "Row", "Split", "verdicts_of"]
 
 Call = Callable[[], torch.Tensor]
 
@@ -96,7 +96,7 @@ class CaseResult:
         skipped: why nothing was run, or "".
         rows: one for each contestant and variant, in their order.
         picked: phase -> the backend that automatic selection gives the layer there.
-        picked_row: the name of the row that has the time of what was picked.
+        picked_row: the name of the row that has the time of what is picked for this very batch.
         allowed, sdpa_error, sampled_requests, sampled_rows: of the judge.
         seconds: that the case took.
     """
@@ -198,17 +198,21 @@ class _BackendContestant:
         return _forward(impl, inputs, metadata)
 
 
-class _RoutedContestant:
-    """Two backends for the two phases of one batch, as automatic selection has it."""
+class Split:
+    """Two backends that each take their phase of a mixed batch.
+
+    Args:
+        prefill, decode: their names.
+    """
 
     kind = "backend"
 
-    def __init__(self, picks: dict[Phase, str]) -> None:
-        self._picks = picks
-        self.name = " + ".join(dict.fromkeys(picks.values()))
+    def __init__(self, prefill: str, decode: str) -> None:
+        self.name = f"{prefill}+{decode}"
+        self._names = {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     def supports(self, case: Case) -> str | None:
-        """Selection has settled that."""
+        """Who named them has asked."""
         return None
 
     def variants(self, case: Case) -> Sequence[str]:
@@ -217,7 +221,7 @@ class _RoutedContestant:
 
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """The forward of a layer whose phases have different backends."""
-        classes = {phase: _class_of(name) for phase, name in self._picks.items()}
+        classes = {phase: _class_of(name) for phase, name in self._names.items()}
         impls = {
             phase: cls.get_impl_cls()(**inputs.impl_arguments())  # type: ignore[arg-type]
             for phase, cls in classes.items()
@@ -371,24 +375,22 @@ class Bench:
         )
 
     def _pick(self, inputs: Inputs, result: CaseResult, names: Sequence[str]) -> list[Contestant]:
-        """Note what automatic selection gives the layer; who of that is not there yet."""
+        """Note what automatic selection gives this batch; who of that is not there yet."""
         try:
-            picks = {
-                phase: resolve(inputs.spec, self._device, phase=phase).name
+            selections = {
+                phase: resolve(inputs.spec, self._device, phase=phase)
                 for phase in phases_of(inputs.spec)
             }
         except UnsupportedError as error:
             result.picked = {"none": str(error.report.because if error.report else error)}
             return []
-        result.picked = {str(phase): name for phase, name in picks.items()}
-        used = {picks.get(phase, picks[Phase.PREFILL]) for phase in inputs.batch.phases}
-        if len(used) > 1:
-            routed = _RoutedContestant(picks)
-            result.picked_row = routed.name
-            return [routed]
-        result.picked_row = used.pop()
+        result.picked = {str(phase): selection.name for phase, selection in selections.items()}
+        route = [name for name, _ in Router.of(inputs.spec, selections)(inputs.batch)]
+        result.picked_row = "+".join(route)
         if result.picked_row in names:
             return []
+        if len(route) > 1:
+            return [Split(*route)]
         return [_BackendContestant(result.picked_row, self._device)]
 
     def _enter(

@@ -1,4 +1,5 @@
-"""The command line: `attn-dispatch doctor`, `explain`, `bench` and `demo`.
+"""The command line: `attn-dispatch doctor`, `explain`, `bench`, `tune`, `verify` and
+`demo`.
 
 Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
@@ -12,7 +13,7 @@ import typer
 import typer.core
 
 from attn_dispatch import __version__
-from attn_dispatch.cli import bench, demo, doctor, explain
+from attn_dispatch.cli import bench, demo, doctor, explain, tune, verify
 from attn_dispatch.errors import AttnDispatchError
 
 __all__ = ["app", "main"]
@@ -59,7 +60,7 @@ def _options(
     pass
 
 
-for _module in (doctor, explain, bench, demo):
+for _module in (doctor, explain, bench, tune, verify, demo):
     _module.register(app)
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attn_dispatch import __version__
-from attn_dispatch.cli.output import (
-    facts_table,
-    make_console,
-    noise_to_stderr,
-    print_json,
-    text_table,
-)
-from attn_dispatch.errors import AttnDispatchError, BackendFailure
+from attn_dispatch.cli.doctor_report import print_diagnosis
+from attn_dispatch.cli.output import make_console, noise_to_stderr, print_json
+from attn_dispatch.errors import AttnDispatchError, BackendFailure, InvalidInputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from attn_dispatch.capability import Reason
     from attn_dispatch.device import DeviceProfile
+    from attn_dispatch.registry import Candidate
 
 __all__ = ["diagnose", "register"]
 
@@ -44,7 +39,7 @@ def doctor(
     if as_json:
         print_json(found)
     else:
-        _print(make_console(), found)
+        print_diagnosis(make_console(), found)
 
 
 def diagnose() -> dict[str, Any]:
@@ -61,6 +56,7 @@ def diagnose() -> dict[str, Any]:
         "devices": devices,
         "libraries": [{**lib, "needed_by": needed.get(lib["name"], [])} for lib in libraries],
         "environment": _environment(),
+        "tables": _tables(profiles),
         "backends": backends,
         "gains": _gains(backends),
     }
@@ -182,30 +178,63 @@ def _read_check() -> None:
     check_mode()
 
 
+def _read_tuning() -> None:
+    from attn_dispatch.environment import tuning
+    from attn_dispatch.tuning.reader import read_table
+
+    if tuning().lower() not in ("", "off"):
+        read_table(Path(tuning()))
+
+
+def _read_cache_folder() -> None:
+    from attn_dispatch.environment import CACHE_FOLDER, cache_folder
+
+    if cache_folder() and Path(cache_folder()).is_file():
+        raise InvalidInputError(
+            f"{CACHE_FOLDER.name} is {cache_folder()!r}, a file. Give a folder."
+        )
+
+
 #: How the library reads each of environment.VARIABLES; raises where it would not understand it.
 READERS: dict[str, Callable[[], None]] = {
     "ATTN_DISPATCH_BACKEND": _read_backend,
     "VLLM_ATTENTION_BACKEND": _read_vllm_backend,
     "ATTN_DISPATCH_CHECK": _read_check,
+    "ATTN_DISPATCH_TUNING": _read_tuning,
+    "ATTN_DISPATCH_CACHE_DIR": _read_cache_folder,
 }
+
+
+def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
+    """The tables of measured times that count, each with the devices for which it does.
+
+    One that is set aside is told by a warning.
+    """
+    from attn_dispatch.tuning.store import tables_for
+
+    tables: dict[str, dict[str, Any]] = {}
+    for device, profile in profiles.items():
+        for table in tables_for(profile):
+            facts = {
+                "from": table.origin,
+                "measured": table.measured,
+                "layers": len(table.layers),
+                "devices": [],
+            }
+            tables.setdefault(table.origin, facts)["devices"].append(device)
+    return list(tables.values())
 
 
 def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
     """Every registered backend, and for each device why it cannot run there, if it cannot."""
-    from attn_dispatch.capability import compare_availability
     from attn_dispatch.libraries import library_name
-    from attn_dispatch.registry import Candidate, registry
-
-    def refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
-        if candidate.backend_cls is None:
-            return [] if candidate.problem is None else [candidate.problem]
-        return compare_availability(candidate.backend_cls.capabilities, profile)
+    from attn_dispatch.registry import registry
 
     found = []
     for name, candidate in registry.candidates().items():
         cls = candidate.backend_cls
         needs = [] if cls is None else [library_name(r) for r in cls.capabilities.requires]
-        reasons = {device: refusals(candidate, profile) for device, profile in profiles.items()}
+        reasons = {device: _refusals(candidate, profile) for device, profile in profiles.items()}
         found.append(
             {
                 "name": name,
@@ -220,6 +249,26 @@ def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
     return found
 
 
+def _refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
+    """Why a backend cannot run on a device at all, whatever the layer; nothing if it can."""
+    import torch
+
+    from attn_dispatch.capability import ReasonCode, compare_availability
+    from attn_dispatch.selector import decide
+    from attn_dispatch.spec import AttentionSpec
+
+    cls = candidate.backend_cls
+    missing = [] if cls is None else compare_availability(cls.capabilities, profile)
+    if missing:
+        return missing
+    # One that needs any of several libraries tells only when it is asked for a layer.
+    plain = AttentionSpec(num_heads=8, head_size=128, dtype=torch.bfloat16)
+    own = {candidate.name: candidate}
+    (verdict,) = decide(plain, profile, phase=None, rules=(), candidates=own).verdicts
+    is_absent = {r.code for r in verdict.reasons} <= {ReasonCode.LIBRARY, ReasonCode.LOAD}
+    return list(verdict.reasons) if is_absent else []
+
+
 def _gains(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What to do to gain which backend where: the hints of refusals that a hint can lift."""
     gains: dict[tuple[str, ...], dict[str, list[str]]] = {}
@@ -228,154 +277,7 @@ def _gains(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
             hints = [reason["hint"] for reason in verdict["reasons"]]
             if hints and all(hints):
                 todo = tuple(dict.fromkeys(hints))
+                if not {reason["field"] for reason in verdict["reasons"]} & set(backend["needs"]):
+                    todo = (f"what one of these needs: {'; '.join(todo)}",)
                 gains.setdefault(todo, {}).setdefault(backend["name"], []).append(device)
     return [{"do": list(todo), "gains": gained} for todo, gained in gains.items()]
-
-
-def _print(console: Console, found: dict[str, Any]) -> None:
-    versions = found["versions"]
-    gpu_runtime = " ".join(f"{name} {versions[name]}" for name in ("cuda", "hip") if versions[name])
-    facts = facts_table()
-    facts.add_row("attn-dispatch", versions["attn_dispatch"])
-    facts.add_row("Python", f"{versions['python']} on {versions['platform']}")
-    facts.add_row("PyTorch", f"{versions['torch'] or 'cannot be imported'} {gpu_runtime}".strip())
-    console.print(facts)
-    _print_devices(console, found["devices"])
-    _print_libraries(console, found["libraries"])
-    _print_environment(console, found["environment"])
-    _print_backends(console, found["backends"])
-    _print_gains(console, found["gains"])
-
-
-def _print_devices(console: Console, devices: list[dict[str, Any]]) -> None:
-    _title(console, "Devices")
-    table = text_table("Device", "Arch", "Name and memory", narrow=2)
-    for device in devices:
-        if "error" in device:
-            table.add_row(device["device"], "", device["error"], style="red")
-        else:
-            table.add_row(device["device"], device["arch"], ", ".join(_device_facts(device)))
-    console.print(table)
-
-
-def _device_facts(device: dict[str, Any]) -> list[str]:
-    facts = [device["name"]]
-    if device["num_sms"]:
-        facts.append(f"{device['num_sms']} {'CUs' if device['vendor'] == 'amd' else 'SMs'}")
-    if device["memory_bandwidth"]:
-        facts.append(f"{device['memory_bandwidth'] / 1e12:.3g} TB/s")
-    if device["l2_bytes"]:
-        facts.append(f"{device['l2_bytes'] >> 20} MiB L2")
-    if device["shared_memory_bytes"]:
-        facts.append(f"{device['shared_memory_bytes'] >> 10} KiB shared memory")
-    return facts
-
-
-def _print_libraries(console: Console, libraries: list[dict[str, Any]]) -> None:
-    _title(console, "Libraries")
-    styles = {"ok": "green", "broken": "red", "missing": "dim"}
-    table = text_table("Library", "State", "Version", "Needed by", narrow=2)
-    for library in libraries:
-        state = library["state"]
-        table.add_row(
-            library["name"],
-            state,
-            library["version"] or "",
-            ", ".join(library["needed_by"]),
-            style=styles[state],
-        )
-    console.print(table)
-    _print_points(console, [(lib["name"], lib["error"]) for lib in libraries if lib["error"]])
-
-
-def _print_environment(console: Console, variables: list[dict[str, Any]]) -> None:
-    _title(console, "Environment variables")
-    table = text_table("Variable", "State", "Value", narrow=2)
-    for variable in variables:
-        if variable["error"]:
-            table.add_row(variable["name"], "wrong", variable["value"], style="red")
-        elif variable["value"]:
-            table.add_row(variable["name"], "ok", variable["value"], style="green")
-        else:
-            default = variable["default"].removeprefix("unset").removeprefix(": ")
-            table.add_row(variable["name"], "not set", default, style="dim")
-    console.print(table)
-    _print_points(console, [(v["error"], "") for v in variables if v["error"]])
-
-
-def _print_backends(console: Console, backends: list[dict[str, Any]]) -> None:
-    _title(console, "Backends")
-    groups = _alike(backends)
-    table = text_table("Backend", *map(_range, groups))
-    for backend in backends:
-        verdicts = [backend["devices"][group[0]]["usable"] for group in groups]
-        style = "" if any(verdicts) else "dim"
-        table.add_row(backend["name"], *("usable" if v else "no" for v in verdicts), style=style)
-    console.print(table)
-    points: dict[tuple[str, str], list[str]] = {}
-    for backend in backends:
-        for group in groups:
-            for message in _main_reasons(backend["devices"][group[0]]["reasons"]):
-                points.setdefault((backend["name"], message), []).append(_range(group))
-    _print_points(
-        console,
-        [
-            (name if len(where) == len(groups) else f"{name} on {', '.join(where)}", message)
-            for (name, message), where in points.items()
-        ],
-    )
-
-
-def _alike(backends: list[dict[str, Any]]) -> list[list[str]]:
-    """The devices, those together that are the same to every backend."""
-    groups: dict[str, list[str]] = {}
-    for device in backends[0]["devices"]:
-        verdicts = repr([backend["devices"][device] for backend in backends])
-        groups.setdefault(verdicts, []).append(device)
-    return list(groups.values())
-
-
-def _range(devices: list[str]) -> str:
-    """["cuda:0", "cuda:1"] -> "cuda:0-1"; whatever is no such row is listed."""
-    kind, _, first = devices[0].partition(":")
-    row = [f"{kind}:{index}" for index in range(int(first or 0), int(first or 0) + len(devices))]
-    if len(devices) > 1 and row == devices:
-        return f"{devices[0]}-{devices[-1].partition(':')[2]}"
-    return ", ".join(devices)
-
-
-def _main_reasons(reasons: list[dict[str, str]]) -> list[str]:
-    """What to tell people: where the device is wrong, libraries are beside the point."""
-    wrong_device = [reason for reason in reasons if reason["code"] == "device"]
-    return [reason["message"] for reason in wrong_device or reasons]
-
-
-def _print_gains(console: Console, gains: list[dict[str, Any]]) -> None:
-    _title(console, "What would help")
-    if not gains:
-        console.print("Nothing: no backend that runs on these devices lacks a library.")
-        return
-    table = text_table("Do this", "To gain", narrow=0)
-    for gain in gains:
-        gained = [f"{name} on {_range(devices)}" for name, devices in gain["gains"].items()]
-        table.add_row("\n".join(gain["do"]), "\n".join(gained))
-    console.print(table)
-
-
-def _title(console: Console, text: str) -> None:
-    console.print()
-    console.print(text, style="bold underline")
-
-
-def _print_points(console: Console, points: list[tuple[str, str]]) -> None:
-    """A list of `- subject: text`, each of which goes on under its own beginning."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 1))
-    table.add_column()
-    table.add_column(overflow="fold")
-    for subject, text in points:
-        table.add_row("-", Text.assemble((subject, "bold"), ": ", text) if text else subject)
-    if points:
-        console.print(table)

@@ -16,7 +16,12 @@ PATH = Path(__file__).with_name("selection.md")
 
 SHORT = {
     "HOPPER_ATTN": "hopper",
+    "FLASH_ATTN": "flash",
+    "FLASHINFER": "flashinfer",
+    "ROCM_AITER": "aiter",
+    "ROCM_FLASH_ATTN": "rocm_flash",
     "TRITON_ATTN": "triton",
+    "TORCH_VARLEN": "varlen",
     "TORCH_SDPA": "sdpa",
     "REFERENCE": "ref",
     "REFERENCE_MLA": "ref_mla",
@@ -35,8 +40,8 @@ every backend refuses.
 _REFUSED = """\
 # What refuses, on {device}
 
-The fields for which each backend refuses. Left out: those that compute the other kind of attention,
-multi-head latent or not, and so refuse for `mla`.
+The fields for which each backend refuses. Left out: those that are for other devices, and those
+that compute the other kind of attention, multi-head latent or not, and so refuse for `mla`.
 """
 
 
@@ -87,7 +92,7 @@ def _refusals(reports: list[Report]) -> str:
         _short(verdict.name): ", ".join(dict.fromkeys(r.field for r in verdict.reasons))
         for report in reports
         for verdict in report.verdicts
-        if not verdict.supported and "mla" not in {reason.field for reason in verdict.reasons}
+        if not verdict.supported and not {"mla", "device"} & {r.field for r in verdict.reasons}
     }
     return "; ".join(f"{name}: {fields}" for name, fields in sorted(refused.items()))
 

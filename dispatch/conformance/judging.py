@@ -1,0 +1,272 @@
+"""How far from the oracle a result may be; and if it is further, what it looks like instead.
+
+The error of a row and head is the largest difference from the oracle, relative to the oracle's
+largest magnitude there, or to a part of that in all rows where a row's values cancel. It may be
+twice that of PyTorch's own attention in the same dtype, plus one unit in the last place: see
+docs/verify.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.conformance.steps import Step
+from attn_dispatch.quantization import GROUP_SIZE
+
+__all__ = ["Finding", "Wrong", "allowed_error", "compare_with_oracle", "distance", "require"]
+
+#: What is always allowed: sums in another order, in dtypes that PyTorch computes in too.
+_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
+#: A row that is smaller than this part of the largest is one whose values cancel.
+_CANCELLED = 1 / 16
+#: The relative error of a GPU's instruction for tanh, which a soft cap in 16 bits may use.
+_TANH_ERROR = 2.0**-11
+#: Half a step of e4m3, relative, and below its smallest normal number: 3 bits after the point.
+_E4M3_STEP, _E4M3_SMALL = 2.0**-4, 2.0**-10
+#: Of LSE, absolute: what a score may be wrong by.
+_LSE_ALLOWED = {torch.float64: 1e-5, torch.float32: 2e-5}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How large the error was, and how large it may be; both 0 where nothing is measured."""
+
+    error: float = 0.0
+    allowed: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """The error as a part of what is allowed."""
+        return self.error / self.allowed if self.allowed else (math.inf if self.error else 0.0)
+
+
+class Wrong(Exception):
+    """A check found something wrong; the message says what, as a sentence."""
+
+    def __init__(self, message: str, finding: Finding | None = None) -> None:
+        super().__init__(message)
+        self.finding = finding or Finding()
+
+
+def require(holds: bool, message: str) -> None:
+    """Fail with a sentence unless it holds."""
+    if not holds:
+        raise Wrong(message)
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The error of an output (num_tokens, num_heads, head_size_v); infinite with a NaN in it."""
+    if not expected.numel():
+        return 0.0
+    largest = expected.abs().amax(-1)
+    largest = largest.clamp_min(_CANCELLED * float(largest.max()) or 1.0)
+    found = ((actual - expected).abs().amax(-1) / largest).max()
+    return float(found) if bool(found.isfinite()) else math.inf
+
+
+def allowed_error(step: Step) -> float:
+    """The error that an output of this step may have.
+
+    One more unit in the last place is allowed where PyTorch's own attention does not compute all
+    of it (soft cap, ALiBi, sinks, a cache of another type), and what a GPU's tanh costs.
+    """
+    spec = step.spec
+    own = distance(step.pytorch().double(), step.expected(cap=None, slopes=None, sinks=None)[0])
+    beyond = spec.alibi or spec.sinks or spec.logits_soft_cap or spec.kv_cache_dtype != "auto"
+    allowed = 2 * (own if math.isfinite(own) else 0.0)
+    allowed += torch.finfo(spec.dtype).eps * (2 if beyond else 1)
+    if spec.logits_soft_cap and spec.dtype.itemsize == 2:
+        allowed += _TANH_ERROR * spec.logits_soft_cap
+    return max(allowed, _FLOOR.get(spec.dtype, 0.0))
+
+
+def compare_with_oracle(
+    step: Step, returned: Any, *, block_scale: torch.Tensor | None = None, scale: float = 1.0
+) -> Finding:
+    """Hold what a forward returned against the oracle.
+
+    Args:
+        step: the step that it is of.
+        returned: output, or (output, lse) where the layer returns that.
+        block_scale: of an output that is quantized by groups.
+        scale: of one that is quantized as a whole.
+
+    Raises:
+        Wrong: it is not what the layer should give; it says what it looks like instead.
+    """
+    expected, expected_lse = step.expected()
+    is_pair = isinstance(returned, tuple)
+    require(
+        is_pair == step.spec.returns_lse,
+        f"asked for returns_lse={step.spec.returns_lse}, and forward returned "
+        f"{'a pair' if is_pair else 'one tensor'}",
+    )
+    output, lse = returned if is_pair else (returned, None)
+    shape = (len(step.query), *expected.shape[1:])
+    require(
+        tuple(output.shape) == shape,
+        f"the output has shape {tuple(output.shape)}, and should have {shape}",
+    )
+    actual = output[: len(expected)].double().cpu()
+    if step.spec.output_quant is None:
+        require(
+            output.dtype == step.spec.dtype,
+            f"the output is {output.dtype}, and the query {step.spec.dtype}",
+        )
+        finding = _compare_output(step, actual, expected)
+    else:
+        finding = _compare_quantized(step, actual, expected, block_scale, scale)
+    blind = expected_lse == -math.inf
+    require(not bool(actual[blind].any()), "a row that sees no key is not 0")
+    if lse is not None:
+        _compare_lse(step, lse, expected_lse)
+    return finding
+
+
+def _compare_output(step: Step, actual: torch.Tensor, expected: torch.Tensor) -> Finding:
+    found = Finding(distance(actual, expected), allowed_error(step))
+    if found.error <= found.allowed:
+        return found
+    if bool(actual.isnan().any()):
+        raise Wrong(
+            "there is NaN in the output: something that no request of the step owns was read (the "
+            "cache holds NaN wherever nothing was written)",
+            found,
+        )
+    numbers = f"off by {found.error:.3g} of a row's largest value; {found.allowed:.3g} is allowed"
+    for suspect in _suspects(step):
+        if distance(actual, suspect.output(step)) <= 2 * found.allowed:
+            raise Wrong(f"{suspect.sentence} ({numbers})", found)
+    raise Wrong(f"the output is {numbers}", found)
+
+
+def _compare_quantized(
+    step: Step,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    block_scale: torch.Tensor | None,
+    scale: float,
+) -> Finding:
+    """The error in units of what is allowed: half a step of the fp8 type, and the output's own."""
+    scales = torch.full_like(expected, scale)
+    if block_scale is not None:
+        groups = block_scale[: len(expected)].double().cpu()
+        require(bool((groups > 0).all()), "a group of the quantized output has no scale above 0")
+        scales = groups.repeat_interleave(GROUP_SIZE, 1).view(expected.shape)
+    actual = actual * scales
+    step_sizes = expected.abs() * _E4M3_STEP + scales * _E4M3_SMALL
+    rows = expected.abs().amax(-1, keepdim=True) * allowed_error(step) * (1 + _E4M3_STEP)
+    error = ((actual - expected).abs() / (step_sizes + rows)).nan_to_num(nan=math.inf)
+    found = Finding(float(error.max()) if error.numel() else 0.0, 1.0)
+    if found.error > 1.0:
+        raise Wrong(
+            f"asked for output_quant={step.spec.output_quant}, and the output times its scale is "
+            f"off by {found.error:.3g} times what the fp8 type allows",
+            found,
+        )
+    return found
+
+
+def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor) -> None:
+    require(
+        lse.dtype == torch.float32 and tuple(lse.shape[1:]) == tuple(expected.shape[1:]),
+        f"the lse is {tuple(lse.shape)} {lse.dtype}; it should be "
+        f"(num_tokens, {expected.shape[1]}) torch.float32",
+    )
+    actual = lse[: len(expected)].double().cpu()
+    blind = expected == -math.inf
+    require(
+        bool((actual[blind] == -math.inf).all()), "the lse of a row that sees no key is not −inf"
+    )
+    actual, wanted = actual[~blind], expected[~blind]
+    if not wanted.numel():
+        return
+    dtype, cap = step.spec.dtype, step.spec.logits_soft_cap
+    allowed = _LSE_ALLOWED.get(dtype, 4 * torch.finfo(dtype).eps + _TANH_ERROR * (cap or 0.0))
+    allowed *= max(1.0, float(wanted.abs().max()))
+
+    def off(value: torch.Tensor) -> float:
+        return float((actual - value).abs().max().nan_to_num(nan=math.inf))
+
+    found = Finding(off(wanted), allowed)
+    if found.error <= allowed:
+        return
+    looks = {
+        "the lse is in base 2; it should be the natural logarithm": wanted / math.log(2),
+        "the lse is in base 10; it should be the natural logarithm": wanted / math.log(10),
+        "the lse has the wrong sign": -wanted,
+    }
+    if step.sinks is not None:
+        sinks = step.sinks.double().cpu().expand(expected.shape)[~blind]
+        looks["the lse has the sinks in it; it should leave them out"] = wanted.logaddexp(sinks)
+    for sentence, value in looks.items():
+        if off(value) <= 2 * allowed:
+            raise Wrong(sentence, found)
+    raise Wrong(f"the lse is off by {found.error:.3g}; {allowed:.3g} is allowed", found)
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """A mistake that a backend may have made: what it is, and what of the oracle it changes."""
+
+    sentence: str
+    changes: dict[str, Any]
+
+    def output(self, step: Step) -> torch.Tensor:
+        return step.expected(**self.changes)[0]
+
+
+def _suspects(step: Step) -> Iterator[_Suspect]:
+    """The mistakes that would show in this step, the likeliest first."""
+    spec = step.spec
+
+    def dropped(asked: str, what: str, **changes: Any) -> _Suspect:
+        return _Suspect(
+            f"asked for {asked}, and the output is that of no {what}: it is dropped", changes
+        )
+
+    if spec.logits_soft_cap:
+        yield dropped(f"logits_soft_cap={spec.logits_soft_cap:g}", "soft cap", cap=None)
+    if spec.alibi:
+        yield dropped("alibi", "slopes", slopes=None)
+    if spec.sinks:
+        yield dropped("sinks", "sinks", sinks=None)
+    if spec.sliding_window:
+        yield dropped(f"sliding_window={spec.sliding_window}", "window", window=None)
+        for other in (spec.sliding_window + 1, spec.sliding_window - 1):
+            yield _Suspect(
+                f"asked for sliding_window={spec.sliding_window}, and the output is that of "
+                f"{other}: the window is off by one",
+                {"window": other},
+            )
+    if step.masks is not None:
+        yield dropped("custom_mask", "mask", mask=None)
+    if step.case.ranges:
+        yield dropped("bidirectional_ranges", "ranges", ranges=())
+    yield _Suspect(
+        f"asked for causal={spec.causal}, and the output is that of causal={not spec.causal}",
+        {"causal": not spec.causal},
+    )
+    for index, (name, scale) in enumerate(
+        (("k_scale", step.layer._k_scale), ("v_scale", step.layer._v_scale))
+    ):
+        scales = scale[:, None].double().cpu() if scale.dim() else scale.double().cpu()
+        if bool((scales != 1).any()):
+            kind = ("keys", "values")[index]
+            unscaled = [each / scales for each in getattr(step, kind)]
+            yield _Suspect(
+                f"the cache's {kind} have a {name}, and the output is that of a scale of 1: it is "
+                "ignored",
+                {kind: unscaled},
+            )
+    default = spec.head_size**-0.5
+    if step.scale != default:
+        yield _Suspect(
+            f"asked for scale={step.scale:.3g}, and the output is that of head_size ** -0.5",
+            {"scale": default},
+        )

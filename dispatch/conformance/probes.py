@@ -1,0 +1,351 @@
+"""What to try of a backend: values of every field of the request, and which of them it declares.
+
+The tables here are all that decides what is tried. A value that the backend's capabilities accept
+is a claim to be tested; one that they refuse is a refusal to be tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.capability import (
+    ByDevice,
+    Capabilities,
+    Constraint,
+    EitherOf,
+    MultipleOf,
+    OneOf,
+    Range,
+    Reason,
+    compare,
+)
+from attn_dispatch.conformance.steps import FP8, INT8, Case
+from attn_dispatch.device import DeviceProfile
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface import AttentionBackend, AttentionType
+from attn_dispatch.spec import OUTPUT_QUANTS, AttentionSpec, plain_value
+
+__all__ = [
+    "VALUES",
+    "WITHOUT_PROBES",
+    "Probe",
+    "base_spec",
+    "case_for",
+    "covering",
+    "is_request",
+    "probes_for",
+    "refusals",
+    "unprobed_fields",
+]
+
+#: What is tried of each field, besides what a backend declares by name; the first that it accepts
+#: is the one that pairs are made of.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "dtype": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    "num_heads": (12,),
+    "num_kv_heads": (1, 4),
+    "head_size": (64, 8, 16, 40, 80, 96, 128, 192, 256),
+    "head_size_v": (8, 64, 128),
+    "kv_cache_dtype": ("fp8_e4m3", INT8, "fp8", *FP8[1:], "float32", "float16", "bfloat16"),
+    "kv_scales": ("per_head",),
+    "block_size": (None, 1, 4, 16, 32, 64, 256),
+    "kv_cache_layout": ("HND", "NHD"),
+    "attn_type": tuple(AttentionType),
+    "causal": (False, True),
+    "sliding_window": (5, 1, 10_000),
+    "logits_soft_cap": (1.5, 50.0),
+    "alibi": (True,),
+    "sinks": (True,),
+    "kv_sharing": (True,),
+    "custom_mask": (True,),
+    "bidirectional_ranges": (True,),
+    "returns_lse": (True,),
+    "output_quant": OUTPUT_QUANTS,
+    "batch_invariant": (True,),
+    "cuda_graph": (True,),
+}
+
+#: Fields of which nothing is tried, and why.
+WITHOUT_PROBES = {
+    "mla": "the interface leaves the constructor of a latent attention's impl to each backend"
+}
+
+#: So many values of a field take part in pairs, if not one; the dtypes take turns instead.
+_IN_PAIRS = {"dtype": 0, "kv_cache_dtype": 2, "attn_type": 4, "head_size_v": 1}
+#: Features that are tried together at most: of more, one would hide what another does.
+_TOGETHER = 7
+
+#: Larger sizes that a declaration names cost memory and show nothing more.
+_LARGEST = {"num_heads": 128, "num_kv_heads": 64, "head_size": 576, "head_size_v": 576}
+_LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20}
+
+#: The plain layer that everything is tried on: the first of these that the backend accepts. The
+#: dtypes go from the most precise, in which a small error shows, to the least.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "dtype": VALUES["dtype"],
+    "attn_type": tuple(AttentionType),
+    "causal": (True, False),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", *FP8, INT8),
+    "block_size": (16, 32, 64, 128, 256, 1, None),
+    "head_size": (32, 64, 128, 16, 96, 256, 80, 48),
+}
+_HEADS = ((4, 2), (4, 1), (4, 4), (8, 1), (16, 1), (32, 8), (32, 1))
+#: So many plain layers are tried: heads and sizes first, then what comes before them above.
+_PLAIN_TRIED = 20_000
+
+#: Where else a value is tried that the plain layer does not go together with.
+_ELSEWHERE: tuple[dict[str, Any], ...] = (
+    {"head_size": 128},
+    {"block_size": 256},
+    {"block_size": None},
+    {"dtype": torch.bfloat16},
+    {"causal": False},
+)
+
+_ANY_LAYER = AttentionSpec(
+    num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
+)
+
+#: A decode, a prompt, drafts to verify, nothing, a chunk, a decode: in no order of phases.
+_QUERY_LENS, _SEQ_LENS = (1, 24, 3, 0, 18, 1), (39, 24, 21, 0, 50, 4)
+_RANGES = ((1, 3, 17), (1, 19, 24), (4, 30, 47), (2, 15, 21), (0, 2, 39))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A value of a field, and what else of the request it needs to mean anything.
+
+    Attributes:
+        field: what it is about.
+        fields: what of the plain layer is changed.
+        reasons: why the backend refuses it; empty if it is declared.
+    """
+
+    field: str
+    fields: Mapping[str, Any]
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def value(self) -> Any:
+        """The value of the field."""
+        return self.fields[self.field]
+
+    @property
+    def name(self) -> str:
+        """`sliding_window=5`, or the field alone if it is a switch."""
+        return self.field if self.value is True else f"{self.field}={plain_value(self.value)}"
+
+
+def refusals(
+    cls: type[AttentionBackend], spec: AttentionSpec, profile: DeviceProfile
+) -> list[Reason]:
+    """Every reason for which the backend refuses a request, field by field or as a whole."""
+    reasons = compare(spec, cls.capabilities, profile)
+    return reasons or list(cls.check_combination(spec, profile))
+
+
+def is_request(spec: AttentionSpec) -> bool:
+    """Whether the fields mean something together: no scales without an fp8 cache, and the like."""
+    has_cache = spec.block_size is not None
+    is_cross = spec.attn_type is AttentionType.ENCODER_DECODER
+    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing)
+    return (
+        (has_cache or not any((*of_cache, spec.cuda_graph)))
+        and (has_cache or not is_cross)
+        and (not has_cache or AttentionType(spec.attn_type).has_kv_cache)
+        and (spec.kv_scales == "per_tensor" or spec.kv_cache_dtype.startswith("fp8"))
+        and not (is_cross and (spec.kv_sharing or spec.bidirectional_ranges))
+        # Without causality or a window there is nothing that ranges could widen.
+        and not (spec.bidirectional_ranges and not spec.causal and spec.sliding_window is None)
+    )
+
+
+def _changed(spec: AttentionSpec, fields: Mapping[str, Any]) -> AttentionSpec | None:
+    """The request with these changes, or None if they make none."""
+    try:
+        changed = spec.replace(**fields)
+    except InvalidInputError:
+        return None
+    return changed if is_request(changed) else None
+
+
+def _named(constraint: Constraint | None, profile: DeviceProfile) -> Iterator[Any]:
+    """Values that a declaration names: those of a set, the ends of a range."""
+    if isinstance(constraint, ByDevice):
+        chosen = (c for match, c in constraint.cases if match.admits(profile))
+        yield from _named(next(chosen, constraint.otherwise), profile)
+    elif isinstance(constraint, EitherOf):
+        for option in constraint.options:
+            yield from _named(option, profile)
+    elif isinstance(constraint, OneOf):
+        yield from constraint.values
+    elif isinstance(constraint, MultipleOf):
+        yield from (constraint.factor, constraint.largest or 2 * constraint.factor)
+    elif isinstance(constraint, Range):
+        yield from (constraint.smallest, constraint.largest)
+
+
+def _values(field: str, capabilities: Capabilities, profile: DeviceProfile) -> list[Any]:
+    limit = _LARGEST.get(field)
+    named = _named(capabilities.fields.get(field), profile)
+    values = [*VALUES[field], *named]
+    return list(dict.fromkeys(v for v in values if limit is None or v is None or v <= limit))
+
+
+def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionSpec:
+    """A plain layer that the backend accepts on this device.
+
+    Raises:
+        InvalidInputError: it accepts none that is tried; it says why not.
+    """
+    fields = cls.capabilities.fields
+    if "mla" in fields and not fields["mla"].admits(None, _ANY_LAYER, profile):
+        raise InvalidInputError(
+            f"{cls.get_name()} computes multi-head latent attention alone, which this suite leaves "
+            f"out: {WITHOUT_PROBES['mla']}. Test it against the float64 oracle by hand."
+        )
+    options: dict[str, list[Any]] = {}
+    for name, values in _PLAIN.items():
+        constraint = fields.get(name)
+        admitted = [
+            value
+            for value in (*values, *_named(constraint, profile))
+            if constraint is None or constraint.admits(value, _ANY_LAYER, profile)
+        ]
+        options[name] = list(dict.fromkeys(admitted or values))[: 1 if constraint is None else 8]
+    heads = itertools.product(
+        *(_named(fields.get(n), profile) for n in ("num_heads", "num_kv_heads"))
+    )
+    options["heads"] = [*_HEADS, *heads]
+    options["head_size_v"] = [None, *_named(fields.get("head_size_v"), profile)][:4]
+    for choice in itertools.islice(itertools.product(*options.values()), _PLAIN_TRIED):
+        chosen = dict(zip(options, choice, strict=True))
+        num_heads, num_kv_heads = chosen.pop("heads")
+        spec = _changed(
+            _ANY_LAYER, {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **chosen}
+        )
+        if spec is not None and not refusals(cls, spec, profile):
+            return spec
+    reasons = "; ".join(map(str, refusals(cls, _ANY_LAYER, profile)))
+    raise InvalidInputError(
+        f"{cls.get_name()} accepts no plain layer on {profile.name} ({profile.arch}) that could be "
+        f"tried. Of {_ANY_LAYER} it says: {reasons}."
+    )
+
+
+def _companions(field: str, value: Any) -> list[dict[str, Any]]:
+    """What else a value may need; the first that the backend accepts with it counts."""
+    if field == "kv_scales":
+        return [{"kv_cache_dtype": name} for name in ("fp8_e4m3", "fp8", *FP8[1:])]
+    if field == "attn_type":
+        has_cache = AttentionType(value).has_kv_cache
+        no_cache = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
+        return [{"causal": None, **({} if has_cache else no_cache)}]
+    if value == "fp8_e4m3_group128":
+        return [{}, {"head_size_v": 128}, {"head_size": 128, "head_size_v": None}]
+    return [{}]
+
+
+def probes_for(
+    cls: type[AttentionBackend], base: AttentionSpec, profile: DeviceProfile
+) -> list[Probe]:
+    """Every value of every field that makes a request other than the plain one."""
+
+    def probe(field: str, fields: dict[str, Any]) -> Probe | None:
+        spec = _changed(base, fields)
+        if spec is None or getattr(spec, field) == getattr(base, field):
+            return None
+        return Probe(field=field, fields=fields, reasons=tuple(refusals(cls, spec, profile)))
+
+    found = []
+    for field in VALUES:
+        for value in _values(field, cls.capabilities, profile):
+            forms = [{field: value, **companions} for companions in _companions(field, value)]
+            forms += [{**other, **forms[0]} for other in _ELSEWHERE if field not in other]
+            tried = [one for one in (probe(field, fields) for fields in forms) if one is not None]
+            accepted = [one for one in tried if not one.reasons]
+            found += (accepted or tried)[:1]
+    return found
+
+
+def covering(
+    cls: type[AttentionBackend],
+    base: AttentionSpec,
+    probes: list[Probe],
+    profile: DeviceProfile,
+) -> list[tuple[Probe, ...]]:
+    """Sets of probes that the backend accepts together, and that among them hold every pair.
+
+    Greedy: each set begins with a pair that none has held yet, and takes what adds the most.
+    """
+    chosen: list[Probe] = []
+    for field in VALUES:
+        of_field = [p for p in probes if p.field == field and not p.reasons]
+        chosen += of_field[: _IN_PAIRS.get(field, 1)]
+
+    def together(row: tuple[Probe, ...]) -> bool:
+        keys = [key for probe in row for key in probe.fields]
+        spec = _changed(base, {k: v for probe in row for k, v in probe.fields.items()})
+        return len(set(keys)) == len(keys) and spec is not None and not refusals(cls, spec, profile)
+
+    pairs = (pair for pair in itertools.combinations(range(len(chosen)), 2))
+    left = dict.fromkeys(pair for pair in pairs if together((chosen[pair[0]], chosen[pair[1]])))
+    allowed, rows = set(left), []
+    while left:
+        row = list(next(iter(left)))
+        while len(row) < _TOGETHER:
+            gains = {
+                new: sum(tuple(sorted((new, old))) in left for old in row)
+                for new in range(len(chosen))
+                if new not in row
+                and all(tuple(sorted((new, old))) in allowed for old in row)
+                and together(tuple(chosen[i] for i in (*row, new)))
+            }
+            best = max(gains, key=lambda new: gains[new], default=None)
+            if best is None or not gains[best]:
+                break
+            row.append(best)
+        for pair in itertools.combinations(sorted(row), 2):
+            left.pop(pair, None)
+        rows.append(tuple(chosen[i] for i in sorted(row)))
+    return rows
+
+
+def case_for(spec: AttentionSpec, **changes: Any) -> Case:
+    """A step for a layer: requests of every kind, or what `changes` of Case says.
+
+    A request that is longer than the layer's window, and one of more than a block, are added
+    where those above are too short.
+    """
+    query_lens: tuple[int, ...] = changes.pop("query_lens", _QUERY_LENS)
+    seq_lens: tuple[int, ...] = changes.pop("seq_lens", _SEQ_LENS)
+    is_mixed = query_lens == _QUERY_LENS
+    window = spec.sliding_window or 0
+    longest = max(window if window < 4096 else 0, spec.block_size or 0)
+    if is_mixed and longest >= 24:
+        query_lens, seq_lens = (*query_lens, 1, 7), (*seq_lens, longest + 9, longest + 20)
+    ranges = _RANGES if spec.bidirectional_ranges and is_mixed else ()
+    new_lens = changes.pop("new_lens", None)
+    if new_lens is None and spec.block_size is None:
+        new_lens = seq_lens
+    elif new_lens is None and spec.attn_type is AttentionType.ENCODER_DECODER:
+        # Some bring the encoder's keys; of the others the cache has them.
+        new_lens = tuple(n if i % 3 else 0 for i, n in enumerate(seq_lens))
+    return Case(
+        spec=spec,
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        new_lens=new_lens,
+        **{"ranges": ranges, **changes},
+    )
+
+
+def unprobed_fields() -> set[str]:
+    """Fields of the spec that no table here speaks of; a test keeps this empty."""
+    return {field.name for field in dataclasses.fields(AttentionSpec)} - {*VALUES, *WITHOUT_PROBES}

@@ -1,0 +1,325 @@
+"""Measuring: the grid, its cases, and a table that is filled and kept point by point."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
+from attn_dispatch.bench.runner import Bench, CaseResult, Contestant, Row, Split, verdicts_of
+from attn_dispatch.bench.timing import Clock, clock_for
+from attn_dispatch.device import detect_device
+from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
+from attn_dispatch.platforms import LAST_RESORT
+from attn_dispatch.registry import registry
+from attn_dispatch.selector import phases_of, select
+from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.tuning.choose import Comparison, compare_points
+from attn_dispatch.tuning.reader import read_table
+from attn_dispatch.tuning.store import conflict_with, machine_of, write_table
+from attn_dispatch.tuning.table import (
+    LAYER_FIELDS,
+    LayerKey,
+    LayerTimes,
+    Point,
+    Step,
+    Table,
+    layer_key,
+    totals_of,
+)
+
+__all__ = ["Grid", "Measured", "Task", "Tuner", "cases_of", "place_of"]
+
+#: New tokens of a request that verifies drafts; of a chunk of a prompt; of a mixed step.
+_DRAFTS, _CHUNK, _MIXED = 4, 1024, 2048
+
+#: What a point takes at most: new tokens, and keys, of all requests.
+_MAX_TOKENS, _MAX_KEYS = 1 << 16, 1 << 22
+
+#: Seconds to time each candidate at a point.
+_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The batches to measure: every step, with every number of requests, with every length.
+
+    A power of four apart, so that each bucket of the table has a measured one beside it.
+    """
+
+    steps: tuple[Step, ...] = tuple(Step)
+    requests: tuple[int, ...] = (1, 4, 16, 64, 256)
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
+
+
+def _decode(requests: int, length: int, new: int = 1) -> Iterator[tuple[list[int], list[int]]]:
+    if length > new:
+        yield [new] * requests, [length] * requests
+
+
+def _verify(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    yield from _decode(requests, length, _DRAFTS)
+
+
+def _prefill(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    if length > DECODE_QUERY_LEN:  # else the benchmark takes it for decode
+        yield [length] * requests, [length] * requests
+    if length > _CHUNK:
+        yield [_CHUNK] * requests, [length] * requests
+
+
+def _mixed(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """One prompt beside decodes, as many tokens as an engine takes into a step."""
+    prompt = min(length, _MIXED) - (requests - 1)
+    if requests > 1 and prompt > DECODE_QUERY_LEN:
+        yield [1] * (requests - 1) + [prompt], [length] * (requests - 1) + [prompt]
+
+
+#: Step -> (query_lens, seq_lens) of its batches for a number of requests and a length.
+_BATCHES = {
+    Step.DECODE: _decode,
+    Step.PREFILL: _prefill,
+    Step.VERIFY: _verify,
+    Step.MIXED: _mixed,
+}
+
+
+def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
+    """The points of a grid for one layer, as cases; steps take turns.
+
+    Args:
+        name: of the layer.
+        spec: the layer; `layer_key` must know it.
+        grid: what to measure.
+    """
+    fields = dict(zip(LAYER_FIELDS, layer_key(spec) or (), strict=True))
+    fields = {key: value for key, value in fields.items() if value is not None}
+    by_step = []
+    for step, batches in _BATCHES.items():
+        if step not in grid.steps:
+            continue
+        made = []
+        for requests, length in itertools.product(grid.requests, grid.lengths):
+            for queries, keys in batches(requests, length):
+                if sum(queries) > _MAX_TOKENS or sum(keys) > _MAX_KEYS:
+                    continue
+                told = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
+                case = Case(
+                    name=f"{name}/{step}/{told}",
+                    query_lens=tuple(queries),
+                    seq_lens=tuple(keys),
+                    **fields,
+                )
+                if case.has_kv_cache or not case.has_past:
+                    made.append(case)
+        by_step.append(made)
+    rounds = itertools.zip_longest(*by_step)
+    return [case for each in rounds for case in each if case is not None]
+
+
+def place_of(case: Case) -> tuple[Step, int, int, int]:
+    """Where a case is in the grid: (step, requests, new tokens, keys)."""
+    longest = max(case.query_lens) if case.kind == "decode" else 1
+    batch = AttentionBatch.create(case.query_lens, case.seq_lens, max_decode_query_len=longest)
+    totals = totals_of(batch)
+    assert totals is not None  # a case has a request
+    return totals
+
+
+@dataclass(frozen=True)
+class Task:
+    """One point to measure: a case, its place, and who takes part."""
+
+    case: Case
+    key: LayerKey
+    place: tuple[Step, int, int, int]
+    names: tuple[str, ...]
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Everything that is timed: in a mixed step also who could split it."""
+        if self.place[0] is not Step.MIXED:
+            return self.names
+        return self.names + tuple("+".join(pair) for pair in itertools.permutations(self.names, 2))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a task: a point, or the reason why there is none; and who failed."""
+
+    task: Task
+    point: Point | None
+    skipped: str = ""
+    problems: tuple[Row, ...] = ()
+
+
+@dataclass
+class Tuner:
+    """Fills a table, one point after another; each is kept in the file as soon as it is there.
+
+    Args:
+        device: where.
+        path: the file; what it has already is kept, and not measured again.
+        backends: who takes part; None for all who compute the layer, but for the references.
+        fresh: begin anew, whatever the file has.
+        clock: of the device; made if None.
+        rounds: so many calls of each at a point, instead of a tenth of a second.
+
+    Raises:
+        UnknownBackendError: a backend is not registered.
+        InvalidInputError: the file is no table, or one of another device or other versions.
+    """
+
+    device: torch.device
+    path: Path
+    backends: Sequence[str] | None = None
+    fresh: bool = False
+    clock: Clock | None = None
+    rounds: int | None = None
+    _points: dict[LayerKey, dict[tuple[Any, ...], Point]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.backends or ()) - registry.names())
+        if unknown:
+            raise UnknownBackendError(
+                f"There is no backend {unknown[0]!r}. Registered are: "
+                f"{', '.join(sorted(registry.names()))}."
+            )
+        self.machine = machine_of(detect_device(self.device))
+        if self.fresh or not self.path.exists():
+            return
+        table = read_table(self.path)
+        problem = conflict_with(table, self.machine)
+        if problem:
+            raise InvalidInputError(
+                f"{self.path} cannot be gone on with: {problem}. Name another file, or begin anew "
+                "by --fresh."
+            )
+        self._points = {
+            key: {point.place: point for point in times.points}
+            for key, times in table.layers.items()
+        }
+
+    def tasks(self, cases: Sequence[Case]) -> tuple[list[Task], list[str]]:
+        """What is left to do for these cases, and what nothing can be done for, as sentences."""
+        found, told = [], {}
+        for case in cases:
+            key = layer_key(case.spec())
+            verdicts = verdicts_of(case, self.device).values()
+            names = tuple(v.name for v in verdicts if v.supported and self._takes_part(v.name))
+            assert key is not None  # a case has no other fields
+            if len(names) < 2:
+                able = f"{names[0]} alone" if names else "none of those that may take part"
+                told[key] = f"Nothing to compare for {case.spec()}: {able} computes it here."
+                continue
+            task = Task(case, key, place_of(case), names)
+            known = self._points.get(key, {}).get(task.place)
+            if known is None or not {*known.times_us, *known.failed} >= set(task.entries):
+                found.append(task)
+        return found, list(told.values())
+
+    def _takes_part(self, name: str) -> bool:
+        return name not in LAST_RESORT if self.backends is None else name in self.backends
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+        """Measure, and keep; stop whenever you like.
+
+        Raises:
+            InvalidInputError: the file cannot be written.
+        """
+        clock = self.clock or clock_for(self.device)
+        for task in tasks:
+            yield self._measure(task, clock)
+
+    def _measure(self, task: Task, clock: Clock) -> Measured:
+        splits: list[Contestant] = [
+            Split(*entry.split("+")) for entry in task.entries if "+" in entry
+        ]
+        bench = Bench(
+            self.device,
+            backends=task.names,
+            peers=splits,
+            clock=clock,
+            budget_s=_SECONDS,
+            rounds=self.rounds,
+        )
+        (result,) = bench.run([task.case])
+        if result.skipped:
+            return Measured(task, None, result.skipped)
+        point = _point_of(task, result)
+        problems = tuple(row for row in result.failed if row.name in task.entries)
+        if not point.times_us:  # a device that is gone, say: to be tried again
+            return Measured(task, None, "nobody has a result", problems)
+        self._points.setdefault(task.key, {})[task.place] = point
+        write_table(self.table(), self.path)
+        return Measured(task, point, "", problems)
+
+    def table(self) -> Table:
+        """What there is so far."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        layers: Mapping[LayerKey, LayerTimes] = {
+            key: LayerTimes(tuple(points.values()), str(self.path), self.machine.device, now)
+            for key, points in self._points.items()
+        }
+        return Table(self.machine, now, layers, str(self.path))
+
+
+def _point_of(task: Task, result: CaseResult) -> Point:
+    """Only what was held against the oracle, before and after it was timed, has a time."""
+    timed = {
+        row.name: row for row in result.rows if row.timing is not None and row.name in task.entries
+    }
+    return Point(
+        *task.place,
+        times_us={n: _rounded(r.timing.median_us) for n, r in timed.items() if r.timing},
+        host_us={n: _rounded(r.host_us) for n, r in timed.items() if r.host_us is not None},
+        failed=tuple(name for name in task.entries if name not in timed),
+    )
+
+
+def _rounded(us: float) -> float:
+    """To five digits, which is more than is true of it."""
+    return float(f"{us:.5g}")
+
+
+def chosen_in(
+    table: Table, device: torch.device
+) -> Iterator[tuple[AttentionSpec, tuple[Comparison, ...]]]:
+    """Each layer of a table, and who is chosen at its points.
+
+    By this table alone, no override being in force. Layers that nothing computes here are left
+    out, and so are fields that no request has.
+    """
+    profile = detect_device(device)
+    for key, times in table.layers.items():
+        try:
+            spec = _spec_of(key)
+            selections = {
+                phase: select(spec, profile, phase=phase, tables=(table,))
+                for phase in phases_of(spec)
+            }
+        except (InvalidInputError, UnsupportedError):
+            continue
+        sides = {
+            phase: selection.report.measured.side
+            for phase, selection in selections.items()
+            if selection.report.measured is not None
+        }
+        yield spec, compare_points(times, sides, captured=False)
+
+
+_DTYPES = {str(each).removeprefix("torch."): each for each in (
+    torch.bfloat16, torch.float16, torch.float32, torch.float64
+)}  # fmt: skip
+
+
+def _spec_of(key: LayerKey) -> AttentionSpec:
+    fields = dict(zip(LAYER_FIELDS, key, strict=True))
+    return AttentionSpec(**fields | {"dtype": _DTYPES.get(fields["dtype"])})

@@ -1,0 +1,241 @@
+"""Where tables are, and which of them count here: those of this device and these versions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import uuid
+import warnings
+from pathlib import Path
+
+from attn_dispatch import __version__, environment
+from attn_dispatch.device import DeviceProfile
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.tuning.reader import parse_text, read_table
+from attn_dispatch.tuning.table import Machine, Table
+
+__all__ = [
+    "TuningWarning",
+    "cache_folder",
+    "conflict_with",
+    "driver_version",
+    "forget_tables",
+    "machine_of",
+    "shipped_path",
+    "table_path",
+    "tables_for",
+    "write_table",
+]
+
+_SHIPPED = Path(__file__).with_name("tables")
+
+#: A library that computes no attention here; which version of it is installed changes no time.
+_WITHOUT_EFFECT = {"transformers"}
+
+#: Of the digest in a file's name.
+_DIGITS = 12
+
+#: Where the kernel's drivers tell their version, by vendor.
+_DRIVER_FILES = {"nvidia": "/proc/driver/nvidia/version", "amd": "/sys/module/amdgpu/version"}
+
+
+class TuningWarning(UserWarning):
+    """A table of times was set aside; selection goes on without it."""
+
+
+def driver_version(vendor: str) -> str | None:
+    """The version of the kernel's driver, where the system tells it."""
+    try:
+        text = Path(_DRIVER_FILES[vendor]).read_text(encoding="utf-8", errors="replace")
+    except (KeyError, OSError):
+        return None
+    found = re.search(r"\b\d+(\.\d+)+\b", text)
+    return found[0] if found else None
+
+
+def machine_of(device: DeviceProfile) -> Machine:
+    """What times that are measured here and now depend on."""
+    versions = {
+        library.name: library.version
+        for library in device.libraries
+        if library.version is not None and library.name not in _WITHOUT_EFFECT
+    } | {"attn_dispatch": __version__}
+    if device.vendor == "cpu":  # its profile says no more than that it is one
+        versions["cpu"] = f"{_cpu_model()}, {os.cpu_count()} processors"
+    pairs = tuple(sorted(versions.items()))
+    return Machine(device.name, device.arch, driver_version(device.vendor), pairs)
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine()
+    found = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def cache_folder() -> Path:
+    """The folder for what is measured on this machine."""
+    given = environment.cache_folder()
+    if given:
+        return Path(given)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
+
+
+def _stem(machine: Machine) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-") or "device"
+
+
+def table_path(machine: Machine) -> Path:
+    """The file in the cache for what is measured on such a machine."""
+    text = json.dumps(machine.asdict(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    return cache_folder() / "tuning" / f"{_stem(machine)}-{digest}.json"
+
+
+def shipped_path(machine: Machine) -> Path:
+    """The file that the package brings for a device, if it brings one."""
+    return _SHIPPED / f"{_stem(machine)}.json"
+
+
+def conflict_with(table: Table, machine: Machine, *, shipped: bool = False) -> str:
+    """Why a table does not hold on a machine, or "".
+
+    A table of this machine holds for exactly its versions and its driver. A shipped one holds for
+    the same minor release of every library that is there, whatever the driver.
+    """
+    own = table.machine
+    if (own.device, own.arch) != (machine.device, machine.arch):
+        return f"it is of {own.device} ({own.arch}), and this is {machine.device} ({machine.arch})"
+    then, now = dict(own.versions), dict(machine.versions)
+    if shipped:
+        names = sorted((then.keys() & now.keys()) - {"attn_dispatch"})
+        then, now = ({name: _minor(each[name]) for name in names} for each in (then, now))
+        now = {n: then[n] if version == "unknown" else version for n, version in now.items()}
+    elif own.driver != machine.driver:
+        return f"it was measured with driver {own.driver}, and here is {machine.driver}"
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            here = f"here is {now[name]}" if name in now else "here is none"
+            return f"it was measured with {name} {then.get(name, 'missing')}, and {here}"
+    return ""
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.partition("+")[0].split(".")[:2])
+
+
+def tables_for(device: DeviceProfile) -> tuple[Table, ...]:
+    """The tables that count for a device here and now, the most telling first.
+
+    ATTN_DISPATCH_TUNING names the only one, or says `off`. Else it is what was measured on this
+    machine, and then what the package brings. Each file is read once in a process. One that is
+    corrupt, of another device or stale is set aside, with a TuningWarning.
+    """
+    setting = environment.tuning()
+    if setting.lower() == "off":
+        return ()
+    return _tables_for(device, setting, environment.cache_folder())
+
+
+@functools.lru_cache(maxsize=64)
+def _tables_for(device: DeviceProfile, named: str, _folder: str) -> tuple[Table, ...]:
+    """As above; `_folder` is what `cache_folder` goes by."""
+    machine = machine_of(device)
+    if named:
+        return _usable(Path(named), machine)
+    own, shipped = table_path(machine), shipped_path(machine)
+    found = _usable(own, machine) if _is_file(own) else ()
+    if not found:
+        _tell_of_stale(own, machine)
+    if _is_file(shipped):
+        found += _usable(shipped, machine, shipped=True)
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that one may not look into holds nothing
+        return False
+
+
+def _usable(path: Path, machine: Machine, *, shipped: bool = False) -> tuple[Table, ...]:
+    try:
+        table = read_table(path, f"shipped with attn-dispatch {__version__}" if shipped else None)
+    except InvalidInputError as error:
+        _warn(f"{error} It is set aside. {_REMEDY}")
+        return ()
+    problem = conflict_with(table, machine, shipped=shipped)
+    if problem and not shipped:  # that versions have moved on is no mistake of the user's
+        _warn(f"The table {path} does not hold here: {problem}. It is set aside. {_REMEDY}")
+    return () if problem else (table,)
+
+
+_REMEDY = "Measure anew by `attn-dispatch tune`, or set ATTN_DISPATCH_TUNING=off."
+
+
+def _tell_of_stale(own: Path, machine: Machine) -> None:
+    """Say so if this device was measured once, but not as it is now."""
+    if dict(machine.versions).get("torch", "unknown") == "unknown":
+        return  # a device that is described, and not here
+    others = sorted(own.parent.glob(f"{_stem(machine)}-{'[0-9a-f]' * _DIGITS}.json"))
+    if others and own not in others:
+        _usable(others[0], machine)
+
+
+_warned: set[str] = set()
+
+
+def _warn(text: str) -> None:
+    """Each warning is given once in a process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, TuningWarning, stacklevel=2)
+
+
+def forget_tables() -> None:
+    """Read the files again when they are asked about next: one was written."""
+    _tables_for.cache_clear()
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Write a table so that a reader finds the old file or the new one, and never a part.
+
+    Raises:
+        InvalidInputError: the file cannot be written, or nobody could read it: it is too large.
+    """
+    text = _text_of(table)
+    parse_text(text.encode(), str(path))
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be written: {error}.") from error
+
+
+def _text_of(table: Table) -> str:
+    """JSON with a point on a line: that is what a person compares."""
+    data = table.asdict()
+    layers = data.pop("layers")
+    head = json.dumps(data, indent=1, allow_nan=False).removesuffix("\n}")
+    texts = []
+    for layer in layers:
+        points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
+        texts.append(f'{{"layer": {json.dumps(layer["layer"])},\n "points": [\n  {points}]}}')
+    return f'{head},\n "layers": [{", ".join(texts)}]\n}}\n'
