@@ -7,6 +7,7 @@ request leaves it at the value under which the field changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -180,6 +181,8 @@ class Range(Constraint):
         return value is not None and self.smallest <= value <= self.largest
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+        if self.largest == math.inf:
+            return f"{self.smallest} or more"
         return f"{self.smallest} to {self.largest}"
 
 

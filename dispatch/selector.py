@@ -230,7 +230,8 @@ def resolve(
     if not isinstance(device, DeviceProfile):
         device = settle_device(device)
     generations = (registry.generation, libraries.generation(), fallback.generation())
-    tuning = (environment.tuning(), environment.cache_folder())
+    named = environment.tuning()
+    tuning = (named, "" if named else environment.cache_folder())
     key = (spec, device, phase, backend, overrides.current_texts(), tuning, generations)
     selection = _decided.get(key)
     if selection is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -189,6 +190,7 @@ CONSTRAINTS = [
     (MultipleOf(16), [16, 48, 4096], [8, 33, None], "multiples of 16"),
     (MultipleOf(8, 256), [8, 256], [264, 12, None], "multiples of 8 up to 256"),
     (Range(32, 256), [32, 100, 256], [31, 257, None], "32 to 256"),
+    (Range(2, math.inf), [2, 10**9], [1, None], "2 or more"),
     (SameAs("head_size"), [64], [63, None], "the same as head_size"),
     (EitherOf(OneOf(None), MultipleOf(16)), [None, 32], [33], "None or multiples of 16"),
 ]
