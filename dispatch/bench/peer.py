@@ -1,0 +1,139 @@
+"""What the peers share: the interface of one, and the words that their functions have in common."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.inputs import Inputs
+
+__all__ = [
+    "Call",
+    "Peer",
+    "PeerMissing",
+    "first_of",
+    "lengths_of",
+    "only_known",
+    "refusal_of",
+    "window_of",
+]
+
+Call = Callable[[], torch.Tensor]
+
+
+class PeerMissing(Exception):
+    """The peer cannot be imported here; the message says what is missing."""
+
+
+class Peer(ABC):
+    """Another package's attention.
+
+    Attributes:
+        name: how it is listed.
+        provider: the module that it was found in, once loaded.
+        version: of its package, once loaded.
+    """
+
+    name: str
+    kind = "peer"
+
+    def __init__(self) -> None:
+        self.provider = self.version = ""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Import it.
+
+        Raises:
+            PeerMissing: it is not there, or broken.
+        """
+
+    @abstractmethod
+    def supports(self, case: Case) -> str | None:
+        """Why it does not compute the case, or None if it says that it does."""
+
+    def variants(self, case: Case) -> Sequence[str]:
+        """Ways to compute the case, of which the fastest is shown; "" where there is one."""
+        return ("",)
+
+    @abstractmethod
+    def prepare(self, inputs: Inputs, variant: str = "") -> Call:
+        """Do what an engine does once per batch; the call then returns the output."""
+
+    def _find(self, *names: str) -> Any:
+        """The first of some "module:attribute" that can be imported; sets provider and version."""
+        problems = []
+        for name in names:
+            module_name, _, attribute = name.partition(":")
+            try:
+                found = getattr(importlib.import_module(module_name), attribute)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a broken package raises anything at all
+                text = (str(error).splitlines() or [""])[0]
+                problems.append(f"{module_name}: {type(error).__name__}: {text}")
+                continue
+            self.provider = module_name
+            self.version = _version_of(module_name)
+            return found
+        raise PeerMissing("; ".join(problems))
+
+
+def _version_of(module_name: str) -> str:
+    top = module_name.split(".", maxsplit=1)[0]
+    try:
+        distributions = importlib.metadata.packages_distributions().get(top, [top])
+        return importlib.metadata.version(distributions[0])
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(importlib.import_module(top), "__version__", "unknown"))
+
+
+def refusal_of(case: Case, *computes: str) -> str | None:
+    """The first feature of the case that is not among those that a peer computes."""
+    asked = {
+        "alibi": case.alibi,
+        "sinks": case.sinks,
+        "logits_soft_cap": case.logits_soft_cap is not None,
+        "sliding_window": case.sliding_window is not None,
+        "a cache of eight bits": case.is_quantized,
+        "no causality over a cache": case.has_kv_cache and not case.causal,
+        "float32": case.dtype == "float32",
+    }
+    missing = [name for name, is_asked in asked.items() if is_asked and name not in computes]
+    return f"it does not compute {missing[0]}" if missing else None
+
+
+def window_of(case: Case) -> tuple[int, int]:
+    """(left, right): how many keys a query sees beside its own, −1 for all."""
+    left = -1 if case.sliding_window is None else case.sliding_window - 1
+    return left, 0 if case.causal and left >= 0 else left
+
+
+def only_known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes: releases differ in those that do not change numbers."""
+    known = inspect.signature(function).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def first_of(result: Any) -> torch.Tensor:
+    """The output of a function that returns it alone or with its log-sum-exp."""
+    output: torch.Tensor = result[0] if isinstance(result, (tuple, list)) else result
+    return output
+
+
+def lengths_of(inputs: Inputs) -> dict[str, Any]:
+    """What FlashAttention calls the batch's lengths."""
+    return {
+        "cu_seqlens_q": inputs.query_start_loc,
+        "max_seqlen_q": max(inputs.case.query_lens),
+        "max_seqlen_k": max(inputs.case.seq_lens),
+    }
