@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import flashinfer_standin as standin
 import pytest
 import torch
+import vendor_steps
 from hypothesis import given
 from hypothesis import strategies as st
-from steps import MEMORY, Case, Step, layer_spec
+from steps import MEMORY, Case, Step
+from vendor_steps import BRAIN, HALF, spec_of
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -34,7 +36,6 @@ from attn_dispatch.interface import AttentionImpl, AttentionType, Phase
 from attn_dispatch.libraries import Library
 from attn_dispatch.routing import RoutedBuilder, RoutedImpl
 
-HALF, BRAIN = torch.float16, torch.bfloat16
 GPU = KNOWN_DEVICES["sm90"].with_libraries(
     Library("flashinfer", version="0.7.2.post1"), Library("triton", version="3.6.0")
 )
@@ -57,29 +58,16 @@ def installed(monkeypatch, request):
             monkeypatch.setattr(FlashInferImpl, "write_kv", AttentionImpl.write_kv)
 
 
-def spec_of(**fields):
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "dtype": HALF, "block_size": 4}
-    return layer_spec(**(sizes | fields))
-
-
 def step_of(fields=(), batch=MIXED, device="cpu", **case):
-    return Step(Case(spec=spec_of(**dict(fields)), **(batch | case)), device)
+    return vendor_steps.step_of(fields, batch, device, **case)
 
 
 def run(step, **more):
-    """(output, lse or None) of the batch's tokens, over a copy of the cache."""
-    found = step.forward(FlashInferBackend, step.kv_cache.clone(), **more)
-    return found if step.spec.returns_lse else (found, None)
+    return vendor_steps.run(FlashInferBackend, step, **more)
 
 
 def check(step, found=None, expected=None):
-    output, lse = found or run(step)
-    wanted, wanted_lse = expected or step.expected()
-    step.check(output, wanted)
-    if lse is not None:
-        assert lse.dtype == torch.float32
-        found_lse = lse[: len(wanted_lse)].cpu()
-        torch.testing.assert_close(found_lse, wanted_lse.float(), rtol=2e-3, atol=2e-3)
+    vendor_steps.check(step, found or run(step), expected)
 
 
 # What it computes.

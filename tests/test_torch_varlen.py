@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import vendor_steps
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
-from steps import MEMORY, Case, Step, layer_spec
+from steps import MEMORY, Case, Step
 from torch.nn.attention import varlen
+from vendor_steps import BRAIN, HALF, spec_of
 
 from attn_dispatch import libraries
 from attn_dispatch.backends.cuda import torch_varlen
@@ -31,7 +33,6 @@ from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface import AttentionType
 from attn_dispatch.libraries import Library
 
-HALF, BRAIN = torch.float16, torch.bfloat16
 GPU = KNOWN_DEVICES["sm90"].with_libraries(Library("torch", version="2.13.0"))
 #: Some with a past, and one that pads the batch.
 MIXED = {"query_lens": (1, 5, 1, 7, 3), "seq_lens": (19, 5, 0, 23, 9)}
@@ -170,30 +171,16 @@ def install(monkeypatch, version):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
 
 
-def spec_of(**fields):
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "dtype": HALF, "block_size": 4}
-    return layer_spec(**(sizes | fields))
-
-
 def step_of(fields=(), batch=MIXED, device="cpu", **case):
-    return Step(Case(spec=spec_of(**dict(fields)), **(batch | case)), device)
+    return vendor_steps.step_of(fields, batch, device, **case)
 
 
 def run(step, **more):
-    """(output, lse or None), over a copy of the cache."""
-    cache = None if step.kv_cache is None else step.kv_cache.clone()
-    found = step.forward(TorchVarlenBackend, cache, **more)
-    return found if step.spec.returns_lse else (found, None)
+    return vendor_steps.run(TorchVarlenBackend, step, **more)
 
 
 def check(step, found=None, expected=None):
-    output, lse = found or run(step)
-    wanted, wanted_lse = expected or step.expected()
-    step.check(output, wanted)
-    if lse is not None:
-        assert lse.dtype == torch.float32
-        found_lse = lse[: len(wanted_lse)].cpu()
-        torch.testing.assert_close(found_lse, wanted_lse.float(), rtol=2e-3, atol=2e-3)
+    vendor_steps.check(step, found or run(step), expected)
 
 
 FEATURES = {
