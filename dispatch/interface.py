@@ -508,3 +508,11 @@ class AttentionBackend(ABC):
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """Why this combination of fields cannot be computed, beyond what each field says."""
         return []
+
+    @classmethod
+    def served_by(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
+        """Whose kernels compute such a layer there, where that depends on what is installed.
+
+        Times that were measured with one are not believed of another. "" if there is no choice.
+        """
+        return ""

@@ -25,7 +25,7 @@ from attn_dispatch.spec import AttentionSpec
 from attn_dispatch.tuning.choose import Evidence, Side, times_for, weigh
 from attn_dispatch.tuning.stand_ins import stand_ins
 from attn_dispatch.tuning.store import tables_for
-from attn_dispatch.tuning.table import Table
+from attn_dispatch.tuning.table import LayerTimes, Table
 
 if TYPE_CHECKING:
     import torch
@@ -149,14 +149,36 @@ def _measured(
     times = times_for(tables, spec)
     if times is None:
         return None
+    classes = {name: cls for name in able if (cls := candidates[name].backend_cls)}
+    changed = _served_by_others(times, classes, spec, device)
+    if able[0] in changed:
+        return None
     admitted = stand_ins(
         able,
-        {name: cls for name in able if (cls := candidates[name].backend_cls)},
+        classes,
         spec,
         lambda name, each: _judge(candidates[name], each, device).supported,
     )
-    side = Side(able[0], admitted)
+    side = Side(able[0], admitted - changed)
     return weigh(times, side, phase, captured=spec.cuda_graph)
+
+
+def _served_by_others(
+    times: LayerTimes,
+    classes: Mapping[str, type[AttentionBackend]],
+    spec: AttentionSpec,
+    device: DeviceProfile,
+) -> set[str]:
+    """The backends that would call another package's kernels here than those that were timed."""
+    changed = set()
+    for name in times.served_by.keys() & classes.keys():
+        try:
+            who = classes[name].served_by(spec, device)
+        except Exception:  # a plugin's own words may raise anything at all: then nobody knows
+            who = ""
+        if who != times.served_by[name]:
+            changed.add(name)
+    return changed
 
 
 _NO_CANDIDATE = Reason(code=ReasonCode.LOAD, field="backend", asked="it is not a candidate")

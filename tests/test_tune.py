@@ -128,6 +128,18 @@ def test_what_is_measured_becomes_a_table(contestants, tmp_path):
     assert all(row.status == "wrong" for each in done for row in each.problems)
 
 
+def test_whose_kernels_were_timed_is_kept(contestants, tmp_path, monkeypatch):
+    steady = registry.candidates()["STEADY"].backend_cls
+    monkeypatch.setattr(steady, "served_by", classmethod(lambda *_: "somebody's, version 3"))
+    path = tmp_path / "table.json"
+    for fresh in (True, False):  # a run that goes on keeps what it finds
+        tuner = tuner_of(path, contestants, fresh=fresh)
+        tasks, _ = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
+        next(tuner.run(tasks))
+        (times,) = read_table(path).layers.values()
+        assert times.served_by == {"STEADY": "somebody's, version 3"}
+
+
 def test_an_interrupted_run_goes_on(contestants, tmp_path):
     path = tmp_path / "table.json"
     cases = cases_of("full", SMALL, SMALL_GRID)

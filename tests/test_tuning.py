@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,15 +22,18 @@ from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.capability import OneOf
 from attn_dispatch.cli import app
-from attn_dispatch.device import detect_device
+from attn_dispatch.device import detect_device, known_device
 from attn_dispatch.interface import Phase
 from attn_dispatch.kv_cache_plan import plan_kv_cache
+from attn_dispatch.libraries import Library
 from attn_dispatch.overrides import Source
 from attn_dispatch.registry import registry
 from attn_dispatch.routing import Router
 from attn_dispatch.selector import select
+from attn_dispatch.spec import AttentionSpec
 from attn_dispatch.tuning import store
 from attn_dispatch.tuning.choose import MARGIN, Side, compare_points, routes_of
+from attn_dispatch.tuning.reader import read_table
 from attn_dispatch.tuning.table import LAYER_FIELDS, Step, bucket_of, layer_key, totals_of
 
 SPEC = layer(dtype=torch.float32)
@@ -392,3 +396,49 @@ def test_choosing_takes_microseconds():
         return (time.perf_counter() - start) * 1e4
 
     assert min(mean_us() for _ in range(50)) < 50
+
+
+# --- Whose kernels were timed --------------------------------------------------------------------
+
+
+def table_served_by(who):
+    """REFERENCE is the faster one, and these kernels were behind it."""
+    times = dataclasses.replace(times_of(*FAST_REFERENCE), served_by={"REFERENCE": who})
+    return dataclasses.replace(table_of({}), layers={layer_key(SPEC): times})
+
+
+@pytest.mark.parametrize(("who", "picked"), [("ours", "REFERENCE"), ("others", "TORCH_SDPA")])
+def test_times_of_another_packages_kernels_are_not_believed(who, picked, monkeypatch):
+    reference = registry.candidates()["REFERENCE"].backend_cls
+    monkeypatch.setattr(reference, "served_by", classmethod(lambda *_: "ours"))
+    selection = select(
+        SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=(table_served_by(who),)
+    )
+    assert selection.name == picked
+
+
+def test_a_backend_that_cannot_say_whose_kernels_it_calls_is_not_chosen(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("who knows")
+
+    reference = registry.candidates()["REFERENCE"].backend_cls
+    monkeypatch.setattr(reference, "served_by", classmethod(fail))
+    tables = (table_served_by("ours"),)
+    assert select(SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=tables).name == (
+        "TORCH_SDPA"
+    )
+
+
+def test_without_the_measured_flash_attention_another_one_has_no_times():
+    """The table of the H200 was measured with vLLM's build of version 3."""
+    spec = AttentionSpec(
+        num_heads=64, num_kv_heads=8, head_size=64, dtype=torch.bfloat16, block_size=16
+    )
+    shipped = Path(store.__file__).parent / "tables" / "nvidia-h200.json"
+    tables = (read_table(shipped),)
+    picks = {}
+    for present in ("vllm", "flash_attn_interface"):
+        found = [Library(name, "unknown") for name in ("torch", "triton", present)]
+        device = known_device("H200").with_libraries(*found)
+        picks[present] = select(spec, device, phase=Phase.PREFILL, tables=tables).name
+    assert picks == {"vllm": "FLASH_ATTN", "flash_attn_interface": "HOPPER_ATTN"}

@@ -392,6 +392,12 @@ class FlashAttnBackend(AttentionBackend):
         return FlashAttnBuilder
 
     @classmethod
+    def served_by(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
+        """The provider."""
+        picked = pick_provider(spec, device)
+        return picked.name if isinstance(picked, Provider) else ""
+
+    @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """Each provider has its limits: one that is installed here must serve the whole request."""
         picked = pick_provider(spec, device)

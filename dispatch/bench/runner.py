@@ -28,7 +28,7 @@ from attn_dispatch.report import Report, Verdict
 from attn_dispatch.routing import RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selector import ReferenceFallbackWarning, phases_of, resolve, select
 
-__all__ = ["Bench", "CaseResult", "Contestant", "Row", "Split", "verdicts_of"]
+__all__ = ["Bench", "CaseResult", "Contestant", "Row", "Split", "class_of", "verdicts_of"]
 
 Call = Callable[[], torch.Tensor]
 
@@ -192,7 +192,7 @@ class _BackendContestant:
 
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """The impl's forward over metadata that is built once."""
-        cls = _class_of(self.name)
+        cls = class_of(self.name)
         impl = cls.get_impl_cls()(**inputs.impl_arguments())  # type: ignore[arg-type]
         metadata = cls.get_builder_cls()(inputs.spec, inputs.device).build(inputs.batch)
         return _forward(impl, inputs, metadata)
@@ -221,7 +221,7 @@ class Split:
 
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """The forward of a layer whose phases have different backends."""
-        classes = {phase: _class_of(name) for phase, name in self._names.items()}
+        classes = {phase: class_of(name) for phase, name in self._names.items()}
         impls = {
             phase: cls.get_impl_cls()(**inputs.impl_arguments())  # type: ignore[arg-type]
             for phase, cls in classes.items()
@@ -234,7 +234,8 @@ class Split:
         return _forward(RoutedImpl(impls, classes), inputs, metadata)
 
 
-def _class_of(name: str) -> type[AttentionBackend]:
+def class_of(name: str) -> type[AttentionBackend]:
+    """The class of a backend that takes part."""
     cls = registry.candidates()[name].backend_cls
     assert cls is not None
     return cls

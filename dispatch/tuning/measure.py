@@ -13,7 +13,15 @@ import torch
 
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
-from attn_dispatch.bench.runner import Bench, CaseResult, Contestant, Row, Split, verdicts_of
+from attn_dispatch.bench.runner import (
+    Bench,
+    CaseResult,
+    Contestant,
+    Row,
+    Split,
+    class_of,
+    verdicts_of,
+)
 from attn_dispatch.bench.timing import Clock, clock_for
 from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
@@ -184,6 +192,7 @@ class Tuner:
     clock: Clock | None = None
     rounds: int | None = None
     _points: dict[LayerKey, dict[tuple[Any, ...], Point]] = field(default_factory=dict, init=False)
+    _served_by: dict[LayerKey, dict[str, str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.backends or ()) - registry.names())
@@ -192,7 +201,8 @@ class Tuner:
                 f"There is no backend {unknown[0]!r}. Registered are: "
                 f"{', '.join(sorted(registry.names()))}."
             )
-        self.machine = machine_of(detect_device(self.device))
+        self._profile = detect_device(self.device)
+        self.machine = machine_of(self._profile)
         if self.fresh or not self.path.exists():
             return
         table = read_table(self.path)
@@ -206,6 +216,7 @@ class Tuner:
             key: {point.place: point for point in times.points}
             for key, times in table.layers.items()
         }
+        self._served_by = {key: dict(times.served_by) for key, times in table.layers.items()}
 
     def tasks(self, cases: Sequence[Case]) -> tuple[list[Task], list[str]]:
         """What is left to do for these cases, and what nothing can be done for, as sentences."""
@@ -258,6 +269,8 @@ class Tuner:
         if not point.times_us:  # a device that is gone, say: to be tried again
             return Measured(task, None, "nobody has a result", problems)
         self._points.setdefault(task.key, {})[task.place] = point
+        told = ((n, class_of(n).served_by(task.case.spec(), self._profile)) for n in task.names)
+        self._served_by.setdefault(task.key, {}).update({name: who for name, who in told if who})
         write_table(self.table(), self.path)
         return Measured(task, point, "", problems)
 
@@ -265,7 +278,13 @@ class Tuner:
         """What there is so far."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         layers: Mapping[LayerKey, LayerTimes] = {
-            key: LayerTimes(tuple(points.values()), str(self.path), self.machine.device, now)
+            key: LayerTimes(
+                tuple(points.values()),
+                str(self.path),
+                self.machine.device,
+                now,
+                self._served_by.get(key, {}),
+            )
             for key, points in self._points.items()
         }
         return Table(self.machine, now, layers, str(self.path))

@@ -101,13 +101,14 @@ def _parse(data: Any, origin: str) -> Table:
     layers: dict[LayerKey, LayerTimes] = {}
     for index, each in enumerate(_list(fields["layers"], "layers", _MAX_LAYERS)):
         where = f"layers[{index}]"
-        layer = _object(each, where, ("layer", "points"))
+        layer = _object(each, where, ("layer", "points"), ("served_by",))
         key = _layer(layer["layer"], f"{where}.layer")
         if key in layers:
             raise _Flaw(f"{where} is there twice")
         given = _list(layer["points"], f"{where}.points", _MAX_POINTS)
         points = tuple(_point(p, f"{where}.points[{i}]") for i, p in enumerate(given))
-        layers[key] = LayerTimes(points, origin, machine.device, measured)
+        served_by = _served_by(layer.get("served_by", {}), f"{where}.served_by")
+        layers[key] = LayerTimes(points, origin, machine.device, measured, served_by)
     return Table(machine, measured, layers, origin)
 
 
@@ -151,6 +152,12 @@ def _times(data: Any, step: Step, where: str) -> dict[str, float]:
     if not isinstance(data, dict) or len(data) > _MAX_NAMES:
         raise _Flaw(f"{where} is not an object of a few times")
     return {_name(name, step, where): _number(us, f"{where}.{name}") for name, us in data.items()}
+
+
+def _served_by(data: Any, where: str) -> dict[str, str]:
+    if not isinstance(data, dict) or len(data) > _MAX_NAMES:
+        raise _Flaw(f"{where} is not an object of a few texts")
+    return {_name(k, Step.DECODE, where): _text(v, f"{where}.{k}") for k, v in data.items()}
 
 
 def _name(value: Any, step: Step, where: str) -> str:

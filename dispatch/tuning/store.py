@@ -237,5 +237,7 @@ def _text_of(table: Table) -> str:
     texts = []
     for layer in layers:
         points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
-        texts.append(f'{{"layer": {json.dumps(layer["layer"])},\n "points": [\n  {points}]}}')
+        told = {name: value for name, value in layer.items() if name != "points"}
+        head_of = json.dumps(told, allow_nan=False).removesuffix("}")
+        texts.append(f'{head_of},\n "points": [\n  {points}]}}')
     return f'{head},\n "layers": [{", ".join(texts)}]\n}}\n'

@@ -190,12 +190,17 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class LayerTimes:
-    """The points of one kind of layer, and where they come from. Two are equal if they are one."""
+    """The points of one kind of layer, and where they come from. Two are equal if they are one.
+
+    `served_by` is the backends' AttentionBackend.served_by when they were measured, where it said
+    anything.
+    """
 
     points: tuple[Point, ...]
     origin: str
     device: str
     measured: str
+    served_by: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ class Table:
             "layers": [
                 {
                     "layer": dict(zip(LAYER_FIELDS, key, strict=True)),
+                    **({"served_by": dict(times.served_by)} if times.served_by else {}),
                     "points": [point.asdict() for point in times.points],
                 }
                 for key, times in self.layers.items()
