@@ -17,9 +17,9 @@ from attn_dispatch.backends.kernels.launch import DecodeLaunch, LaunchTable, Pre
 from attn_dispatch.backends.rocm import launch_tables as amd
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.device import DeviceProfile, detect_device
-from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionMetadataBuilder
 from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.validation import check_int32
 
 __all__ = [
     "INVARIANT_PARTS",
@@ -197,7 +197,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
-        _check_int32(batch)
+        check_int32(batch)
         metadata: TritonMetadata = TritonMetadata.of(
             batch, self, launches=self.launches, decode=None, prefill=None
         )
@@ -355,16 +355,6 @@ def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
         padded=[-(-n // pad) * pad for n in seq_lens],
         pad=pad,
     )
-
-
-def _check_int32(batch: AttentionBatch) -> None:
-    for name in ("query_start_loc", "seq_lens", "block_table"):
-        tensor = getattr(batch, name)
-        if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
-            raise InvalidInputError(
-                f"{name} is {tensor.dtype} with strides {tensor.stride()}; it must be contiguous "
-                "torch.int32. Make the batch by AttentionBatch.create."
-            )
 
 
 def _starts(lengths: list[int]) -> list[int]:

@@ -19,6 +19,7 @@ from attn_dispatch.quantization import (
     dequantize,
     dequantize_rows,
     has_token_scales,
+    indexable,
     is_fp8,
     quantize,
     quantize_rows,
@@ -192,7 +193,7 @@ def _scatter(
     stored = (
         quantize(new, _per_head(scale), cache.dtype) if is_fp8(cache.dtype) else new.to(cache.dtype)
     )
-    _bytes(cache)[blocks, offsets] = _bytes(stored)
+    indexable(cache)[blocks, offsets] = indexable(stored)
 
 
 def write_new_kv(
@@ -229,7 +230,7 @@ def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
     Returns:
         (*blocks.shape, num_kv_heads, size), dtype of the cache.
     """
-    stored, num_heads, size = _bytes(cache), cache.shape[2], cache.shape[3]
+    stored, num_heads, size = indexable(cache), cache.shape[2], cache.shape[3]
     by_block, by_offset, by_head, by_element = stored.stride()
     row = num_heads * size if by_head == size else size
     if by_element != 1 or by_block % row or by_offset % row or (row == size and by_head % row):
@@ -285,11 +286,6 @@ def gather_kv(
 def _per_head(scale: torch.Tensor) -> torch.Tensor:
     """A scale shaped to multiply (..., heads, size)."""
     return scale[:, None] if scale.dim() else scale
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a type that every device can index: fp8 as bytes, the rest as it is."""
-    return tensor.view(torch.uint8) if is_fp8(tensor.dtype) else tensor
 
 
 def copy_blocks(kv_caches: Sequence[torch.Tensor], src_to_dists: torch.Tensor) -> None:
@@ -358,4 +354,4 @@ def _check_pairs(pairs: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> N
 def _move(src: torch.Tensor, dst: torch.Tensor, pairs: torch.Tensor) -> None:
     sources = pairs[:, 0].to(src.device, torch.int64)
     destinations = pairs[:, 1].to(dst.device, torch.int64)
-    _bytes(dst)[destinations] = _bytes(src)[sources].to(dst.device)
+    indexable(dst)[destinations] = indexable(src)[sources].to(dst.device)

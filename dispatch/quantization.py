@@ -15,6 +15,7 @@ __all__ = [
     "dequantize",
     "dequantize_rows",
     "has_token_scales",
+    "indexable",
     "is_e4m3",
     "is_fp8",
     "kv_cache_torch_dtype",
@@ -49,6 +50,11 @@ FNUZ_ARCHS = ("gfx942",)
 def is_fp8(dtype: torch.dtype) -> bool:
     """Whether a torch dtype is one of the 8-bit floating-point types."""
     return dtype in _FP8.values()
+
+
+def indexable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in a type that every device can index: fp8 as bytes, the rest as it is."""
+    return tensor.view(torch.uint8) if is_fp8(tensor.dtype) else tensor
 
 
 def is_e4m3(dtype: torch.dtype) -> bool:

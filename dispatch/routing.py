@@ -25,6 +25,7 @@ from attn_dispatch.interface import (
     AttentionMetadataBuilder,
     Phase,
 )
+from attn_dispatch.quantization import indexable
 from attn_dispatch.report import Selection
 from attn_dispatch.spec import AttentionSpec
 from attn_dispatch.tuning.choose import Side, parts_of, routes_of
@@ -253,7 +254,9 @@ class RoutedImpl:
                 with blaming(part.backend, part.rows.batch):
                     impl.write_kv(layer, *new, kv_cache, part.rows.batch)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        _bytes(output)[batch.num_tokens :] = 0  # what lies beyond the batch's tokens is in no part
+        indexable(output)[batch.num_tokens :] = (
+            0  # what lies beyond the batch's tokens is in no part
+        )
         lse[batch.num_tokens :] = float("-inf")
         for impl, part in zip(impls, parts, strict=True):
             tokens, keys = part.rows.tokens, part.rows.keys
@@ -274,7 +277,7 @@ class RoutedImpl:
             if first.returns_lse:
                 lse[tokens] = result[1]
             if not isinstance(tokens, slice):  # indexing made copies: put them back
-                _bytes(output)[tokens] = _bytes(part_output)
+                indexable(output)[tokens] = indexable(part_output)
                 if output_block_scale is not None and block_scale is not None:
                     output_block_scale[tokens] = block_scale
         return (output, lse) if first.returns_lse else output
@@ -287,7 +290,3 @@ class RoutedImpl:
                 "layer has another backend there. Make it by layer.build_metadata."
             )
         return self._impls[part.backend]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor

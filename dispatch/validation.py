@@ -30,6 +30,7 @@ __all__ = [
     "check_block_table",
     "check_cache_tensor",
     "check_forward",
+    "check_int32",
     "check_metadata",
     "check_no_grad",
     "check_output",
@@ -351,6 +352,21 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
         f"attn_metadata was built for layers with {field}={theirs}, and this layer has {mine}. "
         "Build the metadata from the layer's own spec; layer.build_metadata does."
     )
+
+
+def check_int32(batch: AttentionBatch) -> None:
+    """Check that kernels can read the batch's lengths and blocks as they are.
+
+    Raises:
+        InvalidInputError: one of these tensors has another dtype, or gaps.
+    """
+    for name in ("query_start_loc", "seq_lens", "block_table"):
+        tensor = getattr(batch, name)
+        if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
+            raise InvalidInputError(
+                f"{name} is {tensor.dtype} with strides {tensor.stride()}; it must be contiguous "
+                "torch.int32. Make the batch by AttentionBatch.create."
+            )
 
 
 def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:

@@ -41,7 +41,7 @@ from attn_dispatch.backends.triton_plan import MAX_GATHERED_BYTES
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import Capabilities, Reason
 from attn_dispatch.device import DeviceMatch, DeviceProfile, detect_device
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -51,7 +51,7 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.kv_cache import split_kv_cache
 from attn_dispatch.spec import AttentionSpec
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.validation import check_forward, check_int32, check_metadata
 
 __all__ = [
     "FlashAttnBackend",
@@ -61,8 +61,8 @@ __all__ = [
 ]
 
 #: From so many query tokens on, a request is called for alone, over rows. On an H200 those were
-#: faster than pages of 16 at 4k and 16k tokens (619 to 537 and 652 to 585 TFLOP/s), by more than
-#: copying takes: 39 µs for 16k keys with a Triton kernel.
+#: faster than pages of 16: 229 to 249 µs at 4k tokens, and 754 to 783 for 2k over 16k keys, the
+#: copying included (benchmarks/RESULTS.md).
 _ALONE_FROM = 2048
 #: Batches that would take more calls than this, because their phases alternate, take one.
 _MOST_CALLS = 8
@@ -105,7 +105,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
 
     def build(self, batch: AttentionBatch) -> FlashAttnMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
-        _check_int32(batch)
+        check_int32(batch)
         if self.spec.block_size is None and batch.block_table is not None:
             batch = dataclasses.replace(batch, block_table=None)
         metadata: FlashAttnMetadata = FlashAttnMetadata.of(
@@ -203,16 +203,6 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
             passed = max(0, before) // spec.block_size
         blocks = batch.block_table[request, passed : -(-seq_len // spec.block_size)]
         return blocks, seq_len - passed * spec.block_size
-
-
-def _check_int32(batch: AttentionBatch) -> None:
-    for name in ("query_start_loc", "seq_lens", "block_table"):
-        tensor = getattr(batch, name)
-        if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
-            raise InvalidInputError(
-                f"{name} is {tensor.dtype} with strides {tensor.stride()}; it must be contiguous "
-                "torch.int32. Make the batch by AttentionBatch.create."
-            )
 
 
 class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
