@@ -254,9 +254,8 @@ class RoutedImpl:
                 with blaming(part.backend, part.rows.batch):
                     impl.write_kv(layer, *new, kv_cache, part.rows.batch)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        indexable(output)[batch.num_tokens :] = (
-            0  # what lies beyond the batch's tokens is in no part
-        )
+        # What lies beyond the batch's tokens is in no part.
+        indexable(output)[batch.num_tokens :] = 0
         lse[batch.num_tokens :] = float("-inf")
         for impl, part in zip(impls, parts, strict=True):
             tokens, keys = part.rows.tokens, part.rows.keys
