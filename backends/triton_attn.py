@@ -120,12 +120,25 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             key, value = dense(key), dense(value)
             if kv_cache is not None:
                 self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
-        if attn_metadata.decode is not None and cache is not None:
-            self._decode(layer, attn_metadata, attn_metadata.decode, query, cache, out)
-        if attn_metadata.prefill is not None:
-            source = self._source(layer, attn_metadata, attn_metadata.prefill, cache, key, value)
-            self._prefill(layer, attn_metadata, attn_metadata.prefill, query, source, out)
+        self._attend(layer, attn_metadata, query, key, value, cache, out)
         return out.result(output, output_block_scale)
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        cache: Source | None,
+        out: Out,
+    ) -> None:
+        """Attention of all requests, the new keys being in the cache."""
+        if metadata.decode is not None and cache is not None:
+            self._decode(layer, metadata, metadata.decode, query, cache, out)
+        if metadata.prefill is not None:
+            source = self._source(layer, metadata, metadata.prefill, cache, key, value)
+            self._prefill(layer, metadata, metadata.prefill, query, source, out)
 
     def _launcher(
         self,

@@ -91,6 +91,7 @@ class DecodePlan:
         launch: the row of the launch table.
         requests: (num_reqs,) int32, which requests; None for all of them.
         num_reqs: how many.
+        longest: query tokens of the longest.
         rows: in a tile: tokens times query heads of a KV head.
         grid: programs.
         part_out, part_lse, counters: room for the parts of splits, see decode.py.
@@ -100,6 +101,7 @@ class DecodePlan:
     launch: DecodeLaunch
     requests: torch.Tensor | None
     num_reqs: int
+    longest: int
     rows: int
     grid: int
     part_out: torch.Tensor
@@ -253,6 +255,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             launch=launch,
             requests=None if chosen is None else _int32(chosen, self.device),
             num_reqs=num_reqs,
+            longest=longest,
             rows=rows,
             grid=grid,
             part_out=floats[size:],

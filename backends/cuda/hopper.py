@@ -25,18 +25,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attn_dispatch.backends.kernels.launcher import METADATA
 
-__all__ = ["hopper_prefill_kernel"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "NOTHING",
+    "hopper_prefill_kernel",
+    "load_tile",
+    "mma_layout",
+    "tanh",
+]
 
 # After Triton 3.6 it got another name.
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-_NOTHING = gl.constexpr(-1.0e30)  # a masked score; its infinity would make NaN of itself
-_LN2 = gl.constexpr(0.6931471805599453)
-_LOG2E = gl.constexpr(1.4426950408889634)
+NOTHING = gl.constexpr(-1.0e30)  # a masked score; its infinity would make NaN of itself
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
-def _mma(n):
+def mma_layout(n):
     """The layout of a warp group's product with n columns."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, n, 16])
 
@@ -49,7 +57,7 @@ def _stored(n):
 
 
 @gluon.jit
-def _tanh(x):
+def tanh(x):
     """NVIDIA's instruction, right to 2 ** -11."""
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
@@ -81,7 +89,7 @@ def _softmax(
     for all keys of a row is left out.
     """
     if CAP:
-        s = _tanh(s * scale_over_cap)
+        s = tanh(s * scale_over_cap)
     c = _unit(scale_log2, cap_log2, CAP, ALIBI)
     if ALIBI:
         s = s * (cap_log2 if CAP else scale_log2) + col_bias[None, :]
@@ -94,10 +102,10 @@ def _softmax(
             seen = seen & (cols[None, :] > (rows - window)[:, None])
             if not CAUSAL:
                 seen = seen & (cols[None, :] < (rows + window)[:, None])
-        s = gl.where(seen, s, _NOTHING)
+        s = gl.where(seen, s, NOTHING)
     largest = gl.max(s, 1)
     if ALIBI:  # the bias of the whole tile is added where it is added once a row
-        largest = gl.where(largest <= -1.0e29, _NOTHING, largest + tile_bias)
+        largest = gl.where(largest <= -1.0e29, NOTHING, largest + tile_bias)
     m_new = gl.maximum(m_i, largest)
     # Where a row has seen nothing yet, the rounding of a huge product would be a huge difference.
     scaled = gl.where(m_new <= -1.0e29, 0.0, m_new * c)
@@ -179,7 +187,7 @@ def _masked_tile(
     """One tile from beginning to end; `came` tiles came through the ring before."""
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
-    OUT: gl.constexpr = _mma(k_smem.shape[2])
+    OUT: gl.constexpr = mma_layout(k_smem.shape[2])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     stage = came % STAGES
     phase = (came // STAGES) & 1
@@ -213,8 +221,8 @@ def _consumer(
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     D: gl.constexpr = k_smem.shape[2]
     ROWS: gl.constexpr = q_smem.shape[1]
-    SCORES: gl.constexpr = _mma(BLOCK_N)
-    OUT: gl.constexpr = _mma(D)
+    SCORES: gl.constexpr = mma_layout(BLOCK_N)
+    OUT: gl.constexpr = mma_layout(D)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     STORED: gl.constexpr = _stored(D)
     dtype: gl.constexpr = q_smem.dtype
@@ -234,9 +242,9 @@ def _consumer(
         slope = 0.0
         col_bias = col
         if ALIBI:
-            slope = gl.load(slopes_ptr + head) * _LOG2E
+            slope = gl.load(slopes_ptr + head) * LOG2E
             col_bias = slope * col.to(gl.float32)
-        m_i = gl.full([ROWS], _NOTHING, gl.float32, gl.SliceLayout(1, SCORES))
+        m_i = gl.full([ROWS], NOTHING, gl.float32, gl.SliceLayout(1, SCORES))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
         first = past + first_token
@@ -316,13 +324,13 @@ def _consumer(
         m_log2 = gl.where(empty, 0.0, m_log2)
         tokens = first_token + WHICH * ROWS
         if LSE:
-            lse = (m_log2 + gl.log2(gl.where(empty, 1.0, l_i))) * _LN2
+            lse = (m_log2 + gl.log2(gl.where(empty, 1.0, l_i))) * LN2
             lse = gl.where(empty, float("-inf"), lse)
             r = tokens + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
             gl.store(lse_ptr + (q_start + r).to(gl.int64) * NUM_HEADS + head, lse, mask=r < q_len)
         total = l_i
         if SINKS:
-            sink = gl.load(sinks_ptr + head).to(gl.float32) * _LOG2E
+            sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
             total = total + gl.exp2(sink - m_log2)
         factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
         out = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
@@ -357,18 +365,18 @@ def _producer(
         key_start = gl.load(key_start_loc_ptr + gl.load(piece_ptr + 4))
         mbarrier.wait(q_empty, (round_ & 1) ^ 1)
         mbarrier.expect(q_full, 2 * ROWS * D * 2)
-        _load_tile(q_desc, [q_start + first_token, head * D], q_full, q_smem.index(0))
-        _load_tile(q_desc, [q_start + first_token + ROWS, head * D], q_full, q_smem.index(1))
+        load_tile(q_desc, [q_start + first_token, head * D], q_full, q_smem.index(0))
+        load_tile(q_desc, [q_start + first_token + ROWS, head * D], q_full, q_smem.index(1))
         for i in range(0, num_tiles):
             stage = (came + i) % STAGES
             phase = (((came + i) // STAGES) & 1) ^ 1
             row = key_start + (end_tile - 1 - i) * BLOCK_N
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
-            _load_tile(k_desc, [row, head // GROUP * D], k_full.index(stage), k_smem.index(stage))
+            load_tile(k_desc, [row, head // GROUP * D], k_full.index(stage), k_smem.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
-            _load_tile(v_desc, [row, head // GROUP * D], v_full.index(stage), v_smem.index(stage))
+            load_tile(v_desc, [row, head // GROUP * D], v_full.index(stage), v_smem.index(stage))
         came += num_tiles
 
 

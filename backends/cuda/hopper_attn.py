@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.backends.cuda.hopper_beside import Shares, share_sms, side_stream
+from attn_dispatch.backends.cuda.hopper_pages import PageMatrix
 from attn_dispatch.backends.triton_arguments import Out, Source, fills_tiles
 from attn_dispatch.backends.triton_attn import TritonAttnBackend, TritonImpl
 from attn_dispatch.backends.triton_plan import (
+    DecodePlan,
     PrefillPlan,
     TritonBuilder,
     TritonMetadata,
@@ -34,16 +37,69 @@ _BLOCK_N = {64: 128, 128: 128, 256: 64}
 _STAGES, _REGISTERS = 2, 240
 
 
+@dataclass(frozen=True)
+class DecodeRow:
+    """How the decode kernel is launched.
+
+    Attributes:
+        keys: in a tile.
+        stages: of a program's ring; one less where a tile has more than `full_rows` rows.
+        min_tiles: a program that works gets so many tiles of keys at least.
+        programs: that share a block of threads.
+        blocks: on an SM.
+    """
+
+    keys: int
+    stages: int
+    min_tiles: int = 3
+    programs: int = 1
+    blocks: int = 1
+    full_rows: int = 16
+
+    def stages_for(self, rows: int) -> int:
+        """Stages for which shared memory has room beside so many rows."""
+        return self.stages - (rows > self.full_rows)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler takes; a block has 8 warps' registers, or with two programs all."""
+        return {"num_warps": 4} | ({"maxnreg": 256 // self.blocks} if self.blocks > 1 else {})
+
+
+#: Head size -> launch for many requests; for few; and beside a prefill, where a block has the SM.
+_DECODES = {
+    64: (
+        DecodeRow(64, 3, blocks=4, full_rows=8),
+        DecodeRow(128, 6, min_tiles=2),
+        DecodeRow(128, 3, min_tiles=2, programs=2),
+    ),
+    128: (
+        DecodeRow(64, 3, blocks=2),
+        DecodeRow(128, 3, min_tiles=2),
+        DecodeRow(64, 3, programs=2),
+    ),
+    256: (DecodeRow(64, 3), DecodeRow(64, 3), DecodeRow(64, 3)),
+}
+#: Rows of a tile, at most. More are the portable kernel's.
+_DECODE_ROWS = 32
+#: Lengths of requests that a program reads at a time.
+_LENGTHS = 128
+#: For each SM so many KV heads, over all requests, are few.
+_FEW = 0.25
+
+
 @dataclass
 class HopperPlan(PrefillPlan):
     """A plan whose tiles are this kernel's: tokens of one query head.
 
     Attributes:
         fresh_end: where the rows of `key` end that are these requests'.
+        shares: how SMs are shared with decodes at the same time; None if these come before.
         descriptors: of gathered keys and values, which stay where they are for all layers.
     """
 
     fresh_end: int = 0
+    shares: Shares | None = None
     descriptors: tuple[Any, Any] | None = None
 
     def described(self, source: Source, describe: Any, block_n: int) -> tuple[Any, Any]:
@@ -65,6 +121,15 @@ class HopperBuilder(TritonBuilder):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         refuse_spec(HopperAttnBackend, spec, detect_device(device))
+
+    def build(self, batch: AttentionBatch) -> TritonMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        metadata = super().build(batch)
+        plan, few = metadata.prefill, self._few_tokens(batch)
+        if isinstance(plan, HopperPlan) and metadata.decode is not None and few is not None:
+            num_pieces = len(plan.tiles) * self.spec.num_heads
+            plan.shares = share_sms(self.spec, batch, few, num_pieces, self.launches.num_sms)
+        return metadata
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         block_n = _BLOCK_N[self.spec.head_size]
@@ -102,9 +167,39 @@ class HopperImpl(TritonImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         import_library("triton.experimental.gluon.language.nvidia.hopper")
-        from attn_dispatch.backends.cuda import hopper
+        from attn_dispatch.backends.cuda import hopper, hopper_decode
 
         self._hopper_kernel = hopper.hopper_prefill_kernel
+        self._hopper_decode_kernel = hopper_decode.hopper_decode_kernel
+        self._last_pages: tuple[Source, PageMatrix | None] | None = None
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        cache: Source | None,
+        out: Out,
+    ) -> None:
+        prefill, decode = metadata.prefill, metadata.decode
+        shares = prefill.shares if isinstance(prefill, HopperPlan) else None
+        pages = None if decode is None or cache is None else self._pages(cache, decode, query.dtype)
+        if shares is None or pages is None:
+            super()._attend(layer, metadata, query, key, value, cache, out)
+            return
+        assert isinstance(prefill, HopperPlan)
+        assert decode is not None
+        side, main = side_stream(query.device), torch.cuda.current_stream(query.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            source = self._source(layer, metadata, prefill, cache, key, value)
+            main.wait_stream(side)  # gathering takes all SMs, and little time
+            self._launch_prefill(prefill, query, source, out, shares.prefill)
+        row = _DECODES[self.head_size][2]
+        self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
+        main.wait_stream(side)
 
     def _prefill(
         self,
@@ -115,9 +210,15 @@ class HopperImpl(TritonImpl):
         source: Source,
         out: Out,
     ) -> None:
-        if not isinstance(plan, HopperPlan):
+        if isinstance(plan, HopperPlan):
+            self._launch_prefill(plan, query, source, out, metadata.launches.num_sms)
+        else:
             super()._prefill(layer, metadata, plan, query, source, out)
-            return
+
+    def _launch_prefill(
+        self, plan: HopperPlan, query: torch.Tensor, source: Source, out: Out, num_sms: int
+    ) -> None:
+        """Launch Hopper's prefill kernel on so many SMs."""
         if not len(plan.tiles):
             return
         block_n, num_pieces = _BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
@@ -127,29 +228,110 @@ class HopperImpl(TritonImpl):
             ("hopper", query.dtype, sinks.dtype),
             self._hopper_kernel,
             lambda: {
-                "NUM_HEADS": self.num_heads,
-                "GROUP": self.num_heads // self.num_kv_heads,
-                "D": self.head_size,
+                **self._compiled_for(),
                 "BLOCK_N": block_n,
                 "STAGES": _STAGES,
                 "REGISTERS": _REGISTERS,
-                "CAUSAL": self.causal,
-                "WINDOW": self.sliding_window is not None,
-                "CAP": self.logits_soft_cap is not None,
-                "ALIBI": self.alibi_slopes is not None,
-                "SINKS": self.sinks is not None,
-                "LSE": self.returns_lse,
             },
             {"num_warps": 4},
         )
         assert source.starts is not None
         launch(
-            (min(num_pieces, metadata.launches.num_sms), 1, 1),
+            (min(num_pieces, num_sms), 1, 1),
             describe(_as_matrix(query), _BLOCK_M // 2),
             *plan.described(source, describe, block_n),
             out.values, out.lse, plan.tiles, source.starts, slopes, sinks, num_pieces,
             *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
+
+    def _decode(
+        self,
+        layer: AttentionLayer,
+        metadata: TritonMetadata,
+        plan: DecodePlan,
+        query: torch.Tensor,
+        cache: Source,
+        out: Out,
+    ) -> None:
+        pages = self._pages(cache, plan, query.dtype)
+        if pages is None:
+            super()._decode(layer, metadata, plan, query, cache, out)
+            return
+        num_sms = metadata.launches.num_sms
+        is_few = plan.num_reqs * self.num_kv_heads < _FEW * num_sms
+        row = _DECODES[self.head_size][is_few]
+        self._launch_decode(metadata, plan, query, pages, out, row, num_sms)
+
+    def _pages(self, cache: Source, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
+        """The cache as Hopper's decode kernel reads it; None where the portable one serves.
+
+        The last cache's is remembered.
+        """
+        is_long = plan.longest * self.num_heads > _DECODE_ROWS * self.num_kv_heads
+        if is_long or cache.k.dtype != dtype:
+            return None
+        if self._last_pages is None or self._last_pages[0] is not cache:
+            self._last_pages = cache, PageMatrix.of(cache)
+        return self._last_pages[1]
+
+    def _launch_decode(
+        self,
+        metadata: TritonMetadata,
+        plan: DecodePlan,
+        query: torch.Tensor,
+        pages: PageMatrix,
+        out: Out,
+        row: DecodeRow,
+        num_sms: int,
+    ) -> None:
+        """Launch Hopper's decode kernel on so many SMs."""
+        if not plan.num_reqs:
+            return
+        batch, requests = metadata.batch, plan.requests
+        table = batch.block_table
+        assert table is not None
+        group = self.num_heads // self.num_kv_heads
+        rows = max(8, 1 << (plan.longest * group - 1).bit_length())
+        slopes, sinks = self._per_head(query)
+        dtypes = (query.dtype, sinks.dtype)
+        launch = self._launcher(
+            ("hopper decode", dtypes, rows, row, pages.block_size, requests is None),
+            self._hopper_decode_kernel,
+            lambda: {
+                **self._compiled_for(),
+                "ROWS": rows,
+                "KEYS": row.keys,
+                "BLOCK_SIZE": pages.block_size,
+                "STAGES": row.stages_for(rows),
+                "PROGRAMS": row.programs,
+                "LISTED": requests is not None,
+                "CHUNK": _LENGTHS,
+                "MIN_TILES": row.min_tiles,
+            },
+            row.options,
+        )
+        launch(
+            (num_sms * row.blocks, 1, 1),
+            query, pages.descriptor, out.values, out.lse, plan.part_out, plan.part_lse,
+            plan.counters, batch.seq_lens if requests is None else requests,
+            batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
+            pages.block_rows, pages.value_rows, pages.head_rows, pages.head_columns,
+            *out.values.stride()[:2], plan.num_reqs, table.stride(0), *self._numbers,
+        )  # fmt: skip
+
+    def _compiled_for(self) -> dict[str, Any]:
+        """What both kernels are compiled for."""
+        return {
+            "NUM_HEADS": self.num_heads,
+            "GROUP": self.num_heads // self.num_kv_heads,
+            "D": self.head_size,
+            "CAUSAL": self.causal,
+            "WINDOW": self.sliding_window is not None,
+            "CAP": self.logits_soft_cap is not None,
+            "ALIBI": self.alibi_slopes is not None,
+            "SINKS": self.sinks is not None,
+            "LSE": self.returns_lse,
+        }
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
