@@ -18,7 +18,7 @@ import torch
 
 __all__ = ["MODULES", "Recorder", "installed"]
 
-#: Rows that a kernel may load by TMA behind the last key of a request.
+#: Keys in a tile, which TMA loads whole: as many rows may be loaded behind a request's last key.
 TILE = 192
 
 
@@ -136,6 +136,7 @@ def _varlen(
     first_rows, query_lens = _starts("cu_seqlens_q", starts, tokens, max_q)
     num_reqs = len(query_lens)
     _check(num_reqs > 0, "batch size must be positive")
+    by_request = table is None and k.dim() == 4
     if table is not None:
         _check_int32("block_table", table, (num_reqs, table.shape[1]))
         _check(table.stride(-1) == 1, "block_table must have contiguous last dimension")
@@ -148,14 +149,22 @@ def _varlen(
             _check_int32("seqused_k", seq_lens, (num_reqs,))
             _check(seq_lens.is_contiguous(), "seqused_k must be contiguous")
             lengths = seq_lens.tolist()
+    elif by_request:
+        _check(len(k) == num_reqs, "batch_size must be equal to batch_size_k")
+        _check(max_k in (None, k.shape[1]), "k has another shape than max_seqlen_k says")
+        _check_int32("seqused_k", seq_lens, (num_reqs,))
+        lengths = seq_lens.tolist()
+        _check(max(lengths) <= k.shape[1], f"seqused_k is {lengths}, and k has {k.shape[1]} rows")
     else:
-        _check(key_starts is not None, "cu_seqlens_k must be given for rows")
+        _check(key_starts is not None and seq_lens is None, "rows need cu_seqlens_k alone")
         first_keys, lengths = _starts("cu_seqlens_k", key_starts, len(k), max_k)
     if max_k is not None and empty == math.inf:  # FlashAttention 2 clamps windows so
         window = tuple(-1 if side >= max_k else side for side in window)
     lse = torch.full((heads, tokens), math.nan)
     for request, (query_len, keys) in enumerate(zip(query_lens, lengths, strict=True)):
-        if table is None:
+        if by_request:  # beyond its part of the tensor TMA finds zeros
+            rows, behind = [tensor[request, :keys] for tensor in (k, v)], v[request, keys:]
+        elif table is None:
             first = first_keys[request]
             rows = [tensor[first : first + keys] for tensor in (k, v)]
             behind = v[first + keys : first + keys + TILE] if past_rows else v[:0]
@@ -297,17 +306,9 @@ def _with_kvcache_3(recorder, schedules):
             "starts": cu_seqlens_q, "max_q": max_seqlen_q, "scale": softmax_scale,
             "causal": causal, "window": window_size, "softcap": softcap, **_ARE_3,
         }  # fmt: skip
-        if page_table is None:  # a cache of (requests, longest): here of one
-            _check(k_cache.dim() == 4 and len(k_cache) == 1 == len(cache_seqlens), "k_cache")
-            _check_int32("cache_seqlens", cache_seqlens, (1,))
-            ends = torch.tensor([0, int(cache_seqlens)], dtype=torch.int32)
-            output, lse = _varlen(
-                q, k_cache[0], v_cache[0], key_starts=ends, max_k=k_cache.shape[1], **features
-            )
-        else:
-            output, lse = _varlen(
-                q, k_cache, v_cache, seq_lens=cache_seqlens, table=page_table, **features
-            )
+        output, lse = _varlen(
+            q, k_cache, v_cache, seq_lens=cache_seqlens, table=page_table, **features
+        )
         return (output, lse, None, None) if return_softmax_lse else output
 
     return flash_attn_with_kvcache
@@ -337,8 +338,7 @@ def _flash_attn_4(recorder):
         block_sparse_tensors=None, aux_tensors=None, return_lse=False,
     ):  # fmt: skip
         recorder.calls.append(("flash_attn_varlen_func", locals()))
-        _check((page_table is None) == (seqused_k is None), "seqused_k goes with pages")
-        _check((page_table is None) == (cu_seqlens_k is not None), "cu_seqlens_k goes with rows")
+        _check(page_table is None or cu_seqlens_k is None, "cu_seqlens_k goes with rows")
         output, lse = _varlen(
             q, k, v, starts=cu_seqlens_q, max_q=max_seqlen_q, seq_lens=seqused_k,
             key_starts=cu_seqlens_k, max_k=max_seqlen_k, table=page_table, scale=softmax_scale,
@@ -383,7 +383,8 @@ def _vllm(recorder):
             q, k, v, starts=cu_seqlens_q, max_q=max_seqlen_q, seq_lens=seqused_k,
             key_starts=cu_seqlens_k, max_k=max_seqlen_k, table=block_table, out=out,
             scale=softmax_scale, causal=causal, window=tuple(window_size), softcap=softcap,
-            slopes=alibi_slopes, sinks=s_aux, page_multiple=16, **versions[fa_version],
+            slopes=alibi_slopes, sinks=s_aux, page_multiple=16 if fa_version == 2 else 1,
+            **versions[fa_version],
         )  # fmt: skip
         return (output, lse) if return_softmax_lse else output
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from flash_attn_standins import installed
+from flash_attn_standins import TILE, installed
 from hypothesis import given
 from steps import MEMORY, Case, Step, layer_spec
 from strategies import cases
@@ -291,7 +291,7 @@ def test_metadata_of_pages_serves_a_call_without_a_cache():
         step = step_of(VLLM_3, {}, lengths)
         step.kv_cache = None
         check(step, forward(step))
-    assert all(call["block_table"] is None for _, call in recorder.calls if call)
+    assert [call["k"].data_ptr() for call in calls_of(recorder)] == [step.key.data_ptr()]
 
 
 # --- What belongs to nobody -------------------------------------------------------------------
@@ -333,11 +333,150 @@ def test_a_neighbour_that_is_nan_is_nan_alone(name, alone_from):
             )
 
 
+#: Lengths of an encoder's requests, which are called for together where that keeps them apart.
+APART = {
+    "even": (20, 20, 20),
+    "ragged": (30, 1, 20, 7),
+    "a tile, even": (TILE, TILE),
+    "a tile, ragged": (TILE, 5, 2 * TILE),
+    "with one of nothing": (9, 0, 9),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("lengths", APART)
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_encoders_request_that_is_nan_is_nan_alone(name, lengths, causal):
+    fields = {"block_size": None, "causal": causal}
+    for victim in range(len(APART[lengths])):
+        with provided(name):
+            step = nan_step(name, fields, APART[lengths], victim)
+            check_all_but(step, forward(step), victim)
+
+
+def nan_step(name, fields, lengths, victim, device="cpu"):
+    """A step of one request that is NaN, with what it should give were it not."""
+    step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths}, device, padding=5)
+    step.wanted = step.expected()[0]
+    rows = rows_of(step, victim)
+    for tensor in (step.query, step.key, step.value):
+        tensor[rows] = torch.nan
+        tensor[sum(lengths) :] = torch.nan  # padding
+    return step
+
+
+def rows_of(step, request):
+    starts = step.batch.query_starts
+    return slice(starts[request], starts[request + 1])
+
+
+def check_all_but(step, output, victim):
+    """Assert that the other requests have what they should."""
+    kept = torch.ones(len(step.wanted), dtype=torch.bool)
+    kept[rows_of(step, victim)] = False
+    found = output[: len(kept)].double().cpu()[kept]
+    torch.testing.assert_close(found, step.wanted[kept], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("generation", [3, 4])
+def test_the_stand_in_reads_past_a_requests_rows(generation):
+    """Or the tests above could not fail: one call over all rows lets NaN through."""
+    name = {3: VLLM_3, 4: VLLM_4}[generation]
+    starts = torch.tensor([0, 8, 16], dtype=torch.int32)
+    rows = torch.ones(16, 2, 64, dtype=torch.bfloat16)
+    values = rows.clone()
+    values[8:] = torch.nan
+    with installed(name):
+        function = sys.modules["vllm.vllm_flash_attn"].flash_attn_varlen_func
+        common = {"softmax_scale": 1.0, "window_size": [-1, -1], "fa_version": generation}
+        together = function(rows, rows, values, 8, starts, 8, cu_seqlens_k=starts, **common)
+        apart = function(
+            rows,
+            *(tensor.view(2, 8, 2, 64) for tensor in (rows, values)),
+            8,
+            starts,
+            8,
+            seqused_k=starts.diff(),
+            **common,
+        )
+    assert together.isnan().all()
+    assert not apart[:8].isnan().any()
+    assert apart[8:].isnan().all()
+
+
 # --- How a batch is cut -----------------------------------------------------------------------
 
 
 def calls_of(recorder):
     return [call for name, call in recorder.calls if name != "get_scheduler_metadata"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "queries"),
+    [
+        (VLLM_3, (9, 9, 9), [27]),
+        (VLLM_3, (9, 8, 9), [26]),
+        (VLLM_3, (50, 50), [100]),
+        (VLLM_3, (50, 9, 8, 60, 7), [50, 17, 60, 7]),
+        (VLLM_3, (9, 60) * 10, [690]),
+        (OWN_3, (9, 8, 9), [26]),
+        (OWN_4, (9, 9, 9), [27]),
+        (OWN_4, (9, 9, 8, 8, 8, 50), [18, 24, 50]),
+        (OWN_4, (9, 8) * 10, [9, 8] * 10),
+        (VLLM_2, (9, 8, 50), [67]),
+        (OWN_2, (9, 8, 50), [67]),
+    ],
+)
+def test_an_encoder_takes_as_few_calls_as_keep_its_requests_apart(name, lengths, queries):
+    """FlashAttention 4 of even ones, the others of all; long ones alone where that is faster."""
+    fields = {"block_size": None, "causal": False, "returns_lse": True}
+    with provided(name) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+        step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths})
+        check(step, forward(step))
+    assert [len(call["q"]) for call in calls_of(recorder)] == queries
+
+
+def test_what_layers_have_in_common_is_made_once():
+    lengths = {"query_lens": (1, 1, 9), "seq_lens": (5, 40, 20)}
+    with provided(VLLM_3) as recorder:
+        step = step_of(VLLM_3, {"sliding_window": 9}, lengths)
+        metadata = FlashAttnBackend.get_builder_cls()(step.spec, step.device).build(step.batch)
+        for _ in range(3):
+            step.check(forward(step, metadata))
+    tables = [call["block_table"].data_ptr() for call in calls_of(recorder)]
+    assert len(tables) == 3 * len(set(tables)) == 6
+
+
+@each_kind
+def test_flash_attention_4_runs_with_the_tensors_device_as_the_current_one(name):
+    """The functions of the others see to it themselves."""
+    inside = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        before = len(recorder.calls)
+        yield
+        inside.append((tensor, len(recorder.calls) - before))
+
+    with provided(name) as recorder, mock.patch.object(torch.cuda, "device_of", device_of):
+        step = step_of(name, {}, {"query_lens": (3,), "seq_lens": (3,)})
+        forward(step)
+    assert [calls for _, calls in inside] == ([1] if BY_NAME[name].generation == 4 else [])
+    assert all(len(tensor) == 3 for tensor, _ in inside)
+
+
+def test_a_cache_is_remembered_until_another_comes():
+    with provided(VLLM_3):
+        step = step_of(VLLM_3, {"kv_sharing": True}, MIXED)
+        metadata = FlashAttnBackend.get_builder_cls()(step.spec, step.device).build(step.batch)
+        impl = FlashAttnImpl(**step.impl_arguments())
+        nothing = torch.zeros_like(step.expected()[0])
+        for cache, wanted in [
+            (step.kv_cache, None),
+            (torch.zeros_like(step.kv_cache), nothing),
+            (step.kv_cache, None),
+        ]:
+            step.check(impl.forward(step.layer, step.query, None, None, cache, metadata), wanted)
 
 
 def test_decodes_and_prompts_are_two_calls():
@@ -499,6 +638,7 @@ LIMITS = [
     (VLLM_3, {"head_size": 128, "head_size_v": 64}, "head_size_v: head_size=128 with"),
     (OWN_4, {"head_size": 128, "head_size_v": 64}, "head_size_v: .* 192 with 128"),
     (OWN_4, {"head_size": 256}, "head_size=256"),
+    (OWN_4, {"head_size": 80, "causal": False}, "head_size=80 with causal=False over pages"),
     (OWN_4, {"num_heads": 6}, "num_kv_heads: 6 query heads over 2 .* divides 128"),
     (VLLM_2, {"dtype": torch.float32}, "dtype=float32"),
     (VLLM_2, {"kv_cache_dtype": "float16"}, "float16 with dtype=torch.bfloat16 .* layer's dtype"),
@@ -617,15 +757,21 @@ def test_a_package_without_its_function_is_told_of():
 # --- Arguments --------------------------------------------------------------------------------
 
 
-def test_a_cache_of_other_blocks_is_refused():
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_cache_of_other_blocks_is_refused(is_known):
+    """Also one that the layer has been computed from."""
     with provided(VLLM_3):
         step = step_of(VLLM_3, {}, MIXED)
-        step.kv_cache = step.kv_cache.unflatten(2, (2, 8))[:, :, 0]
-        step.batch = dataclasses.replace(
-            step.batch, block_table=step.batch.block_table.repeat(1, 2)
-        )
-        with pytest.raises(InvalidInputError, match=r"blocks of 8 tokens, .* block_size=16"):
-            forward(step)
+        build = FlashAttnBackend.get_builder_cls()
+        table = step.batch.block_table.repeat(1, 2)
+        batch = dataclasses.replace(step.batch, block_table=table)
+        metadata = build(step.spec.replace(block_size=32), step.device).build(batch)
+        impl = FlashAttnImpl(**step.impl_arguments())
+        arguments = (step.layer, step.query, step.key, step.value, step.kv_cache)
+        if is_known:
+            impl.forward(*arguments, build(step.spec, step.device).build(step.batch))
+        with pytest.raises(InvalidInputError, match=r"blocks of 16 tokens, .* block_size=32"):
+            impl.forward(*arguments, metadata)
 
 
 def test_a_cache_that_is_not_aligned_is_refused():
@@ -773,6 +919,43 @@ def test_nan_stays_out_of_what_the_installed_package_returns(cuda, name, block_s
         output = forward(step).double().cpu()
         kept = torch.tensor([*range(2100), *range(2101, 2401)])
         torch.testing.assert_close(output[kept], expected[kept], rtol=0, atol=0.02)
+
+
+#: Lengths as above, for tiles of 64 to 192 keys.
+GPU_APART = {
+    "even": (500,) * 5,
+    "even tiles": (384,) * 4,
+    "ragged": (500, 3, 700, 1, 129, 384, 20),
+    "long": (2100, 300, 2060, 9, 31),
+}
+
+
+@pytest.mark.gpu
+@each_provider
+@pytest.mark.parametrize("lengths", GPU_APART)
+@pytest.mark.parametrize("feature", ["plain", "not causal", "window both ways", "lse"])
+def test_an_encoder_of_the_installed_package_agrees(cuda, name, feature, lengths):
+    with real(name):
+        fields = GPU_FEATURES[feature] | {"block_size": None, "head_size": 128}
+        lengths = GPU_APART[lengths]
+        step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths}, cuda)
+        check(step, forward(step))
+
+
+@pytest.mark.gpu
+@each_provider
+@pytest.mark.parametrize("lengths", GPU_APART)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_request_that_is_nan_is_nan_alone_in_the_installed_package(
+    cuda, name, causal, head_size, lengths
+):
+    with real(name):
+        fields = {"block_size": None, "causal": causal, "head_size": head_size}
+        supported(name, spec_of(name, **fields))
+        for victim in range(len(GPU_APART[lengths])):
+            step = nan_step(name, fields, GPU_APART[lengths], victim, cuda)
+            check_all_but(step, forward(step), victim)
 
 
 @pytest.mark.gpu

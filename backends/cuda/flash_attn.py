@@ -3,8 +3,8 @@
 Which package that is says `flash_attn_providers.py`. The builder takes a batch apart into calls:
 decodes, prompts, and long prompts alone where that is faster, and the layers make them. What stands
 in the cache and belongs to nobody is kept from the kernels, which multiply what they do not see by
-zero: blocks that a sliding window has passed are cut out of the block table, and rows end where a
-request ends.
+zero: blocks that a sliding window has passed are cut out of the block table, and rows of keys are
+given so that none is loaded with another request's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.flash_attn_calls import (
+    PAGES_OF_ONE,
     FlashCall,
-    Functions,
-    Work,
+    Operands,
     aligned,
-    check_cache,
+    check_block_size,
+    check_strides,
     gather,
-    schedule_of,
-    sides,
-    sums,
+    is_aligned,
+    part,
 )
 from attn_dispatch.backends.cuda.flash_attn_providers import (
     Provider,
@@ -35,7 +36,6 @@ from attn_dispatch.backends.cuda.flash_attn_providers import (
     pick_provider,
     require_provider,
 )
-from attn_dispatch.backends.triton_arguments import on_its_device, suits_tma
 from attn_dispatch.backends.triton_attn import TritonImpl
 from attn_dispatch.backends.triton_plan import MAX_GATHERED_BYTES
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
@@ -64,7 +64,8 @@ __all__ = [
 #: faster than pages of 16: 229 to 249 µs at 4k tokens, and 754 to 783 for 2k over 16k keys, the
 #: copying included (benchmarks/RESULTS.md).
 _ALONE_FROM = 2048
-#: Batches that would take more calls than this, because their phases alternate, take one.
+#: Batches that would take more calls than this beside the long prompts', because their phases
+#: alternate, take one.
 _MOST_CALLS = 8
 
 
@@ -73,13 +74,9 @@ class FlashAttnMetadata(BatchMetadata):
     """The batch, and the calls that compute it.
 
     Attributes:
-        provider: whose functions are called.
-        functions: these functions.
         calls: in any order.
     """
 
-    provider: Provider
-    functions: Functions
     calls: list[FlashCall]
 
     @functools.cached_property
@@ -108,39 +105,45 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         check_int32(batch)
         if self.spec.block_size is None and batch.block_table is not None:
             batch = dataclasses.replace(batch, block_table=None)
-        metadata: FlashAttnMetadata = FlashAttnMetadata.of(
-            batch, self, provider=self.provider, functions=self.functions, calls=[]
-        )
+        metadata: FlashAttnMetadata = FlashAttnMetadata.of(batch, self, calls=[])
         metadata.calls += [self._call(batch, *run) for run in self._runs(batch)]
+        for call in metadata.calls:
+            call.prepare()
         return metadata
 
     def _runs(self, batch: AttentionBatch) -> Iterator[tuple[int, int, bool]]:
-        """(first request, the one after the last, whether to copy its pages into rows)."""
+        """(first request, the one after the last, whether it is called for alone)."""
         labels = self._labels(batch)
-        runs = [len(list(run)) for _, run in itertools.groupby(labels)]
-        if len(runs) > _MOST_CALLS and batch.block_table is not None:
-            labels, runs = [None] * len(labels), [len(labels)]
+        runs = [(label, len(list(run))) for label, run in itertools.groupby(labels)]
+        together = sum(not isinstance(label, int) for label, _ in runs)
+        if together > _MOST_CALLS and self._has_pages(batch):
+            runs = [(None, len(labels))]
         first = 0
-        for length in runs:
+        for label, length in runs:
             end = first + length
             if batch.query_starts[first] < batch.query_starts[end]:
-                yield first, end, isinstance(labels[first], int)
+                yield first, end, isinstance(label, int)
             first = end
+
+    def _has_pages(self, batch: AttentionBatch) -> bool:
+        """Whether any requests may be called for together: by pages, if only of one row each."""
+        return batch.block_table is not None or self.provider.takes_pages_of_one
 
     def _labels(self, batch: AttentionBatch) -> list[object]:
         """What sets neighbours apart: a number is a request's own, to be called for alone."""
-        if batch.block_table is None:
-            is_apart = self.provider.reads_past_rows
-            return [i if is_apart else None for i in range(batch.num_reqs)]
-        few = batch.max_decode_query_len
-        return [
-            i
-            if self._pays_alone(query_len, seq_len)
-            else (Phase.DECODE if query_len <= few else Phase.PREFILL)
-            for i, (query_len, seq_len) in enumerate(
-                zip(batch.query_lens, batch.host_seq_lens, strict=True)
-            )
-        ]
+        few, lengths = batch.max_decode_query_len, batch.host_seq_lens
+        has_cache = batch.block_table is not None
+        if not has_cache and (not self.provider.reads_past_rows or len(set(lengths)) == 1):
+            return [None] * len(lengths)
+
+        def label(request: int, query_len: int, seq_len: int) -> object:
+            if self._pays_alone(query_len, seq_len):
+                return request
+            if has_cache:
+                return Phase.DECODE if query_len <= few else Phase.PREFILL
+            return None if self.provider.takes_pages_of_one else (seq_len,)
+
+        return list(map(label, range(len(lengths)), batch.query_lens, lengths))
 
     def _pays_alone(self, query_len: int, seq_len: int) -> bool:
         spec = self.spec
@@ -153,33 +156,31 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         query_lens, seq_lens = batch.query_lens[first:end], batch.host_seq_lens[first:end]
         # A graph is captured for lengths up to the batch's limit.
         longest = batch.max_seq_len if spec.cuda_graph else max(seq_lens)
-        starts, rows = batch.query_start_loc[first : end + 1], self._rows(batch, first, end)
-        columns = None
+        starts = batch.query_start_loc[first : end + 1]
         if table is not None:
             table = table[first:end, : max(1, -(-longest // (spec.block_size or 1)))]
-            columns = torch.arange(table.shape[1], device=table.device)
-        call = FlashCall(
+        return FlashCall(
+            spec=spec,
+            bind=functools.partial(self.provider.bind, self.functions),
+            get_schedule=self.functions.get("get_scheduler_metadata"),
             tokens=slice(batch.query_starts[first], batch.query_starts[end]),
-            keys=rows,
+            keys=self._rows(batch, first, end),
+            row_shape=self._row_shape(seq_lens),
             gathered=self._gathered(batch, first) if alone and table is not None else None,
             query_starts=starts - batch.query_starts[first] if first else starts,
             seq_lens=batch.seq_lens[first:end],
             block_table=table,
-            columns=columns,
-            row_starts=None if rows is None else sums(batch.seq_lens[first:end]),
             max_query_len=max(query_lens),
-            # FlashAttention 2 takes a window that is longer than this for one without an end,
-            # which it is not for a query that stands before the first key.
-            max_seq_len=max(longest, *query_lens),
+            max_row_len=max(seq_lens),
             is_uniform=set(query_lens) == {1},
             is_blind=longest == 0,
         )
-        if table is not None and not spec.cuda_graph and not call.is_blind:
-            call.pages = call.live_pages(spec)
-            schedule = self.functions.get("get_scheduler_metadata")
-            if schedule is not None and call.keys is None and call.gathered is None:
-                call.schedule = schedule_of(schedule, spec, call, call.pages)
-        return call
+
+    def _row_shape(self, seq_lens: list[int]) -> tuple[int, int] | None:
+        """How rows of keys are given, so that none is read with another request's: see Work."""
+        if not self.provider.reads_past_rows:
+            return None
+        return (len(seq_lens), -1) if len(set(seq_lens)) == 1 else PAGES_OF_ONE
 
     def _rows(self, batch: AttentionBatch, first: int, end: int) -> slice | None:
         """The rows of key and value that are these requests', if they may be read there."""
@@ -214,7 +215,9 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._writer = TritonImpl(*args, **kwargs)
+        self._scale = abs(self.scale) or 1.0
         self._slopes: torch.Tensor | None = None
+        self._last_cache: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def write_kv(
         self,
@@ -230,7 +233,6 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         else:
             super().write_kv(layer, key, value, kv_cache, batch)
 
-    @on_its_device
     def forward(
         self,
         layer: AttentionLayer,
@@ -248,95 +250,75 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("FLASH_ATTN does not quantize its output; TRITON_ATTN does.")
         check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output)
-        if kv_cache is None:
-            if attn_metadata.batch.block_table is not None:
-                attn_metadata = attn_metadata.without_pages
-        else:
-            check_cache(kv_cache, attn_metadata.builder.spec)
+        cache = None
+        if kv_cache is not None:
+            cache = self._split(kv_cache, attn_metadata.builder.spec)
             if key is not None and value is not None:
                 self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
+        elif attn_metadata.batch.block_table is not None:
+            attn_metadata = attn_metadata.without_pages
         if self.scale <= 0:  # the kernels take the largest product for the largest score
             query = -query if self.scale else torch.zeros_like(query)
         query = aligned(query)
         shape = (query.shape[0], self.num_heads, self.head_size_v)
         out = output
-        if out is None or not suits_tma(out):
+        if out is None or not is_aligned(out):
             out = query.new_empty(shape)
         lse = None
         if self.returns_lse:
-            lse = query.new_full(shape[:2], float("-inf"), dtype=torch.float32)
+            lse = query.new_empty(shape[:2], dtype=torch.float32)
+            if shape[0] > attn_metadata.batch.num_tokens:
+                lse[attn_metadata.batch.num_tokens :] = float("-inf")
         for call in attn_metadata.calls:
-            self._make(call, attn_metadata, query, key, value, kv_cache, out, lse)
+            self._make(call, query, key, value, cache, out, lse)
         if output is not None and output is not out:
             out = output.copy_(out)
         return out if lse is None else (out, lse)
 
+    def _split(
+        self, kv_cache: torch.Tensor, spec: AttentionSpec
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the cache; those of the last one are remembered."""
+        if self._last_cache is None or self._last_cache[0]() is not kv_cache:
+            check_strides(kv_cache)
+            views = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+            self._last_cache = (weakref.ref(kv_cache), *views)
+        check_block_size(kv_cache, spec)
+        return self._last_cache[1:]
+
     def _make(
         self,
         call: FlashCall,
-        metadata: FlashAttnMetadata,
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        cache: tuple[torch.Tensor, torch.Tensor] | None,
         out: torch.Tensor,
         lse: torch.Tensor | None,
     ) -> None:
         """Make one call, and put its results into their rows."""
-        out = out[call.tokens]
+        query, out = part(query, call.tokens), part(out, call.tokens)
+        lse = None if lse is None else part(lse, call.tokens)
         if call.is_blind:
             out.zero_()
+            if lse is not None:
+                lse.fill_(float("-inf"))
             return
-        work = Work(
-            query=query[call.tokens],
-            **self._source(call, metadata, key, value, kv_cache),
-            out=out,
-            query_starts=call.query_starts,
-            max_query_len=call.max_query_len,
-            max_seq_len=call.max_seq_len,
-            is_uniform=call.is_uniform,
-            scale=abs(self.scale) or 1.0,
-            causal=self.causal,
-            window=sides(self.causal, self.sliding_window),
-            soft_cap=self.logits_soft_cap or 0.0,
-            slopes=self._slopes_on(query.device),
-            sinks=self._sinks_on(query.device),
-            returns_lse=self.returns_lse,
-        )
-        result, found = metadata.provider.call(metadata.functions, work)
+        if call.keys is not None and key is not None and value is not None:
+            attend = call.over_rows
+            keys, values = (call.as_rows(aligned(part(new, call.keys))) for new in (key, value))
+        else:
+            assert cache is not None  # check_forward saw to it
+            attend, (keys, values) = call.over_pages, cache
+            if call.gathered is not None:
+                keys, values = (call.as_rows(gather(each, *call.gathered)) for each in cache)
+        slopes, sinks = self._slopes_on(query.device), self._sinks_on(query.device)
+        result, found = attend(Operands(query, keys, values, out, self._scale, slopes, sinks))
         if result.data_ptr() != out.data_ptr():
             out.copy_(result)
         if lse is not None:
             assert found is not None
-            # A row without keys has +inf from some of them.
-            lse[call.tokens] = found.T.masked_fill(found.T.isposinf(), float("-inf"))
-
-    def _source(
-        self,
-        call: FlashCall,
-        metadata: FlashAttnMetadata,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """Where keys are, as Work says it: in rows as they came, in rows once copied, in pages."""
-        if call.keys is not None and key is not None and value is not None:
-            keys, values = (aligned(new[call.keys]) for new in (key, value))
-            return {
-                "keys": keys,
-                "values": values,
-                "seq_lens": call.seq_lens,
-                "key_starts": call.row_starts,
-            }
-        assert kv_cache is not None  # check_forward saw to it
-        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        pages = call.pages or call.live_pages(metadata.builder.spec)
-        lengths = {"seq_lens": pages.seq_lens, "key_starts": pages.key_starts}
-        if call.gathered is not None:
-            keys, values = (gather(cache, *call.gathered) for cache in (keys, values))
-            return {"keys": keys, "values": values, **lengths}
-        table = {"block_table": pages.block_table, "schedule": call.schedule}
-        return {"keys": keys, "values": values, **lengths, **table}
+            lse.copy_(found.T)
 
     def _slopes_on(self, device: torch.device) -> torch.Tensor | None:
         if self.alibi_slopes is None:

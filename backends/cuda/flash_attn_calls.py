@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,34 +15,103 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.spec import AttentionSpec
 
 __all__ = [
-    "Caller",
+    "PAGES_OF_ONE",
+    "Attend",
+    "Binder",
     "FlashCall",
     "Functions",
-    "Pages",
+    "Operands",
     "Work",
     "aligned",
-    "call_flash_attn_2",
-    "call_flash_attn_3",
-    "call_flash_attn_4",
-    "call_vllm",
-    "check_cache",
+    "bind_flash_attn_2",
+    "bind_flash_attn_3",
+    "bind_flash_attn_4",
+    "bind_vllm",
+    "check_block_size",
+    "check_strides",
     "gather",
-    "schedule_of",
-    "sides",
-    "sums",
+    "is_aligned",
+    "part",
 ]
 
 #: A larger window is as good as this one, and positions plus this are still an int32.
 _WINDOW_LIMIT = 1 << 30
+#: How rows become pages of one row each.
+PAGES_OF_ONE = (-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Pages:
-    """Where the pages of some requests are, as Work says it."""
+class Work:
+    """What a package is told of some requests, in words that all packages can be told.
 
-    block_table: torch.Tensor
+    Their keys are
+
+    - pages, (num_blocks, block_size, num_kv_heads, head_size), if there is a block_table;
+    - else rows of each request, (num_reqs, max_seq_len, num_kv_heads, head_size), for a provider
+      that reads past rows: behind each TMA finds zeros;
+    - else rows, (num_keys, num_kv_heads, head_size).
+
+    It is the same for all layers of a batch.
+
+    Attributes:
+        query_starts: (num_reqs + 1,) int32, where each request's rows of query begin, from 0 on.
+        seq_lens: (num_reqs,) int32, keys of each request.
+        max_query_len: at least the longest.
+        max_seq_len: at least the most keys; of pages, as many as the block table has room for.
+        is_uniform: every request has one query token.
+        causal: masks align to the end of the keys.
+        window: keys seen to the left and to the right of a query's own; −1 for all.
+        soft_cap: 0 for none.
+        returns_lse: the log-sum-exp is wanted.
+        block_table: (num_reqs, max_blocks) int32, or None.
+        schedule: what the package's get_scheduler_metadata made for this batch, or None.
+    """
+
+    query_starts: torch.Tensor
     seq_lens: torch.Tensor
-    key_starts: torch.Tensor | None
+    max_query_len: int
+    max_seq_len: int
+    is_uniform: bool
+    causal: bool
+    window: tuple[int, int]
+    soft_cap: float
+    returns_lse: bool
+    block_table: torch.Tensor | None = None
+    schedule: torch.Tensor | None = None
+
+    @functools.cached_property
+    def key_starts(self) -> torch.Tensor:
+        """(num_reqs + 1,) int32, the sums of seq_lens: where each request's rows of keys begin."""
+        return _sums(self.seq_lens)
+
+
+class Operands(NamedTuple):
+    """What a layer brings to some work.
+
+    Attributes:
+        query: (num_tokens, num_heads, head_size), rows at multiples of 16 bytes.
+        keys: as Work says.
+        values: the same with head_size_v.
+        out: (num_tokens, num_heads, head_size_v), which a package may write to.
+        scale: of the scores, positive.
+        slopes: (num_heads,) float32, or None.
+        sinks: (num_heads,) bfloat16, or None.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    out: torch.Tensor
+    scale: float
+    slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+
+
+#: Output and log-sum-exp, (num_heads, num_tokens) float32, −inf for a row without keys; None for
+#: one that is not wanted.
+Result = tuple[torch.Tensor, torch.Tensor | None]
+#: Does some work for one layer.
+Attend = Callable[[Operands], Result]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -48,68 +119,130 @@ class FlashCall:
     """Requests that stand together in the batch and are called for together.
 
     Attributes:
+        spec: the layers.
+        bind: makes what does the work.
+        get_schedule: FlashAttention 3's get_scheduler_metadata, if the package has it.
         tokens: their rows of query and output.
         keys: their rows of key and value, if these are all their keys and may be read as rows.
+        row_shape: what the first dimension of rows of keys becomes for the package; None for rows
+            as they are.
         gathered: the blocks of a request that is called for alone, to be copied into rows, and the
             number of keys in them; None where pages are read as they are.
         query_starts: (num_reqs + 1,) int32, where each request's rows begin, from 0 on.
         seq_lens: (num_reqs,) int32.
         block_table: (num_reqs, max_blocks) int32, or None.
-        columns: (max_blocks,) int64, their numbers, if there is a block table.
-        row_starts: (num_reqs + 1,) int32, where each request's rows of keys begin, from 0 on, if
-            `keys` are given.
-        pages: the block table without the blocks that the window has passed; None where that must
-            be found out in the call, since a graph replays it for other requests.
-        max_query_len, max_seq_len, is_uniform: see Work.
+        max_query_len, is_uniform: see Work.
+        max_row_len: the most keys of a request; not of those that a graph may serve later.
         is_blind: there are no keys at all.
-        schedule: see Work.
     """
 
+    spec: AttentionSpec
+    bind: Callable[[Work], Attend]
+    get_schedule: Callable[..., torch.Tensor] | None
     tokens: slice
     keys: slice | None
+    row_shape: tuple[int, int] | None
     gathered: tuple[torch.Tensor, int] | None
     query_starts: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor | None
-    columns: torch.Tensor | None
-    row_starts: torch.Tensor | None
     max_query_len: int
-    max_seq_len: int
+    max_row_len: int
     is_uniform: bool
     is_blind: bool
-    pages: Pages | None = None
-    schedule: torch.Tensor | None = None
+    _over_pages: Attend | None = field(default=None, init=False)
 
-    def live_pages(self, spec: AttentionSpec) -> Pages:
-        """The pages without those blocks that the window has passed for every query.
+    def prepare(self) -> None:
+        """Make at once what the layers will ask for, as far as it can be known."""
+        if self.is_blind:
+            return
+        if self.keys is not None:
+            _ = self.over_rows
+        elif not self.spec.cuda_graph:
+            _ = self.over_pages
+
+    @functools.cached_property
+    def over_rows(self) -> Attend:
+        """Over the rows of key and value that are these requests'."""
+        return self.bind(self._work(self.seq_lens, self.max_row_len, self._row_table()))
+
+    def _row_table(self) -> torch.Tensor | None:
+        """(num_reqs, max_row_len) int32: the rows of each request, if each is a page."""
+        if self.row_shape != PAGES_OF_ONE:
+            return None
+        places = torch.arange(self.max_row_len, dtype=torch.int32, device=self.seq_lens.device)
+        return _sums(self.seq_lens)[:-1, None] + places
+
+    @property
+    def over_pages(self) -> Attend:
+        """Over the pages, or what is gathered of them.
+
+        A graph replays what is made of the batch's lengths and blocks, so there it is made in
+        every call.
+        """
+        if self._over_pages is None or self.spec.cuda_graph:
+            self._over_pages = self.bind(self._work_over_pages())
+        return self._over_pages
+
+    def _work_over_pages(self) -> Work:
+        block_table, seq_lens = self._live_pages()
+        if self.gathered is not None:
+            return self._work(seq_lens, self.gathered[1], None)
+        work = self._work(seq_lens, block_table.shape[1] * (self.spec.block_size or 1), block_table)
+        if self.get_schedule is None or self.spec.cuda_graph:
+            return work
+        return dataclasses.replace(work, schedule=_schedule(self.get_schedule, self.spec, work))
+
+    def _work(
+        self, seq_lens: torch.Tensor, max_seq_len: int, block_table: torch.Tensor | None
+    ) -> Work:
+        spec = self.spec
+        return Work(
+            query_starts=self.query_starts,
+            seq_lens=seq_lens,
+            max_query_len=self.max_query_len,
+            max_seq_len=max_seq_len,
+            is_uniform=self.is_uniform,
+            causal=spec.causal,
+            window=_sides(spec.causal, spec.sliding_window),
+            soft_cap=spec.logits_soft_cap or 0.0,
+            returns_lse=spec.returns_lse,
+            block_table=block_table,
+        )
+
+    def as_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """(num_keys, num_kv_heads, size), as the package takes rows: see Work."""
+        return rows if self.row_shape is None else rows.view(self.row_shape + rows.shape[1:])
+
+    def _live_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(block table, lengths) without those blocks that the window has passed for every query.
 
         They may be another's by now, or hold NaN. All positions are counted from the end of the
         keys, so nothing else changes. Nothing waits for the device.
         """
-        assert self.block_table is not None
-        assert spec.block_size is not None
-        table, seq_lens = self.block_table, self.seq_lens
-        if spec.sliding_window is not None and self.columns is not None:
-            query_lens = 1 if self.is_uniform else self.query_starts.diff()
-            before = seq_lens - (query_lens - 1 + _window(spec.sliding_window))
-            passed = before.clamp(min=0) // spec.block_size
-            columns = (self.columns + passed[:, None]).clamp(max=table.shape[1] - 1)
-            table = table.gather(1, columns)
-            seq_lens = torch.sub(seq_lens, passed, alpha=spec.block_size)
-        starts = None if self.is_uniform else sums(seq_lens)
-        return Pages(block_table=table, seq_lens=seq_lens, key_starts=starts)
+        table, seq_lens, block_size = self.block_table, self.seq_lens, self.spec.block_size
+        assert table is not None
+        assert block_size is not None
+        if self.spec.sliding_window is None:
+            return table, seq_lens
+        query_lens = 1 if self.is_uniform else self.query_starts.diff()
+        before = seq_lens - (query_lens - 1 + _window(self.spec.sliding_window))
+        passed = before.clamp(min=0) // block_size
+        columns = torch.arange(table.shape[1], device=table.device) + passed[:, None]
+        table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
+        return table, torch.sub(seq_lens, passed, alpha=block_size)
 
 
 def _window(sliding_window: int) -> int:
     return min(sliding_window, _WINDOW_LIMIT)
 
 
-def sums(lengths: torch.Tensor) -> torch.Tensor:
+def _sums(lengths: torch.Tensor) -> torch.Tensor:
     """(number + 1,) int32: where each of these lengths begins, and where the last one ends."""
     return torch.nn.functional.pad(torch.cumsum(lengths, 0, dtype=torch.int32), (1, 0))
 
 
-def sides(causal: bool, sliding_window: int | None) -> tuple[int, int]:
+def _sides(causal: bool, sliding_window: int | None) -> tuple[int, int]:
     """Keys seen to the left and to the right of a query's own; −1 for all."""
     if sliding_window is None:
         return -1, -1
@@ -117,9 +250,30 @@ def sides(causal: bool, sliding_window: int | None) -> tuple[int, int]:
     return left, 0 if causal else left
 
 
+def is_aligned(rows: torch.Tensor) -> bool:
+    """Whether heads of (tokens, heads, size), 16 bits, are in one piece at multiples of 16 bytes.
+
+    That is what suits TMA; asked for every call, so it is asked in few words.
+    """
+    of_token, of_head, of_element = rows.stride()
+    return (
+        of_element == 1
+        and of_token > 0
+        and of_head > 0
+        and not (of_token % 8 or of_head % 8 or rows.data_ptr() % 16)
+    )
+
+
+def part(rows: torch.Tensor, chosen: slice) -> torch.Tensor:
+    """These rows; it takes longer to make a view than to see that it would be of all."""
+    if chosen.start == 0 and chosen.stop == rows.shape[0]:
+        return rows
+    return rows[chosen]
+
+
 def aligned(rows: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, size) with every head in one piece at a multiple of 16 bytes."""
-    return rows if suits_tma(rows) else rows.clone(memory_format=torch.contiguous_format)
+    """These rows, copied if they are not aligned."""
+    return rows if is_aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
 
 
 def gather(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Tensor:
@@ -127,8 +281,8 @@ def gather(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Te
     return cache.index_select(0, blocks).flatten(0, 1)[:num_keys]
 
 
-def check_cache(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
-    """Check that a cache has the blocks that a provider was picked for, where kernels can read.
+def check_block_size(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
+    """Check that a cache has the blocks that a provider was picked for.
 
     Raises:
         InvalidInputError: it has not.
@@ -138,6 +292,14 @@ def check_cache(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
             f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and attn_metadata was built for "
             f"layers with block_size={spec.block_size}. Describe the layer by its own cache."
         )
+
+
+def check_strides(kv_cache: torch.Tensor) -> None:
+    """Check that a cache lies where kernels can read.
+
+    Raises:
+        InvalidInputError: it does not.
+    """
     if kv_cache.numel() and not suits_tma(kv_cache):
         raise InvalidInputError(
             f"kv_cache has strides {kv_cache.stride()} from address {kv_cache.data_ptr()} on; "
@@ -146,206 +308,200 @@ def check_cache(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
         )
 
 
-def schedule_of(
-    function: Callable[..., torch.Tensor], spec: AttentionSpec, call: FlashCall, pages: Pages
+def _schedule(
+    function: Callable[..., torch.Tensor], spec: AttentionSpec, work: Work
 ) -> torch.Tensor:
     """How FlashAttention 3 shares out the work of a call over pages, the same for all layers.
 
     Its kernel counts on what get_scheduler_metadata was told, so it is told of the same shapes.
     """
-    block_size = spec.block_size
-    assert block_size is not None
     return function(
-        len(pages.seq_lens),
-        call.max_query_len,
-        pages.block_table.shape[1] * block_size,
+        len(work.seq_lens),
+        work.max_query_len,
+        work.max_seq_len,
         spec.num_heads,
         spec.num_kv_heads,
         spec.head_size,
-        pages.seq_lens,
+        work.seq_lens,
         qkv_dtype=spec.dtype,
         headdim_v=spec.head_size_v,
-        cu_seqlens_q=call.query_starts,
-        page_size=block_size,
-        causal=spec.causal,
-        window_size=sides(spec.causal, spec.sliding_window),
-        has_softcap=spec.logits_soft_cap is not None,
+        cu_seqlens_q=work.query_starts,
+        page_size=spec.block_size,
+        causal=work.causal,
+        window_size=work.window,
+        has_softcap=work.soft_cap > 0,
     )
 
 
 #: A provider's functions by name, once it is imported; None for one that it does not have.
 Functions = Mapping[str, Any]
+#: Puts what the layers of a batch have in common into a package's words, once for all of them.
+Binder = Callable[[Functions, Work], Attend]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
-    """One call: attention of some requests, in words that all the packages can be told.
-
-    Attributes:
-        query: (num_tokens, num_heads, head_size), rows at multiples of 16 bytes.
-        keys: pages, (num_blocks, block_size, num_kv_heads, head_size), if there is a block_table;
-            else rows, (num_keys, num_kv_heads, head_size).
-        values: the same with head_size_v.
-        out: (num_tokens, num_heads, head_size_v), which a package may write to.
-        query_starts: (num_reqs + 1,) int32, where each request's rows of query begin.
-        seq_lens: (num_reqs,) int32, keys of each request.
-        key_starts: (num_reqs + 1,) int32, the sums of seq_lens: where each request's rows of keys
-            begin, if they are rows. None for pages of requests of one token.
-        max_query_len, max_seq_len: at least the longest.
-        is_uniform: every request has one query token.
-        scale: of the scores, positive.
-        causal: masks align to the end of the keys.
-        window: keys seen to the left and to the right of a query's own; −1 for all.
-        soft_cap: 0 for none.
-        slopes: (num_heads,) float32, or None.
-        sinks: (num_heads,) bfloat16, or None.
-        returns_lse: the log-sum-exp is wanted.
-        block_table: (num_reqs, max_blocks) int32, or None.
-        schedule: what the package's get_scheduler_metadata made for this batch, or None.
-    """
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    out: torch.Tensor
-    query_starts: torch.Tensor
-    seq_lens: torch.Tensor
-    key_starts: torch.Tensor | None
-    max_query_len: int
-    max_seq_len: int
-    is_uniform: bool
-    scale: float
-    causal: bool
-    window: tuple[int, int]
-    soft_cap: float
-    slopes: torch.Tensor | None
-    sinks: torch.Tensor | None
-    returns_lse: bool
-    block_table: torch.Tensor | None = None
-    schedule: torch.Tensor | None = None
-
-
-#: Does the work: (output, lse (num_heads, num_tokens) or None).
-Caller = Callable[[Functions, Work], tuple[torch.Tensor, torch.Tensor | None]]
-
-
-def call_flash_attn_2(functions: Functions, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
+def bind_flash_attn_2(functions: Functions, work: Work) -> Attend:
     """flash_attn: one token a request goes to the function that splits long requests."""
     common = {
-        "softmax_scale": work.scale,
         "causal": work.causal,
         "window_size": work.window,
         "softcap": work.soft_cap,
-        "alibi_slopes": work.slopes,
         "block_table": work.block_table,
     }
     if work.is_uniform and work.block_table is not None:
-        output, lse = functions["flash_attn_with_kvcache"](
-            work.query[:, None],
-            work.keys,
-            work.values,
-            cache_seqlens=work.seq_lens,
-            return_softmax_lse=True,
+        decode = functions["flash_attn_with_kvcache"]
+        arguments = {"cache_seqlens": work.seq_lens, "return_softmax_lse": True, **common}
+
+        def attend(given: Operands) -> Result:
+            output, lse = decode(
+                given.query[:, None],
+                given.keys,
+                given.values,
+                softmax_scale=given.scale,
+                alibi_slopes=given.slopes,
+                **arguments,
+            )
+            return output[:, 0], _without_inf(lse[..., 0].T) if work.returns_lse else None
+
+        return attend
+
+    varlen = functions["flash_attn_varlen_func"]
+    lengths = (work.query_starts, work.key_starts, *_longest_2(work))
+
+    def attend_ragged(given: Operands) -> Result:
+        output, lse, _ = varlen(
+            given.query,
+            given.keys,
+            given.values,
+            *lengths,
+            softmax_scale=given.scale,
+            alibi_slopes=given.slopes,
+            return_attn_probs=True,
             **common,
         )
-        return output[:, 0], lse[..., 0].T
-    output, lse, _ = functions["flash_attn_varlen_func"](
-        work.query,
-        work.keys,
-        work.values,
-        work.query_starts,
-        work.key_starts,
-        _max_query_len(work),
-        work.max_seq_len,
-        return_attn_probs=True,
-        **common,
-    )
-    return output, lse
+        return output, _without_inf(lse) if work.returns_lse else None
+
+    return attend_ragged
 
 
-def _max_query_len(work: Work) -> int:
-    """What FlashAttention 2 is told: 1 makes it count on a token of every request."""
-    return work.max_query_len if work.is_uniform else max(2, work.max_query_len)
+def _longest_2(work: Work) -> tuple[int, int]:
+    """The most queries and keys of a request, as FlashAttention 2 is told of them.
+
+    Told of one query, it counts on a token of every request. A window that is longer than the keys
+    it takes for one without an end, which it is not for a query that stands before the first key.
+    """
+    queries = work.max_query_len if work.is_uniform else max(2, work.max_query_len)
+    return queries, max(work.max_seq_len, work.max_query_len)
 
 
-def call_flash_attn_3(functions: Functions, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """flash_attn_interface and sgl_kernel: rows are a cache of one request without pages."""
-    keys, values = work.keys, work.values
-    if work.block_table is None:
-        keys, values = keys[None], values[None]
-    options = {} if work.schedule is None else {"scheduler_metadata": work.schedule}
-    output, lse, *_ = functions["flash_attn_with_kvcache"](
-        work.query,
-        keys,
-        values,
-        cache_seqlens=work.seq_lens,
-        page_table=work.block_table,
-        cu_seqlens_q=work.query_starts,
-        max_seqlen_q=work.max_query_len,
-        softmax_scale=work.scale,
-        causal=work.causal,
-        window_size=work.window,
-        softcap=work.soft_cap,
-        return_softmax_lse=True,
-        **options,
-    )
-    return output, lse
+def _without_inf(lse: torch.Tensor) -> torch.Tensor:
+    """FlashAttention 2 gives a row without keys +inf."""
+    return lse.masked_fill(lse.isposinf(), float("-inf"))
 
 
-def call_flash_attn_4(functions: Functions, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
+def bind_flash_attn_3(functions: Functions, work: Work) -> Attend:
+    """flash_attn_interface and sgl_kernel: rows are a cache without pages."""
+    function = functions["flash_attn_with_kvcache"]
+    arguments: dict[str, Any] = {
+        "cache_seqlens": work.seq_lens,
+        "page_table": work.block_table,
+        "cu_seqlens_q": work.query_starts,
+        "max_seqlen_q": work.max_query_len,
+        "causal": work.causal,
+        "window_size": work.window,
+        "softcap": work.soft_cap,
+        "return_softmax_lse": True,
+    }
+    if work.schedule is not None:
+        arguments["scheduler_metadata"] = work.schedule
+
+    def attend(given: Operands) -> Result:
+        output, lse, *_ = function(
+            given.query, given.keys, given.values, softmax_scale=given.scale, **arguments
+        )
+        return output, lse
+
+    return attend
+
+
+def _on_its_device(attend: Attend) -> Attend:
+    """FlashAttention 4 launches on the current device; the others look where their tensors are."""
+
+    def run(given: Operands) -> Result:
+        with torch.cuda.device_of(given.query):
+            return attend(given)
+
+    return run
+
+
+def bind_flash_attn_4(functions: Functions, work: Work) -> Attend:
     """flash_attn.cute: a side of the window that has no end is None; 0 splits as it sees fit."""
+    function = functions["flash_attn_varlen_func"]
     left, right = (None if side < 0 else side for side in work.window)
-    paged = work.block_table is not None
-    output, lse, *_ = functions["flash_attn_varlen_func"](
-        work.query,
-        work.keys,
-        work.values,
-        cu_seqlens_q=work.query_starts,
-        cu_seqlens_k=None if paged else work.key_starts,
-        seqused_k=work.seq_lens if paged else None,
-        max_seqlen_q=work.max_query_len,
-        max_seqlen_k=work.max_seq_len,
-        page_table=work.block_table,
-        softmax_scale=work.scale,
-        causal=work.causal,
-        window_size=(left, right),
-        learnable_sink=work.sinks,
-        softcap=work.soft_cap,
-        num_splits=0,
-        return_lse=work.returns_lse,
-    )
-    return output, lse
+    arguments: dict[str, Any] = {
+        "cu_seqlens_q": work.query_starts,
+        "seqused_k": work.seq_lens,
+        "max_seqlen_q": work.max_query_len,
+        "max_seqlen_k": work.max_seq_len,
+        "page_table": work.block_table,
+        "causal": work.causal,
+        "window_size": (left, right),
+        "softcap": work.soft_cap,
+        "num_splits": 0,
+        "return_lse": work.returns_lse,
+    }
+
+    def attend(given: Operands) -> Result:
+        output, lse, *_ = function(
+            given.query,
+            given.keys,
+            given.values,
+            softmax_scale=given.scale,
+            learnable_sink=given.sinks,
+            **arguments,
+        )
+        return output, lse
+
+    return _on_its_device(attend)
 
 
-def call_vllm(version: int) -> Caller:
+def bind_vllm(version: int) -> Binder:
     """vLLM's build, which has them all behind one function."""
 
-    def call(functions: Functions, work: Work) -> tuple[torch.Tensor, torch.Tensor | None]:
-        paged = work.block_table is not None
-        max_seq_len = work.max_seq_len
-        if work.schedule is not None and work.block_table is not None:  # as `schedule_of` says it
-            max_seq_len = work.block_table.shape[1] * work.keys.shape[1]
-        result = functions["flash_attn_varlen_func"](
-            work.query,
-            work.keys,
-            work.values,
-            _max_query_len(work) if version == 2 else work.max_query_len,
-            work.query_starts,
-            max_seq_len,
-            cu_seqlens_k=None if paged else work.key_starts,
-            seqused_k=work.seq_lens if paged else None,
-            softmax_scale=work.scale,
-            causal=work.causal,
-            window_size=list(work.window),
-            softcap=work.soft_cap,
-            alibi_slopes=work.slopes,
-            block_table=work.block_table,
-            return_softmax_lse=work.returns_lse,
-            out=work.out,
-            scheduler_metadata=work.schedule,
-            fa_version=version,
-            s_aux=work.sinks,
-        )
-        return result if work.returns_lse else (result, None)
+    def bind(functions: Functions, work: Work) -> Attend:
+        function = functions["flash_attn_varlen_func"]
+        longest = (work.max_query_len, work.max_seq_len) if version > 2 else _longest_2(work)
+        has_starts = version == 2 and work.block_table is None
+        arguments: dict[str, Any] = {
+            "max_seqlen_q": longest[0],
+            "cu_seqlens_q": work.query_starts,
+            "max_seqlen_k": longest[1],
+            "cu_seqlens_k": work.key_starts if has_starts else None,
+            "seqused_k": None if has_starts else work.seq_lens,
+            "causal": work.causal,
+            "window_size": list(work.window),
+            "softcap": work.soft_cap,
+            "block_table": work.block_table,
+            "return_softmax_lse": work.returns_lse,
+            "scheduler_metadata": work.schedule,
+            "fa_version": version,
+        }
 
-    return call
+        def attend(given: Operands) -> Result:
+            result = function(
+                given.query,
+                given.keys,
+                given.values,
+                out=given.out,
+                softmax_scale=given.scale,
+                alibi_slopes=given.slopes,
+                s_aux=given.sinks,
+                **arguments,
+            )
+            if not work.returns_lse:
+                return result, None
+            output, lse = result
+            return output, _without_inf(lse) if version == 2 else lse
+
+        return _on_its_device(attend) if version == 4 else attend
+
+    return bind

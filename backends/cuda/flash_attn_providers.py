@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.flash_attn_calls import (
-    Caller,
+    Binder,
     Functions,
-    call_flash_attn_2,
-    call_flash_attn_3,
-    call_flash_attn_4,
-    call_vllm,
+    bind_flash_attn_2,
+    bind_flash_attn_3,
+    bind_flash_attn_4,
+    bind_vllm,
 )
 from attn_dispatch.capability import (
     ANY,
@@ -63,11 +63,14 @@ class Provider:
         imports: the modules that must be importable; the functions are the first one's.
         functions: which functions.
         optional: functions that not every release has.
-        call: puts work into the package's words.
+        bind: puts work into the package's words.
         capabilities: what it accepts, field by field, and where.
-        reads_past_rows: of rows, not pages, it loads whole tiles, and so what stands behind a
-            request's last. Times a weight of zero NaN is NaN: such a call must be of one request,
-            and end where the tensor ends, beyond which TMA reads zeros.
+        reads_past_rows: of rows, not pages, TMA loads it whole tiles, and so what stands behind a
+            request's last. Times a weight of zero NaN is NaN: so requests of as many keys each are
+            given apart, in one more dimension, beyond whose end TMA reads zeros. A provider that
+            does not fills up the last tile of each request with zeros itself.
+        takes_pages_of_one: rows can be given as pages of one row each, for requests of any lengths.
+            Those are loaded one by one, up to a request's last.
         gathers: rows were measured to be faster than pages by more than copying them takes.
     """
 
@@ -76,9 +79,10 @@ class Provider:
     imports: tuple[str, ...]
     functions: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    call: Caller
+    bind: Binder
     capabilities: Capabilities
     reads_past_rows: bool
+    takes_pages_of_one: bool = False
     gathers: bool = False
 
     def runs_on(self, device: DeviceProfile) -> bool:
@@ -168,11 +172,12 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("vllm.vllm_flash_attn", "vllm.vllm_flash_attn._vllm_fa3_C"),
         functions=("flash_attn_varlen_func",),
         optional=("get_scheduler_metadata",),
-        call=call_vllm(3),
+        bind=bind_vllm(3),
         capabilities=_capabilities(
             _HOPPER, "vllm>=0.11", **_HEADS_3, block_size=_SMALL_PAGES_OF_16, sinks=_BOTH
         ),
         reads_past_rows=True,
+        takes_pages_of_one=True,
         gathers=True,
     ),
     Provider(
@@ -181,11 +186,12 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("flash_attn_interface",),
         functions=("flash_attn_with_kvcache",),
         optional=("get_scheduler_metadata",),
-        call=call_flash_attn_3,
+        bind=bind_flash_attn_3,
         capabilities=_capabilities(
             _HOPPER, "flash_attn_interface", **_HEADS_3, block_size=_SMALL_PAGES
         ),
         reads_past_rows=True,
+        takes_pages_of_one=True,
         gathers=True,
     ),
     Provider(
@@ -193,7 +199,7 @@ PROVIDERS: tuple[Provider, ...] = (
         generation=3,
         imports=("sgl_kernel.flash_attn",),
         functions=("flash_attn_with_kvcache",),
-        call=call_flash_attn_3,
+        bind=bind_flash_attn_3,
         capabilities=_capabilities(
             _HOPPER,
             "sgl_kernel>=0.1",
@@ -201,6 +207,7 @@ PROVIDERS: tuple[Provider, ...] = (
             block_size=_SMALL_PAGES,
         ),
         reads_past_rows=True,
+        takes_pages_of_one=True,
         gathers=True,
     ),
     Provider(
@@ -208,7 +215,7 @@ PROVIDERS: tuple[Provider, ...] = (
         generation=4,
         imports=("flash_attn.cute",),
         functions=("flash_attn_varlen_func",),
-        call=call_flash_attn_4,
+        bind=bind_flash_attn_4,
         capabilities=_capabilities(
             _FOR_4, "flash_attn", "cutlass", "quack", **_HEADS_4, block_size=_SMALL_PAGES
         ),
@@ -219,7 +226,7 @@ PROVIDERS: tuple[Provider, ...] = (
         generation=4,
         imports=("vllm.vllm_flash_attn", "vllm.vllm_flash_attn.cute.interface"),
         functions=("flash_attn_varlen_func",),
-        call=call_vllm(4),
+        bind=bind_vllm(4),
         capabilities=_capabilities(
             _FOR_4, "vllm>=0.23", "cutlass", "quack", **_HEADS_4, block_size=_SMALL_PAGES_OF_16
         ),
@@ -230,7 +237,7 @@ PROVIDERS: tuple[Provider, ...] = (
         generation=2,
         imports=("flash_attn",),
         functions=("flash_attn_varlen_func", "flash_attn_with_kvcache"),
-        call=call_flash_attn_2,
+        bind=bind_flash_attn_2,
         capabilities=_capabilities(
             _AMPERE_ON, "flash_attn>=2.6.3,<3", **_HEADS_2, block_size=_PAGES_OF_256
         ),
@@ -241,7 +248,7 @@ PROVIDERS: tuple[Provider, ...] = (
         generation=2,
         imports=("vllm.vllm_flash_attn", "vllm.vllm_flash_attn._vllm_fa2_C"),
         functions=("flash_attn_varlen_func",),
-        call=call_vllm(2),
+        bind=bind_vllm(2),
         capabilities=_capabilities(_AMPERE_ON, "vllm>=0.11", **_HEADS_2, block_size=_PAGES_OF_16),
         reads_past_rows=False,
     ),
@@ -274,6 +281,11 @@ def _is_odd_pair_for_4(spec: AttentionSpec) -> bool:
     return size != size_v and (size, size_v) != (192, 128)
 
 
+def _has_large_tiles_for_4(spec: AttentionSpec) -> bool:
+    is_full = not spec.causal and spec.sliding_window is None
+    return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
+
+
 _PAIRS_OF_3 = "equal sizes, head_size up to 64, or 136 to 192 with 104 to 128"
 _SIZES = "head_size={s.head_size} with head_size_v={s.head_size_v}"
 
@@ -290,6 +302,14 @@ _LIMITS: tuple[_Limit, ...] = (
     _Limit(lambda s: s.alibi and s.returns_lse, "alibi", "alibi with returns_lse", "either", (2,)),
     _Limit(_is_odd_pair_for_3, "head_size_v", _SIZES, _PAIRS_OF_3, (3,)),
     _Limit(_is_odd_pair_for_4, "head_size_v", _SIZES, "equal sizes, or 192 with 128", (4,)),
+    # On sm90 tiles are of 144 keys then, and releases before 2026-08 look up the pages of 128.
+    _Limit(
+        _has_large_tiles_for_4,
+        "head_size",
+        "head_size={s.head_size} with causal=False over pages",
+        "up to 64, or above 96",
+        (4,),
+    ),
     # They count the sinks in; ours leaves them out.
     _Limit(lambda s: s.sinks and s.returns_lse, "sinks", "sinks with returns_lse", "either"),
     # They take them as bfloat16, which would round more than such a layer does.
