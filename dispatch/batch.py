@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +20,19 @@ from attn_dispatch.interface import (
     PlaceholderRange,
 )
 
-__all__ = ["AttentionBatch", "BatchMetadata", "BatchPart", "slots_of"]
+__all__ = ["AttentionBatch", "BatchMetadata", "BatchPart", "Totals", "slots_of"]
+
+
+class Totals(NamedTuple):
+    """How many requests, how many new tokens they have, and how many keys with these."""
+
+    requests: int
+    tokens: int
+    keys: int
+
+
+#: Stands among `checked` for a batch that agrees with itself.
+_ITSELF = ("batch",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +172,7 @@ class AttentionBatch:
     @functools.cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request, on the host."""
-        return [end - start for start, end in itertools.pairwise(self.query_starts)]
+        return list(map(operator.sub, self.query_starts[1:], self.query_starts))
 
     @property
     def num_tokens(self) -> int:
@@ -168,12 +182,34 @@ class AttentionBatch:
     @functools.cached_property
     def phases(self) -> list[Phase]:
         """The phase of each request."""
+        decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
         return [
-            Phase.DECODE
-            if query <= self.max_decode_query_len and (seq > query or seq == 0)
-            else Phase.PREFILL
+            decode if query <= longest and (seq > query or seq == 0) else prefill
             for query, seq in zip(self.query_lens, self.host_seq_lens, strict=True)
         ]
+
+    @functools.cached_property
+    def total(self) -> Totals:
+        """Of all requests."""
+        return Totals(len(self.phases), self.num_tokens, sum(self.host_seq_lens))
+
+    @functools.cached_property
+    def totals(self) -> dict[Phase, Totals]:
+        """Of each phase; one without requests is absent."""
+        phases, seq_lens = self.phases, self.host_seq_lens
+        if not phases:
+            return {}
+        first, count = phases[0], phases.count(phases[0])
+        if count == len(phases):
+            return {first: self.total}
+        if phases[:count].count(first) == count:  # one phase after the other, as engines have it
+            own = Totals(count, self.query_starts[count], sum(seq_lens[:count]))
+        else:
+            rows = [phase is first for phase in phases]
+            lens = (itertools.compress(each, rows) for each in (self.query_lens, seq_lens))
+            own = Totals(count, *map(sum, lens))
+        other = Phase.DECODE if first is Phase.PREFILL else Phase.PREFILL
+        return {first: own, other: Totals(*map(operator.sub, self.total, own))}
 
     @functools.cached_property
     def parts(self) -> dict[Phase, BatchPart]:
@@ -185,11 +221,16 @@ class AttentionBatch:
 
     def _part(self, phase: Phase) -> BatchPart:
         chosen = [i for i, each in enumerate(self.phases) if each is phase]
+        first, end = chosen[0], chosen[-1] + 1
+        mask, ranges = self._mask_of(chosen), self.multi_modal_placeholder_index_maps
+        ranges = None if ranges is None else _select(ranges, chosen)
+        own: dict[str, Any] = {"custom_mask": mask, "multi_modal_placeholder_index_maps": ranges}
+        if end - first == len(chosen):
+            return self._between(first, end, own)
         device = self.seq_lens.device
         tokens, query_lens = _rows_of(chosen, self.query_starts, device)
         keys, key_lens = _rows_of(chosen, self.key_starts, device)
-        requests = _slice_or_index(chosen, device)
-        ranges = self.multi_modal_placeholder_index_maps
+        requests = torch.tensor(chosen, device=device)
         part = AttentionBatch.create(
             query_lens,
             [self.host_seq_lens[i] for i in chosen],
@@ -197,10 +238,31 @@ class AttentionBatch:
             block_table=None if self.block_table is None else self.block_table[requests],
             slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
             device=device,
-            custom_mask=self._mask_of(chosen),
-            multi_modal_placeholder_index_maps=None if ranges is None else _select(ranges, chosen),
             enable_kv_scales_calculation=self.enable_kv_scales_calculation,
             max_decode_query_len=self.max_decode_query_len,
+            **own,
+        )
+        return BatchPart(part, tokens, keys)
+
+    def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
+        """The requests from `first` to before `end`; nothing is copied from the host."""
+        requests, bounds = slice(first, end), slice(first, end + 1)
+        tokens, keys = (
+            slice(starts[first], starts[end]) for starts in (self.query_starts, self.key_starts)
+        )
+        key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
+        part = dataclasses.replace(
+            self,
+            query_start_loc=self.query_start_loc[bounds] - tokens.start,
+            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels were compiled for
+            query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
+            seq_lens_cpu=self.seq_lens_cpu[requests],
+            max_query_len=max(self.query_lens[requests]),
+            max_seq_len=max(self.host_seq_lens[requests]),
+            block_table=None if table is None else table[requests],
+            slot_mapping=None if slots is None else slots[keys],
+            key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
+            **own,
         )
         return BatchPart(part, tokens, keys)
 
@@ -223,11 +285,16 @@ class AttentionBatch:
         return rows.view(self.query_lens[request], self.host_seq_lens[request])
 
     def check(self) -> None:
-        """Check that the batch agrees with itself, as far as the host can see.
+        """Check that the batch agrees with itself, as far as the host can see; once.
 
         Raises:
             InvalidInputError: it says what contradicts what.
         """
+        if _ITSELF not in self.checked:
+            self._check()
+            self.checked.add(_ITSELF)
+
+    def _check(self) -> None:
         num_reqs = self.num_reqs
         starts = {"query_start_loc_cpu": self.query_starts, "key_start_loc_cpu": self.key_starts}
         for name, values in starts.items():
@@ -264,7 +331,8 @@ class AttentionBatch:
                 f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
                 "slot for each: block * block_size + offset, or −1 for padding."
             )
-        mask, size = self.custom_mask, self.mask_starts[-1]
+        mask = self.custom_mask
+        size = 0 if mask is None else self.mask_starts[-1]
         if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
             raise InvalidInputError(
                 f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
@@ -279,8 +347,7 @@ class AttentionBatch:
                     )
 
 
-@dataclass(frozen=True)
-class BatchPart:
+class BatchPart(NamedTuple):
     """The requests of one phase as a batch of their own, and which rows are theirs.
 
     `tokens` are their rows of query and output, `keys` those of key and value: a slice where the
@@ -313,15 +380,11 @@ class BatchMetadata(AttentionMetadata):
                 "The batch has a custom_mask, and the layer was described without one, so it "
                 "would be ignored. Describe the layer with custom_mask=True."
             )
-        prefills = [
-            query
-            for query, phase in zip(batch.query_lens, batch.phases, strict=True)
-            if phase is Phase.PREFILL
-        ]
+        prompts = batch.totals.get(Phase.PREFILL, Totals(0, 0, 0))
         return cls(
-            num_prefills=len(prefills),
-            num_prefill_tokens=sum(prefills),
-            num_decode_tokens=batch.num_tokens - sum(prefills),
+            num_prefills=prompts.requests,
+            num_prefill_tokens=prompts.tokens,
+            num_decode_tokens=batch.num_tokens - prompts.tokens,
             slot_mapping=batch.slot_mapping,
             multi_modal_placeholder_index_maps=batch.multi_modal_placeholder_index_maps,
             enable_kv_scales_calculation=batch.enable_kv_scales_calculation,
@@ -425,17 +488,14 @@ def _check_room(
 
 def _rows_of(
     requests: list[int], starts: list[int], device: torch.device
-) -> tuple[slice | torch.Tensor, list[int]]:
+) -> tuple[torch.Tensor, list[int]]:
     """Which rows are these requests', and how many each has."""
-    spans = [range(starts[i], starts[i + 1]) for i in requests]
-    rows = _slice_or_index([row for span in spans for row in span], device)
-    return rows, [len(span) for span in spans]
-
-
-def _slice_or_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
-    if rows and rows == list(range(rows[0], rows[-1] + 1)):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    lens = [starts[i + 1] - starts[i] for i in requests]
+    before = itertools.accumulate(lens, initial=0)
+    pairs = zip(requests, before, strict=False)  # the last of `before` is the number of rows
+    shifts = torch.tensor([starts[i] - row for i, row in pairs], device="cpu")
+    shifts = shifts.repeat_interleave(torch.tensor(lens, device="cpu"))
+    return (torch.arange(len(shifts), device="cpu") + shifts).to(device), lens
 
 
 def _select(

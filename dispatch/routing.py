@@ -10,11 +10,11 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch, BatchMetadata, BatchPart
+from attn_dispatch.batch import AttentionBatch, BatchMetadata, BatchPart, Totals
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.fallback import blaming
 from attn_dispatch.interface import (
@@ -29,7 +29,13 @@ from attn_dispatch.quantization import indexable
 from attn_dispatch.report import Selection
 from attn_dispatch.spec import AttentionSpec
 from attn_dispatch.tuning.choose import Side, parts_of, routes_of
-from attn_dispatch.tuning.table import Bucket, LayerTimes, Step, bucket_of, totals_of
+from attn_dispatch.tuning.table import (
+    Bucket,
+    LayerTimes,
+    Step,
+    bucket_of,
+    step_of,
+)
 from attn_dispatch.validation import check_forward, check_metadata
 
 __all__ = [
@@ -40,6 +46,9 @@ __all__ = [
     "Router",
     "by_phase",
 ]
+
+#: What every batch asks for. On Python 3.11 an Enum takes 0.2 us to find a member.
+_PREFILL, _DECODE, _MIXED = Phase.PREFILL, Phase.DECODE, Step.MIXED
 
 #: Who serves which requests of a batch: a backend, and their phase, None for all of them. One that
 #: serves all stands alone.
@@ -93,38 +102,25 @@ class Router:
 
     def __call__(self, batch: AttentionBatch) -> Route:
         """Who serves this batch."""
-        totals = totals_of(batch)
-        if totals is None:
+        totals = batch.totals
+        if not totals:
             return ()
-        step = totals[0]
-        if step is not Step.MIXED:
-            return ((self._one(*totals), None),)
-        name = self.routes.get(bucket_of(*totals, captured=self.captured))
-        prefill, decode = self._each_phase(batch, *totals[1:]) if name is None else parts_of(name)
+        if len(totals) == 1:
+            ((phase, own),) = totals.items()
+            return ((self._alone(phase, own), None),)
+        name = self.routes.get(bucket_of(_MIXED, *batch.total, captured=self.captured))
+        if name is None:
+            prefill, decode = (self._alone(each, totals[each]) for each in (_PREFILL, _DECODE))
+        else:
+            prefill, decode = parts_of(name)
         if prefill == decode:
             return ((prefill, None),)
-        return ((prefill, Phase.PREFILL), (decode, Phase.DECODE))
+        return ((prefill, _PREFILL), (decode, _DECODE))
 
-    def _one(self, step: Step, requests: int, tokens: int, keys: int) -> str:
-        name = self.routes.get(bucket_of(step, requests, tokens, keys, captured=self.captured))
-        if name is not None:
-            return name
-        phase = Phase.PREFILL if step is Step.PREFILL else Phase.DECODE
-        return self.picks.get(phase, self.picks[Phase.PREFILL])  # an encoder has no decode
-
-    def _each_phase(
-        self, batch: AttentionBatch, requests: int, tokens: int, keys: int
-    ) -> tuple[str, str]:
-        """Who would serve prefill and decode of a mixed batch if each came alone."""
-        decode, query_lens, seq_lens = Phase.DECODE, batch.query_lens, batch.host_seq_lens
-        prompts = [i for i, phase in enumerate(batch.phases) if phase is not decode]
-        new, read = sum(query_lens[i] for i in prompts), sum(seq_lens[i] for i in prompts)
-        count, others = len(prompts), requests - len(prompts)
-        step = Step.DECODE if tokens - new <= others else Step.VERIFY
-        return (
-            self._one(Step.PREFILL, count, new, read),
-            self._one(step, others, tokens - new, keys - read),
-        )
+    def _alone(self, phase: Phase, totals: Totals) -> str:
+        """Who serves these requests if no others are in the batch."""
+        name = self.routes.get(bucket_of(step_of(phase, totals), *totals, captured=self.captured))
+        return name or self.picks.get(phase) or self.picks[_PREFILL]  # an encoder has no decode
 
 
 @functools.lru_cache(maxsize=1024)
@@ -138,8 +134,7 @@ def _router(
     return Router(dict(picks), routes_of(times, dict(sides), captured=captured), captured)
 
 
-@dataclass(frozen=True)
-class RoutedPart:
+class RoutedPart(NamedTuple):
     """Requests of a batch, who serves them, and the metadata of that backend.
 
     `phase` is None for all requests of the batch.
@@ -246,40 +241,46 @@ class RoutedImpl:
         impls = [self._impl_of(part) for part in parts]
         check_forward(first, query, key, value, kv_cache, batch, output, *scales)
 
-        if kv_cache is not None and key is not None and value is not None:
+        new: list[tuple[Any, Any]] = [(None, None)] * len(parts)
+        if key is not None and value is not None:
+            new = [(key[part.rows.keys], value[part.rows.keys]) for part in parts]
+        work = list(zip(impls, parts, new, strict=True))
+        if kv_cache is not None and key is not None:
             # A part may read what another writes: a prefix that their requests share. So what the
             # later parts write must be there before the first one reads.
-            for impl, part in zip(impls[1:], parts[1:], strict=True):
-                new = (key[part.rows.keys], value[part.rows.keys])
+            for impl, part, (part_key, part_value) in work[1:]:
                 with blaming(part.backend, part.rows.batch):
-                    impl.write_kv(layer, *new, kv_cache, part.rows.batch)
-        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        # What lies beyond the batch's tokens is in no part.
-        indexable(output)[batch.num_tokens :] = 0
-        lse[batch.num_tokens :] = float("-inf")
-        for impl, part in zip(impls, parts, strict=True):
-            tokens, keys = part.rows.tokens, part.rows.keys
+                    impl.write_kv(layer, part_key, part_value, kv_cache, part.rows.batch)
+        lse = None
+        if first.returns_lse:
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        if len(output) > batch.num_tokens:  # what lies beyond the batch's tokens is in no part
+            indexable(output)[batch.num_tokens :] = 0
+            if lse is not None:
+                lse[batch.num_tokens :] = float("-inf")
+        for impl, part, (part_key, part_value) in work:
+            tokens = part.rows.tokens
             part_output = output[tokens]
             block_scale = None if output_block_scale is None else output_block_scale[tokens]
             with blaming(part.backend, part.rows.batch):
                 result = impl.forward(
                     layer,
                     query[tokens],
-                    None if key is None else key[keys],
-                    None if value is None else value[keys],
+                    part_key,
+                    part_value,
                     kv_cache,
                     part.metadata,
                     part_output,
                     output_scale,
                     block_scale,
                 )
-            if first.returns_lse:
+            if lse is not None:
                 lse[tokens] = result[1]
             if not isinstance(tokens, slice):  # indexing made copies: put them back
                 indexable(output)[tokens] = indexable(part_output)
                 if output_block_scale is not None and block_scale is not None:
                     output_block_scale[tokens] = block_scale
-        return (output, lse) if first.returns_lse else output
+        return output if lse is None else (output, lse)
 
     def _impl_of(self, part: RoutedPart) -> AttentionImpl[Any]:
         wanted = self._metadata_classes.get(part.backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from steps import Case, Step, call, layer_of, layer_spec
 from attn_dispatch import (
     AttentionBatch,
     AttentionType,
+    InvalidInputError,
     Phase,
     UnsupportedError,
     forward_context,
@@ -135,9 +137,10 @@ def test_cross_attention_keeps_all_keys_though_there_are_as_many_as_queries():
     step.check(call(layer_of(step, backend=ROUTES[0]), step))
 
 
+@pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_log_sum_exp_is_put_together(twin, order):
-    step = Step(Case(spec=layer_spec(returns_lse=True), **ORDERS[order], padding=2))
+def test_the_log_sum_exp_is_put_together(twin, order, padding):
+    step = Step(Case(spec=layer_spec(returns_lse=True), **ORDERS[order], padding=padding))
     output, lse = call(layer_of(step, backend=twin), step)
     expected, expected_lse = step.expected()
     step.check(output, expected)
@@ -255,6 +258,25 @@ def test_the_phase_of_a_request(query_len, seq_len, longest, phase):
 def test_a_backend_that_refuses_a_phase_is_named():
     with pytest.raises(UnsupportedError, match="TORCH_SDPA"):
         layer_of(Step(Case(spec=layer_spec(sinks=True), **MIXED)), backend=ROUTES[0])
+
+
+@pytest.mark.parametrize("order", ["prefills first", "decodes alone"])
+def test_a_batch_that_contradicts_itself_is_the_callers_mistake(order):
+    """It is refused before anyone is asked to serve it, and no backend is blamed."""
+    step = Step(Case(spec=layer_spec(), **ORDERS[order]))
+    layer = layer_of(step, backend=ROUTES[0])
+    short = dataclasses.replace(step.batch, seq_lens_cpu=step.batch.seq_lens_cpu[:1])
+    falling = dataclasses.replace(
+        step.batch, query_start_loc_cpu=step.batch.query_start_loc_cpu.flip(0)
+    )
+    for wrong in (short, falling):
+        for _ in range(2):  # what is refused once is refused again
+            with pytest.raises(InvalidInputError, match=r"for [24] requests it takes"):
+                layer.build_metadata(wrong)
+    assert {phase: s.name for phase, s in layer.selections.items()} == {
+        Phase.PREFILL: "REFERENCE",
+        Phase.DECODE: "TORCH_SDPA",
+    }
 
 
 def test_all_layers_of_a_model_share_the_split(monkeypatch):

@@ -137,6 +137,31 @@ def test_a_router_serves_every_request_once(lens, names):
         assert set(batch.phases) == set(Phase)
 
 
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 400)), min_size=1, max_size=8),
+    longest=st.integers(1, 3),
+    together=st.booleans(),
+    captured=st.booleans(),
+)
+def test_each_phase_of_a_mixed_batch_goes_where_it_would_go_alone(
+    lens, longest, together, captured
+):
+    """The totals of a phase are those of its requests, wherever they stand in the batch."""
+    lens = sorted(lens) if together else lens
+    batch = AttentionBatch.create(
+        [q for q, _ in lens], [q + past for q, past in lens], max_decode_query_len=longest
+    )
+    places = itertools.product(list(Kind)[:3], range(4), range(7), range(10))
+    routes = {place: "-".join(map(str, place)).upper() for place in places}
+    router = Router({Phase.PREFILL: "A", Phase.DECODE: "B"}, routes, captured)
+    whole = {phase: router(part.batch) for phase, part in batch.parts.items()}
+    if len(whole) == 1:
+        assert [router(batch)] == list(whole.values())
+    else:
+        names = {phase: name for phase, ((name, _),) in whole.items()}
+        assert router(batch) == tuple((names[phase], phase) for phase in Phase)
+
+
 def test_without_a_measurement_there_is_no_router():
     layer = layer_of(Step(Case(spec=layer_spec(), **MIXED)))
     assert not isinstance(layer._impl, RoutedImpl)
@@ -187,6 +212,26 @@ def test_alike_layers_share_metadata_and_others_do_not(measured):
             layer.kv_cache = step.kv_cache.clone()
             step.check(layer(step.query, step.key, step.value))
         assert len(context._metadata) == 2
+
+
+def test_another_table_or_override_decides_anew(measured):
+    """What was decided for a layer and a batch is not remembered beyond what decided it."""
+    step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(7,)))
+    measured(BY_SIZE)
+    before = layer_of(step)
+    assert parts_of(before, step) == [("REFERENCE", None)]
+    turned = [point("decode", n, 1, 8, REFERENCE=us, TORCH_SDPA=15) for n, us in ((1, 20), (4, 10))]
+    measured(turned)
+    assert parts_of(layer_of(step), step) == [("TORCH_SDPA", None)]
+    many = Step(Case(spec=layer_spec(), query_lens=(1,) * 4, seq_lens=(7,) * 4))
+    assert parts_of(layer_of(many), many) == [("REFERENCE", None)]
+    assert layer_of(many, backend="-REFERENCE").selections[Phase.DECODE].name == "TORCH_SDPA"
+    assert not isinstance(layer_of(many, backend="-REFERENCE")._impl, RoutedImpl)
+    split = layer_of(many, backend="prefill=REFERENCE,decode=TORCH_SDPA")
+    assert parts_of(split, many) == [("TORCH_SDPA", None)]
+    assert parts_of(before, step) == [("REFERENCE", None)]  # a layer keeps what it was made with
+    measured(BY_SIZE)
+    assert parts_of(layer_of(step), step) == [("REFERENCE", None)]
 
 
 def test_metadata_of_a_layer_with_other_backends_is_refused(measured):

@@ -11,7 +11,7 @@ from attn_dispatch.interface import AttentionType, Phase
 from attn_dispatch.spec import AttentionSpec, plain_value
 
 if TYPE_CHECKING:
-    from attn_dispatch.batch import AttentionBatch
+    from attn_dispatch.batch import AttentionBatch, Totals
 
 __all__ = [
     "LAYER_FIELDS",
@@ -25,6 +25,7 @@ __all__ = [
     "Table",
     "bucket_of",
     "layer_key",
+    "step_of",
     "totals_of",
 ]
 
@@ -69,25 +70,33 @@ def bucket_of(step: Step, requests: int, tokens: int, keys: int, *, captured: bo
     """
     length = 0
     if not (captured and step in (Step.DECODE, Step.VERIFY)):
-        length = _log2(-(-keys // requests))
-    return step, _log2(requests), _log2(-(-tokens // requests)), length
+        length = _log2_of_average(keys, requests)
+    return step, (requests - 1).bit_length(), _log2_of_average(tokens, requests), length
 
 
-def _log2(number: int) -> int:
-    return (number - 1).bit_length() if number > 1 else 0
+def _log2_of_average(total: int, number: int) -> int:
+    return (((total or 1) - 1) // number).bit_length()
+
+
+#: Phase -> what its requests are with one new token each, and with more on average.
+_STEPS_OF = {
+    Phase.PREFILL: (Step.PREFILL, Step.PREFILL),
+    Phase.DECODE: (Step.DECODE, Step.VERIFY),
+}
+
+
+def step_of(phase: Phase, totals: Totals) -> Step:
+    """What requests are that are all in one phase."""
+    return _STEPS_OF[phase][totals.tokens > totals.requests]
 
 
 def totals_of(batch: AttentionBatch) -> tuple[Step, int, int, int] | None:
-    """(step, requests, new tokens, keys) of a batch; None without requests. On the host alone."""
-    phases = batch.phases
-    if not phases:
+    """(step, requests, new tokens, keys) of a batch; None without requests."""
+    by_phase = batch.totals
+    if not by_phase:
         return None
-    requests, tokens, keys = len(phases), batch.num_tokens, sum(batch.host_seq_lens)
-    if phases.count(phases[0]) != requests:
-        return Step.MIXED, requests, tokens, keys
-    if phases[0] is Phase.PREFILL:
-        return Step.PREFILL, requests, tokens, keys
-    return Step.DECODE if tokens <= requests else Step.VERIFY, requests, tokens, keys
+    step = Step.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
+    return step, *batch.total
 
 
 #: The fields of a request that a table names: those of `bench.cases.Case`.
