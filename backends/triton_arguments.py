@@ -49,8 +49,12 @@ def on_its_device(method: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(method)
     def run(*args: Any, **options: Any) -> T:
-        given = (*args, *options.values())
-        index = next(each.device.index for each in given if isinstance(each, torch.Tensor))
+        for given in args:  # a loop and nothing made: every layer's call waits for this
+            if isinstance(given, torch.Tensor):
+                break
+        else:
+            given = next(each for each in options.values() if isinstance(each, torch.Tensor))
+        index = given.device.index
         if index is None or index == torch.cuda.current_device():
             return method(*args, **options)
         with torch.cuda.device(index):

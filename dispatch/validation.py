@@ -57,11 +57,17 @@ def check_forward(
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
     check_no_grad(query, key, value)
-    signature = (
+    signature = (  # each by itself, not by a loop: every layer's call waits for this
         _shape_of_layer(impl),
         impl.kv_sharing_target_layer_name is None,
-        None if kv_cache is None else kv_cache.stride(),
-        *map(_form, (query, key, value, kv_cache, output, output_scale, output_block_scale)),
+        _form(query),
+        None if key is None else _form(key),
+        None if value is None else _form(value),
+        None if kv_cache is None else _form(kv_cache),
+        None if kv_cache is None else (kv_cache.stride(), kv_cache.storage_offset() % 4),
+        None if output is None else _form(output),
+        None if output_scale is None else _form(output_scale),
+        None if output_block_scale is None else _form(output_block_scale),
     )
     if signature not in batch.checked:
         _check_forms(
@@ -75,11 +81,8 @@ def check_forward(
 _shape_of_layer = operator.attrgetter(
     "num_heads", "num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype", "attn_type"
 )
-
-
-def _form(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
-    """All that the checks below look at, of a tensor."""
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+#: All that the checks below look at, of a tensor; of a cache they also ask where its rows lie.
+_form = operator.attrgetter("shape", "dtype", "device")
 
 
 def _check_forms(

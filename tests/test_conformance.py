@@ -29,6 +29,8 @@ from attn_dispatch.capability import (
     MultipleOf,
     OneOf,
     Range,
+    Reason,
+    ReasonCode,
     compare_availability,
 )
 from attn_dispatch.cli import app
@@ -52,7 +54,7 @@ from attn_dispatch.conformance.probes import (
 )
 from attn_dispatch.conformance.pytest_plugin import assert_conforms
 from attn_dispatch.device import KNOWN_DEVICES, DeviceMatch, detect_device
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType
 from attn_dispatch.libraries import Library
 from attn_dispatch.registry import registry
@@ -302,6 +304,34 @@ def test_what_goes_where_it_should_not_is_caught(impl, name, sentence):
     outcome = outcome_of(changed(impl=impl), name)
     assert (outcome.status == "failed") == bool(sentence)
     assert sentence in outcome.message
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_feature_whose_library_turns_out_broken_is_skipped_if_selection_refuses_it(says_so):
+    broken = []
+
+    class Impl(ReferenceImpl):
+        def forward(self, *args, **options):
+            if self.alibi_slopes is not None:
+                broken.append("its part for ALiBi")
+                raise BackendFailure("part cannot be imported here")
+            return super().forward(*args, **options)
+
+    class Backend(ReferenceBackend):
+        @staticmethod
+        def get_impl_cls():
+            return Impl
+
+        @classmethod
+        def check_combination(cls, spec, device):
+            if not (says_so and broken and spec.alibi):
+                return []
+            reason = {"field": "alibi", "asked": "alibi=True", "allowed": "alibi=False"}
+            return [Reason(code=ReasonCode.COMBINATION, **reason)]
+
+    outcome = outcome_of(Backend, "numbers/alibi")
+    assert outcome.status == ("skipped" if says_so else "failed")
+    assert ("not possible on this machine" in outcome.message) is says_so
 
 
 def test_a_feature_that_is_not_declared_and_dropped_by_hand_is_caught():

@@ -846,7 +846,7 @@ def real(name):
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # hypothesis refuses one that is made for each test
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -158,6 +158,15 @@ def test_host_time_counts_where_no_graph_hides_it():
     slow_host = point("decode", 4, 1, 64, {"A": 5.0, "B": 50.0}, A=20, B=10)
     assert chosen(slow_host, at=slow_host) == "A"
     assert chosen(slow_host, captured=True, at=slow_host) == "B"
+
+
+def test_host_time_that_the_first_in_the_order_takes_anyway_counts_for_nobody():
+    hiccup = point("prefill", 1, 4096, 4096, {"A": 400.0, "B": 90.0}, A=270, B=360)
+    assert chosen(hiccup, at=hiccup) == "A"
+    both_long = point("prefill", 1, 512, 512, {"A": 98.0, "B": 96.0}, A=23, B=19)
+    assert chosen(both_long, at=both_long) == "B"
+    hidden = point("prefill", 8, 2048, 2048, {"A": 100.0, "B": 450.0}, A=700, B=600)
+    assert chosen(hidden, at=hidden) == "B"
     prompt = point("prefill", 4, 64, 64, {"A": 5.0, "B": 50.0}, A=20, B=10)
     assert chosen(prompt, captured=True, at=prompt) == "A"  # prompts are not captured
 

@@ -254,14 +254,26 @@ BAD_INT8_CACHES = {
         lambda cache: torch.nn.functional.pad(cache, (1, 0))[..., 1:],
         "start at multiples of 4 bytes",
     ),
+    "a first row at an odd byte": (
+        lambda cache: torch.nn.functional.pad(cache.flatten(), (1, 0))[1:].view(cache.shape),
+        "from byte 1 on; .* start at multiples of 4 bytes",
+    ),
 }
+
+#: A batch remembers what passed for one layer: that must let nothing else through.
+after_a_good_call = pytest.mark.parametrize(
+    "is_second", [False, True], ids=["at once", "after a good call"]
+)
 
 
 @pytest.mark.parametrize("what", BAD_INT8_CACHES)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_bad_int8_cache_is_refused(runner, what):
+@after_a_good_call
+def test_a_bad_int8_cache_is_refused(runner, what, is_second):
     make, message = BAD_INT8_CACHES[what]
     call = Call(runner, CASE.replace(spec=layer_spec(kv_cache_dtype=INT8)))
+    if is_second:
+        call()
     call.set(kv_cache=make(call.step.kv_cache))
     assert_refused_untouched(call, message)
 
@@ -275,9 +287,12 @@ def test_the_call_that_is_spoiled_below_works(runner, monkeypatch):
 
 @pytest.mark.parametrize("what", BAD_CALLS)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_bad_argument_is_refused(runner, what):
+@after_a_good_call
+def test_a_bad_argument_is_refused(runner, what, is_second):
     spoil, message = BAD_CALLS[what]
     call = Call(runner)
+    if is_second:
+        call()
     spoil(call)
     assert_refused_untouched(call, message)
 
@@ -321,9 +336,15 @@ def test_scales_that_fit_no_output_are_refused(runner, changes, message):
     ],
     ids=["vector", "float64", "elsewhere", "block scales of another shape", "of another dtype"],
 )
-def test_scales_of_a_quantized_output_are_checked(scales, message):
+@after_a_good_call
+def test_scales_of_a_quantized_output_are_checked(scales, message, is_second):
     call = Call("REFERENCE", CASE.replace(spec=layer_spec(head_size_v=32)))
-    call.set(output=torch.zeros(12, 4, 32).to(FP8), **scales)
+    call.set(output=torch.zeros(12, 4, 32).to(FP8))
+    if is_second:
+        good = {"output_scale": torch.ones(()), "output_block_scale": torch.ones(12, 1)}
+        call.set(**{name: good[name] for name in scales})
+        call()
+    call.set(**scales)
     assert_refused_untouched(call, message)
 
 

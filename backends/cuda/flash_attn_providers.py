@@ -2,7 +2,7 @@
 
 FlashAttention 2, 3 and 4 come under several names, each with functions and limits of its own. Here
 each is a `Provider`: its limits as capabilities, so that a refusal names them, and the function of
-`flash_attn_calls.py` that puts a call into the package's words. `pick_provider` is asked by
+`flash_attn_packages.py` that puts work into the package's words. `pick_provider` is asked by
 selection and by the builder alike, so they cannot disagree; it imports nothing.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.flash_attn_calls import (
+from attn_dispatch.backends.cuda.flash_attn_packages import (
     Binder,
     Functions,
     bind_flash_attn_2,

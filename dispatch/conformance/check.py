@@ -16,6 +16,7 @@ from attn_dispatch.conformance.judging import Finding, Wrong, compare_with_oracl
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.steps import Step
 from attn_dispatch.device import DeviceProfile
+from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface import AttentionBackend
 from attn_dispatch.quantization import GROUP_SIZE, kv_cache_torch_dtype
 from attn_dispatch.spec import AttentionSpec
@@ -225,6 +226,9 @@ class Target:
             step: the step.
             cache: to write; None for a copy of the step's.
             **more: as for `Step.forward`.
+
+        Raises:
+            Skipped: it could not be run, and selection refuses it by now.
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
@@ -240,7 +244,14 @@ class Target:
             else:
                 block_scale = torch.zeros(tokens, row // GROUP_SIZE, device=self.device)
                 scaling["output_block_scale"] = block_scale
-        returned = step.forward(self.cls, cache, **scaling, **more)
+        try:
+            returned = step.forward(self.cls, cache, **scaling, **more)
+        except (BackendFailure, UnsupportedError) as error:
+            reasons = refusals(self.cls, step.spec, self.profile)
+            if not reasons:
+                raise
+            # It was declared: meanwhile a library that it needs turned out to be broken.
+            raise Skipped(f"not possible on this machine: {reasons[0]}") from error
         return Run(returned, cache, scale, block_scale)
 
     def judge(self, step: Step, done: Run) -> Finding:

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from attn_dispatch.conformance.check import (
-    Check,
-    Target,
-)
+from attn_dispatch.conformance.check import Check, Skipped, Target
 from attn_dispatch.conformance.judging import Finding, Wrong, require
 from attn_dispatch.conformance.probes import Probe, covering, refusals
 from attn_dispatch.errors import AttnDispatchError
@@ -173,7 +170,7 @@ def _refuses(target: Target, probe: Probe) -> Finding | None:
     try:
         done = target.forward(step)
         return target.judge(step, done)
-    except AttnDispatchError:
+    except (AttnDispatchError, Skipped):
         return None
     except Wrong as wrong:
         raise Wrong(

@@ -82,7 +82,11 @@ def _costs_of(
 ) -> list[_Costs]:
     """The costs at each point that has one for `declared`."""
     return [
-        {name: point.cost_us(name, captured=captured) for name in point.times_us if admits(name)}
+        {
+            name: point.cost_us(name, declared, captured=captured)
+            for name in point.times_us
+            if admits(name)
+        }
         for point in points
         if declared in point.times_us
     ]
@@ -258,7 +262,7 @@ def compare_points(
         if declared in point.times_us:
             picked = routes[bucket_of(*point.place, captured=captured)]
             us, declared_us = (
-                point.cost_us(name, captured=captured) for name in (picked, declared)
+                point.cost_us(name, declared, captured=captured) for name in (picked, declared)
             )
             found.append(Comparison(point, picked, us, declared, declared_us))
     return tuple(found)
