@@ -514,6 +514,20 @@ def test_a_long_prompt_is_alone_over_rows_where_that_is_faster(name, past, bring
     assert ["rows" if table is None else "pages" for table in tables] == reads
 
 
+@pytest.mark.parametrize("name", [VLLM_3, OWN_3])
+def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
+    lengths = {"query_lens": (50, 50, 50, 60, 3), "seq_lens": (50, 50, 50, 60, 30)}
+    with provided(name) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+        step = step_of(name, {}, lengths)
+        expected = step.expected()[0]
+        step.key[50:100], step.value[50:100] = torch.nan, torch.nan  # the second's own affair
+        output = forward(step)
+    kept = torch.tensor([*range(50), *range(100, 213)])
+    torch.testing.assert_close(output[kept].double(), expected[kept], rtol=0, atol=0.02)
+    tables = [call.get("block_table", call.get("page_table")) for call in calls_of(recorder)]
+    assert ["rows" if table is None else "pages" for table in tables] == ["rows", "rows", "pages"]
+
+
 def test_rows_that_do_not_fit_stay_in_their_pages():
     lengths = {"query_lens": (50,), "seq_lens": (150,)}
     cut = mock.patch.multiple(flash_attn, _ALONE_FROM=50, MAX_GATHERED_BYTES=1000)

@@ -121,8 +121,9 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         first = 0
         for label, length in runs:
             end = first + length
+            is_alone = isinstance(label, int) or (isinstance(label, tuple) and length == 1)
             if batch.query_starts[first] < batch.query_starts[end]:
-                yield first, end, isinstance(label, int)
+                yield first, end, is_alone
             first = end
 
     def _has_pages(self, batch: AttentionBatch) -> bool:
@@ -138,7 +139,10 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
 
         def label(request: int, query_len: int, seq_len: int) -> object:
             if self._pays_alone(query_len, seq_len):
-                return request
+                # Neighbours without a past that are equally long may be read together.
+                new = batch.key_starts[request + 1] - batch.key_starts[request]
+                is_fresh = has_cache and new == seq_len and not self.spec.kv_sharing
+                return (seq_len,) if is_fresh else request
             if has_cache:
                 return Phase.DECODE if query_len <= few else Phase.PREFILL
             return None if self.provider.takes_pages_of_one else (seq_len,)
@@ -189,7 +193,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
             return rows
         lengths = [e - s for s, e in itertools.pairwise(batch.key_starts[first : end + 1])]
         is_fresh = lengths == batch.host_seq_lens[first:end] and not self.spec.kv_sharing
-        is_safe = end - first == 1 or not self.provider.reads_past_rows
+        is_safe = len(set(lengths)) == 1 or not self.provider.reads_past_rows
         # A graph of decodes may have been captured for requests that happen to have no past.
         return rows if is_fresh and is_safe and batch.max_query_len > 1 else None
 
