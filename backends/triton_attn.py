@@ -154,8 +154,17 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         return found
 
     def _paged(self, kv_cache: torch.Tensor) -> Source:
-        """The cache as the kernels take it; the last one is remembered."""
+        """The cache as the kernels take it; the last one is remembered.
+
+        Raises:
+            InvalidInputError: the elements of a head do not lie next to each other.
+        """
         if self._last_cache is None or self._last_cache[0]() is not kv_cache:
+            if kv_cache.stride(-1) != 1 and kv_cache.shape[-1] > 1:
+                raise InvalidInputError(
+                    f"kv_cache has strides {kv_cache.stride()}; this backend reads heads whose "
+                    "elements lie next to each other. Make the cache by allocate_kv_cache."
+                )
             self._last_cache = (weakref.ref(kv_cache), Source.of_pages(kv_cache))
         return self._last_cache[1]
 

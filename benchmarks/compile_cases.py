@@ -12,7 +12,8 @@ from unittest import mock
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper_attn import HopperAttnBackend
+from attn_dispatch.backends.cuda import hopper_attn
+from attn_dispatch.backends.cuda.hopper_attn import DecodeRow, HopperAttnBackend
 from attn_dispatch.backends.kernels.launcher import Launcher
 from attn_dispatch.backends.triton_attn import TritonAttnBackend
 from attn_dispatch.backends.triton_plan import Launches
@@ -46,6 +47,7 @@ FRESH = ((1,) * _MANY + (300,), (200,) * _MANY + (300,))
 PAGES = ((1,) * _MANY + (100,), (200,) * _MANY + (400,))
 GATHERED = ((1,) * _MANY + (300,), (200,) * _MANY + (400,))
 VERIFY = ((4,) * _MANY, (200,) * _MANY)
+DRAFTS = ((8,) * _MANY, (200,) * _MANY)
 FEW = ((1,), (200,))
 
 
@@ -60,6 +62,7 @@ class Case:
         archs: where it is compiled, of the covering set; None for one of each vendor, in turns.
         odd_rows: new keys lie where no tensor descriptor can describe them.
         only: of what is launched, kernels with this in their name.
+        decode_row: how Hopper's decode kernel is launched, whatever the step.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Case:
     archs: tuple[str, ...] | None = None
     odd_rows: bool = False
     only: str = ""
+    decode_row: DecodeRow | None = None
 
 
 LAYER: dict[str, Any] = {
@@ -142,9 +146,8 @@ FEATURES = (
     ),
 )
 
-#: What HOPPER_ATTN adds.
-HOPPER = tuple(
-    Case(name=f"Hopper, {name}", fields=fields, archs=("sm90",), only="hopper", lens=lens)
+_PREFILLS = tuple(
+    Case(name=f"Hopper, {name}", fields=fields, archs=("sm90",), only="hopper_prefill", lens=lens)
     for name, fields, lens in (
         ("128", {}, FRESH),
         ("64, gathered", {"head_size": 64}, GATHERED),
@@ -154,6 +157,38 @@ HOPPER = tuple(
         ("window both ways", {"causal": False, "sliding_window": 99, "alibi": True}, FRESH),
     )
 )
+
+_ALL: dict[str, Any] = {
+    "dtype": torch.float16,
+    "causal": False,
+    "sliding_window": 99,
+    "logits_soft_cap": 30.0,
+    "alibi": True,
+    "sinks": True,
+    "returns_lse": True,
+}
+
+#: Each launch of the decode kernel: a token of some requests with the fewest rows, drafts of all
+#: with the most. What two launches have in common is compiled once.
+_DECODES = tuple(
+    Case(
+        name=f"Hopper, {size}, {' and '.join(which)}{more}",
+        fields={"head_size": size, **fields},
+        archs=("sm90",),
+        only="hopper_decode",
+        lens=lens,
+        decode_row=row,
+    )
+    for size, rows in hopper_attn._DECODES.items()
+    for row in dict.fromkeys(rows)
+    for which in [
+        [word for word, r in zip(("many", "few", "beside"), rows, strict=True) if r == row]
+    ]
+    for more, fields, lens in (("", {}, FRESH), (", all features", _ALL, DRAFTS))
+)
+
+#: What HOPPER_ATTN adds.
+HOPPER = _PREFILLS + _DECODES
 
 
 def covering_set() -> list[tuple[Case, str]]:
@@ -179,12 +214,13 @@ def full_set() -> list[tuple[Case, str]]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a Launcher was made of and called with."""
+    """What a Launcher was made of and called with; `programs` are those of its grid."""
 
     kernel: Any
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     args: tuple[Any, ...]
+    programs: int
 
     @property
     def name(self) -> str:
@@ -198,7 +234,8 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(launcher: Launcher, grid: tuple[int, int, int], *args: Any) -> None:
-        launches.append(Launch(launcher.kernel, launcher.constants, launcher.options, args))
+        made_of = (launcher.kernel, launcher.constants, launcher.options)
+        launches.append(Launch(*made_of, args, math.prod(grid)))
 
     with mock.patch.object(Launcher, "__call__", record):
         yield launches
@@ -246,7 +283,9 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         )
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
         kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
-    with recorded() as launches:
+    row, rows = case.decode_row, hopper_attn._DECODES
+    chosen = {} if row is None else {spec.head_size: (row,) * 3}
+    with recorded() as launches, mock.patch.dict(rows, chosen):
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)
         )

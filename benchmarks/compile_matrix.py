@@ -4,7 +4,8 @@
 
 No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
-more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1.
+more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1;
+so is one of Hopper's decode kernels of which an SM holds fewer than are launched for it.
 With --check, so is a table in docs/kernels.md that says something else than the compiler; --write
 writes it. What is compiled is a covering set; --full compiles every case for every device.
 """
@@ -59,6 +60,7 @@ MORE_SPILLS = (
     ("gfx1100", r"int8", 640),
     ("gfx1201", r"512", 128),
     ("sm90", r"prefill.*, (256|512)$", 256),
+    ("sm90", r"hopper_decode.*all features", 192),  # the most rows of scores in registers
     ("sm", r"float32", 512),
     ("sm", r"mask|ranges", 384),
 )
@@ -234,9 +236,14 @@ def report_on(case: Case, launch: Launch, arch: str) -> Report:
         programs=UNITS[arch].holds(shared, registers, num_warps),
         matrix=next((name for name in _MATRIX if name in assembly), ""),
     )
-    multiplies = "BLOCK_N" in launch.constants
+    is_persistent = launch.name == "hopper_decode"
+    multiplies = is_persistent or "BLOCK_N" in launch.constants
     is_half = getattr(launch.args[0], "dtype", None) != torch.float32
-    return judged(report, has_matrix=multiplies and (is_half or arch.startswith("gfx9")))
+    return judged(
+        report,
+        has_matrix=multiplies and (is_half or arch.startswith("gfx9")),
+        at_once=launch.programs // (KNOWN_DEVICES[arch].num_sms or 1) if is_persistent else 0,
+    )
 
 
 def figures_of(assembly: str, log: str) -> tuple[int, int]:
@@ -248,12 +255,13 @@ def figures_of(assembly: str, log: str) -> tuple[int, int]:
     return int(registers), int(spilled)
 
 
-def judged(report: Report, has_matrix: bool) -> Report:
+def judged(report: Report, has_matrix: bool, at_once: int = 0) -> Report:
     """The report with its problems.
 
     Args:
         report: of a kernel that compiles.
         has_matrix: it multiplies, and the device has instructions for that in its dtype.
+        at_once: programs that are launched for each SM, as many as it should hold.
     """
     problems = []
     limit = KNOWN_DEVICES[report.arch].shared_memory_bytes or 0
@@ -268,6 +276,8 @@ def judged(report: Report, has_matrix: bool) -> Report:
         problems.append(f"spills {report.spilled_bytes} bytes; {allowed} are allowed")
     if has_matrix and not report.matrix:
         problems.append("multiplies without matrix instructions")
+    if report.programs < at_once:
+        problems.append(f"an SM holds {report.programs} programs of {at_once}")
     return dataclasses.replace(report, problems=tuple(problems))
 
 
@@ -310,8 +320,12 @@ _IN_FEATURES = ("decode", "prefill", "gather_kv", "write_kv")
 
 def cells_of(reports: Iterable[Report]) -> dict[Place, str]:
     """The cells that reports fill."""
-    places = {(r.kernel.split()[0].removesuffix("_invariant"), r.case, r.arch): r for r in reports}
+    places = {(_column(r.kernel), r.case, r.arch): r for r in reports}
     return {place: report.cell for place, report in places.items()}
+
+
+def _column(kernel: str) -> str:
+    return kernel.split(maxsplit=1)[0].removesuffix("_invariant").removeprefix("hopper_")
 
 
 def tables(cells: Mapping[Place, str], triton: str) -> str:

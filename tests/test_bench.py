@@ -366,7 +366,7 @@ def test_the_gpus_clock_flushes_and_gives_the_host_a_head_start(monkeypatch):
 
     assert clock.time_us(call, host_us=10) == 250
     assert cuda.log == [
-        "event", "event", "sleep 35000", "record 0", "call", "record 1", "wait",
+        "event", "event", "sleep 80000", "record 0", "call", "record 1", "wait",
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""HOPPER_ATTN: its plans anywhere, its kernel on a Hopper GPU."""
+"""HOPPER_ATTN: its plans anywhere, its prefill kernel on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import sys
 
 import pytest
 import torch
-from steps import Case, Step, layer_spec
-
-pytest.importorskip("triton")
+from hopper_steps import BATCH, check, on_gpu, step_of
 
 from attn_dispatch import libraries
 from attn_dispatch.backends.cuda.hopper_attn import HopperBuilder, HopperImpl, HopperPlan
@@ -16,11 +14,6 @@ from attn_dispatch.backends.triton_attn import TritonImpl
 from attn_dispatch.backends.triton_plan import PrefillPlan
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
-
-#: Decodes, a short chunk, a prompt, and a chunk whose past does not end where a tile does.
-BATCH = {"query_lens": (1, 20, 300, 129, 3), "seq_lens": (200, 20, 300, 600, 70)}
 ALONE = {"query_lens": (300,), "seq_lens": (300,)}
 
 #: What is changed of a layer with a KV cache of two heads of 128, and of the batch.
@@ -60,28 +53,14 @@ VARIANTS = {
 }
 
 
-def step_of(fields, batch, device):
-    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "block_size": 16}
-    spec = layer_spec(**(sizes | {"dtype": torch.bfloat16} | fields))
-    return Step(Case(spec=spec, **(BATCH | batch)), device)
-
-
-@pytest.mark.gpu
-@on_hopper
+@on_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_agrees_with_the_reference(variant):
     step = step_of(*VARIANTS[variant], "cuda")
-    returned = step.run("HOPPER_ATTN")
-    output, lse = returned if step.spec.returns_lse else (returned, None)
-    expected, expected_lse = step.expected()
-    step.check(output, expected)
-    if lse is not None:
-        lse = lse[: len(expected_lse)].cpu()
-        torch.testing.assert_close(lse, expected_lse.float(), rtol=3e-3, atol=3e-3)
+    check(step, step.run("HOPPER_ATTN"))
 
 
-@pytest.mark.gpu
-@on_hopper
+@on_gpu
 @pytest.mark.parametrize("keys_are", ["new", "in the cache"])
 def test_what_lies_behind_a_prompt_does_not_reach_it(keys_are):
     """A decode of the same step, and padding, whose keys and values are NaN."""
@@ -96,8 +75,7 @@ def test_what_lies_behind_a_prompt_does_not_reach_it(keys_are):
     torch.testing.assert_close(output, expected[:300], rtol=0, atol=0.02)
 
 
-@pytest.mark.gpu
-@on_hopper
+@on_gpu
 def test_many_pieces_and_few_agree():
     """More and fewer pieces of work than programs, and a number that is no multiple of it."""
     for query_lens in ((17,), (2000,), (500, 700, 129, 128, 900)):

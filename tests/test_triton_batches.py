@@ -226,3 +226,14 @@ def test_another_cache_in_the_same_place_is_looked_at_anew():
         arguments = (step.layer, step.query, step.key, step.value, cache, metadata)
         assert same_bits(impl.forward(*arguments), expected)
         del cache, arguments
+
+
+def test_a_cache_whose_heads_have_gaps_is_refused_before_it_is_written():
+    step = mixed()
+    cache = torch.zeros(*step.kv_cache.shape, 2, dtype=step.kv_cache.dtype)[..., 0]
+    impl = triton_attn.TritonImpl(**step.impl_arguments())
+    metadata = builder_of(step.spec, **SMALL).build(step.batch)
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match=r"next to each other.*allocate_kv_cache"):
+            impl.forward(step.layer, step.query, step.key, step.value, cache, metadata)
+    assert not cache.any()

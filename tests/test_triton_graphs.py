@@ -258,7 +258,7 @@ def test_another_device_is_compiled_for_anew(launches):
 
 def test_every_parameter_that_is_left_open_exists():
     """A misspelt name would be specialized on, or not looked at."""
-    from attn_dispatch.backends.cuda import hopper
+    from attn_dispatch.backends.cuda import hopper, hopper_decode
     from attn_dispatch.backends.kernels import decode, gather, kv_write, prefill
 
     kernels = (
@@ -268,6 +268,7 @@ def test_every_parameter_that_is_left_open_exists():
         kv_write.write_kv_kernel,
         prefill.prefill_kernel,
         hopper.hopper_prefill_kernel,
+        hopper_decode.hopper_decode_kernel,
     )
     names = set()
     for kernel in kernels:

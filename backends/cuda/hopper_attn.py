@@ -1,4 +1,7 @@
-"""HOPPER_ATTN: TRITON_ATTN with a prefill kernel of Hopper's own, in Gluon (`hopper.py`)."""
+"""HOPPER_ATTN: TRITON_ATTN with kernels of Hopper's own, in Gluon, for prefill and for decode.
+
+The kernels are in `hopper.py` and `hopper_decode.py`. What they do not take is the portable ones'.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +65,12 @@ class DecodeRow:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler takes; a block has 8 warps' registers, or with two programs all."""
+        """What the compiler takes: several blocks, of 8 warps each, share an SM's registers."""
         return {"num_warps": 4} | ({"maxnreg": 256 // self.blocks} if self.blocks > 1 else {})
 
 
 #: Head size -> launch for many requests; for few; and beside a prefill, where a block has the SM.
+#: A plan has room for the parts of as many programs as the portable kernel would have.
 _DECODES = {
     64: (
         DecodeRow(64, 3, blocks=4, full_rows=8),
@@ -162,7 +166,7 @@ def _pieces(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
 
 
 class HopperImpl(TritonImpl):
-    """Launches Hopper's kernel for prefills, and the portable ones for the rest."""
+    """Launches Hopper's kernels, and the portable ones for what these do not take."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,13 +197,15 @@ class HopperImpl(TritonImpl):
         assert decode is not None
         side, main = side_stream(query.device), torch.cuda.current_stream(query.device)
         side.wait_stream(main)
-        with torch.cuda.stream(side):
-            source = self._source(layer, metadata, prefill, cache, key, value)
-            main.wait_stream(side)  # gathering takes all SMs, and little time
-            self._launch_prefill(prefill, query, source, out, shares.prefill)
-        row = _DECODES[self.head_size][2]
-        self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
-        main.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                source = self._source(layer, metadata, prefill, cache, key, value)
+                main.wait_stream(side)  # gathering takes all SMs, and little time
+                self._launch_prefill(prefill, query, source, out, shares.prefill)
+            row = _DECODES[self.head_size][2]
+            self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
+        finally:  # whatever comes next may write the same output
+            main.wait_stream(side)
 
     def _prefill(
         self,
@@ -359,7 +365,7 @@ def _descriptors(head_size: int, dtype: torch.dtype) -> Any:
 
 
 class HopperAttnBackend(TritonAttnBackend):
-    """TRITON_ATTN with a prefill kernel for Hopper: wgmma, TMA and specialized warps, in Gluon."""
+    """TRITON_ATTN with kernels for Hopper: wgmma, TMA and specialized warps, in Gluon."""
 
     interface_version = 1
     capabilities = Capabilities(

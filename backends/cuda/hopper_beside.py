@@ -55,6 +55,8 @@ def share_sms(
         num_pieces: of work, of all heads, into which the prefills are cut.
         num_sms: of the device.
     """
+    if kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype) != spec.dtype:
+        return None  # decodes are the portable kernel's, whose blocks do not have an SM each
     window = spec.sliding_window or batch.max_seq_len
     read = 0  # keys, by the decodes
     seen = 0.0  # pairs of query and key, by the prefills
@@ -63,8 +65,7 @@ def share_sms(
             read += min(keys, window + queries)
         else:
             seen += queries * max(0.0, min(keys - spec.causal * queries / 2, window))
-    stored = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype).itemsize
-    num_bytes = read * spec.num_kv_heads * 2 * spec.head_size * stored
+    num_bytes = read * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize
     if not (seen and num_bytes):
         return None
     work = 4 * seen * spec.head_size * spec.num_heads / _FLOPS[spec.head_size]

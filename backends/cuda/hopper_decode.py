@@ -3,11 +3,11 @@
 The schedule is kernels/decode.py's: the tiles of keys of all requests and KV heads are one line,
 which the programs share evenly; parts of a split are merged by the last program to arrive.
 
-One warp brings keys and values by TMA through a ring in shared memory, one page (or 64 of its
-tokens) at a time, so that nobody works out addresses row by row. A warp group multiplies 64 keys by
-the few query rows, transposed: scores are (keys, rows) and the output (head_size, rows), so that
-the matrix units' 64 rows are full however few the queries are. The next tile's scores are issued
-before the softmax of the last, as in hopper.py.
+For each program one warp brings keys and values by TMA through a ring in shared memory, one page
+(or 64 of its tokens) at a time, so that nobody works out addresses row by row. A warp group
+multiplies 64 or 128 keys by the few query rows, transposed: scores are (keys, rows) and the output
+(head_size, rows), so that the matrix units' 64 rows are full however few the queries are. The next
+tile's scores are issued before the softmax of the last, as in hopper.py.
 """
 
 from triton.experimental import gluon
@@ -24,6 +24,7 @@ from attn_dispatch.backends.kernels.launcher import METADATA
 
 __all__ = ["hopper_decode_kernel"]
 
+_LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of what all warps read as one
 _HALF = gl.constexpr(64)  # 16-bit columns that a swizzled row of shared memory holds
 
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # the latter after Triton 3.6
@@ -58,18 +59,25 @@ def _request(requests_ptr, i, LISTED: gl.constexpr):
 
 
 @gluon.jit
+def _lowest(seq_len, q_len, window, WINDOW: gl.constexpr):
+    """The first key that a query of the request sees: blocks before it may be another's."""
+    lowest = seq_len * 0
+    if WINDOW:
+        lowest = gl.maximum(seq_len - q_len - window + 1, 0)
+    return lowest
+
+
+@gluon.jit
 def _units_of(
     r, ok, query_start_loc_ptr, seq_lens_ptr, window,
-    WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     """(tiles of keys, tiles of rows, first tile of keys) of requests, a vector or one."""
     seq_len = gl.load(seq_lens_ptr + r, mask=ok, other=0)
     start = gl.load(query_start_loc_ptr + r, mask=ok, other=0)
     q_len = gl.load(query_start_loc_ptr + r + 1, mask=ok, other=0) - start
-    first = seq_len * 0
-    if WINDOW:  # keys that no query of the request sees
-        first = gl.maximum(seq_len - q_len - window + 1, 0) // BLOCK_N
-    tiles = gl.maximum((seq_len + BLOCK_N - 1) // BLOCK_N - first, 0)
+    first = _lowest(seq_len, q_len, window, WINDOW) // KEYS
+    tiles = gl.maximum((seq_len + KEYS - 1) // KEYS - first, 0)
     return tiles, (q_len * GROUP + ROWS - 1) // ROWS, first
 
 
@@ -77,16 +85,16 @@ def _units_of(
 def _lengths(
     begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
     LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr, LINE: gl.constexpr,
+    KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """(CHUNK,) int64: how much of the line each of these requests takes."""
-    i = begin + gl.arange(0, CHUNK, LINE)
+    i = begin + gl.arange(0, CHUNK, _LINE)
     ok = i < num_reqs
     r = i
     if LISTED:
         r = gl.load(requests_ptr + i, mask=ok, other=0)
     tiles, row_tiles, _ = _units_of(
-        r, ok, query_start_loc_ptr, seq_lens_ptr, window, WINDOW, GROUP, ROWS, BLOCK_N
+        r, ok, query_start_loc_ptr, seq_lens_ptr, window, WINDOW, GROUP, ROWS, KEYS
     )
     return tiles.to(gl.int64) * row_tiles * NUM_KV_HEADS
 
@@ -95,7 +103,7 @@ def _lengths(
 def _find(
     position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
     LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr, LINE: gl.constexpr,
+    KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """(i, base): the request that a position on the line falls to, and where its stretch begins."""
     i = gl.to_tensor(0)
@@ -104,10 +112,10 @@ def _find(
     for begin in range(0, num_reqs, CHUNK):
         lengths = _lengths(
             begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
-            WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK, LINE,
+            WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         ends = gl.associative_scan(lengths, 0, _add) + running
-        before = (ends <= position) & (begin + gl.arange(0, CHUNK, LINE) < num_reqs)
+        before = (ends <= position) & (begin + gl.arange(0, CHUNK, _LINE) < num_reqs)
         i += gl.sum(before.to(gl.int32), 0)
         base = gl.maximum(base, gl.max(gl.where(before, ends, 0), 0))
         running += gl.sum(lengths, 0)
@@ -119,7 +127,7 @@ def _unit(
     position, end, i, base, share, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
     num_reqs,
     LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
 ):  # fmt: skip
     """What a position on the line falls to.
 
@@ -133,16 +141,9 @@ def _unit(
     """
     request = _request(requests_ptr, i, LISTED)
     tiles, row_tiles, skipped = _units_of(
-        request,
-        i < num_reqs,
-        query_start_loc_ptr,
-        seq_lens_ptr,
-        window,
-        WINDOW,
-        GROUP,
-        ROWS,
-        BLOCK_N,
-    )
+        request, i < num_reqs, query_start_loc_ptr, seq_lens_ptr, window, WINDOW, GROUP, ROWS,
+        KEYS,
+    )  # fmt: skip
     length = tiles.to(gl.int64) * row_tiles * NUM_KV_HEADS
     some = gl.maximum(tiles, 1)
     unit = gl.where(length > 0, ((position - base) // some).to(gl.int32), -1)
@@ -188,9 +189,7 @@ def _producer(
             q_len = gl.load(query_start_loc_ptr + request + 1) - gl.load(
                 query_start_loc_ptr + request
             )
-            lowest = 0
-            if WINDOW:  # blocks that the window has passed may be another's
-                lowest = gl.maximum(seq_len - q_len - window + 1, 0)
+            lowest = _lowest(seq_len, q_len, window, WINDOW)
             table = block_table_ptr + request.to(gl.int64) * table_stride
             column = kv_head * head_columns
             for tile in range(first_tile, last_tile):
@@ -312,9 +311,7 @@ def _consumer(
             seq_len = gl.load(seq_lens_ptr + request)
             q_start = gl.load(query_start_loc_ptr + request)
             q_len = gl.load(query_start_loc_ptr + request + 1) - q_start
-            lowest = 0
-            if WINDOW:
-                lowest = gl.maximum(seq_len - q_len - window + 1, 0)
+            lowest = _lowest(seq_len, q_len, window, WINDOW)
 
             packed = first_packed + gl.arange(0, ROWS, gl.SliceLayout(1, LOADED))
             q_rows = (q_start + packed // GROUP).to(gl.int64) * q_stride_t
@@ -503,8 +500,7 @@ def _store_empty(
     dtype: gl.constexpr,
 ):  # fmt: skip
     """Store the rows of requests without keys: 0, and an lse of −inf."""
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    d = gl.arange(0, D, LINE)
+    d = gl.arange(0, D, _LINE)
     for i in range(gl.program_id(0), num_reqs, gl.num_programs(0)):
         request = _request(requests_ptr, i, LISTED)
         if gl.load(seq_lens_ptr + request) == 0:
@@ -514,7 +510,7 @@ def _store_empty(
                 token = (row // NUM_HEADS).to(gl.int64)
                 head = (row % NUM_HEADS).to(gl.int64)
                 at = out_ptr + token * out_stride_t + head * out_stride_h
-                gl.store(at + d, gl.zeros([D], dtype, LINE))
+                gl.store(at + d, gl.zeros([D], dtype, _LINE))
                 if LSE:
                     gl.store(lse_ptr + row, float("-inf"))
 
@@ -564,7 +560,6 @@ def hopper_decode_kernel(
     RING: gl.constexpr = PROGRAMS * STAGES
     PAGES: gl.constexpr = RING * (D // _HALF) * (KEYS // PAGE)
     NUM_KV_HEADS: gl.constexpr = NUM_HEADS // GROUP
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = pages_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
     k_pages = gl.allocate_shared_memory(dtype, [PAGES, PAGE, _HALF], pages_desc.layout)
@@ -595,7 +590,7 @@ def hopper_decode_kernel(
     for begin in range(0, num_reqs, CHUNK):
         lengths = _lengths(
             begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
-            WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK, LINE,
+            WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         total += gl.sum(lengths, 0)
     # A share is a round number of tiles, so that equal requests are cut alike, or not at all.
@@ -607,7 +602,7 @@ def hopper_decode_kernel(
     end = gl.minimum(position + share, total)
     i, base = _find(
         position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
-        WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK, LINE,
+        WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
     )  # fmt: skip
     # Written out: in a tuple that has a name, constants would no longer be constants.
     if PROGRAMS == 1:
@@ -637,7 +632,7 @@ def hopper_decode_kernel(
         end_1 = gl.minimum(position_1 + share, total)
         i_1, base_1 = _find(
             position_1, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
-            WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK, LINE,
+            WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         gl.warp_specialize(
             [

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from attn_dispatch.backends.triton_arguments import Source, suits_tma
 from attn_dispatch.libraries import import_library
 
@@ -60,5 +62,7 @@ class PageMatrix:
         # Of the element type the layout wants only the width.
         layout = gluon.NVMMASharedLayout.get_default_for(tile, gluon.float16)
         shape = [last + cache.block_size, columns]
+        if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's, and TMA's
+            return None
         descriptor = hopper.TensorDescriptor(cache.k, shape, [token, 1], tile, layout)
         return cls(cache.block_size, descriptor, block_rows, value_rows, head_rows, head_columns)

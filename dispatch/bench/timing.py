@@ -101,8 +101,9 @@ class CudaClock:
         start = self._cuda.Event(enable_timing=True)
         end = self._cuda.Event(enable_timing=True)
         self._flush.zero_()
-        # The device waits until the host has said all of it, or it would wait in between.
-        head_start_us = min(1.5 * host_us + 20, _MAX_HEAD_START_US)
+        # The device waits until the host has said all of it, or it would wait in between. A busy
+        # host takes twice as long now and then.
+        head_start_us = min(3 * host_us + 50, _MAX_HEAD_START_US)
         self._cuda._sleep(int(head_start_us * self._cycles_per_us))
         start.record()
         call()
