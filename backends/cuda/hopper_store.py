@@ -1,0 +1,130 @@
+"""Where the decode kernel's results go (`hopper_decode.py`), and how parts are merged: in Gluon."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from attn_dispatch.backends.cuda.hopper import LN2, LOG2E
+from attn_dispatch.backends.cuda.hopper_line import LINE, request_of
+
+__all__ = ["lanes", "merge", "store", "store_empty"]
+
+
+@gluon.constexpr_function
+def lanes(n, each, order):
+    """A layout of 4 warps in which each thread has `each` neighbours of the last n values."""
+    across = min(32, n // each)
+    return gl.BlockedLayout([1, each], [32 // across, across], [4, 1], order)
+
+
+@gluon.constexpr_function
+def _merged(d):
+    """(parts, rows, d) float32: a row is a warp's."""
+    across = min(32, d // 4)
+    return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, 4, 1], [2, 1, 0])
+
+
+@gluon.jit
+def store(
+    acc, m_i, total, q_start, packed, ok, heads, out_ptr, lse_ptr, sinks_ptr, out_stride_t,
+    out_stride_h,
+    GROUP: gl.constexpr, NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    """Store the rows of a state, acc being (head_size, rows)."""
+    D: gl.constexpr = acc.shape[0]
+    LOADED: gl.constexpr = lanes(D, 8, [1, 0])
+    empty = m_i <= -1.0e29
+    m_use = gl.where(empty, 0.0, m_i)
+    if LSE:
+        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, total))) * LN2)
+        tokens = (q_start + packed // GROUP).to(gl.int64)
+        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
+    if SINKS:
+        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
+        total += gl.exp2(sinks - m_use)
+    factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
+    out = gl.convert_layout(gl.permute((acc * factor[None, :]).to(dtype), (1, 0)), LOADED)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
+    tokens = gl.convert_layout(q_start + packed // GROUP, BY_ROW).to(gl.int64)
+    rows = tokens * out_stride_t + gl.convert_layout(heads, BY_ROW).to(gl.int64) * out_stride_h
+    d = gl.arange(0, D, gl.SliceLayout(0, LOADED))
+    gl.store(out_ptr + rows[:, None] + d[None, :], out, mask=gl.convert_layout(ok, BY_ROW)[:, None])
+
+
+@gluon.jit
+def merge(
+    first, parts, part_out_ptr, part_lse_ptr, q_start, first_packed, end_packed, kv_head, out_ptr,
+    lse_ptr, sinks_ptr, out_stride_t, out_stride_h,
+    D: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr,
+    SINKS: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Merge the parts of a split and store the rows."""
+    AT_ONCE: gl.constexpr = max(1, 64 // ROWS)
+    LAYOUT: gl.constexpr = _merged(D)
+    BY_PART: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, BY_PART)
+    d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    rows = gl.arange(0, ROWS, BY_ROW)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
+    l_i = gl.zeros([ROWS], gl.float32, BY_ROW)
+    acc = gl.zeros([ROWS, D], gl.float32, OUT)
+    for begin in range(0, parts, AT_ONCE):
+        part = begin + gl.arange(0, AT_ONCE, gl.SliceLayout(1, BY_PART))
+        slot = (first + part).to(gl.int64) * 2 + (part == 0).to(gl.int64)
+        at = slot[:, None] * ROWS + rows[None, :]
+        ok = (part < parts)[:, None] & (rows >= 0)[None, :]
+        lse = gl.load(part_lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        offsets = gl.expand_dims(at, 2) * D + gl.expand_dims(gl.expand_dims(d, 0), 0)
+        out = gl.load(
+            part_out_ptr + offsets, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg"
+        )
+        m_new = gl.maximum(m_i, gl.max(lse, 0))
+        m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = gl.exp2(lse - m_use[None, :])
+        alpha = gl.exp2(m_i - m_use)
+        l_i = l_i * alpha + gl.sum(weight, 0)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+        acc += gl.sum(out * gl.expand_dims(weight, 2), 0)
+        m_i = m_new
+    empty = m_i == float("-inf")
+    m_use = gl.where(empty, 0.0, m_i)
+    packed = first_packed + rows
+    ok = packed < end_packed
+    heads = kv_head * GROUP + packed % GROUP
+    tokens = (q_start + packed // GROUP).to(gl.int64)
+    if LSE:
+        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, l_i))) * LN2)
+        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
+    if SINKS:
+        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
+        l_i += gl.exp2(sinks - m_use)
+    factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l_i))
+    TO: gl.constexpr = gl.SliceLayout(1, OUT)
+    out = (acc * gl.convert_layout(factor, TO)[:, None]).to(dtype)
+    at = gl.convert_layout(tokens * out_stride_t + heads.to(gl.int64) * out_stride_h, TO)
+    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    gl.store(out_ptr + at[:, None] + columns[None, :], out, mask=gl.convert_layout(ok, TO)[:, None])
+
+
+@gluon.jit
+def store_empty(
+    num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_stride_t,
+    out_stride_h,
+    LISTED: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    """Store the rows of requests without keys: 0, and an lse of −inf."""
+    d = gl.arange(0, D, LINE)
+    for i in range(gl.program_id(0), num_reqs, gl.num_programs(0)):
+        request = request_of(requests_ptr, i, LISTED)
+        if gl.load(seq_lens_ptr + request) == 0:
+            first = gl.load(query_start_loc_ptr + request) * NUM_HEADS
+            last = gl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
+            for row in range(first, last):
+                token = (row // NUM_HEADS).to(gl.int64)
+                head = (row % NUM_HEADS).to(gl.int64)
+                at = out_ptr + token * out_stride_t + head * out_stride_h
+                gl.store(at + d, gl.zeros([D], dtype, LINE))
+                if LSE:
+                    gl.store(lse_ptr + row, float("-inf"))
