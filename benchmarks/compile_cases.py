@@ -181,9 +181,7 @@ _DECODES = tuple(
     )
     for size, rows in hopper_attn._DECODES.items()
     for row in dict.fromkeys(rows)
-    for which in [
-        [word for word, r in zip(("many", "few", "beside"), rows, strict=True) if r == row]
-    ]
+    for which in [[name for name, other in rows._asdict().items() if other == row]]
     for more, fields, lens in (("", {}, FRESH), (", all features", _ALL, DRAFTS))
 )
 
@@ -284,7 +282,7 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
         kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
     row, rows = case.decode_row, hopper_attn._DECODES
-    chosen = {} if row is None else {spec.head_size: (row,) * 3}
+    chosen = {} if row is None else {spec.head_size: hopper_attn.DecodeRows(row, row, row)}
     with recorded() as launches, mock.patch.dict(rows, chosen):
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)

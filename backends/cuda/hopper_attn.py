@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,6 @@ from attn_dispatch.libraries import import_library
 from attn_dispatch.spec import AttentionSpec
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
-
 
 #: Query tokens in a tile, half of them for each warp group.
 _BLOCK_M = 128
@@ -69,20 +68,27 @@ class DecodeRow:
         return {"num_warps": 4} | ({"maxnreg": 256 // self.blocks} if self.blocks > 1 else {})
 
 
-#: Head size -> launch for many requests; for few; and beside a prefill, where a block has the SM.
-#: A plan has room for the parts of as many programs as the portable kernel would have.
+class DecodeRows(NamedTuple):
+    """Launches for many requests, for few, and beside a prefill, where a block has the SM."""
+
+    many: DecodeRow
+    few: DecodeRow
+    beside: DecodeRow
+
+
+#: By head size. A plan has room for the parts of as many programs as the portable kernel has.
 _DECODES = {
-    64: (
-        DecodeRow(64, 3, blocks=4, full_rows=8),
-        DecodeRow(128, 6, min_tiles=2),
-        DecodeRow(128, 3, min_tiles=2, programs=2),
+    64: DecodeRows(
+        many=DecodeRow(64, 3, blocks=4, full_rows=8),
+        few=DecodeRow(128, 6, min_tiles=2),
+        beside=DecodeRow(128, 3, min_tiles=2, programs=2),
     ),
-    128: (
-        DecodeRow(64, 3, blocks=2),
-        DecodeRow(128, 3, min_tiles=2),
-        DecodeRow(64, 3, programs=2),
+    128: DecodeRows(
+        many=DecodeRow(64, 3, blocks=2),
+        few=DecodeRow(128, 3, min_tiles=2),
+        beside=DecodeRow(64, 3, programs=2),
     ),
-    256: (DecodeRow(64, 3), DecodeRow(64, 3), DecodeRow(64, 3)),
+    256: DecodeRows(many=DecodeRow(64, 3), few=DecodeRow(64, 3), beside=DecodeRow(64, 3)),
 }
 #: Rows of a tile, at most. More are the portable kernel's.
 _DECODE_ROWS = 32
@@ -202,7 +208,7 @@ class HopperImpl(TritonImpl):
                 source = self._source(layer, metadata, prefill, cache, key, value)
                 main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(prefill, query, source, out, shares.prefill)
-            row = _DECODES[self.head_size][2]
+            row = _DECODES[self.head_size].beside
             self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
         finally:  # whatever comes next may write the same output
             main.wait_stream(side)
@@ -265,7 +271,8 @@ class HopperImpl(TritonImpl):
             return
         num_sms = metadata.launches.num_sms
         is_few = plan.num_reqs * self.num_kv_heads < _FEW * num_sms
-        row = _DECODES[self.head_size][is_few]
+        rows = _DECODES[self.head_size]
+        row = rows.few if is_few else rows.many
         self._launch_decode(metadata, plan, query, pages, out, row, num_sms)
 
     def _pages(self, cache: Source, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
