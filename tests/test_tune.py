@@ -128,6 +128,27 @@ def test_what_is_measured_becomes_a_table(contestants, tmp_path):
     assert all(row.status == "wrong" for each in done for row in each.problems)
 
 
+def test_a_machine_that_is_busy_in_between_moves_no_time(contestants, tmp_path):
+    """Most calls of a stretch may be slow; what counts is what a fifth of them stay below."""
+    calls = iter(range(10**6))
+
+    def busy(batch):
+        return 4.0 if next(calls) % 3 == 0 else 40.0
+
+    class Impl(ReferenceImpl):
+        def forward(self, *arguments, **more):
+            contestants["now"] += busy(arguments[5].batch)
+            return super().forward(*arguments, **more)
+
+    steady = registry.candidates()["STEADY"].backend_cls
+    steady.get_impl_cls = staticmethod(lambda: Impl)
+    tuner = tuner_of(tmp_path / "table.json", contestants)
+    tuner.rounds = 15
+    tasks, _ = tuner.tasks(cases_of("full", SMALL, SMALL_GRID)[:1])
+    (done,) = tuner.run(tasks)
+    assert done.point.times_us["STEADY"] == 4e6
+
+
 def test_whose_kernels_were_timed_is_kept(contestants, tmp_path, monkeypatch):
     steady = registry.candidates()["STEADY"].backend_cls
     monkeypatch.setattr(steady, "served_by", classmethod(lambda *_: "somebody's, version 3"))
