@@ -1,7 +1,8 @@
-"""Small cases for the tests of the benchmark."""
+"""Small cases for the tests of the benchmark, and what attention over them is."""
 
 from __future__ import annotations
 
+import oracle
 import torch
 
 from attn_dispatch.bench.cases import Case
@@ -45,3 +46,24 @@ FEATURES = {
     "cross": {"attn_type": "encoder_decoder", "query_lens": (9, 1), "seq_lens": (4, 30)},
     "mixed": {"query_lens": (20, 1), "seq_lens": (20, 9)},
 }
+
+
+def expected_of(inputs, request):
+    """A request's attention by the tests' own oracle."""
+    one = inputs.case
+    start = inputs.batch.query_starts[request]
+    keys, values = inputs.keys_and_values(
+        request, slice(0, one.seq_lens[request]), slice(None), torch.float64
+    )
+    output, _ = oracle.attention_of_request(
+        inputs.query[start : start + one.query_lens[request]].double(),
+        keys,
+        values,
+        scale=one.scale,
+        causal=one.causal,
+        window=one.sliding_window,
+        cap=one.logits_soft_cap,
+        slopes=None if inputs.slopes is None else inputs.slopes.tolist(),
+        sinks=None if inputs.sinks is None else inputs.sinks.tolist(),
+    )
+    return output
