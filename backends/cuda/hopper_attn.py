@@ -377,7 +377,7 @@ class HopperAttnBackend(TritonAttnBackend):
     interface_version = 1
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0)),),
-        # Gluon changes between releases; of these 3.6, 3.7 and 3.9 were compiled.
+        # Gluon changes between releases; of these 3.6 to 3.9 were compiled.
         requires=("triton>=3.6,<3.10",),
         **{
             **TritonAttnBackend.capabilities.fields,

@@ -28,7 +28,10 @@ __all__ = ["hopper_decode_kernel"]
 
 _HALF = gl.constexpr(64)  # 16-bit columns that a swizzled row of shared memory holds
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # the latter after Triton 3.6
+# Later than Triton 3.6, and later than 3.8, they got other names.
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+_memory = gl.shared_memory_descriptor
+_seen_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 
 @gluon.jit
@@ -326,8 +329,8 @@ def hopper_decode_kernel(
     k_pages = gl.allocate_shared_memory(dtype, [PAGES, PAGE, _HALF], pages_desc.layout)
     v_pages = gl.allocate_shared_memory(dtype, [PAGES, PAGE, _HALF], pages_desc.layout)
     # A tile of keys is its columns' halves, one behind the other, and each half its pages.
-    k_smem = k_pages._reinterpret(dtype, [RING, KEYS, D], TILE)
-    v_smem = v_pages._reinterpret(dtype, [RING, KEYS, D], TILE)
+    k_smem = _seen_as(k_pages, dtype, [RING, KEYS, D], TILE)
+    v_smem = _seen_as(v_pages, dtype, [RING, KEYS, D], TILE)
     Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
     q_smem = gl.allocate_shared_memory(dtype, [PROGRAMS, ROWS, D], Q)
