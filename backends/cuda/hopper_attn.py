@@ -135,8 +135,10 @@ class HopperBuilder(TritonBuilder):
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         metadata = super().build(batch)
-        plan, few = metadata.prefill, self._few_tokens(batch)
-        if isinstance(plan, HopperPlan) and metadata.decode is not None and few is not None:
+        plan = metadata.prefill
+        if isinstance(plan, HopperPlan) and metadata.decode is not None:
+            few = self._few_tokens(batch)
+            assert few is not None  # there are both kinds
             num_pieces = len(plan.tiles) * self.spec.num_heads
             plan.shares = share_sms(self.spec, batch, few, num_pieces, self.launches.num_sms)
         return metadata

@@ -133,7 +133,7 @@ def _values(v_smem, tile, lowest, seq_len):
     """
     KEYS: gl.constexpr = v_smem.shape[0]
     D: gl.constexpr = v_smem.shape[1]
-    layout: gl.constexpr = lanes(D, 8, [1, 0])
+    layout: gl.constexpr = lanes(D)
     first = tile * KEYS
     if (first < lowest) | (first + KEYS > seq_len):
         key = first + gl.arange(0, KEYS, gl.SliceLayout(1, layout))
@@ -164,7 +164,7 @@ def _consumer(
     MMA: gl.constexpr = mma_layout(ROWS)
     BY_KEY: gl.constexpr = gl.SliceLayout(1, MMA)
     BY_ROW: gl.constexpr = gl.SliceLayout(0, MMA)
-    LOADED: gl.constexpr = lanes(D, 8, [1, 0])
+    LOADED: gl.constexpr = lanes(D)
     dtype: gl.constexpr = q_smem.dtype
     program = gl.program_id(0) * PROGRAMS + WHICH
     q = q_smem.index(WHICH).permute((1, 0))

@@ -10,10 +10,10 @@ __all__ = ["lanes", "merge", "store", "store_empty"]
 
 
 @gluon.constexpr_function
-def lanes(n, each, order):
-    """A layout of 4 warps in which each thread has `each` neighbours of the last n values."""
-    across = min(32, n // each)
-    return gl.BlockedLayout([1, each], [32 // across, across], [4, 1], order)
+def lanes(d):
+    """(rows, d) in 4 warps: each thread has 8 neighbours of a row, 16 bytes of 16-bit values."""
+    across = min(32, d // 8)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -21,6 +21,22 @@ def _merged(d):
     """(parts, rows, d) float32: a row is a warp's."""
     across = min(32, d // 4)
     return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, 4, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _factor(
+    m_i, total, empty, tokens, heads, ok, lse_ptr, sinks_ptr,
+    NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """Store each row's lse, and return what its sum of values is to be multiplied by."""
+    m_use = gl.where(empty, 0.0, m_i)
+    if LSE:
+        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, total))) * LN2)
+        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
+    if SINKS:
+        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
+        total += gl.exp2(sinks - m_use)
+    return gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
 
 
 @gluon.jit
@@ -32,17 +48,11 @@ def store(
 ):  # fmt: skip
     """Store the rows of a state, acc being (head_size, rows)."""
     D: gl.constexpr = acc.shape[0]
-    LOADED: gl.constexpr = lanes(D, 8, [1, 0])
-    empty = m_i <= -1.0e29
-    m_use = gl.where(empty, 0.0, m_i)
-    if LSE:
-        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, total))) * LN2)
-        tokens = (q_start + packed // GROUP).to(gl.int64)
-        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
-    if SINKS:
-        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
-        total += gl.exp2(sinks - m_use)
-    factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
+    LOADED: gl.constexpr = lanes(D)
+    tokens = (q_start + packed // GROUP).to(gl.int64)
+    factor = _factor(
+        m_i, total, m_i <= -1.0e29, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
+    )
     out = gl.convert_layout(gl.permute((acc * factor[None, :]).to(dtype), (1, 0)), LOADED)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
     tokens = gl.convert_layout(q_start + packed // GROUP, BY_ROW).to(gl.int64)
@@ -87,19 +97,13 @@ def merge(
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
         acc += gl.sum(out * gl.expand_dims(weight, 2), 0)
         m_i = m_new
-    empty = m_i == float("-inf")
-    m_use = gl.where(empty, 0.0, m_i)
     packed = first_packed + rows
     ok = packed < end_packed
     heads = kv_head * GROUP + packed % GROUP
     tokens = (q_start + packed // GROUP).to(gl.int64)
-    if LSE:
-        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, l_i))) * LN2)
-        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
-    if SINKS:
-        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
-        l_i += gl.exp2(sinks - m_use)
-    factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l_i))
+    factor = _factor(
+        m_i, l_i, m_i == float("-inf"), tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
+    )
     TO: gl.constexpr = gl.SliceLayout(1, OUT)
     out = (acc * gl.convert_layout(factor, TO)[:, None]).to(dtype)
     at = gl.convert_layout(tokens * out_stride_t + heads.to(gl.int64) * out_stride_h, TO)
