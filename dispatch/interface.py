@@ -431,6 +431,10 @@ class AttentionBackend(ABC):
 
     interface_version: ClassVar[int]
     capabilities: ClassVar[Capabilities]
+    #: Whether a NaN among the scores or values that a row sees makes that row NaN, output and LSE,
+    #: as IEEE arithmetic has it (docs/numerics.md). A backend whose kernels turn it into a number
+    #: sets this to False.
+    propagates_nan: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod
