@@ -13,6 +13,7 @@ __all__ = [
     "InvalidInputError",
     "UnknownBackendError",
     "UnsupportedError",
+    "summary_of",
 ]
 
 
@@ -43,3 +44,28 @@ class InvalidInputError(AttnDispatchError, ValueError):
 
 class BackendFailure(AttnDispatchError):
     """A backend that should have worked broke when it was imported, built or launched."""
+
+
+def summary_of(error: BaseException, limit: int = 300) -> str:
+    """Return the type and the first line of an exception's message: `ValueError: no such key`.
+
+    It never raises for what the exception is: one whose own `str()` fails is named by its type
+    only. A first line longer than `limit` characters is cut.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
+    """
+    name = type(error).__name__
+    try:
+        text = str.strip(str(error))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failure:  # `str()` runs code of the exception's author
+        return f"{name} (its message cannot be read: {type(failure).__name__})"
+    if not text:
+        return name
+    # A lone surrogate could not be printed or written.
+    line = text.splitlines()[0].rstrip().encode("utf-8", "replace").decode("utf-8")
+    if len(line) > limit:
+        line = line[: limit - 3] + "..."
+    return f"{name}: {line}"
