@@ -28,6 +28,7 @@ from attn_dispatch.interface import (
     AttentionState,
 )
 from attn_dispatch.libraries import LIBRARIES, library_name
+from attn_dispatch.locks import ForkSafeLock
 
 __all__ = [
     "BUILTIN",
@@ -161,7 +162,7 @@ class Registry:
     """Backends by name, in the order in which they were registered. Safe to use from threads."""
 
     def __init__(self, builtin: Mapping[str, str]) -> None:
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         self._builtin = dict(builtin)
         self._targets: dict[str, str] | None = None
         self._loaded: dict[str, Candidate] = {}

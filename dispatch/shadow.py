@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.fallback import is_capturing, is_lost
 from attn_dispatch.interface import Phase
 from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache
+from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.quantization import GROUP_SIZE
 from attn_dispatch.routing import RoutedMetadata
 
@@ -65,7 +65,7 @@ class Compared:
     failed: str = ""
 
 
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 _found: dict[str, Compared] = {}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from attn_dispatch.capability import Reason, ReasonCode
 from attn_dispatch.device import DeviceMatch, DeviceProfile
 from attn_dispatch.interface import Phase
 from attn_dispatch.libraries import import_library
+from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.spec import AttentionSpec
 
@@ -168,7 +168,7 @@ class _Pool:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._free: deque[tuple[Any, torch.cuda.Event | None]] = deque()
 
     def take(self, make: Callable[[], Any]) -> Any:
