@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ class Totals(NamedTuple):
     tokens: int
     keys: int
 
+
+_NOTHING = Totals(0, 0, 0)
+#: The fields that metadata has from its batch.
+_OF_BATCH = frozenset(field.name for field in dataclasses.fields(AttentionMetadata))
 
 #: Stands among `checked` for a batch that agrees with itself.
 _ITSELF = ("batch",)
@@ -338,13 +342,8 @@ class AttentionBatch:
                 f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
                 f"({size},) bool: query_len * seq_len values for each request, one after another."
             )
-        for modality, ranges in (self.multi_modal_placeholder_index_maps or {}).items():
-            for each in ranges:
-                if not (0 <= each.request < num_reqs and 0 <= each.start <= each.end):
-                    raise InvalidInputError(
-                        f"The {modality!r} range {tuple(each)} fits none of the {num_reqs} "
-                        "requests; give (request, start, end) with start <= end."
-                    )
+        if self.multi_modal_placeholder_index_maps is not None:
+            _check_placeholders(self.multi_modal_placeholder_index_maps, num_reqs)
 
 
 class BatchPart(NamedTuple):
@@ -359,12 +358,67 @@ class BatchPart(NamedTuple):
     keys: slice | torch.Tensor
 
 
+def _of_batch(name: str) -> Any:
+    """A field of metadata that is its batch's. Assigning it builds the metadata again."""
+
+    def put(metadata: BatchMetadata, value: Any) -> None:
+        if not metadata._is_given(name, value):
+            metadata._build_again(name, value)
+
+    return property(operator.attrgetter(f"batch.{name}"), put)
+
+
+def _counted(name: str, count: Callable[[AttentionBatch], int]) -> Any:
+    """A field of metadata that is counted in its batch, and cannot be assigned."""
+
+    def get(metadata: BatchMetadata) -> int:
+        return count(metadata.batch)
+
+    def put(metadata: BatchMetadata, value: Any) -> None:
+        if not metadata._is_given(name, value):
+            raise AttributeError(
+                f"{name} is counted in the batch and cannot be assigned. Build the metadata from "
+                "another batch."
+            )
+
+    return property(get, put)
+
+
+def _prompts(batch: AttentionBatch) -> Totals:
+    return batch.totals.get(Phase.PREFILL, _NOTHING)
+
+
+@functools.cache
+def _factories(cls: type[BatchMetadata]) -> tuple[tuple[str, Callable[[], Any]], ...]:
+    """The defaults that a subclass makes anew for each instance."""
+    made = ((field.name, field.default_factory) for field in dataclasses.fields(cls))
+    return tuple((name, make) for name, make in made if make is not dataclasses.MISSING)
+
+
 @dataclass
 class BatchMetadata(AttentionMetadata):
-    """Metadata that keeps its batch; what a backend adds goes into a subclass's further fields."""
+    """Metadata that keeps its batch; what a backend adds goes into a subclass's further fields.
+
+    The fields of AttentionMetadata are read from the batch. Assigning `slot_mapping`,
+    `multi_modal_placeholder_index_maps` or `enable_kv_scales_calculation` builds the metadata
+    again, from a batch with the new value. Assigning a count raises AttributeError.
+
+    Raises:
+        InvalidInputError: an assigned value does not fit the batch, and the metadata stays as it
+            was; or a constructor's arguments contradict its batch.
+    """
 
     batch: AttentionBatch
     builder: AttentionMetadataBuilder[Any]
+
+    num_prefills = _counted("num_prefills", lambda batch: _prompts(batch).requests)
+    num_prefill_tokens = _counted("num_prefill_tokens", lambda batch: _prompts(batch).tokens)
+    num_decode_tokens = _counted(
+        "num_decode_tokens", lambda batch: batch.num_tokens - _prompts(batch).tokens
+    )
+    slot_mapping = _of_batch("slot_mapping")
+    multi_modal_placeholder_index_maps = _of_batch("multi_modal_placeholder_index_maps")
+    enable_kv_scales_calculation = _of_batch("enable_kv_scales_calculation")
 
     @classmethod
     def of(cls, batch: AttentionBatch, builder: AttentionMetadataBuilder[Any], **more: Any) -> Any:
@@ -380,18 +434,50 @@ class BatchMetadata(AttentionMetadata):
                 "The batch has a custom_mask, and the layer was described without one, so it "
                 "would be ignored. Describe the layer with custom_mask=True."
             )
-        prompts = batch.totals.get(Phase.PREFILL, Totals(0, 0, 0))
-        return cls(
-            num_prefills=prompts.requests,
-            num_prefill_tokens=prompts.tokens,
-            num_decode_tokens=batch.num_tokens - prompts.tokens,
-            slot_mapping=batch.slot_mapping,
-            multi_modal_placeholder_index_maps=batch.multi_modal_placeholder_index_maps,
-            enable_kv_scales_calculation=batch.enable_kv_scales_calculation,
-            batch=batch,
-            builder=builder,
-            **more,
-        )
+        metadata = cls.__new__(cls)  # the constructor would take what the batch has already
+        metadata.batch, metadata.builder = batch, builder
+        for name, make in _factories(cls):
+            if name not in more:
+                setattr(metadata, name, make())
+        for name, value in more.items():
+            setattr(metadata, name, value)
+        metadata.__post_init__()
+        return metadata
+
+    def __post_init__(self) -> None:
+        given = self.__dict__.pop("_given", None)
+        if given is None:
+            return
+        # Slots and the wish for scales are read at each call; a builder may plan by the rest.
+        read = {name: given.pop(name) for name in ("slot_mapping", "enable_kv_scales_calculation")}
+        if any(value is not getattr(self, name) for name, value in read.items()):
+            self.batch = dataclasses.replace(self.batch, **read)
+        wrong = [name for name, value in given.items() if value != getattr(self, name)]
+        if wrong:
+            raise InvalidInputError(
+                f"{', '.join(wrong)} of the metadata differ from those of its batch. Make it by "
+                "builder.build(batch)."
+            )
+
+    def _is_given(self, name: str, value: Any) -> bool:
+        """Whether a field is not assigned but set by the generated constructor; it keeps it."""
+        if "builder" in self.__dict__:
+            return False
+        self.__dict__.setdefault("_given", {})[name] = value
+        return True
+
+    def _build_again(self, name: str, value: Any) -> None:
+        """Become the metadata of a batch in which this attribute has another value."""
+        if name == "slot_mapping" and not (value is None or isinstance(value, torch.Tensor)):
+            raise InvalidInputError(
+                f"slot_mapping is a {type(value).__name__}; it must be a tensor, or None."
+            )
+        fresh = self.builder.build(dataclasses.replace(self.batch, **{name: value}))
+        own = [f.name for f in dataclasses.fields(self) if f.name not in _OF_BATCH]
+        for cached in self.__dict__.keys() - set(own):
+            del self.__dict__[cached]
+        for field in own:
+            setattr(self, field, getattr(fresh, field))
 
     def ranges_of(self, request: int) -> list[tuple[int, int]]:
         """The ranges [start, end) whose tokens see each other; none if the layers know none."""
@@ -496,6 +582,35 @@ def _rows_of(
     shifts = torch.tensor([starts[i] - row for i, row in pairs], device="cpu")
     shifts = shifts.repeat_interleave(torch.tensor(lens, device="cpu"))
     return (torch.arange(len(shifts), device="cpu") + shifts).to(device), lens
+
+
+def _check_placeholders(maps: object, num_reqs: int) -> None:
+    """Check that placeholder maps name ranges of positions in the batch's requests."""
+    if not isinstance(maps, Mapping):
+        raise InvalidInputError(
+            f"multi_modal_placeholder_index_maps is a {type(maps).__name__}; give a mapping from "
+            "modality to a sequence of PlaceholderRange(request, start, end)."
+        )
+    for modality, ranges in maps.items():
+        is_sequence = isinstance(ranges, Sequence) and not hasattr(ranges, "src")
+        if not is_sequence or not all(isinstance(each, PlaceholderRange) for each in ranges):
+            raise InvalidInputError(
+                f"multi_modal_placeholder_index_maps has a {type(ranges).__name__} for "
+                f"{modality!r}; give a sequence of PlaceholderRange(request, start, end), which "
+                "names the positions [start, end) of one request. vLLM's IndexMap does not say "
+                "which request an item belongs to, so it cannot be converted."
+            )
+        for each in ranges:
+            if not all(type(number) is int for number in each):
+                raise InvalidInputError(
+                    f"The {modality!r} range {tuple(each)} has a member that is not an int; give "
+                    "PlaceholderRange(request, start, end) as Python integers."
+                )
+            if not (0 <= each.request < num_reqs and 0 <= each.start <= each.end):
+                raise InvalidInputError(
+                    f"The {modality!r} range {tuple(each)} fits none of the {num_reqs} "
+                    "requests; give (request, start, end) with start <= end."
+                )
 
 
 def _select(
