@@ -5,12 +5,12 @@ What the keys mean is not known here: see `model_families`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.files import parse_json, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ __all__ = ["ConfigReader", "load_config", "read_dtype"]
 
 #: A config.json takes some kilobytes; what is larger than this is something else.
 _MAX_BYTES = 16 << 20
+
+#: Sizes and windows up to that are what a config may mean: 64-bit integers.
+_MAX_INTEGER = (1 << 63) - 1
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -40,13 +43,10 @@ def load_config(path: str | Path) -> dict[str, Any]:
             raise InvalidInputError(f"There is no file {file}. {advice}")
         if file.stat().st_size > _MAX_BYTES:
             raise InvalidInputError(f"{file} is far too large for a config.json. {advice}")
-        content = json.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise InvalidInputError(f"{file} cannot be read: {error.strerror}. {advice}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{file} is not text, so it is no config.json. {advice}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidInputError(f"{file} is not valid JSON: {error}. {advice}") from error
+    text = read_file(file, _MAX_BYTES, advice=advice)
+    content = parse_json(text, origin=str(file), what="valid JSON", advice=advice)
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise InvalidInputError(f"{file} holds a JSON {kind}, not an object. {advice}")
@@ -134,6 +134,8 @@ class ConfigReader:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.problem(f"has {key}={value!r}, not an integer of {minimum} or more.")
+        if value > _MAX_INTEGER:
+            raise self.problem(f"has a {key} that no model has: it is beyond 64 bits.")
         return value
 
     def number(self, key: str) -> float | None:
@@ -147,6 +149,8 @@ class ConfigReader:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.problem(f"has {key}={value!r}, not a number.")
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            raise self.problem(f"has a {key} that no model has: it is beyond 64 bits.")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -191,7 +195,7 @@ def read_dtype(content: Mapping[str, Any]) -> torch.dtype | None:
     name = content.get("dtype") or content.get("torch_dtype")
     if name is None or name == "auto":
         return None
-    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    dtype = vars(torch).get(name.removeprefix("torch.")) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidInputError(
             f"This config has dtype={name!r}, which is not the name of a floating-point dtype. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.files import parse_json, read_file
 from attn_dispatch.interface import AttentionType
 from attn_dispatch.quantization import (
     has_token_scales,
@@ -34,6 +35,12 @@ __all__ = [
 #: verification of draft tokens.
 DECODE_QUERY_LEN = 16
 
+#: What a file of cases may have at most: bytes, cases, requests of one, and a length of a request
+#: or a size of the layer. More is a mistake, and would fill the memory before anything is checked.
+_MAX_BYTES, _MAX_CASES, _MAX_REQUESTS, _MAX_INTEGER = 16 << 20, 4096, 1 << 16, 1 << 27
+#: New tokens, and keys, of all requests of a case.
+_MAX_TOKENS, _MAX_KEYS = 1 << 24, 1 << 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -49,7 +56,8 @@ class Case:
         attn_type: one of AttentionType.
         sliding_window: tokens a query sees, itself included, or None.
         logits_soft_cap: cap of the scores, or None.
-        alibi, sinks: whether the layer has them.
+        alibi: as AttentionSpec has it: False, True or "symmetric".
+        sinks: whether the layer has them.
     """
 
     name: str
@@ -64,7 +72,7 @@ class Case:
     attn_type: str = "decoder"
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
-    alibi: bool = False
+    alibi: bool | str = False
     sinks: bool = False
 
     @property
@@ -202,13 +210,8 @@ def load_cases(path: Path) -> list[Case]:
     Raises:
         InvalidInputError: the file cannot be read, or a case is wrong; it says which key of which.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InvalidInputError(f"{path} is not JSON: {error}.") from error
-    return parse_cases(data, str(path))
+    content = read_file(path, _MAX_BYTES)
+    return parse_cases(parse_json(content, origin=str(path), unique_keys=True), str(path))
 
 
 def parse_cases(data: Any, source: str = "the list of cases") -> list[Case]:
@@ -219,10 +222,12 @@ def parse_cases(data: Any, source: str = "the list of cases") -> list[Case]:
     """
     if not isinstance(data, list) or not data:
         raise InvalidInputError(f"{source} must hold a list of cases, and at least one.")
+    if len(data) > _MAX_CASES:
+        raise InvalidInputError(f"{source} has {len(data)} cases; at most {_MAX_CASES} are read.")
     cases: dict[str, Case] = {}
     for index, fields in enumerate(data):
         name = fields.get("name") if isinstance(fields, dict) else None
-        where = f"Case {index}" + (f" ({name!r})" if isinstance(name, str) else "")
+        where = f"Case {index}" + (f" ({name[:80]!r})" if isinstance(name, str) else "")
         try:
             case = _parse(fields)
         except InvalidInputError as error:
@@ -235,11 +240,11 @@ def parse_cases(data: Any, source: str = "the list of cases") -> list[Case]:
 
 def _parse(fields: Any) -> Case:
     if not isinstance(fields, dict):
-        raise InvalidInputError(f"{fields!r} is not an object with the keys of a case.")
+        raise InvalidInputError(f"{_shown(fields)} is not an object with the keys of a case.")
     known = {field.name: field for field in dataclasses.fields(Case)}
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise InvalidInputError(f"unknown key {unknown[0]!r}. Known are: {', '.join(known)}.")
+        raise InvalidInputError(f"unknown key {_shown(unknown[0])}. Known are: {', '.join(known)}.")
     for name, field in known.items():
         if name in fields:
             _CHECKS[name](name, fields[name])
@@ -258,6 +263,12 @@ def _check_lengths(case: Case) -> None:
             f"query_lens has {len(case.query_lens)} requests and seq_lens {len(case.seq_lens)}; "
             "give both for the same requests."
         )
+    tokens, keys = case.num_tokens, sum(case.seq_lens)
+    if tokens > _MAX_TOKENS or keys > _MAX_KEYS:
+        raise InvalidInputError(
+            f"it has {tokens} new tokens and {keys} keys in all; at most {_MAX_TOKENS} and "
+            f"{_MAX_KEYS} are measured."
+        )
     for request, (query, seq) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
         if case.causal and query > seq:
             raise InvalidInputError(
@@ -271,37 +282,55 @@ def _check_lengths(case: Case) -> None:
             )
 
 
+def _shown(value: Any) -> str:
+    """A value in a message: its first characters are enough."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _check_name(key: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
-        raise InvalidInputError(f"{key}={value!r} is not a name.")
+        raise InvalidInputError(f"{key}={_shown(value)} is not a name.")
 
 
 def _check_int(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"{key}={value!r} is not an integer of 1 or more.")
+        raise InvalidInputError(f"{key}={_shown(value)} is not an integer of 1 or more.")
+    if value > _MAX_INTEGER:
+        raise InvalidInputError(
+            f"{key}={value} is more than {_MAX_INTEGER}, the most there may be."
+        )
 
 
 def _check_lens(key: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise InvalidInputError(f"{key} is not a list with one length for each request.")
+    if len(value) > _MAX_REQUESTS:
+        raise InvalidInputError(f"{key} has {len(value)} requests; at most {_MAX_REQUESTS} may be.")
     for each in value:
         _check_int(f"a length in {key}", each)
 
 
 def _check_bool(key: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise InvalidInputError(f"{key}={value!r} is not true or false.")
+        raise InvalidInputError(f"{key}={_shown(value)} is not true or false.")
+
+
+def _check_alibi(key: str, value: Any) -> None:
+    if not isinstance(value, bool) and value != ALIBI_SYMMETRIC:
+        raise InvalidInputError(f"{key}={_shown(value)} is not true, false or {ALIBI_SYMMETRIC!r}.")
 
 
 def _check_number(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise InvalidInputError(f"{key}={value!r} is not a number above 0, or null.")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise InvalidInputError(f"{key}={_shown(value)} is not a number above 0, or null.")
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], None]:
     def check(key: str, value: Any) -> None:
         if value not in allowed:
-            raise InvalidInputError(f"{key}={value!r} is not one of: {', '.join(allowed)}.")
+            raise InvalidInputError(f"{key}={_shown(value)} is not one of: {', '.join(allowed)}.")
 
     return check
 
@@ -323,7 +352,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "attn_type": _one_of(*(str(each) for each in AttentionType)),
     "sliding_window": _or_null(_check_int),
     "logits_soft_cap": _or_null(_check_number),
-    "alibi": _check_bool,
+    "alibi": _check_alibi,
     "sinks": _check_bool,
 }
 

@@ -7,13 +7,14 @@ are compared with those of registered backends, and nothing is ever imported or 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.files import parse_json, read_file
+from attn_dispatch.spec import ALIBI_SYMMETRIC
 from attn_dispatch.tuning.table import (
     LAYER_FIELDS,
     VERSION,
@@ -44,12 +45,7 @@ def read_table(path: Path, origin: str | None = None) -> Table:
         InvalidInputError: it cannot be read, is too large, or is no such table.
     """
     origin = str(path) if origin is None else origin
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{origin} cannot be read: {error}.") from error
-    return parse_text(text, origin)
+    return parse_text(read_file(path, _MAX_BYTES, origin=origin), origin)
 
 
 def parse_text(text: bytes, origin: str) -> Table:
@@ -60,11 +56,7 @@ def parse_text(text: bytes, origin: str) -> Table:
     """
     if len(text) > _MAX_BYTES:
         raise InvalidInputError(f"{origin} has more than {_MAX_BYTES >> 20} MiB.")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise InvalidInputError(f"{origin} is not JSON that can be read: {error}.") from error
-    return parse_table(data, origin)
+    return parse_table(parse_json(text, origin=origin, unique_keys=True), origin)
 
 
 def parse_table(data: Any, origin: str) -> Table:
@@ -123,9 +115,10 @@ def _layer(data: Any, where: str) -> LayerKey:
         _text(fields[name], f"{where}.{name}")
     if fields["logits_soft_cap"] is not None:
         fields["logits_soft_cap"] = _number(fields["logits_soft_cap"], f"{where}.logits_soft_cap")
-    for name in ("alibi", "sinks"):
-        if not isinstance(fields[name], bool):
-            raise _Flaw(f"{where}.{name} is not true or false")
+    if not isinstance(fields["sinks"], bool):
+        raise _Flaw(f"{where}.sinks is not true or false")
+    if not isinstance(fields["alibi"], bool) and fields["alibi"] != ALIBI_SYMMETRIC:
+        raise _Flaw(f"{where}.alibi is not true, false or {ALIBI_SYMMETRIC!r}")
     return tuple(fields[name] for name in LAYER_FIELDS)
 
 
