@@ -66,6 +66,8 @@ class AttentionBatch:
         max_decode_query_len: a request with this many new tokens or fewer, and some before them,
             is in the decode phase; so is one without keys, which pads a graph's batch. 1, or more
             for speculative decoding.
+        block_size: tokens per block of the block table, so that a call can be refused whose cache
+            has other blocks; None if it is not known.
     """
 
     query_start_loc: torch.Tensor
@@ -81,6 +83,7 @@ class AttentionBatch:
     multi_modal_placeholder_index_maps: Mapping[str, Sequence[PlaceholderRange]] | None = None
     enable_kv_scales_calculation: bool = False
     max_decode_query_len: int = 1
+    block_size: int | None = None
 
     @classmethod
     def create(
@@ -101,9 +104,9 @@ class AttentionBatch:
             query_lens: new tokens of each request.
             seq_lens: keys of each request, the new ones included.
             block_table: as the attribute.
-            block_size: with it and a block table, but without a slot_mapping, the slots of the
-                new tokens are derived: they are the last query_len ones of each request, and −1
-                for a request without keys, which pads the batch.
+            block_size: as the attribute. With it and a block table, but without a slot_mapping,
+                the slots of the new tokens are derived: they are the last query_len ones of each
+                request, and −1 for a request without keys, which pads the batch.
             slot_mapping: as the attribute.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go.
@@ -143,6 +146,7 @@ class AttentionBatch:
             block_table=block_table,
             slot_mapping=None if slot_mapping is None else slot_mapping.to(device, torch.int64),
             key_start_loc_cpu=None if keys is None else _starts(keys),
+            block_size=block_size,
             **more,
         )
 
@@ -246,6 +250,8 @@ class AttentionBatch:
             max_decode_query_len=self.max_decode_query_len,
             **own,
         )
+        # Given to create, it would make slots for a batch that has none.
+        part = dataclasses.replace(part, block_size=self.block_size)
         return BatchPart(part, tokens, keys)
 
     def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
