@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "ALIBI_SYMMETRIC",
     "INT8_PER_TOKEN_HEAD",
     "KV_CACHE_DTYPES",
     "LAYER_KINDS",
@@ -43,6 +44,9 @@ KV_CACHE_DTYPES = (
 #: Names accepted for `output_quant`: static per-tensor fp8 by `output_scale`, and fp8 with one
 #: scale per token and group of 128 values, written to `output_block_scale`.
 OUTPUT_QUANTS = ("fp8_e4m3", "fp8_e4m3_group128")
+
+#: The value of `alibi` for slopes times -abs(distance), as FlashAttention has it.
+ALIBI_SYMMETRIC = "symmetric"
 
 #: The kinds of layer that an override can name, see `AttentionSpec.kind`.
 LAYER_KINDS = ("full", "sliding_window", "encoder", "encoder_only", "encoder_decoder", "mla")
@@ -123,7 +127,12 @@ class AttentionSpec:
     logits_soft_cap: float | None = _field(
         "Scores become cap * tanh(score / cap) before bias and mask.", None, neutral=None
     )
-    alibi: bool = _field("Slopes times distance are added to the scores.", False, neutral=False)
+    alibi: bool | str = _field(
+        "Slopes times distance are added to the scores. True: the distance is key minus query "
+        "position. 'symmetric': it is -abs of that, which is the same where attention is causal.",
+        False,
+        neutral=False,
+    )
     sinks: bool = _field("One more logit per head joins the softmax.", False, neutral=False)
     kv_sharing: bool = _field(
         "The layer reads another layer's cache and never writes.", False, neutral=False
@@ -193,11 +202,17 @@ class AttentionSpec:
             fill("logits_soft_cap", float(self.logits_soft_cap))
         if self.mla is not None:
             self._check_mla(self.mla)
+        if not (isinstance(self.alibi, bool) or self.alibi == ALIBI_SYMMETRIC):
+            raise InvalidInputError(
+                f"alibi={self.alibi!r} is not True, False or {ALIBI_SYMMETRIC!r}."
+            )
         for field in dataclasses.fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise InvalidInputError(
                     f"{field.name}={getattr(self, field.name)!r} is not True or False."
                 )
+        if self.alibi == ALIBI_SYMMETRIC and self.causal and not self.bidirectional_ranges:
+            fill("alibi", True)  # no visible key is later than its query
 
     def _check_mla(self, mla: MLADims) -> None:
         if not isinstance(mla, MLADims):

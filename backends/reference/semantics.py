@@ -2,7 +2,7 @@
 
     score  = scale * (query . key)
     score  = cap * tanh(score / cap)                     with a soft cap
-    score += slope * (key position - query position)     with ALiBi
+    score += slope * (key position - query position)     with ALiBi; symmetric: slope * -abs(...)
     score  = -inf                                        where the query does not see the key
     output = softmax(score) @ value                      a sink is one more score, without a value
 
@@ -11,14 +11,36 @@ Queries stand at the end of the keys: the last query has the position of the las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attend", "compute_dtype", "visible"]
+__all__ = ["attend", "compute_dtype", "soft_capped", "visible", "without_autocast"]
 
 #: Scores held at a time; longer queries are worked off in pieces.
 _MAX_SCORES = 1 << 26
+#: In float32, a cap below the first is as good as the first, and one beyond the second as none:
+#: no score that float32 tells apart from others is changed by more than it rounds.
+_SMALLEST_CAP, _LARGEST_CAP = 2.0**-100, 2.0**100
+
+
+T = TypeVar("T")
+
+
+def without_autocast(method: Callable[..., T]) -> Callable[..., T]:
+    """For an impl's method whose second argument is a tensor: autocast changes nothing in it."""
+
+    @functools.wraps(method)
+    def run(self: Any, layer: Any, query: torch.Tensor, *args: Any, **options: Any) -> T:
+        kind = query.device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, layer, query, *args, **options)
+        with torch.autocast(kind, enabled=False):
+            return method(self, layer, query, *args, **options)
+
+    return run
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,6 +82,15 @@ def visible(
     return seen
 
 
+def soft_capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(scores / cap), for any positive finite cap."""
+    if scores.dtype == torch.float32:
+        if cap > _LARGEST_CAP:
+            return scores
+        cap = max(cap, _SMALLEST_CAP)
+    return cap * torch.tanh(scores / cap)
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -70,6 +101,7 @@ def attend(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    alibi_symmetric: bool = False,
     sinks: torch.Tensor | None = None,
     ranges: Sequence[tuple[int, int]] = (),
     custom_mask: torch.Tensor | None = None,
@@ -84,11 +116,14 @@ def attend(
         causal, sliding_window, ranges, custom_mask: as for `visible`.
         logits_soft_cap: cap of the scores, or None.
         alibi_slopes: (num_heads,), or None.
+        alibi_symmetric: the slopes are times -abs(distance).
         sinks: (num_heads,), or None.
 
     Returns:
-        output: (num_queries, num_heads, head_size_v); 0 for a query that sees no key.
-        lse: (num_queries, num_heads), natural log, sinks left out; −inf for such a query.
+        output: (num_queries, num_heads, head_size_v); 0 for a query that sees no key, and NaN for
+            one that sees a score of NaN or +inf, or no score above −inf.
+        lse: (num_queries, num_heads), natural log, sinks left out; −inf for a query that sees no
+            key, and NaN for one of the others.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, _ = key.shape
@@ -99,9 +134,11 @@ def attend(
     def piece(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scores = scale * torch.einsum("qhd,khd->hqk", query[rows], key)
         if logits_soft_cap is not None:
-            scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
+            scores = soft_capped(scores, logits_soft_cap)
         if alibi_slopes is not None:
             distance = torch.arange(num_keys, device=query.device) - positions[rows, None]
+            if alibi_symmetric:
+                distance = -distance.abs()
             scores = scores + alibi_slopes[:, None, None] * distance
         seen = visible(
             positions[rows],
@@ -117,7 +154,11 @@ def attend(
         weights = torch.exp(scores - total[..., None]).masked_fill(~seen, 0.0)
         # What no query sees may be freed memory, and zero times NaN would be NaN.
         used = value.masked_fill(~seen.any(0)[:, None, None], 0.0)
-        return torch.einsum("hqk,khd->qhd", weights, used), lse.T
+        sees_any = seen.any(1)
+        output = torch.einsum("hqk,khd->qhd", weights, used)
+        # Only a row without keys has the lse of one: what else is infinite was NaN in the weights.
+        lse = lse.masked_fill(lse.isinf() & sees_any, float("nan"))
+        return output.masked_fill(~sees_any[:, None, None], 0.0), lse.T
 
     step = max(1, _MAX_SCORES // max(1, num_heads * num_keys))
     pieces = [piece(slice(row, row + step)) for row in range(0, num_queries, step)]

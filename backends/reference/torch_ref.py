@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_dispatch.backends.reference.semantics import attend, compute_dtype
+from attn_dispatch.backends.reference.semantics import (
+    attend,
+    compute_dtype,
+    without_autocast,
+)
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf, Reason, ReasonCode
 from attn_dispatch.device import DeviceMatch, DeviceProfile
@@ -22,8 +26,13 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache, write_new_kv
 from attn_dispatch.quantization import GROUP_SIZE, store_output
-from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.spec import (
+    ALIBI_SYMMETRIC,
+    KV_CACHE_DTYPES,
+    OUTPUT_QUANTS,
+    AttentionSpec,
+)
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["ReferenceBackend", "ReferenceBuilder", "ReferenceImpl", "ReferenceMetadata"]
 
@@ -49,6 +58,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         """Every quantization of the output that the spec can name."""
         return quant_key in OUTPUT_QUANTS
 
+    @without_autocast
     def forward(
         self,
         layer: AttentionLayer,
@@ -56,12 +66,14 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: ReferenceMetadata,
+        attn_metadata: ReferenceMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, ReferenceMetadata)
         batch = attn_metadata.batch
         scales = (output_scale, output_block_scale)
@@ -89,6 +101,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 sliding_window=self.sliding_window,
                 logits_soft_cap=self.logits_soft_cap,
                 alibi_slopes=slopes,
+                alibi_symmetric=self.alibi_symmetric,
                 sinks=sinks,
                 ranges=attn_metadata.ranges_of(request),
                 custom_mask=None if batch.custom_mask is None else batch.request_mask(request),
@@ -154,7 +167,7 @@ class ReferenceBackend(AttentionBackend):
         causal=OneOf(True, False),
         sliding_window=ANY,
         logits_soft_cap=ANY,
-        alibi=OneOf(True, False),
+        alibi=OneOf(True, False, ALIBI_SYMMETRIC),
         sinks=OneOf(True, False),
         kv_sharing=OneOf(True, False),
         custom_mask=OneOf(True, False),

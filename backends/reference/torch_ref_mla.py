@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.reference.semantics import attend, compute_dtype
+from attn_dispatch.backends.reference.semantics import (
+    attend,
+    compute_dtype,
+    without_autocast,
+)
 from attn_dispatch.backends.reference.torch_ref import FLOATS
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
@@ -44,6 +48,7 @@ from attn_dispatch.validation import (
     check_no_grad,
     check_output,
     check_slot_mapping,
+    profiling_output,
 )
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
@@ -135,6 +140,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         """Static fp8."""
         return quant_key == "fp8_e4m3"
 
+    @without_autocast
     def forward(  # type: ignore[override]
         self,
         layer: AttentionLayer,
@@ -142,12 +148,17 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         kv_c_normed: torch.Tensor,
         k_pe: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: ReferenceMLAMetadata,
+        attn_metadata: ReferenceMLAMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See MLAAttentionImpl.forward."""
+        if attn_metadata is None:
+            scales = (output_scale, output_block_scale)
+            return profiling_output(
+                self, hidden_states_or_cq, output, *scales, head_size_v=self.mla.v_head_dim
+            )
         check_metadata(self, attn_metadata, ReferenceMLAMetadata)
         batch, mla = attn_metadata.batch, self.mla
         query = hidden_states_or_cq if self.q_proj is None else self.q_proj(hidden_states_or_cq)

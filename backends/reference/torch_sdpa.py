@@ -18,7 +18,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from attn_dispatch.backends.reference.semantics import compute_dtype, visible
+from attn_dispatch.backends.reference.semantics import (
+    compute_dtype,
+    visible,
+    without_autocast,
+)
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf
 from attn_dispatch.device import DeviceMatch
@@ -33,8 +37,8 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
 from attn_dispatch.quantization import dequantize_rows, has_token_scales, is_fp8, token_scales
-from attn_dispatch.spec import KV_CACHE_DTYPES
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["MathPathWarning", "SDPABuilder", "SDPAImpl", "SDPAMetadata", "TorchSDPABackend"]
 
@@ -246,8 +250,12 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_features(self, "TORCH_SDPA", "logits_soft_cap", "sinks", "returns_lse")
+        # PyTorch's kernels take positive scales only. Of a scale of 0, the query takes the factor.
+        self._query_factor = math.copysign(1.0, self.scale) if self.scale else 0.0
+        self._scale = abs(self.scale) or 1.0
         self._checked: set[tuple[object, ...]] = set()
 
+    @without_autocast
     def forward(
         self,
         layer: AttentionLayer,
@@ -255,12 +263,14 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: SDPAMetadata,
+        attn_metadata: SDPAMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, SDPAMetadata)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("TORCH_SDPA does not quantize its output; REFERENCE does.")
@@ -278,7 +288,10 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
             k_scale, v_scale = 1.0, 1.0
             if kv_cache is not None and is_fp8(kv_cache.dtype):
                 k_scale, v_scale = layer._k_scale_float, layer._v_scale_float
-            result = self._call(group, query[group.rows], keys, values, self.scale * k_scale)
+            q = query[group.rows]
+            if self._query_factor != 1.0:
+                q = q * self._query_factor
+            result = self._call(group, q, keys, values, self._scale * k_scale)
             output[group.rows] = result if v_scale == 1.0 else result * v_scale
         return output
 
@@ -327,6 +340,8 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         group_size = self.num_heads // self.num_kv_heads
         q = query.unflatten(0, (group.num_pieces, -1)).transpose(1, 2)
         num_rows = q.shape[2]
+        if q.device.type == "cpu" and not _scores_are_finite(q, keys, scale):
+            return self._by_definition(group, q, keys, values, scale)
         if not group.causal:
             # The query heads of one KV head become rows of one head, so that no key is repeated.
             q = q.reshape(group.num_pieces, self.num_kv_heads, group_size * num_rows, -1)
@@ -350,14 +365,53 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
             result = result.masked_fill(~group.mask.any(-1)[:, None, :, None], 0.0)
         return result.transpose(1, 2).flatten(0, 1)[..., : self.head_size_v]
 
+    def _by_definition(
+        self,
+        group: _Group,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """The group's attention step by step, where PyTorch's kernel would hide a NaN.
+
+        Of a row whose scores are NaN that kernel makes 0, and it adds masks to scores, so that a
+        hidden NaN is seen.
+        """
+        dtype = compute_dtype(q.dtype)
+        group_size = self.num_heads // self.num_kv_heads
+        k, v = (
+            t.transpose(1, 2).repeat_interleave(group_size, dim=1).to(dtype) for t in (keys, values)
+        )
+        scores = scale * (q.to(dtype) @ k.transpose(2, 3))
+        if self.alibi_slopes is not None and group.distance is not None:
+            scores += self._slopes(dtype, q.device)[:, None, None] * self._distance(group)[:, None]
+        seen = torch.ones_like(scores[:, :1], dtype=torch.bool)
+        if group.causal:
+            seen = seen.tril()
+        elif group.mask is not None:
+            seen = group.mask[:, None]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+        result = weights @ v.masked_fill(~seen.any(2)[..., None], 0.0)
+        result = result.masked_fill(~seen.any(3, keepdim=True), 0.0)
+        return result.transpose(1, 2).flatten(0, 1).to(q.dtype)
+
+    def _slopes(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.as_tensor(self.alibi_slopes, dtype=dtype, device=device)
+
+    def _distance(self, group: _Group) -> torch.Tensor:
+        """What ALiBi's slopes are times of."""
+        assert group.distance is not None
+        return -group.distance.abs() if self.alibi_symmetric else group.distance
+
     def _mask_or_bias(
         self, group: _Group, group_size: int, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """(num_pieces, 1 or num_kv_heads, group_size * num_rows, num_keys), bool or dtype."""
         if self.alibi_slopes is None or group.distance is None:
             return None if group.mask is None else group.mask[:, None].repeat(1, 1, group_size, 1)
-        slopes = torch.as_tensor(self.alibi_slopes, dtype=dtype, device=group.distance.device)
-        bias = slopes[:, None, None] * group.distance[:, None]
+        slopes = self._slopes(dtype, group.distance.device)
+        bias = slopes[:, None, None] * self._distance(group)[:, None]
         if group.mask is not None:
             bias = bias.masked_fill(~group.mask[:, None], float("-inf"))
         return bias.reshape(len(bias), self.num_kv_heads, -1, bias.shape[-1])
@@ -388,6 +442,15 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
                 MathPathWarning,
                 stacklevel=2,
             )
+
+
+def _scores_are_finite(query: torch.Tensor, keys: torch.Tensor, scale: float) -> bool:
+    """Whether no score can be NaN or infinite, by the largest elements. Waits for the device."""
+    bound = query.shape[-1] * abs(scale)
+    for tensor in (query, keys):
+        smallest, largest = map(float, torch.aminmax(tensor))
+        bound *= largest if math.isnan(largest) else max(largest, -smallest)
+    return bound < torch.finfo(compute_dtype(query.dtype)).max / 16  # and so not NaN
 
 
 def _dense(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -436,7 +499,7 @@ class TorchSDPABackend(AttentionBackend):
         causal=OneOf(True, False),
         sliding_window=ANY,
         # Elsewhere the bias must have the query's dtype, and rounds distances to eight bits.
-        alibi=ByDevice((_CPU, OneOf(True, False)), otherwise=OneOf(False)),
+        alibi=ByDevice((_CPU, OneOf(True, False, ALIBI_SYMMETRIC)), otherwise=OneOf(False)),
         kv_sharing=OneOf(True, False),
         custom_mask=OneOf(True, False),
         bidirectional_ranges=OneOf(True, False),

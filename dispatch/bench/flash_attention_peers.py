@@ -64,7 +64,7 @@ class _FlashAttention(Peer):
     def supports(self, case: Case) -> str | None:
         """See Peer."""
         refusal = refusal_of(case, *self.computes)
-        if refusal is None and case.alibi and not case.causal:
+        if refusal is None and case.alibi is True and not case.causal:
             return "its ALiBi falls with the distance on either side"
         if refusal is None and case.sinks and case.dtype != "bfloat16":
             return "its sinks are bfloat16"
@@ -107,7 +107,7 @@ class FlashAttention2(_FlashAttention):
     name = "FlashAttention 2"
     own = "flash_attn:flash_attn_varlen_func"
     vllm_version = 2
-    computes = (*_FlashAttention.computes, "alibi")
+    computes = (*_FlashAttention.computes, "alibi", "symmetric alibi")
 
     def supports(self, case: Case) -> str | None:
         """See Peer."""

@@ -27,6 +27,7 @@ from attn_dispatch.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
+from attn_dispatch.spec import ALIBI_SYMMETRIC
 
 __all__ = ["Inputs", "alibi_slopes"]
 
@@ -186,7 +187,9 @@ class Inputs:
     def impl_arguments(self) -> dict[str, object]:
         """What an impl of the case's layer is constructed with."""
         case = self.case
+        symmetric = {"alibi_symmetric": True} if case.alibi == ALIBI_SYMMETRIC else {}
         return {
+            **symmetric,
             "num_heads": case.num_heads,
             "head_size": case.head_size,
             "scale": case.scale,

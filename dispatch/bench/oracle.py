@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.inputs import Inputs
+from attn_dispatch.spec import ALIBI_SYMMETRIC
 
 __all__ = ["Judge", "exact_rows", "sample_of"]
 
@@ -175,6 +176,8 @@ def _exact(
         keys = torch.arange(case.seq_lens[request], device=device)
         positions = (rows + case.seq_lens[request] - case.query_lens[request]).to(device)
         distance = (keys - positions[:, None]).double()
+        if case.alibi == ALIBI_SYMMETRIC:
+            distance = -distance.abs()
         scores = scores + inputs.slopes[heads].double()[:, None, None] * distance
     scores = scores.masked_fill(~_visible(case, request, rows, device), -math.inf)
     largest = scores.amax(-1, keepdim=True).clamp_min(-1e30)  # a row may see nothing

@@ -98,7 +98,8 @@ def _version_of(module_name: str) -> str:
 def refusal_of(case: Case, *computes: str) -> str | None:
     """The first feature of the case that is not among those that a peer computes."""
     asked = {
-        "alibi": case.alibi,
+        "alibi": bool(case.alibi),
+        "symmetric alibi": case.alibi == "symmetric" and not case.causal,
         "sinks": case.sinks,
         "logits_soft_cap": case.logits_soft_cap is not None,
         "sliding_window": case.sliding_window is not None,

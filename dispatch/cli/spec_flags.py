@@ -15,11 +15,17 @@ import typer
 
 from attn_dispatch import spec as spec_module
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, AttentionSpec
 
 __all__ = ["fields_from_flags", "flag_name", "spec_from_fields", "with_spec_flags"]
 
 _PANEL = "The layer, by the fields of AttentionSpec"
+
+
+#: Further flags: the field that one sets, its value, and what it says.
+_SWITCHES: dict[str, tuple[str, Any, str]] = {
+    "alibi_symmetric": ("alibi", ALIBI_SYMMETRIC, "ALiBi, by slopes times -abs(distance)."),
+}
 
 
 def flag_name(field: str) -> str:
@@ -35,6 +41,7 @@ def with_spec_flags(command: Callable[..., None]) -> Callable[..., None]:
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     flags = [_parameter(field) for field in dataclasses.fields(AttentionSpec)]
+    flags += [_switch(flag, doc) for flag, (_, _, doc) in _SWITCHES.items()]
     parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD] + flags
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -47,7 +54,7 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     doc = str(field.metadata.get("doc", ""))
     if record is not None:
         doc += f" As numbers: {', '.join(f.name for f in dataclasses.fields(record))}."
-    if kind == "bool":
+    if kind == "bool" or kind.startswith("bool |"):
         # What is off by default needs no flag to switch it off.
         pair = flag if field.default is False else f"{flag}/{flag_name('no_' + field.name)}"
         option = typer.Option(
@@ -68,6 +75,16 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[Optional[value_type], option],  # noqa: UP045  (built at run time)
+    )
+
+
+def _switch(name: str, doc: str) -> inspect.Parameter:
+    option = typer.Option(flag_name(name), help=doc, rich_help_panel=_PANEL, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Optional[bool], option],  # noqa: UP045  (built at run time)
     )
 
 
@@ -126,9 +143,9 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
         InvalidInputError: a value is wrong in a way that AttentionSpec would not see.
     """
     kinds = {field.name: _base_type(field) for field in dataclasses.fields(AttentionSpec)}
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in flags.items():
-        if value is None:
+        if value is None or name in _SWITCHES:
             continue
         record = _record(kinds[name])
         if not isinstance(value, str):
@@ -139,6 +156,7 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = _parse_record(name, record, value)
         else:
             fields[name] = _PARSERS.get(kinds[name], str)(value)
+    fields |= {field: value for name, (field, value, _) in _SWITCHES.items() if flags.get(name)}
     return fields
 
 
