@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.judging import Finding, Wrong, compare_with_oracle
+from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.conformance.judging import compare_with_oracle, require_returned
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.steps import Step
+from attn_dispatch.conformance.unchanged import Inputs
 from attn_dispatch.device import DeviceProfile
-from attn_dispatch.errors import BackendFailure, UnsupportedError
+from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
 from attn_dispatch.interface import AttentionBackend
 from attn_dispatch.quantization import GROUP_SIZE, kv_cache_torch_dtype
 from attn_dispatch.spec import AttentionSpec
@@ -106,7 +108,11 @@ class Outcome:
 
 
 def run(check: Check) -> Outcome:
-    """Do a check. Whatever the backend raises makes the check fail, and nothing else."""
+    """Do a check. Whatever the backend raises makes the check fail, and nothing else.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
     start = time.perf_counter()
 
     def outcome(status: str, message: str = "", finding: Finding | None = None) -> Outcome:
@@ -120,9 +126,10 @@ def run(check: Check) -> Outcome:
         return outcome("skipped", str(reason))
     except Wrong as wrong:
         return outcome("failed", f"{wrong}.", wrong.finding)
-    except Exception as error:  # a backend may raise anything at all
-        summary = (str(error).splitlines() or [""])[0]
-        return outcome("failed", f"it breaks off with {type(error).__name__}: {summary}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a backend may raise anything at all, SystemExit too
+        return outcome("failed", f"it breaks off with {summary_of(error)}")
 
 
 @dataclass(frozen=True)
@@ -219,16 +226,25 @@ class Target:
             step.scale *= max(1.0, _NEAR_CAP * spec.logits_soft_cap)
         return step
 
-    def forward(self, step: Step, cache: torch.Tensor | None = None, **more: Any) -> Run:
+    def forward(
+        self,
+        step: Step,
+        cache: torch.Tensor | None = None,
+        *,
+        may_change: tuple[str, ...] = (),
+        **more: Any,
+    ) -> Run:
         """Run the backend on a step.
 
         Args:
             step: the step.
             cache: to write; None for a copy of the step's.
+            may_change: inputs that are views of the memory that is written: see `Inputs`.
             **more: as for `Step.forward`.
 
         Raises:
             Skipped: it could not be run, and selection refuses it by now.
+            Wrong: it modified its inputs, or returned what is no result.
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
@@ -244,6 +260,7 @@ class Target:
             else:
                 block_scale = torch.zeros(tokens, row // GROUP_SIZE, device=self.device)
                 scaling["output_block_scale"] = block_scale
+        inputs = Inputs(step, may_change)
         try:
             returned = step.forward(self.cls, cache, **scaling, **more)
         except (BackendFailure, UnsupportedError) as error:
@@ -252,12 +269,18 @@ class Target:
                 raise
             # It was declared: meanwhile a library that it needs turned out to be broken.
             raise Skipped(f"not possible on this machine: {reasons[0]}") from error
+        inputs.require_unchanged()
+        require_returned(step, returned)
         return Run(returned, cache, scale, block_scale)
 
     def judge(self, step: Step, done: Run) -> Finding:
         """Hold what was run against the oracle."""
         return compare_with_oracle(
-            step, done.returned, scale=done.scale, block_scale=done.block_scale
+            step,
+            done.returned,
+            scale=done.scale,
+            block_scale=done.block_scale,
+            propagates_nan=self.cls.propagates_nan,
         )
 
     def agrees(self, spec: AttentionSpec, **case: Any) -> Finding:

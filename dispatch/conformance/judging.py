@@ -15,10 +15,20 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.conformance.findings import Finding, Wrong, require
+from attn_dispatch.conformance.propagation import free_elements
 from attn_dispatch.conformance.steps import Step
-from attn_dispatch.quantization import GROUP_SIZE
+from attn_dispatch.quantization import GROUP_SIZE, is_fp8
 
-__all__ = ["Finding", "Wrong", "allowed_error", "compare_with_oracle", "distance", "require"]
+__all__ = [
+    "Finding",
+    "Wrong",
+    "allowed_error",
+    "compare_with_oracle",
+    "distance",
+    "require",
+    "require_returned",
+]
 
 #: What is always allowed: sums in another order, in dtypes that PyTorch computes in too.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -32,35 +42,8 @@ _E4M3_STEP, _E4M3_SMALL = 2.0**-4, 2.0**-10
 _LSE_ALLOWED = {torch.float64: 1e-5, torch.float32: 2e-5}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """How large the error was, and how large it may be; both 0 where nothing is measured."""
-
-    error: float = 0.0
-    allowed: float = 0.0
-
-    @property
-    def ratio(self) -> float:
-        """The error as a part of what is allowed."""
-        return self.error / self.allowed if self.allowed else (math.inf if self.error else 0.0)
-
-
-class Wrong(Exception):
-    """A check found something wrong; the message says what, as a sentence."""
-
-    def __init__(self, message: str, finding: Finding | None = None) -> None:
-        super().__init__(message)
-        self.finding = finding or Finding()
-
-
-def require(holds: bool, message: str) -> None:
-    """Fail with a sentence unless it holds."""
-    if not holds:
-        raise Wrong(message)
-
-
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The error of an output (num_tokens, num_heads, head_size_v); infinite with a NaN in it."""
+    """The error of rows (..., head_size_v) of an output; infinite with a NaN in one of them."""
     if not expected.numel():
         return 0.0
     largest = expected.abs().amax(-1)
@@ -76,71 +59,113 @@ def allowed_error(step: Step) -> float:
     of it (soft cap, ALiBi, sinks, a cache of another type), and what a GPU's tanh costs.
     """
     spec = step.spec
-    own = distance(step.pytorch().double(), step.expected(cap=None, slopes=None, sinks=None)[0])
+    plain, exact = step.pytorch().double(), step.expected(cap=None, slopes=None, sinks=None)[0]
+    finite = (plain.isfinite() & exact.isfinite()).all(-1)
+    own = distance(plain[finite], exact[finite])
     beyond = spec.alibi or spec.sinks or spec.logits_soft_cap or spec.kv_cache_dtype != "auto"
-    allowed = 2 * (own if math.isfinite(own) else 0.0)
-    allowed += torch.finfo(spec.dtype).eps * (2 if beyond else 1)
+    allowed = 2 * own + torch.finfo(spec.dtype).eps * (2 if beyond else 1)
     if spec.logits_soft_cap and spec.dtype.itemsize == 2:
         allowed += _TANH_ERROR * spec.logits_soft_cap
     return max(allowed, _FLOOR.get(spec.dtype, 0.0))
 
 
+def require_returned(step: Step, returned: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Take apart what a forward returned: output and lse, of the right shapes and dtypes.
+
+    Raises:
+        Wrong: it is something else; it says what.
+    """
+    spec, rows = step.spec, len(step.query)
+    wanted = "the pair (output, lse)" if spec.returns_lse else "the output"
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    are_tensors = all(isinstance(part, torch.Tensor) for part in parts)
+    if not are_tensors or len(parts) != 1 + spec.returns_lse:
+        names = ", ".join(type(part).__name__ for part in parts)
+        found = f"({names})" if isinstance(returned, tuple) else names
+        raise Wrong(f"forward should return {wanted}, and returned {found}")
+    output: torch.Tensor = parts[0]
+    lse: torch.Tensor | None = parts[1] if spec.returns_lse else None
+    shape = (rows, spec.num_heads, spec.head_size_v)
+    require(
+        tuple(output.shape) == shape,
+        f"the output has shape {tuple(output.shape)}, and should have {shape}",
+    )
+    if spec.output_quant is None:
+        require(
+            output.dtype == spec.dtype, f"the output is {output.dtype}, and the query {spec.dtype}"
+        )
+    else:
+        require(is_fp8(output.dtype), f"the output is {output.dtype}, and should be quantized")
+    if lse is not None:
+        require(
+            lse.dtype == torch.float32 and tuple(lse.shape) == shape[:2],
+            f"the lse is {tuple(lse.shape)} {lse.dtype}; it should be {shape[:2]} torch.float32",
+        )
+    return output, lse
+
+
 def compare_with_oracle(
-    step: Step, returned: Any, *, block_scale: torch.Tensor | None = None, scale: float = 1.0
+    step: Step,
+    returned: Any,
+    *,
+    block_scale: torch.Tensor | None = None,
+    scale: float = 1.0,
+    propagates_nan: bool = True,
 ) -> Finding:
     """Hold what a forward returned against the oracle.
+
+    For NaN and infinity among the inputs see `propagation.free_elements`.
 
     Args:
         step: the step that it is of.
         returned: output, or (output, lse) where the layer returns that.
         block_scale: of an output that is quantized by groups.
         scale: of one that is quantized as a whole.
+        propagates_nan: as the backend declares it.
 
     Raises:
         Wrong: it is not what the layer should give; it says what it looks like instead.
     """
+    output, lse = require_returned(step, returned)
     expected, expected_lse = step.expected()
-    is_pair = isinstance(returned, tuple)
-    require(
-        is_pair == step.spec.returns_lse,
-        f"asked for returns_lse={step.spec.returns_lse}, and forward returned "
-        f"{'a pair' if is_pair else 'one tensor'}",
-    )
-    output, lse = returned if is_pair else (returned, None)
-    shape = (len(step.query), *expected.shape[1:])
-    require(
-        tuple(output.shape) == shape,
-        f"the output has shape {tuple(output.shape)}, and should have {shape}",
-    )
-    actual = output[: len(expected)].double().cpu()
+    tokens = len(expected)
+    actual = output[:tokens].double().cpu()
+    free = free_elements(step, actual, lse, expected, expected_lse, propagates_nan)
+    actual, expected = (each.masked_fill(free.output, 0.0) for each in (actual, expected))
     if step.spec.output_quant is None:
-        require(
-            output.dtype == step.spec.dtype,
-            f"the output is {output.dtype}, and the query {step.spec.dtype}",
-        )
-        finding = _compare_output(step, actual, expected)
+        finding = _compare_output(step, actual, expected, free.output)
     else:
         finding = _compare_quantized(step, actual, expected, block_scale, scale)
     blind = expected_lse == -math.inf
     require(not bool(actual[blind].any()), "a row that sees no key is not 0")
+    require(
+        not bool(output[tokens:].float().any()),
+        "a row past the batch's tokens is not 0 in the output: it may have been left as it was",
+    )
     if lse is not None:
-        _compare_lse(step, lse, expected_lse)
+        _compare_lse(step, lse, expected_lse, free.lse)
+        require(
+            bool((lse[tokens:] == -math.inf).all()),
+            "the lse of a row past the batch's tokens is not −inf",
+        )
     return finding
 
 
-def _compare_output(step: Step, actual: torch.Tensor, expected: torch.Tensor) -> Finding:
+def _compare_output(
+    step: Step, actual: torch.Tensor, expected: torch.Tensor, free: torch.Tensor
+) -> Finding:
     found = Finding(distance(actual, expected), allowed_error(step))
     if found.error <= found.allowed:
         return found
     if bool(actual.isnan().any()):
         raise Wrong(
             "there is NaN in the output: something that no request of the step owns was read (the "
-            "cache holds NaN wherever nothing was written)",
+            "cache holds NaN wherever nothing was written), or a row was not written",
             found,
         )
     numbers = f"off by {found.error:.3g} of a row's largest value; {found.allowed:.3g} is allowed"
     for suspect in _suspects(step):
-        if distance(actual, suspect.output(step)) <= 2 * found.allowed:
+        if distance(actual, suspect.output(step).masked_fill(free, 0.0)) <= 2 * found.allowed:
             raise Wrong(f"{suspect.sentence} ({numbers})", found)
     raise Wrong(f"the output is {numbers}", found)
 
@@ -172,18 +197,14 @@ def _compare_quantized(
     return found
 
 
-def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor) -> None:
-    require(
-        lse.dtype == torch.float32 and tuple(lse.shape[1:]) == tuple(expected.shape[1:]),
-        f"the lse is {tuple(lse.shape)} {lse.dtype}; it should be "
-        f"(num_tokens, {expected.shape[1]}) torch.float32",
-    )
+def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor, free: torch.Tensor) -> None:
     actual = lse[: len(expected)].double().cpu()
     blind = expected == -math.inf
     require(
         bool((actual[blind] == -math.inf).all()), "the lse of a row that sees no key is not −inf"
     )
-    actual, wanted = actual[~blind], expected[~blind]
+    finite = ~(blind | free)
+    actual, wanted = actual[finite], expected[finite]
     if not wanted.numel():
         return
     dtype, cap = step.spec.dtype, step.spec.logits_soft_cap
@@ -202,7 +223,7 @@ def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor) -> None:
         "the lse has the wrong sign": -wanted,
     }
     if step.sinks is not None:
-        sinks = step.sinks.double().cpu().expand(expected.shape)[~blind]
+        sinks = step.sinks.double().cpu().expand(expected.shape)[finite]
         looks["the lse has the sinks in it; it should leave them out"] = wanted.logaddexp(sinks)
     for sentence, value in looks.items():
         if off(value) <= 2 * allowed:

@@ -56,6 +56,7 @@ def attention_of_request(
     seen: torch.Tensor,
     cap: float | None = None,
     slopes: Sequence[float] | None = None,
+    symmetric: bool = False,
     sinks: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one request.
@@ -68,11 +69,14 @@ def attention_of_request(
         seen: (num_queries, num_keys) bool, of `sees`.
         cap: soft cap of the scores, or None.
         slopes: num_heads slopes, or None.
+        symmetric: the slopes count distances, not signed ones.
         sinks: num_heads further logits, or None.
 
     Returns:
-        output: (num_queries, num_heads, head_size_v) float64; 0 where a query sees no key.
-        lse: (num_queries, num_heads) float64, natural logarithm, sinks left out; −inf there.
+        output: (num_queries, num_heads, head_size_v) float64; 0 where a query sees no key. It is
+            the sum over the keys that a query sees, so a NaN that it does not see adds nothing.
+        lse: (num_queries, num_heads) float64, natural logarithm, sinks left out; −inf where a
+            query sees no key, NaN where all the scores that it sees are −inf.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape
@@ -82,6 +86,9 @@ def attention_of_request(
         return output, lse
     first = num_keys - num_queries
     distance = (torch.arange(num_keys) - torch.arange(first, num_keys)[:, None]).double()
+    if symmetric:
+        distance = -distance.abs()
+    sees_any = seen.any(1)
     for head in range(num_heads):
         kv_head = head // (num_heads // num_kv_heads)
         scores = scale * (query[:, head] @ key[:, kv_head].T)
@@ -94,8 +101,13 @@ def attention_of_request(
         weights = (scores - largest).exp()
         total = weights.sum(1)
         lse[:, head] = largest[:, 0] + total.log()
+        lse[sees_any & (total == 0), head] = math.nan
         if sinks is not None:
             total = total + (sinks[head] - largest[:, 0]).exp()
-        rows = seen.any(1)
-        output[rows, head] = weights[rows] @ value[:, kv_head] / total[rows, None]
+        sums = weights @ value[:, kv_head].nan_to_num(0.0, 0.0, 0.0)
+        broken = ~value[:, kv_head].isfinite()
+        for place in broken.any(1).nonzero().flatten().tolist():
+            part = torch.where(broken[place], value[place, kv_head], 0.0)
+            sums += torch.where(seen[:, place, None], weights[:, place, None] * part, 0.0)
+        output[sees_any, head] = (sums / total[:, None])[sees_any]
     return output, lse

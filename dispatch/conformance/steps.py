@@ -66,6 +66,8 @@ class Case:
         padding: rows of query, key and value beyond the batch's tokens.
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
+        planted: (tensor, request, first, end, number): what element 0 of head 0 is in rows first
+            to end of a request's "query", "key" or "value": NaN or infinity, say.
         seed: of the numbers.
     """
 
@@ -78,6 +80,7 @@ class Case:
     padding: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
     max_decode_query_len: int = 1
+    planted: tuple[tuple[str, int, int, int, float], ...] = ()
     seed: int = 0
 
     def replace(self, **changes: Any) -> Case:
@@ -135,6 +138,9 @@ class Step:
         queries = [self._new(n, spec.num_heads, spec.head_size) for n in case.query_lens]
         keys = [self._new(n, spec.num_kv_heads, spec.head_size) for n in case.seq_lens]
         values = [self._new(n, spec.num_kv_heads, spec.head_size_v) for n in case.seq_lens]
+        own = {"query": queries, "key": keys, "value": values}
+        for name, request, first, end, number in case.planted:
+            own[name][request][first:end, 0, 0] = number
         self.query = self._lay(queries, spec.num_heads, spec.head_size)
         self.key: torch.Tensor | None = None
         self.value: torch.Tensor | None = None
@@ -269,7 +275,9 @@ class Step:
     def impl_arguments(self) -> dict[str, Any]:
         """What the impl of this step's layer is constructed with."""
         spec = self.spec
-        return {
+        # An impl that does not know the keyword is given it only if its backend declares this.
+        symmetric = {"alibi_symmetric": True} if spec.alibi == "symmetric" else {}
+        return symmetric | {
             "num_heads": spec.num_heads,
             "head_size": spec.head_size,
             "scale": self.scale,
@@ -339,6 +347,7 @@ class Step:
             "scale": self.scale,
             "cap": spec.logits_soft_cap,
             "slopes": self.slopes,
+            "symmetric": spec.alibi == "symmetric",
             "sinks": None if self.sinks is None else self.sinks.tolist(),
         }
         numbers |= {name: value for name, value in changes.items() if name in numbers}
@@ -370,12 +379,14 @@ class Step:
                 outputs.append(zeros.to(spec.dtype))
                 continue
             seen = self.seen_by(request)
+            scale = abs(self.scale) or 1.0  # PyTorch gives NaN for one that is not above 0
+            sign = math.copysign(1.0, self.scale) if self.scale else 0.0
             q, k, v = (
                 t.transpose(0, 1)[None].to(self.device, spec.dtype)
-                for t in (query, *(t.repeat_interleave(group, 1) for t in (keys, values)))
+                for t in (sign * query, *(t.repeat_interleave(group, 1) for t in (keys, values)))
             )
             result = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen.to(self.device), scale=self.scale
+                q, k, v, attn_mask=seen.to(self.device), scale=scale
             )[0].cpu()
             outputs.append(result.masked_fill(~seen.any(-1)[:, None], 0.0).transpose(0, 1))
         return torch.cat(outputs)

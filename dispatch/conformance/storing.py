@@ -45,11 +45,15 @@ def stored_size(kv_cache_dtype: str, size: int) -> int:
 
 
 def int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., size) integers and (..., 1) scales that an int8 cache holds of (..., size) values."""
+    """(..., size) integers and (..., 1) scales that an int8 cache holds of (..., size) values.
+
+    A row that is not finite has the integers 0, and a scale that makes all of it NaN again.
+    """
     values = values.float()
     scales = values.abs().amax(-1, keepdim=True) / 127
     scales[scales == 0] = 1.0
-    return torch.round(values / scales).clamp(-127, 127).to(torch.int8), scales
+    integers = torch.round(values / scales).clamp(-127, 127)
+    return torch.where(scales.isfinite(), integers, 0.0).to(torch.int8), scales
 
 
 def store_int8(target: torch.Tensor, row: torch.Tensor) -> None:

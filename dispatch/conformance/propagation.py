@@ -1,0 +1,97 @@
+"""NaN and infinity: which elements of a result have no number to be compared with, and must not.
+
+The rule of docs/numerics.md: the result is that of the definition in IEEE arithmetic. The oracle
+computes that. This file says what else a backend may do, and what it must not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.conformance.steps import Step
+
+__all__ = ["FreeElements", "free_elements"]
+
+
+class FreeElements(NamedTuple):
+    """Elements that are not compared as numbers: of the output and of the lse, both bool."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def free_elements(
+    step: Step,
+    actual: torch.Tensor,
+    lse: torch.Tensor | None,
+    expected: torch.Tensor,
+    expected_lse: torch.Tensor,
+    propagates_nan: bool,
+) -> FreeElements:
+    """The elements of a result that no number is expected of, after a check that none is there.
+
+    Args:
+        step: the step.
+        actual: (num_tokens, num_heads, head_size_v) float64 on the CPU, the output.
+        lse: (at least num_tokens, num_heads), or None.
+        expected: of the oracle, the shape of `actual`.
+        expected_lse: of the oracle, (num_tokens, num_heads).
+        propagates_nan: as the backend declares it. If not, the requests that have something that
+            is not finite are left out, but for rows that see no key.
+
+    Raises:
+        Wrong: the oracle has NaN or infinity where the result has a number.
+    """
+    touched, spreads = _touched(step, expected_lse)
+    free = FreeElements(torch.zeros_like(expected, dtype=torch.bool), torch.zeros_like(touched))
+    if not bool(touched.any()):
+        return free
+    blind = expected_lse == -math.inf
+    finite = expected.isfinite()
+    # A key that a row does not see has the weight 0 there, and 0 times NaN is NaN.
+    spread = spreads[..., None] & finite & ~actual.isfinite()
+    if not propagates_nan:
+        touched = touched & ~blind
+        return FreeElements(touched[..., None] | spread, touched)
+    _require_none(
+        ~finite & actual.isfinite(), "a row that sees NaN or infinity has numbers as its output"
+    )
+    lost = expected_lse.isnan()
+    if lse is not None:
+        found = lse[: len(expected_lse)].double().cpu()
+        _require_none(
+            lost & (found.isfinite() | (found == -math.inf)),
+            "a row whose scores are NaN or infinite has an lse that does not say so",
+        )
+    return FreeElements(~finite | spread, lost)
+
+
+def _require_none(wrong: torch.Tensor, sentence: str) -> None:
+    if bool(wrong.any()):
+        token, head = wrong.nonzero()[0, :2].tolist()
+        raise Wrong(
+            f"{sentence}, e.g. that of token {token}, head {head}: IEEE arithmetic gives NaN "
+            "(docs/numerics.md). A backend that does otherwise declares propagates_nan = False",
+            Finding(math.inf, 1.0),
+        )
+
+
+def _touched(step: Step, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(num_tokens, num_heads) bool: rows of requests with something that is not finite, and rows
+    that share a request and a KV head with such a value."""
+    touched = torch.zeros_like(like, dtype=torch.bool)
+    spreads = touched.clone()
+    group = step.spec.num_heads // step.spec.num_kv_heads
+    start = 0
+    for query, key, value in zip(step.queries, step.keys, step.values, strict=True):
+        rows = slice(start, start + len(query))
+        start = rows.stop
+        if not all(bool(each.isfinite().all()) for each in (query, key, value)):
+            touched[rows] = True
+            of_heads = ~value.isfinite().all(-1).all(0)
+            spreads[rows] = of_heads.repeat_interleave(group)
+    return touched, spreads
