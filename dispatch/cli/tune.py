@@ -107,9 +107,16 @@ def tune(
     with noise_to_stderr():
         path = output or table_path(machine_of(profile))
         names = None if backends is None else [n.upper() for n in _split(backends)]
+        tuner = Tuner(
+            torch_device,
+            path,
+            names,
+            fresh=fresh,
+            rounds=rounds,
+            replaces_unreadable=output is None,
+        )
         if output is None:
-            _drop_unreadable(path)
-        tuner = Tuner(torch_device, path, names, fresh=fresh, rounds=rounds)
+            _tell_if_unreadable(path)
         chosen, notes = _cases(cases, config, fields_from_flags(flags), grid)
         tasks, more = tuner.tasks(chosen)
         notes += more
@@ -136,14 +143,13 @@ def _read(path: Path) -> Table:
     return read_table(path)
 
 
-def _drop_unreadable(path: Path) -> None:
-    """Take away the cache's own file if nothing can read it: it is nobody's."""
+def _tell_if_unreadable(path: Path) -> None:
+    """Say so if the cache's own file is to be replaced, because it cannot be read."""
     try:
         if path.exists():
             _read(path)
     except InvalidInputError as error:
         typer.echo(f"{error} It is measured anew.", err=True)
-        path.unlink()
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:

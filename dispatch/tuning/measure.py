@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +25,7 @@ from attn_dispatch.bench.runner import (
 from attn_dispatch.bench.timing import Clock, clock_for
 from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
+from attn_dispatch.files import check_writable, locked
 from attn_dispatch.platforms import LAST_RESORT
 from attn_dispatch.registry import registry
 from attn_dispatch.selector import phases_of, select
@@ -51,6 +52,9 @@ _DRAFTS, _CHUNK, _MIXED = 4, 1024, 2048
 #: What a point takes at most: new tokens, and keys, of all requests.
 _MAX_TOKENS, _MAX_KEYS = 1 << 16, 1 << 22
 
+#: Numbers in one list of a grid.
+_MAX_NUMBERS = 64
+
 #: Seconds to time each candidate at a point.
 _SECONDS = 0.1
 
@@ -60,11 +64,29 @@ class Grid:
     """The batches to measure: every step, with every number of requests, with every length.
 
     A power of four apart, so that each bucket of the table has a measured one beside it.
+
+    Raises:
+        InvalidInputError: a number is not an integer of 1 or more, is so large that no batch has
+            it, or there are too many of them.
     """
 
     steps: tuple[Step, ...] = tuple(Step)
     requests: tuple[int, ...] = (1, 4, 16, 64, 256)
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
+
+    def __post_init__(self) -> None:
+        for name, most in (("requests", _MAX_TOKENS), ("lengths", _MAX_KEYS)):
+            numbers = getattr(self, name)
+            if len(numbers) > _MAX_NUMBERS:
+                raise InvalidInputError(
+                    f"{name} has {len(numbers)} numbers. Give at most {_MAX_NUMBERS}."
+                )
+            for each in numbers:
+                if isinstance(each, bool) or not isinstance(each, int) or not 1 <= each <= most:
+                    raise InvalidInputError(
+                        f"{name} has a number that is not an integer from 1 to {most}. A point has "
+                        f"at most {_MAX_TOKENS} new tokens and {_MAX_KEYS} keys."
+                    )
 
 
 def _decode(requests: int, length: int, new: int = 1) -> Iterator[tuple[list[int], list[int]]]:
@@ -115,8 +137,10 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
             continue
         made = []
         for requests, length in itertools.product(grid.requests, grid.lengths):
+            if requests * length > _MAX_KEYS:
+                continue
             for queries, keys in batches(requests, length):
-                if sum(queries) > _MAX_TOKENS or sum(keys) > _MAX_KEYS:
+                if sum(queries) > _MAX_TOKENS:
                     continue
                 told = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
                 case = Case(
@@ -168,21 +192,31 @@ class Measured:
     problems: tuple[Row, ...] = ()
 
 
+#: Layer -> place -> point.
+_Points = dict[LayerKey, dict[tuple[Step, int, int, int], Point]]
+
+
 @dataclass
 class Tuner:
     """Fills a table, one point after another; each is kept in the file as soon as it is there.
+
+    Several tuners, in one process or in several, may fill the same file: before a point is written,
+    what the others have written is read, under a lock.
 
     Args:
         device: where.
         path: the file; what it has already is kept, and not measured again.
         backends: who takes part; None for all who compute the layer, but for the references.
-        fresh: begin anew, whatever the file has.
+        fresh: measure the layers anew: their points in the file are dropped with the first new one.
+            A table of another device or other versions is replaced.
         clock: of the device; made if None.
         rounds: so many calls of each at a point, instead of a tenth of a second.
+        replaces_unreadable: the file is the cache's own: one that cannot be read is replaced.
 
     Raises:
         UnknownBackendError: a backend is not registered.
-        InvalidInputError: the file is no table, or one of another device or other versions.
+        InvalidInputError: the file is not a table, or one of another device or other versions, or
+            cannot be written.
     """
 
     device: torch.device
@@ -191,8 +225,14 @@ class Tuner:
     fresh: bool = False
     clock: Clock | None = None
     rounds: int | None = None
-    _points: dict[LayerKey, dict[tuple[Any, ...], Point]] = field(default_factory=dict, init=False)
+    replaces_unreadable: bool = False
+    #: What is known: the file's points, and this tuner's own in place of them.
+    _points: _Points = field(default_factory=dict, init=False)
+    _own: _Points = field(default_factory=dict, init=False)
+    #: With `fresh`, what the file had at the start.
+    _old: _Points = field(default_factory=dict, init=False)
     _served_by: dict[LayerKey, dict[str, str]] = field(default_factory=dict, init=False)
+    _has_written: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.backends or ()) - registry.names())
@@ -203,20 +243,45 @@ class Tuner:
             )
         self._profile = detect_device(self.device)
         self.machine = machine_of(self._profile)
-        if self.fresh or not self.path.exists():
-            return
-        table = read_table(self.path)
+        check_writable(self.path)
+        self._merge_file()
+        if self.fresh:
+            self._old = self._points
+
+    def _merge_file(self) -> None:
+        """Read the file; what this tuner measured, or is to measure again, is not taken from it."""
+        self._points = {}
+        for key, times in self._layers_in_file().items():
+            old = self._old.get(key, {}) if key in self._own else {}
+            left = (point for point in times.points if old.get(point.place) != point)
+            self._points[key] = {point.place: point for point in left}
+            self._served_by[key] = {**times.served_by, **self._served_by.get(key, {})}
+        for key, own in self._own.items():
+            self._points.setdefault(key, {}).update(own)
+
+    def _layers_in_file(self) -> Mapping[LayerKey, LayerTimes]:
+        """The file's layers; none if there is no file, or one that is to be replaced.
+
+        Raises:
+            InvalidInputError: it is not a table, or not one of this machine.
+        """
+        if not os.path.exists(self.path):
+            return {}
+        try:
+            table = read_table(self.path)
+        except InvalidInputError:
+            if self.replaces_unreadable:
+                return {}
+            raise
         problem = conflict_with(table, self.machine)
-        if problem:
-            raise InvalidInputError(
-                f"{self.path} cannot be gone on with: {problem}. Name another file, or begin anew "
-                "by --fresh."
-            )
-        self._points = {
-            key: {point.place: point for point in times.points}
-            for key, times in table.layers.items()
-        }
-        self._served_by = {key: dict(times.served_by) for key, times in table.layers.items()}
+        if not problem:
+            return table.layers
+        if self.fresh and not self._has_written:
+            return {}
+        raise InvalidInputError(
+            f"{self.path} cannot be gone on with: {problem}. Name another file, or begin anew by "
+            "--fresh."
+        )
 
     def tasks(self, cases: Sequence[Case]) -> tuple[list[Task], list[str]]:
         """What is left to do for these cases, and what nothing can be done for, as sentences."""
@@ -231,7 +296,7 @@ class Tuner:
                 told[key] = f"Nothing to compare for {case.spec()}: {able} computes it here."
                 continue
             task = Task(case, key, place_of(case), names)
-            known = self._points.get(key, {}).get(task.place)
+            known = (self._own if self.fresh else self._points).get(key, {}).get(task.place)
             if known is None or not {*known.times_us, *known.failed} >= set(task.entries):
                 found.append(task)
         return found, list(told.values())
@@ -268,11 +333,18 @@ class Tuner:
         problems = tuple(row for row in result.failed if row.name in task.entries)
         if not point.times_us:  # a device that is gone, say: to be tried again
             return Measured(task, None, "nobody has a result", problems)
-        self._points.setdefault(task.key, {})[task.place] = point
+        self._keep(task, point)
+        return Measured(task, point, "", problems)
+
+    def _keep(self, task: Task, point: Point) -> None:
+        """Write a point into the file, with what others have written there meanwhile."""
         told = ((n, class_of(n).served_by(task.case.spec(), self._profile)) for n in task.names)
         self._served_by.setdefault(task.key, {}).update({name: who for name, who in told if who})
-        write_table(self.table(), self.path)
-        return Measured(task, point, "", problems)
+        self._own.setdefault(task.key, {})[task.place] = point
+        with locked(self.path):
+            self._merge_file()
+            write_table(self.table(), self.path)
+        self._has_written = True
 
     def table(self) -> Table:
         """What there is so far."""

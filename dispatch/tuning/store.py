@@ -8,13 +8,13 @@ import json
 import os
 import platform
 import re
-import uuid
 import warnings
 from pathlib import Path
 
 from attn_dispatch import __version__, environment
 from attn_dispatch.device import DeviceProfile
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, summary_of
+from attn_dispatch.files import replace_file
 from attn_dispatch.tuning.reader import parse_text, read_table
 from attn_dispatch.tuning.table import Machine, Table
 
@@ -80,13 +80,27 @@ def _cpu_model() -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what is measured on this machine."""
+    """The folder for what is measured on this machine.
+
+    Raises:
+        InvalidInputError: this user has none: there is no home directory.
+    """
     given = environment.cache_folder()
     if given:
         return Path(given)
-    import platformdirs
+    try:
+        import platformdirs
 
-    return Path(platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
+        folder = Path(platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
+    except Exception as error:  # it asks the system in many ways
+        raise InvalidInputError(f"{_NO_FOLDER} ({summary_of(error)}). {_NAME_ONE}") from error
+    if not folder.is_absolute():  # "~" without a home stays "~"
+        raise InvalidInputError(f"{_NO_FOLDER} ({folder} is not a full path). {_NAME_ONE}")
+    return folder
+
+
+_NO_FOLDER = "This user has no cache folder"
+_NAME_ONE = f"Set {environment.CACHE_FOLDER.name} to a folder."
 
 
 def _stem(machine: Machine) -> str:
@@ -94,7 +108,11 @@ def _stem(machine: Machine) -> str:
 
 
 def table_path(machine: Machine) -> Path:
-    """The file in the cache for what is measured on such a machine."""
+    """The file in the cache for what is measured on such a machine.
+
+    Raises:
+        InvalidInputError: as for `cache_folder`.
+    """
     text = json.dumps(machine.asdict(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
     return cache_folder() / "tuning" / f"{_stem(machine)}-{digest}.json"
@@ -151,20 +169,22 @@ def _tables_for(device: DeviceProfile, named: str, _folder: str) -> tuple[Table,
     machine = machine_of(device)
     if named:
         return _usable(Path(named), machine)
-    own, shipped = table_path(machine), shipped_path(machine)
-    found = _usable(own, machine) if _is_file(own) else ()
-    if not found:
-        _tell_of_stale(own, machine)
-    if _is_file(shipped):
+    found, shipped = _measured_here(machine), shipped_path(machine)
+    if os.path.isfile(shipped):
         found += _usable(shipped, machine, shipped=True)
     return found
 
 
-def _is_file(path: Path) -> bool:
+def _measured_here(machine: Machine) -> tuple[Table, ...]:
+    """The table in the cache. A folder that is missing or may not be looked into holds none."""
     try:
-        return path.is_file()
-    except OSError:  # a folder that one may not look into holds nothing
-        return False
+        own = table_path(machine)
+    except InvalidInputError:
+        return ()
+    found = _usable(own, machine) if os.path.isfile(own) else ()  # unlike Path's, raises nothing
+    if not found:
+        _tell_of_stale(own, machine)
+    return found
 
 
 def _usable(path: Path, machine: Machine, *, shipped: bool = False) -> tuple[Table, ...]:
@@ -186,9 +206,13 @@ def _tell_of_stale(own: Path, machine: Machine) -> None:
     """Say so if this device was measured once, but not as it is now."""
     if dict(machine.versions).get("torch", "unknown") == "unknown":
         return  # a device that is described, and not here
-    others = sorted(own.parent.glob(f"{_stem(machine)}-{'[0-9a-f]' * _DIGITS}.json"))
-    if others and own not in others:
-        _usable(others[0], machine)
+    form = re.compile(f"{re.escape(_stem(machine))}-[0-9a-f]{{{_DIGITS}}}\\.json")
+    try:
+        names = sorted(filter(form.fullmatch, os.listdir(own.parent)))
+    except OSError:
+        return
+    if names and own.name not in names:
+        _usable(own.parent / names[0], machine)
 
 
 _warned: set[str] = set()
@@ -210,23 +234,11 @@ def write_table(table: Table, path: Path) -> None:
     """Write a table so that a reader finds the old file or the new one, and never a part.
 
     Raises:
-        InvalidInputError: the file cannot be written, or nobody could read it: it is too large.
+        InvalidInputError: the file cannot be written, or could not be read: it is too large.
     """
     text = _text_of(table)
     parse_text(text.encode(), str(path))
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be written: {error}.") from error
+    replace_file(path, text)
 
 
 def _text_of(table: Table) -> str:
