@@ -203,6 +203,10 @@ class Target:
         """The probes of a field that the backend accepts."""
         return [probe for probe in self.probes if probe.field == name and not probe.reasons]
 
+    def accepts(self, spec: AttentionSpec) -> bool:
+        """Whether the backend accepts such a layer here."""
+        return not refusals(self.cls, spec, self.profile)
+
     def spec_with(self, *names: str, **fields: Any) -> AttentionSpec | None:
         """The plain layer with the first declared value of these fields; None if refused.
 
@@ -217,7 +221,7 @@ class Target:
                 return None
             changes |= probes[0].fields
         spec = self.base.replace(**(changes | fields))
-        return None if refusals(self.cls, spec, self.profile) else spec
+        return spec if self.accepts(spec) else None
 
     def step(self, spec: AttentionSpec, **case: Any) -> Step:
         """A step of this layer; `case` as for `case_for`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.capability import compare_availability
-from attn_dispatch.conformance import cache, engine, inputs, numbers
+from attn_dispatch.conformance import cache, engine, inputs, non_finite, numbers
 from attn_dispatch.conformance.check import Check, Outcome, Target, run
 from attn_dispatch.device import DeviceProfile, detect_device, settle_device
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
@@ -28,6 +28,7 @@ GROUPS: dict[str, Callable[[Target], Iterator[Check]]] = {
     "lse": numbers.lse,
     "inputs": inputs.inputs,
     "garbage": inputs.garbage,
+    "non_finite": non_finite.non_finite,
     "rows": inputs.rows,
     "memory": inputs.memory,
     "cache": cache.cache,

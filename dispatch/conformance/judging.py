@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance.findings import Finding, Wrong, require
-from attn_dispatch.conformance.propagation import free_elements
+from attn_dispatch.conformance.propagation import FreeElements, free_elements
 from attn_dispatch.conformance.steps import Step
 from attn_dispatch.quantization import GROUP_SIZE, is_fp8
 
@@ -133,7 +133,7 @@ def compare_with_oracle(
     free = free_elements(step, actual, lse, expected, expected_lse, propagates_nan)
     actual, expected = (each.masked_fill(free.output, 0.0) for each in (actual, expected))
     if step.spec.output_quant is None:
-        finding = _compare_output(step, actual, expected, free.output)
+        finding = _compare_output(step, actual, expected, free)
     else:
         finding = _compare_quantized(step, actual, expected, block_scale, scale)
     blind = expected_lse == -math.inf
@@ -152,12 +152,17 @@ def compare_with_oracle(
 
 
 def _compare_output(
-    step: Step, actual: torch.Tensor, expected: torch.Tensor, free: torch.Tensor
+    step: Step, actual: torch.Tensor, expected: torch.Tensor, free: FreeElements
 ) -> Finding:
     found = Finding(distance(actual, expected), allowed_error(step))
     if found.error <= found.allowed:
         return found
     if bool(actual.isnan().any()):
+        if free.is_needed:
+            token, head = actual.isnan().nonzero()[0, :2].tolist()
+            raise Wrong(
+                f"there is NaN in a row that sees none, that of token {token}, head {head}", found
+            )
         raise Wrong(
             "there is NaN in the output: something that no request of the step owns was read (the "
             "cache holds NaN wherever nothing was written), or a row was not written",
@@ -165,7 +170,10 @@ def _compare_output(
         )
     numbers = f"off by {found.error:.3g} of a row's largest value; {found.allowed:.3g} is allowed"
     for suspect in _suspects(step):
-        if distance(actual, suspect.output(step).masked_fill(free, 0.0)) <= 2 * found.allowed:
+        if (
+            distance(actual, suspect.output(step).masked_fill(free.output, 0.0))
+            <= 2 * found.allowed
+        ):
             raise Wrong(f"{suspect.sentence} ({numbers})", found)
     raise Wrong(f"the output is {numbers}", found)
 

@@ -18,10 +18,17 @@ __all__ = ["FreeElements", "free_elements"]
 
 
 class FreeElements(NamedTuple):
-    """Elements that are not compared as numbers: of the output and of the lse, both bool."""
+    """Elements that are not compared as numbers.
+
+    Attributes:
+        output: (num_tokens, num_heads, head_size_v) bool.
+        lse: (num_tokens, num_heads) bool.
+        is_needed: whether anything of the step is not finite.
+    """
 
     output: torch.Tensor
     lse: torch.Tensor
+    is_needed: bool = True
 
 
 def free_elements(
@@ -47,9 +54,9 @@ def free_elements(
         Wrong: the oracle has NaN or infinity where the result has a number.
     """
     touched, spreads = _touched(step, expected_lse)
-    free = FreeElements(torch.zeros_like(expected, dtype=torch.bool), torch.zeros_like(touched))
     if not bool(touched.any()):
-        return free
+        none = torch.zeros_like(expected, dtype=torch.bool)
+        return FreeElements(none, touched, is_needed=False)
     blind = expected_lse == -math.inf
     finite = expected.isfinite()
     # A key that a row does not see has the weight 0 there, and 0 times NaN is NaN.

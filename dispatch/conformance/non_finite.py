@@ -1,0 +1,163 @@
+"""Checks of NaN and infinity among the inputs: a row that sees them says so, and no other does.
+
+The rule is in docs/numerics.md, and in `propagation.free_elements` what is allowed besides. A
+backend that declares `propagates_nan = False` is held to what is left of it: other requests are
+as they would be, and a row that sees no key is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from attn_dispatch.conformance.check import Check, Skipped, Target
+from attn_dispatch.conformance.findings import Finding, require
+from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
+
+__all__ = ["non_finite"]
+
+_INF, _NAN = math.inf, math.nan
+#: A decode, a prompt, drafts to verify, a chunk over a prefix, and two that nothing is planted in.
+_LENS = {"query_lens": (1, 24, 3, 18, 1, 5), "seq_lens": (39, 24, 21, 50, 4, 5)}
+
+_Planted = tuple[tuple[str, int, int, int, float], ...]
+
+
+def _each(tensor: str, places: tuple[tuple[int, int, int], ...], number: float) -> _Planted:
+    return tuple((tensor, *place, number) for place in places)
+
+
+#: (request, first row, end): one in each phase, of queries and of keys.
+_QUERIES = ((0, 0, 1), (1, 5, 6), (2, 1, 2), (3, 9, 10))
+#: Of the decode a key far back; of prompt and chunk one that only the later rows see.
+_KEYS = ((0, 7, 8), (1, 11, 12), (2, 4, 5), (3, 40, 41))
+#: Keys of the prefix, which are in the cache before the step.
+_PREFIX = ((2, 0, 1), (3, 3, 4))
+#: All keys, and the first ones.
+_ALL = ((0, 0, 39), (1, 0, 24), (3, 0, 50))
+_FIRST = ((0, 0, 20), (1, 0, 10), (3, 0, 33))
+
+#: What is planted, by name.
+_PLANTED: dict[str, _Planted] = {
+    "NaN in queries": _each("query", _QUERIES, _NAN),
+    "infinite queries": _each("query", _QUERIES, _INF),
+    "NaN in keys": _each("key", _KEYS, _NAN),
+    "infinite keys": _each("key", _KEYS, _INF),
+    "NaN in keys of the prefix": _each("key", _PREFIX, _NAN),
+    "NaN in values": _each("value", _KEYS, _NAN),
+    "infinite values": _each("value", _KEYS, -_INF),
+    "NaN in values of the prefix": _each("value", _PREFIX, _NAN),
+    "all keys infinite": _each("key", _ALL, -_INF),
+    "the first keys infinite": _each("key", _FIRST, _INF),
+}
+#: What is planted in layers other than the plain one.
+_ELSEWHERE = ("NaN in queries", "NaN in keys", "infinite keys", "NaN in values")
+_QUICK = ("NaN in queries", "all keys infinite", "NaN in values")
+
+
+def non_finite(target: Target) -> Iterator[Check]:
+    """NaN and infinity in queries, keys and values of every phase."""
+    shows = "A row is NaN if NaN or infinity that it sees makes it so, and no other row is."
+    if not target.cls.propagates_nan:
+        shows = "NaN and infinity stay in their request."
+        yield Check("non_finite", "declared", "What is declared.", target.base, _declared(target))
+    plain = target.spec_with("returns_lse") or target.base
+    for name in _QUICK if target.quick else _PLANTED:
+        yield _check(target, name, shows, plain, name)
+    for kind, spec in _layers(target):
+        for name in _QUICK[:1] + _QUICK[2:] if target.quick else _ELSEWHERE:
+            yield _check(target, f"{name}, {kind}", shows, spec, name)
+    yield from _blind(target)
+
+
+def _declared(target: Target) -> Any:
+    def skip() -> None:
+        raise Skipped(
+            f"{target.name} declares propagates_nan = False: what it makes of NaN is not compared "
+            "with the definition, except that it stays in its request"
+        )
+
+    return skip
+
+
+def _check(target: Target, name: str, shows: str, spec: AttentionSpec, planted: str) -> Check:
+    case = {**_lens(spec), "planted": _PLANTED[planted]}
+    return Check("non_finite", name, shows, spec, partial(target.agrees, spec, **case))
+
+
+def _lens(spec: AttentionSpec) -> dict[str, Any]:
+    """Without a cache a request's keys are those that the step brings."""
+    if spec.block_size is None and spec.causal:
+        return {**_LENS, "new_lens": _LENS["seq_lens"]}
+    return dict(_LENS)
+
+
+def _layers(target: Target) -> Iterator[tuple[str, AttentionSpec]]:
+    """Layers whose kernels may hide keys, or read them, in another way; those it declares."""
+    eight_bits = {
+        probe.value: target.base.replace(**probe.fields)
+        for probe in target.declared("kv_cache_dtype")
+        if probe.value == INT8_PER_TOKEN_HEAD or probe.value.startswith("fp8")
+    }
+    fp8 = [name for name in eight_bits if name != INT8_PER_TOKEN_HEAD][:1]
+    kinds = {
+        "window": target.spec_with("sliding_window"),
+        "mask": target.spec_with("custom_mask"),
+        "int8 cache": eight_bits.get(INT8_PER_TOKEN_HEAD),
+        "fp8 cache": eight_bits[fp8[0]] if fp8 else None,
+        "soft cap": target.spec_with("logits_soft_cap"),
+        "ALiBi": target.spec_with("alibi"),
+        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
+        "not causal": target.spec_with(causal=False),
+    }
+    dtypes = {probe.value.itemsize: probe.fields for probe in target.declared("dtype")}
+    if target.base.dtype.itemsize > 2 and 2 in dtypes:
+        kinds["16 bits"] = target.base.replace(**dtypes[2])
+    for kind, spec in kinds.items():
+        if spec is not None and spec != target.base:
+            yield kind, spec
+
+
+def _blind(target: Target) -> Iterator[Check]:
+    """Rows that see no key, with NaN in their query: 0, and an lse of −inf."""
+    base = target.base
+    nan_queries: dict[str, tuple[AttentionSpec | None, dict[str, Any]]] = {
+        "masked out": (
+            target.spec_with("custom_mask", "returns_lse") or target.spec_with("custom_mask"),
+            {**_LENS, "planted": (("query", 1, 0, 24, _NAN), ("query", 3, 0, 18, _INF))},
+        ),
+    }
+    lens = {"query_lens": (5, 3), "seq_lens": (2, 0)}
+    everywhere = {"planted": (("query", 0, 0, 5, _NAN), ("query", 1, 0, 3, _NAN))}
+    no_cache = base if base.block_size is None else target.spec_with(block_size=None)
+    if no_cache is not None:
+        lse = no_cache.replace(returns_lse=True)
+        no_cache = lse if target.accepts(lse) else no_cache
+    nan_queries["more queries than keys"] = (no_cache, {**lens, **everywhere})
+    if base.block_size is not None:
+        nan_queries["no keys"] = (
+            target.spec_with("returns_lse") or base,
+            {
+                "query_lens": (1, 1, 1),
+                "seq_lens": (7, 0, 18),
+                "planted": (("query", 1, 0, 1, _NAN),),
+            },
+        )
+    for name, (spec, case) in nan_queries.items():
+        if spec is not None:
+            yield Check(
+                "non_finite",
+                f"NaN in queries that see no key, {name}",
+                "A row that sees no key is 0, whatever its query holds.",
+                spec,
+                partial(_blind_rows, target, spec, case),
+            )
+
+
+def _blind_rows(target: Target, spec: AttentionSpec, case: dict[str, Any]) -> Finding:
+    step = target.step(spec, **case)
+    blind = step.expected()[1] == -_INF
+    require(bool(blind.any()), "the step has no row that sees no key")
+    return target.judge(step, target.forward(step))
