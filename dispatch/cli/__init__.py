@@ -14,20 +14,53 @@ import typer.core
 
 from attn_dispatch import __version__
 from attn_dispatch.cli import bench, demo, doctor, explain, tune, verify
-from attn_dispatch.errors import AttnDispatchError
+from attn_dispatch.cli.streams import OutputError, checked_streams, tell_error
+from attn_dispatch.errors import AttnDispatchError, summary_of
 
 __all__ = ["app", "main"]
 
 
-class _Commands(typer.core.TyperGroup):
-    """The commands; whatever the library refuses becomes one message and exit code 2."""
+#: What makes a command impossible, and is no error of the library: files, memory, values.
+_MISFORTUNES = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 
-    def invoke(self, ctx: Any) -> Any:
+#: Where what goes wrong is the caller's, or stdout's.
+_WRONG = 2
+
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands. What is rejected, whoever rejects it, becomes one line and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command, see `click.Command.main`."""
         try:
-            return super().invoke(ctx)
+            with checked_streams():
+                code = self._run(*args, **extra)
+        except OutputError:
+            code = _WRONG
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, *args: Any, **extra: Any) -> int:
+        """A command's exit code; what went wrong is told."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
         except AttnDispatchError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
+            tell_error(str(error))
+        except typer.Abort:
+            return 130
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message(), end="")  # the help, if it is not printed already
+            else:
+                tell_error(error.format_message())
+        except _MISFORTUNES as error:
+            tell_error(f"{summary_of(error)}.")
+        return _WRONG
 
 
 app = typer.Typer(
@@ -44,7 +77,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"attn-dispatch {__version__}")
+        print(f"attn-dispatch {__version__}")
         raise typer.Exit
 
 
@@ -66,8 +99,4 @@ for _module in (doctor, explain, bench, tune, verify, demo):
 
 def main() -> None:
     """Run the command line: the entry point `attn-dispatch`."""
-    for stream in (sys.stdout, sys.stderr):
-        # Names of devices and errors of libraries may hold what a terminal's encoding does not.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     app()

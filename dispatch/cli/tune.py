@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -149,7 +150,7 @@ def _tell_if_unreadable(path: Path) -> None:
         if path.exists():
             _read(path)
     except InvalidInputError as error:
-        typer.echo(f"{error} It is measured anew.", err=True)
+        print(f"{error} It is measured anew.", file=sys.stderr)
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:
