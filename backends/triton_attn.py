@@ -33,6 +33,7 @@ from attn_dispatch.backends.triton_plan import (
     TritonBuilder,
     TritonMetadata,
     block_of,
+    blocks_of,
 )
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
@@ -46,16 +47,42 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.libraries import import_library
 from attn_dispatch.quantization import GROUP_SIZE
-from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.spec import (
+    ALIBI_SYMMETRIC,
+    KV_CACHE_DTYPES,
+    OUTPUT_QUANTS,
+    AttentionSpec,
+)
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["TritonAttnBackend", "TritonImpl"]
 
 LOG2E = math.log2(math.e)
 #: A larger window is as good as this one, and positions plus this are still an int32.
 _WINDOW_LIMIT = 1 << 30
+#: A soft cap below the first changes no result more than the first does, and one beyond the second
+#: none: scores of float32 that are that large are not told apart.
+_SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100
+#: A smaller scale goes to the query in part: kernels count on products with it not vanishing.
+_SMALLEST_SCALE = 2.0**-60
+#: How the kernels call the kinds of ALiBi.
+_ALIBI = {False: 0, True: 1, ALIBI_SYMMETRIC: 2}
 #: So many parts of a split are merged as whole tiles, more row by row.
 _FEW_PARTS = 8
+
+
+def _query_factor(scale: float) -> tuple[float, float]:
+    """(factor, scale): what the query is multiplied by, and the kernels' scale, above 0.
+
+    Of a scale of 0 the factor takes all: a NaN or an infinity of the query is NaN then.
+    """
+    if scale == 0:
+        return 0.0, 1.0
+    factor, scale = math.copysign(1.0, scale), abs(scale)
+    if scale < _SMALLEST_SCALE:  # by a power of two, which rounds nothing
+        exponent = math.frexp(scale / _SMALLEST_SCALE)[1] - 1
+        factor, scale = math.ldexp(factor, exponent), math.ldexp(scale, -exponent)
+    return factor, scale
 
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
@@ -73,17 +100,21 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         self._launchers: dict[Any, Launcher] = {}
         self._slopes: torch.Tensor | None = None
         self._last_cache: tuple[Any, Source] | None = None
-        cap = self.logits_soft_cap or 1.0
-        scale = abs(self.scale)
+        self._query_factor, scale = _query_factor(self.scale)
+        self._cap = self.logits_soft_cap
+        if self._cap is not None:
+            self._cap = max(self._cap, _SMALLEST_CAP) if self._cap <= _LARGEST_CAP else None
+        cap = self._cap or 1.0
         #: What every attention kernel takes after its strides.
         self._numbers = (
             min(self.sliding_window or 0, _WINDOW_LIMIT), scale * LOG2E, cap * LOG2E, scale / cap
         )  # fmt: skip
+        block, block_v = blocks_of(self.head_size, self.head_size_v)
         self._sizes = {
             "HEAD_SIZE": self.head_size,
             "HEAD_SIZE_V": self.head_size_v,
-            "BLOCK_D": block_of(self.head_size),
-            "BLOCK_DV": block_of(self.head_size_v),
+            "BLOCK_D": block,
+            "BLOCK_DV": block_v,
         }
         sizes = (self.head_size, self.head_size_v)
         #: Heads can be taken as pairs of bytes: half a tile still suits the matrix units.
@@ -102,16 +133,18 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: TritonMetadata,
+        attn_metadata: TritonMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, TritonMetadata)
         scales = (output_scale, output_block_scale)
         check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output, *scales)
-        query = dense(query if self.scale >= 0 else -query)
+        query = dense(query if self._query_factor == 1.0 else query * self._query_factor)
         cache = None if kv_cache is None else self._paged(kv_cache)
         if cache is None and attn_metadata.batch.block_table is not None:
             attn_metadata = attn_metadata.without_pages
@@ -134,8 +167,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         out: Out,
     ) -> None:
         """Attention of all requests, the new keys being in the cache."""
-        if metadata.decode is not None and cache is not None:
+        if metadata.decode is not None and metadata.decode.num_reqs and cache is not None:
             self._decode(layer, metadata, metadata.decode, query, cache, out)
+        else:  # the decode kernel sees to the rows of no request, by the device's lengths
+            out.clear_from(metadata.batch.num_tokens)
         if metadata.prefill is not None:
             source = self._source(layer, metadata, metadata.prefill, cache, key, value)
             self._prefill(layer, metadata, metadata.prefill, query, source, out)
@@ -222,9 +257,9 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             "SCALE_STRIDE": scale_stride,
             "CAUSAL": self.causal,
             "WINDOW": self.sliding_window is not None,
-            "CAP": self.logits_soft_cap is not None,
+            "CAP": self._cap is not None,
             "FAST_TANH": table.fast_tanh and dtype != torch.float32 and not is_interpreted(),
-            "ALIBI": self.alibi_slopes is not None,
+            "ALIBI": _ALIBI[self.alibi],
             "SINKS": self.sinks is not None,
             "RANGES": metadata.ranges is not None,
             "MASK": metadata.mask_starts is not None,
@@ -267,8 +302,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         out: Out,
     ) -> None:
         """Attention of the requests of few query tokens."""
-        if not plan.num_reqs:
-            return
         batch, row = metadata.batch, plan.launch
         table, requests = batch.block_table, plan.requests
         assert table is not None
@@ -318,7 +351,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             batch.query_start_loc, batch.seq_lens, table, cache.k_row_scales, cache.v_row_scales,
             k_scale, v_scale, slopes, sinks, *metadata.extras(),
             *query.stride()[:2], *cache.k_strides, *out.values.stride()[:2], plan.num_reqs,
-            table.stride(0), *self._numbers,
+            batch.num_reqs, len(query), table.stride(0), *self._numbers,
         )  # fmt: skip
 
     def _source(
@@ -463,7 +496,7 @@ class TritonAttnBackend(AttentionBackend):
         causal=OneOf(True, False),
         sliding_window=ANY,
         logits_soft_cap=ANY,
-        alibi=OneOf(True, False),
+        alibi=OneOf(True, False, ALIBI_SYMMETRIC),
         sinks=OneOf(True, False),
         kv_sharing=OneOf(True, False),
         custom_mask=OneOf(True, False),

@@ -8,6 +8,7 @@ registry does, by `attn_dispatch.registry.check_backend_class`, when the backend
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionMetadataBuilder",
     "AttentionState",
     "AttentionType",
+    "GraphRunner",
     "MLAAttentionImpl",
     "Phase",
     "PlaceholderRange",
@@ -86,12 +88,18 @@ class PlaceholderRange(NamedTuple):
 
 
 class AttentionLayer(Protocol):
-    """What an impl may read from the layer that calls it: the scales of an fp8 KV cache.
+    """The layer that calls an impl. An impl reads the scales of an fp8 KV cache from it.
 
     A stored value times its scale is the value meant. `_k_scale` and `_v_scale` are float32 of
     shape () or (num_kv_heads,), on the cache's device. The floats are host copies of the scalar
     ones, for kernels that take an argument by value; per-head scales have none (NaN).
+
+    Queries and probabilities are never quantized here, so `_q_scale` and `_prob_scale` are 1,
+    float32 of shape (), on the same device, and cannot be assigned.
     """
+
+    @property
+    def _q_scale(self) -> torch.Tensor: ...
 
     @property
     def _k_scale(self) -> torch.Tensor: ...
@@ -105,13 +113,27 @@ class AttentionLayer(Protocol):
     @property
     def _v_scale_float(self) -> float: ...
 
+    @property
+    def _prob_scale(self) -> torch.Tensor: ...
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: AttentionMetadata | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of this layer, by its impl: see Attention.forward. No impl calls it."""
+
 
 @dataclass
 class AttentionMetadata(ABC):
     """What a backend needs to know of a batch, made once per batch by its builder.
 
     Attributes:
-        num_prefills: requests in the prefill phase.
+        num_prefills: requests in the prefill phase. The counts are for the engine and its logs:
+            backends plan from the batch.
         num_prefill_tokens: their new tokens, together.
         num_decode_tokens: the new tokens of the requests in the decode phase.
         slot_mapping: (num_tokens,) int64, where each new token's key and value go in the cache:
@@ -184,6 +206,18 @@ def _check_per_head(name: str, values: Sequence[float] | torch.Tensor | None, he
         )
 
 
+def _check_scale(scale: float) -> None:
+    try:
+        is_finite = math.isfinite(scale)
+    except (TypeError, ValueError, OverflowError):
+        is_finite = False
+    if not is_finite or isinstance(scale, bool):
+        raise InvalidInputError(
+            f"scale={scale!r} is not a finite number. Give the factor on the scores, usually "
+            "head_size ** -0.5."
+        )
+
+
 class AttentionImpl(ABC, Generic[T]):
     """Computes one layer's attention. Whether it can was settled by capabilities before.
 
@@ -202,9 +236,13 @@ class AttentionImpl(ABC, Generic[T]):
         head_size_v: elements per value head; None for head_size.
         causal: a query sees no later key; None for what attn_type implies.
         returns_lse: forward returns (output, lse) instead of output.
+        alibi_symmetric: the slopes are times -abs(distance), as the spec's alibi="symmetric".
+
+    Attributes:
+        alibi: what the spec's field has for such a layer: False, True or "symmetric".
 
     Raises:
-        InvalidInputError: there are not num_heads slopes or sinks.
+        InvalidInputError: there are not num_heads slopes or sinks, or scale is not a finite number.
     """
 
     def __init__(
@@ -224,7 +262,9 @@ class AttentionImpl(ABC, Generic[T]):
         head_size_v: int | None = None,
         causal: bool | None = None,
         returns_lse: bool = False,
+        alibi_symmetric: bool = False,
     ) -> None:
+        _check_scale(scale)
         _check_per_head("alibi_slopes", alibi_slopes, num_heads)
         _check_per_head("sinks", sinks, num_heads)
         self.num_heads = num_heads
@@ -241,6 +281,10 @@ class AttentionImpl(ABC, Generic[T]):
         self.head_size_v = head_size if head_size_v is None else head_size_v
         self.causal = self.attn_type == AttentionType.DECODER if causal is None else causal
         self.returns_lse = returns_lse
+        self.alibi_symmetric = alibi_symmetric
+        self.alibi: bool | str = alibi_slopes is not None
+        if self.alibi and alibi_symmetric:
+            self.alibi = "symmetric"
 
     @abstractmethod
     def forward(
@@ -250,7 +294,7 @@ class AttentionImpl(ABC, Generic[T]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: T,
+        attn_metadata: T | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -265,7 +309,9 @@ class AttentionImpl(ABC, Generic[T]):
             kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored), where stored is
                 stored_head_size(kv_cache_dtype, max(head_size, head_size_v)), which is that
                 maximum itself but for int8; or None for attention over key and value alone.
-            attn_metadata: made by this backend's builder for this batch.
+            attn_metadata: made by this backend's builder for this batch. None in an engine's
+                profiling run: the output is zeros, and nothing is read or written; see
+                `validation.profiling_output`.
             output: (num_tokens, num_heads, head_size_v), written and returned; made if None.
             output_scale: () float32: the output is divided by it and stored as fp8.
             output_block_scale: (num_tokens, num_heads * head_size_v // 128) float32, written: the
@@ -296,7 +342,12 @@ class AttentionImpl(ABC, Generic[T]):
         write_new_kv(self, layer, key, value, kv_cache, batch)
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """Whether forward can store its output quantized so (one of spec.OUTPUT_QUANTS)."""
+        """Whether forward can store this layer's output quantized so.
+
+        Args:
+            quant_key: one of spec.OUTPUT_QUANTS. The answer to anything else, such as a QuantKey
+                of vLLM, is False.
+        """
         return False
 
 
@@ -354,7 +405,7 @@ class MLAAttentionImpl(AttentionImpl[T]):
         kv_c_normed: torch.Tensor,
         k_pe: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: T,
+        attn_metadata: T | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -370,11 +421,20 @@ class MLAAttentionImpl(AttentionImpl[T]):
             k_pe: (num_tokens, qk_rope_head_dim) or (num_tokens, 1, qk_rope_head_dim), the rotated
                 part of the new keys, shared by all heads.
             kv_cache: (num_blocks, block_size, kv_lora_rank + qk_rope_head_dim).
-            attn_metadata: made by this backend's builder for this batch.
+            attn_metadata: as in AttentionImpl.forward.
             output: (num_tokens, num_heads, v_head_dim), written and returned; made if None.
             output_scale: as in AttentionImpl.forward.
             output_block_scale: as in AttentionImpl.forward.
         """
+
+
+class GraphRunner(Protocol):
+    """What an AttentionState needs to know of the engine that owns it."""
+
+    metadata_builder: AttentionMetadataBuilder[Any]
+    device: torch.device
+    max_blocks_per_request: int
+    max_seq_len: int
 
 
 class AttentionState(ABC, Generic[T]):
@@ -383,7 +443,14 @@ class AttentionState(ABC, Generic[T]):
     An engine captures one graph per batch size in `graph_capture`, on the metadata of
     `graph_capture_get_metadata_for_batch`, keeps what `get_graph_input_buffers` names, and before
     each replay copies the real batch's metadata there by `prepare_graph_input_buffers`.
+
+    Args:
+        runner: the engine that owns the state.
     """
+
+    @abstractmethod
+    def __init__(self, runner: GraphRunner) -> None:
+        self.runner = runner
 
     @abstractmethod
     def begin_forward(self, model_input: AttentionBatch) -> None:

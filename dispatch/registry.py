@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from attn_dispatch.capability import Capabilities, Reason, ReasonCode
+from attn_dispatch.device import KNOWN_DEVICES
 from attn_dispatch.errors import BackendFailure, InvalidInputError
 from attn_dispatch.interface import (
     INTERFACE_VERSION,
@@ -29,6 +30,8 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.libraries import LIBRARIES, library_name
 from attn_dispatch.locks import ForkSafeLock
+from attn_dispatch.signatures import signature_problems
+from attn_dispatch.spec import AttentionSpec
 
 __all__ = [
     "BUILTIN",
@@ -36,6 +39,7 @@ __all__ = [
     "Candidate",
     "Registry",
     "check_backend_class",
+    "is_builtin",
     "register_backend",
     "registry",
     "resolve_full_cls_name",
@@ -58,6 +62,12 @@ BUILTIN: dict[str, str] = {
     "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
     "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",
 }
+_BUILTIN_CLASSES = frozenset(BUILTIN.values())
+
+
+def is_builtin(backend_cls: type[AttentionBackend]) -> bool:
+    """Whether a backend class is one of this package's own, which are trusted to do as declared."""
+    return f"{backend_cls.__module__}:{backend_cls.__qualname__}" in _BUILTIN_CLASSES
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ def check_backend_class(cls: Any) -> list[str]:
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
     problems += _problems_of_name(cls)
+    problems += signature_problems(cls)
+    is_symmetric = _declares_symmetric_alibi(cls)
     parts = {
         "get_impl_cls": AttentionImpl,
         "get_metadata_cls": AttentionMetadata,
@@ -101,8 +113,25 @@ def check_backend_class(cls: Any) -> list[str]:
         if not (isinstance(part, type) and issubclass(part, base)):
             problems.append(f"{cls.__name__}.{getter}() is not a subclass of {base.__name__}")
         else:
-            problems += _missing_members(part)
+            problems += _missing_members(part) or signature_problems(
+                part, alibi_symmetric=is_symmetric
+            )
     return problems
+
+
+def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
+    """Whether a layer with alibi="symmetric" may be given to the backend on any known device."""
+    constraint = getattr(getattr(cls, "capabilities", None), "fields", {}).get("alibi")
+    if constraint is None:
+        return False
+    import torch
+
+    spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
+    devices = KNOWN_DEVICES.values()
+    try:
+        return any(constraint.admits("symmetric", spec, device) for device in devices)
+    except Exception:  # a plugin's own constraint may raise anything: selection says so
+        return False
 
 
 def _problems_of_name(cls: type[AttentionBackend]) -> list[str]:

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import AttentionState
-
-if TYPE_CHECKING:
-    from attn_dispatch.interface import AttentionMetadataBuilder
+from attn_dispatch.interface import AttentionState, GraphRunner
 
 __all__ = ["CommonAttentionState", "GraphRunner"]
 
 #: The tensors of a batch that change from step to step.
 _BUFFERS = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-
-
-class GraphRunner(Protocol):
-    """What the state needs to know of the engine that owns it."""
-
-    metadata_builder: AttentionMetadataBuilder[Any]
-    device: torch.device
-    max_blocks_per_request: int
-    max_seq_len: int
 
 
 class CommonAttentionState(AttentionState[BatchMetadata]):
@@ -41,7 +28,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
     """
 
     def __init__(self, runner: GraphRunner) -> None:
-        self.runner = runner
+        super().__init__(runner)
         self._buffers: dict[str, torch.Tensor] = {}
 
     def begin_forward(self, model_input: AttentionBatch) -> None:
@@ -145,7 +132,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
                 f"The graph was captured for {size} requests of one token, and the step has "
                 f"{num_reqs} with {batch.query_lens[:8]}. Replay a larger graph, or run eagerly."
             )
-        if batch.custom_mask is not None or batch.enable_kv_scales_calculation:
+        if batch.custom_mask is not None or attn_metadata.enable_kv_scales_calculation:
             raise InvalidInputError(
                 "The step brings a custom_mask or asks for scales, and a captured graph knows "
                 "neither. Run it eagerly."

@@ -16,6 +16,7 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.quantization import (
     GROUP_SIZE,
     has_token_scales,
+    indexable,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,
@@ -35,6 +36,7 @@ __all__ = [
     "check_no_grad",
     "check_output",
     "check_slot_mapping",
+    "profiling_output",
 ]
 
 
@@ -337,8 +339,10 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
             f"{wanted.__name__} of its own builder (layer.build_metadata makes the right one)."
         )
     spec = metadata.builder.spec  # type: ignore[attr-defined]
+    # Where no visible key is later than its query, both kinds of ALiBi are the same.
+    is_one_sided = impl.causal and not spec.bidirectional_ranges
     given = (
-        impl.alibi_slopes is not None,
+        bool(impl.alibi) if is_one_sided else impl.alibi,
         impl.sinks is not None,
         impl.kv_sharing_target_layer_name is not None,
     )
@@ -355,6 +359,44 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
         f"attn_metadata was built for layers with {field}={theirs}, and this layer has {mine}. "
         "Build the metadata from the layer's own spec; layer.build_metadata does."
     )
+
+
+def profiling_output(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    *,
+    head_size_v: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What forward returns when it is given no metadata, as in vLLM: zeros, and an LSE of −inf.
+
+    An engine runs the model so before it has a cache, to find out how much memory is left for
+    one. No key is read, and nothing but the output is written.
+
+    Args:
+        impl: the impl that was called.
+        query: (num_tokens, ...).
+        output: as for AttentionImpl.forward.
+        output_scale: as for AttentionImpl.forward.
+        output_block_scale: as for AttentionImpl.forward.
+        head_size_v: elements per head of the output, if not the impl's.
+
+    Raises:
+        InvalidInputError: the output or its scales do not fit.
+    """
+    shape = (query.shape[0], impl.num_heads, head_size_v or impl.head_size_v)
+    check_output(shape, query, output, output_scale, output_block_scale)
+    if output is None:
+        output = query.new_zeros(shape)
+    else:
+        indexable(output).zero_()
+    if output_block_scale is not None:
+        output_block_scale.fill_(1.0)  # the scale of a group of zeros
+    if not impl.returns_lse:
+        return output
+    return output, query.new_full(shape[:2], float("-inf"), dtype=torch.float32)
 
 
 def check_int32(batch: AttentionBatch) -> None:

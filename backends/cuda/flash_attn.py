@@ -51,7 +51,7 @@ from attn_dispatch.interface import (
 )
 from attn_dispatch.kv_cache import split_kv_cache
 from attn_dispatch.spec import AttentionSpec
-from attn_dispatch.validation import check_forward, check_int32, check_metadata
+from attn_dispatch.validation import check_forward, check_int32, check_metadata, profiling_output
 
 __all__ = [
     "FlashAttnBackend",
@@ -244,12 +244,14 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: FlashAttnMetadata,
+        attn_metadata: FlashAttnMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, FlashAttnMetadata)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("FLASH_ATTN does not quantize its output; TRITON_ATTN does.")

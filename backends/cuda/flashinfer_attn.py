@@ -37,7 +37,7 @@ from attn_dispatch.libraries import import_library
 from attn_dispatch.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.spec import AttentionSpec
 from attn_dispatch.state import CommonAttentionState
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["FlashInferBackend", "FlashInferBuilder", "FlashInferImpl", "FlashInferState"]
 
@@ -99,12 +99,14 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: FlashInferMetadata,
+        attn_metadata: FlashInferMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, FlashInferMetadata)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("FLASHINFER does not quantize its output; TRITON_ATTN does.")

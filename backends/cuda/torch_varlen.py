@@ -41,7 +41,7 @@ from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
 from attn_dispatch.libraries import import_library
 from attn_dispatch.quantization import kv_cache_torch_dtype
 from attn_dispatch.spec import AttentionSpec
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = [
     "LARGEST_WINDOW",
@@ -213,12 +213,14 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: TorchVarlenMetadata,
+        attn_metadata: TorchVarlenMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:
+            return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, TorchVarlenMetadata)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("TORCH_VARLEN does not quantize its output; TRITON_ATTN does.")
