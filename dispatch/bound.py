@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from attn_dispatch import fallback, libraries
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
+from attn_dispatch.batch import BatchMetadata
 from attn_dispatch.device import DeviceProfile
+from attn_dispatch.fallback import Failure
+from attn_dispatch.guard import GuardedImpl
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -18,7 +20,8 @@ from attn_dispatch.interface import (
     Phase,
 )
 from attn_dispatch.overrides import Rule
-from attn_dispatch.registry import registry
+from attn_dispatch.recovery import raise_attempt_failed
+from attn_dispatch.registry import is_builtin, registry
 from attn_dispatch.report import Selection
 from attn_dispatch.routing import RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selector import phases_of, select_and_warn
@@ -33,26 +36,25 @@ class Bound:
 
     Attributes:
         spec: the layer.
-        rules: the overrides that hold for it.
         profile: of the device.
         selections: of each phase.
         names: of the backends that its batches may go to.
         impl, builder: of the one backend, or of all of them.
         metadata_key: equal for layers that can share metadata.
-        failures: those that the selections took into account.
-        generation: of failures, when the selections were made.
+        failed: the keys of the failures that the selections took into account.
+        generation, libraries: of failures and of broken libraries, before the selections were made.
     """
 
     spec: AttentionSpec
-    rules: tuple[Rule, ...]
     profile: DeviceProfile
     selections: dict[Phase, Selection]
     names: tuple[str, ...]
-    impl: AttentionImpl[Any] | RoutedImpl
+    impl: AttentionImpl[Any] | GuardedImpl | RoutedImpl
     builder: AttentionMetadataBuilder[Any]
     metadata_key: tuple[Any, ...]
-    failures: tuple[fallback.Failure, ...]
+    failed: frozenset[tuple[object, ...]]
     generation: int
+    libraries: int
 
     @classmethod
     def of(
@@ -62,8 +64,9 @@ class Bound:
         profile: DeviceProfile,
         rules: tuple[Rule, ...],
         build_impl: Callable[[str, type[AttentionBackend]], AttentionImpl[Any]],
+        unrecorded: Sequence[Failure] = (),
     ) -> Bound:
-        """Select and build, and do so again without each backend that fails to be built.
+        """Select backends, and build their impls and builders.
 
         Args:
             spec: the layer.
@@ -71,90 +74,57 @@ class Bound:
             profile: of this device.
             rules: the overrides that hold for it.
             build_impl: makes the impl of a backend, by its name and class.
+            unrecorded: failures of the call in progress.
 
         Raises:
             UnsupportedError: the required backend, or every backend, is refused.
-            BackendFailure: the required backend, or every backend, fails; or a library turned out
-                broken, see `libraries.past_broken_libraries`.
+            AttemptFailed: a backend raised when it was built.
         """
-        while True:
-            generation = fallback.generation()
-            failures = fallback.failures_for(spec, profile)
-            selections = {
-                phase: select_and_warn(spec, profile, phase=phase, rules=rules)
-                for phase in phases_of(spec)
-            }
-            router, candidates = Router.of(spec, selections), registry.candidates()
-            classes = {n: c for n in router.backends if (c := candidates[n].backend_cls)}
-            impls: dict[str, AttentionImpl[Any]] = {}
-            builders: dict[str, AttentionMetadataBuilder[Any]] = {}
-            intact = libraries.generation()
+        generation = fallback.generation()
+        failures = fallback.failures_for(spec, profile, unrecorded=unrecorded)
+        intact = libraries.generation()
+        selections = {
+            phase: select_and_warn(spec, profile, phase=phase, rules=rules, unrecorded=unrecorded)
+            for phase in phases_of(spec)
+        }
+        router, candidates = Router.of(spec, selections), registry.candidates()
+        classes = {n: c for n in router.backends if (c := candidates[n].backend_cls)}
+        impls: dict[str, AttentionImpl[Any] | GuardedImpl] = {}
+        builders: dict[str, AttentionMetadataBuilder[Any]] = {}
+        for name, backend_cls in classes.items():
             try:
-                for name, backend_cls in classes.items():
-                    impls[name] = build_impl(name, backend_cls)
-                    builders[name] = backend_cls.get_builder_cls()(spec, device)
+                impl = build_impl(name, backend_cls)
+                impls[name] = impl if is_builtin(backend_cls) else GuardedImpl(name, impl)
+                builders[name] = backend_cls.get_builder_cls()(spec, device)
             except Exception as error:
-                if libraries.generation() != intact:
-                    raise  # past_broken_libraries knows what to do
-                fallback.give_up(
-                    error,
-                    name,
-                    spec,
-                    profile,
-                    None,
-                    doing="when it was built",
-                    rules=rules,
-                    known=failures,
-                )
-                continue
-            alone = len(classes) == 1
-            return cls(
-                spec,
-                rules,
-                profile,
-                selections,
-                router.backends,
-                next(iter(impls.values())) if alone else RoutedImpl(impls, classes),
-                next(iter(builders.values())) if alone else RoutedBuilder(builders, router),
-                (router.key, spec, device),
-                failures,
-                generation,
-            )
+                raise_attempt_failed(error, name, None, "when it was built", intact)
+        is_single = len(classes) == 1
+        return cls(
+            spec=spec,
+            profile=profile,
+            selections=selections,
+            names=router.backends,
+            impl=next(iter(impls.values())) if is_single else RoutedImpl(impls, classes),
+            builder=(
+                next(iter(builders.values())) if is_single else RoutedBuilder(builders, router)
+            ),
+            metadata_key=(router.key, spec, device),
+            failed=frozenset(failure.key for failure in failures),
+            generation=generation,
+            libraries=intact,
+        )
 
     @property
     def is_current(self) -> bool:
-        """Whether the failures are still those that the selections took into account."""
-        return fallback.failures_for(self.spec, self.profile) == self.failures
+        """Whether the recorded failures are those that the selections took into account."""
+        recorded = fallback.failures_for(self.spec, self.profile)
+        return {failure.key for failure in recorded} == self.failed
 
-    def takes(self, metadata: Any) -> bool:
-        """Whether metadata was built for the same backends, or keeps no batch to be made anew."""
+    def accepts(self, metadata: Any) -> bool:
+        """Whether metadata was built for the same backends, or keeps no batch to build from."""
         if not isinstance(metadata, BatchMetadata):
             return True
         mine, its = (
             (type(each), getattr(each, "route", None)) for each in (self.builder, metadata.builder)
         )
         return mine == its
-
-    def give_up(self, error: Exception, batch: AttentionBatch | None, doing: str) -> None:
-        """Record that a backend failed on a batch; raises what `fallback.give_up` raises.
-
-        Args:
-            error: what it raised.
-            batch: the batch, or None if it is not known.
-            doing: when it failed.
-        """
-        name, phase = self.names[0], None if batch is None else fallback.phase_of(batch)
-        if len(self.names) > 1:
-            name, phase = fallback.blamed(error) or (name, phase)
-        if len(self.selections) == 1:
-            phase = None  # an encoder's layer has no phases to tell apart
-        fallback.give_up(
-            error,
-            name,
-            self.spec,
-            self.profile,
-            phase,
-            doing=doing,
-            rules=self.rules,
-            known=self.failures,
-        )

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from attn_dispatch import fallback, libraries, overrides
+from attn_dispatch import libraries, overrides
 from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.fallback import Failure
+from attn_dispatch.guard import GuardedImpl
 from attn_dispatch.interface import AttentionImpl, AttentionType, Phase
-from attn_dispatch.libraries import past_broken_libraries
+from attn_dispatch.overrides import Rule
 from attn_dispatch.quantization import (
     KVScales,
     has_token_scales,
     is_fp8,
     kv_cache_torch_dtype,
 )
-from attn_dispatch.registry import registry
-from attn_dispatch.report import Selection
-from attn_dispatch.selector import resolve
+from attn_dispatch.recovery import AttemptFailed, Request, raise_attempt_failed, with_fallback
+from attn_dispatch.registry import is_builtin, registry
+from attn_dispatch.selector import resolve, select_and_warn
 from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
 
 __all__ = ["attention", "merge_states"]
-
-T = TypeVar("T")
 
 
 def attention(
@@ -144,63 +145,57 @@ def attention(
     if kv_cache is not None and is_fp8(kv_cache.dtype):
         scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
 
-    def attempt(selection: Selection) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        backend_cls = selection.backend_cls
-        impl: AttentionImpl[Any] = backend_cls.get_impl_cls()(
-            spec.num_heads,
-            spec.head_size,
-            spec.head_size**-0.5 if scale is None else scale,
-            spec.num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            spec.kv_cache_dtype,
-            logits_soft_cap,
-            spec.attn_type,
-            None,
-            sinks,
-            head_size_v=spec.head_size_v,
-            causal=causal,
-            returns_lse=return_lse,
-        )
-        metadata = backend_cls.get_builder_cls()(spec, query.device).build(batch)
-        return impl.forward(scales, query, key, value, kv_cache, metadata, out)
+    if out is None:
+        shape = (len(query), spec.num_heads, spec.head_size_v)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    output = out
 
-    return past_broken_libraries(
-        lambda: _past_failures(attempt, spec, query.device, phase, backend)
-    )
+    def rules() -> tuple[Rule, ...]:
+        return overrides.current_rules(backend, registry.names())
 
-
-def _past_failures(
-    attempt: Callable[[Selection], T],
-    spec: AttentionSpec,
-    device: torch.device,
-    phase: Phase,
-    backend: str | None,
-) -> T:
-    """What `attempt` returns with the backend that is picked, or with the next if that one fails.
-
-    A second attempt writes the same keys and values to the same slots, and all of the output: it
-    does not matter how far the first one came.
-    """
-    while True:
-        known = fallback.failures()
-        selection = resolve(spec, device, phase=phase, backend=backend)
+    def attempt(
+        failures: tuple[Failure, ...],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         intact = libraries.generation()
-        try:
-            return attempt(selection)
-        except Exception as error:
-            if libraries.generation() != intact:
-                raise  # past_broken_libraries knows what to do
-            fallback.give_up(
-                error,
-                selection.name,
-                spec,
-                selection.report.device,
-                phase,
-                doing="when it was called",
-                rules=overrides.current_rules(backend, registry.names()),
-                known=known,
+        if failures:
+            profile = detect_device(query.device)
+            selection = select_and_warn(
+                spec, profile, phase=phase, rules=rules(), unrecorded=failures
             )
+        else:
+            selection = resolve(spec, query.device, phase=phase, backend=backend)
+        backend_cls, doing = selection.backend_cls, "when it was built"
+        try:
+            impl: AttentionImpl[Any] | GuardedImpl = backend_cls.get_impl_cls()(
+                spec.num_heads,
+                spec.head_size,
+                spec.head_size**-0.5 if scale is None else scale,
+                spec.num_kv_heads,
+                alibi_slopes,
+                sliding_window,
+                spec.kv_cache_dtype,
+                logits_soft_cap,
+                spec.attn_type,
+                None,
+                sinks,
+                head_size_v=spec.head_size_v,
+                causal=causal,
+                returns_lse=return_lse,
+            )
+            builder = backend_cls.get_builder_cls()(spec, query.device)
+            if not is_builtin(backend_cls):
+                impl = GuardedImpl(selection.name, impl)
+            doing = "when it was called"
+            metadata = builder.build(batch)
+            return impl.forward(scales, query, key, value, kv_cache, metadata, output)
+        except Exception as error:
+            raise_attempt_failed(error, selection.name, phase, doing, intact)
+
+    try:
+        return attempt(())
+    except AttemptFailed as failed:
+        request = Request(spec, query.device, rules(), phase)
+        return with_fallback(request, attempt, failed)
 
 
 def _check_arguments(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from attn_dispatch.bound import Bound
 from attn_dispatch.context import current_context
 from attn_dispatch.device import default_torch_device, detect_device
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
+from attn_dispatch.fallback import Failure
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -23,7 +24,6 @@ from attn_dispatch.interface import (
     AttentionType,
     Phase,
 )
-from attn_dispatch.libraries import past_broken_libraries
 from attn_dispatch.ops import attention_op, layers_by_key
 from attn_dispatch.quantization import (
     KVScales,
@@ -32,13 +32,23 @@ from attn_dispatch.quantization import (
     kv_cache_torch_dtype,
     scale_for,
 )
+from attn_dispatch.recovery import (
+    AttemptFailed,
+    Request,
+    is_capturing,
+    phase_of,
+    raise_attempt_failed,
+    with_fallback,
+)
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
-from attn_dispatch.routing import RoutedImpl
+from attn_dispatch.routing import PartFailed, RoutedImpl
 from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 from attn_dispatch.validation import check_no_grad
 
 __all__ = ["Attention", "bind_kv_caches"]
+
+T = TypeVar("T")
 
 _serial = itertools.count()
 
@@ -215,32 +225,34 @@ class Attention(nn.Module):
 
     def _bind(self, device: torch.device) -> None:
         """Pick backends for a device and build their impls."""
-        self._bound = past_broken_libraries(
-            lambda: Bound.of(
-                self.spec, device, detect_device(device), self._rules, self._build_impl
-            )
+        bound = with_fallback(
+            Request(self.spec, device, self._rules),
+            lambda failures: self._bound_without(failures, device),
         )
-        self._generation = self._bound.generation
+        self._settle(bound, device)
+
+    def _bound_without(self, failures: Sequence[Failure], device: torch.device) -> Bound:
+        """What the layer would run on if backends with these failures are left out."""
+        profile = detect_device(device)
+        return Bound.of(self.spec, device, profile, self._rules, self._build_impl, failures)
+
+    def _settle(self, bound: Bound, device: torch.device) -> None:
+        """Run on this from now on."""
+        self._generation = bound.generation
+        self._bound = bound
         self._cache_state.to(device)
-        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, self._bound.profile.arch)
+        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, bound.profile.arch)
         self._device = device
 
-    def _keep_up(self) -> None:
-        """Do without what failed in other layers that are alike, and with what was forgiven."""
+    def _follow_failures(self) -> None:
+        """Leave out what failed in other layers with the same spec; try what was forgotten."""
         bound, generation = self._bound, fallback.generation()
-        if bound is None or self._device is None or fallback.is_capturing():
+        if bound is None or self._device is None or is_capturing():
             return  # nothing is built while a graph is captured
         if not bound.is_current:
             self._has_moved_on = True
             self._bind(self._device)
         self._generation = generation
-
-    def _move_on(
-        self, error: Exception, bound: Bound, batch: AttentionBatch | None, doing: str
-    ) -> None:
-        """After an error of a backend: go on with the next one, or raise."""
-        bound.give_up(error, batch, doing)
-        self._keep_up()
 
     def _impl_arguments(self) -> dict[str, Any]:
         """What any backend's impl of this layer is constructed with."""
@@ -324,36 +336,72 @@ class Attention(nn.Module):
         return True
 
     def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
-        """The metadata for this layer, and all alike, of a batch."""
-        if self._generation != fallback.generation():
-            self._keep_up()
-        metadata: AttentionMetadata = self._plan(None, batch)[1]
-        return metadata
+        """The metadata of a batch, for this layer and all others with the same spec.
 
-    def _plan(self, metadata: Any, batch: AttentionBatch | None = None) -> tuple[Bound, Any]:
-        """What the layer runs on, and metadata for it: of the batch, the given, or the context's.
-
-        Metadata that was given and made before the layer moved on is made again.
+        Raises:
+            InvalidInputError: the batch contradicts itself or the layer.
         """
-        while True:
-            bound = self._on_device()
-            build = bound.builder.build
-            try:
-                if batch is not None:
-                    made = build(batch)
-                elif metadata is None:
-                    made = current_context().metadata(self.prefix, bound.metadata_key, build)
-                elif self._has_moved_on and not bound.takes(metadata):
-                    made = build(metadata.batch)
-                else:
-                    made = metadata
-                return bound, made
-            except (InvalidInputError, UnsupportedError):
-                raise  # the caller's, whatever the backend
-            except Exception as error:
-                self._move_on(
-                    error, bound, batch or self._batch_of(metadata), "when it planned a batch"
-                )
+        if not isinstance(batch, AttentionBatch):
+            raise InvalidInputError(
+                f"batch is a {type(batch).__name__}. Make it by AttentionBatch.create."
+            )
+        if self._generation != fallback.generation():
+            self._follow_failures()
+        bound = self._on_device()
+        try:
+            return self._plan(bound, None, batch)
+        except AttemptFailed as failed:
+            return self._recover(failed, lambda retried: self._plan(retried, None, batch))
+
+    def _recover(self, failed: AttemptFailed, run: Callable[[Bound], T]) -> T:
+        """Do with other backends what `run` could not do with the present ones."""
+        device = self._device
+        assert device is not None
+
+        def attempt(failures: tuple[Failure, ...]) -> tuple[Bound, T]:
+            bound = self._bound_without(failures, device)
+            return bound, run(bound)
+
+        request = Request(self.spec, device, self._rules)
+        bound, result = with_fallback(request, attempt, failed)
+        self._has_moved_on = True
+        self._settle(bound, device)
+        return result
+
+    def _plan(self, bound: Bound, metadata: Any, batch: AttentionBatch | None = None) -> Any:
+        """Metadata for what the layer runs on: of the batch, as given, or from the context.
+
+        Metadata that was given and built before the layer changed backends is built again.
+        """
+        build = bound.builder.build
+        try:
+            if batch is not None:
+                return build(batch)
+            if metadata is None:
+                return current_context().metadata(self.prefix, bound.metadata_key, build)
+            if bound is not self._bound or self._has_moved_on:
+                return metadata if bound.accepts(metadata) else build(metadata.batch)
+            return metadata
+        except (InvalidInputError, UnsupportedError):
+            raise
+        except Exception as error:
+            self._attribute(
+                error, bound, batch or self._batch_of(metadata), "when it planned a batch"
+            )
+
+    def _attribute(
+        self, error: Exception, bound: Bound, batch: AttentionBatch | None, doing: str
+    ) -> NoReturn:
+        """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
+        name, phase = bound.names[0], None if batch is None else phase_of(batch)
+        if isinstance(error, PartFailed):
+            name, phase = error.backend, phase_of(error.batch)
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            error = cause
+        if len(bound.selections) == 1:
+            phase = None  # an encoder's layer has only one phase
+        raise_attempt_failed(error, name, phase, doing, bound.libraries)
 
     def forward(
         self,
@@ -440,7 +488,7 @@ class Attention(nn.Module):
         if query.device != self._device:
             self._bind(query.device)
         elif self._generation != fallback.generation():
-            self._keep_up()
+            self._follow_failures()
         if query.dtype != spec.dtype:
             raise InvalidInputError(
                 f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
@@ -450,26 +498,48 @@ class Attention(nn.Module):
             self._check_quantized(output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
-        bound, used = self._plan(metadata)
+        bound = self._on_device()
+        given = (query, key, value, kv_cache)
+        try:
+            self._attend(bound, metadata, given, output, lse, output_scale, output_block_scale)
+        except AttemptFailed as failed:
+            self._recover(
+                failed,
+                lambda retried: self._attend(
+                    retried, metadata, given, output, lse, output_scale, output_block_scale
+                ),
+            )
+
+    def _attend(
+        self,
+        bound: Bound,
+        metadata: Any,
+        given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> None:
+        """Plan and compute a call on these backends; `given` are query, key, value and cache.
+
+        A second call, after a first one that failed, repeats whatever that one did: the same keys
+        and values go to the same slots by the same scales, no slot is read before that, and all of
+        the output is written.
+        """
+        used = self._plan(bound, metadata)
+        scales = (output_scale, output_block_scale)
         derived_scales = False
         if used.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
-            derived_scales = self._derive_scales(key, value, kv_cache, used.slot_mapping)
-        new, scales = (query, key, value, kv_cache), (output_scale, output_block_scale)
+            derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
         watch = None
         if environment.shadow_interval():
-            watch = shadow.watch(self, *new, self._batch_of(metadata))
-        while True:
-            try:
-                result = bound.impl.forward(self, *new, used, output, *scales)
-                break
-            except (InvalidInputError, UnsupportedError):
-                raise  # the caller's, whatever the backend
-            except Exception as error:
-                # The next may do all of it again, however far this one came: the same keys and
-                # values go to the same slots by the same scales, no slot is read before that, and
-                # all of the output is written.
-                self._move_on(error, bound, self._batch_of(metadata), "at its launch")
-                bound, used = self._plan(metadata)
+            watch = shadow.watch(self, *given, self._batch_of(metadata))
+        try:
+            result = bound.impl.forward(self, *given, used, output, *scales)
+        except (InvalidInputError, UnsupportedError):
+            raise
+        except Exception as error:
+            self._attribute(error, bound, self._batch_of(metadata), "at its launch")
         if lse is not None:
             lse.copy_(result[1])
         if derived_scales:

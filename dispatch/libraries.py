@@ -11,11 +11,9 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeVar
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -33,12 +31,8 @@ __all__ = [
     "import_library",
     "installed_libraries",
     "library_name",
-    "past_broken_libraries",
     "requirement_problem",
 ]
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -171,30 +165,6 @@ def error_of(name: str) -> str | None:
 
 class BrokenLibraryWarning(UserWarning):
     """A backend was picked, and building it showed that a library that it needs is broken."""
-
-
-def past_broken_libraries(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried again each time that it finds a library to be broken.
-
-    Selection refuses what needs a broken library, so that the next try gets the next backend, or
-    an error that says why there is none.
-
-    Args:
-        attempt: selects and builds.
-
-    Raises:
-        BackendFailure: `attempt` raised it for another reason.
-    """
-    while True:
-        before = generation()
-        try:
-            return attempt()
-        except BackendFailure as failure:
-            if generation() == before:
-                raise
-            warnings.warn(
-                f"{failure} Going on without what needs it.", BrokenLibraryWarning, stacklevel=3
-            )
 
 
 def requirement_problem(requirement: str, library: Library) -> tuple[str, str] | None:

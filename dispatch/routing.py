@@ -10,13 +10,12 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from attn_dispatch.batch import AttentionBatch, BatchMetadata, BatchPart, Totals
-from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.fallback import blaming
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -39,6 +38,7 @@ from attn_dispatch.tuning.table import (
 from attn_dispatch.validation import check_forward, check_metadata
 
 __all__ = [
+    "PartFailed",
     "RoutedBuilder",
     "RoutedImpl",
     "RoutedMetadata",
@@ -46,6 +46,8 @@ __all__ = [
     "Router",
     "by_phase",
 ]
+
+T = TypeVar("T")
 
 #: What every batch asks for. On Python 3.11 an Enum takes 0.2 us to find a member.
 _PREFILL, _DECODE, _MIXED = Phase.PREFILL, Phase.DECODE, Step.MIXED
@@ -134,6 +136,19 @@ def _router(
     return Router(dict(picks), routes_of(times, dict(sides), captured=captured), captured)
 
 
+class PartFailed(Exception):
+    """The backend of one part of a batch raised; `__cause__` is what it raised.
+
+    Attributes:
+        backend: its name.
+        batch: the part.
+    """
+
+    def __init__(self, backend: str, batch: AttentionBatch) -> None:
+        super().__init__(backend)
+        self.backend, self.batch = backend, batch
+
+
 class RoutedPart(NamedTuple):
     """Requests of a batch, who serves them, and the metadata of that backend.
 
@@ -144,6 +159,21 @@ class RoutedPart(NamedTuple):
     phase: Phase | None
     rows: BatchPart
     metadata: Any
+
+
+def _call(part: RoutedPart, method: Callable[..., T], *arguments: Any) -> T:
+    """Call a method of the backend that serves a part.
+
+    Raises:
+        InvalidInputError, UnsupportedError: as the method raised them.
+        PartFailed: it raised anything else.
+    """
+    try:
+        return method(*arguments)
+    except (InvalidInputError, UnsupportedError):
+        raise
+    except Exception as error:
+        raise PartFailed(part.backend, part.rows.batch) from error
 
 
 @dataclass
@@ -194,9 +224,9 @@ class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
         metadata: RoutedMetadata = RoutedMetadata.of(batch, self, parts=[])
         for name, phase in self.route(batch):
             rows = batch.parts[phase] if phase else BatchPart(batch, slice(None), slice(None))
-            with blaming(name, rows.batch):
-                built = self._builders[name].build(rows.batch)
-            metadata.parts.append(RoutedPart(name, phase, rows, built))
+            part = RoutedPart(name, phase, rows, None)
+            built = _call(part, self._builders[name].build, rows.batch)
+            metadata.parts.append(part._replace(metadata=built))
         return metadata
 
 
@@ -233,8 +263,9 @@ class RoutedImpl:
         if isinstance(attn_metadata, RoutedMetadata) and len(attn_metadata.parts) == 1:
             (part,) = attn_metadata.parts  # it is the whole batch; its impl checks the arguments
             impl, own = self._impl_of(part), part.metadata
-            with blaming(part.backend, part.rows.batch):
-                return impl.forward(layer, query, key, value, kv_cache, own, output, *scales)
+            return _call(
+                part, impl.forward, layer, query, key, value, kv_cache, own, output, *scales
+            )
         first = next(iter(self._impls.values()))
         check_metadata(first, attn_metadata, RoutedMetadata)
         batch, parts = attn_metadata.batch, attn_metadata.parts
@@ -249,8 +280,7 @@ class RoutedImpl:
             # A part may read what another writes: a prefix that their requests share. So what the
             # later parts write must be there before the first one reads.
             for impl, part, (part_key, part_value) in work[1:]:
-                with blaming(part.backend, part.rows.batch):
-                    impl.write_kv(layer, part_key, part_value, kv_cache, part.rows.batch)
+                _call(part, impl.write_kv, layer, part_key, part_value, kv_cache, part.rows.batch)
         lse = None
         if first.returns_lse:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
@@ -262,18 +292,9 @@ class RoutedImpl:
             tokens = part.rows.tokens
             part_output = output[tokens]
             block_scale = None if output_block_scale is None else output_block_scale[tokens]
-            with blaming(part.backend, part.rows.batch):
-                result = impl.forward(
-                    layer,
-                    query[tokens],
-                    part_key,
-                    part_value,
-                    kv_cache,
-                    part.metadata,
-                    part_output,
-                    output_scale,
-                    block_scale,
-                )
+            arguments = (layer, query[tokens], part_key, part_value, kv_cache, part.metadata)
+            scales = (output_scale, block_scale)
+            result = _call(part, impl.forward, *arguments, part_output, *scales)
             if lse is not None:
                 lse[tokens] = result[1]
             if not isinstance(tokens, slice):  # indexing made copies: put them back

@@ -267,17 +267,30 @@ def resolve(
 
 
 def select_and_warn(
-    spec: AttentionSpec, device: DeviceProfile, *, phase: Phase | None, rules: tuple[Rule, ...]
+    spec: AttentionSpec,
+    device: DeviceProfile,
+    *,
+    phase: Phase | None,
+    rules: tuple[Rule, ...],
+    unrecorded: Sequence[fallback.Failure] = (),
 ) -> Selection:
-    """`select` over the registry and this device's tables of times, beside what failed here.
+    """`select` over the registry and this device's tables of times, without what failed here.
 
-    One warns where a GPU is left with the last resort, another where a table is set aside.
+    It warns if a GPU is left with the last resort, or if a table is set aside.
+
+    Args:
+        spec: the request.
+        device: where it runs.
+        phase: as for `resolve`.
+        rules: the overrides in force.
+        unrecorded: failures of the call in progress, which are not recorded yet.
 
     Raises:
         UnsupportedError: the required backend, or every backend, is refused.
         InvalidInputError: phase is None, and the rules differ by phase.
     """
-    selection = _select_one(spec, device, phase, fallback.beside(rules, spec, device, phase))
+    rules = fallback.exclude_failed(rules, spec, device, phase, unrecorded)
+    selection = _select_one(spec, device, phase, rules)
     _warn_of_last_resort(selection)
     return selection
 
@@ -395,8 +408,10 @@ def explain(
     phases = phases_of(spec) if phase is None else (phase,)
 
     def report(each: Phase) -> Report:
-        beside = fallback.beside(rules, spec, profile, each)
-        return decide(spec, profile, phase=each, rules=beside, candidates=candidates, tables=tables)
+        allowed = fallback.exclude_failed(rules, spec, profile, each)
+        return decide(
+            spec, profile, phase=each, rules=allowed, candidates=candidates, tables=tables
+        )
 
     return tuple(map(report, phases))
 

@@ -21,11 +21,11 @@ import torch
 from attn_dispatch import environment
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.fallback import is_capturing, is_lost
 from attn_dispatch.interface import Phase
 from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache
 from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.quantization import GROUP_SIZE
+from attn_dispatch.recovery import is_capturing, is_lost
 from attn_dispatch.routing import RoutedMetadata
 
 if TYPE_CHECKING:

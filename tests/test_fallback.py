@@ -13,13 +13,21 @@ import torch
 from selection_helpers import make_backend, registered
 from steps import FP8, INT8, Case, Step, call, layer_of, layer_spec
 
-from attn_dispatch import attention, attention_backend, explain, fallback, forward_context, resolve
+from attn_dispatch import (
+    attention,
+    attention_backend,
+    explain,
+    fallback,
+    forward_context,
+    libraries,
+    resolve,
+)
 from attn_dispatch.backends.reference.torch_ref import ReferenceBuilder, ReferenceImpl
 from attn_dispatch.capability import OneOf, ReasonCode
-from attn_dispatch.device import detect_device
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.fallback import BackendFallbackWarning, failures, forget_failures
 from attn_dispatch.interface import AttentionType, Phase
+from attn_dispatch.recovery import Request, raise_attempt_failed, with_fallback
 from attn_dispatch.routing import RoutedImpl
 
 MIXED = {"query_lens": (3, 1, 2, 1), "seq_lens": (3, 9, 6, 5)}
@@ -345,7 +353,7 @@ def test_a_required_backend_raises_with_its_cause(where, how):
     with (
         registered(faulty(where, error)),
         pytest.raises(
-            BackendFailure, match=r"undefined symbol.* requires it.*TORCH_SDPA\?"
+            BackendFailure, match=r"undefined symbol.* is required by .*TORCH_SDPA\?"
         ) as told,
     ):
         call(REQUIRED[how](lambda **more: layer_of(step, **more)), step)
@@ -362,7 +370,7 @@ def test_so_does_one_that_the_context_or_the_environment_requires(how, monkeypat
     with registered(faulty("launch")):
         with attention_backend(text):
             layer = layer_of(step)
-        with pytest.raises(BackendFailure, match="requires it"):
+        with pytest.raises(BackendFailure, match="is required by"):
             call(layer, step)
 
 
@@ -373,7 +381,7 @@ def test_a_required_backend_is_tried_although_it_failed_elsewhere():
             call(layer_of(step), step)
         required = layer_of(step, backend="TORCH_SDPA")
         assert names(required)["decode"] == "TORCH_SDPA"
-        with pytest.raises(BackendFailure, match="requires it"):
+        with pytest.raises(BackendFailure, match="is required by"):
             call(required, step)
 
 
@@ -381,7 +389,9 @@ def test_nobody_left_is_an_error_that_lists_why():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with (
         registered(faulty("launch")),
-        pytest.raises(BackendFailure, match=r"(?s)Nobody can take its place.*REFERENCE: excluded"),
+        pytest.raises(
+            BackendFailure, match=r"(?s)No other backend can take its place.*REFERENCE: excluded"
+        ),
     ):
         call(layer_of(step, backend="-REFERENCE,-REFERENCE_MLA"), step)
 
@@ -471,16 +481,16 @@ def test_a_call_of_the_compiled_op_moves_on():
     step.check(output)
 
 
-def test_a_backend_that_is_picked_again_all_the_same_is_no_endless_loop():
-    """By give_up alone: selection never does that."""
-    spec, profile = layer_spec(), detect_device("cpu")
-    told = {"doing": "at its launch", "rules": ()}
-    error = RuntimeError("again")
-    with moved_on():
-        fallback.give_up(error, "TORCH_SDPA", spec, profile, None, known=(), **told)
-    fallback.give_up(error, "TORCH_SDPA", spec, profile, None, known=(), **told)  # another thread
-    with pytest.raises(BackendFailure, match="selected all the same"):
-        fallback.give_up(error, "TORCH_SDPA", spec, profile, None, known=failures(), **told)
+def test_a_backend_that_is_selected_again_after_it_failed_is_no_endless_loop():
+    """Selection never does that; an attempt of this test does."""
+
+    def attempt(failures):
+        raise_attempt_failed(RuntimeError("again"), "TORCH_SDPA", None, "at its launch", intact)
+
+    intact, request = libraries.generation(), Request(layer_spec(), torch.device("cpu"), ())
+    with pytest.raises(BackendFailure, match="selected again"):
+        with_fallback(request, attempt)
+    assert failures() == ()
 
 
 # --- Threads, copies, the function -------------------------------------------------------------
@@ -543,7 +553,7 @@ def test_the_function_moves_on_once(where):
 @pytest.mark.parametrize("where", MADE + CALLED)
 def test_the_function_raises_what_is_required(where):
     query = torch.randn(5, 4, 8)
-    with registered(faulty(where)), pytest.raises(BackendFailure, match="requires it") as told:
+    with registered(faulty(where)), pytest.raises(BackendFailure, match="is required by") as told:
         attention(query, query, query, backend="TORCH_SDPA")
     assert isinstance(told.value.__cause__, RuntimeError)
 

@@ -23,7 +23,6 @@ from attn_dispatch.libraries import (
     import_library,
     installed_libraries,
     library_name,
-    past_broken_libraries,
     requirement_problem,
 )
 from attn_dispatch.selector import resolve, select
@@ -175,14 +174,6 @@ def test_what_is_required_is_an_error_that_names_the_broken_library(site):
         pytest.raises(UnsupportedError, match="flash_attn is installed but broken: OSError"),
     ):
         Attention(2, 8, dtype=torch.float32, device="cpu", backend="TORCH_SDPA")
-
-
-def test_another_failure_is_not_tried_again():
-    def fail():
-        raise BackendFailure("for a reason of its own")
-
-    with pytest.raises(BackendFailure, match="of its own"):
-        past_broken_libraries(fail)
 
 
 def test_an_interrupt_is_not_swallowed(site):

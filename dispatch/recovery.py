@@ -1,0 +1,308 @@
+"""The recovery path: when a backend raises, the next one serves the same call.
+
+That holds for backends that were picked automatically; if the user required one, its exception is
+raised. A failure is recorded only after another backend has served the same call. If every backend
+raises, the call is invalid: `InvalidInputError` is raised and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import torch
+
+from attn_dispatch import fallback, libraries
+from attn_dispatch.device import DeviceProfile, detect_device
+from attn_dispatch.errors import (
+    AttnDispatchError,
+    BackendFailure,
+    InvalidInputError,
+    UnsupportedError,
+    summary_of,
+)
+from attn_dispatch.fallback import Failure
+from attn_dispatch.guard import InputsModified
+from attn_dispatch.interface import Phase
+from attn_dispatch.overrides import Mode, Rule
+from attn_dispatch.selector import phases_of, select_and_warn
+from attn_dispatch.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attn_dispatch.batch import AttentionBatch
+
+__all__ = [
+    "AttemptFailed",
+    "Request",
+    "is_capturing",
+    "is_lost",
+    "phase_of",
+    "raise_attempt_failed",
+    "with_fallback",
+]
+
+T = TypeVar("T")
+
+
+class AttemptFailed(Exception):
+    """A backend raised; `__cause__` is what it raised. It never leaves the library.
+
+    Attributes:
+        backend: its name.
+        phase: of the requests that it failed on; None for both, or if that is not known.
+        doing: when it failed, e.g. "at its launch".
+        libraries: `libraries.generation()` when the backend was selected.
+    """
+
+    def __init__(self, backend: str, phase: Phase | None, doing: str, libraries: int) -> None:
+        super().__init__(backend, phase, doing)
+        self.backend, self.phase, self.doing, self.libraries = backend, phase, doing, libraries
+
+
+def raise_attempt_failed(
+    error: Exception, backend: str, phase: Phase | None, doing: str, libraries: int
+) -> NoReturn:
+    """Raise AttemptFailed from an exception, or the exception itself if no backend may try again.
+
+    The arguments are those of AttemptFailed. One that is AttemptFailed already is raised as it is.
+    """
+    if isinstance(error, AttemptFailed) or _is_final(error):
+        raise error
+    raise AttemptFailed(backend, phase, doing, libraries) from error
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for, as far as recovery needs to know.
+
+    Attributes:
+        spec: the layer.
+        device: where it runs.
+        rules: the overrides in force.
+        phase: the only phase that counts, for a call of one phase; None for all of the layer.
+    """
+
+    spec: AttentionSpec
+    device: torch.device
+    rules: tuple[Rule, ...]
+    phase: Phase | None = None
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """Of the device, with its libraries as they are known by now."""
+        return detect_device(self.device)
+
+
+def with_fallback(
+    request: Request,
+    attempt: Callable[[tuple[Failure, ...]], T],
+    failed: AttemptFailed | None = None,
+) -> T:
+    """Return what `attempt` returns, with the first backends that do not raise.
+
+    An attempt may repeat what an earlier one did in part: the same keys and values go to the same
+    slots, and all of the output is written.
+
+    Args:
+        request: the call.
+        attempt: selects backends without the failures that it is given, and runs them. It raises
+            AttemptFailed for what they raise.
+        failed: how an attempt without failures has ended before.
+
+    Raises:
+        UnsupportedError: no backend computes the request.
+        InvalidInputError: every backend raised, so the call is invalid.
+        BackendFailure: the backend that raised is required, or it is the only one; or the call is
+            being captured or traced, so that a graph would get the work of two backends.
+        Exception: what a backend raised, if no other may try: the caller's mistake, out of memory,
+            a lost device.
+    """
+    failures: list[Failure] = []
+    causes: list[BaseException] = []
+    while True:
+        if failed is None:
+            try:
+                result = attempt(tuple(failures))
+            except AttemptFailed as raised:
+                failed = raised
+            else:
+                _record(request, failures)
+                return result
+        error, generation = failed.__cause__, failed.libraries
+        assert error is not None
+        if generation != libraries.generation():
+            # A library turned out to be broken: selection refuses what needs it from now on.
+            warnings.warn(
+                f"{summary_of(error)}. It is not used from now on.",
+                libraries.BrokenLibraryWarning,
+                stacklevel=3,
+            )
+            failed = None
+            continue
+        phase = request.phase if failed.phase is None else failed.phase
+        spec = request.spec.replace(kv_cache_layout=None)
+        failure = Failure(
+            failed.backend, spec, request.profile.arch, phase, failed.doing, summary_of(error)
+        )
+        _check_may_go_on(request, failure, error)
+        if any(each.key == failure.key for each in failures):
+            raise BackendFailure(
+                f"{failure}. It was selected again after it had failed, which is a bug of "
+                f"attn-dispatch. Exclude it by the override -{failure.backend}."
+            ) from error
+        failures.append(failure)
+        causes.append(error)
+        _check_another_is_left(request, failures, causes)
+        failed = None
+
+
+def _check_may_go_on(request: Request, failure: Failure, error: BaseException) -> None:
+    rule = _requirement(request, failure)
+    if rule is not None:
+        raise BackendFailure(
+            f"{failure}. The backend is required by {rule}, so there is no fallback. Fix the "
+            f"backend, remove the override, or make it a preference with {failure.backend}?."
+        ) from error
+    if is_capturing():
+        raise BackendFailure(
+            f"{failure}. This call is being captured or traced, and what is captured so far cannot "
+            "be taken back. Run each step once before it is captured: there another backend can "
+            "take its place."
+        ) from error
+
+
+def _check_another_is_left(
+    request: Request, failures: Sequence[Failure], causes: Sequence[BaseException]
+) -> None:
+    """Raise if the selection without these failures is empty."""
+    phase = failures[-1].phase
+    try:
+        for each in phases_of(request.spec) if phase is None else (phase,):
+            select_and_warn(
+                request.spec,
+                request.profile,
+                phase=each,
+                rules=request.rules,
+                unrecorded=failures,
+            )
+    except UnsupportedError as refusal:
+        tried = [f for f in failures if f.phase in (None, phase) or phase is None]
+        if len({each.backend for each in tried}) > 1:
+            told = "; ".join(f"{each.backend} {each.doing}: {each.cause}" for each in tried)
+            raise InvalidInputError(
+                f"Every backend raised on this call, so its arguments are invalid: {told}. "
+                "Check the values, layouts and devices of what was passed."
+            ) from causes[-1]
+        raise BackendFailure(
+            f"{failures[-1]}. No other backend can take its place. {refusal}"
+        ) from causes[-1]
+
+
+def _requirement(request: Request, failure: Failure) -> Rule | None:
+    """The rule that requires the backend in a phase of the failure, if there is one."""
+    for phase in phases_of(request.spec) if failure.phase is None else (failure.phase,):
+        named = (
+            rule
+            for rule in request.rules
+            if rule.name == failure.backend and rule.applies(phase, request.spec.kind)
+        )
+        first = next(named, None)  # rules of a lower rank do not count
+        if first is not None and first.mode is Mode.REQUIRE:
+            return first
+    return None
+
+
+def _record(request: Request, failures: Sequence[Failure]) -> None:
+    """Record what failed before another backend served the call, and warn."""
+    for failure in failures:
+        if not fallback.record(failure):
+            continue  # another thread was faster, and has warned
+        phases = phases_of(request.spec) if failure.phase is None else (failure.phase,)
+        names = [
+            select_and_warn(
+                request.spec,
+                request.profile,
+                phase=each,
+                rules=request.rules,
+                unrecorded=failures,
+            ).name
+            for each in phases
+        ]
+        fallback.warn_once(failure, " and ".join(dict.fromkeys(names)))
+
+
+# --- What an exception means ------------------------------------------------------------------
+
+# Parts of messages, in lower case and without anything but letters.
+_OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "tallocatememory", "notenoughmemory")
+#: A device in such a state answers no later call either.
+_LOST_DEVICE = (
+    "illegalmemoryaccess",
+    "illegaladdress",
+    "devicesideassert",
+    "cudaerrorassert",
+    "misalignedaddress",
+    "illegalinstruction",
+    "invalidprogramcounter",
+    "unspecifiedlaunchfailure",
+    "launchfailed",
+    "launchtimedout",
+    "hardwarestackerror",
+    "uncorrectable",
+    "memoryaccessfault",
+)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _says(error: Exception, texts: Sequence[str]) -> bool:
+    """Whether the message of an error, or of one that it comes from, contains one of these."""
+    said = ("".join(filter(str.isalpha, _message(each).lower())) for each in _chain(error))
+    return any(text in each for each in said for text in texts)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:  # `str()` runs code of the exception's author
+        return summary_of(failure)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error leaves the device in a state in which every later call fails."""
+    return _says(error, _LOST_DEVICE)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether no other backend may try: the caller's mistake, or the machine's limit."""
+    if isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure):
+        return True
+    if isinstance(error, InputsModified):
+        return True
+    no_memory = (MemoryError, torch.OutOfMemoryError)
+    return (
+        any(isinstance(each, no_memory) for each in _chain(error))
+        or _says(error, _OUT_OF_MEMORY)
+        or is_lost(error)
+    )
+
+
+def is_capturing() -> bool:
+    """Whether this call is being captured into a CUDA graph, or traced by torch.compile."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def phase_of(batch: AttentionBatch) -> Phase | None:
+    """The phase that all requests are in, or None if there are both."""
+    phases = set(batch.phases)
+    return phases.pop() if len(phases) == 1 else None
