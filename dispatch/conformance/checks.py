@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from attn_dispatch.capability import compare_availability
-from attn_dispatch.conformance import cache, engine, inputs, non_finite, numbers
+from attn_dispatch.conformance import (
+    cache,
+    calls,
+    engine,
+    inputs,
+    non_finite,
+    numbers,
+    overlaps,
+    scales,
+)
 from attn_dispatch.conformance.check import Check, Outcome, Target, run
 from attn_dispatch.device import DeviceProfile, detect_device, settle_device
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
@@ -28,9 +37,12 @@ GROUPS: dict[str, Callable[[Target], Iterator[Check]]] = {
     "lse": numbers.lse,
     "inputs": inputs.inputs,
     "garbage": inputs.garbage,
+    "scales": scales.scales,
     "non_finite": non_finite.non_finite,
     "rows": inputs.rows,
+    "calls": calls.calls,
     "memory": inputs.memory,
+    "overlaps": overlaps.overlaps,
     "cache": cache.cache,
     "batches": engine.batches,
     "layer": engine.layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -29,6 +30,8 @@ __all__ = ["batches", "bits", "graphs", "layers"]
 
 #: Rows of a captured graph's block table, and requests that it is captured for.
 _COLUMNS, _GRAPH_SIZE = 6, 4
+#: Rows of query and output beyond the requests that a graph is captured for.
+_PADDING = 3
 
 
 def batches(target: Target) -> Iterator[Check]:
@@ -169,27 +172,36 @@ def graphs(target: Target) -> Iterator[Check]:
     spec = target.spec_with(cuda_graph=True)
     if spec is None or spec.block_size is None:
         return
-    yield Check(
-        "graphs",
-        "static buffers",
-        "Metadata over static buffers computes the step that was copied there.",
-        spec,
-        partial(_graph, target, spec, False),
-    )
-    yield Check(
-        "graphs",
-        "capture and replay",
-        "A captured graph, replayed for other steps, computes them.",
-        spec,
-        partial(_graph, target, spec, True),
-        needs="cuda",
-    )
+    lse = target.spec_with("returns_lse", cuda_graph=True)
+    for kind, layer in {"": spec, "lse": lse}.items():
+        for padding in (0, _PADDING):
+            if layer is None or (kind and not padding):
+                continue
+            more = ", ".join(filter(None, ("more rows than tokens" if padding else "", kind)))
+            yield Check(
+                "graphs",
+                ", ".join(filter(None, ("static buffers", more))),
+                "Metadata over static buffers computes the step that was copied there.",
+                layer,
+                partial(_graph, target, layer, False, padding),
+            )
+            yield Check(
+                "graphs",
+                ", ".join(filter(None, ("capture and replay", more))),
+                "A captured graph, replayed for other steps, computes them.",
+                layer,
+                partial(_graph, target, layer, True, padding),
+                needs="cuda",
+            )
 
 
 class _Capture:
-    """A forward over static buffers: run each time, or captured once and replayed."""
+    """A forward over static buffers: run each time, or captured once and replayed.
 
-    def __init__(self, target: Target, first: Step, is_captured: bool) -> None:
+    Its output is given to it, and is full of NaN before each run.
+    """
+
+    def __init__(self, target: Target, first: Step, is_captured: bool, padding: int) -> None:
         spec, device = first.spec, target.device
         self._builder = target.cls.get_builder_cls()(spec, device)
         assert spec.block_size is not None
@@ -206,9 +218,9 @@ class _Capture:
             (spec.num_kv_heads, spec.head_size),
             (spec.num_kv_heads, spec.head_size_v),
         )
-        self.rows = [
-            torch.zeros(_GRAPH_SIZE, *size, dtype=spec.dtype, device=device) for size in sizes
-        ]
+        rows = _GRAPH_SIZE + padding
+        self.rows = [torch.zeros(rows, *size, dtype=spec.dtype, device=device) for size in sizes]
+        self._output = self.rows[0].new_empty(rows, spec.num_heads, spec.head_size_v)
         assert first.kv_cache is not None
         blocks = _GRAPH_SIZE * _COLUMNS + 2
         self.cache = first.kv_cache[:1].repeat(blocks, 1, 1, 1, 1)
@@ -221,7 +233,8 @@ class _Capture:
 
     def _run(self) -> Any:
         query, key, value = self.rows
-        return self._impl.forward(self._layer, query, key, value, self.cache, self._metadata)
+        arguments = (query, key, value, self.cache, self._metadata, self._output)
+        return self._impl.forward(self._layer, *arguments)
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
@@ -234,6 +247,8 @@ class _Capture:
             result = self._run()
 
         def replay() -> Any:
+            for tensor in result if isinstance(result, tuple) else (result,):
+                tensor.fill_(math.nan)
             graph.replay()
             return result
 
@@ -251,10 +266,11 @@ class _Capture:
         metadata = self._builder.build(step.batch)
         self._state.begin_forward(step.batch)
         self._state.prepare_graph_input_buffers(self._buffers, metadata)
+        self._output.fill_(math.nan)
         return self._replay()
 
 
-def _graph(target: Target, spec: AttentionSpec, is_captured: bool) -> Finding:
+def _graph(target: Target, spec: AttentionSpec, is_captured: bool, padding: int) -> Finding:
     """Steps of other lengths and fewer requests, one after another, through one capture."""
     block_size = spec.block_size
     assert block_size is not None
@@ -264,14 +280,18 @@ def _graph(target: Target, spec: AttentionSpec, is_captured: bool) -> Finding:
         target.step(spec, query_lens=(1,) * len(seqs), seq_lens=seqs, seed=index)
         for index, seqs in enumerate(lens)
     ]
-    capture, worst = _Capture(target, steps[0], is_captured), Finding()
+    capture, worst = _Capture(target, steps[0], is_captured, padding), Finding()
     for step in steps:
         result = capture.step(step)
         result = result if isinstance(result, tuple) else (result,)
         count = step.batch.num_reqs
         require(
             not bool(result[0][count:].any()),
-            "requests that only pad the graph's batch have a result other than 0",
+            "rows that only pad the graph's batch have a result other than 0",
+        )
+        require(
+            not spec.returns_lse or bool((result[1][count:] == -math.inf).all()),
+            "rows that only pad the graph's batch have an lse other than −inf",
         )
         cut = tuple(each[:count] for each in result)
         found = target.judge(step, Run(cut if spec.returns_lse else cut[0], capture.cache))

@@ -19,6 +19,7 @@ from attn_dispatch.conformance.findings import Finding, Wrong, require
 from attn_dispatch.conformance.propagation import FreeElements, free_elements
 from attn_dispatch.conformance.steps import Step
 from attn_dispatch.quantization import GROUP_SIZE, is_fp8
+from attn_dispatch.spec import ALIBI_SYMMETRIC
 
 __all__ = [
     "Finding",
@@ -263,6 +264,14 @@ def _suspects(step: Step) -> Iterator[_Suspect]:
         yield dropped(f"logits_soft_cap={spec.logits_soft_cap:g}", "soft cap", cap=None)
     if spec.alibi:
         yield dropped("alibi", "slopes", slopes=None)
+        if not spec.causal:
+            symmetric = spec.alibi == ALIBI_SYMMETRIC
+            kinds = ("signed", "symmetric")
+            yield _Suspect(
+                f"asked for {kinds[symmetric]} ALiBi, and the output is that of "
+                f"{kinds[not symmetric]} distances",
+                {"symmetric": not symmetric},
+            )
     if spec.sinks:
         yield dropped("sinks", "sinks", sinks=None)
     if spec.sliding_window:

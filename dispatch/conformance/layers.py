@@ -8,6 +8,7 @@ from typing import Any
 from attn_dispatch.conformance.steps import Step
 from attn_dispatch.context import forward_context
 from attn_dispatch.layer import Attention
+from attn_dispatch.spec import ALIBI_SYMMETRIC
 
 __all__ = ["call", "layer_of"]
 
@@ -29,6 +30,8 @@ def layer_of(step: Step, **more: Any) -> Attention:
         "kv_sharing_target_layer_name": "target" if step.spec.kv_sharing else None,
         "device": step.device,
     }
+    if step.spec.alibi == ALIBI_SYMMETRIC:
+        fields["alibi"] = ALIBI_SYMMETRIC
     layer = Attention(**fields, **more)
     layer.kv_cache = None if step.kv_cache is None else step.kv_cache.clone()
     if step.spec.kv_cache_dtype.startswith("fp8"):

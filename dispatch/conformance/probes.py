@@ -29,7 +29,7 @@ from attn_dispatch.conformance.steps import FP8, INT8, Case
 from attn_dispatch.device import DeviceProfile
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionBackend, AttentionType
-from attn_dispatch.spec import OUTPUT_QUANTS, AttentionSpec, plain_value
+from attn_dispatch.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
 
 __all__ = [
     "VALUES",
@@ -60,7 +60,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
     "logits_soft_cap": (1.5, 50.0),
-    "alibi": (True,),
+    "alibi": (True, ALIBI_SYMMETRIC),
     "sinks": (True,),
     "kv_sharing": (True,),
     "custom_mask": (True,),
@@ -77,7 +77,7 @@ WITHOUT_PROBES = {
 }
 
 #: So many values of a field take part in pairs, if not one; the dtypes take turns instead.
-_IN_PAIRS = {"dtype": 0, "kv_cache_dtype": 2, "attn_type": 4, "head_size_v": 1}
+_IN_PAIRS = {"dtype": 0, "kv_cache_dtype": 2, "attn_type": 4, "head_size_v": 1, "alibi": 2}
 #: Features that are tried together at most: of more, one would hide what another does.
 _TOGETHER = 7
 
@@ -247,6 +247,10 @@ def _companions(field: str, value: Any) -> list[dict[str, Any]]:
         has_cache = AttentionType(value).has_kv_cache
         no_cache = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
         return [{"causal": None, **({} if has_cache else no_cache)}]
+    if value == ALIBI_SYMMETRIC:  # with causality the slopes are signed in any case
+        no_cache = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
+        encoder = {"attn_type": AttentionType.ENCODER_ONLY, "causal": None, **no_cache}
+        return [{"causal": False}, {"causal": False, **no_cache}, encoder]
     if value == "fp8_e4m3_group128":
         return [{}, {"head_size_v": 128}, {"head_size": 128, "head_size_v": None}]
     return [{}]

@@ -28,7 +28,7 @@ from attn_dispatch.conformance.storing import (
 )
 from attn_dispatch.interface import AttentionBackend, AttentionImpl, PlaceholderRange
 from attn_dispatch.quantization import kv_cache_torch_dtype
-from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, AttentionSpec
 
 __all__ = ["FP8", "GARBAGE_BLOCKS", "INT8", "MEMORY", "Case", "Step", "layer_spec"]
 
@@ -276,7 +276,7 @@ class Step:
         """What the impl of this step's layer is constructed with."""
         spec = self.spec
         # An impl that does not know the keyword is given it only if its backend declares this.
-        symmetric = {"alibi_symmetric": True} if spec.alibi == "symmetric" else {}
+        symmetric = {"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}
         return symmetric | {
             "num_heads": spec.num_heads,
             "head_size": spec.head_size,
@@ -347,7 +347,7 @@ class Step:
             "scale": self.scale,
             "cap": spec.logits_soft_cap,
             "slopes": self.slopes,
-            "symmetric": spec.alibi == "symmetric",
+            "symmetric": spec.alibi == ALIBI_SYMMETRIC,
             "sinks": None if self.sinks is None else self.sinks.tolist(),
         }
         numbers |= {name: value for name, value in changes.items() if name in numbers}

@@ -1,0 +1,110 @@
+"""Checks of what a forward does with memory that it is given, and with memory that it allocates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_dispatch.conformance.check import Check, Run, Target
+from attn_dispatch.conformance.findings import Finding
+from attn_dispatch.spec import AttentionSpec
+
+__all__ = ["calls"]
+
+#: More rows of query than the batch has tokens, requests without tokens, and one without keys.
+_PADDED: dict[str, dict[str, Any]] = {
+    "mixed": {"padding": 5},
+    "prompts": {"padding": 5, "query_lens": (24, 0, 18), "seq_lens": (24, 7, 18)},
+    "chunks": {"padding": 70, "query_lens": (5, 16, 0), "seq_lens": (50, 33, 20)},
+    "decodes": {"padding": 5, "query_lens": (1, 1, 0, 1), "seq_lens": (39, 4, 9, 17)},
+    "nothing but padding": {"padding": 5, "query_lens": (0, 0), "seq_lens": (9, 0)},
+    "no requests": {"padding": 5, "query_lens": (), "seq_lens": ()},
+}
+_QUICK = ("mixed", "decodes")
+
+
+def calls(target: Target) -> Iterator[Check]:
+    """Padded steps, whose rows are all written; memory as an allocator may hand it out."""
+    plain = target.spec_with("returns_lse") or target.base
+    layers = {
+        "": plain,
+        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
+        "sinks": target.spec_with("sinks"),
+        "window": target.spec_with("sliding_window"),
+        "mask": target.spec_with("custom_mask"),
+    }
+    for kind, spec in layers.items():
+        if spec is None or (kind and spec == target.base):
+            continue
+        for name in _QUICK if target.quick or kind else _PADDED:
+            case = dict(_PADDED[name])
+            if spec.block_size is None and "query_lens" in case and spec.causal:
+                case["seq_lens"] = case["query_lens"]
+            yield Check(
+                "calls",
+                ", ".join(filter(None, ("padding rows", name, kind))),
+                "Rows that belong to no request are 0, and their lse is −inf.",
+                spec,
+                partial(_padded, target, spec, case),
+            )
+    yield Check(
+        "calls",
+        "memory as it was allocated",
+        "Nothing depends on what newly allocated memory holds.",
+        plain,
+        partial(_over_nan, target, plain),
+    )
+
+
+def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Finding:
+    """The output is given, full of NaN; and made by the backend, of memory full of NaN."""
+    step = target.step(spec, **case)
+    shape = (len(step.query), spec.num_heads, spec.head_size_v)
+    output = torch.full(shape, math.nan, dtype=spec.dtype, device=target.device)
+    for tensor in (step.query, step.key, step.value):
+        if tensor is not None:
+            tensor[len(tensor) - step.case.padding :] = math.nan
+    with _NewMemoryIsNan():
+        given = target.forward(step, output=output)
+        made = target.forward(step)
+    found = [target.judge(step, done) for done in (given, made)]
+    return max(found, key=lambda finding: finding.ratio)
+
+
+def _over_nan(target: Target, spec: AttentionSpec) -> Finding:
+    step = target.step(spec)
+    with _NewMemoryIsNan():
+        done: Run = target.forward(step)
+    return target.judge(step, done)
+
+
+class _NewMemoryIsNan(TorchDispatchMode):
+    """Within it torch.empty and its relatives give floating point memory that is full of NaN."""
+
+    _MAKERS = frozenset(
+        (
+            torch.ops.aten.empty.memory_format,
+            torch.ops.aten.empty_like.default,
+            torch.ops.aten.empty_strided.default,
+            torch.ops.aten.new_empty.default,
+            torch.ops.aten.new_empty_strided.default,
+        )
+    )
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # A tensor of 8 bits cannot be filled on every device.
+        if func in self._MAKERS and made.is_floating_point() and made.dtype.itemsize > 1:
+            made.fill_(math.nan)
+        return made

@@ -1,0 +1,140 @@
+"""Checks of memory that overlaps: the result is right, or the call is rejected before any write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from attn_dispatch.conformance.check import Check, Target, same_bits
+from attn_dispatch.conformance.findings import Finding, require
+from attn_dispatch.conformance.steps import Step
+from attn_dispatch.errors import InvalidInputError
+
+__all__ = ["overlaps"]
+
+
+@dataclass
+class _Call:
+    """The arguments of a call, some of which share memory; the step's tensors are views too.
+
+    Attributes:
+        output: where the result goes.
+        cache: written; None for a copy of the step's.
+        shared: the names of inputs whose memory is written.
+    """
+
+    output: torch.Tensor | None
+    cache: torch.Tensor | None = None
+    shared: tuple[str, ...] = ()
+
+
+def _output_over(name: str, shift: int) -> Callable[[Step], _Call]:
+    """The output begins `shift` elements after an input, in the same memory."""
+
+    def make(step: Step) -> _Call:
+        tensor: torch.Tensor = getattr(step, name)
+        rows, spec = len(step.query), step.spec
+        size = rows * spec.num_heads * spec.head_size_v
+        memory = tensor.new_full((max(tensor.numel(), size + shift),), math.nan)
+        view = memory[: tensor.numel()].view(tensor.shape)
+        view.copy_(tensor)
+        setattr(step, name, view)
+        output = memory[shift : shift + size].view(rows, spec.num_heads, spec.head_size_v)
+        return _Call(output, shared=(name,))
+
+    return make
+
+
+def _expanded_output(step: Step) -> _Call:
+    """Every row of the output is the same memory."""
+    spec = step.spec
+    row = step.query.new_full((1, spec.num_heads, spec.head_size_v), math.nan)
+    return _Call(row.expand(len(step.query), -1, -1))
+
+
+def _overlapping_rows(step: Step) -> _Call:
+    """Each row of the output begins within the one before."""
+    rows, spec = len(step.query), step.spec
+    width = spec.num_heads * spec.head_size_v
+    stride = width - spec.head_size_v
+    memory = step.query.new_full((rows * stride + width,), math.nan)
+    shape = (rows, spec.num_heads, spec.head_size_v)
+    return _Call(memory.as_strided(shape, (stride, spec.head_size_v, 1)))
+
+
+def _expanded_cache(step: Step) -> _Call:
+    """Every block of the cache is the same memory."""
+    assert step.kv_cache is not None
+    return _Call(None, step.kv_cache[:1].clone().expand(step.kv_cache.shape))
+
+
+def _keys_over_values(step: Step) -> _Call:
+    """Keys and values of the cache are the same memory."""
+    assert step.kv_cache is not None
+    return _Call(None, step.kv_cache[:, :1].clone().expand(step.kv_cache.shape))
+
+
+def _output_in_cache(step: Step) -> _Call:
+    """The output lies in the memory of the cache."""
+    assert step.kv_cache is not None
+    cache, spec = step.kv_cache.clone(), step.spec
+    shape = (len(step.query), spec.num_heads, spec.head_size_v)
+    whole = torch.empty(0, dtype=spec.dtype, device=step.device).set_(cache.untyped_storage())
+    require(whole.numel() >= math.prod(shape), "the step's cache is smaller than its output")
+    return _Call(whole[: math.prod(shape)].view(shape), cache)
+
+
+def overlaps(target: Target) -> Iterator[Check]:
+    """Outputs over inputs, and outputs and caches over themselves."""
+    base = target.base
+    if base.returns_lse or base.output_quant is not None:
+        return
+    row = base.num_heads * base.head_size_v
+    kinds: dict[str, Callable[[Step], _Call]] = {}
+    for name in ("query", "key", "value"):
+        kinds[f"output over {name}"] = _output_over(name, 0)
+        kinds[f"output over {name}, a row later"] = _output_over(name, row)
+    kinds["output that is one row"] = _expanded_output
+    kinds["output with rows that overlap"] = _overlapping_rows
+    if base.block_size is not None:
+        kinds["cache that is one block"] = _expanded_cache
+        kinds["cache with its keys over its values"] = _keys_over_values
+        if base.kv_cache_dtype == "auto":
+            kinds["output in the cache"] = _output_in_cache
+    for kind, make in kinds.items():
+        yield Check(
+            "overlaps",
+            kind,
+            "Memory that overlaps is computed right, or rejected before anything is written.",
+            base,
+            partial(_right_or_rejected, target, make),
+        )
+
+
+def _right_or_rejected(target: Target, make: Callable[[Step], _Call]) -> Finding | None:
+    step = target.step(target.base)
+    call = make(step)
+    written = {"output": call.output, "cache": call.cache}
+    before = {name: t.clone() for name, t in written.items() if t is not None}
+    given = {} if call.output is None else {"output": call.output}
+    try:
+        done = target.forward(step, call.cache, may_change=call.shared, **given)
+    except InvalidInputError:
+        for name, tensor in before.items():
+            now = written[name]
+            require(
+                now is not None and same_bits(now, tensor),
+                f"the call was rejected after the {name} had been written",
+            )
+        return None
+    apart = target.forward(target.step(target.base)).cache
+    if apart is not None and done.cache is not None:
+        require(
+            same_bits(done.cache, apart),
+            "memory that overlaps was not rejected, and what is written to the cache is wrong",
+        )
+    return target.judge(step, done)

@@ -1,0 +1,77 @@
+"""Checks of the factor on the scores: any finite one is right, and no other is accepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+from attn_dispatch.conformance.check import Check, Target
+from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.spec import AttentionSpec
+
+__all__ = ["scales"]
+
+#: Multiples of head_size ** -0.5. With the last ones a row is nearly the value of one key.
+_FACTORS = {
+    "0": 0.0,
+    "negative": -0.8,
+    "large and negative": -12.0,
+    "tiny": 1e-30,
+    "large": 12.0,
+}
+_QUICK = ("0", "negative")
+_REJECTED = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def scales(target: Target) -> Iterator[Check]:
+    """0, negative, tiny and large scales, on layers whose scores are computed in other ways."""
+    layers = {
+        "": target.base,
+        "soft cap": target.spec_with("logits_soft_cap"),
+        "window": target.spec_with("sliding_window"),
+        "ALiBi": target.spec_with("alibi"),
+        "sinks": target.spec_with("sinks"),
+        "mask": target.spec_with("custom_mask"),
+        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
+        "lse": target.spec_with("returns_lse"),
+    }
+    for kind, spec in layers.items():
+        if spec is None or (kind and spec == target.base):
+            continue
+        for name in _QUICK if target.quick or kind else _FACTORS:
+            yield Check(
+                "scales",
+                ", ".join(filter(None, (name, kind))),
+                "Any finite scale gives what the oracle gives.",
+                spec,
+                partial(_agrees, target, spec, _FACTORS[name]),
+            )
+    for name, scale in _REJECTED.items():
+        yield Check(
+            "scales",
+            f"{name} is rejected",
+            "A scale that is not finite is rejected where the impl is made.",
+            target.base,
+            partial(_is_rejected, target, scale),
+        )
+
+
+def _agrees(target: Target, spec: AttentionSpec, factor: float) -> Finding:
+    step = target.step(spec)
+    step.scale = factor * spec.head_size**-0.5
+    return target.judge(step, target.forward(step))
+
+
+def _is_rejected(target: Target, scale: float) -> None:
+    step = target.step(target.base)
+    step.scale = scale
+    try:
+        step.impl_of(target.cls)
+    except InvalidInputError:
+        return
+    raise Wrong(
+        f"scale={scale} was accepted: every score would be NaN or infinite. AttentionImpl.__init__ "
+        "rejects it with an InvalidInputError; call it"
+    )
