@@ -17,11 +17,18 @@ from attn_dispatch.conformance import (
     non_finite,
     numbers,
     overlaps,
+    real_sizes,
     scales,
 )
 from attn_dispatch.conformance.check import Check, Outcome, Target, run
 from attn_dispatch.device import DeviceProfile, detect_device, settle_device
-from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
+from attn_dispatch.errors import (
+    AttnDispatchError,
+    BackendFailure,
+    InvalidInputError,
+    UnsupportedError,
+    summary_of,
+)
 from attn_dispatch.interface import AttentionBackend
 from attn_dispatch.overrides import Mode, Source, parse_override
 from attn_dispatch.registry import registry
@@ -48,6 +55,7 @@ GROUPS: dict[str, Callable[[Target], Iterator[Check]]] = {
     "layer": engine.layers,
     "bits": engine.bits,
     "graphs": engine.graphs,
+    "real_sizes": real_sizes.real_sizes,
     "refusals": numbers.refused,
 }
 
@@ -71,18 +79,36 @@ def checks_for(
     Raises:
         UnsupportedError: the backend does not run on the device.
         InvalidInputError: it accepts no layer that could be tried.
+        BackendFailure: it cannot say what it supports.
     """
     torch_device = settle_device(device)
     profile = profile or detect_device(torch_device)
+    try:
+        found = _make_checks(backend_cls, torch_device, profile, quick)
+    except (AttnDispatchError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the backend is asked what it supports, and may raise anything
+        raise BackendFailure(
+            f"{backend_cls.__qualname__} cannot be verified: asked what it is and what it "
+            f"supports, it breaks off with {summary_of(error)}. Repair its declaration."
+        ) from error
+    return [check for check in found if check.needs in ("", torch_device.type)]
+
+
+def _make_checks(
+    backend_cls: type[AttentionBackend],
+    device: torch.device,
+    profile: DeviceProfile,
+    quick: bool,
+) -> list[Check]:
     reasons = compare_availability(backend_cls.capabilities, profile)
     if reasons:
         raise UnsupportedError(
             f"{backend_cls.get_name()} cannot be verified here: {'; '.join(map(str, reasons))}. "
             "Give a --device that it runs on."
         )
-    target = Target.of(backend_cls, torch_device, profile, quick)
-    found = [check for group in GROUPS.values() for check in group(target)]
-    return [check for check in found if check.needs in ("", torch_device.type)]
+    target = Target.of(backend_cls, device, profile, quick)
+    return [check for group in GROUPS.values() for check in group(target)]
 
 
 def backend_named(name: str) -> type[AttentionBackend]:
@@ -181,7 +207,7 @@ def verify(
         profile: as for `checks_for`.
 
     Raises:
-        UnsupportedError, InvalidInputError: as for `checks_for`.
+        UnsupportedError, InvalidInputError, BackendFailure: as for `checks_for`.
     """
     torch_device = settle_device(device)
     report = Conformance(backend_cls.get_name(), str(torch_device))

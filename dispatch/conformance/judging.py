@@ -22,6 +22,7 @@ from attn_dispatch.quantization import GROUP_SIZE, is_fp8
 from attn_dispatch.spec import ALIBI_SYMMETRIC
 
 __all__ = [
+    "FLOOR",
     "Finding",
     "Wrong",
     "allowed_error",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 #: What is always allowed: sums in another order, in dtypes that PyTorch computes in too.
-_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
 #: A row that is smaller than this part of the largest is one whose values cancel.
 _CANCELLED = 1 / 16
 #: The relative error of a GPU's instruction for tanh, which a soft cap in 16 bits may use.
@@ -67,7 +68,7 @@ def allowed_error(step: Step) -> float:
     allowed = 2 * own + torch.finfo(spec.dtype).eps * (2 if beyond else 1)
     if spec.logits_soft_cap and spec.dtype.itemsize == 2:
         allowed += _TANH_ERROR * spec.logits_soft_cap
-    return max(allowed, _FLOOR.get(spec.dtype, 0.0))
+    return max(allowed, FLOOR.get(spec.dtype, 0.0))
 
 
 def require_returned(step: Step, returned: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
