@@ -183,6 +183,16 @@ class Out:
             returns_lse=impl.returns_lse,
         )
 
+    def clear_from(self, row: int) -> None:
+        """Make the rows from this one on those of no request: 0, with an lse of −inf."""
+        if row >= len(self.values):
+            return
+        self.values[row:].zero_()
+        if self.returns_lse:
+            self.lse[row:] = float("-inf")
+        if self.group:
+            self.scale[row:] = 1.0
+
     def result(
         self, output: torch.Tensor | None, output_block_scale: torch.Tensor | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

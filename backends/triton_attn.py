@@ -34,11 +34,12 @@ from attn_dispatch.backends.triton_plan import (
     TritonMetadata,
     block_of,
     blocks_of,
+    prefill_stages,
 )
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
 from attn_dispatch.device import DeviceMatch, DeviceProfile
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import (
     AttentionBackend,
     AttentionImpl,
@@ -60,6 +61,9 @@ __all__ = ["TritonAttnBackend", "TritonImpl"]
 LOG2E = math.log2(math.e)
 #: A larger window is as good as this one, and positions plus this are still an int32.
 _WINDOW_LIMIT = 1 << 30
+
+#: head_size_v of layers whose output is quantized by groups: each group lies in one head.
+_GROUPED_HEADS = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
 #: A soft cap below the first changes no result more than the first does, and one beyond the second
 #: none: scores of float32 that are that large are not told apart.
 _SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100
@@ -67,6 +71,8 @@ _SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100
 _SMALLEST_SCALE = 2.0**-60
 #: How the kernels call the kinds of ALiBi.
 _ALIBI = {False: 0, True: 1, ALIBI_SYMMETRIC: 2}
+#: Sizes of value heads that groups of quantized output values fill.
+_GROUPED_HEADS = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
 #: So many parts of a split are merged as whole tiles, more row by row.
 _FEW_PARTS = 8
 
@@ -123,6 +129,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """Static fp8; and fp8 by groups, where a group lies in one head."""
+        if quant_key == "fp8_e4m3_group128":
+            return self.head_size_v in _GROUPED_HEADS
         return quant_key in OUTPUT_QUANTS
 
     @on_its_device
@@ -143,6 +151,13 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             return profiling_output(self, query, output, output_scale, output_block_scale)
         check_metadata(self, attn_metadata, TritonMetadata)
         scales = (output_scale, output_block_scale)
+        if output_scale is not None or output_block_scale is not None:
+            quant_key = "fp8_e4m3" if output_block_scale is None else "fp8_e4m3_group128"
+            if not self.fused_output_quant_supported(quant_key):
+                raise UnsupportedError(
+                    f"{type(self).__name__} does not store its output as {quant_key} with "
+                    f"head_size_v={self.head_size_v}; REFERENCE does."
+                )
         check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output, *scales)
         query = dense(query if self._query_factor == 1.0 else query * self._query_factor)
         cache = None if kv_cache is None else self._paged(kv_cache)
@@ -434,6 +449,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             )
         batch, launches = metadata.batch, metadata.launches
         row = launches.prefill
+        stages = prefill_stages(row, self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"])
         k, v, kind = source.k, source.v, source.kind
         if kind == "rows" and launches.table.descriptors:
             block = self._sizes["BLOCK_D"]
@@ -456,10 +472,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 **self._features(metadata, source, out, scale_stride, query.dtype),
                 "BLOCK_M": row.block_m,
                 "BLOCK_N": row.block_n,
-                "STAGES": row.num_stages,
+                "STAGES": stages,
                 "SOURCE": kind,
             },
-            row.compile_options,
+            {**row.compile_options, "num_stages": stages},
         )
         table = batch.seq_lens if batch.block_table is None else batch.block_table
         starts = batch.seq_lens if source.starts is None else source.starts
@@ -532,14 +548,13 @@ class TritonAttnBackend(AttentionBackend):
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """A group of output values lies in one head; a graph takes no mask and no range."""
         reasons = []
-        groups = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
-        if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in groups:
+        if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in _GROUPED_HEADS:
             reasons.append(
                 Reason(
                     code=ReasonCode.COMBINATION,
                     field="output_quant",
                     asked=f"fp8_e4m3_group128 with head_size_v={spec.head_size_v}",
-                    allowed="head_size_v " + ", ".join(map(str, groups)),
+                    allowed="head_size_v " + ", ".join(map(str, _GROUPED_HEADS)),
                 )
             )
         for field in ("custom_mask", "bidirectional_ranges"):

@@ -30,8 +30,10 @@ __all__ = [
     "TritonBuilder",
     "TritonMetadata",
     "block_of",
+    "blocks_of",
     "launch_table",
     "plan_rows",
+    "prefill_stages",
 ]
 
 #: Requests of up to this many query tokens are the decode kernel's: a token, or drafts to verify.
@@ -54,6 +56,26 @@ def launch_table(device: DeviceProfile) -> LaunchTable:
 def block_of(size: int) -> int:
     """Elements of a tile that holds a head of this size: a power of two, 16 or more."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+#: How wide a tile of values is where heads of values are narrower than those of keys: "own", as
+#: block_of says; "wide", at least 64; "same", as wide as the tile of keys. With a tile of 16 beside
+#: one of 256 Triton 3.6's pipeline read beyond its shared memory on an H100.
+NARROW_VALUES = "wide"
+#: Whether loads run ahead in prefill where the tiles of keys and values have different widths.
+PIPELINES_UNEQUAL = True
+
+
+def blocks_of(head_size: int, head_size_v: int) -> tuple[int, int]:
+    """Elements of a tile's rows of keys, and of values; see NARROW_VALUES."""
+    block, own = block_of(head_size), block_of(head_size_v)
+    widest = {"own": own, "wide": min(block, 64), "same": block}[NARROW_VALUES]
+    return block, max(own, widest)
+
+
+def prefill_stages(row: PrefillLaunch, block: int, block_v: int) -> int:
+    """num_stages of the prefill kernel for tiles of these widths; see PIPELINES_UNEQUAL."""
+    return row.num_stages if PIPELINES_UNEQUAL or block == block_v else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +167,10 @@ class PrefillPlan:
         """Memory for gathered keys and values, (gathered_rows, num_kv_heads, size of a tile)."""
         if self.gathered is None:
             shape, device = (self.gathered_rows, num_kv_heads), self.tiles.device
+            block, block_v = blocks_of(head_size, head_size_v)
             self.gathered = (
-                torch.empty(*shape, block_of(head_size), dtype=self.dtype, device=device),
-                torch.empty(*shape, block_of(head_size_v), dtype=self.dtype, device=device),
+                torch.empty(*shape, block, dtype=self.dtype, device=device),
+                torch.empty(*shape, block_v, dtype=self.dtype, device=device),
             )
         return self.gathered
 
@@ -248,9 +271,8 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             units = spec.num_kv_heads * -(-self._group // rows)
             parts = num_reqs * units * INVARIANT_PARTS
         size = parts * rows
-        floats = torch.empty(
-            size * (block_of(spec.head_size_v) + 1), dtype=torch.float32, device=self.device
-        )
+        _, block_v = blocks_of(spec.head_size, spec.head_size_v)
+        floats = torch.empty(size * (block_v + 1), dtype=torch.float32, device=self.device)
         return DecodePlan(
             launch=launch,
             requests=None if chosen is None else _int32(chosen, self.device),
@@ -308,7 +330,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
     def _has_room(self, rows: PlanRows) -> bool:
         """Whether gathered keys and values stay within their limit."""
         spec = self.spec
-        size = block_of(spec.head_size) + block_of(spec.head_size_v)
+        size = sum(blocks_of(spec.head_size, spec.head_size_v))
         row_bytes = spec.num_kv_heads * size * spec.dtype.itemsize
         return sum(rows.padded) * row_bytes <= MAX_GATHERED_BYTES
 

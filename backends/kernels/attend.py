@@ -19,20 +19,85 @@ import triton.language as tl
 
 from attn_dispatch.backends.kernels.elements import decode_fp8
 
-__all__ = ["attend", "reach", "sees", "tanh"]
+__all__ = [
+    "LOWEST",
+    "alibi_bias",
+    "attend",
+    "counted",
+    "reach",
+    "sees",
+    "sees_nothing",
+    "soft_capped",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+#: A running maximum up to LOWEST is of no score above −inf. Where keys are hidden one by one, SEEN
+#: stands for the −inf of a key that is seen, and −inf for no key.
+LOWEST = tl.constexpr(-2.0e38)
+SEEN = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def tanh(x, FAST: tl.constexpr):
-    """tanh; FAST takes NVIDIA's instruction, which is right to 2 ** -11."""
+def soft_capped(s, scale_log2, cap_log2, scale_over_cap, FAST: tl.constexpr):
+    """Products as scores with a soft cap, cap * tanh(scale * s / cap), in units of log2.
+
+    FAST takes NVIDIA's instruction, whose relative error is up to 2 ** -11. Else it is a few units
+    in the last place of float32: near 0 by the series of tanh(x) / x (its coefficients are those of
+    Cephes' tanhf), where 1 - 2 / (exp(2 x) + 1) would cancel.
+    """
+    x = s * scale_over_cap
     if FAST:
-        return tl.inline_asm_elementwise(
+        return cap_log2 * tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+        z = x * x
+        series = -5.70498872745e-3 * z + 2.06390887954e-2
+        series = series * z - 5.37397155531e-2
+        series = series * z + 1.33314422036e-1
+        series = series * z - 3.33332819422e-1
+        near = s * scale_log2
+        near = near + near * (series * z)
+        far = cap_log2 * (1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0))
+        return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
+def sees_nothing(
+    m_i, l_i, q_pos, seq_len, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """(rows,) bool: which rows see no key, whatever their scores are.
+
+    By their positions; where a mask or ranges decide, by the state over all of their keys.
+    """
+    if RANGES or MASK:
+        return (m_i == float("-inf")) & (l_i == 0.0)
+    else:
+        # No query stands behind the last key, so what one may lack is keys up to itself.
+        last = q_pos * 0 + seq_len - 1
+        if CAUSAL:
+            last = q_pos
+        elif WINDOW:
+            last = tl.minimum(last, q_pos + window - 1)
+        return last < 0
+
+
+@triton.jit
+def counted(s, seen, RANGES: tl.constexpr, MASK: tl.constexpr):
+    """Scores with −inf for hidden keys, so that `sees_nothing` can tell these from seen ones."""
+    if RANGES or MASK:
+        s = tl.where(s == float("-inf"), SEEN, s)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def alibi_bias(slopes, k_pos, q_pos_f, ALIBI: tl.constexpr):
+    """(rows, keys): slope * (key - query), or with ALIBI == 2 slope * -abs(key - query)."""
+    distance = k_pos.to(tl.float32)[None, :] - q_pos_f[:, None]
+    if ALIBI == 2:
+        distance = -tl.abs(distance)
+    return slopes[:, None] * distance
 
 
 @triton.jit
@@ -193,6 +258,7 @@ def attend(
         scale_log2: factor on the scores, times log2(e).
         cap_log2, scale_over_cap: the soft cap times log2(e), and the factor over the soft cap.
         MASKED: rows may see only some of the keys; else every row sees every key.
+        ALIBI: 0 for none, 1 for signed distances, 2 for the symmetric kind.
 
     Returns:
         The new acc, m_i, l_i.
@@ -232,27 +298,28 @@ def attend(
         if FORMAT == "int8":
             s *= tl.load(k_row_scales + k_offsets // 4, mask=live, other=0.0)[None, :]
         if CAP:
-            s = cap_log2 * tanh(s * scale_over_cap, FAST_TANH)
+            s = soft_capped(s, scale_log2, cap_log2, scale_over_cap, FAST_TANH)
         elif MASKED or ALIBI:
             s = s * scale_log2
         if ALIBI:
-            s += slopes[:, None] * (k_pos.to(tl.float32)[None, :] - q_pos_f[:, None])
+            s += alibi_bias(slopes, k_pos, q_pos_f, ALIBI)
         if MASKED:
             seen = sees(
                 q_pos, k_pos, tokens, seq_len, window, mask_ptr, ranges_ptr, first_range,
                 last_range, CAUSAL, WINDOW, RANGES, MASK,
             )  # fmt: skip
-            s = tl.where(seen, s, float("-inf"))
+            s = counted(s, seen, RANGES, MASK)
+        # A maximum drops NaN, which stays in the sum of weights.
+        if MASKED or CAP or ALIBI:
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - m_use[:, None])
-        elif CAP or ALIBI:
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            m_use = m_new
+        else:
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+        if RANGES and not MASKED:
+            m_new = tl.maximum(m_new, SEEN)
+        m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
+        if MASKED or CAP or ALIBI:
             p = tl.exp2(s - m_use[:, None])
         else:  # the factor goes into the same instruction as the subtraction
-            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-            m_use = m_new
             p = tl.exp2(s * scale_log2 - m_use[:, None])
         alpha = tl.exp2(m_i - m_use)
         l_i = l_i * alpha + tl.sum(p, 1)

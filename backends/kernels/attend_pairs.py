@@ -12,7 +12,13 @@ brought into its range by a power of two for each row.
 import triton
 import triton.language as tl
 
-from attn_dispatch.backends.kernels.attend import sees, tanh
+from attn_dispatch.backends.kernels.attend import (
+    LOWEST,
+    alibi_bias,
+    counted,
+    sees,
+    soft_capped,
+)
 from attn_dispatch.backends.kernels.elements import decode_fp8
 
 __all__ = ["attend_pairs"]
@@ -101,18 +107,18 @@ def attend_pairs(
         else:
             s *= row_scale[:, None]
         if CAP:
-            s = cap_log2 * tanh(s * scale_over_cap, FAST_TANH)
+            s = soft_capped(s, scale_log2, cap_log2, scale_over_cap, FAST_TANH)
         else:
             s = s * scale_log2
         if ALIBI:
-            s += slopes[:, None] * (k_pos.to(tl.float32)[None, :] - q_pos_f[:, None])
+            s += alibi_bias(slopes, k_pos, q_pos_f, ALIBI)
         seen = sees(
             q_pos, k_pos, tokens, seq_len, window, mask_ptr, ranges_ptr, first_range, last_range,
             CAUSAL, WINDOW, RANGES, MASK,
         )  # fmt: skip
-        s = tl.where(seen, s, float("-inf"))
+        s = counted(s, seen, RANGES, MASK)
         m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         p = tl.exp2(s - m_use[:, None])
         alpha = tl.exp2(m_i - m_use)
         l_i = l_i * alpha + tl.sum(p, 1)

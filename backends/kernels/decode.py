@@ -15,7 +15,7 @@ that its result has the same bits.
 import triton
 import triton.language as tl
 
-from attn_dispatch.backends.kernels.attend import LOG2E, attend
+from attn_dispatch.backends.kernels.attend import LOG2E, LOWEST, attend, sees_nothing
 from attn_dispatch.backends.kernels.attend_pairs import attend_pairs
 from attn_dispatch.backends.kernels.launcher import METADATA
 from attn_dispatch.backends.kernels.output import store_rows
@@ -141,7 +141,7 @@ def _merge_tile(
             cache_modifier=".cg",
         )  # fmt: skip
         m_new = tl.maximum(m_i, lse)
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         weight = tl.exp2(lse - m_use)
         alpha = tl.exp2(m_i - m_use)
         l_i = l_i * alpha + weight
@@ -170,7 +170,7 @@ def _merge_row(
             cache_modifier=".cg",
         )  # fmt: skip
         m_new = tl.maximum(m_i, tl.max(lse, 0))
-        m_use = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         weight = tl.exp2(lse - m_use)
         alpha = tl.exp2(m_i - m_use)
         l_i = l_i * alpha + tl.sum(weight, 0)
@@ -279,17 +279,20 @@ def _attend_part(
         )  # fmt: skip
     token_rows = q_start + packed // GROUP
     if is_whole:
+        nothing = sees_nothing(
+            m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
+        )  # fmt: skip
         store_rows(
-            acc, m_i, l_i, token_rows, heads, ok, v_scale, out_ptr, out_stride_t, out_stride_h,
-            lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS, LSE, OUT_FORMAT,
-            OUT_GROUP,
+            acc, m_i, l_i, token_rows, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
+            out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS, LSE,
+            OUT_FORMAT, OUT_GROUP,
         )  # fmt: skip
     else:
-        empty = m_i == float("-inf")
-        total = tl.where(empty, 1.0, l_i)
+        # A part without a score above −inf has nothing in it; one with NaN keeps it.
+        total = tl.where(l_i == 0.0, 1.0, l_i)
         dv_idx = tl.arange(0, BLOCK_DV)
         at = _slot(first_slot, part, BALANCED) * ROWS + rows
-        part_lse = tl.where(empty, float("-inf"), m_i + tl.log2(total))
+        part_lse = m_i + tl.log2(total)
         tl.store(
             part_out_ptr + at[:, None] * BLOCK_DV + dv_idx[None, :], acc / total[:, None],
             mask=ok[:, None],
@@ -305,8 +308,11 @@ def _attend_part(
                 acc, m_i, l_i = _merge_tile(
                     first_slot, parts, part_out_ptr, part_lse_ptr, ok, ROWS, BLOCK_DV, BALANCED
                 )
+                nothing = sees_nothing(
+                    m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
+                )  # fmt: skip
                 store_rows(
-                    acc, m_i, l_i, token_rows, heads, ok, v_scale, out_ptr, out_stride_t,
+                    acc, m_i, l_i, token_rows, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
                     out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS,
                     LSE, OUT_FORMAT, OUT_GROUP,
                 )  # fmt: skip
@@ -318,13 +324,49 @@ def _attend_part(
                         BALANCED, AT_ONCE,
                     )  # fmt: skip
                     one = first_packed + row + tl.arange(0, 1)
+                    nothing = sees_nothing(
+                        row_m, row_l, seq_len - q_len + one // GROUP, seq_len, window, CAUSAL,
+                        WINDOW, RANGES, MASK,
+                    )  # fmt: skip
                     store_rows(
                         row_acc, row_m, row_l, q_start + one // GROUP,
-                        kv_head * GROUP + one % GROUP, one >= 0, v_scale, out_ptr, out_stride_t,
-                        out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V,
-                        SINKS, LSE, OUT_FORMAT, OUT_GROUP,
+                        kv_head * GROUP + one % GROUP, one >= 0, nothing, v_scale, out_ptr,
+                        out_stride_t, out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS,
+                        HEAD_SIZE_V, SINKS, LSE, OUT_FORMAT, OUT_GROUP,
                     )  # fmt: skip
             tl.store(counters_ptr + first_slot, 0)  # for the next launch
+
+
+@triton.jit
+def _store_nothing(
+    first, last, step, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
+    OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Store rows that see no key, token * NUM_HEADS + head: 0, and an lse of −inf."""
+    ONE: tl.constexpr = 1
+    for row in range(first, last, step):
+        at = row + tl.arange(0, ONE)
+        store_rows(
+            tl.zeros([ONE, BLOCK_DV], tl.float32), tl.full([ONE], float("-inf"), tl.float32),
+            tl.zeros([ONE], tl.float32), at // NUM_HEADS, at % NUM_HEADS, at >= 0, at >= 0, 1.0,
+            out_ptr, out_stride_t, out_stride_h, lse_ptr, lse_ptr, out_scale_ptr, NUM_HEADS,
+            HEAD_SIZE_V, False, LSE, OUT_FORMAT, OUT_GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_padding(
+    end, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
+    OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Store the rows behind those of the last request, `end` to `num_rows`, each program some."""
+    _store_nothing(
+        end * NUM_HEADS + tl.program_id(0), num_rows * NUM_HEADS, tl.num_programs(0), out_ptr,
+        lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE,
+        OUT_FORMAT, OUT_GROUP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -334,25 +376,19 @@ def _store_empty(
     LISTED: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr, LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Store the rows of requests without keys: 0, and an lse of −inf."""
-    ONE: tl.constexpr = 1
+    """Store the rows of requests without keys."""
     for i in range(tl.program_id(0), num_reqs, tl.num_programs(0)):
         request = _request(requests_ptr, i, LISTED)
         if tl.load(seq_lens_ptr + request) == 0:
             first = tl.load(query_start_loc_ptr + request) * NUM_HEADS
             last = tl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
-            for row in range(first, last):
-                at = row + tl.arange(0, ONE)
-                store_rows(
-                    tl.zeros([ONE, BLOCK_DV], tl.float32),
-                    tl.full([ONE], float("-inf"), tl.float32), tl.zeros([ONE], tl.float32),
-                    at // NUM_HEADS, at % NUM_HEADS, at >= 0, 1.0, out_ptr, out_stride_t,
-                    out_stride_h, lse_ptr, lse_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, False,
-                    LSE, OUT_FORMAT, OUT_GROUP,
-                )  # fmt: skip
+            _store_nothing(
+                first, last, 1, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
+                NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+            )  # fmt: skip
 
 
-_UNSPECIALIZED = ["num_reqs", "table_stride", "window"]
+_UNSPECIALIZED = ["num_reqs", "all_reqs", "num_rows", "table_stride", "window"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
@@ -361,8 +397,8 @@ def decode_kernel(
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
     v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
     ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h,
-    out_stride_t, out_stride_h, num_reqs, table_stride, window, scale_log2, cap_log2,
-    scale_over_cap,
+    out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2,
+    cap_log2, scale_over_cap,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -380,6 +416,8 @@ def decode_kernel(
 
     Args:
         requests_ptr: with LISTED, (num_reqs,) int32, the requests; else all of them, in order.
+        all_reqs: requests of the batch, listed or not.
+        num_rows: of the output; those behind the last request's are stored as rows without keys.
         PAIRS: the cache is given as pairs of bytes, see attend_pairs.py; strides are in 16 bytes.
         PTX: NVIDIA's instructions may be used.
         MIN_TILES: a program that works has at least so many tiles of keys.
@@ -388,6 +426,7 @@ def decode_kernel(
         Others: as for prefill_kernel; keys and values have the same strides.
     """
     pid = tl.program_id(0)
+    padding = tl.load(query_start_loc_ptr + all_reqs)  # early: it is needed at the end
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES  # a range may reach back beyond the window
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     _store_empty(
@@ -441,6 +480,10 @@ def decode_kernel(
             if position == base + tiles.to(tl.int64) * units:
                 base = position
                 i += 1
+    _store_padding(
+        padding, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS,
+        HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
@@ -449,8 +492,8 @@ def decode_invariant_kernel(
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
     v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
     ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h,
-    out_stride_t, out_stride_h, num_reqs, table_stride, window, scale_log2, cap_log2,
-    scale_over_cap,
+    out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2,
+    cap_log2, scale_over_cap,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -467,6 +510,7 @@ def decode_invariant_kernel(
     request has NUM_KV_HEADS units for each tile of its rows; part_lse_ptr and counters_ptr as many
     less the last one or two factors.
     """
+    padding = tl.load(query_start_loc_ptr + all_reqs)
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     _store_empty(
@@ -506,3 +550,7 @@ def decode_invariant_kernel(
                 OUT_FORMAT, OUT_GROUP, FEW, AT_ONCE, False,
             )  # fmt: skip
         place += tl.num_programs(0)
+    _store_padding(
+        padding, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS,
+        HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+    )  # fmt: skip

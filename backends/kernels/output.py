@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from attn_dispatch.backends.kernels.attend import LOWEST
 from attn_dispatch.backends.kernels.elements import encode_fp8, largest
 
 __all__ = ["store_rows"]
@@ -19,6 +20,7 @@ def store_rows(
     token_rows,
     heads,
     ok,
+    nothing,
     v_scale,
     out_ptr,
     out_stride_t,
@@ -40,6 +42,8 @@ def store_rows(
         token_rows: (rows,) the row of the output, by token.
         heads: (rows,) the query head.
         ok: (rows,) bool, rows that exist.
+        nothing: (rows,) bool, rows that see no key: 0, with an lse of −inf. In others a NaN stays,
+            and what has no score above −inf is 0 / 0, unless a sink takes part.
         v_scale: float32, of the values of an fp8 cache.
         lse_ptr: (tokens, NUM_HEADS) float32, written with LSE.
         sinks_ptr: (NUM_HEADS,) float32, read with SINKS.
@@ -49,16 +53,17 @@ def store_rows(
     """
     DV: tl.constexpr = acc.shape[1]
     rows = token_rows.to(tl.int64)
-    empty = m_i == float("-inf")
+    low = m_i <= LOWEST
     if LSE:
-        lse = tl.where(empty, float("-inf"), (m_i + tl.log2(tl.where(empty, 1.0, l_i))) * LN2)
+        lse = tl.where(low, float("nan"), (m_i + tl.log2(l_i)) * LN2)
+        lse = tl.where(nothing, float("-inf"), lse)
         tl.store(lse_ptr + rows * NUM_HEADS + heads, lse, mask=ok)
     total = l_i
     if SINKS:
         sink = tl.load(sinks_ptr + heads, mask=ok, other=0.0).to(tl.float32) * LOG2E
-        total += tl.exp2(sink - tl.where(empty, 0.0, m_i))
-    out = acc * (v_scale / tl.where(empty, 1.0, total))[:, None]
-    out = tl.where(empty[:, None], 0.0, out)
+        total += tl.exp2(sink - tl.where(low, 0.0, m_i))
+    out = acc * (v_scale / total)[:, None]
+    out = tl.where(nothing[:, None], 0.0, out)
     d_idx = tl.arange(0, DV)
     offsets = (
         rows[:, None] * out_stride_t + (heads.to(tl.int64) * out_stride_h)[:, None] + d_idx[None, :]
@@ -73,6 +78,7 @@ def store_rows(
         tl.store(out_ptr + offsets, encode_fp8(scaled, OUT_FORMAT), mask=out_ok)
     else:
         GROUPS: tl.constexpr = DV // OUT_GROUP
+        KEPT: tl.constexpr = HEAD_SIZE_V // OUT_GROUP
         LARGEST: tl.constexpr = largest(OUT_FORMAT)
         groups = tl.reshape(out, (out.shape[0], GROUPS, OUT_GROUP))
         amax = tl.max(tl.abs(groups), 2)
@@ -85,5 +91,6 @@ def store_rows(
         codes = encode_fp8(tl.reshape(scaled, (out.shape[0], DV)), OUT_FORMAT)
         tl.store(out_ptr + offsets, codes, mask=out_ok)
         g_idx = tl.arange(0, GROUPS)
-        scale_offsets = (rows * NUM_HEADS + heads)[:, None] * GROUPS + g_idx[None, :]
-        tl.store(out_scale_ptr + scale_offsets, scales, mask=ok[:, None])
+        scale_offsets = (rows * NUM_HEADS + heads)[:, None] * KEPT + g_idx[None, :]
+        scales_ok = ok[:, None] & (g_idx < KEPT)[None, :]
+        tl.store(out_scale_ptr + scale_offsets, scales, mask=scales_ok)

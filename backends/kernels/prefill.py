@@ -8,7 +8,7 @@ shares its keys in the cache.
 import triton
 import triton.language as tl
 
-from attn_dispatch.backends.kernels.attend import LOG2E, attend, reach
+from attn_dispatch.backends.kernels.attend import LOG2E, attend, reach, sees_nothing
 from attn_dispatch.backends.kernels.launcher import METADATA
 from attn_dispatch.backends.kernels.output import store_rows
 
@@ -204,8 +204,11 @@ def prefill_kernel(
         window, scale_log2, cap_log2, scale_over_cap, True, SOURCE, FORMAT, NATIVE, CAUSAL, WINDOW,
         CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, STAGES,
     )  # fmt: skip
+    nothing = sees_nothing(
+        m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
+    )  # fmt: skip
     store_rows(
-        acc, m_i, l_i, q_start + rows // GROUP, heads, ok, v_scale, out_ptr, out_stride_t,
+        acc, m_i, l_i, q_start + rows // GROUP, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
         out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS, LSE,
         OUT_FORMAT, OUT_GROUP,
     )  # fmt: skip
