@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attn_dispatch import environment
+from attn_dispatch.arguments import INT32_MAX, as_int, shown
+from attn_dispatch.device import usable_device
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import (
     AttentionMetadata,
@@ -37,6 +40,15 @@ _OF_BATCH = frozenset(field.name for field in dataclasses.fields(AttentionMetada
 
 #: Stands among `checked` for a batch that agrees with itself.
 _ITSELF = ("batch",)
+
+_INTEGERS = (torch.int32, torch.int64)
+#: What `create` takes by name beside its own arguments, and hands on.
+_HANDED_ON = (
+    "custom_mask",
+    "multi_modal_placeholder_index_maps",
+    "enable_kv_scales_calculation",
+    "max_decode_query_len",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,47 +107,82 @@ class AttentionBatch:
         block_size: int | None = None,
         slot_mapping: torch.Tensor | None = None,
         key_lens: Sequence[int] | torch.Tensor | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = "cpu",
         **more: Any,
     ) -> AttentionBatch:
         """A batch out of each request's lengths.
 
+        What is on the host is checked here, whatever the device: lengths and their sums have to
+        fit int32, block ids too, and slots are −1 or more. What is on a device is not read, unless
+        under ATTN_DISPATCH_CHECK=1: an int64 block table there is narrowed as it is.
+
         Args:
             query_lens: new tokens of each request.
             seq_lens: keys of each request, the new ones included.
-            block_table: as the attribute.
+            block_table: as the attribute; int64 is taken too.
             block_size: as the attribute. With it and a block table, but without a slot_mapping,
                 the slots of the new tokens are derived: they are the last query_len ones of each
                 request, and −1 for a request without keys, which pads the batch.
-            slot_mapping: as the attribute.
+            slot_mapping: as the attribute; int32 is taken too.
             key_lens: rows of key and value of each request, if not query_lens.
-            device: where the tensors go.
-            **more: any other attribute.
+            device: where the tensors go; None for the default device.
+            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
+                or max_decode_query_len: as the attributes.
 
         Raises:
-            InvalidInputError: the lengths contradict each other or the block table.
+            InvalidInputError: an argument is of another type or out of range, or the lengths
+                contradict each other or the block table.
         """
-        queries, seqs = _lengths("query_lens", query_lens), _lengths("seq_lens", seq_lens)
-        if queries.shape != seqs.shape:
+        unknown = [name for name in more if name not in _HANDED_ON]
+        if unknown:
             raise InvalidInputError(
-                f"query_lens has {len(queries)} requests and seq_lens {len(seqs)}; give both for "
-                "the same requests."
+                f"AttentionBatch.create takes no {unknown[0]}. What it takes as well as its own "
+                f"arguments: {', '.join(_HANDED_ON)}. The rest is derived from the lengths."
             )
-        query_start_loc_cpu = _starts(queries)
+        device = usable_device(device)
+        queries, seqs = _lengths("query_lens", query_lens), _lengths("seq_lens", seq_lens)
+        _check_same_requests("query_lens", queries, seqs)
+        keys = None if key_lens is None else _lengths("key_lens", key_lens)
+        if keys is not None:
+            _check_same_requests("key_lens", keys, seqs)
+        if block_size is not None:
+            block_size = as_int("block_size", block_size, 1, INT32_MAX)
         if block_table is not None:
             _check_block_table(block_table, len(seqs))
-            block_table = block_table.to(device=device, dtype=torch.int32)
-            if slot_mapping is None and block_size is not None and key_lens is None:
-                _check_room(block_table, queries, seqs, block_size)
-                slot_mapping = slots_of(queries, seqs, block_table, block_size)
-        keys = None if key_lens is None else _lengths("key_lens", key_lens)
-        if keys is not None and keys.shape != seqs.shape:
-            raise InvalidInputError(
-                f"key_lens has {len(keys)} requests and seq_lens {len(seqs)}; give both for the "
-                "same requests."
-            )
-        if more.get("custom_mask") is not None:
-            more["custom_mask"] = more["custom_mask"].to(device)
+            _check_block_ids(block_table, seqs, block_size)
+        if slot_mapping is not None:
+            _check_slots(slot_mapping)
+            slot_mapping = slot_mapping.to(device, torch.int64)
+        elif block_table is not None and block_size is not None and keys is None:
+            _check_room(block_table, queries, seqs, block_size)
+            slot_mapping = _slots_of(queries, seqs, block_table, block_size).to(device)
+        if isinstance(mask := more.get("custom_mask"), torch.Tensor):
+            more["custom_mask"] = mask.to(device)
+        batch = cls._of_lengths(
+            queries,
+            seqs,
+            keys,
+            device,
+            block_table=None if block_table is None else block_table.to(device, torch.int32),
+            slot_mapping=slot_mapping,
+            block_size=block_size,
+            **more,
+        )
+        batch._check()
+        batch.checked.add(_ITSELF)
+        return batch
+
+    @classmethod
+    def _of_lengths(
+        cls,
+        queries: torch.Tensor,
+        seqs: torch.Tensor,
+        keys: torch.Tensor | None,
+        device: torch.device,
+        **more: Any,
+    ) -> AttentionBatch:
+        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes."""
+        query_start_loc_cpu = _starts("query_lens", queries)
         return cls(
             query_start_loc=query_start_loc_cpu.to(device),
             seq_lens=seqs.to(device),
@@ -143,10 +190,7 @@ class AttentionBatch:
             seq_lens_cpu=seqs,
             max_query_len=int(queries.max()) if len(queries) else 0,
             max_seq_len=int(seqs.max()) if len(seqs) else 0,
-            block_table=block_table,
-            slot_mapping=None if slot_mapping is None else slot_mapping.to(device, torch.int64),
-            key_start_loc_cpu=None if keys is None else _starts(keys),
-            block_size=block_size,
+            key_start_loc_cpu=None if keys is None else _starts("key_lens", keys),
             **more,
         )
 
@@ -225,7 +269,11 @@ class AttentionBatch:
         found = set(self.phases)
         if len(found) == 1:
             return {found.pop(): BatchPart(self, slice(None), slice(None))}
-        return {phase: self._part(phase) for phase in Phase if phase in found}
+        parts = {phase: self._part(phase) for phase in Phase if phase in found}
+        if _ITSELF in self.checked:
+            for part in parts.values():
+                part.batch.checked.add(_ITSELF)
+        return parts
 
     def _part(self, phase: Phase) -> BatchPart:
         chosen = [i for i, each in enumerate(self.phases) if each is phase]
@@ -239,19 +287,21 @@ class AttentionBatch:
         tokens, query_lens = _rows_of(chosen, self.query_starts, device)
         keys, key_lens = _rows_of(chosen, self.key_starts, device)
         requests = torch.tensor(chosen, device=device)
-        part = AttentionBatch.create(
-            query_lens,
-            [self.host_seq_lens[i] for i in chosen],
-            key_lens=None if self.key_start_loc_cpu is None else key_lens,
+        seq_lens = [self.host_seq_lens[i] for i in chosen]
+        part = self._of_lengths(
+            torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
+            torch.tensor(seq_lens, dtype=torch.int32, device="cpu"),
+            None
+            if self.key_start_loc_cpu is None
+            else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
+            device,
             block_table=None if self.block_table is None else self.block_table[requests],
             slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
-            device=device,
+            block_size=self.block_size,
             enable_kv_scales_calculation=self.enable_kv_scales_calculation,
             max_decode_query_len=self.max_decode_query_len,
             **own,
         )
-        # Given to create, it would make slots for a batch that has none.
-        part = dataclasses.replace(part, block_size=self.block_size)
         return BatchPart(part, tokens, keys)
 
     def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
@@ -301,10 +351,13 @@ class AttentionBatch:
             InvalidInputError: it says what contradicts what.
         """
         if _ITSELF not in self.checked:
+            self._check_types()  # the others read these
+            self._check_contents()
             self._check()
             self.checked.add(_ITSELF)
 
     def _check(self) -> None:
+        self._check_types()
         num_reqs = self.num_reqs
         starts = {"query_start_loc_cpu": self.query_starts, "key_start_loc_cpu": self.key_starts}
         for name, values in starts.items():
@@ -313,11 +366,18 @@ class AttentionBatch:
                     f"{name} is {values[:8]}; for {num_reqs} requests it takes {num_reqs + 1} "
                     "values that start at 0 and never fall."
                 )
+            if values[-1] > INT32_MAX:
+                raise InvalidInputError(f"{name} ends at {values[-1]}, which int32 cannot hold.")
+        if len(self.query_start_loc) != num_reqs + 1:
+            raise InvalidInputError(
+                f"query_start_loc has {len(self.query_start_loc)} values; for {num_reqs} requests "
+                f"it takes {num_reqs + 1}."
+            )
         seqs = self.host_seq_lens
-        if len(seqs) != num_reqs or min(seqs, default=0) < 0:
+        if len(seqs) != num_reqs or min(seqs, default=0) < 0 or max(seqs, default=0) > INT32_MAX:
             raise InvalidInputError(
                 f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths of "
-                "0 or more."
+                f"0 or more, and at most {INT32_MAX}."
             )
         longest = {"max_query_len": self.query_lens, "max_seq_len": seqs}
         for name, lengths in longest.items():
@@ -326,21 +386,13 @@ class AttentionBatch:
                     f"{name} is {getattr(self, name)}, and a request has {max(lengths)}. It must "
                     "be the longest or more."
                 )
-        for name in ("block_table", "slot_mapping", "custom_mask"):
+        for name in ("query_start_loc", "block_table", "slot_mapping", "custom_mask"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != self.seq_lens.device:
                 raise InvalidInputError(
                     f"{name} is on {tensor.device}, and seq_lens on {self.seq_lens.device}. Make "
                     "the batch by AttentionBatch.create, with device=."
                 )
-        if self.block_table is not None:
-            _check_block_table(self.block_table, num_reqs)
-        slots, num_keys = self.slot_mapping, self.key_starts[-1]
-        if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
-            raise InvalidInputError(
-                f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
-                "slot for each: block * block_size + offset, or −1 for padding."
-            )
         mask = self.custom_mask
         size = 0 if mask is None else self.mask_starts[-1]
         if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
@@ -348,8 +400,64 @@ class AttentionBatch:
                 f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
                 f"({size},) bool: query_len * seq_len values for each request, one after another."
             )
+        slots, num_keys = self.slot_mapping, self.key_starts[-1]
+        if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
+            raise InvalidInputError(
+                f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
+                "slot for each, int64: block * block_size + offset, or −1 for padding."
+            )
         if self.multi_modal_placeholder_index_maps is not None:
             _check_placeholders(self.multi_modal_placeholder_index_maps, num_reqs)
+
+    def _check_types(self) -> None:
+        """Check each attribute by itself."""
+        for name in _LENGTHS:
+            tensor = getattr(self, name)
+            if tensor is None and name == "key_start_loc_cpu":
+                continue
+            _check_tensor(name, tensor, "an int32 tensor with a value for each request")
+            if tensor.dim() != 1 or tensor.dtype not in _INTEGERS:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it must be "
+                    "int32 of one dimension."
+                )
+            if name.endswith("_cpu") and tensor.device.type != "cpu":
+                raise InvalidInputError(f"{name} is on {tensor.device}; it must be on the host.")
+        if self.custom_mask is not None:
+            _check_tensor("custom_mask", self.custom_mask, "a bool tensor of one dimension")
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= INT32_MAX:
+                if value is None and name == "block_size":
+                    continue
+                raise InvalidInputError(
+                    f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
+                )
+        if type(self.enable_kv_scales_calculation) is not bool:
+            raise InvalidInputError(
+                f"enable_kv_scales_calculation={shown(self.enable_kv_scales_calculation)} is not "
+                "True or False."
+            )
+
+    def _check_contents(self) -> None:
+        """Check the block table and the slots; what they hold, if that is on the host."""
+        if self.block_table is not None:
+            _check_block_table(self.block_table, self.num_reqs)
+            _check_block_ids(self.block_table, self.seq_lens_cpu, self.block_size)
+        if self.slot_mapping is not None:
+            _check_slots(self.slot_mapping)
+
+
+#: The attributes that are lengths, or where they add up to.
+_LENGTHS = (
+    "query_start_loc",
+    "seq_lens",
+    "query_start_loc_cpu",
+    "seq_lens_cpu",
+    "key_start_loc_cpu",
+)
+#: The attributes that are integers, and their smallest values.
+_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1}
 
 
 class BatchPart(NamedTuple):
@@ -517,11 +625,28 @@ def slots_of(
     A row that stands before the first position has slot −1.
 
     Args:
-        query_lens: (num_reqs,) on the host.
-        seq_lens: (num_reqs,) on the host.
-        block_table: (num_reqs, max_blocks).
+        query_lens: (num_reqs,) integers on the host.
+        seq_lens: (num_reqs,) integers on the host.
+        block_table: (num_reqs, max_blocks) int32 or int64, with room for the longest request.
         block_size: tokens per block.
+
+    Raises:
+        InvalidInputError: an argument is of another type or out of range, or they contradict each
+            other. What a table on a device holds is not read unless under ATTN_DISPATCH_CHECK=1.
     """
+    queries, seqs = _lengths("query_lens", query_lens), _lengths("seq_lens", seq_lens)
+    _check_same_requests("query_lens", queries, seqs)
+    block_size = as_int("block_size", block_size, 1, INT32_MAX)
+    _check_block_table(block_table, len(seqs))
+    _check_block_ids(block_table, seqs, block_size)
+    _check_columns(block_table, seqs, block_size)
+    return _slots_of(queries, seqs, block_table, block_size)
+
+
+def _slots_of(
+    query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The same for arguments that were checked."""
     requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
     ends = torch.cumsum(query_lens, 0).long()
     positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
@@ -532,26 +657,103 @@ def slots_of(
     return torch.where(positions < 0, -1, blocks * block_size + positions % block_size)
 
 
-def _lengths(name: str, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    lengths = torch.as_tensor(values, device="cpu")
-    if lengths.numel() == 0:
-        lengths = lengths.to(torch.int32)
-    if lengths.dim() != 1 or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        raise InvalidInputError(f"{name} is not a list of integers, one for each request.")
-    if len(lengths) and int(lengths.min()) < 0:
-        raise InvalidInputError(f"{name} holds {int(lengths.min())}; lengths are 0 or more.")
+def _check_tensor(name: str, value: object, wanted: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be {wanted}.")
+    if value.layout is not torch.strided or value.is_nested:
+        raise InvalidInputError(f"{name} is sparse or nested; it must be {wanted}.")
+
+
+def _lengths(name: str, values: Any) -> torch.Tensor:
+    """(num_reqs,) int32 on the host: lengths as they were given, if they are lengths."""
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        if set(map(type, values)) - {int}:
+            values = [_length(name, value) for value in values]
+        try:
+            lengths = torch.tensor(values, dtype=torch.int64, device="cpu")
+        except (OverflowError, RuntimeError):  # an integer beyond int64
+            _check_length(name, min(values), max(values))
+            raise
+        least, most = min(values, default=0), max(values, default=0)
+    else:
+        lengths = _lengths_of_array(name, values)
+        least, most = (int(end) for end in lengths.aminmax()) if len(lengths) else (0, 0)
+    _check_length(name, least, most)
     return lengths.to(torch.int32)
 
 
-def _starts(lengths: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0)).to(torch.int32)
+def _check_length(name: str, least: int, most: int) -> None:
+    if least < 0:
+        raise InvalidInputError(f"{name} holds {shown(least)}; lengths are 0 or more.")
+    if most > INT32_MAX:
+        raise InvalidInputError(f"{name} holds {shown(most)}; a length is at most {INT32_MAX}.")
+
+
+def _length(name: str, value: Any) -> int:
+    """A length that is no plain int: a NumPy integer, say."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
+        )
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of other than one integer
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
+        ) from error
+
+
+def _lengths_of_array(name: str, values: Any) -> torch.Tensor:
+    """An array or a tensor as int64 on the host."""
+    try:
+        lengths = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidInputError(
+            f"{name} is a {type(values).__name__}, not a list of integers, one for each request."
+        ) from error
+    _check_tensor(name, lengths, "a list of integers, one for each request")
+    is_integer = not (
+        lengths.is_floating_point()
+        or lengths.is_complex()
+        or lengths.is_quantized
+        or lengths.dtype == torch.bool
+    )
+    if lengths.dim() != 1 or lengths.device.type == "meta" or not (is_integer or not len(lengths)):
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it has shape "
+            f"{tuple(lengths.shape)} and dtype {lengths.dtype} on {lengths.device}."
+        )
+    if lengths.dtype in _INTEGERS:
+        return lengths.cpu()
+    return lengths.to("cpu", torch.int64)  # uint64 beyond int64 becomes negative, and is rejected
+
+
+def _check_same_requests(name: str, lengths: torch.Tensor, seqs: torch.Tensor) -> None:
+    if lengths.shape != seqs.shape:
+        raise InvalidInputError(
+            f"{name} has {len(lengths)} requests and seq_lens {len(seqs)}; give both for the same "
+            "requests."
+        )
+
+
+def _starts(name: str, lengths: torch.Tensor) -> torch.Tensor:
+    """(num_reqs + 1,) int32, where each request begins, and where the last one ends."""
+    starts = torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0))  # int64
+    if int(starts[-1]) > INT32_MAX:
+        raise InvalidInputError(
+            f"{name} adds up to {int(starts[-1])}; a batch has at most {INT32_MAX} tokens. Split "
+            "it into several batches."
+        )
+    return starts.to(torch.int32)
 
 
 def _check_block_table(block_table: torch.Tensor, num_reqs: int) -> None:
+    """Check that it is a table for these requests, whatever it holds."""
+    _check_tensor("block_table", block_table, "a tensor of (num_reqs, max_blocks), int32 or int64")
     if (
         block_table.dim() != 2
         or block_table.shape[0] != num_reqs
-        or block_table.dtype not in (torch.int32, torch.int64)
+        or block_table.dtype not in _INTEGERS
     ):
         raise InvalidInputError(
             f"block_table has shape {tuple(block_table.shape)} and dtype {block_table.dtype}; it "
@@ -559,16 +761,71 @@ def _check_block_table(block_table: torch.Tensor, num_reqs: int) -> None:
         )
 
 
+def _check_block_ids(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int | None
+) -> None:
+    """Check that the blocks that are used have ids of 0 or more that fit int32.
+
+    A table on a device is read under ATTN_DISPATCH_CHECK=1 only, since that waits for the device.
+    Without a block size it is not known which entries are used: −1 may mark one that is not.
+    """
+    if not _is_readable(block_table) or not block_table.numel():
+        return
+    least, most = (int(end) for end in block_table.aminmax())
+    if least >= 0 and most <= INT32_MAX:
+        return
+    if block_size is not None:
+        table, seq_lens = block_table.cpu(), seq_lens.cpu().long()
+        first_positions = torch.arange(table.shape[1], device="cpu") * block_size
+        used = table[first_positions < seq_lens[:, None]]
+        if not len(used):
+            return
+        least, most = (int(end) for end in used.aminmax())
+    lowest = -INT32_MAX - 1 if block_size is None else 0
+    if least < lowest or most > INT32_MAX:
+        raise InvalidInputError(
+            f"block_table names blocks {least} to {most}; ids of blocks are 0 to {INT32_MAX}. Give "
+            "the blocks of the layers' caches."
+        )
+
+
+def _check_slots(slots: torch.Tensor) -> None:
+    """Check that it is a list of slots; what it holds, under the conditions of block ids."""
+    wanted = "a tensor of (num_key_tokens,), int64"
+    _check_tensor("slot_mapping", slots, wanted)
+    if slots.dim() != 1 or slots.dtype not in _INTEGERS:
+        raise InvalidInputError(
+            f"slot_mapping is {tuple(slots.shape)} {slots.dtype} and must be (num_key_tokens,) "
+            "int64: block * block_size + offset for each new key, or −1 for padding."
+        )
+    if _is_readable(slots) and slots.numel() and int(slots.min()) < -1:
+        raise InvalidInputError(
+            f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; slots are 0 or "
+            "more, and −1 is padding."
+        )
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether what a tensor holds may be looked at here."""
+    kind = tensor.device.type
+    return kind == "cpu" or (kind != "meta" and environment.check_mode())
+
+
 def _check_room(
     block_table: torch.Tensor, queries: torch.Tensor, seqs: torch.Tensor, block_size: int
 ) -> None:
     """Check that the last query_len positions of each request exist and have blocks."""
-    for request, (query, seq) in enumerate(zip(queries.tolist(), seqs.tolist(), strict=True)):
-        if 0 < seq < query:
-            raise InvalidInputError(
-                f"Request {request} has {query} new tokens and {seq} keys. seq_lens counts the new "
-                "ones too."
-            )
+    wrong = (seqs < queries) & (seqs > 0)
+    if wrong.any():
+        request = int(wrong.nonzero()[0])
+        raise InvalidInputError(
+            f"Request {request} has {int(queries[request])} new tokens and {int(seqs[request])} "
+            "keys. seq_lens counts the new ones too."
+        )
+    _check_columns(block_table, seqs, block_size)
+
+
+def _check_columns(block_table: torch.Tensor, seqs: torch.Tensor, block_size: int) -> None:
     longest = int(seqs.max()) if len(seqs) else 0
     if longest > block_table.shape[1] * block_size:
         raise InvalidInputError(

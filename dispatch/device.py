@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.libraries import Library, installed_libraries
 
@@ -21,6 +22,7 @@ __all__ = [
     "detect_device",
     "known_device",
     "settle_device",
+    "usable_device",
 ]
 
 
@@ -180,6 +182,8 @@ def known_device(name: str) -> DeviceProfile:
     Raises:
         InvalidInputError: the name is not in the table; it lists those that are.
     """
+    if not isinstance(name, str):
+        raise InvalidInputError(f"Device {shown(name)} is not the name of a device.")
     key = name.lower().replace("_", "").replace(" ", "")
     key = ALIASES.get(key, key)
     if key not in KNOWN_DEVICES:
@@ -219,13 +223,46 @@ def settle_device(device: torch.device | str | None) -> torch.device:
         if settled.type == "cuda" and settled.index is None:
             return torch.device("cuda", torch.cuda.current_device())
         return settled
-    except (RuntimeError, AssertionError) as error:
+    except _NO_DEVICE as error:
+        raise _unusable(device, error) from error
+
+
+#: What PyTorch raises for a device that it does not know or cannot reach.
+_NO_DEVICE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError)
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, as by `settle_device`, if a tensor can be made there.
+
+    Raises:
+        InvalidInputError: PyTorch does not know or cannot reach the device.
+    """
+    settled = settle_device(device)
+    if settled.type not in ("cpu", "meta"):
+        _try_device(settled)
+    return settled
+
+
+@functools.cache
+def _try_device(device: torch.device) -> None:
+    """Make a tensor on a device; once, if it succeeds."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except torch.OutOfMemoryError:
+        pass  # the device is there, and full
+    except (*_NO_DEVICE, NotImplementedError) as error:
         raise _unusable(device, error) from error
 
 
 def _unusable(device: object, error: Exception) -> InvalidInputError:
+    import torch
+
+    named = shown(str(device) if isinstance(device, torch.device) else device)
+    lines = str(error).splitlines() or [type(error).__name__]
     return InvalidInputError(
-        f"Device {str(device)!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. "
+        f"Device {named} cannot be used here: {lines[0].rstrip('.')}. "
         "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` answers for "
         "devices that are elsewhere, by architecture or product, e.g. gfx942 or H200."
     )
@@ -245,7 +282,7 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
     settled = settle_device(device)
     try:
         hardware = _detect_hardware(settled.type, settled.index)
-    except (RuntimeError, AssertionError) as error:
+    except _NO_DEVICE as error:
         raise _unusable(device, error) from error
     libraries = installed_libraries(registry.library_names())
     return dataclasses.replace(hardware, libraries=libraries)

@@ -1,0 +1,45 @@
+"""Checks of single arguments, for the public functions: integers, and values in messages."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from attn_dispatch.errors import InvalidInputError
+
+__all__ = ["INT32_MAX", "INT64_MAX", "as_int", "shown"]
+
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+#: Characters of a value that a message shows.
+_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, whatever it is: short, and without waiting for a device."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if hasattr(value, "shape"):  # a tensor or an array
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value)
+    except Exception as error:  # it runs the value's own code
+        return f"a {type(value).__name__} (its repr raises {type(error).__name__})"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def as_int(name: str, value: Any, minimum: int, maximum: int = INT64_MAX) -> int:
+    """An integer argument as a Python int; NumPy's integers are taken too, booleans are not.
+
+    Raises:
+        InvalidInputError: the value is no integer, or out of range.
+    """
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < minimum:
+        raise InvalidInputError(f"{name}={shown(value)} is not an integer of {minimum} or more.")
+    if value > maximum:
+        raise InvalidInputError(
+            f"{name}={shown(value)} is too large; the largest that is accepted is {maximum}."
+        )
+    return int(value)
