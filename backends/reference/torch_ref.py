@@ -55,7 +55,9 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
     """Computes request by request in float32, or in float64 for float64 queries."""
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """Every quantization of the output that the spec can name."""
+        """Static fp8; and fp8 by groups, if a row of the output is a whole number of them."""
+        if quant_key == "fp8_e4m3_group128":
+            return self.num_heads * self.head_size_v % GROUP_SIZE == 0
         return quant_key in OUTPUT_QUANTS
 
     @without_autocast
