@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from attn_dispatch.bench.report import BenchReport
     from attn_dispatch.bench.runner import CaseResult
 
-__all__ = ["load_pyplot", "plot_report"]
+__all__ = ["check_format", "load_pyplot", "plot_report"]
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart, with a mark each for lines.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -47,6 +47,23 @@ def load_pyplot() -> ModuleType:
     matplotlib.use("Agg")
     module: ModuleType = pyplot
     return module
+
+
+def check_format(path: Path) -> None:
+    """Before the run: whether a chart can have the format that the file's ending says.
+
+    Raises:
+        InvalidInputError: matplotlib is not installed, or does not know the format.
+    """
+    load_pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower()
+    if ending and ending not in known:
+        raise InvalidInputError(
+            f"{path}: a chart cannot have the format {ending!r}. Known are: {', '.join(known)}."
+        )
 
 
 def plot_report(report: BenchReport, path: Path, sweep: str | None = None) -> None:

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_dispatch.cli.output import make_console, noise_to_stderr
+from attn_dispatch.cli.output import (
+    MAX_ROUNDS,
+    check_json_output,
+    check_seconds,
+    make_console,
+    noise_to_stderr,
+    write_output,
+)
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.files import check_writable
 
 if TYPE_CHECKING:
     from attn_dispatch.bench.cases import Case
@@ -77,10 +85,14 @@ def bench(
     ] = None,
     time_budget: Annotated[
         float,
-        typer.Option(min=0.0, help="Seconds to time each contestant in each case, about."),
+        typer.Option(
+            min=0.0,
+            callback=check_seconds,
+            help="Seconds to time each contestant in each case, about.",
+        ),
     ] = 0.25,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="So many calls of each instead.")
+        int | None, typer.Option(min=1, max=MAX_ROUNDS, help="So many calls of each instead.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write everything to this file.")
@@ -110,13 +122,17 @@ def bench(
         "kv_cache_dtype": kv_cache_dtype,
     }
     chosen = _choose_cases(cases, name_filter, sweep, layer)
-    for path in (json_path, plot_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidInputError(f"{path}: there is no folder {path.absolute().parent}.")
+    if json_path is not None:
+        check_json_output(json_path, "format_version", "ceilings", "cases")
     if plot_path is not None:
-        from attn_dispatch.bench.plot import load_pyplot
+        if not plot_path.absolute().parent.is_dir():
+            raise InvalidInputError(
+                f"{plot_path}: there is no folder {plot_path.absolute().parent}."
+            )
+        check_writable(plot_path)
+        from attn_dispatch.bench.plot import check_format
 
-        load_pyplot()  # what is missing shows before the work
+        check_format(plot_path)  # what is missing shows before the work
 
     with noise_to_stderr():
         report = _run(
@@ -219,10 +235,7 @@ def _write_json(report: BenchReport, path: Path) -> None:
     """Write everything; lists of numbers stay on one line."""
     text = json.dumps(report.asdict(), indent=1, allow_nan=False)
     text = re.sub(r"\[[\d,\s]+\]", lambda found: "".join(found[0].split()), text)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be written: {error.strerror}.") from error
+    write_output(path, text + "\n")
 
 
 def _load_peers(device_type: str) -> tuple[list[Peer], dict[str, str]]:

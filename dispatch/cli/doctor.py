@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,10 +191,18 @@ def _read_tuning() -> None:
 def _read_cache_folder() -> None:
     from attn_dispatch.environment import CACHE_FOLDER, cache_folder
 
-    if cache_folder() and Path(cache_folder()).is_file():
+    given = cache_folder()
+    if not given or not os.path.lexists(given):
+        return
+    try:
+        if not stat.S_ISDIR(os.stat(given).st_mode):
+            raise InvalidInputError(f"{CACHE_FOLDER.name} is {given!r}, a file. Give a folder.")
+        os.listdir(given)
+    except OSError as error:
         raise InvalidInputError(
-            f"{CACHE_FOLDER.name} is {cache_folder()!r}, a file. Give a folder."
-        )
+            f"{CACHE_FOLDER.name} is {given!r}, which cannot be looked into: {error.strerror}. "
+            "Give a folder that can be."
+        ) from error
 
 
 #: How the library reads each of environment.VARIABLES; raises where it would not understand it.

@@ -21,6 +21,8 @@ __all__ = ["fields_from_flags", "flag_name", "spec_from_fields", "with_spec_flag
 
 _PANEL = "The layer, by the fields of AttentionSpec"
 
+#: The largest integer that a flag takes: no layer has more.
+_MAX_INTEGER = (1 << 31) - 1
 
 #: Further flags: the field that one sets, its value, and what it says.
 _SWITCHES: dict[str, tuple[str, Any, str]] = {
@@ -113,7 +115,7 @@ def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 def _dtype(text: str) -> Any:
     import torch
 
-    found = getattr(torch, text.removeprefix("torch."), None)
+    found = vars(torch).get(text.removeprefix("torch."))  # getattr would import modules
     return found if isinstance(found, torch.dtype) else text
 
 
@@ -128,6 +130,8 @@ _METAVARS = {"int": "N", "float": "X", "torch.dtype": "DTYPE", "str": "NAME"}
 def _parse_record(field: str, record: type, text: str) -> Any:
     names = [f.name for f in dataclasses.fields(record)]
     parts = [_number(int)(part.strip()) for part in text.split(",")]
+    for part in parts:
+        _check_size(field, part)
     if len(parts) != len(names):
         raise InvalidInputError(
             f"{flag_name(field)} {text} has {len(parts)} of {len(names)} numbers. "
@@ -156,8 +160,16 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = _parse_record(name, record, value)
         else:
             fields[name] = _PARSERS.get(kinds[name], str)(value)
+            _check_size(name, fields[name])
     fields |= {field: value for name, (field, value, _) in _SWITCHES.items() if flags.get(name)}
     return fields
+
+
+def _check_size(field: str, value: Any) -> None:
+    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        raise InvalidInputError(
+            f"{flag_name(field)} {value} is beyond {_MAX_INTEGER}, and no layer has as much."
+        )
 
 
 def spec_from_fields(fields: Mapping[str, Any]) -> AttentionSpec:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_dispatch.cli.output import facts_table, make_console, noise_to_stderr, text_table
+from attn_dispatch.cli.output import (
+    MAX_ROUNDS,
+    check_seconds,
+    facts_table,
+    make_console,
+    noise_to_stderr,
+    text_table,
+)
 from attn_dispatch.cli.spec_flags import fields_from_flags, spec_from_fields, with_spec_flags
 from attn_dispatch.errors import InvalidInputError
 
@@ -26,6 +33,9 @@ if TYPE_CHECKING:
     from attn_dispatch.tuning.table import Table
 
 __all__ = ["register"]
+
+#: Of a number in a list.
+_MAX_DIGITS = 18
 
 
 def register(app: typer.Typer) -> None:
@@ -65,11 +75,19 @@ def tune(
     ] = None,
     time_budget: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Begin no point after so many seconds; the next run goes on."),
+        typer.Option(
+            min=0.0,
+            callback=check_seconds,
+            help="Begin no point after so many seconds; the next run goes on.",
+        ),
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Calls of each backend at a point. Default: a tenth of a second."),
+        typer.Option(
+            min=1,
+            max=MAX_ROUNDS,
+            help="Calls of each backend at a point. Default: a tenth of a second.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -175,8 +193,10 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     numbers = []
     for part in _split(text):
         digits, kilo = part.lower().removesuffix("k"), part.lower().endswith("k")
-        if not digits.isdecimal() or int(digits) == 0:
+        if not digits.isdecimal() or not digits.strip("0"):
             raise InvalidInputError(f"--{flag} {text}: {part!r} is not a number such as 16 or 4k.")
+        if len(digits) > _MAX_DIGITS:
+            raise InvalidInputError(f"--{flag} has a number of {len(digits)} digits. Give fewer.")
         numbers.append(int(digits) << 10 * kilo)
     if not numbers:
         raise InvalidInputError(f"--{flag} needs a number, or several with commas between them.")

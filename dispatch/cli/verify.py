@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attn_dispatch.cli.output import make_console, noise_to_stderr, text_table
+from attn_dispatch.cli.output import (
+    check_json_output,
+    make_console,
+    noise_to_stderr,
+    text_table,
+    write_output,
+)
 from attn_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -51,8 +57,8 @@ def verify(
     an effect, garbage that must have none, what is written to the cache. Exits with 1 if a check
     fails.
     """
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise InvalidInputError(f"{json_path}: there is no folder {json_path.absolute().parent}.")
+    if json_path is not None:
+        check_json_output(json_path, "backend", "outcomes")
     with noise_to_stderr():
         report = _run(name, device, quick=quick, only=only)
     if json_path is not None:
@@ -83,11 +89,7 @@ def _run(name: str, device: str | None, *, quick: bool, only: str) -> Conformanc
 
 
 def _write_json(report: Conformance, path: Path) -> None:
-    try:
-        text = json.dumps(report.asdict(), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be written: {error.strerror}.") from error
+    write_output(path, json.dumps(report.asdict(), indent=1, allow_nan=False) + "\n")
 
 
 def _print_report(console: Console, report: Conformance) -> None:

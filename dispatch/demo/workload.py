@@ -16,7 +16,7 @@ MAX_DIGITS = 6
 SHARED_EXAMPLES = 4
 MAX_OWN_EXAMPLES = 8
 
-_PROMPT = re.compile(r"(\d+)\+(\d+)=?")
+_PROMPT = re.compile(r"([0-9]+)\+([0-9]+)=?")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def prompt_task(prompt: str) -> Task:
     match = _PROMPT.fullmatch(prompt.replace(" ", ""))
     if match is None or max(map(len, match.groups())) > MAX_DIGITS:
         raise InvalidInputError(
-            f"The demo model adds two numbers of 1 to {MAX_DIGITS} digits; {prompt!r} is no such "
-            "sum. Ask for instance: --prompt 48+76"
+            f"The demo model adds two numbers of 1 to {MAX_DIGITS} digits; {prompt[:80]!r} is no "
+            "such sum. Ask for instance: --prompt 48+76"
         )
     a, b = (int(number) for number in match.groups())
     question = f"{match[1]}+{match[2]}="
