@@ -24,12 +24,12 @@ __all__ = ["ForwardContext", "current_context", "forward_context"]
 class ForwardContext:
     """The batch of a step, or one for each layer by name, and the metadata made from it so far."""
 
-    def __init__(self, batch: AttentionBatch | Mapping[str, AttentionBatch]) -> None:
+    def __init__(self, batch: AttentionBatch | Mapping[str, AttentionBatch] | None) -> None:
         self._batch = batch
         self._metadata: dict[Hashable, Any] = {}
 
-    def batch_for(self, layer_name: str) -> AttentionBatch:
-        """The batch that a layer works on.
+    def batch_for(self, layer_name: str) -> AttentionBatch | None:
+        """The batch that a layer works on; None in a profiling run.
 
         Raises:
             InvalidInputError: the context has batches by name, and none for this one.
@@ -48,12 +48,16 @@ class ForwardContext:
     ) -> Any:
         """The metadata of the layer's batch, made by `build` unless an alike layer asked before.
 
+        None in a profiling run.
+
         Args:
             layer_name: whose batch.
             key: equal for layers that can share metadata.
             build: makes it.
         """
         batch = self.batch_for(layer_name)
+        if batch is None:
+            return None
         full_key = (key, id(batch))
         if full_key not in self._metadata:
             self._metadata[full_key] = build(batch)
@@ -65,13 +69,14 @@ _current: ContextVar[ForwardContext | None] = ContextVar("attn_dispatch_forward"
 
 @contextlib.contextmanager
 def forward_context(
-    batch: AttentionBatch | Mapping[str, AttentionBatch],
+    batch: AttentionBatch | Mapping[str, AttentionBatch] | None,
 ) -> Iterator[ForwardContext]:
     """Open the context of one forward pass; for this thread and asyncio task alone.
 
     Args:
         batch: the step's batch; or layer name -> batch, where layers have block tables of their
-            own (cross-attention, hybrid models).
+            own (cross-attention, hybrid models). None for an engine's profiling run, before there
+            is a cache: every layer's output is zeros, and no cache is read or written.
 
     Example:
         >>> with forward_context(batch):
