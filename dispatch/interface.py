@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -195,10 +196,26 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
         """
 
 
-def _check_per_head(name: str, values: Sequence[float] | torch.Tensor | None, heads: int) -> None:
+def _check_per_head(name: str, values: Any, heads: int) -> None:
+    """Check slopes or sinks: a number for each query head, or a dense floating-point tensor."""
+    import torch
+
     if values is None:
         return
-    shape = tuple(values.shape) if hasattr(values, "shape") else (len(values),)
+    if isinstance(values, torch.Tensor):
+        if values.layout != torch.strided or values.is_meta or not values.is_floating_point():
+            found = "on the meta device" if values.is_meta else f"{values.dtype} {values.layout}"
+            raise InvalidInputError(f"{name} is {found}; give a dense floating-point tensor.")
+        shape: tuple[int, ...] = tuple(values.shape)
+    elif isinstance(values, (list, tuple)) and all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in values
+    ):
+        shape = (len(values),)
+    else:
+        raise InvalidInputError(
+            f"{name}={values!r:.80} is neither a list of numbers nor a tensor. Give one value for "
+            "each query head."
+        )
     if shape != (heads,):
         raise InvalidInputError(
             f"{name} has shape {shape}; the layer has {heads} query heads and needs one value for "
@@ -266,6 +283,8 @@ class AttentionImpl(ABC, Generic[T]):
     ) -> None:
         _check_scale(scale)
         _check_per_head("alibi_slopes", alibi_slopes, num_heads)
+        if isinstance(sinks, (list, tuple)):
+            raise InvalidInputError("sinks is a list; give a (num_heads,) tensor.")
         _check_per_head("sinks", sinks, num_heads)
         self.num_heads = num_heads
         self.head_size = head_size

@@ -44,7 +44,7 @@ from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
 from attn_dispatch.routing import PartFailed, RoutedImpl
 from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
-from attn_dispatch.validation import check_no_grad
+from attn_dispatch.validation import check_no_grad, check_tensors, checked_scale, profiling_output
 
 __all__ = ["Attention", "bind_kv_caches"]
 
@@ -155,7 +155,7 @@ class Attention(nn.Module):
                 "resolve(spec).backend_cls."
             )
         self.prefix = prefix
-        self.scale = head_size**-0.5 if scale is None else float(scale)
+        self.scale = head_size**-0.5 if scale is None else checked_scale(scale)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.kv_cache: torch.Tensor | None = None
         # In a dict, so that sinks which are a Parameter stay the model's, and not this module's.
@@ -174,6 +174,14 @@ class Attention(nn.Module):
             self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
 
     # What AttentionLayer promises: a layer that shares a cache has the scales of its target.
+    @property
+    def _q_scale(self) -> torch.Tensor:
+        return self._cache_state._q_scale
+
+    @property
+    def _prob_scale(self) -> torch.Tensor:
+        return self._cache_state._prob_scale
+
     @property
     def _k_scale(self) -> torch.Tensor:
         return self._cache_state._k_scale
@@ -379,6 +387,11 @@ class Attention(nn.Module):
                 return build(batch)
             if metadata is None:
                 return current_context().metadata(self.prefix, bound.metadata_key, build)
+            if not isinstance(metadata, AttentionMetadata):
+                raise InvalidInputError(
+                    f"attn_metadata is a {type(metadata).__name__}. Make it by "
+                    "layer.build_metadata(batch)."
+                )
             if bound is not self._bound or self._has_moved_on:
                 return metadata if bound.accepts(metadata) else build(metadata.batch)
             return metadata
@@ -408,9 +421,9 @@ class Attention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
-        *,
         kv_cache: torch.Tensor | None = None,
         attn_metadata: AttentionMetadata | None = None,
+        *,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -422,7 +435,8 @@ class Attention(nn.Module):
             key: (num_key_tokens, num_kv_heads, head_size) or flattened; None if the cache has all.
             value: (num_key_tokens, num_kv_heads, head_size_v) or flattened.
             kv_cache: the cache to use; None for the one that is bound to the layer.
-            attn_metadata: from `build_metadata`; None to take it from forward_context.
+            attn_metadata: from `build_metadata`; None to take it from forward_context. In a
+                profiling run, `forward_context(None)`, the output is zeros.
             output: where the result goes, (num_tokens, num_heads, head_size_v); made if None.
             output_scale: see AttentionImpl.forward.
             output_block_scale: see AttentionImpl.forward.
@@ -435,7 +449,13 @@ class Attention(nn.Module):
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
         spec = self.spec
-        check_no_grad(query, key, value)  # the op hides this from what it calls
+        if not isinstance(query, torch.Tensor) or (
+            output is not None and not isinstance(output, torch.Tensor)
+        ):
+            check_tensors(query=query, output=output)
+            raise InvalidInputError("query is None. Give (num_tokens, num_heads, head_size).")
+        # The op hides autograd from what it calls.
+        check_no_grad(query, key, value, output, *self._per_head.values())
         is_flat = query.dim() == 2
         query = self._unflatten("query", query, spec.num_heads, spec.head_size)
         if key is not None and value is not None:
@@ -462,6 +482,8 @@ class Attention(nn.Module):
         return result if lse is None else (result, lse)
 
     def _unflatten(self, name: str, tensor: torch.Tensor, heads: int, size: int) -> torch.Tensor:
+        if not isinstance(tensor, torch.Tensor):
+            check_tensors(**{name: tensor})
         if tensor.dim() == 3:
             return tensor
         if tensor.dim() != 2 or tensor.shape[1] != heads * size:
@@ -469,7 +491,8 @@ class Attention(nn.Module):
                 f"{name} has shape {tuple(tensor.shape)}; layer {self.prefix!r} takes "
                 f"(num_tokens, {heads}, {size}) or (num_tokens, {heads * size})."
             )
-        return tensor.view(tensor.shape[0], heads, size)
+        check_tensors(**{name: tensor})
+        return tensor.unflatten(1, (heads, size))
 
     def _run(
         self,
@@ -498,6 +521,14 @@ class Attention(nn.Module):
             self._check_quantized(output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
+        elif not isinstance(kv_cache, torch.Tensor) or (
+            kv_cache.dim() == 5 and spec.block_size not in (None, kv_cache.shape[2])
+        ):
+            check_tensors(kv_cache=kv_cache)
+            raise InvalidInputError(
+                f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {self.prefix!r} was "
+                f"made with block_size={spec.block_size}. Give it a cache of its own plan."
+            )
         bound = self._on_device()
         given = (query, key, value, kv_cache)
         try:
@@ -528,6 +559,11 @@ class Attention(nn.Module):
         """
         used = self._plan(bound, metadata)
         scales = (output_scale, output_block_scale)
+        if used is None:  # a profiling run
+            result = profiling_output(self.spec, given[0], output, *scales)
+            if lse is not None:
+                lse.copy_(result[1])
+            return
         derived_scales = False
         if used.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
             derived_scales = self._derive_scales(*given[1:], used.slot_mapping)

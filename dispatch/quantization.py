@@ -137,12 +137,7 @@ class KVScales:
         Raises:
             InvalidInputError: one has another shape, or is not positive and finite.
         """
-        scales = [
-            s.detach().to(torch.float32, copy=True)
-            if isinstance(s, torch.Tensor)
-            else torch.tensor(s, dtype=torch.float32, device="cpu")
-            for s in (k_scale, v_scale)
-        ]
+        scales = [_as_scale(*pair) for pair in (("k_scale", k_scale), ("v_scale", v_scale))]
         for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
             if tuple(scale.shape) not in shapes:
                 raise InvalidInputError(
@@ -158,9 +153,54 @@ class KVScales:
             math.nan if scale.dim() else float(scale) for scale in scales
         )
 
+    @property
+    def _q_scale(self) -> torch.Tensor:
+        """1: queries are not quantized. A new tensor each time, so that it stays 1."""
+        return torch.ones((), dtype=torch.float32, device=self._k_scale.device)
+
+    @property
+    def _prob_scale(self) -> torch.Tensor:
+        """1: probabilities are not quantized."""
+        return self._q_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        attn_metadata: object,
+    ) -> torch.Tensor:
+        """Reject the call: these are the scales for a call of an impl without a layer.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(
+            "KVScales has the scales of a layer and computes nothing. Call the impl, or an "
+            "Attention layer."
+        )
+
     def to(self, device: torch.device) -> None:
         """Move both to a device."""
         self._k_scale, self._v_scale = self._k_scale.to(device), self._v_scale.to(device)
+
+
+def _as_scale(name: str, scale: float | torch.Tensor) -> torch.Tensor:
+    """A float32 copy."""
+    if isinstance(scale, torch.Tensor):
+        if scale.layout != torch.strided or scale.is_meta or not scale.is_floating_point():
+            raise InvalidInputError(
+                f"{name} is {scale.dtype} {scale.layout} on {scale.device}; give a number or a "
+                "dense floating-point tensor."
+            )
+        return scale.detach().to(torch.float32, copy=True)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise InvalidInputError(f"{name}={scale!r:.80} is neither a number nor a tensor.")
+    try:
+        return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
+    except OverflowError as error:  # an integer beyond float64
+        raise InvalidInputError(f"{name} is too large; scales are finite and above 0.") from error
 
 
 def scale_for(values: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> torch.Tensor:

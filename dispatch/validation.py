@@ -1,18 +1,23 @@
 """What is checked before a call writes anything.
 
-Shapes, dtypes and devices are checked on every call, at host cost only. Contents (block ids,
-slots, lengths) may sit on the device, so they are checked under ATTN_DISPATCH_CHECK=1 alone.
+Shapes, dtypes, devices and shared memory are checked on every call, at host cost only. Contents
+(block ids, slots, lengths) are always checked if they are on the host, as on a CPU; on another
+device only under ATTN_DISPATCH_CHECK=1, because reading them waits for the device.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from attn_dispatch import environment
+from attn_dispatch.contents import check_batch_contents
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.overlap import check_shared_memory, check_writable, overlaps_itself
 from attn_dispatch.quantization import (
     GROUP_SIZE,
     has_token_scales,
@@ -25,9 +30,10 @@ from attn_dispatch.quantization import (
 if TYPE_CHECKING:
     from attn_dispatch.batch import AttentionBatch
     from attn_dispatch.interface import AttentionImpl, AttentionMetadata
+    from attn_dispatch.spec import AttentionSpec
 
 __all__ = [
-    "check_batch_contents",
+    "check_block_size",
     "check_block_table",
     "check_cache_tensor",
     "check_forward",
@@ -36,8 +42,14 @@ __all__ = [
     "check_no_grad",
     "check_output",
     "check_slot_mapping",
+    "check_tensors",
+    "checked_scale",
     "profiling_output",
 ]
+
+
+#: None outside of torch.func's transforms.
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def check_forward(
@@ -53,31 +65,78 @@ def check_forward(
 ) -> None:
     """Check the arguments of AttentionImpl.forward against the layer and the batch.
 
-    What passed for one layer of a batch is not looked at again for the others that are alike.
+    What passed for one layer of a batch is not checked again for other layers with the same shape.
 
     Raises:
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
-    check_no_grad(query, key, value)
-    signature = (  # each by itself, not by a loop: every layer's call waits for this
-        _shape_of_layer(impl),
-        impl.kv_sharing_target_layer_name is None,
-        _form(query),
-        None if key is None else _form(key),
-        None if value is None else _form(value),
-        None if kv_cache is None else _form(kv_cache),
-        None if kv_cache is None else (kv_cache.stride(), kv_cache.storage_offset() % 4),
-        None if output is None else _form(output),
-        None if output_scale is None else _form(output_scale),
-        None if output_block_scale is None else _form(output_block_scale),
-    )
+    check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
+    try:
+        signature = (  # each by itself, not by a loop: every layer's call waits for this
+            _shape_of_layer(impl),
+            impl.kv_sharing_target_layer_name is None,
+            _form(query),
+            None if key is None else _form(key),
+            None if value is None else _form(value),
+            None if kv_cache is None else _form(kv_cache),
+            None if kv_cache is None else (kv_cache.stride(), kv_cache.storage_offset() % 4),
+            None if output is None else (_form(output), output.stride()),
+            None if output_scale is None else _form(output_scale),
+            None if output_block_scale is None else _form(output_block_scale),
+        )
+    except (AttributeError, RuntimeError):  # lists, sparse tensors
+        check_tensors(
+            query=query, key=key, value=value, kv_cache=kv_cache, output=output,
+            output_scale=output_scale, output_block_scale=output_block_scale,
+        )  # fmt: skip
+        raise
     if signature not in batch.checked:
         _check_forms(
             impl, query, key, value, kv_cache, batch, output, output_scale, output_block_scale
         )
         batch.checked.add(signature)
-    if environment.check_mode():
+    if not torch.is_inference_mode_enabled():
+        check_writable(kv_cache if key is not None else None, output)
+    check_shared_memory(query, key, value, kv_cache, output)
+    if environment.check_mode() or query.device.type == "cpu":
         check_batch_contents(batch, kv_cache)
+
+
+def checked_scale(scale: Any) -> float:
+    """The factor on the scores as a float.
+
+    Raises:
+        InvalidInputError: it is not a finite number.
+    """
+    try:
+        value = math.nan if isinstance(scale, (bool, str)) else float(scale)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidInputError(
+            f"scale={scale!r:.80} is not a finite number. Give the factor on the scores, usually "
+            "head_size ** -0.5."
+        )
+    return value
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Check that each argument is a strided tensor with data, or None.
+
+    Raises:
+        InvalidInputError: it names the first that is not.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor.")
+        on_meta = name == "query" and tensor.is_meta  # others must be where the query is
+        if tensor.layout != torch.strided or on_meta:
+            found = "on the meta device" if on_meta else str(tensor.layout)
+            raise InvalidInputError(
+                f"{name} is {found}; attention needs a dense tensor with data. Convert it first."
+            )
 
 
 _shape_of_layer = operator.attrgetter(
@@ -98,6 +157,10 @@ def _check_forms(
     output_scale: torch.Tensor | None,
     output_block_scale: torch.Tensor | None,
 ) -> None:
+    check_tensors(
+        query=query, key=key, value=value, kv_cache=kv_cache, output=output,
+        output_scale=output_scale, output_block_scale=output_block_scale,
+    )  # fmt: skip
     _check_rows("query", query, (impl.num_heads, impl.head_size), query)
     if query.shape[0] < batch.num_tokens:
         raise InvalidInputError(
@@ -122,16 +185,30 @@ def _check_forms(
     check_output(shape, query, output, output_scale, output_block_scale)
 
 
-def check_no_grad(*tensors: torch.Tensor | None) -> None:
-    """Check that no gradient is expected to flow through.
+def check_no_grad(*values: object) -> None:
+    """Check that no gradient is expected to flow through these values; what is no tensor has none.
 
     Raises:
-        InvalidInputError: autograd is recording one of these tensors.
+        InvalidInputError: autograd is recording one of these tensors, one carries a tangent of
+            forward-mode differentiation, or the call is inside of a transform of torch.func.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values):
         raise InvalidInputError(
             "attn-dispatch computes attention for inference, and autograd is recording this call. "
             "Call the model inside of torch.inference_mode() or torch.no_grad()."
+        )
+    if forward_ad._current_level >= 0 and any(
+        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+    ):
+        raise InvalidInputError(
+            "attn-dispatch computes attention for inference, and a tensor of this call carries a "
+            "tangent of forward-mode differentiation. Pass its primal value."
+        )
+    if _functorch_level() is not None:
+        raise InvalidInputError(
+            "attn-dispatch does not support the transforms of torch.func (vmap, grad, jvp). Call "
+            "it outside of them."
         )
 
 
@@ -193,6 +270,7 @@ def _check_with_cache(
             f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
+    check_block_size(batch, found[2])
     check_block_table(batch, found[2], query.device)
     if key is not None and impl.kv_sharing_target_layer_name is None:
         check_slot_mapping(batch, len(key), query.device)
@@ -207,6 +285,12 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch
             f"kv_cache is {kv_cache.dtype} on {kv_cache.device}; the layer takes {wanted} on "
             f"{query.device} (kv_cache_dtype={kv_cache_dtype!r})."
         )
+    if overlaps_itself(kv_cache):
+        raise InvalidInputError(
+            f"kv_cache overlaps itself: shape {tuple(kv_cache.shape)}, strides "
+            f"{kv_cache.stride()}. Each slot needs memory of its own; make the cache by "
+            "allocate_kv_cache."
+        )
     if has_token_scales(kv_cache.dtype) and not _is_aligned(kv_cache):
         raise InvalidInputError(
             f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on; "
@@ -219,6 +303,15 @@ def _is_aligned(int8_cache: torch.Tensor) -> bool:
     """Whether each row is one piece that float32 can be read from."""
     *steps, last = int8_cache.stride()
     return last == 1 and not any(step % 4 for step in (*steps, int8_cache.storage_offset()))
+
+
+def check_block_size(batch: AttentionBatch, block_size: int) -> None:
+    """Check that the batch's block table counts blocks of the cache's size."""
+    if batch.block_size not in (None, block_size):
+        raise InvalidInputError(
+            f"The batch was made for blocks of {batch.block_size} tokens, and kv_cache has blocks "
+            f"of {block_size}. Make the batch with block_size={block_size}."
+        )
 
 
 def check_block_table(batch: AttentionBatch, block_size: int, device: torch.device) -> None:
@@ -286,6 +379,11 @@ def check_output(
         raise InvalidInputError(
             f"output has shape {tuple(output.shape)} on {output.device}; it must be {shape} on "
             f"{query.device}."
+        )
+    if overlaps_itself(output):
+        raise InvalidInputError(
+            f"output overlaps itself: shape {tuple(output.shape)}, strides {output.stride()}. "
+            "Give each of its elements memory of its own."
         )
     if quantized != is_fp8(output.dtype) or (not quantized and output.dtype != query.dtype):
         raise InvalidInputError(
@@ -362,7 +460,7 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
 
 
 def profiling_output(
-    impl: AttentionImpl[Any],
+    layer: AttentionImpl[Any] | AttentionSpec,
     query: torch.Tensor,
     output: torch.Tensor | None,
     output_scale: torch.Tensor | None = None,
@@ -376,17 +474,17 @@ def profiling_output(
     one. No key is read, and nothing but the output is written.
 
     Args:
-        impl: the impl that was called.
+        layer: the impl that was called, or the spec of its layer.
         query: (num_tokens, ...).
         output: as for AttentionImpl.forward.
         output_scale: as for AttentionImpl.forward.
         output_block_scale: as for AttentionImpl.forward.
-        head_size_v: elements per head of the output, if not the impl's.
+        head_size_v: elements per head of the output, if not the layer's.
 
     Raises:
         InvalidInputError: the output or its scales do not fit.
     """
-    shape = (query.shape[0], impl.num_heads, head_size_v or impl.head_size_v)
+    shape = (query.shape[0], layer.num_heads, head_size_v or layer.head_size_v)
     check_output(shape, query, output, output_scale, output_block_scale)
     if output is None:
         output = query.new_zeros(shape)
@@ -394,7 +492,7 @@ def profiling_output(
         indexable(output).zero_()
     if output_block_scale is not None:
         output_block_scale.fill_(1.0)  # the scale of a group of zeros
-    if not impl.returns_lse:
+    if not layer.returns_lse:
         return output
     return output, query.new_full(shape[:2], float("-inf"), dtype=torch.float32)
 
@@ -412,47 +510,3 @@ def check_int32(batch: AttentionBatch) -> None:
                 f"{name} is {tensor.dtype} with strides {tensor.stride()}; it must be contiguous "
                 "torch.int32. Make the batch by AttentionBatch.create."
             )
-
-
-def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:
-    """Check what the batch's tensors hold. May wait for the device.
-
-    Raises:
-        InvalidInputError: lengths are not monotone or differ from their host copies, a block id
-            or a slot is out of range, or two tokens share a slot.
-    """
-    starts = batch.query_start_loc.tolist()
-    if starts[0] != 0 or starts != sorted(starts):
-        raise InvalidInputError(
-            f"query_start_loc is {starts[:8]}; it must start at 0 and never fall. "
-            "AttentionBatch.create makes one from the lengths."
-        )
-    if starts != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
-        raise InvalidInputError(
-            "query_start_loc or seq_lens differs from its host copy. Make both from the same "
-            "lengths; AttentionBatch.create does."
-        )
-    if kv_cache is None or batch.block_table is None:
-        return
-    num_blocks = kv_cache.shape[0]
-    block_size = kv_cache.shape[2] if kv_cache.dim() == 5 else kv_cache.shape[1]
-    for request, length in enumerate(batch.host_seq_lens):
-        used = batch.block_table[request, : -(-length // block_size)]
-        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
-            raise InvalidInputError(
-                f"block_table of request {request} names blocks {int(used.min())} to "
-                f"{int(used.max())}; the cache has blocks 0 to {num_blocks - 1}. Give blocks of "
-                "this layer's cache."
-            )
-    if batch.slot_mapping is None:
-        return
-    slots = batch.slot_mapping[batch.slot_mapping != -1]
-    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < num_blocks * block_size:
-        raise InvalidInputError(
-            f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; the cache has "
-            f"slots 0 to {num_blocks * block_size - 1}, and −1 is padding."
-        )
-    if len(slots.unique()) != len(slots):
-        raise InvalidInputError(
-            "slot_mapping sends two tokens to the same slot. Give each its own; −1 is padding."
-        )

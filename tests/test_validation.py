@@ -204,11 +204,11 @@ BAD_CALLS = {
 BAD_CONTENTS = {
     "a block beyond the cache": (
         lambda c: c.change_batch(block_table=c.batch.block_table.fill_(99)),
-        "names blocks 99 to 99; the cache has blocks 0 to",
+        "names block 99; the cache has blocks 0 to",
     ),
     "a negative block": (
         lambda c: c.change_batch(block_table=c.batch.block_table.fill_(-1)),
-        "names blocks -1 to",
+        "names block -1;",
     ),
     "a slot beyond the cache": (
         lambda c: c.change_batch(slot_mapping=c.batch.slot_mapping + 10_000),

@@ -35,7 +35,7 @@ def without_autocast(method: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(method)
     def run(self: Any, layer: Any, query: torch.Tensor, *args: Any, **options: Any) -> T:
         kind = query.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return method(self, layer, query, *args, **options)
         with torch.autocast(kind, enabled=False):
             return method(self, layer, query, *args, **options)

@@ -25,6 +25,7 @@ from attn_dispatch.backends.reference.semantics import (
 from attn_dispatch.backends.reference.torch_ref import FLOATS
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
+from attn_dispatch.contents import check_batch_contents
 from attn_dispatch.device import DeviceMatch
 from attn_dispatch.environment import check_mode
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -41,7 +42,7 @@ from attn_dispatch.kv_cache import gather_kv, write_mla_cache
 from attn_dispatch.quantization import store_output
 from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, MLADims
 from attn_dispatch.validation import (
-    check_batch_contents,
+    check_block_size,
     check_block_table,
     check_cache_tensor,
     check_metadata,
@@ -199,7 +200,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         batch: AttentionBatch,
     ) -> None:
         mla = self.mla
-        check_no_grad(query, kv_c_normed, k_pe)
+        check_no_grad(query, kv_c_normed, k_pe, kv_cache)
         widths = {
             "query": (query, self.num_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)),
             "kv_c_normed": (kv_c_normed, mla.kv_lora_rank),
@@ -223,10 +224,11 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
                 f"(num_blocks, block_size, {width})."
             )
         check_cache_tensor(self.kv_cache_dtype, query, kv_cache)
+        check_block_size(batch, kv_cache.shape[1])
         check_block_table(batch, kv_cache.shape[1], query.device)
         if self.kv_sharing_target_layer_name is None:
             check_slot_mapping(batch, min(len(kv_c_normed), len(k_pe)), query.device)
-        if check_mode():
+        if query.device.type == "cpu" or check_mode():
             check_batch_contents(batch, kv_cache)
 
     def _latents_of(
