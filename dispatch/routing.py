@@ -182,6 +182,12 @@ class RoutedMetadata(BatchMetadata):
 
     parts: list[RoutedPart]
 
+    def __post_init__(self) -> None:
+        batch = self.batch
+        super().__post_init__()
+        if self.batch is not batch:
+            self.parts = self.builder.build(self.batch).parts
+
     def _of(self, phase: Phase) -> AttentionMetadata | None:
         for part in self.parts:
             if part.phase in (None, phase):
@@ -280,7 +286,9 @@ class RoutedImpl:
             # A part may read what another writes: a prefix that their requests share. So what the
             # later parts write must be there before the first one reads.
             for impl, part, (part_key, part_value) in work[1:]:
-                _call(part, impl.write_kv, layer, part_key, part_value, kv_cache, part.rows.batch)
+                # The part's metadata may have been given other slots than the batch had.
+                own_batch = getattr(part.metadata, "batch", part.rows.batch)
+                _call(part, impl.write_kv, layer, part_key, part_value, kv_cache, own_batch)
         lse = None
         if first.returns_lse:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
