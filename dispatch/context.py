@@ -11,12 +11,11 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from attn_dispatch.batch import AttentionBatch
 
 __all__ = ["ForwardContext", "current_context", "forward_context"]
 
@@ -25,6 +24,13 @@ class ForwardContext:
     """The batch of a step, or one for each layer by name, and the metadata made from it so far."""
 
     def __init__(self, batch: AttentionBatch | Mapping[str, AttentionBatch] | None) -> None:
+        by_name = batch.values() if isinstance(batch, Mapping) else (batch,)
+        for each in by_name:
+            if each is not None and not isinstance(each, AttentionBatch):
+                raise InvalidInputError(
+                    f"forward_context got a {type(each).__name__}; it takes an AttentionBatch, a "
+                    "mapping from layer names to them, or None for a profiling run."
+                )
         self._batch = batch
         self._metadata: dict[Hashable, Any] = {}
 
@@ -77,6 +83,9 @@ def forward_context(
         batch: the step's batch; or layer name -> batch, where layers have block tables of their
             own (cross-attention, hybrid models). None for an engine's profiling run, before there
             is a cache: every layer's output is zeros, and no cache is read or written.
+
+    Raises:
+        InvalidInputError: it is none of these.
 
     Example:
         >>> with forward_context(batch):

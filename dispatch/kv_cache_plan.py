@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attn_dispatch.device import DeviceProfile, default_torch_device, detect_device
+from attn_dispatch.arguments import as_int, shown
+from attn_dispatch.device import DeviceProfile, detect_device, usable_device
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface import AttentionType, Phase
 from attn_dispatch.kv_cache import STRIDE_ORDERS, allocate_kv_cache
@@ -58,7 +59,12 @@ class KVCachePlan:
         )
 
     def num_blocks(self, memory_bytes: int) -> int:
-        """Blocks that fit into this much memory."""
+        """Blocks that fit into this much memory.
+
+        Raises:
+            InvalidInputError: memory_bytes is no integer, or negative.
+        """
+        memory_bytes = as_int("memory_bytes", memory_bytes, 0)
         return memory_bytes // self.bytes_per_block if self.shapes else 0
 
     def allocate(
@@ -69,8 +75,12 @@ class KVCachePlan:
         Args:
             num_blocks: of each cache.
             device: where; None for the default device, as in `plan_kv_cache`.
+
+        Raises:
+            InvalidInputError: as for `allocate_kv_cache`.
         """
-        device = default_torch_device() if device is None else device
+        num_blocks = as_int("num_blocks", num_blocks, 0)
+        device = usable_device(device)
         caches = {
             name: allocate_kv_cache(
                 (num_blocks, *shape), self.stride_orders[name], self.dtypes[name], device
@@ -102,8 +112,10 @@ def plan_kv_cache(
     Raises:
         UnsupportedError: no layout and block size suits all; it names the smallest set of layers
             that conflict, with what each accepts. Or a layer has no backend at all.
-        InvalidInputError: a sharing layer's target is missing or does not fit.
+        InvalidInputError: a sharing layer's target is missing or does not fit, or an argument is
+            of another type.
     """
+    _check_types(layers, shared)
     shared = dict(shared or {})
     cached = {
         name: spec for name, spec in layers.items() if AttentionType(spec.attn_type).has_kv_cache
@@ -134,6 +146,32 @@ def plan_kv_cache(
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
     return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
+
+
+def _check_types(layers: object, shared: object) -> None:
+    if not isinstance(layers, Mapping):
+        raise InvalidInputError(
+            f"layers is a {type(layers).__name__}; it must be a mapping from the name of each "
+            "layer to its AttentionSpec."
+        )
+    for name, spec in layers.items():
+        if not isinstance(name, str) or not isinstance(spec, AttentionSpec):
+            raise InvalidInputError(
+                f"layers has a {type(spec).__name__} under {shown(name)}; it must have an "
+                "AttentionSpec under each layer's name. That of an Attention layer is its spec."
+            )
+    if shared is None:
+        return
+    if not isinstance(shared, Mapping):
+        raise InvalidInputError(
+            f"shared is a {type(shared).__name__}; it must be a mapping from the name of a layer "
+            "to that of the layer whose cache it reads."
+        )
+    for name, target in shared.items():
+        if not isinstance(name, str) or not isinstance(target, str):
+            raise InvalidInputError(
+                f"shared has {shown(target)} under {shown(name)}; both must be names of layers."
+            )
 
 
 def _check_sharing(

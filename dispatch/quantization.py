@@ -6,8 +6,9 @@ import math
 
 import torch
 
+from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.spec import INT8_PER_TOKEN_HEAD
+from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES
 
 __all__ = [
     "GROUP_SIZE",
@@ -80,7 +81,15 @@ def stored_head_size(kv_cache_dtype: str, size: int) -> int:
     Args:
         kv_cache_dtype: one of spec.KV_CACHE_DTYPES.
         size: max(head_size, head_size_v).
+
+    Raises:
+        InvalidInputError: the name is none of these, or the size is no integer of 1 or more.
     """
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise InvalidInputError(
+            f"kv_cache_dtype={shown(kv_cache_dtype)} is not one of: {', '.join(KV_CACHE_DTYPES)}."
+        )
+    size = as_int("size", size, 1)
     if kv_cache_dtype != INT8_PER_TOKEN_HEAD:
         return size
     return -(-size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT + _ROW_ALIGNMENT
@@ -97,6 +106,11 @@ def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = ""
     Raises:
         InvalidInputError: the name is none of these.
     """
+    if not isinstance(kv_cache_dtype, str):
+        raise InvalidInputError(
+            f"kv_cache_dtype={shown(kv_cache_dtype)} is not a name. Give one of "
+            "spec.KV_CACHE_DTYPES."
+        )
     if kv_cache_dtype == "auto":
         return dtype
     if kv_cache_dtype == INT8_PER_TOKEN_HEAD:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType
 
@@ -21,6 +24,7 @@ __all__ = [
     "OUTPUT_QUANTS",
     "AttentionSpec",
     "MLADims",
+    "alibi_of",
 ]
 
 #: Signed 8-bit integers with a scale for each token and KV head, stored in the cache beside them.
@@ -82,7 +86,8 @@ class MLADims:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require_int(field.name, getattr(self, field.name), minimum=1)
+            value = as_int(field.name, getattr(self, field.name), 1)
+            object.__setattr__(self, field.name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +168,13 @@ class AttentionSpec:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        _require_int("num_heads", self.num_heads, minimum=1)
-        _require_int("head_size", self.head_size, minimum=1)
+        for name in ("num_heads", "head_size"):
+            fill(name, as_int(name, getattr(self, name), 1))
         for name, derive in _DERIVED.items():
             if getattr(self, name) is None:
                 fill(name, derive(self))
-        _require_int("num_kv_heads", self.num_kv_heads, minimum=1)
-        _require_int("head_size_v", self.head_size_v, minimum=1)
+        for name in ("num_kv_heads", "head_size_v"):
+            fill(name, as_int(name, getattr(self, name), 1))
         if self.num_heads % self.num_kv_heads:
             raise InvalidInputError(
                 f"num_heads={self.num_heads} is not a multiple of "
@@ -178,7 +183,7 @@ class AttentionSpec:
             )
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise InvalidInputError(
-                f"dtype={self.dtype!r} is not a floating-point torch.dtype. "
+                f"dtype={shown(self.dtype)} is not a floating-point torch.dtype. "
                 "Give e.g. torch.bfloat16."
             )
         _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
@@ -196,27 +201,31 @@ class AttentionSpec:
         fill("attn_type", AttentionType(self.attn_type))
         for name in ("block_size", "sliding_window"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), minimum=1)
+                fill(name, as_int(name, getattr(self, name), 1))
         if self.logits_soft_cap is not None:
             _check_soft_cap(self.logits_soft_cap)
             fill("logits_soft_cap", float(self.logits_soft_cap))
         if self.mla is not None:
             self._check_mla(self.mla)
-        if not (isinstance(self.alibi, bool) or self.alibi == ALIBI_SYMMETRIC):
+        if not isinstance(self.alibi, (bool, str)) or self.alibi not in (
+            True,
+            False,
+            ALIBI_SYMMETRIC,
+        ):
             raise InvalidInputError(
-                f"alibi={self.alibi!r} is not True, False or {ALIBI_SYMMETRIC!r}."
+                f"alibi={shown(self.alibi)} is not True, False or {ALIBI_SYMMETRIC!r}."
             )
         for field in dataclasses.fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise InvalidInputError(
-                    f"{field.name}={getattr(self, field.name)!r} is not True or False."
+                    f"{field.name}={shown(getattr(self, field.name))} is not True or False."
                 )
         if self.alibi == ALIBI_SYMMETRIC and self.causal and not self.bidirectional_ranges:
             fill("alibi", True)  # no visible key is later than its query
 
     def _check_mla(self, mla: MLADims) -> None:
         if not isinstance(mla, MLADims):
-            raise InvalidInputError(f"mla={mla!r} is not an MLADims.")
+            raise InvalidInputError(f"mla={shown(mla)} is not an MLADims.")
         latent = mla.kv_lora_rank + mla.qk_rope_head_dim
         if (self.num_kv_heads, self.head_size, self.head_size_v) != (1, latent, mla.kv_lora_rank):
             raise InvalidInputError(
@@ -269,6 +278,21 @@ class AttentionSpec:
         return ", ".join(shown)
 
 
+def alibi_of(alibi: bool | str | None, slopes: object) -> bool | str:
+    """The field `alibi` of a layer with these slopes; None for signed distances if there are some.
+
+    Raises:
+        InvalidInputError: one is given without the other.
+    """
+    if alibi is None:
+        return slopes is not None
+    if (alibi is not False) != (slopes is not None):
+        raise InvalidInputError(
+            f"alibi={alibi!r} and alibi_slopes go together: give both, or neither."
+        )
+    return alibi
+
+
 def plain_value(value: Any) -> Any:
     """A field's value as JSON-ready data."""
     import torch
@@ -287,19 +311,15 @@ def _is_filled_in(spec: AttentionSpec, name: str) -> bool:
     return name in _DERIVED and bool(getattr(spec, name) == _DERIVED[name](spec))
 
 
-def _require_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InvalidInputError(f"{name}={value!r} is not an integer of {minimum} or more.")
-
-
 def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidInputError(f"{name}={value!r} is not one of: {', '.join(allowed)}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidInputError(f"{name}={shown(value)} is not one of: {', '.join(allowed)}.")
 
 
 def _check_soft_cap(cap: Any) -> None:
-    if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 < cap < float("inf"):
+    is_number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+    if not is_number or not 0 < cap <= sys.float_info.max:
         raise InvalidInputError(
-            f"logits_soft_cap={cap!r} is not a positive finite number. "
+            f"logits_soft_cap={shown(cap)} is not a positive finite number. "
             "Give None for no soft cap (vLLM's 0 means that too)."
         )
