@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from attn_dispatch.errors import InvalidInputError as InvalidInputError
     from attn_dispatch.errors import UnknownBackendError as UnknownBackendError
     from attn_dispatch.errors import UnsupportedError as UnsupportedError
+    from attn_dispatch.fallback import BackendFallbackWarning as BackendFallbackWarning
+    from attn_dispatch.fallback import failures as failures
+    from attn_dispatch.fallback import forget_failures as forget_failures
     from attn_dispatch.functional import attention as attention
     from attn_dispatch.functional import merge_states as merge_states
     from attn_dispatch.interface import INTERFACE_VERSION as INTERFACE_VERSION
@@ -84,6 +87,7 @@ _HOMES = {
         "UnsupportedError",
     ],
     "context": ["forward_context"],
+    "fallback": ["BackendFallbackWarning", "failures", "forget_failures"],
     "functional": ["attention", "merge_states"],
     "interface": [
         "INTERFACE_VERSION",

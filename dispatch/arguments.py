@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
 from attn_dispatch.errors import InvalidInputError
 
-__all__ = ["INT32_MAX", "INT64_MAX", "as_int", "shown"]
+__all__ = ["INT32_MAX", "INT64_MAX", "as_int", "checked_scale", "shown"]
 
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -43,3 +44,21 @@ def as_int(name: str, value: Any, minimum: int, maximum: int = INT64_MAX) -> int
             f"{name}={shown(value)} is too large; the largest that is accepted is {maximum}."
         )
     return int(value)
+
+
+def checked_scale(scale: Any) -> float:
+    """The factor on the scores as a float.
+
+    Raises:
+        InvalidInputError: it is not a finite number.
+    """
+    try:
+        value = math.nan if isinstance(scale, (bool, str)) else float(scale)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InvalidInputError(
+            f"scale={shown(scale)} is not a finite number. Give the factor on the scores, usually "
+            "head_size ** -0.5."
+        )
+    return value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attn_dispatch import libraries, overrides
+from attn_dispatch.arguments import checked_scale
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError
@@ -24,7 +25,8 @@ from attn_dispatch.quantization import (
 from attn_dispatch.recovery import AttemptFailed, Request, raise_attempt_failed, with_fallback
 from attn_dispatch.registry import is_builtin, registry
 from attn_dispatch.selector import resolve, select_and_warn
-from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec, alibi_of
+from attn_dispatch.validation import check_tensors
 
 __all__ = ["attention", "merge_states"]
 
@@ -44,6 +46,7 @@ def attention(
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: Sequence[float] | torch.Tensor | None = None,
+    alibi: bool | str | None = None,
     sinks: torch.Tensor | None = None,
     custom_mask: torch.Tensor | None = None,
     k_scale: float | torch.Tensor = 1.0,
@@ -72,6 +75,8 @@ def attention(
         sliding_window: tokens a query sees, itself included, or None.
         logits_soft_cap: cap of the scores, or None.
         alibi_slopes: (num_heads,), or None.
+        alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
+            slopes times the signed distance, if there are slopes.
         sinks: (num_heads,) one more logit per head, or None.
         custom_mask: (sum of query_len * seq_len,) bool, see AttentionBatch, or None.
         k_scale: of an fp8 cache: a number, or (num_kv_heads,).
@@ -90,12 +95,12 @@ def attention(
         >>> attention(query, key, value, query_lens=[2, 3]).shape
         torch.Size([5, 8, 64])
     """
-    _check_arguments(query, key, value, kv_cache, block_table)
+    _check_arguments(query, key, value, kv_cache, block_table, out)
     _check_scales(kv_cache, k_scale, v_scale)
     if query_lens is None:
         query_lens = [len(query)]
     if seq_lens is None:
-        whole = key is not None and kv_cache is None and len(query_lens) == 1
+        whole = key is not None and kv_cache is None and _is_one_request(query_lens)
         seq_lens = [len(key)] if whole and key is not None else query_lens
     keys = kv_cache if key is None else key
     assert keys is not None
@@ -113,11 +118,12 @@ def attention(
         causal=causal,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
-        alibi=alibi_slopes is not None,
+        alibi=alibi_of(alibi, alibi_slopes),
         sinks=sinks is not None,
         custom_mask=custom_mask is not None,
         returns_lse=return_lse,
     )
+    factor = spec.head_size**-0.5 if scale is None else checked_scale(scale)
     batch = AttentionBatch.create(
         query_lens,
         seq_lens,
@@ -169,7 +175,7 @@ def attention(
             impl: AttentionImpl[Any] | GuardedImpl = backend_cls.get_impl_cls()(
                 spec.num_heads,
                 spec.head_size,
-                spec.head_size**-0.5 if scale is None else scale,
+                factor,
                 spec.num_kv_heads,
                 alibi_slopes,
                 sliding_window,
@@ -181,6 +187,7 @@ def attention(
                 head_size_v=spec.head_size_v,
                 causal=causal,
                 returns_lse=return_lse,
+                **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
             )
             builder = backend_cls.get_builder_cls()(spec, query.device)
             if not is_builtin(backend_cls):
@@ -198,12 +205,20 @@ def attention(
         return with_fallback(request, attempt, failed)
 
 
+def _is_one_request(query_lens: Any) -> bool:
+    try:
+        return len(query_lens) == 1
+    except TypeError:  # AttentionBatch.create says what is wrong with it
+        return False
+
+
 def _check_arguments(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
     kv_cache: torch.Tensor | None,
     block_table: torch.Tensor | None,
+    out: torch.Tensor | None,
 ) -> None:
     tensors: dict[str, tuple[Any, int]] = {
         "query": (query, 3),
@@ -211,12 +226,14 @@ def _check_arguments(
         "value": (value, 3),
         "kv_cache": (kv_cache, 5),
         "block_table": (block_table, 2),
+        "out": (out, 3),
     }
     for name, (tensor, rank) in tensors.items():
         if tensor is None and name != "query":
             continue
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != rank:
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor)
+        check_tensors(**{name: tensor})
+        if tensor is None or tensor.dim() != rank:
+            found = "None" if tensor is None else tuple(tensor.shape)
             raise InvalidInputError(
                 f"{name} must be a tensor of {rank} dimensions, not {found}. Queries, keys and "
                 "values are (num_tokens, num_heads, head_size) without a batch dimension; tell "
@@ -269,7 +286,9 @@ def merge_states(
 
     Args:
         outputs: (num_tokens, num_heads, head_size_v) each, over disjoint sets of keys.
-        lses: (num_tokens, num_heads) each, natural log.
+        lses: (num_tokens, num_heads) each, natural log, float32 or float64. Of a row that saw no
+            key in its part it is −inf, or +inf, as FlashAttention 2 has it; what the output holds
+            there does not matter.
         sinks: (num_heads,) logits that join once, here; the parts were computed without them.
 
     Returns:
@@ -277,19 +296,13 @@ def merge_states(
         lses are), sinks left out. Rows that saw no key in any part are 0 and −inf.
 
     Raises:
-        InvalidInputError: there is no part, or the shapes differ.
+        InvalidInputError: there is no part, or the parts or the sinks are no tensors that fit each
+            other in shape, dtype and device.
     """
-    if not outputs or len(outputs) != len(lses):
-        raise InvalidInputError(
-            f"Give one lse for each output: there are {len(outputs)} outputs and {len(lses)} lses."
-        )
-    shapes = {tuple(o.shape) for o in outputs} | {
-        (*lse.shape, outputs[0].shape[-1]) for lse in lses
-    }
-    if len(shapes) != 1:
-        raise InvalidInputError(f"The parts have different shapes: {sorted(shapes)}.")
-    dtype = torch.float64 if lses[0].dtype == torch.float64 else torch.float32
-    stacked = torch.stack([lse.to(dtype) for lse in lses])
+    _check_states(outputs, lses, sinks)
+    dtype = lses[0].dtype
+    stacked = torch.stack(list(lses))
+    stacked = stacked.masked_fill(stacked == float("inf"), float("-inf"))
     logits = stacked
     if sinks is not None:
         logits = torch.cat([stacked, sinks.to(dtype).expand(1, *stacked.shape[1:])])
@@ -302,3 +315,51 @@ def merge_states(
         empty = (part == float("-inf"))[..., None]
         merged += torch.where(empty, 0.0, weight[..., None] * output.to(dtype))
     return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)
+
+
+def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
+    """Check the arguments of merge_states; what they hold is not read."""
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise InvalidInputError(
+                f"{name} is a {type(parts).__name__}; give a list with a tensor for each part. "
+                "Those that are stacked into one are taken apart by .unbind(0)."
+            )
+        for index, part in enumerate(parts):
+            check_tensors(**{f"{name}[{index}]": part})
+            if part is None:
+                raise InvalidInputError(f"{name}[{index}] is None; give a tensor for each part.")
+    if not outputs or len(outputs) != len(lses):
+        raise InvalidInputError(
+            f"Give one lse for each output: there are {len(outputs)} outputs and {len(lses)} lses."
+        )
+    output, lse = outputs[0], lses[0]
+    if output.dim() != 3 or not output.dtype.is_floating_point or output.dtype.itemsize < 2:
+        raise InvalidInputError(
+            f"outputs[0] is {tuple(output.shape)} {output.dtype}; it must be "
+            "(num_tokens, num_heads, head_size_v), floating point of 16 bits or more."
+        )
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise InvalidInputError(
+            f"lses[0] is {lse.dtype}; attention returns its lse in float32 or float64."
+        )
+    for name, parts, first, shape in (
+        ("outputs", outputs, output, output.shape),
+        ("lses", lses, lse, output.shape[:2]),
+    ):
+        for index, part in enumerate(parts):
+            if part.shape != shape or part.dtype != first.dtype or part.device != output.device:
+                raise InvalidInputError(
+                    f"The parts differ: {name}[{index}] is {tuple(part.shape)} {part.dtype} on "
+                    f"{part.device}; with outputs[0] of {tuple(output.shape)} on {output.device} "
+                    f"it must be {tuple(shape)} {first.dtype}."
+                )
+    if sinks is None:
+        return
+    check_tensors(sinks=sinks)
+    is_number = sinks.dtype.is_floating_point and sinks.dtype.itemsize > 1
+    if sinks.shape != output.shape[1:2] or not is_number or sinks.device != output.device:
+        raise InvalidInputError(
+            f"sinks is {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; it must have one "
+            f"floating-point logit for each of the {output.shape[1]} heads, on {output.device}."
+        )

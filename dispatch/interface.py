@@ -8,7 +8,6 @@ registry does, by `attn_dispatch.registry.check_backend_class`, when the backend
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from enum import Enum
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
+from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -213,25 +213,13 @@ def _check_per_head(name: str, values: Any, heads: int) -> None:
         shape = (len(values),)
     else:
         raise InvalidInputError(
-            f"{name}={values!r:.80} is neither a list of numbers nor a tensor. Give one value for "
+            f"{name}={shown(values)} is neither a list of numbers nor a tensor. Give one value for "
             "each query head."
         )
     if shape != (heads,):
         raise InvalidInputError(
             f"{name} has shape {shape}; the layer has {heads} query heads and needs one value for "
             "each."
-        )
-
-
-def _check_scale(scale: float) -> None:
-    try:
-        is_finite = math.isfinite(scale)
-    except (TypeError, ValueError, OverflowError):
-        is_finite = False
-    if not is_finite or isinstance(scale, bool):
-        raise InvalidInputError(
-            f"scale={scale!r} is not a finite number. Give the factor on the scores, usually "
-            "head_size ** -0.5."
         )
 
 
@@ -281,14 +269,13 @@ class AttentionImpl(ABC, Generic[T]):
         returns_lse: bool = False,
         alibi_symmetric: bool = False,
     ) -> None:
-        _check_scale(scale)
         _check_per_head("alibi_slopes", alibi_slopes, num_heads)
         if isinstance(sinks, (list, tuple)):
             raise InvalidInputError("sinks is a list; give a (num_heads,) tensor.")
         _check_per_head("sinks", sinks, num_heads)
         self.num_heads = num_heads
         self.head_size = head_size
-        self.scale = float(scale)
+        self.scale = checked_scale(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.alibi_slopes = alibi_slopes
         self.sliding_window = sliding_window

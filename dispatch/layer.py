@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from attn_dispatch import environment, fallback, overrides, shadow
+from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.bound import Bound
 from attn_dispatch.context import current_context
-from attn_dispatch.device import default_torch_device, detect_device
+from attn_dispatch.device import detect_device, usable_device
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.fallback import Failure
 from attn_dispatch.interface import (
@@ -43,8 +44,14 @@ from attn_dispatch.recovery import (
 from attn_dispatch.registry import registry
 from attn_dispatch.report import Selection
 from attn_dispatch.routing import PartFailed, RoutedImpl
-from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
-from attn_dispatch.validation import check_no_grad, check_tensors, checked_scale, profiling_output
+from attn_dispatch.spec import (
+    ALIBI_SYMMETRIC,
+    INT8_PER_TOKEN_HEAD,
+    SPEC_FIELDS,
+    AttentionSpec,
+    alibi_of,
+)
+from attn_dispatch.validation import check_no_grad, check_tensors, profiling_output
 
 __all__ = ["Attention", "bind_kv_caches"]
 
@@ -102,7 +109,9 @@ class Attention(nn.Module):
         prefix: the layer's name in the model, e.g. "model.layers.0.attn".
         dtype: of queries, keys and values; None for torch's default.
         device: where it will run first; None for the default device.
-        block_size: tokens per block of the cache; None without one.
+        block_size: tokens per block of the cache; None for what `bind_kv_caches` brings.
+        alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
+            slopes times the signed distance, if there are slopes.
         backend: an override with the authority of an argument.
         **features: any other field of AttentionSpec.
 
@@ -128,21 +137,32 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         block_size: int | None = 16,
+        alibi: bool | str | None = None,
         backend: str | None = None,
         **features: Any,
     ) -> None:
         super().__init__()
+        unknown = features.keys() - SPEC_FIELDS
+        if unknown:
+            raise InvalidInputError(
+                f"Attention has no argument {min(unknown)!r}. Beside its own arguments it takes "
+                f"the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
+            )
+        for name, text in (("prefix", prefix), ("backend", backend)):
+            if not isinstance(text, str) and (name == "prefix" or text is not None):
+                raise InvalidInputError(f"{name}={shown(text)} is not a string.")
+        no_cap = isinstance(logits_soft_cap, (int, float)) and not logits_soft_cap
         spec = AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
             head_size=head_size,
-            dtype=dtype or torch.get_default_dtype(),
+            dtype=torch.get_default_dtype() if dtype is None else dtype,
             kv_cache_dtype=kv_cache_dtype,
             block_size=block_size,
             attn_type=attn_type,
             sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap or None,
-            alibi=alibi_slopes is not None,
+            logits_soft_cap=None if no_cap else logits_soft_cap,
+            alibi=alibi_of(alibi, alibi_slopes),
             sinks=sinks is not None,
             kv_sharing=kv_sharing_target_layer_name is not None,
             **features,
@@ -169,7 +189,7 @@ class Attention(nn.Module):
         self._generation = -1
         self._fp8_dtype = torch.float8_e4m3fn
         self._register()
-        chosen = default_torch_device() if device is None else torch.device(device)
+        chosen = usable_device(device)
         if chosen.type != "meta":
             self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
 
@@ -279,6 +299,7 @@ class Attention(nn.Module):
             "head_size_v": spec.head_size_v,
             "causal": spec.causal,
             "returns_lse": spec.returns_lse,
+            **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
         }
 
     def _build_impl(self, name: str, cls: type[AttentionBackend]) -> AttentionImpl[Any]:

@@ -20,11 +20,20 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from attn_dispatch import environment
+from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError
 from attn_dispatch.interface import Phase
 from attn_dispatch.spec import LAYER_KINDS
 
-__all__ = ["Mode", "Rule", "Source", "attention_backend", "current_rules", "parse_override"]
+__all__ = [
+    "Mode",
+    "Rule",
+    "Source",
+    "attention_backend",
+    "check_override",
+    "current_rules",
+    "parse_override",
+]
 
 
 class Mode(str, Enum):
@@ -247,12 +256,26 @@ def current_texts() -> tuple[tuple[str, ...], str, str]:
     return _context.get(), environment.backend_override(), environment.vllm_backend_override()
 
 
+def check_override(argument: object) -> None:
+    """Check that an override is a string, or None for none.
+
+    Raises:
+        InvalidInputError: it is anything else.
+    """
+    if argument is not None and not isinstance(argument, str):
+        raise InvalidInputError(
+            f"backend={shown(argument)} is not a string. Give the name of a backend, or an "
+            "override such as 'prefill=FLASH_ATTN'."
+        )
+
+
 def current_rules(argument: str | None, names: frozenset[str]) -> tuple[Rule, ...]:
     """Every rule in force here and now, most authoritative first.
 
     The argument ranks first; then what is said for a phase or kind; then what is said in general.
     Within each: contexts from the innermost out, then ATTN_DISPATCH_BACKEND, then vLLM's variable.
     """
+    check_override(argument)
     contexts, env, vllm_env = current_texts()
     rules = [
         *parse_override(argument or "", Source.ARGUMENT, names),

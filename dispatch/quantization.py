@@ -210,7 +210,7 @@ def _as_scale(name: str, scale: float | torch.Tensor) -> torch.Tensor:
             )
         return scale.detach().to(torch.float32, copy=True)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise InvalidInputError(f"{name}={scale!r:.80} is neither a number nor a tensor.")
+        raise InvalidInputError(f"{name}={shown(scale)} is neither a number nor a tensor.")
     try:
         return torch.tensor(float(scale), dtype=torch.float32, device="cpu")
     except OverflowError as error:  # an integer beyond float64

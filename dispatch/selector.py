@@ -249,6 +249,7 @@ def resolve(
         UnknownBackendError: an override names a backend that is not registered.
         InvalidInputError: an override or the device is malformed.
     """
+    overrides.check_override(backend)
     if not isinstance(device, DeviceProfile):
         device = settle_device(device)
     generations = (registry.generation, libraries.generation(), fallback.generation())

@@ -22,6 +22,7 @@ __all__ = [
     "KV_CACHE_DTYPES",
     "LAYER_KINDS",
     "OUTPUT_QUANTS",
+    "SPEC_FIELDS",
     "AttentionSpec",
     "MLADims",
     "alibi_of",
@@ -278,6 +279,10 @@ class AttentionSpec:
         return ", ".join(shown)
 
 
+#: The names of the fields of AttentionSpec.
+SPEC_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionSpec))
+
+
 def alibi_of(alibi: bool | str | None, slopes: object) -> bool | str:
     """The field `alibi` of a layer with these slopes; None for signed distances if there are some.
 
@@ -288,7 +293,7 @@ def alibi_of(alibi: bool | str | None, slopes: object) -> bool | str:
         return slopes is not None
     if (alibi is not False) != (slopes is not None):
         raise InvalidInputError(
-            f"alibi={alibi!r} and alibi_slopes go together: give both, or neither."
+            f"alibi={shown(alibi)} and alibi_slopes go together: give both, or neither."
         )
     return alibi
 

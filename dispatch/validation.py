@@ -7,7 +7,6 @@ device only under ATTN_DISPATCH_CHECK=1, because reading them waits for the devi
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,6 @@ __all__ = [
     "check_output",
     "check_slot_mapping",
     "check_tensors",
-    "checked_scale",
     "profiling_output",
 ]
 
@@ -100,24 +98,6 @@ def check_forward(
     check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
         check_batch_contents(batch, kv_cache)
-
-
-def checked_scale(scale: Any) -> float:
-    """The factor on the scores as a float.
-
-    Raises:
-        InvalidInputError: it is not a finite number.
-    """
-    try:
-        value = math.nan if isinstance(scale, (bool, str)) else float(scale)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise InvalidInputError(
-            f"scale={scale!r:.80} is not a finite number. Give the factor on the scores, usually "
-            "head_size ** -0.5."
-        )
-    return value
 
 
 def check_tensors(**tensors: Any) -> None:
