@@ -199,26 +199,64 @@ class Watch:
         expected, expected_lse = (_exact(each[rows]) for each in self._by_reference())
         groups = None if block_scale is None else block_scale[rows]
         actual = _plain(output[rows], output_scale, groups)
+        actual_lse = expected_lse if lse is None else _exact(lse[rows])
+
+        def judge(token: int) -> tuple[float, float, str]:
+            backend = self._server_of(token, metadata)
+            scales = (output_scale, block_scale)
+            error, allowed, wrong = self._judge(token, output, lse, *scales, backend)
+            return error, allowed, f"{backend}: {wrong}" if wrong else ""
+
+        # What is not finite is no matter of error: a few of the rows are judged by the oracle.
+        other = self._not_finite(actual, expected, actual_lse, expected_lse)
+        for token in _some(other & _differ(actual, expected, actual_lse, expected_lse)):
+            error, allowed, wrong = judge(token)
+            if wrong:
+                return error, allowed, f"{wrong}; in {self._place(token)}"
+        unlike = other[:, None, None] & ~(actual.isfinite() & expected.isfinite())
+        actual, expected = (each.masked_fill(unlike, 0.0) for each in (actual, expected))
         dtype = self._layer.spec.dtype
         bound = max(torch.finfo(dtype).eps, _FLOOR.get(dtype, 0.0))
         errors = _errors(actual, expected)
         found = errors / bound
         if lse is not None:
-            off = _lse_errors(_exact(lse[rows]), expected_lse)
+            off = _lse_errors(actual_lse, expected_lse)
+            off = off.masked_fill(other[:, None] & ~actual_lse.isfinite(), 0.0)
             found = found.maximum(off / max(bound, _LSE_FLOOR))
         if not found.numel() or float(found.max()) <= 1.0:
             return float(errors.max()) if errors.numel() else 0.0, bound, ""
         # Too far to be right in any case, so what is allowed in this one must be known.
         token, head = divmod(int(found.argmax()), found.shape[1])
-        error, allowed, wrong = self._judge(token, output, lse, output_scale, block_scale)
+        error, allowed, wrong = judge(token)
         if wrong:
             if not allowed:  # no error was measured: what should be 0 is not, say
                 error, allowed = float(errors.max()), bound
-            request = _request_of(self._batch, token)
-            backend = _server(metadata, self._layer, self._batch.phases[request])
-            row = token - self._batch.query_starts[request]
-            wrong = f"{backend}: {wrong}; worst in request {request}, token {row}, head {head}"
+            wrong = f"{wrong}; worst in {self._place(token)}, head {head}"
         return error, allowed, wrong
+
+    def _place(self, token: int) -> str:
+        request = _request_of(self._batch, token)
+        return f"request {request}, token {token - self._batch.query_starts[request]}"
+
+    def _server_of(self, token: int, metadata: Any) -> str:
+        phase = self._batch.phases[_request_of(self._batch, token)]
+        return _server(metadata, self._layer, phase)
+
+    def _not_finite(self, *results: torch.Tensor) -> torch.Tensor:
+        """(num_tokens,) bool: the rows of requests with NaN or infinity among their inputs.
+
+        Only requests are looked at in which one of the results is not finite.
+        """
+        batch = self._batch
+        rows = torch.zeros(batch.num_tokens, dtype=torch.bool, device=results[0].device)
+        strange = torch.stack([(~each.isfinite()).flatten(1).any(1) for each in results]).any(0)
+        for request in {
+            _request_of(batch, token) for token in strange.nonzero().flatten().tolist()
+        }:
+            own = slice(*batch.query_starts[request : request + 2])
+            inputs = (self._query[own], *self._keys_of(request))
+            rows[own] = not all(bool(each.isfinite().all()) for each in inputs)
+        return rows
 
     def _by_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) by REFERENCE, which writes to the copy of the cache alone."""
@@ -239,13 +277,17 @@ class Watch:
         lse: torch.Tensor | None,
         output_scale: torch.Tensor | None,
         block_scale: torch.Tensor | None,
+        backend: str,
     ) -> tuple[float, float, str]:
         """Error, what is allowed, and what is wrong or "", of the rows around a token.
 
         By the rules of `verify`: the oracle in float64, and PyTorch's own attention beside it.
         """
         from attn_dispatch.conformance.judging import Wrong, compare_with_oracle
+        from attn_dispatch.registry import registry
 
+        candidate = registry.candidates().get(backend)
+        cls = None if candidate is None else candidate.backend_cls
         step, rows = self._step_around(token)
         try:
             finding = compare_with_oracle(
@@ -253,6 +295,7 @@ class Watch:
                 output[rows] if lse is None else (output[rows], lse[rows]),
                 block_scale=None if block_scale is None else block_scale[rows],
                 scale=1.0 if output_scale is None else float(output_scale),
+                propagates_nan=cls is None or cls.propagates_nan,
             )
         except Wrong as wrong:
             return wrong.finding.error, wrong.finding.allowed, str(wrong)
@@ -322,6 +365,8 @@ _LSE_FLOOR = 1e-5
 _CANCELLED = 1 / 16
 #: Rows that are judged of a request that is causal.
 _ROWS = 16
+#: Tokens of requests with NaN or infinity that are judged.
+_JUDGED = 4
 
 
 def _errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -331,6 +376,27 @@ def _errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     largest = expected.abs().amax(-1)
     largest = largest.clamp_min(_CANCELLED * float(largest.max()) or 1.0)
     return ((actual - expected).abs().amax(-1) / largest).nan_to_num(nan=math.inf)
+
+
+def _differ(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    actual_lse: torch.Tensor,
+    expected_lse: torch.Tensor,
+) -> torch.Tensor:
+    """(num_tokens,) bool: rows in which one is finite and the other is not, or −inf is another."""
+    output = actual.isfinite() != expected.isfinite()
+    lse = actual_lse.isfinite() != expected_lse.isfinite()
+    lse |= (actual_lse == -math.inf) != (expected_lse == -math.inf)
+    return output.flatten(1).any(1) | lse.any(1)
+
+
+def _some(rows: torch.Tensor) -> list[int]:
+    """A few of the rows that are True, the first and the last among them."""
+    found = rows.nonzero().flatten().tolist()
+    if len(found) <= _JUDGED:
+        return found
+    return [found[i * (len(found) - 1) // (_JUDGED - 1)] for i in range(_JUDGED)]
 
 
 def _lse_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

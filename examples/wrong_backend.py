@@ -61,6 +61,8 @@ def _forget(name: str, value: Any = None) -> Callable[..., Any]:
             return impl.forward(*arguments, **named)
         arguments[5] = _metadata_without(arguments[5], name, value(asked) if value else None)
         setattr(impl, name, value(asked) if value else None)
+        if name == "alibi_slopes":
+            impl.alibi = False
         return impl.forward(*arguments, **named)
 
     return forward
@@ -70,8 +72,8 @@ def _metadata_without(metadata: ReferenceMetadata, name: str, value: Any) -> Ref
     """The metadata, as if made for layers with this value: a check compares it with the impl."""
     field = {"alibi_slopes": "alibi"}.get(name, name)
     builder = copy.copy(metadata.builder)
-    switch = getattr(builder.spec, field) is True
-    builder.spec = builder.spec.replace(**{field: False if switch else value})
+    is_switch = field in ("alibi", "sinks")
+    builder.spec = builder.spec.replace(**{field: False if is_switch else value})
     return dataclasses.replace(metadata, builder=builder)
 
 
@@ -130,6 +132,83 @@ def _ignore_k_scale(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]
     return impl.forward(*arguments, **named)
 
 
+def _take_symmetric_for_signed(impl: WrongImpl, arguments: list[Any], named: Any) -> Any:
+    if impl.alibi_symmetric:
+        arguments[5] = _metadata_without(arguments[5], "alibi", True)
+        arguments[5].builder.spec = arguments[5].builder.spec.replace(alibi=True)
+        impl.alibi_symmetric, impl.alibi = False, True
+    return impl.forward(*arguments, **named)
+
+
+def _take_the_scale_for_positive(impl: WrongImpl, arguments: list[Any], named: Any) -> Any:
+    impl.scale = abs(impl.scale)
+    return impl.forward(*arguments, **named)
+
+
+def _parts(returned: Any) -> tuple[torch.Tensor, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def _swallow_nan(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """A guard for rows that see nothing takes rows with NaN for such."""
+    returned = impl.forward(*arguments, **named)
+    for part, blind in zip(_parts(returned), (0.0, -math.inf), strict=False):
+        if part.dtype.itemsize > 1:
+            part.nan_to_num_(nan=blind, posinf=math.inf, neginf=-math.inf)
+    return returned
+
+
+def _unwritten(from_token: Callable[[AttentionBatch], int]) -> Callable[..., Any]:
+    """Rows of the output from a token on are left as they were, or as they were allocated."""
+
+    def forward(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+        first = from_token(arguments[5].batch)
+        given = named.get("output")
+        rows = arguments[1][first:, :, :1] if given is None else given[first:]
+        before = torch.full_like(rows, math.nan) if given is None else rows.clone()
+        returned = impl.forward(*arguments, **named)
+        output = _parts(returned)[0]
+        if output.dtype == before.dtype:
+            output[first:] = before
+        return returned
+
+    return forward
+
+
+def _count_seq_lens_up(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """A kernel counts the new tokens itself, in the engine's own tensor."""
+    returned = impl.forward(*arguments, **named)
+    arguments[5].batch.seq_lens.add_(1)
+    return returned
+
+
+def _scale_the_query_in_place(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    returned = impl.forward(*arguments, **named)
+    arguments[1].mul_(impl.scale)
+    return returned
+
+
+def _return_nothing(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """The result is in the output that was given, and forward does not return it."""
+    impl.forward(*arguments, **named)
+
+
+def _clear_the_output_first(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """The output is set to 0 before the query is read, which may be the same memory."""
+    output = named.get("output")
+    if output is None or output.dtype != arguments[1].dtype:
+        return impl.forward(*arguments, **named)
+    output.zero_()
+    result = _parts(impl.forward(*arguments))
+    output.copy_(result[0])
+    return (output, *result[1:]) if impl.returns_lse else output
+
+
+def _exit(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """A script that was made into a backend."""
+    raise SystemExit("no kernel for this GPU")
+
+
 #: What can be wrong, and how it is done.
 FAULTS: dict[str, Callable[..., Any]] = {
     "drops the soft cap": _forget("logits_soft_cap"),
@@ -140,6 +219,16 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "reads past a request's end": _read_past_the_end,
     "writes a shared cache": _write_a_shared_cache,
     "ignores k_scale": _ignore_k_scale,
+    "takes symmetric ALiBi for signed": _take_symmetric_for_signed,
+    "takes the scale for positive": _take_the_scale_for_positive,
+    "swallows NaN": _swallow_nan,
+    "leaves padding rows unwritten": _unwritten(lambda batch: batch.num_tokens),
+    "leaves the last row unwritten": _unwritten(lambda batch: max(0, batch.num_tokens - 1)),
+    "counts seq_lens up": _count_seq_lens_up,
+    "scales the query in place": _scale_the_query_in_place,
+    "returns nothing": _return_nothing,
+    "clears the output first": _clear_the_output_first,
+    "exits": _exit,
 }
 
 

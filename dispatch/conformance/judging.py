@@ -303,6 +303,11 @@ def _suspects(step: Step) -> Iterator[_Suspect]:
                 "ignored",
                 {kind: unscaled},
             )
+    if step.scale < 0:
+        yield _Suspect(
+            f"asked for scale={step.scale:.3g}, and the output is that of {-step.scale:.3g}",
+            {"scale": -step.scale},
+        )
     default = spec.head_size**-0.5
     if step.scale != default:
         yield _Suspect(

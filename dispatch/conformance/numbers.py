@@ -100,8 +100,10 @@ def numbers(target: Target) -> Iterator[Check]:
     yield check("plain", base)
     seen: set[str] = set()
     for probe in target.probes:
-        if not probe.reasons and not (target.quick and probe.field in seen):
-            seen.add(probe.field)
+        # The two kinds of ALiBi are features of their own.
+        kind = probe.name if probe.field == "alibi" else probe.field
+        if not probe.reasons and not (target.quick and kind in seen):
+            seen.add(kind)
             yield check(probe.name, base.replace(**probe.fields))
     if not target.quick:
         yield check("long requests", base, query_lens=(1, 70, 3, 1), seq_lens=(700, 300, 513, 1025))
