@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -182,6 +183,75 @@ def test_an_interrupted_run_goes_on(contestants, tmp_path):
     assert len(tuner_of(path, contestants, fresh=True).tasks(cases)[0]) == len(tasks)
 
 
+WIDER = SMALL.replace(num_heads=4)
+
+
+def test_two_runs_that_fill_one_table_lose_nothing(contestants, tmp_path):
+    """Their points alternate: of two layers, and of one layer at two lengths."""
+    path = tmp_path / "table.json"
+    steps = (Kind.DECODE, Kind.VERIFY)
+    work = [
+        cases_of("full", SMALL, Grid(steps, (1, 3), (32,))),
+        cases_of("wide", WIDER, Grid(steps, (1,), (32,))),
+        cases_of("long", SMALL, Grid(steps, (1,), (64,))),
+    ]
+    tuners = [tuner_of(path, contestants) for _ in work]
+    tasks = [tuner.tasks(cases)[0] for tuner, cases in zip(tuners, work, strict=True)]
+    runs = [tuner.run(mine) for tuner, mine in zip(tuners, tasks, strict=True)]
+    for each in range(max(map(len, tasks))):
+        for run, mine in zip(runs, tasks, strict=True):
+            if each < len(mine):
+                next(run)
+    layers = read_table(path).layers
+    found = {(key, point.place) for key in layers for point in layers[key].points}
+    assert found == {(task.key, task.place) for mine in tasks for task in mine}
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+def test_a_fresh_run_keeps_other_layers_and_drops_old_points_of_its_own(contestants, tmp_path):
+    path = tmp_path / "table.json"
+    for spec, lengths in ((SMALL, (32, 64)), (WIDER, (32,))):
+        tuner = tuner_of(path, contestants)
+        list(tuner.run(tuner.tasks(cases_of("full", spec, Grid((Kind.DECODE,), (1,), lengths)))[0]))
+    wide = read_table(path).layers[layer_key(WIDER)].points
+    fresh, other = tuner_of(path, contestants, fresh=True), tuner_of(path, contestants)
+    long = cases_of("full", SMALL, Grid((Kind.DECODE,), (3,), (128,)))
+    list(other.run(other.tasks(long)[0]))  # meanwhile, of the same layer
+    tasks, _ = fresh.tasks(cases_of("full", SMALL, Grid((Kind.DECODE,), (1,), (32,))))
+    list(fresh.run(tasks))
+    layers = read_table(path).layers
+    assert layers[layer_key(WIDER)].points == wide
+    assert {p.keys for p in layers[layer_key(SMALL)].points} == {32, 3 * 128}
+
+
+def test_what_is_no_table_is_not_overwritten_at_any_time(contestants, tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(InvalidInputError, match="is not JSON"):
+            tuner_of(path, contestants, fresh=fresh)
+    path.unlink()
+    tuner = tuner_of(path, contestants)
+    run = tuner.run(tuner.tasks(cases_of("full", SMALL, SMALL_GRID))[0])
+    next(run)
+    path.write_text("mine")  # by somebody else, in the middle of the run
+    with pytest.raises(InvalidInputError, match="is not JSON"):
+        next(run)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["requests", "lengths"])
+@pytest.mark.parametrize("numbers", [(10**12,), (0,), (-1,), (2**70,), (True,), (1.5,), (1,) * 65])
+def test_a_grid_that_fits_no_batch_is_rejected_at_once(name, numbers):
+    with pytest.raises(InvalidInputError, match=f"^{name} has "):
+        Grid(**{name: numbers})
+
+
+def test_the_largest_numbers_of_a_grid_make_no_lists():
+    grid = Grid(requests=(1 << 16,), lengths=(1 << 22,))
+    assert cases_of("full", SMALL, grid) == []
+
+
 def test_a_backend_that_is_new_is_measured_with_the_others(contestants, tmp_path):
     path, cases = tmp_path / "table.json", cases_of("full", SMALL, SMALL_GRID)
     two = Tuner(CPU, path, ["STEADY", "BY_SIZE"], clock=contestants["clock"], rounds=1)
@@ -330,6 +400,12 @@ def test_tune_says_who_was_wrong(contestants):
         (f"{FLAGS} --steps train", "prefill, decode, verify, mixed"),
         (f"{FLAGS} --requests 0", "not a number such as 16 or 4k"),
         (f"{FLAGS} --lengths ,", "needs a number"),
+        (f"{FLAGS} --requests 1000000000000", "not an integer from 1 to 65536"),
+        (f"{FLAGS} --lengths 9999999999999999k", "not an integer from 1 to 4194304"),
+        (f"{FLAGS} --lengths {'9' * 5000}", "a number of 5000 digits"),
+        (f"{FLAGS} --time-budget inf", "not a number of seconds"),
+        (f"{FLAGS} --output /proc/no/such.json", "cannot be written"),
+        (f"{FLAGS} --output /dev/null", "cannot be written: it is not a regular file"),
         (f"{FLAGS} --custom-mask", "has more to it than num_heads"),
         (f"{FLAGS} --cases cases.json", "leave out what describes one"),
         (f"{FLAGS} --backends NO_SUCH", "There is no backend 'NO_SUCH'"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import warnings
+from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from selection_helpers import layer
 from tuning_tables import FAST_REFERENCE, H200, MEASURED, in_force, point, table_of
 
-from attn_dispatch import explain, resolve
+from attn_dispatch import attention, explain, resolve
 from attn_dispatch.device import detect_device, known_device
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import Phase
@@ -170,6 +173,10 @@ BAD_FILES = {
     "nested without end": b"[" * 1_000_000,
     "a number without end": b'{"version": ' + b"9" * 10_000 + b"}",
     "another file": b'{"model_type": "llama"}',
+    "nested as deep as the parser goes": b'{"version": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "a key twice": b'{"version": 1, "version": 1}',
+    "half a character": b'{"version": "\\ud800", "\\udfff": 1}',
+    "no number": b'{"version": NaN}',
 }
 
 
@@ -186,6 +193,101 @@ def test_a_bad_file_is_set_aside_with_one_warning(content, named, tmp_path, monk
     assert [pick for pick, *_ in picks] == ["TORCH_SDPA"] * 2
     assert len(caught) == 1
     assert str(path) in str(caught[0].message)
+
+
+HOSTILE = {
+    "a FIFO": os.mkfifo if hasattr(os, "mkfifo") else None,
+    "a folder": os.mkdir,
+    "a link to nothing": lambda path: os.symlink("nowhere", path),
+    "a loop of links": lambda path: os.symlink(path.name, path),
+    "a device": lambda path: os.symlink("/dev/zero", path),
+    "a file without end": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("where", ["named", "in the cache", "in the cache, of other versions"])
+def test_selection_waits_for_nothing_whatever_a_table_is(kind, where, tmp_path, monkeypatch):
+    path = store.table_path(machine_of(detect_device("cpu")))
+    if where == "named":
+        path = tmp_path / "table.json"
+        monkeypatch.setenv("ATTN_DISPATCH_TUNING", str(path))
+    elif where == "in the cache, of other versions":
+        path = path.with_name("cpu-0123456789ab.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    HOSTILE[kind](path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert resolve(SPEC, "cpu").name == "TORCH_SDPA"
+    assert [each.category for each in caught] in ([], [TuningWarning])
+    assert len(caught) == 1 or where == "in the cache"
+
+
+@contextlib.contextmanager
+def another_user():
+    """Root may look into every folder: go on as a user that may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(4242)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def _closed(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0)
+
+
+FOLDERS = {
+    "missing": lambda path: None,
+    "a file": lambda path: path.write_text("mine"),
+    "a FIFO": HOSTILE["a FIFO"],
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a loop of links": lambda path: path.symlink_to(path.name),
+    "in a folder that is closed": lambda path: _closed(path.parent / "closed"),
+    "closed": _closed,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="is about permissions of POSIX")
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_selection_works_whatever_the_cache_folder_is(kind, tmp_path, monkeypatch):
+    resolve(SPEC, "cpu")  # what is imported is imported
+    folder = tmp_path / "it"
+    FOLDERS[kind](folder)
+    if kind == "in a folder that is closed":
+        folder = tmp_path / "closed" / "it"
+    monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", str(folder))
+    query = torch.zeros(2, 1, 8)
+    try:
+        with another_user(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert resolve(SPEC, "cpu").name == "TORCH_SDPA"
+            assert attention(query, query, query).shape == query.shape
+    finally:
+        for path in tmp_path.iterdir():
+            if path.is_dir():
+                path.chmod(0o700)
+
+
+@pytest.mark.parametrize("kind", ["raises", "no home", "relative"])
+def test_selection_works_without_a_cache_folder(kind, monkeypatch):
+    def user_cache_dir(*_, **__):
+        if kind == "raises":
+            raise RuntimeError("no home directory")
+        return "~/.cache/attn-dispatch" if kind == "no home" else "cache"
+
+    monkeypatch.delenv("ATTN_DISPATCH_CACHE_DIR")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", user_cache_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(SPEC, "cpu").name == "TORCH_SDPA"
+    with pytest.raises(InvalidInputError, match="Set ATTN_DISPATCH_CACHE_DIR to a folder"):
+        store.table_path(machine_of(detect_device("cpu")))
 
 
 @pytest.mark.parametrize("path", ["/no/such/file.json", "/", "/dev/zero"])

@@ -60,19 +60,18 @@ def demo(
         workload = Workload(workload.prefix, tuple(prompt_task(text) for text in prompt))
     # The model is so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
-    console = Console(stderr=as_json, quiet=as_json)
-    with _Progress(console, workload) as progress:
+    with _Progress(Console(stderr=True), workload) as progress:
         result = serve(workload, device=torch_device, backend=backend, on_step=progress.update)
     if as_json:
         print(json.dumps(result.asdict(), indent=2))
     else:
-        _print_result(console, result)
+        _print_result(Console(), result)
     if result.tokens_different:
         raise typer.Exit(1)
 
 
 class _Progress:
-    """A bar of finished requests, with what the others are doing."""
+    """A bar of finished requests, with what the others are doing; nothing without a terminal."""
 
     def __init__(self, console: Console, workload: Workload) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -83,6 +82,7 @@ class _Progress:
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=len(workload.tasks))
 

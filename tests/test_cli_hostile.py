@@ -1,0 +1,338 @@
+"""The command line with values, files and streams that are anything: one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from attn_dispatch.cli import app
+from attn_dispatch.cli.streams import one_line
+
+LAYER = [
+    "--num-heads",
+    "2",
+    "--num-kv-heads",
+    "1",
+    "--head-size",
+    "8",
+    "--dtype",
+    "float32",
+    "--block-size",
+    "4",
+]
+TUNE = ["tune", *LAYER, "--device", "cpu", "--backends", "TORCH_SDPA,REFERENCE"]
+TINY = [*TUNE, "--requests", "1", "--lengths", "32", "--rounds", "1", "--steps", "decode"]
+SWEEP = ["bench", "--sweep", "batch", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def assert_rejected(*arguments, part=""):
+    """The command ends with code 2 and one line on stderr."""
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.endswith("\n")
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 2500
+    assert part in result.stderr
+
+
+VALUES = {
+    "5,000 digits": "9" * 5000,
+    "negative": "-1",
+    "nothing": "",
+    "a blank": " ",
+    "a word": "x",
+    "beyond 64 bits": str(2**70),
+    "not a number": "nan",
+    "not UTF-8": b"caf\xe9".decode("utf-8", "surrogateescape"),
+    "a terminal's escape": "\x1b[31m\n\x07",
+    "code": "__import__('os')",
+}
+
+#: An option or argument -> the command with a place for its value.
+PLACES = {
+    "explain num_heads": ["explain", *LAYER, "--num-heads", None],
+    "explain sliding_window": ["explain", *LAYER, "--sliding-window", None],
+    "explain soft cap": ["explain", *LAYER, "--logits-soft-cap", None],
+    "explain mla": ["explain", *LAYER, "--mla", None],
+    "explain dtype": ["explain", *LAYER, "--dtype", None],
+    "explain attn_type": ["explain", *LAYER, "--attn-type", None],
+    "explain device": ["explain", *LAYER, "--device", None],
+    "explain backend": ["explain", *LAYER, "--backend", "prefill=", None],
+    "explain without": ["explain", *LAYER, "--without", None],
+    "explain phase": ["explain", *LAYER, "--phase", None],
+    "explain config": ["explain", "--config", None],
+    "demo requests": ["demo", "--requests", None],
+    "demo prompt": ["demo", "--prompt", None],
+    "demo device": ["demo", "--device", None],
+    "demo backend": ["demo", "--prompt", "1+1", "--device", "cpu", "--backend", "prefill=", None],
+    "tune requests": [*TUNE, "--requests", None],
+    "tune lengths": [*TUNE, "--lengths", None],
+    "tune steps": [*TUNE, "--steps", None],
+    "tune rounds": [*TUNE, "--rounds", None],
+    "tune backends": [*TUNE, "--backends", "NO", None],
+    "tune cases": [*TUNE[:1], "--device", "cpu", "--cases", None],
+    "tune device": ["tune", *LAYER, "--device", None],
+    "bench cases": ["bench", "--device", "cpu", "--cases", None],
+    "bench sweep": ["bench", "--device", "cpu", "--sweep", None],
+    "bench num_heads": [*SWEEP, "--num-heads", None],
+    "bench dtype": [*SWEEP, "--dtype", None],
+    "bench rounds": [*SWEEP, "--rounds", None],
+    "bench backends": [*SWEEP, "--backends", "NO", None],
+    "verify name": ["verify", "--", None],
+    "verify device": ["verify", "REFERENCE", "--device", None],
+    "verify only": ["verify", "REFERENCE", "--device", "cpu", "--quick", "--only", "no such", None],
+    "doctor": ["doctor", "--", None],
+    "a command": ["--", None],
+}
+
+
+#: Where one of the values is right.
+RIGHT = {("verify only", "nothing"), ("explain soft cap", "beyond 64 bits")}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_value_of_an_option_is_more_than_one_line(place):
+    *before, _ = PLACES[place]
+    for name, value in VALUES.items():
+        if (place, name) in RIGHT:
+            continue
+        given = [*before, value]
+        if before[-1] in ("prefill=", "NO", "no such"):  # the value goes on from there
+            given = [*before[:-1], before[-1] + value]
+        assert_rejected(*given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["demo", "--requests", "1000000000000"], "4096"),
+        ([*TUNE, "--requests", "1000000000000"], "from 1 to 65536"),
+        ([*TUNE, "--lengths", ",".join(map(str, range(1, 5000)))], "at most 64"),
+        ([*TUNE, "--rounds", "1000000000000"], "100000"),
+        ([*SWEEP, "--rounds", "1000000000000"], "100000"),
+        ([*SWEEP, "--num-heads", "1000000000000"], "the most there may be"),
+        ([*SWEEP, "--time-budget", "inf"], "not a number of seconds"),
+        ([*TUNE, "--time-budget", "inf"], "not a number of seconds"),
+        (["explain", *LAYER, "--sliding-window", str(2**40)], "no layer has"),
+        (["explain", *LAYER, "--mla", f"{2**40},1,1,1"], "no layer has"),
+        (["demo", "--prompt", "\u0661+\u0662"], "no such sum"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_numbers_have_limits_that_are_told_before_anything_is_made(arguments, part):
+    assert_rejected(*arguments, part=part)
+
+
+CONTENTS = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "text": b"mine\n",
+    "an object": b'{"mine": 1}',
+    "a list": b"[1]",
+    "nested without end": b"[" * 1_000_000,
+    "nested deeply": b'{"model_type": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "an integer of 5,000 digits": b'{"model_type": "llama", "num_hidden_layers": '
+    + b"9" * 5000
+    + b"}",
+    "an integer of 30 digits": b'{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, '
+    b'"num_attention_heads": ' + b"9" * 30 + b"}",
+}
+SPECIAL = ["FIFO", "folder", "loop of links", "huge file", "device"]
+
+#: What reads a file.
+READERS = {
+    "explain config": ["explain", "--config"],
+    "tune config": ["tune", "--device", "cpu", "--config"],
+    "tune cases": ["tune", "--device", "cpu", "--cases"],
+    "tune show": ["tune", "--device", "cpu", "--show", "--output"],
+    "bench cases": ["bench", "--device", "cpu", "--cases"],
+}
+
+
+def special(kind, path):
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop of links":
+        path.symlink_to(path.name)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
+@pytest.mark.parametrize("reader", READERS)
+def test_no_file_is_more_than_one_line(reader, tmp_path):
+    for index, content in enumerate(CONTENTS.values()):
+        path = tmp_path / f"{index}.json"
+        path.write_bytes(content)
+        assert_rejected(*READERS[reader], path)
+    for kind in SPECIAL:
+        path = tmp_path / kind
+        special(kind, path)
+        assert_rejected(*READERS[reader], path)
+
+
+def test_a_case_of_any_size_is_rejected(tmp_path):
+    good = '"name": "a", "num_heads": 2, "num_kv_heads": 1, "head_size": 8'
+    for lens in ("[1000000000000]", f"[{'1,' * 70000}1]", f"[{'100000000,' * 50}1]", "[1.5]", "[]"):
+        path = tmp_path / "cases.json"
+        path.write_text(f'[{{{good}, "query_lens": {lens}, "seq_lens": {lens}}}]')
+        assert_rejected("bench", "--device", "cpu", "--cases", path)
+        assert_rejected("tune", "--device", "cpu", "--cases", path)
+
+
+#: What writes a file, whatever it is called.
+WRITERS = {
+    "tune": [*TINY, "--output"],
+    "tune afresh": [*TINY, "--fresh", "--output"],
+    "bench": [*SWEEP, "--json"],
+    "verify": ["verify", "REFERENCE", "--device", "cpu", "--quick", "--json"],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_no_other_file_is_overwritten(writer, tmp_path):
+    for index, content in enumerate(CONTENTS.values()):
+        path = tmp_path / f"{index}.json"
+        path.write_bytes(content)
+        if content or writer.startswith("tune"):
+            assert_rejected(*WRITERS[writer], path)
+        assert path.read_bytes() == content
+    for kind in ("FIFO", "folder", "loop of links"):
+        path = tmp_path / kind
+        special(kind, path)
+        before = os.lstat(path)
+        assert_rejected(*WRITERS[writer], path)
+        assert os.path.samestat(os.lstat(path), before)
+    for path in (tmp_path / "0.json" / "x", Path("/proc/no/x"), tmp_path / ("x" * 300)):
+        assert_rejected(*WRITERS[writer], path)
+
+
+def test_a_table_is_gone_on_with(tmp_path):
+    path = tmp_path / "table.json"
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*TINY, "--output", str(path)])
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("shadow:" + "9" * 5000, "is not understood"), ("9" * 5000, "is not understood")],
+)
+def test_a_variable_of_any_length_is_an_error_with_words(value, error, monkeypatch):
+    monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
+    assert_rejected("demo", "--prompt", "1+1", "--device", "cpu", part=error)
+
+
+def test_a_message_becomes_one_line():
+    text = "No backend computes it:\n  A: reason\r\n  B: " + "9" * 5000 + "\n"
+    assert one_line(text) == (
+        f"No backend computes it: A: reason; B: {'9' * 60}... (5000 characters)"
+    )
+    assert one_line("") == ""
+
+
+# --- Streams ------------------------------------------------------------------------------------
+
+EXPLAIN = ["explain", *LAYER, "--device", "cpu"]
+PROGRAM = "from attn_dispatch.cli import main; main()"
+
+
+def shell(arguments, redirection):
+    """Run the program with its streams redirected by a shell."""
+    return subprocess.run(
+        ["bash", "-c", f'exec "$@" {redirection}', "-", sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+posix_streams = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@posix_streams
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        EXPLAIN,
+        [*EXPLAIN, "--json"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+@pytest.mark.parametrize(
+    ("redirection", "why"), [(">&-", "stdout is closed"), (">/dev/full", "No space left on device")]
+)
+def test_an_output_that_cannot_be_written_is_one_line(arguments, redirection, why):
+    done = shell(arguments, redirection)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: The output cannot be written: {why}.\n"
+
+
+@posix_streams
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "code", "told"),
+    [
+        ([*EXPLAIN, "--json"], "<&- 2>&-", 0, True),
+        (["--version"], "2>&-", 0, True),
+        (["--version"], "2>/dev/full", 0, True),
+        (["--version"], "<&-", 0, True),
+        (["--version"], ">&- 2>&-", 2, False),
+        (["--version"], "<&- >&- 2>&-", 2, False),
+        (["--version"], ">/dev/full 2>/dev/full", 2, False),
+    ],
+)
+def test_an_answer_needs_stdout_only(arguments, redirection, code, told):
+    done = shell(arguments, redirection)
+    assert (done.returncode, bool(done.stdout), done.stderr) == (code, told, "")
+
+
+@posix_streams
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_an_error_needs_no_stderr_for_its_code(redirection):
+    assert shell(["explain", "--num-heads", "x"], redirection).returncode == 2
+
+
+@posix_streams
+def test_a_reader_that_has_gone_ends_the_command_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", PROGRAM, *EXPLAIN]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, b"")
+
+
+@posix_streams
+def test_arguments_that_are_not_utf8_are_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "explain", "--config", b"caf\xe9.json"],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"There is no file caf\\udce9.json" in done.stderr
+    assert done.stderr.count(b"\n") == 1
