@@ -60,6 +60,7 @@ FITTING = {
     "sinks": False,
     "kv_cache_dtype": "auto",
     "cuda_graph": False,
+    "sliding_window": None,
 }
 
 
@@ -112,6 +113,13 @@ FEATURES = {
     "soft cap": {"logits_soft_cap": 1.5},
     "alibi": {"alibi": True},
     "alibi, soft cap, window": {"alibi": True, "logits_soft_cap": 1.5, "sliding_window": 20},
+    "symmetric alibi": {"alibi": "symmetric", "causal": False, "returns_lse": True},
+    "symmetric alibi, soft cap, window": {
+        "alibi": "symmetric",
+        "causal": False,
+        "logits_soft_cap": 1.5,
+        "sliding_window": 20,
+    },
     "sinks": {"sinks": True, "sliding_window": 9},
     "lse": {"returns_lse": True},
     "heads of their own": {"num_kv_heads": 4},

@@ -26,11 +26,12 @@ def sees(query_position, key_position, *, causal, window=None, ranges=(), mask_v
 
 def attention_of_request(
     query, key, value, *, scale, causal, window=None, cap=None, slopes=None, sinks=None,
-    ranges=(), mask=None,
+    ranges=(), mask=None, symmetric=False,
 ):  # fmt: skip
     """Output (num_queries, num_heads, head_size_v) and lse (num_queries, num_heads), float64.
 
-    `query`, `key` and `value` are tensors of one request: (tokens, heads, size).
+    `query`, `key` and `value` are tensors of one request: (tokens, heads, size). `symmetric` is
+    ALiBi by the distance on either side.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape
@@ -57,7 +58,8 @@ def attention_of_request(
                 if cap is not None:
                     score = cap * math.tanh(score / cap)
                 if slopes is not None:
-                    score += slopes[head] * (column - position)
+                    distance = column - position
+                    score += slopes[head] * (-abs(distance) if symmetric else distance)
                 scores[column] = score
             if not scores:
                 continue

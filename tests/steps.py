@@ -76,6 +76,7 @@ class Step(steps.Step):
                 window=spec.sliding_window,
                 cap=spec.logits_soft_cap,
                 slopes=self.slopes,
+                symmetric=spec.alibi == "symmetric",
                 sinks=None if self.sinks is None else self.sinks.tolist(),
                 ranges=self.ranges_of(request),
                 mask=None if self.masks is None else self.masks[request],
@@ -114,6 +115,8 @@ class Step(steps.Step):
         """(num_heads, query_len, seq_len) float64: what PyTorch takes as a mask."""
         num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
         distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
+        if self.spec.alibi == "symmetric":
+            distance = -distance.abs()
         slopes = torch.tensor(self.slopes or [0.0] * self.spec.num_heads).double()
         return (slopes[:, None, None] * distance).masked_fill(~self.seen_by(request), -math.inf)
 

@@ -11,6 +11,7 @@ from flash_attn_steps import (
     BY_NAME,
     DTYPES,
     FEATURES,
+    VLLM_3,
     alone,
     check,
     check_all_but,
@@ -28,6 +29,7 @@ from steps import Step
 from strategies import cases
 
 from attn_dispatch.backends.cuda.flash_attn import FlashAttnBackend, FlashAttnImpl
+from attn_dispatch.backends.cuda.flash_attn_windows import computes_window
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.device import detect_device
 from attn_dispatch.libraries import Library, library_name
@@ -198,3 +200,60 @@ def test_a_graph_of_the_installed_package_serves_later_steps(cuda, name, window)
         batch.slot_mapping.copy_(step.batch.slot_mapping)
         graph.replay()
         step.check(output)
+
+
+def keys_counted(attend, spec, query_len, seq_len, paged):
+    """(query_len, num_heads) how many keys each row saw: of equal weights, exp(lse)."""
+    new = {"dtype": spec.dtype, "device": "cuda"}
+    query = torch.zeros(query_len, spec.num_heads, spec.head_size, **new)
+    keys = torch.zeros(seq_len, spec.num_kv_heads, spec.head_size, **new)
+    starts, lengths = (
+        torch.tensor(each, dtype=torch.int32, device="cuda") for each in ([0, query_len], [seq_len])
+    )
+    where = {"cu_seqlens_k": torch.nn.functional.pad(lengths, (1, 0))}
+    if paged:
+        pages = -(-seq_len // 16)
+        keys = torch.zeros(pages, 16, spec.num_kv_heads, spec.head_size, **new)
+        table = torch.arange(pages, dtype=torch.int32, device="cuda")[None]
+        where = {"seqused_k": lengths, "block_table": table}
+    left = spec.sliding_window - 1
+    _, lse = attend(
+        query,
+        keys,
+        keys,
+        query_len,
+        starts,
+        seq_len,
+        causal=spec.causal,
+        window_size=[left, 0 if spec.causal else left],
+        fa_version=3,
+        return_softmax_lse=True,
+        **where,
+    )
+    return lse.double().exp().round().T.long().cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("group", [1, 4, 5, 8])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 160, 192, 224, 256])
+def test_vllms_kernel_sees_the_keys_that_it_should_of_windows_that_are_allowed(
+    head_size, group, causal, cuda
+):
+    """Prompts, chunks over a prefix and drafts, around the edges of the kernel's tiles."""
+    with real(VLLM_3):
+        attend = BY_NAME[VLLM_3].load()["flash_attn_varlen_func"]
+        keys = 64 if head_size > 192 else 96 if head_size > 128 else 128
+        windows = {keys * n // 2 + d for n in range(1, 20) for d in (-1, 0, 1)} | {1500, 2047, 2048}
+        sizes = {"head_size": head_size, "num_heads": 2 * group, "num_kv_heads": 2}
+        for window in sorted(windows):
+            spec = spec_of(VLLM_3, sliding_window=window, causal=causal, **sizes)
+            if not computes_window(spec):
+                continue
+            chunks = [(300, 2 * window + 310), (9, window + 200)] if causal else []
+            for query_len, seq_len in [(2600, 2600), *chunks]:
+                place = torch.arange(seq_len - query_len, seq_len)
+                last = place if causal else (place + window - 1).clamp(max=seq_len - 1)
+                wanted = (last - (place - window + 1).clamp(min=0) + 1)[:, None]
+                found = keys_counted(attend, spec, query_len, seq_len, query_len != seq_len)
+                assert (found == wanted).all(), (window, query_len, seq_len)

@@ -270,11 +270,12 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         out = output
         if out is None or not is_aligned(out):
             out = query.new_empty(shape)
-        lse = None
-        if self.returns_lse:
-            lse = query.new_empty(shape[:2], dtype=torch.float32)
-            if shape[0] > attn_metadata.batch.num_tokens:
-                lse[attn_metadata.batch.num_tokens :] = float("-inf")
+        lse = query.new_empty(shape[:2], dtype=torch.float32) if self.returns_lse else None
+        num_tokens = attn_metadata.batch.num_tokens
+        if shape[0] > num_tokens:  # rows that are no request's
+            out[num_tokens:] = 0
+            if lse is not None:
+                lse[num_tokens:] = float("-inf")
         for call in attn_metadata.calls:
             self._make(call, query, key, value, cache, out, lse)
         if output is not None and output is not out:
@@ -340,9 +341,14 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
 
 
 class FlashAttnBackend(AttentionBackend):
-    """FlashAttention 2, 3 and 4: flash-attn's own packages, vLLM's build and SGLang's."""
+    """FlashAttention 2, 3 and 4: flash-attn's own packages, vLLM's build and SGLang's.
+
+    A row that sees a NaN among its scores has NaN as its output, and the log-sum-exp of a row that
+    sees no key; scores that are all −inf can give 0. Measured with vLLM's FlashAttention 3.
+    """
 
     interface_version = 1
+    propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),
         requires=("triton>=3.6",),  # whose kernel writes the cache without waiting for the device

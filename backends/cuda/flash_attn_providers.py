@@ -23,6 +23,7 @@ from attn_dispatch.backends.cuda.flash_attn_packages import (
     bind_flash_attn_4,
     bind_vllm,
 )
+from attn_dispatch.backends.cuda.flash_attn_windows import computes_window
 from attn_dispatch.capability import (
     ANY,
     Capabilities,
@@ -41,7 +42,7 @@ from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface import AttentionType
 from attn_dispatch.libraries import error_of, import_library
 from attn_dispatch.quantization import kv_cache_torch_dtype
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, AttentionSpec
 
 __all__ = [
     "PROVIDERS",
@@ -150,7 +151,7 @@ def _capabilities(
 _HEADS_2: dict[str, Constraint] = {
     "head_size": MultipleOf(8, largest=256),
     "head_size_v": SameAs("head_size"),
-    "alibi": _BOTH,
+    "alibi": OneOf(True, False, ALIBI_SYMMETRIC),
     "cuda_graph": _BOTH,
 }
 _HEADS_3: dict[str, Constraint] = {
@@ -297,9 +298,30 @@ _LIMITS: tuple[_Limit, ...] = (
         "a cache of the layer's dtype",
     ),
     # Its bias falls with the distance on either side.
-    _Limit(lambda s: s.alibi and not s.causal, "alibi", "causal=False", "causal=True", (2,)),
-    # It adds slope * key position: the same weights, and another log-sum-exp.
-    _Limit(lambda s: s.alibi and s.returns_lse, "alibi", "alibi with returns_lse", "either", (2,)),
+    _Limit(
+        lambda s: s.alibi is True and not s.causal,
+        "alibi",
+        "causal=False",
+        f"causal=True, or alibi={ALIBI_SYMMETRIC!r}",
+        (2,),
+    ),
+    # With causality it adds slope * key position: the same weights, and another log-sum-exp.
+    _Limit(
+        lambda s: s.alibi is True and s.returns_lse,
+        "alibi",
+        "alibi with returns_lse",
+        "either",
+        (2,),
+    ),
+    # Measured for vLLM's builds. The others have not run, and are refused the same windows.
+    _Limit(
+        lambda s: not computes_window(s),
+        "sliding_window",
+        "sliding_window={s.sliding_window} with causal={s.causal}, head_size={s.head_size} and "
+        "{s.num_heads} query heads over {s.num_kv_heads}",
+        "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
+        (3,),
+    ),
     _Limit(_is_odd_pair_for_3, "head_size_v", _SIZES, _PAIRS_OF_3, (3,)),
     _Limit(_is_odd_pair_for_4, "head_size_v", _SIZES, "equal sizes, or 192 with 128", (4,)),
     # On sm90 tiles are of 144 keys then, and releases before 2026-08 look up the pages of 128.

@@ -119,7 +119,8 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
             self.write_kv(layer, key, value, kv_cache, batch)
         if output is None:
             output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        output[batch.num_tokens :] = 0
+        if output.shape[0] > batch.num_tokens:  # rows that are no request's
+            output[batch.num_tokens :] = 0
         lse = None
         if self.returns_lse:
             lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
@@ -242,10 +243,12 @@ class FlashInferBackend(AttentionBackend):
     """FlashInfer's FA2 and FA3 kernels over pages.
 
     Not declared, though FlashInfer has something of the name: ALiBi, whose slopes it makes itself;
-    custom masks, whose packing waits for the device; batch invariance.
+    custom masks, whose packing waits for the device; batch invariance. What its kernels make of NaN
+    and infinity has not been measured, so it is not declared either.
     """
 
     interface_version = 1
+    propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),
         requires=("flashinfer>=0.7.2", "triton>=3.6"),

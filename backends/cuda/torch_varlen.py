@@ -239,7 +239,8 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
         lse = None
         if self.returns_lse:
             lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-        output[num_tokens:] = 0
+        if output.shape[0] > num_tokens:  # rows that are no request's
+            output[num_tokens:] = 0
         if not num_tokens or not max(batch.host_seq_lens):
             output[:num_tokens] = 0
         else:
@@ -301,9 +302,14 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
 
 
 class TorchVarlenBackend(AttentionBackend):
-    """PyTorch's variable-length FlashAttention for NVIDIA's GPUs."""
+    """PyTorch's variable-length FlashAttention for NVIDIA's GPUs.
+
+    A row that sees a NaN among its scores has NaN as its output, and the log-sum-exp of a row that
+    sees no key; scores that are all −inf can give 0. Measured with PyTorch 2.11.
+    """
 
     interface_version = 1
+    propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),
         requires=("torch>=2.11",),

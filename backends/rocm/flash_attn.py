@@ -197,11 +197,22 @@ class VarlenImpl(TritonImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
-        if output_scale is not None or output_block_scale is not None:
+        is_quantized = output_scale is not None or output_block_scale is not None
+        if is_quantized and attn_metadata is not None:
             raise UnsupportedError(
                 f"{self.backend} does not quantize its output; TRITON_ATTN does."
             )
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
+        return super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
 
     def _prefill(
         self,
@@ -260,6 +271,7 @@ VARLEN_FIELDS = {
     "head_size": MultipleOf(8, largest=256),
     "head_size_v": SameAs("head_size"),
     "dtype": OneOf(torch.bfloat16, torch.float16),
+    "alibi": OneOf(True, False),
     "sinks": OneOf(False),
     "custom_mask": OneOf(False),
     "bidirectional_ranges": OneOf(False),
@@ -271,6 +283,9 @@ VARLEN_FIELDS = {
 class VarlenBackend(TritonAttnBackend):
     """What the backends with such a function share; not a backend by itself."""
 
+    #: No AMD GPU has shown what the functions make of NaN.
+    propagates_nan = False
+
     @staticmethod
     def get_builder_cls() -> type[VarlenBuilder]:
         """VarlenBuilder."""
@@ -280,7 +295,7 @@ class VarlenBackend(TritonAttnBackend):
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """What CK does not compute together."""
         reasons = super().check_combination(spec, device)
-        for one, other in _clashes(spec, spec.alibi):
+        for one, other in _clashes(spec, bool(spec.alibi)):
             reasons.append(
                 Reason(
                     code=ReasonCode.COMBINATION,
