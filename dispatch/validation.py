@@ -39,6 +39,7 @@ __all__ = [
     "check_int32",
     "check_metadata",
     "check_no_grad",
+    "check_no_transform",
     "check_output",
     "check_slot_mapping",
     "check_tensors",
@@ -69,6 +70,7 @@ def check_forward(
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
     check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
+    check_no_transform(query, key, value)
     try:
         signature = (  # each by itself, not by a loop: every layer's call waits for this
             _shape_of_layer(impl),
@@ -166,17 +168,27 @@ def _check_forms(
 
 
 def check_no_grad(*values: object) -> None:
-    """Check that no gradient is expected to flow through these values; what is no tensor has none.
+    """Check that no gradient is expected to flow through these values; only tensors have one.
 
     Raises:
-        InvalidInputError: autograd is recording one of these tensors, one carries a tangent of
-            forward-mode differentiation, or the call is inside of a transform of torch.func.
+        InvalidInputError: autograd is recording one of these tensors.
     """
     if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values):
         raise InvalidInputError(
             "attn-dispatch computes attention for inference, and autograd is recording this call. "
             "Call the model inside of torch.inference_mode() or torch.no_grad()."
         )
+
+
+def check_no_transform(*values: object) -> None:
+    """Check that these values are plain, for PyTorch's other ways to differentiate or transform.
+
+    torch.compile cannot trace this.
+
+    Raises:
+        InvalidInputError: one carries a tangent of forward-mode differentiation, or the call is
+            inside of a transform of torch.func.
+    """
     if forward_ad._current_level >= 0 and any(
         isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
         for value in values

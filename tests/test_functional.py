@@ -140,8 +140,8 @@ Q, CACHE = torch.zeros(5, 4, 8), torch.zeros(3, 2, 4, 2, 8)
 INT8_CACHE = torch.zeros(3, 2, 4, 2, 32, dtype=torch.int8)
 K, TABLE = torch.zeros(5, 2, 8), torch.tensor([[0, 1]]).int()
 BAD_CALLS = {
-    "a batch dimension": ((Q[None], K, K), {}, "query must be a tensor of 3 .* without a batch"),
-    "no tensor": ((Q.numpy(), K, K), {}, "query must be a tensor"),
+    "a batch dimension": ((Q[None], K, K), {}, "query is a ndarray; give a torch.Tensor of 3 .* without a batch"),
+    "no tensor": ((Q.numpy(), K, K), {}, "query is a ndarray; give a torch.Tensor"),
     "no keys": ((Q,), {}, "Give key and value, or kv_cache and block_table"),
     "key without value": ((Q, K), {}, "key and value go together"),
     "cache without block table": ((Q, K, K), {"kv_cache": CACHE}, "go together"),
@@ -304,8 +304,8 @@ def test_the_merged_output_has_the_dtype_of_the_parts(dtype):
     [
         ([], [], "0 outputs and 0 lses"),
         ([torch.zeros(3, 2, 4)], [], "1 outputs and 0 lses"),
-        ([torch.zeros(3, 2, 4)], [torch.zeros(2, 3)], "different shapes"),
-        ([torch.zeros(3, 2, 4), torch.zeros(3, 2, 5)], [torch.zeros(3, 2)] * 2, "different shapes"),
+        ([torch.zeros(3, 2, 4)], [torch.zeros(2, 3)], "The parts differ"),
+        ([torch.zeros(3, 2, 4), torch.zeros(3, 2, 5)], [torch.zeros(3, 2)] * 2, "The parts differ"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(outputs, lses, message):

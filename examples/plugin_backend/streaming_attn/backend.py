@@ -131,6 +131,7 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
         largest = query.new_full(shape, float("-inf"), dtype=torch.float64)
         total = torch.zeros_like(largest)
         sums = total.new_zeros(self.num_heads, len(query), self.head_size_v)
+        sees_a_key = torch.zeros(len(query), dtype=torch.bool, device=query.device)
         for start in range(0, len(keys), _PIECE):
             piece = slice(start, min(start + _PIECE, len(keys)))
             k, v = (t[piece].repeat_interleave(group, dim=1) for t in (keys, values))
@@ -141,6 +142,7 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
             seen = distance <= 0
             if self.sliding_window is not None:
                 seen &= distance > -self.sliding_window
+            sees_a_key |= seen.any(-1)
             scores = scores.masked_fill(~seen, float("-inf"))
             before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))
             finite = largest.clamp(min=torch.finfo(torch.float64).min)  # −inf minus itself is NaN
@@ -152,7 +154,9 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
         if self.sinks is not None:
             finite = largest.clamp(min=torch.finfo(torch.float64).min)
             total = total + torch.exp(self.sinks.double().view(-1, 1, 1) - finite)
-        output = torch.where(lse[..., None] > float("-inf"), sums / total, 0.0)
+        # A row that sees keys keeps a NaN; one that sees none is 0, whatever its query holds.
+        output = torch.where(sees_a_key[:, None], sums / total, 0.0)
+        lse = torch.where(sees_a_key, lse, float("-inf"))
         return output.transpose(0, 1), lse.T
 
 
