@@ -53,7 +53,7 @@ def _renew_locks() -> None:
         lock._renew()
     if sys.version_info < (3, 12):  # where a cached property has one lock for all instances
         for cached in _cached_properties():
-            cached.lock = threading.RLock()
+            vars(cached)["lock"] = threading.RLock()
 
 
 def _cached_properties() -> list[functools.cached_property[object]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from attn_dispatch.cli import app
@@ -134,6 +135,21 @@ def test_no_value_of_an_option_is_more_than_one_line(place):
 )
 def test_numbers_have_limits_that_are_told_before_anything_is_made(arguments, part):
     assert_rejected(*arguments, part=part)
+
+
+@pytest.mark.parametrize(
+    "device", ["meta", "xpu", "mps", "vulkan", "cpu:-1", "cuda:99999", "cpu:x"]
+)
+@pytest.mark.parametrize(
+    "command", [["demo", "--prompt", "1+1"], TINY, SWEEP, ["verify", "REFERENCE", "--quick"]]
+)
+def test_a_device_that_is_not_here_is_one_line(command, device):
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except Exception:
+        assert_rejected(*command, "--device", device, part="cannot be used here")
+    else:
+        pytest.skip("it is here")
 
 
 CONTENTS = {

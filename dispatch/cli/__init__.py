@@ -46,7 +46,7 @@ class _Commands(typer.core.TyperGroup):
     def _run(self, *args: Any, **extra: Any) -> int:
         """A command's exit code; what went wrong is told."""
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **(extra | {"standalone_mode": False}))
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except AttnDispatchError as error:

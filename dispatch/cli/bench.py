@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attn_dispatch.cli.device_flag import device_to_run_on
 from attn_dispatch.cli.output import (
     MAX_ROUNDS,
     check_json_output,
@@ -208,9 +209,8 @@ def _run(
     from attn_dispatch.bench.ceilings import measure_ceilings
     from attn_dispatch.bench.report import BenchReport, describe_machine
     from attn_dispatch.bench.runner import Bench
-    from attn_dispatch.device import settle_device
 
-    torch_device = settle_device(device)
+    torch_device = device_to_run_on(device)
     machine = describe_machine(torch_device)
     peers, missing = _load_peers(torch_device.type) if with_peers else ([], {})
     bench = Bench(torch_device, backends=backends, peers=peers, budget_s=budget_s, rounds=rounds)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attn_dispatch.cli.device_flag import device_to_run_on
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,10 +53,8 @@ def demo(
 
     from attn_dispatch.demo.serve import serve
     from attn_dispatch.demo.workload import Workload, make_workload, prompt_task
-    from attn_dispatch.device import default_torch_device, detect_device
 
-    torch_device = default_torch_device() if device is None else device
-    detect_device(torch_device)  # a device that is not there shows before the model is loaded
+    torch_device = device_to_run_on(device)  # what is missing shows before the model is loaded
     workload = make_workload(requests, seed)
     if prompt:
         workload = Workload(workload.prefix, tuple(prompt_task(text) for text in prompt))

@@ -98,11 +98,11 @@ def checked_streams() -> Iterator[None]:
         # Names of devices and errors of libraries may hold what a terminal's encoding does not.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stderr = _Stderr(sys.stderr)  # type: ignore[assignment]
+    sys.stderr = _Stderr(sys.stderr)
     try:
         if sys.stdout is None:
             raise OutputError("stdout is closed")
-        sys.stdout = _Stdout(sys.stdout)  # type: ignore[assignment]
+        sys.stdout = _Stdout(sys.stdout)
         yield
         sys.stdout.flush()
     except OutputError as error:

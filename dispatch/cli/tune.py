@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attn_dispatch.cli.device_flag import device_to_run_on
 from attn_dispatch.cli.output import (
     MAX_ROUNDS,
     check_seconds,
@@ -124,6 +125,7 @@ def tune(
         return
     grid = _grid(steps, requests, lengths)
     with noise_to_stderr():
+        device_to_run_on(str(torch_device))
         path = output or table_path(machine_of(profile))
         names = None if backends is None else [n.upper() for n in _split(backends)]
         tuner = Tuner(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attn_dispatch.cli.device_flag import device_to_run_on
 from attn_dispatch.cli.output import (
     check_json_output,
     make_console,
@@ -70,9 +71,8 @@ def verify(
 
 def _run(name: str, device: str | None, *, quick: bool, only: str) -> Conformance:
     from attn_dispatch.conformance import Conformance, backend_named, checks_for, run
-    from attn_dispatch.device import settle_device
 
-    backend_cls, torch_device = backend_named(name), settle_device(device)
+    backend_cls, torch_device = backend_named(name), device_to_run_on(device)
     checks = checks_for(backend_cls, torch_device, quick=quick)
     chosen = [check for check in checks if only in check.full_name]
     if not chosen:
