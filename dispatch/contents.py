@@ -14,18 +14,25 @@ from attn_dispatch.errors import InvalidInputError
 if TYPE_CHECKING:
     from attn_dispatch.batch import AttentionBatch
 
-__all__ = ["check_batch_contents", "check_slots"]
+__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
+
+#: Stands among `AttentionBatch.checked` of a batch whose tensors are the static buffers of graphs:
+#: they hold another step each time, and the host copies are those of the capture.
+OVER_STATIC_BUFFERS = ("static buffers",)
 
 
 def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:
     """Check what the batch's tensors hold. May wait for the device.
 
-    What passed is not checked again until one of the tensors is modified.
+    What passed is not checked again until one of the tensors is modified. A batch over the static
+    buffers of graphs is not checked: the one whose tensors are copied there is the engine's.
 
     Raises:
         InvalidInputError: lengths are not monotone or differ from their host copies, a block id
             or a slot is out of range, or two tokens share a slot.
     """
+    if OVER_STATIC_BUFFERS in batch.checked:
+        return
     watched = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.slot_mapping)
     tensors = [tensor for tensor in watched if tensor is not None]
     form = None if kv_cache is None else tuple(kv_cache.shape)

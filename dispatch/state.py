@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from attn_dispatch.batch import AttentionBatch, BatchMetadata
+from attn_dispatch.contents import OVER_STATIC_BUFFERS
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionState, GraphRunner
 
@@ -95,6 +96,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
             block_table=self._buffers["block_table"][:batch_size],
             slot_mapping=slots,
         )
+        batch.checked.add(OVER_STATIC_BUFFERS)
         metadata: BatchMetadata = self.runner.metadata_builder.build(batch)
         return metadata
 
