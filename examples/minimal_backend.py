@@ -37,7 +37,7 @@ from attn_dispatch import (
 from attn_dispatch.batch import BatchMetadata
 from attn_dispatch.interface import refuse_spec
 from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["MinimalBackend", "MinimalBuilder", "MinimalImpl", "MinimalMetadata"]
 
@@ -74,12 +74,14 @@ class MinimalImpl(AttentionImpl[MinimalMetadata]):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        attn_metadata: MinimalMetadata,
+        attn_metadata: MinimalMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See AttentionImpl.forward."""
+        if attn_metadata is None:  # an engine's profiling run
+            return profiling_output(self, query, output)
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("MINIMAL does not quantize its output; REFERENCE does.")
         # Everything is checked before anything is written.

@@ -546,12 +546,19 @@ def forward_with_other_names(
     """The names of what is always given by position do not matter."""
 
 
+def forward_with_the_rest_in_args(
+    self, layer, query, key, value, kv_cache, attn_metadata, output=None, *scales
+):
+    """The scales by position only."""
+
+
 @pytest.mark.parametrize(
     ("forward", "said"),
     [
         (forward_of_vllm, "too many positional arguments"),
         (forward_without_default, "missing a required argument: 'output'"),
         (forward_with_other_names, None),
+        (forward_with_the_rest_in_args, None),
     ],
 )
 def test_a_forward_must_take_every_call_of_the_interface(forward, said):
