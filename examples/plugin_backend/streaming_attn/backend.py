@@ -150,7 +150,8 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
             v = v.masked_fill(~seen.any(0)[:, None, None], 0.0)  # what nobody sees may be NaN
             total = total * kept + weights.sum(-1, keepdim=True)
             sums = sums * kept + torch.einsum("hqk,khd->hqd", weights, v)
-        lse = (largest + total.log()).squeeze(-1)
+        # Only −inf among the scores of a row: it is NaN, as the largest minus itself is.
+        lse = torch.where(total == 0.0, torch.nan, largest + total.log()).squeeze(-1)
         if self.sinks is not None:
             finite = largest.clamp(min=torch.finfo(torch.float64).min)
             total = total + torch.exp(self.sinks.double().view(-1, 1, 1) - finite)
