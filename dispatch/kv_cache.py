@@ -47,6 +47,7 @@ __all__ = [
     "gather_kv",
     "kv_cache_shape",
     "kv_scales_of",
+    "layout_of",
     "read_kv_cache",
     "split_kv_cache",
     "split_token_scales",
@@ -84,6 +85,17 @@ def kv_cache_shape(
         as_int("num_kv_heads", num_kv_heads, 1),
         as_int("head_size", head_size, 1),
     )
+
+
+def layout_of(kv_cache: torch.Tensor) -> str | None:
+    """The layout that a cache has in memory, one of STRIDE_ORDERS; None if both or neither."""
+    _, _, tokens, heads, _ = kv_cache.shape
+    _, _, by_token, by_head, _ = kv_cache.stride()
+    if tokens == 1 or heads == 1:
+        return None
+    if by_token >= heads * by_head:
+        return "NHD"
+    return "HND" if by_head >= tokens * by_token else None
 
 
 def allocate_kv_cache(
