@@ -20,11 +20,19 @@ import torch
 
 from attn_dispatch import environment
 from attn_dispatch.batch import AttentionBatch
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.drift import (
+    FLOOR,
+    LSE_FLOOR,
+    differ_in_kind,
+    exact,
+    lse_errors,
+    plain_output,
+    row_errors,
+)
+from attn_dispatch.errors import InvalidInputError, summary_of
 from attn_dispatch.interface import Phase
 from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache
 from attn_dispatch.locks import ForkSafeLock
-from attn_dispatch.quantization import GROUP_SIZE
 from attn_dispatch.recovery import is_capturing, is_lost
 from attn_dispatch.routing import RoutedMetadata
 
@@ -129,7 +137,7 @@ def _tell_failure(found: Compared, error: Exception) -> None:
     """Say that a call cannot be compared: the check must not break what it checks."""
     if is_lost(error):
         raise error
-    why = f"{type(error).__name__}: {error}"
+    why = summary_of(error)
     with _lock:
         first, found.failed = not found.failed, why
     if first:
@@ -196,10 +204,10 @@ class Watch:
         """The error, what is allowed, and what is wrong or ""."""
         rows = slice(self._batch.num_tokens)
         output, lse = result if isinstance(result, tuple) else (result, None)
-        expected, expected_lse = (_exact(each[rows]) for each in self._by_reference())
+        expected, expected_lse = (exact(each[rows]) for each in self._by_reference())
         groups = None if block_scale is None else block_scale[rows]
-        actual = _plain(output[rows], output_scale, groups)
-        actual_lse = expected_lse if lse is None else _exact(lse[rows])
+        actual = plain_output(output[rows], output_scale, groups)
+        actual_lse = expected_lse if lse is None else exact(lse[rows])
 
         def judge(token: int) -> tuple[float, float, str]:
             backend = self._server_of(token, metadata)
@@ -209,20 +217,24 @@ class Watch:
 
         # What is not finite is no matter of error: a few of the rows are judged by the oracle.
         other = self._not_finite(actual, expected, actual_lse, expected_lse)
-        for token in _some(other & _differ(actual, expected, actual_lse, expected_lse)):
+        # Of a backend that declares to lose NaN, rows without keys are all that is held to a rule.
+        free = self._lost(other, metadata)[:, None] & (expected_lse != -math.inf)
+        differ = differ_in_kind(actual, expected, actual_lse, expected_lse) & ~free
+        for token in _some(other & differ.any(1)):
             error, allowed, wrong = judge(token)
             if wrong:
                 return error, allowed, f"{wrong}; in {self._place(token)}"
         unlike = other[:, None, None] & ~(actual.isfinite() & expected.isfinite())
+        unlike |= free[..., None]
         actual, expected = (each.masked_fill(unlike, 0.0) for each in (actual, expected))
         dtype = self._layer.spec.dtype
-        bound = max(torch.finfo(dtype).eps, _FLOOR.get(dtype, 0.0))
-        errors = _errors(actual, expected)
+        bound = max(torch.finfo(dtype).eps, FLOOR.get(dtype, 0.0))
+        errors = row_errors(actual, expected)
         found = errors / bound
         if lse is not None:
-            off = _lse_errors(actual_lse, expected_lse)
-            off = off.masked_fill(other[:, None] & ~actual_lse.isfinite(), 0.0)
-            found = found.maximum(off / max(bound, _LSE_FLOOR))
+            off = lse_errors(actual_lse, expected_lse)
+            off = off.masked_fill(free | (other[:, None] & ~actual_lse.isfinite()), 0.0)
+            found = found.maximum(off / max(bound, LSE_FLOOR))
         if not found.numel() or float(found.max()) <= 1.0:
             return float(errors.max()) if errors.numel() else 0.0, bound, ""
         # Too far to be right in any case, so what is allowed in this one must be known.
@@ -241,6 +253,16 @@ class Watch:
     def _server_of(self, token: int, metadata: Any) -> str:
         phase = self._batch.phases[_request_of(self._batch, token)]
         return _server(metadata, self._layer, phase)
+
+    def _lost(self, rows: torch.Tensor, metadata: Any) -> torch.Tensor:
+        """Those of the rows whose backend declares that it does not propagate NaN."""
+        if not bool(rows.any()):
+            return rows
+        batch, lost = self._batch, torch.zeros_like(rows)
+        for request, phase in enumerate(batch.phases):
+            if not _propagates_nan(_server(metadata, self._layer, phase)):
+                lost[slice(*batch.query_starts[request : request + 2])] = True
+        return rows & lost
 
     def _not_finite(self, *results: torch.Tensor) -> torch.Tensor:
         """(num_tokens,) bool: the rows of requests with NaN or infinity among their inputs.
@@ -284,10 +306,7 @@ class Watch:
         By the rules of `verify`: the oracle in float64, and PyTorch's own attention beside it.
         """
         from attn_dispatch.conformance.judging import Wrong, compare_with_oracle
-        from attn_dispatch.registry import registry
 
-        candidate = registry.candidates().get(backend)
-        cls = None if candidate is None else candidate.backend_cls
         step, rows = self._step_around(token)
         try:
             finding = compare_with_oracle(
@@ -295,7 +314,7 @@ class Watch:
                 output[rows] if lse is None else (output[rows], lse[rows]),
                 block_scale=None if block_scale is None else block_scale[rows],
                 scale=1.0 if output_scale is None else float(output_scale),
-                propagates_nan=cls is None or cls.propagates_nan,
+                propagates_nan=_propagates_nan(backend),
             )
         except Wrong as wrong:
             return wrong.finding.error, wrong.finding.allowed, str(wrong)
@@ -358,37 +377,19 @@ class Watch:
         return keys, values
 
 
-#: What is right whatever the case: sums in another order.
-_FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5}
-_LSE_FLOOR = 1e-5
-#: A row that is smaller than this part of the largest is one whose values cancel.
-_CANCELLED = 1 / 16
 #: Rows that are judged of a request that is causal.
 _ROWS = 16
 #: Tokens of requests with NaN or infinity that are judged.
 _JUDGED = 4
 
 
-def _errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """(num_tokens, num_heads): the largest error, relative to the row's largest value."""
-    if not expected.numel():
-        return expected.new_zeros(expected.shape[:2])
-    largest = expected.abs().amax(-1)
-    largest = largest.clamp_min(_CANCELLED * float(largest.max()) or 1.0)
-    return ((actual - expected).abs().amax(-1) / largest).nan_to_num(nan=math.inf)
+def _propagates_nan(backend: str) -> bool:
+    """What a backend declares; True of one that is no longer registered."""
+    from attn_dispatch.registry import registry
 
-
-def _differ(
-    actual: torch.Tensor,
-    expected: torch.Tensor,
-    actual_lse: torch.Tensor,
-    expected_lse: torch.Tensor,
-) -> torch.Tensor:
-    """(num_tokens,) bool: rows in which one is finite and the other is not, or −inf is another."""
-    output = actual.isfinite() != expected.isfinite()
-    lse = actual_lse.isfinite() != expected_lse.isfinite()
-    lse |= (actual_lse == -math.inf) != (expected_lse == -math.inf)
-    return output.flatten(1).any(1) | lse.any(1)
+    candidate = registry.candidates().get(backend)
+    cls = None if candidate is None else candidate.backend_cls
+    return cls is None or cls.propagates_nan
 
 
 def _some(rows: torch.Tensor) -> list[int]:
@@ -397,29 +398,6 @@ def _some(rows: torch.Tensor) -> list[int]:
     if len(found) <= _JUDGED:
         return found
     return [found[i * (len(found) - 1) // (_JUDGED - 1)] for i in range(_JUDGED)]
-
-
-def _lse_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """(num_tokens, num_heads): the error, relative to the value where that is large."""
-    off = (actual - expected).abs() / expected.abs().clamp_min(1.0)
-    return off.nan_to_num(nan=math.inf).masked_fill(actual == expected, 0.0)  # −inf equals itself
-
-
-def _plain(
-    output: torch.Tensor, scale: torch.Tensor | None, block_scale: torch.Tensor | None
-) -> torch.Tensor:
-    """An output as float64, the scales of a quantized one applied."""
-    plain = _exact(output)
-    if scale is not None:
-        plain = plain * _exact(scale)
-    if block_scale is not None:
-        plain = plain * _exact(block_scale).repeat_interleave(GROUP_SIZE, 1).view(plain.shape)
-    return plain
-
-
-def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """As float64, on the CPU if the device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _copy_of_blocks(

@@ -163,6 +163,7 @@ def test_a_backend_of_latent_attention_alone_is_left_out_in_words():
 
 #: In the interpreter a launch takes tenths of a second: the groups that other tests have less of.
 INTERPRETED = ("declaration/", "garbage/", "rows/", "cache/s", "cache/nothing", "graphs/", "bits/")
+INTERPRETED += ("scales/", "non_finite/", "calls/", "overlaps/")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU does it faster")

@@ -159,6 +159,96 @@ def test_a_layer_warns_once_and_counts_on():
     assert [(found.compared, found.drifted) for found in report()] == [(3, 3)] * 2
 
 
+# --- NaN and infinity --------------------------------------------------------------------------
+
+NAN, INF = torch.nan, torch.inf
+#: What is planted in requests 0 and 2 of LONG.
+PLANTED = {
+    "NaN in a query": (("query", 2, 7, 8, NAN),),
+    "infinite query": (("query", 2, 7, 8, INF),),
+    "NaN in a key": (("key", 0, 30, 31, NAN), ("key", 2, 33, 34, NAN)),
+    "infinite key": (("key", 0, 30, 31, INF),),
+    "NaN in a value": (("value", 0, 30, 31, NAN), ("value", 2, 3, 4, NAN)),
+    "infinite value": (("value", 2, 33, 34, -INF),),
+    "all keys infinite": (("key", 2, 0, 50, INF),),
+}
+FIELDS = {
+    "plain": {},
+    "window": {"sliding_window": 9},
+    "lse": {"returns_lse": True},
+    "int8": {"kv_cache_dtype": INT8},
+    "16 bits": {"dtype": torch.bfloat16},
+}
+
+
+def planted(name, fields):
+    spec = layer_spec(**{"dtype": torch.float32, "head_size": 32, **FIELDS[fields]})
+    return Step(Case(spec=spec, planted=PLANTED[name], **LONG))
+
+
+def losing_nan(**more):
+    def change(output, lse, batch):
+        output.nan_to_num_(nan=0.0, posinf=INF, neginf=-INF)
+        if lse is not None:
+            lse.nan_to_num_(nan=-INF, posinf=INF, neginf=-INF)
+
+    cls = replacing(change)
+    for name, value in more.items():
+        setattr(cls, name, value)
+    return cls
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
+def test_a_nan_that_belongs_there_is_no_drift(name, fields, backend):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ShadowDriftWarning)
+        if fields == "lse":
+            backend = "REFERENCE"
+        found = run(planted(name, fields), backend)
+    assert (found.compared, found.drifted, found.failed) == (1, 0, "")
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_nan_that_becomes_a_number_is_drift(name, fields):
+    if name == "infinite value" and fields != "int8":
+        pytest.skip("infinity in a value is no NaN where the values are added up")
+    with registered(losing_nan()), drifting("has numbers as its output|off by"):
+        found = run(planted(name, fields), "WRONG")
+    assert found.message.startswith("WRONG: ")
+    assert "in request " in found.message
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_backend_that_declares_it_may_lose_nan(name):
+    with registered(losing_nan(propagates_nan=False)), warnings.catch_warnings():
+        warnings.simplefilter("error", ShadowDriftWarning)
+        found = run(planted(name, "lse"), "WRONG")
+    assert (found.compared, found.drifted, found.failed) == (1, 0, "")
+
+
+@pytest.mark.parametrize("declares", [True, False])
+@pytest.mark.parametrize("value", [NAN, 1.0])
+def test_beside_a_nan_the_other_requests_are_compared(value, declares):
+    def change(output, lse, batch):
+        output[40, 1] += value  # the decode
+
+    cls = replacing(change)
+    cls.propagates_nan = declares
+    with registered(cls), drifting("worst in request 1, token 0, head 1"):
+        run(planted("NaN in a key", "plain"), "WRONG")
+
+
+def test_beside_a_nan_the_other_rows_of_a_request_are_compared():
+    def change(output, lse, batch):
+        output[2] *= 1.5
+
+    with registered(replacing(change)), drifting("worst in request 0, token 2"):
+        run(planted("NaN in a key", "plain"), "WRONG")
+
+
 # --- What is right -----------------------------------------------------------------------------
 
 
