@@ -49,7 +49,9 @@ _METHODS: dict[type, tuple[str, ...]] = {
     ),
 }
 #: Read without being called.
-_PROPERTIES = {AttentionMetadata: ("prefill_metadata", "decode_metadata")}
+_PROPERTIES: dict[type, tuple[str, ...]] = {
+    AttentionMetadata: ("prefill_metadata", "decode_metadata")
+}
 #: Given only to the impl of a backend that declares alibi="symmetric".
 _ALIBI_SYMMETRIC = "alibi_symmetric"
 

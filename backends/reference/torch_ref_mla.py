@@ -142,7 +142,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         return quant_key == "fp8_e4m3"
 
     @without_autocast
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         layer: AttentionLayer,
         hidden_states_or_cq: torch.Tensor,
