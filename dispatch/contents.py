@@ -21,8 +21,13 @@ __all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
 OVER_STATIC_BUFFERS = ("static buffers",)
 
 
-def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -> None:
+def check_batch_contents(
+    batch: AttentionBatch, kv_cache: torch.Tensor | None, window: int | None = None
+) -> None:
     """Check what the batch's tensors hold. May wait for the device.
+
+    Blocks that a sliding window has passed for every query of a request may have been freed, so
+    their ids are not checked.
 
     What passed is not checked again until one of the tensors is modified. A batch over the static
     buffers of graphs is not checked: the one whose tensors are copied there is the engine's.
@@ -38,14 +43,14 @@ def check_batch_contents(batch: AttentionBatch, kv_cache: torch.Tensor | None) -
     form = None if kv_cache is None else tuple(kv_cache.shape)
     signature: tuple[object, ...] | None = None
     if not any(tensor.is_inference() for tensor in tensors):  # these have no version
-        signature = ("contents", form, *(tensor._version for tensor in tensors))
+        signature = ("contents", form, window, *(tensor._version for tensor in tensors))
         if signature in batch.checked:
             return
     _check_lengths(batch)
     if kv_cache is not None and batch.block_table is not None:
         num_blocks = kv_cache.shape[0]
         block_size = kv_cache.shape[2] if kv_cache.dim() == 5 else kv_cache.shape[1]
-        _check_block_ids(batch, batch.block_table, num_blocks, block_size)
+        _check_block_ids(batch, batch.block_table, num_blocks, block_size, window)
         if batch.slot_mapping is not None:
             check_slots(batch.slot_mapping, num_blocks * block_size)
     if signature is not None:
@@ -67,10 +72,18 @@ def _check_lengths(batch: AttentionBatch) -> None:
 
 
 def _check_block_ids(
-    batch: AttentionBatch, table: torch.Tensor, num_blocks: int, block_size: int
+    batch: AttentionBatch,
+    table: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    window: int | None,
 ) -> None:
     lens = batch.seq_lens_cpu.to(table.device)
-    used = torch.arange(table.shape[1], device=table.device) * block_size < lens[:, None]
+    first_keys = torch.arange(table.shape[1], device=table.device) * block_size
+    used = first_keys < lens[:, None]
+    if window is not None:
+        query_lens = torch.tensor(batch.query_lens, device=table.device)
+        used &= first_keys + block_size > (lens - query_lens + 1)[:, None] - window
     wrong = used & ((table < 0) | (table >= num_blocks))
     if bool(wrong.any()):
         request, column = wrong.nonzero()[0].tolist()

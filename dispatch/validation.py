@@ -99,7 +99,7 @@ def check_forward(
         check_writable(kv_cache if key is not None else None, output)
     check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
-        check_batch_contents(batch, kv_cache)
+        check_batch_contents(batch, kv_cache, impl.sliding_window)
 
 
 def check_tensors(**tensors: Any) -> None:
