@@ -759,3 +759,27 @@ def test_an_impl_supports_no_quantization_that_its_backend_does_not_declare(
 @pytest.mark.parametrize("key", ["int8", "", None, torch.float8_e4m3fn, object(), ("fp8", True)])
 def test_what_is_no_name_of_a_quantization_is_not_supported(name, key):
     assert not bare_impl(class_of(name).get_impl_cls()).fused_output_quant_supported(key)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["HOPPER_ATTN", "TRITON_ATTN", "FLASH_ATTN", "TORCH_VARLEN"])
+def test_on_a_gpu_slots_may_be_assigned_and_a_profiling_run_gives_zeros(name):
+    spec = layer_spec(dtype=torch.bfloat16, head_size=64, block_size=16)
+    step = Step(Case(spec=spec, query_lens=(1, 40), seq_lens=(33, 40)), "cuda")
+    try:
+        layer = layer_of(step, backend=name)
+    except (UnsupportedError, attn_dispatch.BackendFailure) as error:
+        pytest.skip(str(error).splitlines()[0])
+    before = layer.kv_cache.nan_to_num(7)
+    metadata = layer.build_metadata(step.batch)
+    metadata.slot_mapping = torch.full_like(metadata.slot_mapping, -1)
+    layer(step.query, step.key, step.value, attn_metadata=metadata)
+    with forward_context(None):
+        assert not layer(step.query, step.key, step.value).any()
+    assert torch.equal(layer.kv_cache.nan_to_num(7), before)
+    with forward_context(step.batch):
+        step.check(layer(step.query, step.key, step.value))
