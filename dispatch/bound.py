@@ -49,7 +49,7 @@ class Bound:
     profile: DeviceProfile
     selections: dict[Phase, Selection]
     names: tuple[str, ...]
-    impl: AttentionImpl[Any] | GuardedImpl | RoutedImpl
+    impl: AttentionImpl[Any] | RoutedImpl
     builder: AttentionMetadataBuilder[Any]
     metadata_key: tuple[Any, ...]
     failed: frozenset[tuple[object, ...]]
@@ -89,7 +89,7 @@ class Bound:
         }
         router, candidates = Router.of(spec, selections), registry.candidates()
         classes = {n: c for n in router.backends if (c := candidates[n].backend_cls)}
-        impls: dict[str, AttentionImpl[Any] | GuardedImpl] = {}
+        impls: dict[str, AttentionImpl[Any]] = {}
         builders: dict[str, AttentionMetadataBuilder[Any]] = {}
         for name, backend_cls in classes.items():
             try:
@@ -120,10 +120,8 @@ class Bound:
         recorded = fallback.failures_for(self.spec, self.profile)
         return {failure.key for failure in recorded} == self.failed
 
-    def accepts(self, metadata: Any) -> bool:
-        """Whether metadata was built for the same backends, or keeps no batch to build from."""
-        if not isinstance(metadata, BatchMetadata):
-            return True
+    def accepts(self, metadata: BatchMetadata) -> bool:
+        """Whether metadata was built for the same backends."""
         mine, its = (
             (type(each), getattr(each, "route", None)) for each in (self.builder, metadata.builder)
         )

@@ -172,7 +172,7 @@ def attention(
             selection = resolve(spec, query.device, phase=phase, backend=backend)
         backend_cls, doing = selection.backend_cls, "when it was built"
         try:
-            impl: AttentionImpl[Any] | GuardedImpl = backend_cls.get_impl_cls()(
+            impl: AttentionImpl[Any] = backend_cls.get_impl_cls()(
                 spec.num_heads,
                 spec.head_size,
                 factor,

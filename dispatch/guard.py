@@ -11,11 +11,11 @@ import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import BackendFailure
+from attn_dispatch.interface import AttentionImpl
 from attn_dispatch.quantization import indexable
 
 if TYPE_CHECKING:
     from attn_dispatch.batch import AttentionBatch
-    from attn_dispatch.interface import AttentionImpl
 
 __all__ = ["GuardedImpl", "InputsModified"]
 
@@ -28,8 +28,8 @@ class InputsModified(BackendFailure):
     """A backend modified its inputs and raised, so no other backend can serve the call."""
 
 
-class GuardedImpl:
-    """The impl of a backend from another package; every attribute is that impl's.
+class GuardedImpl(AttentionImpl[Any]):
+    """The impl of a backend from another package; every other attribute is that impl's.
 
     Until the first call that succeeds, and always on a CPU, the inputs are copied before a call and
     put back if it raises. On other devices later calls rely on the tensors' version counters.
@@ -40,6 +40,7 @@ class GuardedImpl:
     """
 
     def __init__(self, name: str, impl: AttentionImpl[Any]) -> None:
+        # No super().__init__(): what it would set is looked up in the impl.
         self._name, self._impl, self._has_worked = name, impl, False
 
     def __getattr__(self, name: str) -> Any:
@@ -55,16 +56,19 @@ class GuardedImpl:
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
         attn_metadata: Any,
-        output: torch.Tensor,
+        output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; only that output must be given.
+        """See AttentionImpl.forward.
 
         Raises:
             BackendFailure: forward returned something else than an output, or did not write it.
             InputsModified: it raised, and its inputs are not what they were.
         """
+        if output is None:
+            shape = (len(query), self._impl.num_heads, self._impl.head_size_v)
+            output = torch.empty(shape, dtype=query.dtype, device=query.device)
         batch: AttentionBatch | None = getattr(attn_metadata, "batch", None)
         scales = (output_scale, output_block_scale)
         if torch.compiler.is_compiling() or _is_capturing(query):
@@ -91,6 +95,21 @@ class GuardedImpl:
             raise
         self._has_worked = True
         return result
+
+    def write_kv(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """See AttentionImpl.write_kv."""
+        self._impl.write_kv(layer, key, value, kv_cache, batch)
+
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        """See AttentionImpl.fused_output_quant_supported."""
+        return self._impl.fused_output_quant_supported(quant_key)
 
     def _checked(
         self, returned: Any, output: torch.Tensor, batch: AttentionBatch | None

@@ -11,7 +11,7 @@ from torch import nn
 
 from attn_dispatch import environment, fallback, overrides, shadow
 from attn_dispatch.arguments import checked_scale, shown
-from attn_dispatch.batch import AttentionBatch
+from attn_dispatch.batch import AttentionBatch, BatchMetadata
 from attn_dispatch.bound import Bound
 from attn_dispatch.context import current_context
 from attn_dispatch.device import detect_device, usable_device
@@ -395,10 +395,12 @@ class Attention(nn.Module):
         if self._generation != fallback.generation():
             self._follow_failures()
         bound = self._on_device()
+        metadata: AttentionMetadata
         try:
-            return self._plan(bound, None, batch)
+            metadata = self._plan(bound, None, batch)
         except AttemptFailed as failed:
-            return self._recover(failed, lambda retried: self._plan(retried, None, batch))
+            metadata = self._recover(failed, lambda retried: self._plan(retried, None, batch))
+        return metadata
 
     def _recover(self, failed: AttemptFailed, run: Callable[[Bound], T]) -> T:
         """Do with other backends what `run` could not do with the present ones."""
@@ -431,8 +433,9 @@ class Attention(nn.Module):
                     f"attn_metadata is a {type(metadata).__name__}. Make it by "
                     "layer.build_metadata(batch)."
                 )
-            if bound is not self._bound or self._has_moved_on:
-                return metadata if bound.accepts(metadata) else build(metadata.batch)
+            has_moved_on = bound is not self._bound or self._has_moved_on
+            if has_moved_on and isinstance(metadata, BatchMetadata) and not bound.accepts(metadata):
+                return build(metadata.batch)
             return metadata
         except (InvalidInputError, UnsupportedError):
             raise
@@ -531,7 +534,7 @@ class Attention(nn.Module):
                 f"(num_tokens, {heads}, {size}) or (num_tokens, {heads * size})."
             )
         check_tensors(**{name: tensor})
-        return tensor.unflatten(1, (heads, size))
+        return tensor.view(tensor.shape[0], heads, size)
 
     def _run(
         self,

@@ -79,7 +79,7 @@ class Judge:
             if math.isfinite(own):  # else it excuses nothing
                 self.sdpa_error = max(self.sdpa_error, own)
         ulp = max(torch.finfo(case.torch_dtype).eps, 1e-5)
-        self.allowed = 2 * self.sdpa_error + ulp * (1 + (beyond_sdpa or case.is_quantized))
+        self.allowed = 2 * self.sdpa_error + ulp * (1 + bool(beyond_sdpa or case.is_quantized))
 
     def error_of(self, output: torch.Tensor) -> float:
         """The error of an output, (num_tokens, num_heads, head_size); infinite with a NaN in it.

@@ -69,7 +69,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
     for tensor in (step.query, step.key, step.value):
         if tensor is not None:
             tensor[len(tensor) - step.case.padding :] = math.nan
-    with _NewMemoryIsNan():
+    with _NewMemoryIsNan():  # type: ignore[no-untyped-call]
         given = target.forward(step, output=output)
         made = target.forward(step)
     found = [target.judge(step, done) for done in (given, made)]
@@ -78,7 +78,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
 
 def _over_nan(target: Target, spec: AttentionSpec) -> Finding:
     step = target.step(spec)
-    with _NewMemoryIsNan():
+    with _NewMemoryIsNan():  # type: ignore[no-untyped-call]
         done: Run = target.forward(step)
     return target.judge(step, done)
 

@@ -211,7 +211,7 @@ class _Capture:
             max_blocks_per_request=_COLUMNS,
             max_seq_len=_COLUMNS * spec.block_size,
         )
-        self._state: Any = target.cls.get_state_cls()(runner)  # type: ignore[call-arg]
+        self._state: Any = target.cls.get_state_cls()(runner)
         self._impl = first.impl_of(target.cls)
         self._layer = first.layer
         sizes = ((spec.num_heads, spec.head_size),) + (

@@ -250,8 +250,10 @@ def _placed(
     """The cache with what is older than the step, the batch, and the step's keys and values."""
     spec, device, block_size = draw.spec, keys.device, draw.spec.block_size
     if block_size is None:
-        lens = {} if draw.query_lens == draw.seq_lens else {"key_lens": draw.seq_lens}
-        batch = AttentionBatch.create(draw.query_lens, draw.seq_lens, device=device, **lens)
+        key_lens = None if draw.query_lens == draw.seq_lens else draw.seq_lens
+        batch = AttentionBatch.create(
+            draw.query_lens, draw.seq_lens, device=device, key_lens=key_lens
+        )
         return None, batch, (keys, values)
     needed = [-(-n // block_size) for n in draw.seq_lens]
     source = torch.Generator().manual_seed(draw.seed)
