@@ -54,8 +54,9 @@ CHECK = Variable(
     "ATTN_DISPATCH_CHECK",
     "`0`, `1`, `shadow` or `shadow:N`",
     "0",
-    "With 1, the contents of batches are checked before anything is written: block ids in range, "
-    "slots unique and in range, lengths monotone. May synchronize the device. With `shadow`, the "
+    "With 1, the contents of batches on a GPU are checked before anything is written, as they "
+    "always are on a CPU: block ids in range, slots unique and in range, lengths monotone. "
+    "Synchronizes the device. With `shadow`, the "
     "first call of each layer and every 100th after it, or every Nth, is computed by the reference "
     "too, and what is off by more than `attn-dispatch verify` allows is reported.",
 )
