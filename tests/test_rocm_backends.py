@@ -71,12 +71,12 @@ def built(name, step):
     return BACKENDS[name].get_builder_cls()(step.spec, step.device).build(step.batch)
 
 
-def run(name, step, *, metadata=None, cache=None):
+def run(name, step, *, metadata=None, cache=None, output=None):
     impl = BACKENDS[name].get_impl_cls()(**step.impl_arguments())
     metadata = built(name, step) if metadata is None else metadata
     if cache is None and step.kv_cache is not None:
         cache = step.kv_cache.clone()
-    return impl.forward(step.layer, step.query, step.key, step.value, cache, metadata)
+    return impl.forward(step.layer, step.query, step.key, step.value, cache, metadata, output)
 
 
 MI300X = known_device("gfx942").with_libraries(*INSTALLED)
@@ -401,6 +401,18 @@ def test_what_lies_behind_a_prompt_does_not_reach_it(name, calls):
     step.key[18:] = step.value[18:] = torch.nan
     output = run(name, step)[:18].double()
     torch.testing.assert_close(output, expected[:18], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("lengths", [BATCH, PROMPTS], ids=["mixed", "prompts"])
+def test_rows_of_padding_hold_nothing(name, lengths, calls):
+    """Rows that are no request's are 0 with an lse of −inf, whatever output held before."""
+    step = step_of({"returns_lse": True}, {**lengths, "padding": 5})
+    output = torch.full_like(step.query, torch.nan)
+    found, lse = run(name, step, output=output)
+    num_tokens = step.batch.num_tokens
+    assert len(found) == num_tokens + 5
+    assert (found[num_tokens:] == 0).all()
+    assert (lse[num_tokens:] == -torch.inf).all()
 
 
 # --- Refusals ---------------------------------------------------------------------------------
