@@ -61,9 +61,6 @@ __all__ = ["TritonAttnBackend", "TritonImpl"]
 LOG2E = math.log2(math.e)
 #: A larger window is as good as this one, and positions plus this are still an int32.
 _WINDOW_LIMIT = 1 << 30
-
-#: head_size_v of layers whose output is quantized by groups: each group lies in one head.
-_GROUPED_HEADS = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
 #: A soft cap below the first changes no result more than the first does, and one beyond the second
 #: none: scores of float32 that are that large are not told apart.
 _SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100

@@ -22,7 +22,7 @@ from attn_dispatch.device import KNOWN_DEVICES, DeviceProfile
 from attn_dispatch.interface import PlaceholderRange
 from attn_dispatch.kv_cache import allocate_kv_cache
 from attn_dispatch.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, AttentionSpec
 
 __all__ = [
     "AMD",
@@ -257,6 +257,7 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         head_size_v=spec.head_size_v,
         causal=spec.causal,
         returns_lse=spec.returns_lse,
+        alibi_symmetric=spec.alibi == ALIBI_SYMMETRIC,
     )
     builder = backend.get_builder_cls()(spec, torch.device("cpu"))
     builder.launches = Launches.of(spec, device)
@@ -298,7 +299,8 @@ def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:
     if spec.block_size is not None:  # nothing runs, so requests can share blocks
         num_blocks = math.ceil(max(seq_lens) / spec.block_size)
         table = torch.arange(num_blocks, dtype=torch.int32).repeat(len(seq_lens), 1)
-        more = {"block_table": table, "block_size": spec.block_size}
+        slots = torch.full((sum(query_lens),), -1, dtype=torch.int64)
+        more = {"block_table": table, "block_size": spec.block_size, "slot_mapping": slots}
     if spec.custom_mask:
         size = sum(q * s for q, s in zip(query_lens, seq_lens, strict=True))
         more["custom_mask"] = torch.ones(size, dtype=torch.bool)

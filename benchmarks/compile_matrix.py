@@ -60,7 +60,7 @@ MORE_SPILLS = (
     ("gfx1100", r"int8", 640),
     ("gfx1201", r"512", 128),
     ("sm90", r"prefill.*, (256|512)$", 256),
-    ("sm90", r"hopper_decode.*all features", 192),  # the most rows of scores in registers
+    ("sm90", r"hopper_decode.*all features", 256),  # the most rows of scores in registers
     ("sm", r"float32", 512),
     ("sm", r"mask|ranges", 384),
 )

@@ -32,6 +32,7 @@ __all__ = [
     "hopper_prefill_kernel",
     "load_tile",
     "mma_layout",
+    "sees_nothing",
     "tanh",
 ]
 
@@ -62,6 +63,17 @@ def tanh(x):
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def sees_nothing(q_pos, seq_len, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Which rows see no key, by their positions; no query stands behind the last key."""
+    last = q_pos * 0 + seq_len - 1
+    if CAUSAL:
+        last = q_pos
+    elif WINDOW:
+        last = gl.minimum(last, q_pos + window - 1)
+    return last < 0
 
 
 @gluon.jit
@@ -317,23 +329,26 @@ def _consumer(
             mbarrier.arrive(q_empty)
         came += num_tiles
 
-        empty = m_i <= -1.0e29
+        # A NaN among a row's scores is in the sum of its weights; no maximum shows it.
+        nothing = sees_nothing(rows, seq_len, window, CAUSAL, WINDOW)
+        low = m_i <= -1.0e29  # no score above −inf
         m_log2 = m_i * _unit(scale_log2, cap_log2, CAP, ALIBI)
         if ALIBI:  # slope * (column - row) is what was added, less this
             m_log2 = m_log2 - slope * (rows - first).to(gl.float32)
-        m_log2 = gl.where(empty, 0.0, m_log2)
+        m_log2 = gl.where(low, 0.0, m_log2)
         tokens = first_token + WHICH * ROWS
         if LSE:
-            lse = (m_log2 + gl.log2(gl.where(empty, 1.0, l_i))) * LN2
-            lse = gl.where(empty, float("-inf"), lse)
+            lse = gl.where(low, float("nan"), (m_log2 + gl.log2(l_i)) * LN2)
+            lse = gl.where(nothing, float("-inf"), lse)
             r = tokens + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
             gl.store(lse_ptr + (q_start + r).to(gl.int64) * NUM_HEADS + head, lse, mask=r < q_len)
         total = l_i
         if SINKS:
             sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
             total = total + gl.exp2(sink - m_log2)
-        factor = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
-        out = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        out = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
+        hidden = gl.convert_layout(nothing.to(gl.int32), gl.SliceLayout(1, OUT)) != 0
+        out = gl.where(hidden[:, None], 0.0, out)
         out = gl.convert_layout(out.to(dtype), STORED)
         r = tokens + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
         d = gl.arange(0, D, gl.SliceLayout(0, STORED))

@@ -185,6 +185,10 @@ class HopperImpl(TritonImpl):
         self._hopper_decode_kernel = hopper_decode.hopper_decode_kernel
         self._last_pages: tuple[Source, PageMatrix | None] | None = None
 
+    def fused_output_quant_supported(self, quant_key: str) -> bool:
+        """No: Hopper's kernels do not quantize."""
+        return False
+
     def _attend(
         self,
         layer: AttentionLayer,
@@ -198,11 +202,10 @@ class HopperImpl(TritonImpl):
         prefill, decode = metadata.prefill, metadata.decode
         shares = prefill.shares if isinstance(prefill, HopperPlan) else None
         pages = None if decode is None or cache is None else self._pages(cache, decode, query.dtype)
-        if shares is None or pages is None:
+        if shares is None or pages is None or decode is None or not decode.num_reqs:
             super()._attend(layer, metadata, query, key, value, cache, out)
             return
         assert isinstance(prefill, HopperPlan)
-        assert decode is not None
         side, main = side_stream(query.device), torch.cuda.current_stream(query.device)
         side.wait_stream(main)
         try:
@@ -300,8 +303,6 @@ class HopperImpl(TritonImpl):
         num_sms: int,
     ) -> None:
         """Launch Hopper's decode kernel on so many SMs."""
-        if not plan.num_reqs:
-            return
         batch, requests = metadata.batch, plan.requests
         table = batch.block_table
         assert table is not None
@@ -331,7 +332,8 @@ class HopperImpl(TritonImpl):
             plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
             pages.block_rows, pages.value_rows, pages.head_rows, pages.head_columns,
-            *out.values.stride()[:2], plan.num_reqs, table.stride(0), *self._numbers,
+            *out.values.stride()[:2], plan.num_reqs, batch.num_reqs, len(query), table.stride(0),
+            *self._numbers,
         )  # fmt: skip
 
     def _compiled_for(self) -> dict[str, Any]:
@@ -342,7 +344,7 @@ class HopperImpl(TritonImpl):
             "D": self.head_size,
             "CAUSAL": self.causal,
             "WINDOW": self.sliding_window is not None,
-            "CAP": self.logits_soft_cap is not None,
+            "CAP": self._cap is not None,
             "ALIBI": self.alibi_slopes is not None,
             "SINKS": self.sinks is not None,
             "LSE": self.returns_lse,
@@ -386,6 +388,7 @@ class HopperAttnBackend(TritonAttnBackend):
             "head_size": OneOf(*_BLOCK_N),
             "head_size_v": SameAs("head_size"),
             "dtype": OneOf(torch.bfloat16, torch.float16),
+            "alibi": OneOf(True, False),  # prefill takes the distance apart by rows and columns
             "custom_mask": OneOf(False),
             "bidirectional_ranges": OneOf(False),
             "output_quant": OneOf(None),

@@ -19,9 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attn_dispatch.backends.cuda.hopper import LOG2E, NOTHING, load_tile, mma_layout, tanh
+from attn_dispatch.backends.cuda.hopper import (
+    LOG2E,
+    NOTHING,
+    load_tile,
+    mma_layout,
+    sees_nothing,
+    tanh,
+)
 from attn_dispatch.backends.cuda.hopper_line import find, length_of, lowest_key, unit_at
-from attn_dispatch.backends.cuda.hopper_store import lanes, merge, store, store_empty
+from attn_dispatch.backends.cuda.hopper_store import lanes, merge, store, store_empty, store_padding
 from attn_dispatch.backends.kernels.launcher import METADATA
 
 __all__ = ["hopper_decode_kernel"]
@@ -250,13 +257,14 @@ def _consumer(
 
             total = gl.sum(l_i, 0)
             if is_whole:
+                nothing = sees_nothing(q_pos, seq_len, window, CAUSAL, WINDOW)
                 store(
-                    acc, m_i, total, q_start, packed, ok, heads, out_ptr, lse_ptr, sinks_ptr,
-                    out_stride_t, out_stride_h, GROUP, NUM_HEADS, SINKS, LSE, dtype,
+                    acc, m_i, total, nothing, q_start, packed, ok, heads, out_ptr, lse_ptr,
+                    sinks_ptr, out_stride_t, out_stride_h, GROUP, NUM_HEADS, SINKS, LSE, dtype,
                 )  # fmt: skip
             else:
                 slot = program.to(gl.int64) * 2 + (program == first).to(gl.int64)
-                empty = m_i <= -1.0e29
+                empty = total == 0.0  # no score above −inf; a NaN is in the sum
                 some = gl.where(empty, 1.0, total)
                 rows = gl.arange(0, ROWS, BY_ROW)
                 lse = gl.where(empty, float("-inf"), m_i + gl.log2(some))
@@ -273,8 +281,9 @@ def _consumer(
                     _barrier()
                     merge(
                         first, parts, part_out_ptr, part_lse_ptr, q_start, first_packed,
-                        q_len * GROUP, kv_head, out_ptr, lse_ptr, sinks_ptr, out_stride_t,
-                        out_stride_h, D, ROWS, GROUP, NUM_HEADS, SINKS, LSE, dtype,
+                        q_len * GROUP, seq_len - q_len, seq_len, window, kv_head, out_ptr,
+                        lse_ptr, sinks_ptr, out_stride_t, out_stride_h, D, ROWS, GROUP, NUM_HEADS,
+                        CAUSAL, WINDOW, SINKS, LSE, dtype,
                     )  # fmt: skip
                     gl.store(counters_ptr + 2 * first, 0)  # for the next launch
 
@@ -282,6 +291,8 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "num_reqs",
+        "all_reqs",
+        "num_rows",
         "table_stride",
         "window",
         "block_rows",
@@ -295,7 +306,7 @@ def hopper_decode_kernel(
     q_ptr, pages_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr, requests_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, slopes_ptr, sinks_ptr, q_stride_t,
     q_stride_h, block_rows, v_rows, head_rows, head_columns, out_stride_t, out_stride_h, num_reqs,
-    table_stride, window, scale_log2, cap_log2, scale_over_cap,
+    all_reqs, num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr,
     PROGRAMS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
@@ -366,7 +377,10 @@ def hopper_decode_kernel(
         WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
     )  # fmt: skip
     # Written out: in a tuple that has a name, constants would no longer be constants.
+    # Triton 3.6 stores what the partitions take into the shared memory of the last reduction, while
+    # other warps may still read its result. Later versions have this barrier of their own.
     if PROGRAMS == 1:
+        _barrier()
         gl.warp_specialize(
             [
                 (_consumer, (
@@ -395,6 +409,7 @@ def hopper_decode_kernel(
             position_1, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
             WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
+        _barrier()
         gl.warp_specialize(
             [
                 (_consumer, (
@@ -431,3 +446,7 @@ def hopper_decode_kernel(
             [4, 1, 1],
             [240, 24, 24],
         )  # fmt: skip
+    store_padding(
+        gl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_stride_t,
+        out_stride_h, NUM_HEADS, D, LSE, dtype,
+    )  # fmt: skip

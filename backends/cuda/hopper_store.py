@@ -3,10 +3,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attn_dispatch.backends.cuda.hopper import LN2, LOG2E
+from attn_dispatch.backends.cuda.hopper import LN2, LOG2E, sees_nothing
 from attn_dispatch.backends.cuda.hopper_line import LINE, request_of
 
-__all__ = ["lanes", "merge", "store", "store_empty"]
+__all__ = ["lanes", "merge", "store", "store_empty", "store_padding"]
 
 
 @gluon.constexpr_function
@@ -25,35 +25,38 @@ def _merged(d):
 
 @gluon.jit
 def _factor(
-    m_i, total, empty, tokens, heads, ok, lse_ptr, sinks_ptr,
+    m_i, total, nothing, tokens, heads, ok, lse_ptr, sinks_ptr,
     NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """Store each row's lse, and return what its sum of values is to be multiplied by."""
-    m_use = gl.where(empty, 0.0, m_i)
+    low = m_i <= -1.0e29  # no score above −inf
+    m_use = gl.where(low, 0.0, m_i)
     if LSE:
-        lse = gl.where(empty, float("-inf"), (m_use + gl.log2(gl.where(empty, 1.0, total))) * LN2)
+        lse = gl.where(low, float("nan"), (m_use + gl.log2(total)) * LN2)
+        lse = gl.where(nothing, float("-inf"), lse)
         gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
     if SINKS:
         sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
         total += gl.exp2(sinks - m_use)
-    return gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, total))
+    return 1.0 / total
 
 
 @gluon.jit
 def store(
-    acc, m_i, total, q_start, packed, ok, heads, out_ptr, lse_ptr, sinks_ptr, out_stride_t,
-    out_stride_h,
+    acc, m_i, total, nothing, q_start, packed, ok, heads, out_ptr, lse_ptr, sinks_ptr,
+    out_stride_t, out_stride_h,
     GROUP: gl.constexpr, NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
-    """Store the rows of a state, acc being (head_size, rows)."""
+    """Store the rows of a state, acc being (head_size, rows); `nothing` sees no key."""
     D: gl.constexpr = acc.shape[0]
     LOADED: gl.constexpr = lanes(D)
     tokens = (q_start + packed // GROUP).to(gl.int64)
     factor = _factor(
-        m_i, total, m_i <= -1.0e29, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
+        m_i, total, nothing, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
     )
-    out = gl.convert_layout(gl.permute((acc * factor[None, :]).to(dtype), (1, 0)), LOADED)
+    out = gl.where(nothing[None, :], 0.0, acc * factor[None, :]).to(dtype)
+    out = gl.convert_layout(gl.permute(out, (1, 0)), LOADED)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
     tokens = gl.convert_layout(q_start + packed // GROUP, BY_ROW).to(gl.int64)
     rows = tokens * out_stride_t + gl.convert_layout(heads, BY_ROW).to(gl.int64) * out_stride_h
@@ -63,10 +66,11 @@ def store(
 
 @gluon.jit
 def merge(
-    first, parts, part_out_ptr, part_lse_ptr, q_start, first_packed, end_packed, kv_head, out_ptr,
-    lse_ptr, sinks_ptr, out_stride_t, out_stride_h,
+    first, parts, part_out_ptr, part_lse_ptr, q_start, first_packed, end_packed, past, seq_len,
+    window, kv_head, out_ptr, lse_ptr, sinks_ptr, out_stride_t, out_stride_h,
     D: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr,
-    SINKS: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
     """Merge the parts of a split and store the rows."""
     AT_ONCE: gl.constexpr = max(1, 64 // ROWS)
@@ -101,14 +105,33 @@ def merge(
     ok = packed < end_packed
     heads = kv_head * GROUP + packed % GROUP
     tokens = (q_start + packed // GROUP).to(gl.int64)
+    nothing = sees_nothing(past + packed // GROUP, seq_len, window, CAUSAL, WINDOW)
     factor = _factor(
-        m_i, l_i, m_i == float("-inf"), tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
+        m_i, l_i, nothing, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
     )
     TO: gl.constexpr = gl.SliceLayout(1, OUT)
-    out = (acc * gl.convert_layout(factor, TO)[:, None]).to(dtype)
+    hidden = gl.convert_layout(nothing.to(gl.int32), TO) != 0
+    out = acc * gl.convert_layout(factor, TO)[:, None]
+    out = gl.where(hidden[:, None], 0.0, out).to(dtype)
     at = gl.convert_layout(tokens * out_stride_t + heads.to(gl.int64) * out_stride_h, TO)
     columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
     gl.store(out_ptr + at[:, None] + columns[None, :], out, mask=gl.convert_layout(ok, TO)[:, None])
+
+
+@gluon.jit
+def _store_nothing(
+    first, last, step, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+    NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Store rows that see no key, token * NUM_HEADS + head: 0, and an lse of −inf."""
+    d = gl.arange(0, D, LINE)
+    for row in range(first, last, step):
+        token = (row // NUM_HEADS).to(gl.int64)
+        head = (row % NUM_HEADS).to(gl.int64)
+        at = out_ptr + token * out_stride_t + head * out_stride_h
+        gl.store(at + d, gl.zeros([D], dtype, LINE))
+        if LSE:
+            gl.store(lse_ptr + row, float("-inf"))
 
 
 @gluon.jit
@@ -118,17 +141,25 @@ def store_empty(
     LISTED: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
-    """Store the rows of requests without keys: 0, and an lse of −inf."""
-    d = gl.arange(0, D, LINE)
+    """Store the rows of requests without keys."""
     for i in range(gl.program_id(0), num_reqs, gl.num_programs(0)):
         request = request_of(requests_ptr, i, LISTED)
         if gl.load(seq_lens_ptr + request) == 0:
             first = gl.load(query_start_loc_ptr + request) * NUM_HEADS
             last = gl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
-            for row in range(first, last):
-                token = (row // NUM_HEADS).to(gl.int64)
-                head = (row % NUM_HEADS).to(gl.int64)
-                at = out_ptr + token * out_stride_t + head * out_stride_h
-                gl.store(at + d, gl.zeros([D], dtype, LINE))
-                if LSE:
-                    gl.store(lse_ptr + row, float("-inf"))
+            _store_nothing(
+                first, last, 1, out_ptr, lse_ptr, out_stride_t, out_stride_h, NUM_HEADS, D, LSE,
+                dtype,
+            )  # fmt: skip
+
+
+@gluon.jit
+def store_padding(
+    end, num_rows, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+    NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Store the rows behind those of the last request, `end` to `num_rows`, each program some."""
+    _store_nothing(
+        end * NUM_HEADS + gl.program_id(0), num_rows * NUM_HEADS, gl.num_programs(0), out_ptr,
+        lse_ptr, out_stride_t, out_stride_h, NUM_HEADS, D, LSE, dtype,
+    )  # fmt: skip

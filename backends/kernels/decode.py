@@ -426,7 +426,6 @@ def decode_kernel(
         Others: as for prefill_kernel; keys and values have the same strides.
     """
     pid = tl.program_id(0)
-    padding = tl.load(query_start_loc_ptr + all_reqs)  # early: it is needed at the end
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES  # a range may reach back beyond the window
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     _store_empty(
@@ -481,8 +480,8 @@ def decode_kernel(
                 base = position
                 i += 1
     _store_padding(
-        padding, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS,
-        HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
+        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
     )  # fmt: skip
 
 
@@ -510,7 +509,6 @@ def decode_invariant_kernel(
     request has NUM_KV_HEADS units for each tile of its rows; part_lse_ptr and counters_ptr as many
     less the last one or two factors.
     """
-    padding = tl.load(query_start_loc_ptr + all_reqs)
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     _store_empty(
@@ -551,6 +549,6 @@ def decode_invariant_kernel(
             )  # fmt: skip
         place += tl.num_programs(0)
     _store_padding(
-        padding, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS,
-        HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
+        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
     )  # fmt: skip
