@@ -361,7 +361,10 @@ def _store_padding(
     NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
     OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Store the rows behind those of the last request, `end` to `num_rows`, each program some."""
+    """Store the rows behind those of the last request, `end` to `num_rows`, each program some.
+
+    First of all, while few registers are in use: at the end it made the kernel spill.
+    """
     _store_nothing(
         end * NUM_HEADS + tl.program_id(0), num_rows * NUM_HEADS, tl.num_programs(0), out_ptr,
         lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE,
@@ -428,6 +431,10 @@ def decode_kernel(
     pid = tl.program_id(0)
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES  # a range may reach back beyond the window
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    _store_padding(
+        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
+        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+    )  # fmt: skip
     _store_empty(
         num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
         out_stride_t, out_stride_h, LISTED, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
@@ -479,10 +486,6 @@ def decode_kernel(
             if position == base + tiles.to(tl.int64) * units:
                 base = position
                 i += 1
-    _store_padding(
-        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
@@ -511,6 +514,10 @@ def decode_invariant_kernel(
     """
     SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    _store_padding(
+        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
+        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
+    )  # fmt: skip
     _store_empty(
         num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
         out_stride_t, out_stride_h, LISTED, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
@@ -548,7 +555,3 @@ def decode_invariant_kernel(
                 OUT_FORMAT, OUT_GROUP, FEW, AT_ONCE, False,
             )  # fmt: skip
         place += tl.num_programs(0)
-    _store_padding(
-        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
