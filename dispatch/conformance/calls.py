@@ -69,7 +69,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
     for tensor in (step.query, step.key, step.value):
         if tensor is not None:
             tensor[len(tensor) - step.case.padding :] = math.nan
-    with _NewMemoryIsNan():  # type: ignore[no-untyped-call]
+    with _NewMemoryIsNan():
         given = target.forward(step, output=output)
         made = target.forward(step)
     found = [target.judge(step, done) for done in (given, made)]
@@ -78,7 +78,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
 
 def _over_nan(target: Target, spec: AttentionSpec) -> Finding:
     step = target.step(spec)
-    with _NewMemoryIsNan():  # type: ignore[no-untyped-call]
+    with _NewMemoryIsNan():
         done: Run = target.forward(step)
     return target.judge(step, done)
 
@@ -95,6 +95,9 @@ class _NewMemoryIsNan(TorchDispatchMode):
             torch.ops.aten.new_empty_strided.default,
         )
     )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
