@@ -147,6 +147,12 @@ class AttentionBatch:
             _check_same_requests("key_lens", keys, seqs)
         if block_size is not None:
             block_size = as_int("block_size", block_size, 1, INT32_MAX)
+        given = {"block_table": block_table, "slot_mapping": slot_mapping}
+        for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
+                raise InvalidInputError(
+                    f"{name} is on the meta device, where tensors hold nothing."
+                )
         if block_table is not None:
             _check_block_table(block_table, len(seqs))
             _check_block_ids(block_table, seqs, block_size)
@@ -156,7 +162,9 @@ class AttentionBatch:
         elif block_table is not None and block_size is not None and keys is None:
             _check_room(block_table, queries, seqs, block_size)
             slot_mapping = _slots_of(queries, seqs, block_table, block_size).to(device)
-        if isinstance(mask := more.get("custom_mask"), torch.Tensor):
+        mask = more.get("custom_mask")
+        if mask is not None:
+            _check_tensor("custom_mask", mask, "a bool tensor of one dimension")
             more["custom_mask"] = mask.to(device)
         batch = cls._of_lengths(
             queries,
@@ -666,19 +674,16 @@ def _check_tensor(name: str, value: object, wanted: str) -> None:
 
 def _lengths(name: str, values: Any) -> torch.Tensor:
     """(num_reqs,) int32 on the host: lengths as they were given, if they are lengths."""
-    if isinstance(values, Sequence) and not isinstance(values, str):
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        values = list(values)
         if set(map(type, values)) - {int}:
             values = [_length(name, value) for value in values]
-        try:
-            lengths = torch.tensor(values, dtype=torch.int64, device="cpu")
-        except (OverflowError, RuntimeError):  # an integer beyond int64
-            _check_length(name, min(values), max(values))
-            raise
-        least, most = min(values, default=0), max(values, default=0)
-    else:
-        lengths = _lengths_of_array(name, values)
-        least, most = (int(end) for end in lengths.aminmax()) if len(lengths) else (0, 0)
-    _check_length(name, least, most)
+        _check_length(name, min(values, default=0), max(values, default=0))
+        return torch.tensor(values, dtype=torch.int32, device="cpu")
+    lengths = _lengths_of_array(name, values)
+    if len(lengths):
+        least, most = lengths.aminmax()
+        _check_length(name, int(least), int(most))
     return lengths.to(torch.int32)
 
 
