@@ -654,7 +654,7 @@ def slots_of(
 def _slots_of(
     query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """The same for arguments that were checked."""
+    """The same for arguments that were checked but for the blocks of the new tokens."""
     requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
     ends = torch.cumsum(query_lens, 0).long()
     positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
@@ -662,6 +662,12 @@ def _slots_of(
     if not block_table.numel():
         return torch.full_like(positions, -1)
     blocks = block_table[requests, positions.clamp(min=0) // block_size].long()
+    if _is_readable(blocks) and (missing := (blocks < 0) & (positions >= 0)).any():
+        row = int(missing.nonzero()[0])
+        raise InvalidInputError(
+            f"block_table of request {int(requests[row])} names block {int(blocks[row])} for a new "
+            f"token; ids of blocks are 0 to {INT32_MAX}."
+        )
     return torch.where(positions < 0, -1, blocks * block_size + positions % block_size)
 
 
@@ -769,10 +775,11 @@ def _check_block_table(block_table: torch.Tensor, num_reqs: int) -> None:
 def _check_block_ids(
     block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int | None
 ) -> None:
-    """Check that the blocks that are used have ids of 0 or more that fit int32.
+    """Check that the ids of blocks that requests have fit int32.
 
     A table on a device is read under ATTN_DISPATCH_CHECK=1 only, since that waits for the device.
-    Without a block size it is not known which entries are used: −1 may mark one that is not.
+    Without a block size all entries count. An id below 0 may stand for a block that was freed
+    because the layers' window has passed it.
     """
     if not _is_readable(block_table) or not block_table.numel():
         return
@@ -786,8 +793,7 @@ def _check_block_ids(
         if not len(used):
             return
         least, most = (int(end) for end in used.aminmax())
-    lowest = -INT32_MAX - 1 if block_size is None else 0
-    if least < lowest or most > INT32_MAX:
+    if least < -INT32_MAX - 1 or most > INT32_MAX:
         raise InvalidInputError(
             f"block_table names blocks {least} to {most}; ids of blocks are 0 to {INT32_MAX}. Give "
             "the blocks of the layers' caches."
