@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.kernels.launcher import Launcher
+from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.rocm import launch_tables as amd
 from attn_dispatch.backends.triton_arguments import (
     Out,
@@ -64,28 +65,12 @@ _WINDOW_LIMIT = 1 << 30
 #: A soft cap below the first changes no result more than the first does, and one beyond the second
 #: none: scores of float32 that are that large are not told apart.
 _SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100
-#: A smaller scale goes to the query in part: kernels count on products with it not vanishing.
-_SMALLEST_SCALE = 2.0**-60
 #: How the kernels call the kinds of ALiBi.
 _ALIBI = {False: 0, True: 1, ALIBI_SYMMETRIC: 2}
 #: Sizes of value heads that groups of quantized output values fill.
 _GROUPED_HEADS = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
 #: So many parts of a split are merged as whole tiles, more row by row.
 _FEW_PARTS = 8
-
-
-def _query_factor(scale: float) -> tuple[float, float]:
-    """(factor, scale): what the query is multiplied by, and the kernels' scale, above 0.
-
-    Of a scale of 0 the factor takes all: a NaN or an infinity of the query is NaN then.
-    """
-    if scale == 0:
-        return 0.0, 1.0
-    factor, scale = math.copysign(1.0, scale), abs(scale)
-    if scale < _SMALLEST_SCALE:  # by a power of two, which rounds nothing
-        exponent = math.frexp(scale / _SMALLEST_SCALE)[1] - 1
-        factor, scale = math.ldexp(factor, exponent), math.ldexp(scale, -exponent)
-    return factor, scale
 
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
@@ -103,7 +88,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         self._launchers: dict[Any, Launcher] = {}
         self._slopes: torch.Tensor | None = None
         self._last_cache: tuple[Any, Source] | None = None
-        self._query_factor, scale = _query_factor(self.scale)
+        self._query_factor, scale = split_scale(self.scale)
         self._cap = self.logits_soft_cap
         if self._cap is not None:
             self._cap = max(self._cap, _SMALLEST_CAP) if self._cap <= _LARGEST_CAP else None

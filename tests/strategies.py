@@ -44,7 +44,7 @@ def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
             causal=draw(st.booleans()),
             sliding_window=draw(options("sliding_window", None, None, 1, 5, 10_000)),
             logits_soft_cap=draw(options("logits_soft_cap", None, None, 2.0, 50.0)),
-            alibi=draw(options("alibi", False, True)),
+            alibi=draw(options("alibi", False, True, "symmetric")),
             sinks=draw(options("sinks", False, True)),
             custom_mask=draw(options("custom_mask", False, True)),
             bidirectional_ranges=draw(options("bidirectional_ranges", False, True)),

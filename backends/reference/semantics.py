@@ -12,12 +12,13 @@ Queries stand at the end of the keys: the last query has the position of the las
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["attend", "compute_dtype", "soft_capped", "visible", "without_autocast"]
+__all__ = ["attend", "compute_dtype", "soft_capped", "split_scale", "visible", "without_autocast"]
 
 #: Scores held at a time; longer queries are worked off in pieces.
 _MAX_SCORES = 1 << 26
@@ -41,6 +42,10 @@ def without_autocast(method: Callable[..., T]) -> Callable[..., T]:
             return method(self, layer, query, *args, **options)
 
     return run
+
+
+#: A smaller scale goes to the query in part.
+_SMALLEST_SCALE = 2.0**-60
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,6 +85,22 @@ def visible(
     if custom_mask is not None:
         seen &= custom_mask
     return seen
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """(factor, scale): what the query is multiplied by, and the scale that is left, above 0.
+
+    For kernels that take positive scales, and none so small that products with it vanish.
+
+    Of a scale of 0 the factor takes all: a NaN or an infinity of the query is NaN then.
+    """
+    if scale == 0:
+        return 0.0, 1.0
+    factor, scale = math.copysign(1.0, scale), abs(scale)
+    if scale < _SMALLEST_SCALE:  # by a power of two, which rounds nothing
+        exponent = math.frexp(scale / _SMALLEST_SCALE)[1] - 1
+        factor, scale = math.ldexp(factor, exponent), math.ldexp(scale, -exponent)
+    return factor, scale
 
 
 def soft_capped(scores: torch.Tensor, cap: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend
 
 from attn_dispatch.backends.reference.semantics import (
     compute_dtype,
+    split_scale,
     visible,
     without_autocast,
 )
@@ -250,9 +251,8 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_features(self, "TORCH_SDPA", "logits_soft_cap", "sinks", "returns_lse")
-        # PyTorch's kernels take positive scales only. Of a scale of 0, the query takes the factor.
-        self._query_factor = math.copysign(1.0, self.scale) if self.scale else 0.0
-        self._scale = abs(self.scale) or 1.0
+        # PyTorch's kernels take positive scales only.
+        self._query_factor, self._scale = split_scale(self.scale)
         self._checked: set[tuple[object, ...]] = set()
 
     @without_autocast
