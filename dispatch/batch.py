@@ -140,9 +140,10 @@ class AttentionBatch:
                 f"arguments: {', '.join(_HANDED_ON)}. The rest is derived from the lengths."
             )
         device = usable_device(device)
-        queries, seqs = _lengths("query_lens", query_lens), _lengths("seq_lens", seq_lens)
+        queries, max_query_len = _lengths("query_lens", query_lens)
+        seqs, max_seq_len = _lengths("seq_lens", seq_lens)
         _check_same_requests("query_lens", queries, seqs)
-        keys = None if key_lens is None else _lengths("key_lens", key_lens)
+        keys = None if key_lens is None else _lengths("key_lens", key_lens)[0]
         if keys is not None:
             _check_same_requests("key_lens", keys, seqs)
         if block_size is not None:
@@ -160,7 +161,7 @@ class AttentionBatch:
             _check_slots(slot_mapping)
             slot_mapping = slot_mapping.to(device, torch.int64)
         elif block_table is not None and block_size is not None and keys is None:
-            _check_room(block_table, queries, seqs, block_size)
+            _check_room(block_table, queries, seqs, max_seq_len, block_size)
             slot_mapping = _slots_of(queries, seqs, block_table, block_size).to(device)
         mask = more.get("custom_mask")
         if mask is not None:
@@ -171,6 +172,8 @@ class AttentionBatch:
             seqs,
             keys,
             device,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
             block_table=None if block_table is None else block_table.to(device, torch.int32),
             slot_mapping=slot_mapping,
             block_size=block_size,
@@ -196,8 +199,6 @@ class AttentionBatch:
             seq_lens=seqs.to(device),
             query_start_loc_cpu=query_start_loc_cpu,
             seq_lens_cpu=seqs,
-            max_query_len=int(queries.max()) if len(queries) else 0,
-            max_seq_len=int(seqs.max()) if len(seqs) else 0,
             key_start_loc_cpu=None if keys is None else _starts("key_lens", keys),
             **more,
         )
@@ -303,6 +304,8 @@ class AttentionBatch:
             if self.key_start_loc_cpu is None
             else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
             device,
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
             block_table=None if self.block_table is None else self.block_table[requests],
             slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
             block_size=self.block_size,
@@ -642,12 +645,13 @@ def slots_of(
         InvalidInputError: an argument is of another type or out of range, or they contradict each
             other. What a table on a device holds is not read unless under ATTN_DISPATCH_CHECK=1.
     """
-    queries, seqs = _lengths("query_lens", query_lens), _lengths("seq_lens", seq_lens)
+    queries, _ = _lengths("query_lens", query_lens)
+    seqs, max_seq_len = _lengths("seq_lens", seq_lens)
     _check_same_requests("query_lens", queries, seqs)
     block_size = as_int("block_size", block_size, 1, INT32_MAX)
     _check_block_table(block_table, len(seqs))
     _check_block_ids(block_table, seqs, block_size)
-    _check_columns(block_table, seqs, block_size)
+    _check_columns(block_table, max_seq_len, block_size)
     return _slots_of(queries, seqs, block_table, block_size)
 
 
@@ -678,19 +682,20 @@ def _check_tensor(name: str, value: object, wanted: str) -> None:
         raise InvalidInputError(f"{name} is sparse or nested; it must be {wanted}.")
 
 
-def _lengths(name: str, values: Any) -> torch.Tensor:
-    """(num_reqs,) int32 on the host: lengths as they were given, if they are lengths."""
+def _lengths(name: str, values: Any) -> tuple[torch.Tensor, int]:
+    """(num_reqs,) int32 on the host, lengths as they were given, and the largest; 0 of none."""
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         values = list(values)
         if set(map(type, values)) - {int}:
             values = [_length(name, value) for value in values]
-        _check_length(name, min(values, default=0), max(values, default=0))
-        return torch.tensor(values, dtype=torch.int32, device="cpu")
-    lengths = _lengths_of_array(name, values)
+        most = max(values, default=0)
+        _check_length(name, min(values, default=0), most)
+        return torch.tensor(values, dtype=torch.int32, device="cpu"), most
+    lengths, most = _lengths_of_array(name, values), 0
     if len(lengths):
-        least, most = lengths.aminmax()
-        _check_length(name, int(least), int(most))
-    return lengths.to(torch.int32)
+        least, most = (int(end) for end in lengths.aminmax())
+        _check_length(name, least, most)
+    return lengths.to(torch.int32), most
 
 
 def _check_length(name: str, least: int, most: int) -> None:
@@ -781,7 +786,7 @@ def _check_block_ids(
     Without a block size all entries count. An id below 0 may stand for a block that was freed
     because the layers' window has passed it.
     """
-    if not _is_readable(block_table) or not block_table.numel():
+    if block_table.dtype == torch.int32 or not block_table.numel() or not _is_readable(block_table):
         return
     least, most = (int(end) for end in block_table.aminmax())
     if least >= 0 and most <= INT32_MAX:
@@ -823,7 +828,11 @@ def _is_readable(tensor: torch.Tensor) -> bool:
 
 
 def _check_room(
-    block_table: torch.Tensor, queries: torch.Tensor, seqs: torch.Tensor, block_size: int
+    block_table: torch.Tensor,
+    queries: torch.Tensor,
+    seqs: torch.Tensor,
+    longest: int,
+    block_size: int,
 ) -> None:
     """Check that the last query_len positions of each request exist and have blocks."""
     wrong = (seqs < queries) & (seqs > 0)
@@ -833,11 +842,10 @@ def _check_room(
             f"Request {request} has {int(queries[request])} new tokens and {int(seqs[request])} "
             "keys. seq_lens counts the new ones too."
         )
-    _check_columns(block_table, seqs, block_size)
+    _check_columns(block_table, longest, block_size)
 
 
-def _check_columns(block_table: torch.Tensor, seqs: torch.Tensor, block_size: int) -> None:
-    longest = int(seqs.max()) if len(seqs) else 0
+def _check_columns(block_table: torch.Tensor, longest: int, block_size: int) -> None:
     if longest > block_table.shape[1] * block_size:
         raise InvalidInputError(
             f"block_table has {block_table.shape[1]} blocks of {block_size} tokens for a request, "
