@@ -19,7 +19,7 @@ from attn_dispatch.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.spec import KV_CACHE_DTYPES, AttentionSpec
+from attn_dispatch.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec
 
 __all__ = [
     "DECODE_QUERY_LEN",
