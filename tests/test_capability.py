@@ -29,7 +29,7 @@ from attn_dispatch.capability import (
 from attn_dispatch.device import KNOWN_DEVICES, DeviceMatch, DeviceProfile, known_device
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import AttentionType
-from attn_dispatch.registry import BUILTIN, resolve_full_cls_name
+from attn_dispatch.registry import BUILTIN, registry, resolve_full_cls_name
 from attn_dispatch.selector import explained_device
 from attn_dispatch.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec, plain_value
 
@@ -102,6 +102,7 @@ VALUES: dict[str, list[Any]] = {
     "attn_type": list(AttentionType),
     "sliding_window": [None, 1, 128, 4096],
     "logits_soft_cap": [None, 30.0],
+    "alibi": [False, True],  # "symmetric" is True where the layer is causal: see below
     "mla": [None, DEEPSEEK],
     "output_quant": [None, *OUTPUT_QUANTS],
     **{f.name: [False, True] for f in dataclasses.fields(AttentionSpec) if f.type == "bool"},
@@ -146,6 +147,32 @@ def declarations(admitted: bool) -> list[Any]:
 
 def test_values_cover_every_field():
     assert set(VALUES) == {field.name for field in dataclasses.fields(AttentionSpec)}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "admits"),
+    [
+        ("REFERENCE", CPU, True),
+        ("TORCH_SDPA", CPU, True),
+        ("TORCH_SDPA", H200, False),
+        ("TRITON_ATTN", H200, True),
+        ("HOPPER_ATTN", H200, False),
+        ("FLASHINFER", H200, False),
+    ],
+)
+def test_symmetric_alibi_is_for_backends_that_declare_it(name, device, admits):
+    spec = AttentionSpec(
+        num_heads=8, head_size=64, dtype=torch.float32, causal=False, alibi="symmetric"
+    )
+    capabilities = registry.candidates()[name].backend_cls.capabilities
+    refused = [reason.field for reason in compare(spec, capabilities, device)]
+    assert ("alibi" not in refused) is admits
+
+
+def test_symmetric_alibi_of_a_causal_layer_is_signed():
+    spec = AttentionSpec(num_heads=8, head_size=64, dtype=torch.float32, alibi="symmetric")
+    assert spec.alibi is True
+    assert spec.replace(bidirectional_ranges=True, alibi="symmetric").alibi == "symmetric"
 
 
 @pytest.mark.parametrize(("cls", "field", "spec", "device"), declarations(admitted=False))
