@@ -187,7 +187,11 @@ def test_ids_and_slots_on_the_host_are_always_checked(what, backend, is_fresh):
     check_nothing_happened(layer, cache, expected, before)
 
 
-@pytest.mark.parametrize("metadata", ["metadata", 3, object(), make_batch(), [None]], ids=repr)
+@pytest.mark.parametrize(
+    "metadata",
+    ["metadata", 3, object(), make_batch(), [None]],
+    ids=["string", "number", "object", "batch", "list"],
+)
 def test_metadata_of_another_kind_is_rejected(metadata):
     layer, cache = make_layer(), make_cache()
     with pytest.raises(InvalidInputError):
@@ -195,7 +199,11 @@ def test_metadata_of_another_kind_is_rejected(metadata):
     assert not cache.any()
 
 
-@pytest.mark.parametrize("batch", [None, "batch", {}, [make_batch()], 3], ids=repr)
+@pytest.mark.parametrize(
+    "batch",
+    [None, "batch", {}, [make_batch()], 3],
+    ids=["None", "string", "dict", "list of batches", "number"],
+)
 def test_a_batch_of_another_kind_is_rejected(batch):
     layer = make_layer()
     with pytest.raises(InvalidInputError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_dispatch.conformance.check import Check, Run, Target
 from attn_dispatch.conformance.findings import Finding
@@ -69,7 +70,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
     for tensor in (step.query, step.key, step.value):
         if tensor is not None:
             tensor[len(tensor) - step.case.padding :] = math.nan
-    with _NewMemoryIsNan():
+    with _new_memory_is_nan():
         given = target.forward(step, output=output)
         made = target.forward(step)
     found = [target.judge(step, done) for done in (given, made)]
@@ -78,36 +79,41 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
 
 def _over_nan(target: Target, spec: AttentionSpec) -> Finding:
     step = target.step(spec)
-    with _NewMemoryIsNan():
+    with _new_memory_is_nan():
         done: Run = target.forward(step)
     return target.judge(step, done)
 
 
-class _NewMemoryIsNan(TorchDispatchMode):
+#: What backends make their outputs with.
+_MAKERS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+@contextlib.contextmanager
+def _new_memory_is_nan() -> Iterator[None]:
     """Within it torch.empty and its relatives give floating point memory that is full of NaN."""
 
-    _MAKERS = frozenset(
-        (
-            torch.ops.aten.empty.memory_format,
-            torch.ops.aten.empty_like.default,
-            torch.ops.aten.empty_strided.default,
-            torch.ops.aten.new_empty.default,
-            torch.ops.aten.new_empty_strided.default,
-        )
-    )
+    def full_of_nan(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(make)
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            made = make(*args, **kwargs)
+            # A tensor of 8 bits cannot be filled on every device.
+            if made.is_floating_point() and made.dtype.itemsize > 1:
+                made.fill_(math.nan)
+            return made
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        return run
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        # A tensor of 8 bits cannot be filled on every device.
-        if func in self._MAKERS and made.is_floating_point() and made.dtype.itemsize > 1:
-            made.fill_(math.nan)
-        return made
+    makers = [(owner, name, getattr(owner, name)) for owner, name in _MAKERS]
+    try:
+        for owner, name, make in makers:
+            setattr(owner, name, full_of_nan(make))
+        yield
+    finally:
+        for owner, name, make in makers:
+            setattr(owner, name, make)
