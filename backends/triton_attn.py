@@ -35,7 +35,6 @@ from attn_dispatch.backends.triton_plan import (
     TritonMetadata,
     block_of,
     blocks_of,
-    prefill_stages,
 )
 from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
@@ -348,7 +347,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             batch.query_start_loc, batch.seq_lens, table, cache.k_row_scales, cache.v_row_scales,
             k_scale, v_scale, slopes, sinks, *metadata.extras(),
             *query.stride()[:2], *cache.k_strides, *out.values.stride()[:2], plan.num_reqs,
-            batch.num_reqs, len(query), table.stride(0), *self._numbers,
+            batch.seq_lens.shape[0], query.shape[0], table.stride(0), *self._numbers,
         )  # fmt: skip
 
     def _source(
@@ -431,7 +430,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             )
         batch, launches = metadata.batch, metadata.launches
         row = launches.prefill
-        stages = prefill_stages(row, self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"])
         k, v, kind = source.k, source.v, source.kind
         if kind == "rows" and launches.table.descriptors:
             block = self._sizes["BLOCK_D"]
@@ -454,10 +452,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 **self._features(metadata, source, out, scale_stride, query.dtype),
                 "BLOCK_M": row.block_m,
                 "BLOCK_N": row.block_n,
-                "STAGES": stages,
+                "STAGES": row.num_stages,
                 "SOURCE": kind,
             },
-            {**row.compile_options, "num_stages": stages},
+            row.compile_options,
         )
         table = batch.seq_lens if batch.block_table is None else batch.block_table
         starts = batch.seq_lens if source.starts is None else source.starts

@@ -33,7 +33,6 @@ __all__ = [
     "blocks_of",
     "launch_table",
     "plan_rows",
-    "prefill_stages",
 ]
 
 #: Requests of up to this many query tokens are the decode kernel's: a token, or drafts to verify.
@@ -58,24 +57,15 @@ def block_of(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-#: How wide a tile of values is where heads of values are narrower than those of keys: "own", as
-#: block_of says; "wide", at least 64; "same", as wide as the tile of keys. With a tile of 16 beside
-#: one of 256 Triton 3.6's pipeline read beyond its shared memory on an H100.
-NARROW_VALUES = "wide"
-#: Whether loads run ahead in prefill where the tiles of keys and values have different widths.
-PIPELINES_UNEQUAL = True
+#: The narrowest tile of values beside a wider one of keys. With one of 16 or 32, Triton 3.6 gave
+#: wrong numbers or read beyond shared memory on an H100, whether or not loads ran ahead.
+NARROWEST_VALUES = 64
 
 
 def blocks_of(head_size: int, head_size_v: int) -> tuple[int, int]:
-    """Elements of a tile's rows of keys, and of values; see NARROW_VALUES."""
-    block, own = block_of(head_size), block_of(head_size_v)
-    widest = {"own": own, "wide": min(block, 64), "same": block}[NARROW_VALUES]
-    return block, max(own, widest)
-
-
-def prefill_stages(row: PrefillLaunch, block: int, block_v: int) -> int:
-    """num_stages of the prefill kernel for tiles of these widths; see PIPELINES_UNEQUAL."""
-    return row.num_stages if PIPELINES_UNEQUAL or block == block_v else 1
+    """Elements of a tile's rows of keys, and of values; see NARROWEST_VALUES."""
+    block = block_of(head_size)
+    return block, max(block_of(head_size_v), min(block, NARROWEST_VALUES))
 
 
 @dataclass(frozen=True, eq=False)

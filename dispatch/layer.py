@@ -496,8 +496,8 @@ class Attention(nn.Module):
         ):
             check_tensors(query=query, output=output)
             raise InvalidInputError("query is None. Give (num_tokens, num_heads, head_size).")
-        # The op hides autograd from what it calls.
-        check_no_grad(query, key, value, output, *self._per_head.values())
+        if torch.is_grad_enabled():  # the op hides autograd from what it calls
+            check_no_grad(query, key, value, output, *self._per_head.values())
         is_flat = query.dim() == 2
         query = self._unflatten("query", query, spec.num_heads, spec.head_size)
         if key is not None and value is not None:

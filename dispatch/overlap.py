@@ -11,7 +11,13 @@ import torch
 
 from attn_dispatch.errors import InvalidInputError
 
-__all__ = ["check_shared_memory", "check_writable", "overlap", "overlaps_itself"]
+__all__ = [
+    "check_shared_memory",
+    "may_share_memory",
+    "overlap",
+    "overlaps_itself",
+    "raise_not_writable",
+]
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -61,8 +67,12 @@ def _rows(tensor: torch.Tensor) -> tuple[int, int]:
     )
 
 
-def check_writable(kv_cache: torch.Tensor | None, output: torch.Tensor | None) -> None:
-    """Outside of inference mode, PyTorch refuses to write to tensors that were made inside."""
+def raise_not_writable(kv_cache: torch.Tensor | None, output: torch.Tensor | None) -> None:
+    """Outside of inference mode, PyTorch refuses to write to tensors that were made inside.
+
+    Raises:
+        InvalidInputError: for the first of these that was.
+    """
     for name, tensor in (("kv_cache", kv_cache), ("output", output)):
         if tensor is not None and tensor.is_inference():
             raise InvalidInputError(
@@ -72,6 +82,29 @@ def check_writable(kv_cache: torch.Tensor | None, output: torch.Tensor | None) -
             )
 
 
+def may_share_memory(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    output: torch.Tensor | None,
+) -> bool:
+    """Whether `check_shared_memory` has to be asked; on a GPU every layer's call waits for this.
+
+    There only the storages of the output and the inputs are compared: two storages over the same
+    memory come only from foreign code.
+    """
+    if not query.is_cuda:
+        return True
+    if output is None:
+        return False
+    storage = output.untyped_storage().data_ptr()
+    return (
+        query.untyped_storage().data_ptr() == storage
+        or (key is not None and key.untyped_storage().data_ptr() == storage)
+        or (value is not None and value.untyped_storage().data_ptr() == storage)
+    )
+
+
 def check_shared_memory(
     query: torch.Tensor,
     key: torch.Tensor | None,
@@ -79,21 +112,13 @@ def check_shared_memory(
     kv_cache: torch.Tensor | None,
     output: torch.Tensor | None,
 ) -> None:
-    """Check that nothing is written to memory that is still to be read."""
+    """Check that nothing is written to memory that is still to be read.
+
+    Raises:
+        InvalidInputError: it names the two tensors that share memory.
+    """
     reads = [("query", query), ("key", key), ("value", value)]
     writes = [("output", output), ("kv_cache", None if key is None else kv_cache)]
-    if query.device.type != "cpu":
-        # One comparison of storages: two of them on the same memory come only from foreign code.
-        if output is None:
-            return
-        address = output.untyped_storage().data_ptr()
-        if not (
-            query.untyped_storage().data_ptr() == address
-            or (key is not None and key.untyped_storage().data_ptr() == address)
-            or (value is not None and value.untyped_storage().data_ptr() == address)
-            or (kv_cache is not None and kv_cache.untyped_storage().data_ptr() == address)
-        ):
-            return
     if output is not None and kv_cache is not None and overlap(output, kv_cache):
         raise InvalidInputError("output shares memory with kv_cache. Give it memory of its own.")
     for name, written in writes:

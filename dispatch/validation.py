@@ -16,7 +16,12 @@ from torch.autograd import forward_ad
 from attn_dispatch import environment
 from attn_dispatch.contents import check_batch_contents
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.overlap import check_shared_memory, check_writable, overlaps_itself
+from attn_dispatch.overlap import (
+    check_shared_memory,
+    may_share_memory,
+    overlaps_itself,
+    raise_not_writable,
+)
 from attn_dispatch.quantization import (
     GROUP_SIZE,
     has_token_scales,
@@ -69,12 +74,13 @@ def check_forward(
     Raises:
         InvalidInputError: an argument does not fit; it says which, and what would.
     """
-    check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
-    check_no_transform(query, key, value)
+    if torch.is_grad_enabled():
+        check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
+    if forward_ad._current_level >= 0 or _functorch_level() is not None:
+        check_no_transform(query, key, value)
     try:
         signature = (  # each by itself, not by a loop: every layer's call waits for this
-            _shape_of_layer(impl),
-            impl.kv_sharing_target_layer_name is None,
+            impl.__dict__.get("_checked_as") or _checked_as(impl),
             _form(query),
             None if key is None else _form(key),
             None if value is None else _form(value),
@@ -95,9 +101,13 @@ def check_forward(
             impl, query, key, value, kv_cache, batch, output, output_scale, output_block_scale
         )
         batch.checked.add(signature)
-    if not torch.is_inference_mode_enabled():
-        check_writable(kv_cache if key is not None else None, output)
-    check_shared_memory(query, key, value, kv_cache, output)
+    if not torch.is_inference_mode_enabled() and (
+        (output is not None and output.is_inference())
+        or (kv_cache is not None and key is not None and kv_cache.is_inference())
+    ):
+        raise_not_writable(kv_cache if key is not None else None, output)
+    if may_share_memory(query, key, value, output):
+        check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
         check_batch_contents(batch, kv_cache, impl.sliding_window)
 
@@ -124,6 +134,15 @@ def check_tensors(**tensors: Any) -> None:
 _shape_of_layer = operator.attrgetter(
     "num_heads", "num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype", "attn_type"
 )
+
+
+def _checked_as(impl: AttentionImpl[Any]) -> str:
+    """What the checks below look at, of an impl; kept with it, since a string is hashed once."""
+    name = repr((_shape_of_layer(impl), impl.kv_sharing_target_layer_name is None))
+    impl.__dict__["_checked_as"] = name
+    return name
+
+
 #: All that the checks below look at, of a tensor; of a cache they also ask where its rows lie.
 _form = operator.attrgetter("shape", "dtype", "device")
 

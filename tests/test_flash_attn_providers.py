@@ -80,6 +80,8 @@ LIMITS = [
     (VLLM_2, {"head_size": 36}, "head_size=36 .* multiples of 8"),
     (VLLM_2, {"head_size_v": 32}, "head_size_v=32 .* the same as head_size"),
     (VLLM_3, {"head_size": 128, "head_size_v": 64}, "head_size_v: head_size=128 with"),
+    (VLLM_3, {"head_size": 32, "head_size_v": 64}, "head_size_v: head_size=32 with"),
+    (VLLM_3, {"head_size": 40, "head_size_v": 48}, "head_size_v: head_size=40 with"),
     (OWN_4, {"head_size": 128, "head_size_v": 64}, "head_size_v: .* 192 with 128"),
     (OWN_4, {"head_size": 256}, "head_size=256"),
     (OWN_4, {"head_size": 80, "causal": False}, "head_size=80 with causal=False over pages"),

@@ -2,15 +2,12 @@
 
     CUDA_LAUNCH_BLOCKING=1 pytest tests/test_triton_head_sizes.py -m gpu -k "part0" &   # to part7
 
-An illegal access ends a process, so parts run in processes of their own. VALUE_TILE=own, wide or
-same, and PIPELINE=0 or 1, try the other settings of triton_plan.NARROW_VALUES and
-PIPELINES_UNEQUAL; "own" with 1 is what failed with heads of 256 and 16 (Triton 3.6, H100).
+An illegal access ends a process, so parts run in processes of their own.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -50,24 +47,17 @@ RICH = {
 LENS = {"few": ((1, 1), (32, 32)), "many": ((70, 3, 150), (70, 130, 150))}
 
 
-@pytest.fixture(autouse=True)
-def _setting(monkeypatch):
-    tile = os.environ.get("VALUE_TILE")
-    if tile:
-        monkeypatch.setattr(triton_plan, "NARROW_VALUES", tile)
-    if os.environ.get("PIPELINE"):
-        monkeypatch.setattr(triton_plan, "PIPELINES_UNEQUAL", os.environ["PIPELINE"] == "1")
-
-
-def parts():
-    for i, sizes in enumerate(PAIRS):
-        yield pytest.param(sizes, id=f"part{i % PARTS}-{sizes[0]}-{sizes[1]}")
+#: Each pair, in one of the parts.
+PARAMS = [
+    pytest.param(sizes, id=f"part{i % PARTS}-{sizes[0]}-{sizes[1]}")
+    for i, sizes in enumerate(PAIRS)
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("fields", [*PLAIN, *RICH])
-@pytest.mark.parametrize("sizes", parts())
+@pytest.mark.parametrize("sizes", PARAMS)
 def test_a_pair_of_head_sizes(sizes, fields, descriptors, dtype):
     more = {**PLAIN, **RICH}[fields]
     head_size, head_size_v = sizes
@@ -122,12 +112,10 @@ for mark in needs_gpu:
     test_part0_values_much_narrower_than_keys = mark(test_part0_values_much_narrower_than_keys)
 
 
-@pytest.mark.parametrize("narrow", ["own", "wide", "same"])
-def test_tiles_of_values_hold_their_heads(monkeypatch, narrow):
-    monkeypatch.setattr(triton_plan, "NARROW_VALUES", narrow)
+def test_tiles_of_values_hold_their_heads():
     for head_size, head_size_v in PAIRS:
         block, block_v = triton_plan.blocks_of(head_size, head_size_v)
         assert block >= head_size
         assert block_v >= head_size_v
-        assert block_v >= {"own": 16, "wide": min(block, 64), "same": block}[narrow]
+        assert block_v >= min(block, triton_plan.NARROWEST_VALUES)
         assert (block & (block - 1), block_v & (block_v - 1)) == (0, 0)

@@ -273,7 +273,9 @@ def _has_other_cache(spec: AttentionSpec) -> bool:
 
 def _is_odd_pair_for_3(spec: AttentionSpec) -> bool:
     size, size_v = spec.head_size, spec.head_size_v
-    is_known = size <= 64 or (128 < size <= 192 and 96 < size_v <= 128)
+    # Where both are padded to 64, it drops what values have beyond the size of keys.
+    is_cut = size < size_v <= 64
+    is_known = (size <= 64 and not is_cut) or (128 < size <= 192 and 96 < size_v <= 128)
     return size != size_v and not is_known
 
 
@@ -287,7 +289,10 @@ def _has_large_tiles_for_4(spec: AttentionSpec) -> bool:
     return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
 
 
-_PAIRS_OF_3 = "equal sizes, head_size up to 64, or 136 to 192 with 104 to 128"
+_PAIRS_OF_3 = (
+    "equal sizes; head_size up to 64, with head_size_v smaller or over 64; or 136 to 192 with 104 "
+    "to 128"
+)
 _SIZES = "head_size={s.head_size} with head_size_v={s.head_size_v}"
 
 _LIMITS: tuple[_Limit, ...] = (

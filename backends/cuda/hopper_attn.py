@@ -332,8 +332,8 @@ class HopperImpl(TritonImpl):
             plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
             pages.block_rows, pages.value_rows, pages.head_rows, pages.head_columns,
-            *out.values.stride()[:2], plan.num_reqs, batch.num_reqs, len(query), table.stride(0),
-            *self._numbers,
+            *out.values.stride()[:2], plan.num_reqs, batch.seq_lens.shape[0], query.shape[0],
+            table.stride(0), *self._numbers,
         )  # fmt: skip
 
     def _compiled_for(self) -> dict[str, Any]:
