@@ -428,11 +428,6 @@ class Attention(nn.Module):
                 return build(batch)
             if metadata is None:
                 return current_context().metadata(self.prefix, bound.metadata_key, build)
-            if not isinstance(metadata, AttentionMetadata):
-                raise InvalidInputError(
-                    f"attn_metadata is a {type(metadata).__name__}. Make it by "
-                    "layer.build_metadata(batch)."
-                )
             has_moved_on = bound is not self._bound or self._has_moved_on
             if has_moved_on and isinstance(metadata, BatchMetadata) and not bound.accepts(metadata):
                 return build(metadata.batch)
@@ -485,7 +480,7 @@ class Attention(nn.Module):
 
         Returns:
             The output, flattened if the query is; with returns_lse also lse, (num_tokens,
-            num_heads) float32. Rows beyond the batch's tokens are padding and hold nothing.
+            num_heads) float32. Rows beyond the batch's tokens are padding: 0, and −inf in lse.
 
         Raises:
             InvalidInputError: an argument does not fit; nothing has been written then.
@@ -563,14 +558,12 @@ class Attention(nn.Module):
             self._check_quantized(output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
-        elif not isinstance(kv_cache, torch.Tensor) or (
-            kv_cache.dim() == 5 and spec.block_size not in (None, kv_cache.shape[2])
+        elif (
+            not isinstance(kv_cache, torch.Tensor)
+            or kv_cache.dim() != 5
+            or (kv_cache.shape[2] != spec.block_size)
         ):
-            check_tensors(kv_cache=kv_cache)
-            raise InvalidInputError(
-                f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {self.prefix!r} was "
-                f"made with block_size={spec.block_size}. Give it a cache of its own plan."
-            )
+            self._check_block_size(kv_cache)
         bound = self._on_device()
         given = (query, key, value, kv_cache)
         try:
@@ -607,7 +600,13 @@ class Attention(nn.Module):
                 lse.copy_(result[1])
             return
         derived_scales = False
-        if used.enable_kv_scales_calculation and not self._cache_state.scales_are_final:
+        try:
+            derives_scales = used.enable_kv_scales_calculation
+        except AttributeError as error:
+            raise InvalidInputError(
+                f"attn_metadata is a {type(used).__name__}. Make it by layer.build_metadata(batch)."
+            ) from error
+        if derives_scales and not self._cache_state.scales_are_final:
             derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
         watch = None
         if environment.shadow_interval():
@@ -624,6 +623,15 @@ class Attention(nn.Module):
             self._cache_state.scales_are_final = True
         if watch is not None:
             watch.compare(result, used, *scales)
+
+    def _check_block_size(self, kv_cache: torch.Tensor) -> None:
+        """Check that a cache is a tensor and, if it is one of blocks, has the layer's."""
+        check_tensors(kv_cache=kv_cache)
+        if kv_cache.dim() == 5 and self.spec.block_size not in (None, kv_cache.shape[2]):
+            raise InvalidInputError(
+                f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {self.prefix!r} was "
+                f"made with block_size={self.spec.block_size}. Give it a cache of its own plan."
+            )
 
     def _batch_of(self, metadata: Any) -> AttentionBatch | None:
         """The batch behind metadata, None if it keeps none; without metadata the context's."""

@@ -86,12 +86,13 @@ def may_share_memory(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
     output: torch.Tensor | None,
 ) -> bool:
     """Whether `check_shared_memory` has to be asked; on a GPU every layer's call waits for this.
 
-    There only the storages of the output and the inputs are compared: two storages over the same
-    memory come only from foreign code.
+    There only the storages of the output and the other tensors are compared: two storages over
+    the same memory come only from foreign code.
     """
     if not query.is_cuda:
         return True
@@ -102,6 +103,7 @@ def may_share_memory(
         query.untyped_storage().data_ptr() == storage
         or (key is not None and key.untyped_storage().data_ptr() == storage)
         or (value is not None and value.untyped_storage().data_ptr() == storage)
+        or (kv_cache is not None and kv_cache.untyped_storage().data_ptr() == storage)
     )
 
 

@@ -106,7 +106,7 @@ def check_forward(
         or (kv_cache is not None and key is not None and kv_cache.is_inference())
     ):
         raise_not_writable(kv_cache if key is not None else None, output)
-    if may_share_memory(query, key, value, output):
+    if may_share_memory(query, key, value, kv_cache, output):
         check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
         check_batch_contents(batch, kv_cache, impl.sliding_window)
