@@ -515,7 +515,7 @@ def _prompts(batch: AttentionBatch) -> Totals:
 
 @functools.cache
 def _factories(cls: type[BatchMetadata]) -> tuple[tuple[str, Callable[[], Any]], ...]:
-    """The defaults that a subclass makes anew for each instance."""
+    """The defaults that a subclass makes again for each instance."""
     made = ((field.name, field.default_factory) for field in dataclasses.fields(cls))
     return tuple((name, make) for name, make in made if make is not dataclasses.MISSING)
 

@@ -188,11 +188,11 @@ def _check_another_is_left(
                 unrecorded=failures,
             )
     except UnsupportedError as refusal:
-        tried = [f for f in failures if f.phase in (None, phase) or phase is None]
+        tried = [f for f in failures if phase is None or f.phase in (None, phase)]
         if len({each.backend for each in tried}) > 1:
-            told = "; ".join(f"{each.backend} {each.doing}: {each.cause}" for each in tried)
+            causes_text = "; ".join(f"{f.backend} {f.doing}: {f.cause}" for f in tried)
             raise InvalidInputError(
-                f"Every backend raised on this call, so its arguments are invalid: {told}. "
+                f"Every backend raised on this call, so its arguments are invalid: {causes_text}. "
                 "Check the values, layouts and devices of what was passed."
             ) from causes[-1]
         raise BackendFailure(

@@ -32,7 +32,7 @@ class NoRepr:
         raise RuntimeError("no repr")
 
 
-#: Values of every kind, by a short name. Made anew for each call.
+#: Values of every kind, by a short name. Made again for each call.
 VALUES = {
     "None": lambda: None,
     "True": lambda: True,

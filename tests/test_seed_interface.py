@@ -508,7 +508,7 @@ def test_a_member_that_wants_more_arguments_is_named(base, member):
     if base is MLAAttentionImpl and member == "__init__":
         pytest.skip("implementations add arguments by keyword")
     if member == "get_state_cls":
-        return  # it is called, and what it raises is told
+        return  # it is called, and what it raises is reported
     (problem,) = check_backend_class(backend_with(base, member, more))
     assert f"Broken.{member}" in problem
     assert "another_one" in problem

@@ -420,7 +420,7 @@ def test_a_file_in_the_cache_that_cannot_be_read_is_measured_anew():
     path = store.table_path(machine_of(detect_device("cpu")))
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    assert "It is measured anew" in run(f"{FLAGS} {TINY} --steps decode")
+    assert "It is measured again" in run(f"{FLAGS} {TINY} --steps decode")
     assert read_table(path).layers
 
 

@@ -30,7 +30,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands. What is rejected, whoever rejects it, becomes one line and exit code 2."""
+    """The commands. Whatever is rejected becomes one line and exit code 2."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run a command, see `click.Command.main`."""
@@ -44,7 +44,7 @@ class _Commands(typer.core.TyperGroup):
         return code
 
     def _run(self, *args: Any, **extra: Any) -> int:
-        """A command's exit code; what went wrong is told."""
+        """A command's exit code; what went wrong is printed."""
         try:
             code = super().main(*args, **(extra | {"standalone_mode": False}))
             sys.stdout.flush()

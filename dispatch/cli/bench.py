@@ -93,7 +93,7 @@ def bench(
         ),
     ] = 0.25,
     rounds: Annotated[
-        int | None, typer.Option(min=1, max=MAX_ROUNDS, help="So many calls of each instead.")
+        int | None, typer.Option(min=1, max=MAX_ROUNDS, help="This many calls of each instead.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Write everything to this file.")

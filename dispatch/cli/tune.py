@@ -79,7 +79,7 @@ def tune(
         typer.Option(
             min=0.0,
             callback=check_seconds,
-            help="Begin no point after so many seconds; the next run goes on.",
+            help="Start no new point after this many seconds; the next run continues.",
         ),
     ] = None,
     rounds: Annotated[
@@ -170,7 +170,7 @@ def _tell_if_unreadable(path: Path) -> None:
         if path.exists():
             _read(path)
     except InvalidInputError as error:
-        print(f"{error} It is measured anew.", file=sys.stderr)
+        print(f"{error} It is measured again.", file=sys.stderr)
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:

@@ -347,7 +347,7 @@ def _exact(
     scale: float,
     seen: torch.Tensor,
 ) -> torch.Tensor:
-    """(query_len, num_heads, head_size) float64, for so many rows and one KV head at a time."""
+    """(query_len, num_heads, head_size) float64, for these rows, one KV head at a time."""
     group = query.shape[1] // key.shape[1]
     result = torch.empty(query.shape, dtype=torch.float64, device=query.device)
     for head in range(key.shape[1]):

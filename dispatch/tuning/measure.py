@@ -207,7 +207,7 @@ class Tuner:
         device: where.
         path: the file; what it has already is kept, and not measured again.
         backends: who takes part; None for all who compute the layer, but for the references.
-        fresh: measure the layers anew: their points in the file are dropped with the first new one.
+        fresh: measure the layers again: their points in the file go with the first new one.
             A table of another device or other versions is replaced.
         clock: of the device; made if None.
         rounds: so many calls of each at a point, instead of a tenth of a second.
@@ -279,7 +279,7 @@ class Tuner:
         if self.fresh and not self._has_written:
             return {}
         raise InvalidInputError(
-            f"{self.path} cannot be gone on with: {problem}. Name another file, or begin anew by "
+            f"{self.path} cannot be continued: {problem}. Name another file, or start again by "
             "--fresh."
         )
 
