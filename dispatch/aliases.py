@@ -7,18 +7,15 @@ a larger block. All of that follows from addresses, shapes and strides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.overlap import reaches
 
 __all__ = ["groups_of"]
-
-#: Steps of one search after which two caches are taken to overlap. Tensors that come from slicing,
-#: transposing and reshaping one piece of memory need a few for each dimension.
-_MAX_STEPS = 20_000
 
 
 class _Place(NamedTuple):
@@ -94,14 +91,14 @@ def _overlap(one: _Place, other: _Place) -> bool:
     if other_blocks == 1:
         other_step = step
     if step != other_step:
-        if _reaches([(step, 0, blocks - 1), (other_step, 1 - other_blocks, 0), *inner], distance):
+        if reaches([(step, 0, blocks - 1), (other_step, 1 - other_blocks, 0), *inner], distance):
             raise _conflict(one, other)
         return False
     # What is left of two numbers of blocks is their difference.
     for least, most in ((1, blocks - 1), (1 - other_blocks, -1)):
-        if least <= most and _reaches([(step, least, most), *inner], distance):
+        if least <= most and reaches([(step, least, most), *inner], distance):
             raise _conflict(one, other)
-    return _reaches(inner, distance)
+    return reaches(inner, distance)
 
 
 def _conflict(one: _Place, other: _Place) -> InvalidInputError:
@@ -119,47 +116,3 @@ def _bytes_of(one: _Place, other: _Place) -> list[tuple[int, int, int]]:
     for stride, size in zip(other.strides[1:], other.shape[1:], strict=True):
         inner.append((stride, 1 - size, 0))
     return inner
-
-
-def _reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
-    """Whether the sum of stride * x is the target for some x within each term's bounds.
-
-    A search from the largest stride to the smallest. The strides of a tensor are nearly multiples
-    of each other, so that few x are possible for each; numpy.shares_memory works in this way too.
-    """
-    by_stride: dict[int, tuple[int, int]] = {}
-    for stride, least, most in terms:
-        before = by_stride.get(stride, (0, 0))
-        by_stride[stride] = (before[0] + least, before[1] + most)
-    by_stride.pop(0, None)
-    ordered = sorted(by_stride, reverse=True)
-    lows, highs = [0], [0]  # of the sums of what comes after
-    for stride in reversed(ordered):
-        lows.append(lows[-1] + stride * by_stride[stride][0])
-        highs.append(highs[-1] + stride * by_stride[stride][1])
-    lows.reverse()
-    highs.reverse()
-
-    def candidates(index: int, left: int) -> Iterator[int]:
-        stride = ordered[index]
-        least, most = by_stride[stride]
-        first = max(least, -((highs[index + 1] - left) // stride))
-        last = min(most, (left - lows[index + 1]) // stride)
-        return (left - stride * x for x in range(first, last + 1))
-
-    steps, seen = 0, set()
-    stack = [(0, target)]
-    while stack:
-        index, left = stack.pop()
-        if index == len(ordered):
-            if left == 0:
-                return True
-            continue
-        for rest in candidates(index, left):
-            steps += 1
-            if steps > _MAX_STEPS:
-                return True
-            if (index + 1, rest) not in seen:
-                seen.add((index + 1, rest))
-                stack.append((index + 1, rest))
-    return False

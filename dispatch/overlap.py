@@ -1,11 +1,8 @@
-"""Whether tensors share memory, decided from addresses and strides on the host.
-
-The answers are exact for the layouts that engines have: slices of one buffer and views with gaps.
-For other layouts they may be True where the elements only interleave; never False where they
-overlap.
-"""
+"""Whether tensors share memory, decided from addresses, shapes and strides on the host."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -17,11 +14,19 @@ __all__ = [
     "overlap",
     "overlaps_itself",
     "raise_not_writable",
+    "reaches",
 ]
+
+#: Steps of one search after which two tensors are taken to overlap. Tensors that come from slicing,
+#: transposing and reshaping one piece of memory need a few for each dimension.
+_MAX_STEPS = 20_000
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor lie at the same address."""
+    """Whether two elements of a tensor may lie at the same address.
+
+    It is exact for what slicing and transposing makes. Other strides may be taken to overlap.
+    """
     if tensor.numel() < 2:
         return False
     extent = 1
@@ -41,13 +46,11 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     distance = other.data_ptr() - one.data_ptr()
     if distance >= _extent(one) or -distance >= _extent(other):
         return False
-    # Rows of the same pitch: they overlap if they do within one pitch.
-    pitch, length = _rows(one)
-    other_pitch, other_length = _rows(other)
-    if pitch != other_pitch or max(length, other_length) > pitch:
-        return True
-    offset = distance % pitch
-    return offset < length or offset + other_length > pitch
+    size, other_size = one.element_size(), other.element_size()
+    terms = [(1, 1 - other_size, size - 1)]
+    terms += [(s * size, 0, n - 1) for s, n in zip(one.stride(), one.shape, strict=True)]
+    terms += [(s * other_size, 1 - n, 0) for s, n in zip(other.stride(), other.shape, strict=True)]
+    return reaches(terms, distance)
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -56,15 +59,48 @@ def _extent(tensor: torch.Tensor) -> int:
     return (sum((size - 1) * stride for stride, size in steps) + 1) * tensor.element_size()
 
 
-def _rows(tensor: torch.Tensor) -> tuple[int, int]:
-    """The largest stride, and the extent of what lies within one step of it, in bytes."""
-    dims = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
-    if not dims:
-        return tensor.element_size(), tensor.element_size()
-    pitch, size = max(dims)
-    return pitch * tensor.element_size(), _extent(tensor) - (
-        (size - 1) * pitch * tensor.element_size()
-    )
+def reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
+    """Whether the sum of stride * x is the target for some x within each term's bounds.
+
+    A search from the largest stride to the smallest. The strides of a tensor are nearly multiples
+    of each other, so that few x are possible for each; numpy.shares_memory works in this way too.
+    """
+    by_stride: dict[int, tuple[int, int]] = {}
+    for stride, least, most in terms:
+        before = by_stride.get(stride, (0, 0))
+        by_stride[stride] = (before[0] + least, before[1] + most)
+    by_stride.pop(0, None)
+    ordered = sorted(by_stride, reverse=True)
+    lows, highs = [0], [0]  # of the sums of what comes after
+    for stride in reversed(ordered):
+        lows.append(lows[-1] + stride * by_stride[stride][0])
+        highs.append(highs[-1] + stride * by_stride[stride][1])
+    lows.reverse()
+    highs.reverse()
+
+    def candidates(index: int, left: int) -> Iterator[int]:
+        stride = ordered[index]
+        least, most = by_stride[stride]
+        first = max(least, -((highs[index + 1] - left) // stride))
+        last = min(most, (left - lows[index + 1]) // stride)
+        return (left - stride * x for x in range(first, last + 1))
+
+    steps, seen = 0, set()
+    stack = [(0, target)]
+    while stack:
+        index, left = stack.pop()
+        if index == len(ordered):
+            if left == 0:
+                return True
+            continue
+        for rest in candidates(index, left):
+            steps += 1
+            if steps > _MAX_STEPS:
+                return True
+            if (index + 1, rest) not in seen:
+                seen.add((index + 1, rest))
+                stack.append((index + 1, rest))
+    return False
 
 
 def raise_not_writable(kv_cache: torch.Tensor | None, output: torch.Tensor | None) -> None:

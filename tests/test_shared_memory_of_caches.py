@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ import attn_dispatch as ad
 from attn_dispatch.aliases import groups_of
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.kv_cache import STRIDE_ORDERS, kv_cache_shape
+from attn_dispatch.overlap import overlap
 
 CHAIN = [[0, 1], [1, 2], [2, 3]]
 
@@ -150,3 +152,18 @@ def test_overlaps_are_found_exactly(one, other):
             groups_of(views)
         return
     assert len(groups_of(views)) == (1 if shared else 2)
+
+
+@given(st.data())
+def test_any_two_views_overlap_where_numpy_says_so(data):
+    buffer = torch.zeros(60)
+
+    def view():
+        shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+        strides = data.draw(st.lists(st.integers(0, 9), min_size=len(shape), max_size=len(shape)))
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        start = data.draw(st.integers(0, max(0, 60 - extent)))
+        return buffer.as_strided(shape, strides, start) if start + extent <= 60 else buffer[:1]
+
+    one, other = view(), view()
+    assert overlap(one, other) == np.shares_memory(one.numpy(), other.numpy())
