@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import Capabilities
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionLayer,
-    AttentionMetadataBuilder,
-)
-from attn_dispatch.validation import profiling_output
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.capability import Capabilities
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.validation import profiling_output
 
 __all__ = ["NoAttentionBackend", "NoAttentionBuilder", "NoAttentionImpl"]
 

@@ -12,17 +12,18 @@ from unittest import mock
 
 import torch
 
-from attn_dispatch.backends.cuda import hopper_attn
-from attn_dispatch.backends.cuda.hopper_attn import DecodeRow, HopperAttnBackend
-from attn_dispatch.backends.kernels.launcher import Launcher
-from attn_dispatch.backends.triton_attn import TritonAttnBackend
-from attn_dispatch.backends.triton_plan import Launches
-from attn_dispatch.batch import AttentionBatch
-from attn_dispatch.device import KNOWN_DEVICES, DeviceProfile
-from attn_dispatch.interface import PlaceholderRange
-from attn_dispatch.kv_cache import allocate_kv_cache
-from attn_dispatch.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
-from attn_dispatch.spec import ALIBI_SYMMETRIC, AttentionSpec
+from attn_dispatch.backends.cuda.hopper import backend as hopper_attn
+from attn_dispatch.backends.cuda.hopper.backend import DecodeRow, HopperAttnBackend
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
+from attn_dispatch.backends.triton.launcher import Launcher
+from attn_dispatch.backends.triton.plan import Launches
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.kv_cache import allocate_kv_cache
+from attn_dispatch.interface.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
+from attn_dispatch.interface.types import PlaceholderRange
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
 __all__ = [
     "AMD",
@@ -259,7 +260,7 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         returns_lse=spec.returns_lse,
         alibi_symmetric=spec.alibi == ALIBI_SYMMETRIC,
     )
-    builder = backend.get_builder_cls()(spec, torch.device("cpu"))
+    builder = hopper_attn.get_builder_cls()(spec, torch.device("cpu"))
     builder.launches = Launches.of(spec, device)
     batch, num_blocks = _batch(case, spec)
     tokens = batch.num_tokens

@@ -43,7 +43,7 @@ from compile_cases import (
     launches_of,
 )
 
-from attn_dispatch.device import KNOWN_DEVICES
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 _TABLES = re.compile(

@@ -34,9 +34,9 @@ from attn_dispatch.backends.reference.torch_ref import (
     ReferenceImpl,
     ReferenceMetadata,
 )
-from attn_dispatch.routing import RoutedBuilder, RoutedImpl, Router
-from attn_dispatch.tuning.choose import Side, routes_of
-from attn_dispatch.tuning.table import LayerTimes, Point, Step
+from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
+from attn_dispatch.selection.timings.policy import Side, routes_of
+from attn_dispatch.selection.timings.table import LayerTimes, Point, Step
 
 IMPORT_LIMIT_MS = 60.0
 CALL_LIMIT_US = 20.0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from attn_dispatch.report import Report
+from typing import Any
 
 __all__ = [
     "AttnDispatchError",
@@ -25,11 +22,11 @@ class UnsupportedError(AttnDispatchError):
     """No backend, or not the required one, computes exactly what was asked.
 
     Attributes:
-        report: the verdict and reasons for every candidate, or None where the refusal
-            did not come out of a selection.
+        report: a `Report`, the verdict and reasons for every candidate; None where the
+            refusal did not come out of a selection.
     """
 
-    def __init__(self, message: str, report: Report | None = None) -> None:
+    def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
 

@@ -21,16 +21,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from attn_dispatch import overrides
-from attn_dispatch.backends.cuda.flash_attn_providers import PROVIDERS
-from attn_dispatch.capability import Constraint
-from attn_dispatch.device import ALIASES, KNOWN_DEVICES, DeviceProfile
+from attn_dispatch.backends.cuda.flash_attn.providers import PROVIDERS
 from attn_dispatch.environment import VARIABLES
-from attn_dispatch.interface import AttentionType, Phase
-from attn_dispatch.overrides import VLLM_NAMES
-from attn_dispatch.platforms import LAST_RESORT, PLATFORMS
-from attn_dispatch.registry import BUILTIN, resolve_full_cls_name
-from attn_dispatch.spec import KV_CACHE_DTYPES, LAYER_KINDS, AttentionSpec, plain_value
+from attn_dispatch.interface.capability import Constraint
+from attn_dispatch.interface.spec import KV_CACHE_DTYPES, LAYER_KINDS, AttentionSpec, plain_value
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES
+from attn_dispatch.selection import overrides
+from attn_dispatch.selection.overrides import VLLM_NAMES
+from attn_dispatch.selection.priorities import LAST_RESORT, PLATFORMS
+from attn_dispatch.selection.registry import BUILTIN, resolve_full_cls_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

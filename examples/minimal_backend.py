@@ -34,10 +34,12 @@ from attn_dispatch import (
     register_backend,
     resolve,
 )
-from attn_dispatch.batch import BatchMetadata
-from attn_dispatch.interface import refuse_spec
-from attn_dispatch.kv_cache import gather_kv, split_kv_cache, write_new_kv
-from attn_dispatch.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.interface.backend import refuse_spec
+from attn_dispatch.interface.impl import write_new_kv
+from attn_dispatch.interface.kv_access import gather_kv
+from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.metadata import BatchMetadata
+from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 
 __all__ = ["MinimalBackend", "MinimalBuilder", "MinimalImpl", "MinimalMetadata"]
 

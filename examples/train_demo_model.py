@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attn_dispatch.demo import tokenizer
-from attn_dispatch.demo.model import (
+from attn_dispatch.serving import tokenizer
+from attn_dispatch.serving.model import (
     Attend,
     DemoConfig,
     DemoModel,

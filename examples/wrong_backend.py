@@ -22,10 +22,10 @@ from attn_dispatch.backends.reference.torch_ref import (
     ReferenceImpl,
     ReferenceMetadata,
 )
-from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.conformance import verify
-from attn_dispatch.kv_cache import write_new_kv
-from attn_dispatch.quantization import is_fp8
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.impl import write_new_kv
+from attn_dispatch.interface.quantization import is_fp8
 
 __all__ = ["FAULTS", "WrongImpl", "wrong_backend"]
 

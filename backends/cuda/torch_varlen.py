@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import (
+from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.interface.backend import AttentionBackend, refuse_spec
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.capability import (
     ANY,
     Capabilities,
     MultipleOf,
@@ -26,22 +28,22 @@ from attn_dispatch.capability import (
     ReasonCode,
     SameAs,
 )
-from attn_dispatch.device import DeviceMatch, DeviceProfile, detect_device
-from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface import (
-    AttentionBackend,
+from attn_dispatch.interface.impl import (
     AttentionImpl,
     AttentionLayer,
-    AttentionMetadataBuilder,
-    AttentionType,
     refuse_features,
-    refuse_spec,
+    write_new_kv,
 )
-from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
-from attn_dispatch.libraries import import_library
-from attn_dispatch.quantization import kv_cache_torch_dtype
-from attn_dispatch.spec import AttentionSpec
-from attn_dispatch.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.interface.kv_access import read_kv_cache
+from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
+from attn_dispatch.platforms.libraries import import_library
 
 __all__ = [
     "LARGEST_WINDOW",

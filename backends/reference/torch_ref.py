@@ -14,25 +14,30 @@ from attn_dispatch.backends.reference.semantics import (
     compute_dtype,
     without_autocast,
 )
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf, Reason, ReasonCode
-from attn_dispatch.device import DeviceMatch, DeviceProfile
-from attn_dispatch.interface import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionLayer,
-    AttentionMetadataBuilder,
-    AttentionType,
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.capability import (
+    ANY,
+    ByDevice,
+    Capabilities,
+    OneOf,
+    Reason,
+    ReasonCode,
 )
-from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache, write_new_kv
-from attn_dispatch.quantization import GROUP_SIZE, store_output
-from attn_dispatch.spec import (
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, kv_scales_of, write_new_kv
+from attn_dispatch.interface.kv_access import gather_kv
+from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
+from attn_dispatch.interface.spec import (
     ALIBI_SYMMETRIC,
     KV_CACHE_DTYPES,
     OUTPUT_QUANTS,
     AttentionSpec,
 )
-from attn_dispatch.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
 __all__ = ["ReferenceBackend", "ReferenceBuilder", "ReferenceImpl", "ReferenceMetadata"]
 

@@ -23,25 +23,19 @@ from attn_dispatch.backends.reference.semantics import (
     without_autocast,
 )
 from attn_dispatch.backends.reference.torch_ref import FLOATS
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import ANY, GIVEN, Capabilities, OneOf
-from attn_dispatch.contents import check_batch_contents
-from attn_dispatch.device import DeviceMatch
 from attn_dispatch.environment import check_mode
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface import (
-    AttentionBackend,
-    AttentionLayer,
-    AttentionMetadataBuilder,
-    AttentionType,
-    MLAAttentionImpl,
-    Phase,
-    refuse_features,
-)
-from attn_dispatch.kv_cache import gather_kv, write_mla_cache
-from attn_dispatch.quantization import store_output
-from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, MLADims
-from attn_dispatch.validation import (
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.capability import ANY, GIVEN, Capabilities, OneOf
+from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.impl import AttentionLayer, MLAAttentionImpl, refuse_features
+from attn_dispatch.interface.kv_access import gather_kv, write_mla_cache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import store_output
+from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, MLADims
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.interface.validation import (
     check_block_size,
     check_block_table,
     check_cache_tensor,
@@ -51,6 +45,7 @@ from attn_dispatch.validation import (
     check_slot_mapping,
     profiling_output,
 )
+from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
 

@@ -24,22 +24,29 @@ from attn_dispatch.backends.reference.semantics import (
     visible,
     without_autocast,
 )
-from attn_dispatch.batch import AttentionBatch, BatchMetadata
-from attn_dispatch.capability import ANY, ByDevice, Capabilities, OneOf
-from attn_dispatch.device import DeviceMatch
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface import (
-    AttentionBackend,
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.capability import ANY, ByDevice, Capabilities, OneOf
+from attn_dispatch.interface.impl import (
     AttentionImpl,
     AttentionLayer,
-    AttentionMetadataBuilder,
-    AttentionType,
     refuse_features,
+    write_new_kv,
 )
-from attn_dispatch.kv_cache import read_kv_cache, split_kv_cache, write_new_kv
-from attn_dispatch.quantization import dequantize_rows, has_token_scales, is_fp8, token_scales
-from attn_dispatch.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES
-from attn_dispatch.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.interface.kv_access import read_kv_cache
+from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import (
+    dequantize_rows,
+    has_token_scales,
+    is_fp8,
+    token_scales,
+)
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
+from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["MathPathWarning", "SDPABuilder", "SDPAImpl", "SDPAMetadata", "TorchSDPABackend"]
 

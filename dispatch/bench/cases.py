@@ -13,13 +13,13 @@ import torch
 
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import parse_json, read_file
-from attn_dispatch.interface import AttentionType
-from attn_dispatch.quantization import (
+from attn_dispatch.interface.quantization import (
     has_token_scales,
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec
+from attn_dispatch.interface.types import AttentionType
 
 __all__ = [
     "DECODE_QUERY_LEN",

@@ -7,27 +7,27 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch, slots_of
 from attn_dispatch.bench.cases import Case
-from attn_dispatch.device import detect_device
-from attn_dispatch.interface import AttentionType
-from attn_dispatch.kv_cache import (
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.batch_checks import slots_of
+from attn_dispatch.interface.impl import kv_scales_of
+from attn_dispatch.interface.kv_access import gather_kv, write_kv_cache
+from attn_dispatch.interface.kv_cache import (
     STRIDE_ORDERS,
     allocate_kv_cache,
-    gather_kv,
     kv_cache_shape,
-    kv_scales_of,
     split_kv_cache,
-    write_kv_cache,
 )
-from attn_dispatch.quantization import (
+from attn_dispatch.interface.quantization import (
     KVScales,
     has_token_scales,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.spec import ALIBI_SYMMETRIC
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.platforms.detect import detect_device
 
 __all__ = ["Inputs", "alibi_slopes"]
 

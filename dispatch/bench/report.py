@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_dispatch import __version__
-from attn_dispatch.bench.ceilings import Ceilings
+from attn_dispatch.bench.roofline import Ceilings
 from attn_dispatch.bench.runner import CaseResult, Row
-from attn_dispatch.device import detect_device
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.platforms.libraries import LIBRARIES
+from attn_dispatch.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "libraries": {lib.name: lib.version for lib in profile.libraries if lib.version},
+        "libraries": {
+            name: version for name in LIBRARIES if (version := profile.library(name).version)
+        },
         "attn_dispatch": __version__,
         "command": shlex.join(["attn-dispatch", *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

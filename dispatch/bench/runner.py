@@ -13,20 +13,23 @@ from typing import Any, Protocol
 
 import torch
 
+from attn_dispatch.bench.accuracy import Judge
 from attn_dispatch.bench.cases import Case
-from attn_dispatch.bench.ceilings import Ceilings
 from attn_dispatch.bench.inputs import Inputs
-from attn_dispatch.bench.oracle import Judge
+from attn_dispatch.bench.roofline import Ceilings
 from attn_dispatch.bench.timing import Clock, Timing, clock_for, host_time_us, measure
-from attn_dispatch.capability import ReasonCode
-from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
-from attn_dispatch.interface import AttentionBackend, AttentionImpl, Phase
-from attn_dispatch.platforms import LAST_RESORT
-from attn_dispatch.registry import registry
-from attn_dispatch.report import Report, Verdict
-from attn_dispatch.routing import RoutedBuilder, RoutedImpl, Router
-from attn_dispatch.selector import ReferenceFallbackWarning, phases_of, resolve, select
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.capability import ReasonCode
+from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.types import Phase
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
+from attn_dispatch.selection.priorities import LAST_RESORT
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.report import Report, Verdict
+from attn_dispatch.selection.resolve import ReferenceFallbackWarning, resolve
+from attn_dispatch.selection.selector import phases_of, select
 
 __all__ = ["Bench", "CaseResult", "Contestant", "Row", "Split", "class_of", "verdicts_of"]
 

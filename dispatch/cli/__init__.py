@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from attn_dispatch import __version__
 from attn_dispatch.cli import bench, demo, doctor, explain, tune, verify
 from attn_dispatch.cli.streams import OutputError, checked_streams, tell_error
 from attn_dispatch.errors import AttnDispatchError, summary_of
+from attn_dispatch.version import __version__
 
 __all__ = ["app", "main"]
 

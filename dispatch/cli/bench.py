@@ -26,7 +26,7 @@ from attn_dispatch.files import check_writable
 
 if TYPE_CHECKING:
     from attn_dispatch.bench.cases import Case
-    from attn_dispatch.bench.peers import Peer
+    from attn_dispatch.bench.peers.registry import Peer
     from attn_dispatch.bench.report import BenchReport
 
 __all__ = ["register"]
@@ -206,8 +206,8 @@ def _run(
     rounds: int | None,
     json_path: Path | None,
 ) -> BenchReport:
-    from attn_dispatch.bench.ceilings import measure_ceilings
     from attn_dispatch.bench.report import BenchReport, describe_machine
+    from attn_dispatch.bench.roofline import measure_ceilings
     from attn_dispatch.bench.runner import Bench
 
     torch_device = device_to_run_on(device)
@@ -240,7 +240,7 @@ def _write_json(report: BenchReport, path: Path) -> None:
 
 def _load_peers(device_type: str) -> tuple[list[Peer], dict[str, str]]:
     """The peers that can be imported, and why the others cannot."""
-    from attn_dispatch.bench.peers import PEERS, PeerMissing
+    from attn_dispatch.bench.peers.registry import PEERS, PeerMissing
 
     peers, missing = [], {}
     for cls in PEERS:

@@ -12,10 +12,10 @@ from attn_dispatch.cli.device_flag import device_to_run_on
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from attn_dispatch.demo.engine import Engine
-    from attn_dispatch.demo.serve import DemoResult
-    from attn_dispatch.demo.workload import Workload
-    from attn_dispatch.report import Report
+    from attn_dispatch.selection.report import Report
+    from attn_dispatch.serving.engine import Engine
+    from attn_dispatch.serving.serve import DemoResult
+    from attn_dispatch.serving.workload import Workload
 
 __all__ = ["register"]
 
@@ -51,8 +51,8 @@ def demo(
     import torch
     from rich.console import Console
 
-    from attn_dispatch.demo.serve import serve
-    from attn_dispatch.demo.workload import Workload, make_workload, prompt_task
+    from attn_dispatch.serving.serve import serve
+    from attn_dispatch.serving.workload import Workload, make_workload, prompt_task
 
     torch_device = device_to_run_on(device)  # what is missing shows before the model is loaded
     workload = make_workload(requests, seed)

@@ -21,7 +21,7 @@ def device_to_run_on(name: str | None) -> torch.device:
     """
     import torch
 
-    from attn_dispatch.device import detect_device, settle_device
+    from attn_dispatch.platforms.detect import detect_device, settle_device
 
     device = settle_device(name)
     detect_device(device)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_dispatch import __version__
 from attn_dispatch.cli.doctor_report import print_diagnosis
 from attn_dispatch.cli.output import make_console, noise_to_stderr, print_json
 from attn_dispatch.errors import AttnDispatchError, BackendFailure, InvalidInputError
+from attn_dispatch.version import __version__
 
 if TYPE_CHECKING:
-    from attn_dispatch.capability import Reason
-    from attn_dispatch.device import DeviceProfile
-    from attn_dispatch.registry import Candidate
+    from attn_dispatch.interface.capability import Reason
+    from attn_dispatch.platforms.device import DeviceProfile
+    from attn_dispatch.selection.registry import Candidate
 
 __all__ = ["diagnose", "register"]
 
@@ -86,8 +86,8 @@ def _versions() -> dict[str, Any]:
 
 
 def _libraries() -> list[dict[str, Any]]:
-    from attn_dispatch.libraries import import_library, installed_libraries
-    from attn_dispatch.registry import registry
+    from attn_dispatch.platforms.libraries import import_library, installed_libraries
+    from attn_dispatch.selection.registry import registry
 
     names = registry.library_names()
     for library in installed_libraries(names):
@@ -109,7 +109,8 @@ def _libraries() -> list[dict[str, Any]]:
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, DeviceProfile]]:
     """The devices of this machine, the default one first, and the profiles of those that work."""
-    from attn_dispatch.device import detect_device, known_device
+    from attn_dispatch.platforms.detect import detect_device
+    from attn_dispatch.platforms.known_devices import known_device
 
     try:
         import torch
@@ -133,7 +134,9 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, DeviceProfile]]:
 
 
 def _facts(profile: DeviceProfile) -> dict[str, Any]:
-    return {name: value for name, value in profile.asdict().items() if name != "libraries"}
+    hardware = profile.asdict()
+    del hardware["libraries"], hardware["other_libraries"]
+    return hardware
 
 
 def _environment() -> list[dict[str, Any]]:
@@ -160,16 +163,16 @@ def _environment() -> list[dict[str, Any]]:
 
 def _read_backend() -> None:
     from attn_dispatch.environment import backend_override
-    from attn_dispatch.overrides import Source, parse_override
-    from attn_dispatch.registry import registry
+    from attn_dispatch.selection.overrides import Source, parse_override
+    from attn_dispatch.selection.registry import registry
 
     parse_override(backend_override(), Source.ENVIRONMENT, registry.names())
 
 
 def _read_vllm_backend() -> None:
     from attn_dispatch.environment import vllm_backend_override
-    from attn_dispatch.overrides import Source, parse_override
-    from attn_dispatch.registry import registry
+    from attn_dispatch.selection.overrides import Source, parse_override
+    from attn_dispatch.selection.registry import registry
 
     parse_override(vllm_backend_override(), Source.VLLM_ENVIRONMENT, registry.names())
 
@@ -182,7 +185,7 @@ def _read_check() -> None:
 
 def _read_tuning() -> None:
     from attn_dispatch.environment import tuning
-    from attn_dispatch.tuning.reader import read_table
+    from attn_dispatch.selection.timings.reader import read_table
 
     if tuning().lower() not in ("", "off"):
         read_table(Path(tuning()))
@@ -220,7 +223,7 @@ def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
 
     One that is set aside is told by a warning.
     """
-    from attn_dispatch.tuning.store import tables_for
+    from attn_dispatch.selection.timings.store import tables_for
 
     tables: dict[str, dict[str, Any]] = {}
     for device, profile in profiles.items():
@@ -237,8 +240,8 @@ def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
 
 def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
     """Every registered backend, and for each device why it cannot run there, if it cannot."""
-    from attn_dispatch.libraries import library_name
-    from attn_dispatch.registry import registry
+    from attn_dispatch.platforms.libraries import library_name
+    from attn_dispatch.selection.registry import registry
 
     found = []
     for name, candidate in registry.candidates().items():
@@ -263,9 +266,9 @@ def _refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
     """Why a backend cannot run on a device at all, whatever the layer; nothing if it can."""
     import torch
 
-    from attn_dispatch.capability import ReasonCode, compare_availability
-    from attn_dispatch.selector import decide
-    from attn_dispatch.spec import AttentionSpec
+    from attn_dispatch.interface.capability import ReasonCode, compare_availability
+    from attn_dispatch.interface.spec import AttentionSpec
+    from attn_dispatch.selection.selector import decide
 
     cls = candidate.backend_cls
     missing = [] if cls is None else compare_availability(cls.capabilities, profile)

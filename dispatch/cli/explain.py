@@ -17,16 +17,16 @@ from attn_dispatch.cli.output import (
 )
 from attn_dispatch.cli.spec_flags import fields_from_flags, spec_from_fields, with_spec_flags
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import Phase
+from attn_dispatch.interface.types import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from attn_dispatch.device import DeviceProfile
-    from attn_dispatch.report import Report
-    from attn_dispatch.spec import AttentionSpec
+    from attn_dispatch.interface.spec import AttentionSpec
+    from attn_dispatch.platforms.device import DeviceProfile
+    from attn_dispatch.selection.report import Report
 
 __all__ = ["register"]
 
@@ -83,7 +83,7 @@ def explain(
     Describe a layer by flags, or give a model's --config; flags that the config leaves open, such
     as --block-size, may go with it. Exits with 1 if some phase has no backend.
     """
-    from attn_dispatch.selector import explained_device, is_torch_device
+    from attn_dispatch.selection.resolve import explained_device, is_torch_device
 
     with noise_to_stderr():
         requests = _requests(config, fields_from_flags(flags))
@@ -95,7 +95,7 @@ def explain(
     if as_json:
         print_json(
             {
-                "device": profile.asdict(),
+                "device": _with_libraries(profile).asdict(),
                 "assumes_libraries": assumed,
                 "without": missing,
                 "config": None if config is None else str(config),
@@ -120,19 +120,26 @@ def _requests(
     """What is asked: (name, layers, request) for each kind of layer."""
     if config is None:
         return [(None, (), spec_from_fields(fields))]
-    from attn_dispatch.hf_config import load_config
-    from attn_dispatch.model_config import layers_from_config
+    from attn_dispatch.models.config import layers_from_config
+    from attn_dispatch.models.hf import load_config
 
     groups = layers_from_config(load_config(config), **fields)
     return [(name, group.layers, group.spec) for name, group in groups.items()]
+
+
+def _with_libraries(profile: DeviceProfile) -> DeviceProfile:
+    """The profile with everything that selection may ask about its libraries."""
+    from attn_dispatch.selection.registry import registry
+
+    return profile.with_libraries(*map(profile.library, registry.library_names()))
 
 
 def _library_names(given: Sequence[str]) -> list[str]:
     """The libraries' modules, whether module or package was named; each must be one that counts."""
     from packaging.requirements import InvalidRequirement
 
-    from attn_dispatch.libraries import library_name
-    from attn_dispatch.registry import registry
+    from attn_dispatch.platforms.libraries import library_name
+    from attn_dispatch.selection.registry import registry
 
     known = registry.library_names()
     names = []
@@ -156,8 +163,8 @@ def _explain_all(
     backend: str | None,
     phase: Phase | None,
 ) -> list[_Section]:
-    from attn_dispatch.selector import explain as explain_spec
-    from attn_dispatch.selector import phases_of
+    from attn_dispatch.selection.resolve import explain as explain_spec
+    from attn_dispatch.selection.selector import phases_of
 
     sections = []
     for name, layers, spec in requests:

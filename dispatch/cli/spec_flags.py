@@ -13,9 +13,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from attn_dispatch import spec as spec_module
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.spec import ALIBI_SYMMETRIC, AttentionSpec
+from attn_dispatch.interface import spec as spec_module
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 
 __all__ = ["fields_from_flags", "flag_name", "spec_from_fields", "with_spec_flags"]
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from attn_dispatch.bench.cases import Case
-    from attn_dispatch.spec import AttentionSpec
+    from attn_dispatch.interface.spec import AttentionSpec
+    from attn_dispatch.selection.timings.table import Table
     from attn_dispatch.tuning.measure import Grid, Measured, Task, Tuner
-    from attn_dispatch.tuning.table import Table
 
 __all__ = ["register"]
 
@@ -111,9 +111,14 @@ def tune(
     listed. What is measured is kept at once, and a run that was cut short goes on when it is
     started again. Exits with 1 if a backend was wrong or failed.
     """
-    from attn_dispatch.device import detect_device, settle_device
+    from attn_dispatch.platforms.detect import detect_device, settle_device
+    from attn_dispatch.selection.timings.store import (
+        forget_tables,
+        machine_of,
+        table_path,
+        tables_for,
+    )
     from attn_dispatch.tuning.measure import Tuner
-    from attn_dispatch.tuning.store import forget_tables, machine_of, table_path, tables_for
 
     console = make_console()
     with noise_to_stderr():
@@ -159,7 +164,7 @@ def _split(text: str) -> list[str]:
 
 
 def _read(path: Path) -> Table:
-    from attn_dispatch.tuning.reader import read_table
+    from attn_dispatch.selection.timings.reader import read_table
 
     return read_table(path)
 
@@ -174,8 +179,8 @@ def _tell_if_unreadable(path: Path) -> None:
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:
+    from attn_dispatch.selection.timings.table import Step
     from attn_dispatch.tuning.measure import Grid
-    from attn_dispatch.tuning.table import Step
 
     given: dict[str, Any] = {}
     if steps is not None:
@@ -214,8 +219,8 @@ def _cases(
         InvalidInputError: nothing can, or a layer is described in two ways.
     """
     from attn_dispatch.bench.cases import load_cases
+    from attn_dispatch.selection.timings.table import LAYER_FIELDS, layer_key
     from attn_dispatch.tuning.measure import cases_of
-    from attn_dispatch.tuning.table import LAYER_FIELDS, layer_key
 
     if path is not None:
         if config is not None or fields:
@@ -237,14 +242,14 @@ def _cases(
 
 def _layers(config: Path | None, fields: dict[str, Any]) -> dict[str, AttentionSpec]:
     """Name -> request; where there is a cache and nobody says so, in blocks of 16."""
-    from attn_dispatch.interface import AttentionType
+    from attn_dispatch.interface.types import AttentionType
 
     if config is None:
         spec = spec_from_fields(fields)
         found = {spec.kind: spec}
     else:
-        from attn_dispatch.hf_config import load_config
-        from attn_dispatch.model_config import layers_from_config
+        from attn_dispatch.models.config import layers_from_config
+        from attn_dispatch.models.hf import load_config
 
         groups = layers_from_config(load_config(config), **fields)
         found = {name: group.spec for name, group in groups.items()}
@@ -258,7 +263,7 @@ def _layers(config: Path | None, fields: dict[str, Any]) -> dict[str, AttentionS
 
 def _run(tuner: Tuner, tasks: list[Task], budget_s: float | None) -> tuple[list[Measured], bool]:
     """What was measured, and whether nobody interrupted it."""
-    from attn_dispatch.tuning.store import TuningWarning
+    from attn_dispatch.selection.timings.store import TuningWarning
 
     done: list[Measured] = []
     start = time.monotonic()

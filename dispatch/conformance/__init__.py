@@ -1,7 +1,5 @@
 """The suite that any backend must pass, ours or not, generated from what it declares.
 
-    from attn_dispatch.conformance import verify
-
     report = verify(MyBackend, "cuda")
     assert report.passed, report.failures
 
@@ -18,10 +16,10 @@ if TYPE_CHECKING:
     from attn_dispatch.conformance.check import Check as Check
     from attn_dispatch.conformance.check import Outcome as Outcome
     from attn_dispatch.conformance.check import run as run
-    from attn_dispatch.conformance.checks import Conformance as Conformance
-    from attn_dispatch.conformance.checks import backend_named as backend_named
-    from attn_dispatch.conformance.checks import checks_for as checks_for
-    from attn_dispatch.conformance.checks import verify as verify
+    from attn_dispatch.conformance.suite import Conformance as Conformance
+    from attn_dispatch.conformance.suite import backend_named as backend_named
+    from attn_dispatch.conformance.suite import checks_for as checks_for
+    from attn_dispatch.conformance.suite import verify as verify
 
 _HOME_OF = {
     "Check": "check",

@@ -8,17 +8,17 @@ from functools import partial
 
 import torch
 
+from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.check import (
     Check,
     Target,
     same_bits,
 )
-from attn_dispatch.conformance.judging import Finding, Wrong, require
-from attn_dispatch.conformance.steps import Step
-from attn_dispatch.conformance.storing import int8_rows
+from attn_dispatch.conformance.kv_encoding import int8_rows
+from attn_dispatch.conformance.tolerance import Finding, Wrong, require
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.kv_cache import STRIDE_ORDERS, allocate_kv_cache
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["cache"]
 

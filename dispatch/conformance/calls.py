@@ -13,7 +13,7 @@ import torch
 
 from attn_dispatch.conformance.check import Check, Run, Target
 from attn_dispatch.conformance.findings import Finding
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["calls"]
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.findings import Finding, Wrong
-from attn_dispatch.conformance.judging import compare_with_oracle, require_returned
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
-from attn_dispatch.conformance.steps import Step
+from attn_dispatch.conformance.tolerance import compare_with_oracle, require_returned
 from attn_dispatch.conformance.unchanged import Inputs
-from attn_dispatch.device import DeviceProfile
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
-from attn_dispatch.interface import AttentionBackend
-from attn_dispatch.quantization import GROUP_SIZE, kv_cache_torch_dtype
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.quantization import GROUP_SIZE, kv_cache_torch_dtype
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = [
     "Check",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.conformance.cases import MEMORY, Step
 from attn_dispatch.conformance.check import (
     Check,
     Target,
@@ -17,10 +18,9 @@ from attn_dispatch.conformance.check import (
     replaced,
     skip_unless,
 )
-from attn_dispatch.conformance.judging import Finding, allowed_error, distance, require
-from attn_dispatch.conformance.steps import MEMORY, Step
-from attn_dispatch.conformance.storing import as_stored
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.conformance.kv_encoding import as_stored
+from attn_dispatch.conformance.tolerance import Finding, allowed_error, distance, require
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["garbage", "inputs", "memory", "rows"]
 

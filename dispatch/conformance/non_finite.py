@@ -14,7 +14,7 @@ from typing import Any
 
 from attn_dispatch.conformance.check import Check, Skipped, Target
 from attn_dispatch.conformance.findings import Finding, require
-from attn_dispatch.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
+from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
 __all__ = ["non_finite"]
 

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
+from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.check import Check, Target, same_bits
 from attn_dispatch.conformance.findings import Finding, require
-from attn_dispatch.conformance.steps import Step
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["overlaps"]

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.capability import (
+from attn_dispatch.conformance.cases import FP8, INT8, Case
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.capability import (
     ByDevice,
     Capabilities,
     Constraint,
@@ -25,11 +28,9 @@ from attn_dispatch.capability import (
     Reason,
     compare,
 )
-from attn_dispatch.conformance.steps import FP8, INT8, Case
-from attn_dispatch.device import DeviceProfile
-from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import AttentionBackend, AttentionType
-from attn_dispatch.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = [
     "VALUES",

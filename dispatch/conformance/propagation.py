@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.findings import Finding, Wrong
-from attn_dispatch.conformance.steps import Step
 
 __all__ = ["FreeElements", "free_elements"]
 

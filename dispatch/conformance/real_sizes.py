@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.conformance.check import Check, Skipped, Target
 from attn_dispatch.conformance.findings import Finding, Wrong, require
-from attn_dispatch.conformance.judging import FLOOR
+from attn_dispatch.conformance.tolerance import FLOOR
 from attn_dispatch.errors import BackendFailure, UnsupportedError
-from attn_dispatch.kv_cache import STRIDE_ORDERS, allocate_kv_cache, kv_cache_shape
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache, kv_cache_shape
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["Draw", "draws", "judge", "real_sizes"]
 

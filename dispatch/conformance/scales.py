@@ -9,7 +9,7 @@ from functools import partial
 from attn_dispatch.conformance.check import Check, Target
 from attn_dispatch.conformance.findings import Finding, Wrong
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.spec import AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["scales"]
 

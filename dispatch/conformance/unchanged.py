@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.findings import require
-from attn_dispatch.conformance.steps import Step
 
 __all__ = ["Inputs"]
 

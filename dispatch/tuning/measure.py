@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from attn_dispatch.batch import AttentionBatch
 from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
 from attn_dispatch.bench.runner import (
     Bench,
@@ -23,17 +22,18 @@ from attn_dispatch.bench.runner import (
     verdicts_of,
 )
 from attn_dispatch.bench.timing import Clock, clock_for
-from attn_dispatch.device import detect_device
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
 from attn_dispatch.files import check_writable, locked
-from attn_dispatch.platforms import LAST_RESORT
-from attn_dispatch.registry import registry
-from attn_dispatch.selector import phases_of, select
-from attn_dispatch.spec import AttentionSpec
-from attn_dispatch.tuning.choose import Comparison, compare_points
-from attn_dispatch.tuning.reader import read_table
-from attn_dispatch.tuning.store import conflict_with, machine_of, write_table
-from attn_dispatch.tuning.table import (
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.selection.priorities import LAST_RESORT
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.selector import phases_of, select
+from attn_dispatch.selection.timings.policy import Comparison, compare_points
+from attn_dispatch.selection.timings.reader import read_table
+from attn_dispatch.selection.timings.store import conflict_with, machine_of, write_table
+from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
     LayerKey,
     LayerTimes,

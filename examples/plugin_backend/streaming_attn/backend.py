@@ -24,11 +24,13 @@ from attn_dispatch import (
     UnsupportedError,
     detect_device,
 )
-from attn_dispatch.batch import BatchMetadata
-from attn_dispatch.interface import refuse_spec
-from attn_dispatch.kv_cache import gather_kv, kv_scales_of, split_kv_cache, write_new_kv
-from attn_dispatch.spec import KV_CACHE_DTYPES
-from attn_dispatch.validation import check_forward, check_metadata
+from attn_dispatch.interface.backend import refuse_spec
+from attn_dispatch.interface.impl import kv_scales_of, write_new_kv
+from attn_dispatch.interface.kv_access import gather_kv
+from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.metadata import BatchMetadata
+from attn_dispatch.interface.spec import KV_CACHE_DTYPES
+from attn_dispatch.interface.validation import check_forward, check_metadata
 
 __all__ = ["StreamingBackend", "StreamingBuilder", "StreamingImpl", "StreamingMetadata"]
 

@@ -1,0 +1,1 @@
+"""FLASH_ATTN: every package that brings FlashAttention for NVIDIA GPUs."""

@@ -1,0 +1,1 @@
+"""FLASHINFER: FlashInfer's kernels for NVIDIA GPUs."""

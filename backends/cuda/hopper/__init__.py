@@ -1,0 +1,1 @@
+"""HOPPER_ATTN: kernels in Gluon for NVIDIA Hopper."""

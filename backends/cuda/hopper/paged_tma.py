@@ -1,0 +1,68 @@
+"""The paged cache as TMA reads it for decodes: one matrix, of which a page is a block of rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.backends.triton.operands import Source, suits_tma
+from attn_dispatch.platforms.libraries import import_library
+
+__all__ = ["PageMatrix"]
+
+#: Columns of a block of the matrix: 128 bytes, as many as shared memory swizzles.
+_COLUMNS = 64
+#: Rows of a block are tokens of one page, so many at most, and a power of two.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class PageMatrix:
+    """A cache as a matrix whose rows follow each other as the tokens of a block do.
+
+    Attributes:
+        block_size: tokens of a block.
+        descriptor: of the matrix, in blocks of 16, 32 or 64 rows by 64 columns.
+        block_rows, value_rows, head_rows, head_columns: how far the next block, the values, and the
+            next KV head lie from a block, its keys and a head.
+    """
+
+    block_size: int
+    descriptor: Any
+    block_rows: int
+    value_rows: int
+    head_rows: int
+    head_columns: int
+
+    @classmethod
+    def of(cls, cache: Source) -> PageMatrix | None:
+        """The matrix of a cache of 16-bit values; None for one that is none, or not for TMA."""
+        rows = math.gcd(cache.block_size, _ROWS)
+        num_blocks, _, num_heads, size = cache.k.shape
+        block, token, head = cache.k_strides
+        values = (cache.v.data_ptr() - cache.k.data_ptr()) // cache.k.element_size()
+        if rows < 16 or cache.k.element_size() != 2:
+            return None
+        if not (suits_tma(cache.k) and suits_tma(cache.v)):
+            return None
+        if block % token or values % token or values <= 0:
+            return None
+        head_rows, head_columns = divmod(head, token) if num_heads > 1 else (0, 0)
+        columns = head_columns * (num_heads - 1) + size
+        if columns > token or (head_rows and head_columns):
+            return None
+        block_rows, value_rows = block // token, values // token
+        last = block_rows * (num_blocks - 1) + value_rows + head_rows * (num_heads - 1)
+        gluon = import_library("triton.experimental.gluon.language")
+        hopper = import_library("triton.experimental.gluon.nvidia.hopper")
+        tile = [rows, _COLUMNS]
+        # Of the element type the layout wants only the width.
+        layout = gluon.NVMMASharedLayout.get_default_for(tile, gluon.float16)
+        shape = [last + cache.block_size, columns]
+        if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's, and TMA's
+            return None
+        descriptor = hopper.TensorDescriptor(cache.k, shape, [token, 1], tile, layout)
+        return cls(cache.block_size, descriptor, block_rows, value_rows, head_rows, head_columns)

@@ -1,0 +1,1 @@
+"""How the portable kernels are launched, as tables per vendor."""

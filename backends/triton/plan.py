@@ -1,0 +1,383 @@
+"""How a batch is laid out for the Triton kernels: which requests go to which, and in what order.
+
+Laid out once per batch on the host, for all layers. Requests of few query tokens go to the decode
+kernel, which splits their keys, and the others to the prefill kernel, as a list of tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attn_dispatch.backends.triton.configs import amd, nvidia
+from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.validation import check_int32
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.platforms.device import DeviceProfile
+
+__all__ = [
+    "INVARIANT_PARTS",
+    "DecodePlan",
+    "Launches",
+    "PlanRows",
+    "PrefillPlan",
+    "TritonBuilder",
+    "TritonMetadata",
+    "block_of",
+    "blocks_of",
+    "launch_table",
+    "plan_rows",
+]
+
+#: Requests of up to this many query tokens are the decode kernel's: a token, or drafts to verify.
+MAX_DECODE_TOKENS = 16
+#: With batch_invariant, a request's keys are cut into this many parts.
+INVARIANT_PARTS = 8
+#: Gathered keys and values take this much memory at most; beyond it, pages are read as they are.
+MAX_GATHERED_BYTES = 4 << 30
+#: Programs for each SM where there are no SMs: in Triton's interpreter.
+_INTERPRETED_SMS = 2
+
+
+def launch_table(device: DeviceProfile) -> LaunchTable:
+    """How the kernels are launched on a device; on a CPU, in Triton's interpreter, as on Hopper."""
+    if device.vendor == "amd":
+        return amd.table_for(device.arch)
+    return nvidia.table_for(device.capability or (9, 0))
+
+
+def block_of(size: int) -> int:
+    """Elements of a tile that holds a head of this size: a power of two, 16 or more."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+#: The narrowest tile of values beside a wider one of keys. With one of 16 or 32, Triton 3.6 gave
+#: wrong numbers or read beyond shared memory on an H100, whether or not loads ran ahead.
+NARROWEST_VALUES = 64
+
+
+def blocks_of(head_size: int, head_size_v: int) -> tuple[int, int]:
+    """Elements of a tile's rows of keys, and of values; see NARROWEST_VALUES."""
+    block = block_of(head_size)
+    return block, max(block_of(head_size_v), min(block, NARROWEST_VALUES))
+
+
+@dataclass(frozen=True, eq=False)
+class Launches:
+    """The rows of the launch table for layers of one kind on one device."""
+
+    table: LaunchTable
+    decode: DecodeLaunch
+    decode_few: DecodeLaunch
+    prefill: PrefillLaunch
+    num_sms: int
+    is_nvidia: bool
+
+    @classmethod
+    @functools.cache
+    def of(cls, spec: AttentionSpec, profile: DeviceProfile) -> Launches:
+        """For layers like `spec` on a device like `profile`."""
+        table = launch_table(profile)
+        sizes = (max(block_of(spec.head_size), block_of(spec.head_size_v)), spec.dtype.itemsize)
+        return cls(
+            table,
+            table.decode_for(*sizes),
+            table.decode_for(*sizes, is_few=True),
+            table.prefill_for(*sizes),
+            profile.num_sms or _INTERPRETED_SMS,
+            profile.vendor == "nvidia",
+        )
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What the decode kernel takes.
+
+    Attributes:
+        launch: the row of the launch table.
+        requests: (num_reqs,) int32, which requests; None for all of them.
+        num_reqs: how many.
+        longest: query tokens of the longest.
+        rows: in a tile: tokens times query heads of a KV head.
+        grid: programs.
+        part_out, part_lse, counters: room for the parts of splits, see decode.py.
+        is_invariant: splits depend on the request alone.
+    """
+
+    launch: DecodeLaunch
+    requests: torch.Tensor | None
+    num_reqs: int
+    longest: int
+    rows: int
+    grid: int
+    part_out: torch.Tensor
+    part_lse: torch.Tensor
+    counters: torch.Tensor
+    is_invariant: bool
+
+
+@dataclass
+class PrefillPlan:
+    """What the prefill kernel takes.
+
+    Attributes:
+        tiles: (num_tiles, 2) int32, requests and first rows; long requests and late rows first.
+        requests: (number,) int32, which requests.
+        is_fresh: none of them has a past: their keys are the rows of `key` that the step brings.
+        key_start_loc: (num_reqs,) int32, where each request's rows begin there.
+        gathered_start_loc: (num_reqs,) int32, where they begin once gathered; None if that does
+            not pay.
+        gathered_rows: rows of all of them.
+        longest: rows of the longest of them.
+        pad: what each request's rows are padded to, with zeros.
+        dtype: of gathered keys and values.
+        gathered: the memory for them, made when a layer first needs it and used by all.
+    """
+
+    tiles: torch.Tensor
+    requests: torch.Tensor
+    is_fresh: bool
+    key_start_loc: torch.Tensor
+    gathered_start_loc: torch.Tensor | None
+    gathered_rows: int
+    longest: int
+    pad: int
+    dtype: torch.dtype
+    gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def room_for(
+        self, num_kv_heads: int, head_size: int, head_size_v: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for gathered keys and values, (gathered_rows, num_kv_heads, size of a tile)."""
+        if self.gathered is None:
+            shape, device = (self.gathered_rows, num_kv_heads), self.tiles.device
+            block, block_v = blocks_of(head_size, head_size_v)
+            self.gathered = (
+                torch.empty(*shape, block, dtype=self.dtype, device=device),
+                torch.empty(*shape, block_v, dtype=self.dtype, device=device),
+            )
+        return self.gathered
+
+
+@dataclass
+class TritonMetadata(BatchMetadata):
+    """The batch, and what each kernel takes of it.
+
+    Attributes:
+        launches: how the kernels are launched.
+        decode: for the requests of few query tokens, or None.
+        prefill: for the others, or None.
+        mask_starts: (num_reqs,) int64, where each request's custom mask begins.
+        ranges: (num_ranges, 2) int32, request by request.
+        range_starts: (num_reqs + 1,) int32, where each request's ranges begin.
+    """
+
+    launches: Launches
+    decode: DecodePlan | None
+    prefill: PrefillPlan | None
+    mask_starts: torch.Tensor | None = None
+    ranges: torch.Tensor | None = None
+    range_starts: torch.Tensor | None = None
+
+    @functools.cached_property
+    def without_pages(self) -> TritonMetadata:
+        """The same for a call that brings no cache, whose keys are the rows that it brings."""
+        metadata: TritonMetadata = self.builder.build(replace(self.batch, block_table=None))
+        return metadata
+
+    def extras(self) -> tuple[torch.Tensor, ...]:
+        """Mask, where masks begin, ranges, where they begin; anything for what is not there."""
+        none, mask = self.batch.seq_lens, self.batch.custom_mask
+        return (
+            none if mask is None else mask.view(torch.uint8),
+            none if self.mask_starts is None else self.mask_starts,
+            none if self.ranges is None else self.ranges,
+            none if self.range_starts is None else self.range_starts,
+        )
+
+
+class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
+    """Lays out a batch for the kernels."""
+
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self.launches = Launches.of(spec, detect_device(device))
+        self._group = spec.num_heads // spec.num_kv_heads
+
+    def build(self, batch: AttentionBatch) -> TritonMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        check_int32(batch)
+        metadata: TritonMetadata = TritonMetadata.of(
+            batch, self, launches=self.launches, decode=None, prefill=None
+        )
+        few = self._few_tokens(batch)
+        if few is None:
+            metadata.decode = self._decode(batch, None)
+        else:
+            decodes = [i for i, is_few in enumerate(few) if is_few]
+            prefills = [i for i, is_few in enumerate(few) if not is_few]
+            if decodes:
+                metadata.decode = self._decode(batch, decodes)
+            if prefills:
+                metadata.prefill = self._prefill(batch, prefills)
+        if batch.custom_mask is not None:
+            mask_starts = torch.tensor(batch.mask_starts[:-1], dtype=torch.int64, device="cpu")
+            metadata.mask_starts = mask_starts.to(self.device)
+        if self.spec.bidirectional_ranges:
+            ranges = [metadata.ranges_of(request) for request in range(batch.num_reqs)]
+            flat = [pair for each in ranges for pair in each]
+            metadata.range_starts = _int32(_starts([len(each) for each in ranges]), self.device)
+            metadata.ranges = _int32(flat or [(0, 0)], self.device)
+        return metadata
+
+    def _few_tokens(self, batch: AttentionBatch) -> list[bool] | None:
+        """For each request whether it is the decode kernel's; None if all are."""
+        if self.spec.block_size is None or batch.block_table is None:  # that kernel reads pages
+            return [False] * batch.num_reqs
+        limit = 1 if self.spec.batch_invariant else MAX_DECODE_TOKENS
+        if batch.max_query_len <= limit:
+            return None
+        return [query_len <= limit for query_len in batch.query_lens]
+
+    def _decode(self, batch: AttentionBatch, chosen: list[int] | None) -> DecodePlan:
+        spec, launches = self.spec, self.launches
+        if chosen is None:
+            num_reqs, longest = batch.num_reqs, batch.max_query_len
+        else:
+            num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
+        programs = launches.num_sms * launches.decode_few.programs_per_sm
+        is_few = num_reqs * spec.num_kv_heads < programs and not spec.batch_invariant
+        launch = launches.decode_few if is_few else launches.decode
+        rows = min(block_of(longest * self._group), launch.max_rows)
+        grid = launches.num_sms * launch.programs_per_sm
+        parts = 2 * grid
+        if spec.batch_invariant:  # queries of one token
+            units = spec.num_kv_heads * -(-self._group // rows)
+            parts = num_reqs * units * INVARIANT_PARTS
+        size = parts * rows
+        _, block_v = blocks_of(spec.head_size, spec.head_size_v)
+        floats = torch.empty(size * (block_v + 1), dtype=torch.float32, device=self.device)
+        return DecodePlan(
+            launch=launch,
+            requests=None if chosen is None else _int32(chosen, self.device),
+            num_reqs=num_reqs,
+            longest=longest,
+            rows=rows,
+            grid=grid,
+            part_out=floats[size:],
+            part_lse=floats[:size],
+            counters=torch.zeros(parts, dtype=torch.int32, device=self.device),
+            is_invariant=spec.batch_invariant,
+        )
+
+    def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
+        row = self.launches.prefill
+        rows = plan_rows(batch, chosen, row.block_n)
+        tiles = self._tiles(rows, row.block_m, self._group)
+        return self._plan(batch, rows, tiles, self._gathers(batch, rows))
+
+    def _plan(
+        self,
+        batch: AttentionBatch,
+        rows: PlanRows,
+        tiles: torch.Tensor,
+        gathers: bool,
+        plan_cls: type[PrefillPlan] = PrefillPlan,
+    ) -> PrefillPlan:
+        """A plan of these requests and this list of tiles."""
+        starts = [0] * batch.num_reqs
+        for i, start in zip(rows.requests, _starts(rows.padded), strict=False):
+            starts[i] = start
+        own_keys = batch.key_start_loc_cpu
+        return plan_cls(
+            tiles=tiles.to(self.device, non_blocking=True),
+            requests=_int32(rows.requests, self.device),
+            # Fresh keys are the batch's affair, and so no invariant's.
+            is_fresh=rows.key_lens == rows.seq_lens
+            and not (self.spec.batch_invariant and batch.block_table is not None),
+            key_start_loc=(batch.query_start_loc if own_keys is None else own_keys.to(self.device)),
+            gathered_start_loc=_int32(starts, self.device) if gathers else None,
+            gathered_rows=sum(rows.padded),
+            longest=max(rows.padded),
+            pad=rows.pad,
+            dtype=self.spec.dtype,
+        )
+
+    def _gathers(self, batch: AttentionBatch, rows: PlanRows) -> bool:
+        """Whether it pays to gather pages first, and there is room."""
+        if batch.block_table is None or self.spec.batch_invariant:
+            return batch.block_table is not None
+        reads = sum(q * s for q, s in zip(rows.query_lens, rows.seq_lens, strict=True))
+        pays = reads >= self.launches.table.gather_from * sum(rows.seq_lens)
+        return pays and self._has_room(rows)
+
+    def _has_room(self, rows: PlanRows) -> bool:
+        """Whether gathered keys and values stay within their limit."""
+        spec = self.spec
+        size = sum(blocks_of(spec.head_size, spec.head_size_v))
+        row_bytes = spec.num_kv_heads * size * spec.dtype.itemsize
+        return sum(rows.padded) * row_bytes <= MAX_GATHERED_BYTES
+
+    def _tiles(self, rows: PlanRows, block_m: int, rows_per_token: int) -> torch.Tensor:
+        """(num_tiles, 2) int32 on the host: requests and first rows, long ones and late ones first.
+
+        Args:
+            rows: the requests.
+            block_m: rows in a tile.
+            rows_per_token: rows that each token has.
+        """
+        queries = torch.tensor(rows.query_lens, device="cpu")
+        counts = (queries * rows_per_token + block_m - 1) // block_m
+        index = torch.repeat_interleave(torch.arange(len(queries), device="cpu"), counts)
+        before = torch.cumsum(counts, 0) - counts
+        first = (torch.arange(len(index), device="cpu") - before[index]) * block_m
+        keys = torch.tensor(rows.seq_lens, device="cpu")
+        # Long requests first, and their long tiles first; what runs together shares its keys.
+        by_request = torch.argsort(keys, descending=True, stable=True)
+        rank = torch.empty_like(by_request)
+        rank[by_request] = torch.arange(len(keys), device="cpu")
+        order = torch.argsort(rank[index] * (1 << 32) - first, stable=True)
+        requests = torch.tensor(rows.requests, device="cpu")[index]
+        return torch.stack([requests, first], 1)[order].to(torch.int32)
+
+
+@dataclass(frozen=True)
+class PlanRows:
+    """The requests of a prefill plan: which, their lengths, and their keys padded to `pad`."""
+
+    requests: list[int]
+    query_lens: list[int]
+    seq_lens: list[int]
+    key_lens: list[int]
+    padded: list[int]
+    pad: int
+
+
+def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
+    """The chosen requests, their keys padded to a multiple of `pad`."""
+    seq_lens = [batch.host_seq_lens[i] for i in chosen]
+    return PlanRows(
+        requests=chosen,
+        query_lens=[batch.query_lens[i] for i in chosen],
+        seq_lens=seq_lens,
+        key_lens=[batch.key_starts[i + 1] - batch.key_starts[i] for i in chosen],
+        padded=[-(-n // pad) * pad for n in seq_lens],
+        pad=pad,
+    )
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _int32(values: Any, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device, non_blocking=True)

@@ -1,0 +1,180 @@
+"""FlashInfer as a peer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.inputs import Inputs
+from attn_dispatch.bench.peers.base import Call, Peer, first_of, refusal_of, window_of
+
+__all__ = ["FlashInfer"]
+
+#: What FlashInfer's documentation recommends for the workspace, twice.
+_FLASHINFER_WORKSPACE_BYTES = 256 << 20
+
+
+class FlashInfer(Peer):
+    """FlashInfer's wrappers; planning, as an engine does once per batch, is not timed."""
+
+    name = "FlashInfer"
+
+    def load(self) -> None:
+        """See Peer."""
+        self._find("flashinfer:BatchPrefillWithPagedKVCacheWrapper")
+        self._module = importlib.import_module("flashinfer")
+        self._workspace: torch.Tensor | None = None
+
+    def supports(self, case: Case) -> str | None:
+        """See Peer."""
+        computes = ["sliding_window", "logits_soft_cap", "sinks", "no causality over a cache"]
+        if case.num_heads & (case.num_heads - 1) == 0:
+            computes.append("alibi")  # it has the slopes of the paper, and takes no others
+        if case.stored_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            computes.append("a cache of eight bits")
+        if not case.causal and case.sliding_window is not None:
+            return "its window has no right side"
+        if case.sinks and (
+            not case.has_kv_cache or case.alibi or case.logits_soft_cap or case.is_quantized
+        ):
+            return "its sinks go with paged keys, and with no other feature"
+        return refusal_of(case, *computes)
+
+    def variants(self, case: Case) -> Sequence[str]:
+        """See Peer."""
+        found = ["fa2"]
+        if not (case.alibi or case.is_quantized):
+            found.append("fa3")
+        if case.has_kv_cache and max(case.query_lens) == 1 and not case.sinks:
+            found.append("decode, tensor cores")
+            if case.num_heads == case.num_kv_heads:
+                found.append("decode")
+        return found
+
+    def prepare(self, inputs: Inputs, variant: str = "") -> Call:
+        """See Peer."""
+        if self._workspace is None or self._workspace.device != inputs.device:
+            self._workspace = torch.zeros(
+                _FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device
+            )
+        if inputs.kv_cache is None:
+            return self._prepare_ragged(inputs, variant)
+        if inputs.sinks is not None:
+            return self._prepare_sinks(inputs, variant)
+        if variant.startswith("decode"):
+            return self._prepare_decode(inputs, "tensor cores" in variant)
+        wrapper = self._module.BatchPrefillWithPagedKVCacheWrapper(
+            self._workspace, "NHD", backend=variant
+        )
+        self._plan_paged(wrapper, inputs)
+        return self._run_paged(wrapper, inputs)
+
+    @staticmethod
+    def _features(inputs: Inputs) -> dict[str, Any]:
+        case = inputs.case
+        return {
+            "pos_encoding_mode": "ALIBI" if case.alibi else "NONE",
+            "sm_scale": case.scale,
+            "window_left": window_of(case)[0],
+            "logits_soft_cap": case.logits_soft_cap,
+            "q_data_type": case.torch_dtype,
+            "kv_data_type": inputs.query.dtype
+            if inputs.kv_cache is None
+            else inputs.kv_cache.dtype,
+        }
+
+    @staticmethod
+    def _pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where each request's pages start, the pages, and the tokens in each last one, int32."""
+        case, table = inputs.case, inputs.block_table
+        assert table is not None
+        counts = [-(-n // case.block_size) for n in case.seq_lens]
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        pages = torch.cat([table[request, :count] for request, count in enumerate(counts)])
+        last = [(n - 1) % case.block_size + 1 for n in case.seq_lens]
+        return (
+            torch.tensor(starts, dtype=torch.int32, device=inputs.device),
+            pages,
+            torch.tensor(last, dtype=torch.int32, device=inputs.device),
+        )
+
+    def _plan_paged(self, wrapper: Any, inputs: Inputs) -> None:
+        case = inputs.case
+        starts, pages, last = self._pages(inputs)
+        wrapper.plan(
+            inputs.query_start_loc,
+            starts,
+            pages,
+            last,
+            case.num_heads,
+            case.num_kv_heads,
+            case.head_size,
+            case.block_size,
+            causal=case.causal,
+            **self._features(inputs),
+        )
+
+    @staticmethod
+    def _run_paged(wrapper: Any, inputs: Inputs) -> Call:
+        output = inputs.empty_output()
+        scales = {}
+        if inputs.case.is_quantized:
+            scales = {
+                "k_scale": inputs.layer._k_scale_float,
+                "v_scale": inputs.layer._v_scale_float,
+            }
+        return lambda: first_of(wrapper.run(inputs.query, inputs.kv_cache, out=output, **scales))
+
+    def _prepare_decode(self, inputs: Inputs, tensor_cores: bool) -> Call:
+        case = inputs.case
+        wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace, "NHD", use_tensor_cores=tensor_cores
+        )
+        wrapper.plan(
+            *self._pages(inputs),
+            case.num_heads,
+            case.num_kv_heads,
+            case.head_size,
+            case.block_size,
+            **self._features(inputs),
+        )
+        return self._run_paged(wrapper, inputs)
+
+    def _prepare_sinks(self, inputs: Inputs, variant: str) -> Call:
+        case, output = inputs.case, inputs.empty_output()
+        wrapper = self._module.BatchAttentionWithAttentionSinkWrapper(
+            self._workspace,
+            "NHD",
+            backend=variant,
+            q_data_type=case.torch_dtype,
+            kv_data_type=case.stored_dtype,
+            head_dim_qk=case.head_size,
+            head_dim_vo=case.head_size,
+            window_left=window_of(case)[0],
+        )
+        self._plan_paged(wrapper, inputs)
+        return lambda: first_of(
+            wrapper.run(inputs.query, inputs.kv_cache, inputs.sinks, case.scale, out=output)
+        )
+
+    def _prepare_ragged(self, inputs: Inputs, variant: str) -> Call:
+        case, output = inputs.case, inputs.empty_output()
+        wrapper = self._module.BatchPrefillWithRaggedKVCacheWrapper(
+            self._workspace, "NHD", backend=variant
+        )
+        wrapper.plan(
+            inputs.query_start_loc,
+            inputs.key_start_loc(),
+            case.num_heads,
+            case.num_kv_heads,
+            case.head_size,
+            causal=case.causal,
+            **self._features(inputs),
+        )
+        return lambda: first_of(wrapper.run(inputs.query, inputs.key, inputs.value, out=output))

@@ -1,0 +1,45 @@
+"""A step through `Attention`, the layer that an engine uses, in place of an impl by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from attn_dispatch.conformance.cases import Step
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
+from attn_dispatch.runtime.context import forward_context
+from attn_dispatch.runtime.layer import Attention
+
+__all__ = ["call", "layer_of"]
+
+
+def layer_of(step: Step, **more: Any) -> Attention:
+    """The layer that a step is for, bound to a copy of its cache.
+
+    Args:
+        step: the step.
+        **more: further arguments of Attention, such as `backend`.
+    """
+    fields = {f.name: getattr(step.spec, f.name) for f in dataclasses.fields(step.spec)}
+    for derived in ("alibi", "kv_sharing"):
+        del fields[derived]
+    fields |= {
+        "scale": step.scale,
+        "alibi_slopes": step.slopes,
+        "sinks": step.sinks,
+        "kv_sharing_target_layer_name": "target" if step.spec.kv_sharing else None,
+        "device": step.device,
+    }
+    if step.spec.alibi == ALIBI_SYMMETRIC:
+        fields["alibi"] = ALIBI_SYMMETRIC
+    layer = Attention(**fields, **more)
+    layer.kv_cache = None if step.kv_cache is None else step.kv_cache.clone()
+    if step.spec.kv_cache_dtype.startswith("fp8"):
+        layer.set_kv_scales(step.layer._k_scale, step.layer._v_scale)
+    return layer
+
+
+def call(layer: Attention, step: Step, **more: Any) -> Any:
+    """What the layer returns for a step; `more` are further arguments of its forward."""
+    with forward_context(step.batch):
+        return layer(step.query, step.key, step.value, **more)

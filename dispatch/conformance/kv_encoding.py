@@ -1,0 +1,86 @@
+"""What a KV cache holds of some values, by formulas of its own: see docs/numerics.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS
+from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD
+
+__all__ = ["as_stored", "int8_rows", "meant", "nan_cache", "store_int8", "stored_size"]
+
+
+def nan_cache(
+    shape: Sequence[int],
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A cache in which every element, or every scale of int8 rows, is NaN.
+
+    Args:
+        shape: the logical one.
+        layout: "NHD" or "HND".
+        dtype: of its elements.
+        device: where.
+    """
+    order = STRIDE_ORDERS[layout]
+    physical = [shape[dim] for dim in order]
+    if dtype == torch.int8:  # four bytes of ones are a NaN too
+        memory = torch.full(physical, -1, dtype=dtype)
+    elif dtype.itemsize == 1:
+        nan = torch.tensor(math.nan).to(dtype).view(torch.uint8)
+        memory = torch.full(physical, int(nan), dtype=torch.uint8).view(dtype)
+    else:
+        memory = torch.full(physical, math.nan, dtype=dtype)
+    return memory.to(device).permute([order.index(dim) for dim in range(5)])
+
+
+def stored_size(kv_cache_dtype: str, size: int) -> int:
+    """Elements that a head of this size takes in a cache."""
+    return 16 * math.ceil(size / 16) + 16 if kv_cache_dtype == INT8_PER_TOKEN_HEAD else size
+
+
+def int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., size) integers and (..., 1) scales that an int8 cache holds of (..., size) values.
+
+    A row that is not finite has the integers 0, and a scale that makes all of it NaN again.
+    """
+    values = values.float()
+    scales = values.abs().amax(-1, keepdim=True) / 127
+    scales[scales == 0] = 1.0
+    integers = torch.round(values / scales).clamp(-127, 127)
+    return torch.where(scales.isfinite(), integers, 0.0).to(torch.int8), scales
+
+
+def store_int8(target: torch.Tensor, row: torch.Tensor) -> None:
+    """Put (heads, size) values into (heads, stored size) of an int8 cache, byte by byte."""
+    integers, scales = int8_rows(row.cpu())
+    target[:, : row.shape[-1]] = integers.to(target.device)
+    target[:, -16:-12] = scales.view(torch.int8).to(target.device)
+
+
+def as_stored(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a cache of this dtype, int8 aside, holds of (..., heads, size) values."""
+    if dtype.itemsize > 1:
+        return values.to(dtype)
+    working = torch.float64 if values.dtype == torch.float64 else torch.float32
+    limit = torch.finfo(dtype).max
+    scaled = values.to(working) / _per_head(scale).to(working)
+    return scaled.clamp(-limit, limit).to(dtype)
+
+
+def meant(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the values are once they were in a cache of this dtype, float64 on the CPU."""
+    if dtype == torch.int8:
+        integers, scales = int8_rows(values)
+        return integers.double() * scales.double()
+    stored = as_stored(values, scale.cpu(), dtype).double()
+    return stored * _per_head(scale.cpu()).double() if dtype.itemsize == 1 else stored
+
+
+def _per_head(scale: torch.Tensor) -> torch.Tensor:
+    return scale[:, None] if scale.dim() else scale

@@ -1,0 +1,217 @@
+"""Every check of a backend, made from what it declares; and the report of having run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attn_dispatch.conformance import (
+    cache,
+    calls,
+    inputs,
+    integration,
+    non_finite,
+    numeric,
+    overlaps,
+    real_sizes,
+    scales,
+)
+from attn_dispatch.conformance.check import Check, Outcome, Target, run
+from attn_dispatch.errors import (
+    AttnDispatchError,
+    BackendFailure,
+    InvalidInputError,
+    UnsupportedError,
+    summary_of,
+)
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.capability import compare_availability
+from attn_dispatch.platforms.detect import detect_device, settle_device
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.selection.overrides import Mode, Source, parse_override
+from attn_dispatch.selection.registry import registry
+
+__all__ = ["GROUPS", "Conformance", "backend_named", "checks_for", "verify"]
+
+#: The groups of checks, in the order in which they run: refusals last, since a kernel that is
+#: launched for what it does not know may break the device.
+GROUPS: dict[str, Callable[[Target], Iterator[Check]]] = {
+    "declaration": numeric.declaration,
+    "numbers": numeric.numbers,
+    "pairs": numeric.pairs,
+    "lse": numeric.lse,
+    "inputs": inputs.inputs,
+    "garbage": inputs.garbage,
+    "scales": scales.scales,
+    "non_finite": non_finite.non_finite,
+    "rows": inputs.rows,
+    "calls": calls.calls,
+    "memory": inputs.memory,
+    "overlaps": overlaps.overlaps,
+    "cache": cache.cache,
+    "batches": integration.batches,
+    "layer": integration.layers,
+    "bits": integration.bits,
+    "graphs": integration.graphs,
+    "real_sizes": real_sizes.real_sizes,
+    "refusals": numeric.refused,
+}
+
+
+def checks_for(
+    backend_cls: type[AttentionBackend],
+    device: torch.device | str | None = None,
+    *,
+    quick: bool = False,
+    profile: DeviceProfile | None = None,
+) -> list[Check]:
+    """The checks that a backend must pass, generated from its capabilities.
+
+    Args:
+        backend_cls: the backend.
+        device: where to run; None for the default device.
+        quick: one value of each field, few sets of features, no compiler.
+        profile: what the device is taken for, if not for what it is: Triton's interpreter runs
+            on a CPU what is declared for a GPU.
+
+    Raises:
+        UnsupportedError: the backend does not run on the device.
+        InvalidInputError: it accepts no layer that could be tried.
+        BackendFailure: it cannot say what it supports.
+    """
+    torch_device = settle_device(device)
+    profile = profile or detect_device(torch_device)
+    try:
+        found = _make_checks(backend_cls, torch_device, profile, quick)
+    except (AttnDispatchError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the backend is asked what it supports, and may raise anything
+        raise BackendFailure(
+            f"{backend_cls.__qualname__} cannot be verified: asked what it is and what it "
+            f"supports, it breaks off with {summary_of(error)}. Repair its declaration."
+        ) from error
+    return [check for check in found if check.needs in ("", torch_device.type)]
+
+
+def _make_checks(
+    backend_cls: type[AttentionBackend],
+    device: torch.device,
+    profile: DeviceProfile,
+    quick: bool,
+) -> list[Check]:
+    reasons = compare_availability(backend_cls.capabilities, profile)
+    if reasons:
+        raise UnsupportedError(
+            f"{backend_cls.get_name()} cannot be verified here: {'; '.join(map(str, reasons))}. "
+            "Give a --device that it runs on."
+        )
+    target = Target.of(backend_cls, device, profile, quick)
+    return [check for group in GROUPS.values() for check in group(target)]
+
+
+def backend_named(name: str) -> type[AttentionBackend]:
+    """The backend that is registered under a name, in any case of letters.
+
+    Raises:
+        UnknownBackendError: none is; it says what was probably meant.
+        InvalidInputError: it is not one name.
+        BackendFailure: it cannot be loaded.
+    """
+    rules = parse_override(name, Source.ARGUMENT, registry.names())
+    if len(rules) != 1 or rules[0].mode is not Mode.REQUIRE or rules[0].scopes:
+        raise InvalidInputError(f"{name!r} is not the name of one backend, such as REFERENCE.")
+    (rule,) = rules
+    candidate = registry.candidates()[rule.name]
+    if candidate.backend_cls is None:
+        raise BackendFailure(f"{rule.name} {candidate.problem}.")
+    return candidate.backend_cls
+
+
+@dataclass
+class Conformance:
+    """What came out of the checks of a backend.
+
+    Attributes:
+        backend: its name.
+        device: PyTorch's name of the device.
+        outcomes: of the checks that were run, in their order.
+    """
+
+    backend: str
+    device: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """The checks that failed."""
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was checked, and nothing failed."""
+        return not self.failures and any(o.status == "passed" for o in self.outcomes)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """A row for each group: its checks, how they ended, the largest error by its allowance."""
+        rows = []
+        for group in dict.fromkeys(outcome.check.group for outcome in self.outcomes):
+            own = [outcome for outcome in self.outcomes if outcome.check.group == group]
+            found = [o.finding for o in own if o.finding is not None and o.finding.allowed]
+            worst = max(found, key=lambda finding: finding.ratio, default=None)
+            rows.append(
+                {
+                    "group": group,
+                    "checks": len(own),
+                    **{
+                        status: sum(outcome.status == status for outcome in own)
+                        for status in ("passed", "failed", "skipped")
+                    },
+                    "largest_error": None if worst is None else worst.error,
+                    "allowed": None if worst is None else worst.allowed,
+                    "seconds": round(sum(outcome.seconds for outcome in own), 3),
+                }
+            )
+        for row in rows:
+            if row["largest_error"] == float("inf"):
+                row["largest_error"] = None  # there was NaN: no number says how wrong that is
+        return rows
+
+    def asdict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "backend": self.backend,
+            "device": self.device,
+            "passed": self.passed,
+            "groups": self.groups(),
+            "outcomes": [outcome.asdict() for outcome in self.outcomes],
+        }
+
+
+def verify(
+    backend_cls: type[AttentionBackend],
+    device: torch.device | str | None = None,
+    *,
+    quick: bool = False,
+    only: str = "",
+    profile: DeviceProfile | None = None,
+) -> Conformance:
+    """Run the checks of a backend.
+
+    Args:
+        backend_cls: the backend; it need not be registered, but for the checks of layers.
+        device: as for `checks_for`.
+        quick: as for `checks_for`.
+        only: checks whose `group/name` contains this.
+        profile: as for `checks_for`.
+
+    Raises:
+        UnsupportedError, InvalidInputError, BackendFailure: as for `checks_for`.
+    """
+    torch_device = settle_device(device)
+    report = Conformance(backend_cls.get_name(), str(torch_device))
+    checks = checks_for(backend_cls, torch_device, quick=quick, profile=profile)
+    report.outcomes += [run(check) for check in checks if only in check.full_name]
+    return report

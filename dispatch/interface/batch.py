@@ -1,0 +1,500 @@
+"""The batch: what an engine fills once per step, and every builder reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from attn_dispatch.arguments import INT32_MAX, as_int, shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch_checks import (
+    INTEGERS,
+    check_block_ids,
+    check_dense,
+    check_placeholders,
+    check_room,
+    check_same_requests,
+    check_slot_tensor,
+    check_table,
+    checked_lengths,
+    compute_slots,
+    rows_of,
+    start_locs,
+)
+from attn_dispatch.interface.types import Phase, PlaceholderRange
+from attn_dispatch.platforms.detect import usable_device
+
+__all__ = ["AttentionBatch", "BatchPart", "Totals"]
+
+
+class Totals(NamedTuple):
+    """How many requests, how many new tokens they have, and how many keys with these."""
+
+    requests: int
+    tokens: int
+    keys: int
+
+
+NO_REQUESTS = Totals(0, 0, 0)
+
+#: Stands among `checked` for a batch that agrees with itself.
+_ITSELF = ("batch",)
+
+#: What `create` takes by name beside its own arguments, and hands on.
+_HANDED_ON = (
+    "custom_mask",
+    "multi_modal_placeholder_index_maps",
+    "enable_kv_scales_calculation",
+    "max_decode_query_len",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBatch:
+    """The requests of one step, in any order; one per group of layers that share a block table.
+
+    `create` fills in what can be derived. Tensors are on the device unless they end in `_cpu`.
+
+    Attributes:
+        query_start_loc: (num_reqs + 1,) int32, where each request's new tokens start.
+        seq_lens: (num_reqs,) int32, keys of each request, the new ones included.
+        query_start_loc_cpu: host copy.
+        seq_lens_cpu: host copy.
+        max_query_len: longest query; at least the true one (a graph fixes it at capture).
+        max_seq_len: most keys; at least the true one.
+        block_table: (num_reqs, max_blocks) int32, the blocks of each request in order; entries
+            past its length are never used. None without a cache.
+        slot_mapping: (num_key_tokens,) int64, where each new key goes; −1 for padding. None if
+            nothing is written.
+        key_start_loc_cpu: (num_reqs + 1,) int32, where each request's rows of key and value
+            start, if they are not the query's rows (cross-attention). None if they are.
+        custom_mask: (sum of query_len * seq_len,) bool, each request's (query_len, seq_len) mask
+            flattened, one after another; True lets a query see a key. It narrows what the spec's
+            causality and window leave.
+        multi_modal_placeholder_index_maps: modality -> the ranges of its items.
+        enable_kv_scales_calculation: derive an fp8 cache's scales from this batch.
+        max_decode_query_len: a request with this many new tokens or fewer, and some before them,
+            is in the decode phase; so is one without keys, which pads a graph's batch. 1, or more
+            for speculative decoding.
+        block_size: tokens per block of the block table, so that a call can be refused whose cache
+            has other blocks; None if it is not known.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+    block_table: torch.Tensor | None = None
+    slot_mapping: torch.Tensor | None = None
+    key_start_loc_cpu: torch.Tensor | None = None
+    custom_mask: torch.Tensor | None = None
+    multi_modal_placeholder_index_maps: Mapping[str, Sequence[PlaceholderRange]] | None = None
+    enable_kv_scales_calculation: bool = False
+    max_decode_query_len: int = 1
+    block_size: int | None = None
+
+    @classmethod
+    def create(
+        cls,
+        query_lens: Sequence[int] | torch.Tensor,
+        seq_lens: Sequence[int] | torch.Tensor,
+        *,
+        block_table: torch.Tensor | None = None,
+        block_size: int | None = None,
+        slot_mapping: torch.Tensor | None = None,
+        key_lens: Sequence[int] | torch.Tensor | None = None,
+        device: torch.device | str | None = "cpu",
+        **more: Any,
+    ) -> AttentionBatch:
+        """A batch out of each request's lengths.
+
+        What is on the host is checked here, whatever the device: lengths and their sums have to
+        fit int32, block ids too, and slots are −1 or more. What is on a device is not read, unless
+        under ATTN_DISPATCH_CHECK=1: an int64 block table there is narrowed as it is.
+
+        Args:
+            query_lens: new tokens of each request.
+            seq_lens: keys of each request, the new ones included.
+            block_table: as the attribute; int64 is taken too.
+            block_size: as the attribute. With it and a block table, but without a slot_mapping,
+                the slots of the new tokens are derived: they are the last query_len ones of each
+                request, and −1 for a request without keys, which pads the batch.
+            slot_mapping: as the attribute; int32 is taken too.
+            key_lens: rows of key and value of each request, if not query_lens.
+            device: where the tensors go; None for the default device.
+            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
+                or max_decode_query_len: as the attributes.
+
+        Raises:
+            InvalidInputError: an argument is of another type or out of range, or the lengths
+                contradict each other or the block table.
+        """
+        unknown = [name for name in more if name not in _HANDED_ON]
+        if unknown:
+            raise InvalidInputError(
+                f"AttentionBatch.create takes no {unknown[0]}. What it takes as well as its own "
+                f"arguments: {', '.join(_HANDED_ON)}. The rest is derived from the lengths."
+            )
+        device = usable_device(device)
+        queries, max_query_len = checked_lengths("query_lens", query_lens)
+        seqs, max_seq_len = checked_lengths("seq_lens", seq_lens)
+        check_same_requests("query_lens", queries, seqs)
+        keys = None if key_lens is None else checked_lengths("key_lens", key_lens)[0]
+        if keys is not None:
+            check_same_requests("key_lens", keys, seqs)
+        if block_size is not None:
+            block_size = as_int("block_size", block_size, 1, INT32_MAX)
+        given = {"block_table": block_table, "slot_mapping": slot_mapping}
+        for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
+                raise InvalidInputError(
+                    f"{name} is on the meta device, where tensors hold nothing."
+                )
+        if block_table is not None:
+            check_table(block_table, len(seqs))
+            check_block_ids(block_table, seqs, block_size)
+        if slot_mapping is not None:
+            check_slot_tensor(slot_mapping)
+            slot_mapping = slot_mapping.to(device, torch.int64)
+        elif block_table is not None and block_size is not None and keys is None:
+            check_room(block_table, queries, seqs, max_seq_len, block_size)
+            slot_mapping = compute_slots(queries, seqs, block_table, block_size).to(device)
+        mask = more.get("custom_mask")
+        if mask is not None:
+            check_dense("custom_mask", mask, "a bool tensor of one dimension")
+            more["custom_mask"] = mask.to(device)
+        batch = cls._of_lengths(
+            queries,
+            seqs,
+            keys,
+            device,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            block_table=None if block_table is None else block_table.to(device, torch.int32),
+            slot_mapping=slot_mapping,
+            block_size=block_size,
+            **more,
+        )
+        batch._check()
+        batch.checked.add(_ITSELF)
+        return batch
+
+    @classmethod
+    def _of_lengths(
+        cls,
+        queries: torch.Tensor,
+        seqs: torch.Tensor,
+        keys: torch.Tensor | None,
+        device: torch.device,
+        **more: Any,
+    ) -> AttentionBatch:
+        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes."""
+        query_start_loc_cpu = start_locs("query_lens", queries)
+        return cls(
+            query_start_loc=query_start_loc_cpu.to(device),
+            seq_lens=seqs.to(device),
+            query_start_loc_cpu=query_start_loc_cpu,
+            seq_lens_cpu=seqs,
+            key_start_loc_cpu=None if keys is None else start_locs("key_lens", keys),
+            **more,
+        )
+
+    @functools.cached_property
+    def checked(self) -> set[tuple[object, ...]]:
+        """The forms of arguments that were checked against this batch: see validation.py."""
+        return set()
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests in the batch."""
+        return int(self.seq_lens.shape[0])
+
+    @functools.cached_property
+    def query_starts(self) -> list[int]:
+        """query_start_loc as a list on the host."""
+        return self.query_start_loc_cpu.tolist()
+
+    @functools.cached_property
+    def key_starts(self) -> list[int]:
+        """Where each request's rows of key and value start, on the host."""
+        if self.key_start_loc_cpu is None:
+            return self.query_starts
+        return self.key_start_loc_cpu.tolist()
+
+    @functools.cached_property
+    def host_seq_lens(self) -> list[int]:
+        """seq_lens as a list on the host."""
+        return self.seq_lens_cpu.tolist()
+
+    @functools.cached_property
+    def query_lens(self) -> list[int]:
+        """New tokens of each request, on the host."""
+        return list(map(operator.sub, self.query_starts[1:], self.query_starts))
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all requests."""
+        return self.query_starts[-1]
+
+    @functools.cached_property
+    def phases(self) -> list[Phase]:
+        """The phase of each request."""
+        decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
+        return [
+            decode if query <= longest and (seq > query or seq == 0) else prefill
+            for query, seq in zip(self.query_lens, self.host_seq_lens, strict=True)
+        ]
+
+    @functools.cached_property
+    def total(self) -> Totals:
+        """Of all requests."""
+        return Totals(len(self.phases), self.num_tokens, sum(self.host_seq_lens))
+
+    @functools.cached_property
+    def totals(self) -> dict[Phase, Totals]:
+        """Of each phase; one without requests is absent."""
+        phases, seq_lens = self.phases, self.host_seq_lens
+        if not phases:
+            return {}
+        first, count = phases[0], phases.count(phases[0])
+        if count == len(phases):
+            return {first: self.total}
+        if phases[:count].count(first) == count:  # one phase after the other, as engines have it
+            own = Totals(count, self.query_starts[count], sum(seq_lens[:count]))
+        else:
+            rows = [phase is first for phase in phases]
+            lens = (itertools.compress(each, rows) for each in (self.query_lens, seq_lens))
+            own = Totals(count, *map(sum, lens))
+        other = Phase.DECODE if first is Phase.PREFILL else Phase.PREFILL
+        return {first: own, other: Totals(*map(operator.sub, self.total, own))}
+
+    @functools.cached_property
+    def parts(self) -> dict[Phase, BatchPart]:
+        """The batch taken apart by phase; a phase without requests is absent."""
+        found = set(self.phases)
+        if len(found) == 1:
+            return {found.pop(): BatchPart(self, slice(None), slice(None))}
+        parts = {phase: self._part(phase) for phase in Phase if phase in found}
+        if _ITSELF in self.checked:
+            for part in parts.values():
+                part.batch.checked.add(_ITSELF)
+        return parts
+
+    def _part(self, phase: Phase) -> BatchPart:
+        chosen = [i for i, each in enumerate(self.phases) if each is phase]
+        first, end = chosen[0], chosen[-1] + 1
+        mask, ranges = self._mask_of(chosen), self.multi_modal_placeholder_index_maps
+        ranges = None if ranges is None else _select(ranges, chosen)
+        own: dict[str, Any] = {"custom_mask": mask, "multi_modal_placeholder_index_maps": ranges}
+        if end - first == len(chosen):
+            return self._between(first, end, own)
+        device = self.seq_lens.device
+        tokens, query_lens = rows_of(chosen, self.query_starts, device)
+        keys, key_lens = rows_of(chosen, self.key_starts, device)
+        requests = torch.tensor(chosen, device=device)
+        seq_lens = [self.host_seq_lens[i] for i in chosen]
+        part = self._of_lengths(
+            torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
+            torch.tensor(seq_lens, dtype=torch.int32, device="cpu"),
+            None
+            if self.key_start_loc_cpu is None
+            else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
+            device,
+            max_query_len=max(query_lens),
+            max_seq_len=max(seq_lens),
+            block_table=None if self.block_table is None else self.block_table[requests],
+            slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
+            block_size=self.block_size,
+            enable_kv_scales_calculation=self.enable_kv_scales_calculation,
+            max_decode_query_len=self.max_decode_query_len,
+            **own,
+        )
+        return BatchPart(part, tokens, keys)
+
+    def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
+        """The requests from `first` to before `end`; nothing is copied from the host."""
+        requests, bounds = slice(first, end), slice(first, end + 1)
+        tokens, keys = (
+            slice(starts[first], starts[end]) for starts in (self.query_starts, self.key_starts)
+        )
+        key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
+        part = dataclasses.replace(
+            self,
+            query_start_loc=self.query_start_loc[bounds] - tokens.start,
+            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels were compiled for
+            query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
+            seq_lens_cpu=self.seq_lens_cpu[requests],
+            max_query_len=max(self.query_lens[requests]),
+            max_seq_len=max(self.host_seq_lens[requests]),
+            block_table=None if table is None else table[requests],
+            slot_mapping=None if slots is None else slots[keys],
+            key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
+            **own,
+        )
+        return BatchPart(part, tokens, keys)
+
+    def _mask_of(self, chosen: list[int]) -> torch.Tensor | None:
+        if self.custom_mask is None:
+            return None
+        return torch.cat([self.request_mask(i).reshape(-1) for i in chosen])
+
+    @functools.cached_property
+    def mask_starts(self) -> list[int]:
+        """Where each request's part of custom_mask begins, and where the last one ends."""
+        sizes = (q * s for q, s in zip(self.query_lens, self.host_seq_lens, strict=True))
+        return [0, *itertools.accumulate(sizes)]
+
+    def request_mask(self, request: int) -> torch.Tensor:
+        """(query_len, seq_len) bool, the part of custom_mask that is one request's."""
+        assert self.custom_mask is not None
+        starts = self.mask_starts
+        rows = self.custom_mask[starts[request] : starts[request + 1]]
+        return rows.view(self.query_lens[request], self.host_seq_lens[request])
+
+    def check(self) -> None:
+        """Check that the batch agrees with itself, as far as the host can see; once.
+
+        Raises:
+            InvalidInputError: it says what contradicts what.
+        """
+        if _ITSELF not in self.checked:
+            self._check_types()  # the others read these
+            self._check_contents()
+            self._check()
+            self.checked.add(_ITSELF)
+
+    def _check(self) -> None:
+        self._check_types()
+        num_reqs = self.num_reqs
+        starts = {"query_start_loc_cpu": self.query_starts, "key_start_loc_cpu": self.key_starts}
+        for name, values in starts.items():
+            if len(values) != num_reqs + 1 or values[0] != 0 or values != sorted(values):
+                raise InvalidInputError(
+                    f"{name} is {values[:8]}; for {num_reqs} requests it takes {num_reqs + 1} "
+                    "values that start at 0 and never fall."
+                )
+            if values[-1] > INT32_MAX:
+                raise InvalidInputError(f"{name} ends at {values[-1]}, which int32 cannot hold.")
+        if len(self.query_start_loc) != num_reqs + 1:
+            raise InvalidInputError(
+                f"query_start_loc has {len(self.query_start_loc)} values; for {num_reqs} requests "
+                f"it takes {num_reqs + 1}."
+            )
+        seqs = self.host_seq_lens
+        if len(seqs) != num_reqs or min(seqs, default=0) < 0 or max(seqs, default=0) > INT32_MAX:
+            raise InvalidInputError(
+                f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths of "
+                f"0 or more, and at most {INT32_MAX}."
+            )
+        longest = {"max_query_len": self.query_lens, "max_seq_len": seqs}
+        for name, lengths in longest.items():
+            if getattr(self, name) < max(lengths, default=0):
+                raise InvalidInputError(
+                    f"{name} is {getattr(self, name)}, and a request has {max(lengths)}. It must "
+                    "be the longest or more."
+                )
+        for name in ("query_start_loc", "block_table", "slot_mapping", "custom_mask"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != self.seq_lens.device:
+                raise InvalidInputError(
+                    f"{name} is on {tensor.device}, and seq_lens on {self.seq_lens.device}. Make "
+                    "the batch by AttentionBatch.create, with device=."
+                )
+        mask = self.custom_mask
+        size = 0 if mask is None else self.mask_starts[-1]
+        if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
+            raise InvalidInputError(
+                f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
+                f"({size},) bool: query_len * seq_len values for each request, one after another."
+            )
+        slots, num_keys = self.slot_mapping, self.key_starts[-1]
+        if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
+            raise InvalidInputError(
+                f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
+                "slot for each, int64: block * block_size + offset, or −1 for padding."
+            )
+        if self.multi_modal_placeholder_index_maps is not None:
+            check_placeholders(self.multi_modal_placeholder_index_maps, num_reqs)
+
+    def _check_types(self) -> None:
+        """Check each attribute by itself."""
+        for name in _LENGTHS:
+            tensor = getattr(self, name)
+            if tensor is None and name == "key_start_loc_cpu":
+                continue
+            check_dense(name, tensor, "an int32 tensor with a value for each request")
+            if tensor.dim() != 1 or tensor.dtype not in INTEGERS:
+                raise InvalidInputError(
+                    f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it must be "
+                    "int32 of one dimension."
+                )
+            if name.endswith("_cpu") and tensor.device.type != "cpu":
+                raise InvalidInputError(f"{name} is on {tensor.device}; it must be on the host.")
+        if self.custom_mask is not None:
+            check_dense("custom_mask", self.custom_mask, "a bool tensor of one dimension")
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= INT32_MAX:
+                if value is None and name == "block_size":
+                    continue
+                raise InvalidInputError(
+                    f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
+                )
+        if type(self.enable_kv_scales_calculation) is not bool:
+            raise InvalidInputError(
+                f"enable_kv_scales_calculation={shown(self.enable_kv_scales_calculation)} is not "
+                "True or False."
+            )
+
+    def _check_contents(self) -> None:
+        """Check the block table and the slots; what they hold, if that is on the host."""
+        if self.block_table is not None:
+            check_table(self.block_table, self.num_reqs)
+            check_block_ids(self.block_table, self.seq_lens_cpu, self.block_size)
+        if self.slot_mapping is not None:
+            check_slot_tensor(self.slot_mapping)
+
+
+#: The attributes that are lengths, or where they add up to.
+_LENGTHS = (
+    "query_start_loc",
+    "seq_lens",
+    "query_start_loc_cpu",
+    "seq_lens_cpu",
+    "key_start_loc_cpu",
+)
+#: The attributes that are integers, and their smallest values.
+_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1}
+
+
+class BatchPart(NamedTuple):
+    """The requests of one phase as a batch of their own, and which rows are theirs.
+
+    `tokens` are their rows of query and output, `keys` those of key and value: a slice where the
+    phase's requests stand together, of everything if there are no others; else an index tensor.
+    """
+
+    batch: AttentionBatch
+    tokens: slice | torch.Tensor
+    keys: slice | torch.Tensor
+
+
+def _select(
+    maps: Mapping[str, Sequence[PlaceholderRange]], chosen: list[int]
+) -> dict[str, list[PlaceholderRange]]:
+    place = {request: i for i, request in enumerate(chosen)}
+    return {
+        modality: [
+            PlaceholderRange(place[r.request], r.start, r.end) for r in ranges if r.request in place
+        ]
+        for modality, ranges in maps.items()
+    }

@@ -1,0 +1,287 @@
+"""Checks of a batch, and the lengths and slots that follow from its arguments."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from attn_dispatch import environment
+from attn_dispatch.arguments import INT32_MAX, as_int, shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.types import PlaceholderRange
+
+__all__ = ["slots_of"]
+
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def slots_of(
+    query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """(num_tokens,) int64, the slots of each request's last query_len positions, row by row.
+
+    A row that stands before the first position has slot −1.
+
+    Args:
+        query_lens: (num_reqs,) integers on the host.
+        seq_lens: (num_reqs,) integers on the host.
+        block_table: (num_reqs, max_blocks) int32 or int64, with room for the longest request.
+        block_size: tokens per block.
+
+    Raises:
+        InvalidInputError: an argument is of another type or out of range, or they contradict each
+            other. What a table on a device holds is not read unless under ATTN_DISPATCH_CHECK=1.
+    """
+    queries, _ = checked_lengths("query_lens", query_lens)
+    seqs, max_seq_len = checked_lengths("seq_lens", seq_lens)
+    check_same_requests("query_lens", queries, seqs)
+    block_size = as_int("block_size", block_size, 1, INT32_MAX)
+    check_table(block_table, len(seqs))
+    check_block_ids(block_table, seqs, block_size)
+    _check_columns(block_table, max_seq_len, block_size)
+    return compute_slots(queries, seqs, block_table, block_size)
+
+
+def compute_slots(
+    query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """The same for arguments that were checked but for the blocks of the new tokens."""
+    requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
+    ends = torch.cumsum(query_lens, 0).long()
+    positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
+    requests, positions = requests.to(block_table.device), positions.to(block_table.device)
+    if not block_table.numel():
+        return torch.full_like(positions, -1)
+    blocks = block_table[requests, positions.clamp(min=0) // block_size].long()
+    if _is_readable(blocks) and (missing := (blocks < 0) & (positions >= 0)).any():
+        row = int(missing.nonzero()[0])
+        raise InvalidInputError(
+            f"block_table of request {int(requests[row])} names block {int(blocks[row])} for a new "
+            f"token; ids of blocks are 0 to {INT32_MAX}."
+        )
+    return torch.where(positions < 0, -1, blocks * block_size + positions % block_size)
+
+
+def check_dense(name: str, value: object, wanted: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be {wanted}.")
+    if value.layout is not torch.strided or value.is_nested:
+        raise InvalidInputError(f"{name} is sparse or nested; it must be {wanted}.")
+
+
+def checked_lengths(name: str, values: Any) -> tuple[torch.Tensor, int]:
+    """(num_reqs,) int32 on the host, lengths as they were given, and the largest; 0 of none."""
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        values = list(values)
+        if set(map(type, values)) - {int}:
+            values = [_length(name, value) for value in values]
+        most = max(values, default=0)
+        _check_length(name, min(values, default=0), most)
+        return torch.tensor(values, dtype=torch.int32, device="cpu"), most
+    lengths, most = _lengths_of_array(name, values), 0
+    if len(lengths):
+        least, most = (int(end) for end in lengths.aminmax())
+        _check_length(name, least, most)
+    return lengths.to(torch.int32), most
+
+
+def _check_length(name: str, least: int, most: int) -> None:
+    if least < 0:
+        raise InvalidInputError(f"{name} holds {shown(least)}; lengths are 0 or more.")
+    if most > INT32_MAX:
+        raise InvalidInputError(f"{name} holds {shown(most)}; a length is at most {INT32_MAX}.")
+
+
+def _length(name: str, value: Any) -> int:
+    """A length that is no plain int: a NumPy integer, say."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
+        )
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of other than one integer
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
+        ) from error
+
+
+def _lengths_of_array(name: str, values: Any) -> torch.Tensor:
+    """An array or a tensor as int64 on the host."""
+    try:
+        lengths = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidInputError(
+            f"{name} is a {type(values).__name__}, not a list of integers, one for each request."
+        ) from error
+    check_dense(name, lengths, "a list of integers, one for each request")
+    is_integer = not (
+        lengths.is_floating_point()
+        or lengths.is_complex()
+        or lengths.is_quantized
+        or lengths.dtype == torch.bool
+    )
+    if lengths.dim() != 1 or lengths.device.type == "meta" or not (is_integer or not len(lengths)):
+        raise InvalidInputError(
+            f"{name} is not a list of integers, one for each request: it has shape "
+            f"{tuple(lengths.shape)} and dtype {lengths.dtype} on {lengths.device}."
+        )
+    if lengths.dtype in INTEGERS:
+        return lengths.cpu()
+    return lengths.to("cpu", torch.int64)  # uint64 beyond int64 becomes negative, and is rejected
+
+
+def check_same_requests(name: str, lengths: torch.Tensor, seqs: torch.Tensor) -> None:
+    if lengths.shape != seqs.shape:
+        raise InvalidInputError(
+            f"{name} has {len(lengths)} requests and seq_lens {len(seqs)}; give both for the same "
+            "requests."
+        )
+
+
+def start_locs(name: str, lengths: torch.Tensor) -> torch.Tensor:
+    """(num_reqs + 1,) int32, where each request begins, and where the last one ends."""
+    starts = torch.nn.functional.pad(torch.cumsum(lengths, 0), (1, 0))  # int64
+    if int(starts[-1]) > INT32_MAX:
+        raise InvalidInputError(
+            f"{name} adds up to {int(starts[-1])}; a batch has at most {INT32_MAX} tokens. Split "
+            "it into several batches."
+        )
+    return starts.to(torch.int32)
+
+
+def check_table(block_table: torch.Tensor, num_reqs: int) -> None:
+    """Check that it is a table for these requests, whatever it holds."""
+    check_dense("block_table", block_table, "a tensor of (num_reqs, max_blocks), int32 or int64")
+    if (
+        block_table.dim() != 2
+        or block_table.shape[0] != num_reqs
+        or block_table.dtype not in INTEGERS
+    ):
+        raise InvalidInputError(
+            f"block_table has shape {tuple(block_table.shape)} and dtype {block_table.dtype}; it "
+            f"must be (num_reqs, max_blocks) with num_reqs={num_reqs}, int32 or int64."
+        )
+
+
+def check_block_ids(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int | None
+) -> None:
+    """Check that the ids of blocks that requests have fit int32.
+
+    A table on a device is read under ATTN_DISPATCH_CHECK=1 only, since that waits for the device.
+    Without a block size all entries count. An id below 0 may stand for a block that was freed
+    because the layers' window has passed it.
+    """
+    if block_table.dtype == torch.int32 or not block_table.numel() or not _is_readable(block_table):
+        return
+    least, most = (int(end) for end in block_table.aminmax())
+    if least >= 0 and most <= INT32_MAX:
+        return
+    if block_size is not None:
+        table, seq_lens = block_table.cpu(), seq_lens.cpu().long()
+        first_positions = torch.arange(table.shape[1], device="cpu") * block_size
+        used = table[first_positions < seq_lens[:, None]]
+        if not len(used):
+            return
+        least, most = (int(end) for end in used.aminmax())
+    if least < -INT32_MAX - 1 or most > INT32_MAX:
+        raise InvalidInputError(
+            f"block_table names blocks {least} to {most}; ids of blocks are 0 to {INT32_MAX}. Give "
+            "the blocks of the layers' caches."
+        )
+
+
+def check_slot_tensor(slots: torch.Tensor) -> None:
+    """Check that it is a list of slots; what it holds, under the conditions of block ids."""
+    wanted = "a tensor of (num_key_tokens,), int64"
+    check_dense("slot_mapping", slots, wanted)
+    if slots.dim() != 1 or slots.dtype not in INTEGERS:
+        raise InvalidInputError(
+            f"slot_mapping is {tuple(slots.shape)} {slots.dtype} and must be (num_key_tokens,) "
+            "int64: block * block_size + offset for each new key, or −1 for padding."
+        )
+    if _is_readable(slots) and slots.numel() and int(slots.min()) < -1:
+        raise InvalidInputError(
+            f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; slots are 0 or "
+            "more, and −1 is padding."
+        )
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether what a tensor holds may be looked at here."""
+    kind = tensor.device.type
+    return kind == "cpu" or (kind != "meta" and environment.check_mode())
+
+
+def check_room(
+    block_table: torch.Tensor,
+    queries: torch.Tensor,
+    seqs: torch.Tensor,
+    longest: int,
+    block_size: int,
+) -> None:
+    """Check that the last query_len positions of each request exist and have blocks."""
+    wrong = (seqs < queries) & (seqs > 0)
+    if wrong.any():
+        request = int(wrong.nonzero()[0])
+        raise InvalidInputError(
+            f"Request {request} has {int(queries[request])} new tokens and {int(seqs[request])} "
+            "keys. seq_lens counts the new ones too."
+        )
+    _check_columns(block_table, longest, block_size)
+
+
+def _check_columns(block_table: torch.Tensor, longest: int, block_size: int) -> None:
+    if longest > block_table.shape[1] * block_size:
+        raise InvalidInputError(
+            f"block_table has {block_table.shape[1]} blocks of {block_size} tokens for a request, "
+            f"and the longest has {longest} keys. Give it "
+            f"{-(-longest // block_size)} columns."
+        )
+
+
+def rows_of(
+    requests: list[int], starts: list[int], device: torch.device
+) -> tuple[torch.Tensor, list[int]]:
+    """Which rows are these requests', and how many each has."""
+    lens = [starts[i + 1] - starts[i] for i in requests]
+    before = itertools.accumulate(lens, initial=0)
+    pairs = zip(requests, before, strict=False)  # the last of `before` is the number of rows
+    shifts = torch.tensor([starts[i] - row for i, row in pairs], device="cpu")
+    shifts = shifts.repeat_interleave(torch.tensor(lens, device="cpu"))
+    return (torch.arange(len(shifts), device="cpu") + shifts).to(device), lens
+
+
+def check_placeholders(maps: object, num_reqs: int) -> None:
+    """Check that placeholder maps name ranges of positions in the batch's requests."""
+    if not isinstance(maps, Mapping):
+        raise InvalidInputError(
+            f"multi_modal_placeholder_index_maps is a {type(maps).__name__}; give a mapping from "
+            "modality to a sequence of PlaceholderRange(request, start, end)."
+        )
+    for modality, ranges in maps.items():
+        is_sequence = isinstance(ranges, Sequence) and not hasattr(ranges, "src")
+        if not is_sequence or not all(isinstance(each, PlaceholderRange) for each in ranges):
+            raise InvalidInputError(
+                f"multi_modal_placeholder_index_maps has a {type(ranges).__name__} for "
+                f"{modality!r}; give a sequence of PlaceholderRange(request, start, end), which "
+                "names the positions [start, end) of one request. vLLM's IndexMap does not say "
+                "which request an item belongs to, so it cannot be converted."
+            )
+        for each in ranges:
+            if not all(type(number) is int for number in each):
+                raise InvalidInputError(
+                    f"The {modality!r} range {tuple(each)} has a member that is not an int; give "
+                    "PlaceholderRange(request, start, end) as Python integers."
+                )
+            if not (0 <= each.request < num_reqs and 0 <= each.start <= each.end):
+                raise InvalidInputError(
+                    f"The {modality!r} range {tuple(each)} fits none of the {num_reqs} "
+                    "requests; give (request, start, end) with start <= end."
+                )

@@ -1,0 +1,111 @@
+"""Checks of what a batch's tensors hold: lengths, block ids and slots.
+
+They read the tensors, so on another device than a CPU they wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from attn_dispatch.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from attn_dispatch.interface.batch import AttentionBatch
+
+__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
+
+#: Stands among `AttentionBatch.checked` of a batch whose tensors are the static buffers of graphs:
+#: they hold another step each time, and the host copies are those of the capture.
+OVER_STATIC_BUFFERS = ("static buffers",)
+
+
+def check_batch_contents(
+    batch: AttentionBatch, kv_cache: torch.Tensor | None, window: int | None = None
+) -> None:
+    """Check what the batch's tensors hold. May wait for the device.
+
+    Blocks that a sliding window has passed for every query of a request may have been freed, so
+    their ids are not checked.
+
+    What passed is not checked again until one of the tensors is modified. A batch over the static
+    buffers of graphs is not checked: the one whose tensors are copied there is the engine's.
+
+    Raises:
+        InvalidInputError: lengths are not monotone or differ from their host copies, a block id
+            or a slot is out of range, or two tokens share a slot.
+    """
+    if OVER_STATIC_BUFFERS in batch.checked:
+        return
+    watched = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.slot_mapping)
+    tensors = [tensor for tensor in watched if tensor is not None]
+    form = None if kv_cache is None else tuple(kv_cache.shape)
+    signature: tuple[object, ...] | None = None
+    if not any(tensor.is_inference() for tensor in tensors):  # these have no version
+        signature = ("contents", form, window, *(tensor._version for tensor in tensors))
+        if signature in batch.checked:
+            return
+    _check_lengths(batch)
+    if kv_cache is not None and batch.block_table is not None:
+        num_blocks = kv_cache.shape[0]
+        block_size = kv_cache.shape[2] if kv_cache.dim() == 5 else kv_cache.shape[1]
+        _check_block_ids(batch, batch.block_table, num_blocks, block_size, window)
+        if batch.slot_mapping is not None:
+            check_slots(batch.slot_mapping, num_blocks * block_size)
+    if signature is not None:
+        batch.checked.add(signature)
+
+
+def _check_lengths(batch: AttentionBatch) -> None:
+    starts = batch.query_start_loc.tolist()
+    if not starts or starts[0] != 0 or starts != sorted(starts):
+        raise InvalidInputError(
+            f"query_start_loc is {starts[:8]}; it must start at 0 and never fall. "
+            "AttentionBatch.create makes one from the lengths."
+        )
+    if starts != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
+        raise InvalidInputError(
+            "query_start_loc or seq_lens differs from its host copy. Make both from the same "
+            "lengths; AttentionBatch.create does."
+        )
+
+
+def _check_block_ids(
+    batch: AttentionBatch,
+    table: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    window: int | None,
+) -> None:
+    lens = batch.seq_lens_cpu.to(table.device)
+    first_keys = torch.arange(table.shape[1], device=table.device) * block_size
+    used = first_keys < lens[:, None]
+    if window is not None:
+        query_lens = torch.tensor(batch.query_lens, device=table.device)
+        used &= first_keys + block_size > (lens - query_lens + 1)[:, None] - window
+    wrong = used & ((table < 0) | (table >= num_blocks))
+    if bool(wrong.any()):
+        request, column = wrong.nonzero()[0].tolist()
+        raise InvalidInputError(
+            f"block_table of request {request} names block {int(table[request, column])}; the "
+            f"cache has blocks 0 to {num_blocks - 1}. Give blocks of this layer's cache."
+        )
+
+
+def check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
+    """Check that slots exist and that no two tokens go to the same one. May wait for the device.
+
+    Raises:
+        InvalidInputError: a slot is neither −1 nor below num_slots, or is named twice.
+    """
+    slots = slot_mapping[slot_mapping != -1]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < num_slots:
+        raise InvalidInputError(
+            f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; the cache has "
+            f"slots 0 to {num_slots - 1}, and −1 is padding."
+        )
+    if len(slots.unique()) != len(slots):
+        raise InvalidInputError(
+            "slot_mapping sends two tokens to the same slot. Give each its own; −1 is padding."
+        )

@@ -1,0 +1,130 @@
+"""Copying whole blocks, within a cache or from one to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from attn_dispatch import environment
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.aliases import groups_of
+from attn_dispatch.interface.kv_access import check_writable
+from attn_dispatch.interface.kv_cache import INTEGERS, check_tensor
+from attn_dispatch.interface.quantization import (
+    indexable,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["copy_blocks", "swap_blocks"]
+
+
+def copy_blocks(kv_caches: Iterable[torch.Tensor], src_to_dists: torch.Tensor) -> None:
+    """Copy blocks within each cache: for a prefix that requests share, say.
+
+    All sources are read before anything is written, so pairs may overlap. Caches may share memory,
+    as those of layers that share one: each pair is applied once to each piece of memory.
+
+    Args:
+        kv_caches: one cache for each layer.
+        src_to_dists: (num_pairs, 2) integers: source block and destination block.
+
+    Raises:
+        InvalidInputError: the caches cannot be written, or a block of one overlaps another block
+            of another; the pairs are not such a tensor, or name blocks that do not exist. Nothing
+            has been written then. Pairs on a device are not read unless under
+            ATTN_DISPATCH_CHECK=1.
+    """
+    if isinstance(kv_caches, (str, Mapping, torch.Tensor)) or not isinstance(kv_caches, Iterable):
+        raise InvalidInputError(
+            f"kv_caches is a {type(kv_caches).__name__}; it must be a list of caches."
+        )
+    caches = list(kv_caches)
+    for index, kv_cache in enumerate(caches):
+        _check_blocks(f"kv_caches[{index}]", kv_cache)
+        check_writable(f"kv_caches[{index}]", kv_cache)
+    for fewest in sorted({len(kv_cache) for kv_cache in caches})[:1]:
+        _check_pairs(src_to_dists, fewest, fewest)
+    for group in groups_of(caches):
+        together = [caches[index] for index in group]
+        found = [_take(kv_cache, src_to_dists) for kv_cache in together]
+        for kv_cache, blocks in zip(together, found, strict=True):
+            _put(kv_cache, src_to_dists, blocks)
+
+
+def swap_blocks(
+    src_kv_cache: torch.Tensor, dst_kv_cache: torch.Tensor, src_to_dst: torch.Tensor
+) -> None:
+    """Copy blocks from one cache to another, on the same device or not (to the host and back).
+
+    All sources are read before anything is written: both may be the same cache, or share memory.
+
+    Args:
+        src_kv_cache: read.
+        dst_kv_cache: written; the same shape but for num_blocks, and the same dtype.
+        src_to_dst: (num_pairs, 2) integers: block of src and block of dst.
+
+    Raises:
+        InvalidInputError: caches or pairs do not fit; nothing has been written then.
+    """
+    _check_blocks("src_kv_cache", src_kv_cache)
+    _check_blocks("dst_kv_cache", dst_kv_cache)
+    if src_kv_cache.shape[1:] != dst_kv_cache.shape[1:] or src_kv_cache.dtype != dst_kv_cache.dtype:
+        raise InvalidInputError(
+            f"Blocks of {tuple(src_kv_cache.shape[1:])} {src_kv_cache.dtype} do not fit into a "
+            f"cache with blocks of {tuple(dst_kv_cache.shape[1:])} {dst_kv_cache.dtype}. Both "
+            "caches must come from the same plan."
+        )
+    check_writable("dst_kv_cache", dst_kv_cache)
+    _check_pairs(src_to_dst, len(src_kv_cache), len(dst_kv_cache))
+    _put(dst_kv_cache, src_to_dst, _take(src_kv_cache, src_to_dst))
+
+
+def _check_blocks(name: str, kv_cache: object) -> None:
+    """Check that it is a cache of blocks, of keys and values or of latents."""
+    check_tensor(name, kv_cache)
+    assert isinstance(kv_cache, torch.Tensor)
+    if kv_cache.dim() < 2 or kv_cache.is_complex() or kv_cache.is_quantized:
+        raise InvalidInputError(
+            f"{name} is {tuple(kv_cache.shape)} {kv_cache.dtype}; a cache has its blocks along the "
+            "first dimension and what they hold along others."
+        )
+
+
+def _check_pairs(pairs: object, num_sources: int, num_destinations: int) -> None:
+    check_tensor("The pairs of blocks", pairs)
+    assert isinstance(pairs, torch.Tensor)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype not in INTEGERS:
+        raise InvalidInputError(
+            f"Pairs of blocks have shape {tuple(pairs.shape)} and dtype {pairs.dtype}; give "
+            "(num_pairs, 2) of int32 or int64: source and destination."
+        )
+    if not len(pairs) or (pairs.device.type != "cpu" and not environment.check_mode()):
+        return  # reading them would wait for the device
+    sources, destinations = pairs[:, 0], pairs[:, 1]
+    for name, blocks, limit in (
+        ("source", sources, num_sources),
+        ("destination", destinations, num_destinations),
+    ):
+        if int(blocks.min()) < 0 or int(blocks.max()) >= limit:
+            raise InvalidInputError(
+                f"A {name} block is out of range: blocks go from {int(blocks.min())} to "
+                f"{int(blocks.max())}, and the cache has {limit}."
+            )
+    if len(destinations.unique()) != len(destinations):
+        raise InvalidInputError("A destination block is named twice; its content would be chance.")
+
+
+def _take(kv_cache: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """A copy of the source blocks."""
+    return indexable(kv_cache)[pairs[:, 0].to(kv_cache.device, torch.int64)]
+
+
+def _put(kv_cache: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Write the destination blocks."""
+    destinations = pairs[:, 1].to(kv_cache.device, torch.int64)
+    indexable(kv_cache)[destinations] = blocks.to(kv_cache.device)

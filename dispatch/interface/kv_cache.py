@@ -1,0 +1,206 @@
+"""The paged KV cache that all backends share: shape, layout, writing, reading, moving blocks.
+
+Logically a cache is (num_blocks, 2, block_size, num_kv_heads, head_size), keys at index 0 and
+values at 1 of the second dimension; multi-head latent attention's is (num_blocks, block_size,
+kv_lora_rank + qk_rope_head_dim). A block is one contiguous piece of memory in either layout.
+Where key and value heads differ in size, a head takes the larger of the two. A head of an int8
+cache takes more, since its scale stands beside it: quantization.stored_head_size says how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_dispatch.arguments import INT64_MAX, as_int, shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.quantization import (
+    token_scales,
+)
+from attn_dispatch.platforms.detect import usable_device
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "STRIDE_ORDERS",
+    "allocate_kv_cache",
+    "kv_cache_shape",
+    "layout_of",
+    "split_kv_cache",
+    "split_token_scales",
+]
+
+#: The order of the logical dimensions in memory: tokens before heads, or heads before tokens.
+STRIDE_ORDERS: dict[str, tuple[int, ...]] = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def kv_cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
+) -> tuple[int, int, int, int, int]:
+    """The logical shape of a cache.
+
+    Args:
+        num_blocks: blocks.
+        block_size: tokens per block.
+        num_kv_heads: key and value heads.
+        head_size: of a stored head: quantization.stored_head_size of the larger of key's and
+            value's, which is that larger size itself but for int8.
+
+    Raises:
+        InvalidInputError: an argument is no integer, or out of range.
+    """
+    return (
+        as_int("num_blocks", num_blocks, 0),
+        2,
+        as_int("block_size", block_size, 1),
+        as_int("num_kv_heads", num_kv_heads, 1),
+        as_int("head_size", head_size, 1),
+    )
+
+
+def layout_of(kv_cache: torch.Tensor) -> str | None:
+    """The layout that a cache has in memory, one of STRIDE_ORDERS; None if both or neither."""
+    _, _, tokens, heads, _ = kv_cache.shape
+    _, _, by_token, by_head, _ = kv_cache.stride()
+    if tokens == 1 or heads == 1:
+        return None
+    if by_token >= heads * by_head:
+        return "NHD"
+    return "HND" if by_head >= tokens * by_token else None
+
+
+def allocate_kv_cache(
+    shape: Sequence[int],
+    stride_order: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str | None = "cpu",
+) -> torch.Tensor:
+    """A zeroed cache of this logical shape, contiguous in the physical order.
+
+    Args:
+        shape: as a backend's get_kv_cache_shape gives it.
+        stride_order: as its get_kv_cache_stride_order gives it.
+        dtype: of its elements.
+        device: where; None for the default device.
+
+    Raises:
+        InvalidInputError: an argument is of another type or out of range, or the host has not
+            this much memory. On a GPU that is PyTorch's OutOfMemoryError.
+    """
+    sizes = [as_int(f"shape[{dim}]", size, 0) for dim, size in enumerate(_listed("shape", shape))]
+    order = [as_int("stride_order", dim, 0) for dim in _listed("stride_order", stride_order)]
+    if not sizes or sorted(order) != list(range(len(sizes))):
+        raise InvalidInputError(
+            f"stride_order={shown(order)} does not name each of the {len(sizes)} dimensions of the "
+            "shape once. Take a backend's get_kv_cache_stride_order, or one of STRIDE_ORDERS."
+        )
+    if not isinstance(dtype, torch.dtype) or dtype.is_complex or dtype == torch.bool:
+        raise InvalidInputError(
+            f"dtype={shown(dtype)} is not a real torch.dtype. Take that of kv_cache_torch_dtype."
+        )
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    if num_bytes > INT64_MAX:
+        raise InvalidInputError(
+            f"A cache of shape {shown(tuple(sizes))} and {dtype} is larger than any memory. Give "
+            "fewer blocks: KVCachePlan.num_blocks says how many fit."
+        )
+    device = usable_device(device)
+    physical = [sizes[dim] for dim in order]
+    inverse = [order.index(dim) for dim in range(len(sizes))]
+    try:
+        # Bytes, because not every device has an fp8 fill.
+        memory = torch.zeros(
+            *physical[:-1], physical[-1] * dtype.itemsize, dtype=torch.uint8, device=device
+        )
+    except torch.OutOfMemoryError:
+        raise  # engines know it
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"A cache of {num_bytes} bytes cannot be allocated on {device}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return memory.view(dtype).permute(inverse)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """A sequence of integers as a list."""
+    if isinstance(values, (str, torch.Tensor)) or not isinstance(values, Sequence):
+        raise InvalidInputError(f"{name}={shown(values)} is not a sequence of integers.")
+    return list(values)
+
+
+def split_kv_cache(
+    kv_cache: torch.Tensor, head_size: int, head_size_v: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size).
+
+    Of an int8 cache they are the integers alone; `split_token_scales` has the scales.
+
+    Raises:
+        InvalidInputError: the cache has another shape, or smaller heads.
+    """
+    try:  # every layer's call goes through here: what is wrong is found out afterwards
+        keys, values = kv_cache.unbind(1)
+        fits = keys.dim() == 4 and 0 < head_size <= keys.shape[-1]
+        if fits and 0 < head_size_v <= keys.shape[-1]:
+            return keys[..., :head_size], values[..., :head_size_v]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _cannot_be_split(kv_cache, head_size, head_size_v) from error
+    raise _cannot_be_split(kv_cache, head_size, head_size_v)
+
+
+def _cannot_be_split(kv_cache: Any, head_size: Any, head_size_v: Any) -> InvalidInputError:
+    found = tuple(kv_cache.shape) if isinstance(kv_cache, torch.Tensor) else shown(kv_cache)
+    return InvalidInputError(
+        f"kv_cache is {found} and cannot be split into heads of {shown(head_size)} and "
+        f"{shown(head_size_v)} elements. A cache is (num_blocks, 2, block_size, num_kv_heads, "
+        "head_size), with heads of the larger size or more."
+    )
+
+
+def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the scales in an int8 cache, of keys and of values.
+
+    Args:
+        kv_cache: in the logical shape, any layout, int8.
+
+    Returns:
+        (num_blocks, block_size, num_kv_heads) float32 each, over the cache's own memory.
+
+    Raises:
+        InvalidInputError: the cache is not int8, or float32 scales cannot be read from it.
+    """
+    try:  # as in split_kv_cache
+        if kv_cache.dtype == torch.int8 and kv_cache.dim() == 5:
+            keys, values = token_scales(kv_cache).unbind(1)
+            return keys, values
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _has_no_scales(kv_cache) from error
+    raise _has_no_scales(kv_cache)
+
+
+def _has_no_scales(kv_cache: Any) -> InvalidInputError:
+    found = shown(kv_cache)
+    if isinstance(kv_cache, torch.Tensor):
+        found = f"{tuple(kv_cache.shape)} {kv_cache.dtype}"
+    return InvalidInputError(
+        f"kv_cache is {found}; scales are in an int8 cache, (num_blocks, 2, block_size, "
+        "num_kv_heads, stored_head_size), in rows without gaps whose sizes and addresses are "
+        "multiples of 4 bytes. Make the cache by allocate_kv_cache."
+    )
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Check that it is a tensor with memory of its own."""
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor.")
+    if value.layout is not torch.strided or value.is_nested or value.is_meta:
+        raise InvalidInputError(
+            f"{name} is sparse, nested or on the meta device; it must be a dense tensor with data."
+        )

@@ -1,0 +1,245 @@
+"""A backend's view of a batch, and the builder that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch import NO_REQUESTS, Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.spec import AttentionSpec
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from attn_dispatch.interface.types import Phase, PlaceholderRange
+
+__all__ = ["AttentionMetadata", "AttentionMetadataBuilder", "BatchMetadata"]
+
+
+@dataclass
+class AttentionMetadata(ABC):
+    """What a backend needs to know of a batch, made once per batch by its builder.
+
+    Attributes:
+        num_prefills: requests in the prefill phase. The counts are for the engine and its logs:
+            backends plan from the batch.
+        num_prefill_tokens: their new tokens, together.
+        num_decode_tokens: the new tokens of the requests in the decode phase.
+        slot_mapping: (num_tokens,) int64, where each new token's key and value go in the cache:
+            block * block_size + offset, or −1 for a token that is padding. None without a cache.
+        multi_modal_placeholder_index_maps: modality -> the ranges that its items take, or None.
+            Layers with `bidirectional_ranges` let the tokens of a range see each other.
+        enable_kv_scales_calculation: the layer derives its fp8 cache's scales from this batch's
+            keys and values before it writes them.
+    """
+
+    num_prefills: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    slot_mapping: torch.Tensor | None
+    multi_modal_placeholder_index_maps: Mapping[str, Sequence[PlaceholderRange]] | None
+    enable_kv_scales_calculation: bool
+
+    @property
+    @abstractmethod
+    def prefill_metadata(self) -> AttentionMetadata | None:
+        """The same for the requests in the prefill phase alone, or None if there are none."""
+
+    @property
+    @abstractmethod
+    def decode_metadata(self) -> AttentionMetadata | None:
+        """The same for the requests in the decode phase alone, or None if there are none."""
+
+    def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
+        """The fields by name, tensors shared and not copied (`dataclasses.asdict` copies them)."""
+        skip = skip_fields or set()
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in skip
+        }
+
+
+T = TypeVar("T", bound=AttentionMetadata)
+
+
+class AttentionMetadataBuilder(ABC, Generic[T]):
+    """Turns an engine's batch into a backend's metadata, once per batch for all alike layers.
+
+    Args:
+        spec: the layers that the metadata is for.
+        device: where the metadata's tensors go.
+    """
+
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+
+    @abstractmethod
+    def build(self, batch: AttentionBatch) -> T:
+        """The backend's metadata for this batch.
+
+        Raises:
+            InvalidInputError: the batch lacks what the layers need, e.g. a block table.
+        """
+
+
+#: The fields that metadata has from its batch.
+_OF_BATCH = frozenset(field.name for field in dataclasses.fields(AttentionMetadata))
+
+
+def _of_batch(name: str) -> Any:
+    """A field of metadata that is its batch's. Assigning it builds the metadata again."""
+
+    def put(metadata: BatchMetadata, value: Any) -> None:
+        if not metadata._is_given(name, value):
+            metadata._build_again(name, value)
+
+    return property(operator.attrgetter(f"batch.{name}"), put)
+
+
+def _counted(name: str, count: Callable[[AttentionBatch], int]) -> Any:
+    """A field of metadata that is counted in its batch, and cannot be assigned."""
+
+    def get(metadata: BatchMetadata) -> int:
+        return count(metadata.batch)
+
+    def put(metadata: BatchMetadata, value: Any) -> None:
+        if not metadata._is_given(name, value):
+            raise AttributeError(
+                f"{name} is counted in the batch and cannot be assigned. Build the metadata from "
+                "another batch."
+            )
+
+    return property(get, put)
+
+
+def _prompts(batch: AttentionBatch) -> Totals:
+    return batch.totals.get(Phase.PREFILL, NO_REQUESTS)
+
+
+@functools.cache
+def _factories(cls: type[BatchMetadata]) -> tuple[tuple[str, Callable[[], Any]], ...]:
+    """The defaults that a subclass makes again for each instance."""
+    made = ((field.name, field.default_factory) for field in dataclasses.fields(cls))
+    return tuple((name, make) for name, make in made if make is not dataclasses.MISSING)
+
+
+@dataclass
+class BatchMetadata(AttentionMetadata):
+    """Metadata that keeps its batch; what a backend adds goes into a subclass's further fields.
+
+    The fields of AttentionMetadata are read from the batch. Assigning `slot_mapping`,
+    `multi_modal_placeholder_index_maps` or `enable_kv_scales_calculation` builds the metadata
+    again, from a batch with the new value. Assigning a count raises AttributeError.
+
+    Raises:
+        InvalidInputError: an assigned value does not fit the batch, and the metadata stays as it
+            was; or a constructor's arguments contradict its batch.
+    """
+
+    batch: AttentionBatch
+    builder: AttentionMetadataBuilder[Any]
+
+    num_prefills = _counted("num_prefills", lambda batch: _prompts(batch).requests)
+    num_prefill_tokens = _counted("num_prefill_tokens", lambda batch: _prompts(batch).tokens)
+    num_decode_tokens = _counted(
+        "num_decode_tokens", lambda batch: batch.num_tokens - _prompts(batch).tokens
+    )
+    slot_mapping = _of_batch("slot_mapping")
+    multi_modal_placeholder_index_maps = _of_batch("multi_modal_placeholder_index_maps")
+    enable_kv_scales_calculation = _of_batch("enable_kv_scales_calculation")
+
+    @classmethod
+    def of(cls, batch: AttentionBatch, builder: AttentionMetadataBuilder[Any], **more: Any) -> Any:
+        """The metadata of a batch; `more` are a subclass's further fields.
+
+        Raises:
+            InvalidInputError: the batch contradicts itself, or it brings a mask and the layers
+                were not said to take one.
+        """
+        batch.check()
+        if batch.custom_mask is not None and not builder.spec.custom_mask:
+            raise InvalidInputError(
+                "The batch has a custom_mask, and the layer was described without one, so it "
+                "would be ignored. Describe the layer with custom_mask=True."
+            )
+        metadata = cls.__new__(cls)  # the constructor would take what the batch has already
+        metadata.batch, metadata.builder = batch, builder
+        for name, make in _factories(cls):
+            if name not in more:
+                setattr(metadata, name, make())
+        for name, value in more.items():
+            setattr(metadata, name, value)
+        metadata.__post_init__()
+        return metadata
+
+    def __post_init__(self) -> None:
+        given = self.__dict__.pop("_given", None)
+        if given is None:
+            return
+        # Slots and the wish for scales are read at each call; a builder may plan by the rest.
+        read = {name: given.pop(name) for name in ("slot_mapping", "enable_kv_scales_calculation")}
+        if any(value is not getattr(self, name) for name, value in read.items()):
+            self.batch = dataclasses.replace(self.batch, **read)
+        wrong = [name for name, value in given.items() if value != getattr(self, name)]
+        if wrong:
+            raise InvalidInputError(
+                f"{', '.join(wrong)} of the metadata differ from those of its batch. Make it by "
+                "builder.build(batch)."
+            )
+
+    def _is_given(self, name: str, value: Any) -> bool:
+        """Whether a field is not assigned but set by the generated constructor; it keeps it."""
+        if "builder" in self.__dict__:
+            return False
+        self.__dict__.setdefault("_given", {})[name] = value
+        return True
+
+    def _build_again(self, name: str, value: Any) -> None:
+        """Become the metadata of a batch in which this attribute has another value."""
+        if name == "slot_mapping" and not (value is None or isinstance(value, torch.Tensor)):
+            raise InvalidInputError(
+                f"slot_mapping is a {type(value).__name__}; it must be a tensor, or None."
+            )
+        fresh = self.builder.build(dataclasses.replace(self.batch, **{name: value}))
+        own = [f.name for f in dataclasses.fields(self) if f.name not in _OF_BATCH]
+        for cached in self.__dict__.keys() - set(own):
+            del self.__dict__[cached]
+        for field in own:
+            setattr(self, field, getattr(fresh, field))
+
+    def ranges_of(self, request: int) -> list[tuple[int, int]]:
+        """The ranges [start, end) whose tokens see each other; none if the layers know none."""
+        if not self.builder.spec.bidirectional_ranges:
+            return []
+        maps = self.multi_modal_placeholder_index_maps or {}
+        return [(r.start, r.end) for each in maps.values() for r in each if r.request == request]
+
+    @functools.cached_property
+    def _by_phase(self) -> dict[Phase, Any]:
+        if len(self.batch.parts) == 1:
+            return dict.fromkeys(self.batch.parts, self)
+        return {phase: self.builder.build(part.batch) for phase, part in self.batch.parts.items()}
+
+    @property
+    def prefill_metadata(self) -> AttentionMetadata | None:
+        """The same for the requests in the prefill phase, or None."""
+        return self._by_phase.get(Phase.PREFILL)
+
+    @property
+    def decode_metadata(self) -> AttentionMetadata | None:
+        """The same for the requests in the decode phase, or None."""
+        return self._by_phase.get(Phase.DECODE)

@@ -1,0 +1,330 @@
+"""AttentionSpec: the frozen request that names an attention layer fully."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.arguments import as_int, shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.types import AttentionType
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ALIBI_SYMMETRIC",
+    "INT8_PER_TOKEN_HEAD",
+    "KV_CACHE_DTYPES",
+    "LAYER_KINDS",
+    "OUTPUT_QUANTS",
+    "SPEC_FIELDS",
+    "AttentionSpec",
+    "MLADims",
+    "alibi_of",
+]
+
+#: Signed 8-bit integers with a scale for each token and KV head, stored in the cache beside them.
+INT8_PER_TOKEN_HEAD = "int8_per_token_head"
+
+#: Names accepted for `kv_cache_dtype`. "fp8" is the device's own e4m3 (fnuz on gfx942).
+KV_CACHE_DTYPES = (
+    "auto",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_e4m3fnuz",
+    "fp8_e5m2fnuz",
+    INT8_PER_TOKEN_HEAD,
+)
+
+#: Names accepted for `output_quant`: static per-tensor fp8 by `output_scale`, and fp8 with one
+#: scale per token and group of 128 values, written to `output_block_scale`.
+OUTPUT_QUANTS = ("fp8_e4m3", "fp8_e4m3_group128")
+
+#: The value of `alibi` for slopes times -abs(distance), as FlashAttention has it.
+ALIBI_SYMMETRIC = "symmetric"
+
+#: The kinds of layer that an override can name, see `AttentionSpec.kind`.
+LAYER_KINDS = ("full", "sliding_window", "encoder", "encoder_only", "encoder_decoder", "mla")
+
+#: What a field holds that was left None.
+_DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
+    "num_kv_heads": lambda spec: spec.num_heads,
+    "head_size_v": lambda spec: spec.head_size,
+    "causal": lambda spec: spec.attn_type == AttentionType.DECODER,
+}
+
+_REQUIRED: Any = dataclasses.MISSING
+
+
+def _field(doc: str, default: Any = _REQUIRED, **neutral: Any) -> Any:
+    """A field of the request.
+
+    `neutral` (optional) is the value under which a backend that has never heard of the field is
+    still right: no soft cap, no sinks. A backend that does not declare the field is refused for
+    every other value, and for every value where the field has no neutral one.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, **neutral})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLADims:
+    """The sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), in elements."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = as_int(field.name, getattr(self, field.name), 1)
+            object.__setattr__(self, field.name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Everything about an attention layer that changes its numbers or who can compute them.
+
+    Values that only a call knows (slopes, sinks, scales, masks) are tensors given to the layer;
+    the spec says that they exist. Frozen and hashable; two equal specs get equal decisions.
+
+    Raises:
+        InvalidInputError: a field's value is wrong on its own, or contradicts another.
+    """
+
+    num_heads: int = _field("Query heads.")
+    head_size: int = _field("Elements per query and key head.")
+    dtype: torch.dtype = _field("dtype of queries, of new keys and values, and of the output.")
+    num_kv_heads: int = _field("Key and value heads; divides num_heads. Default: num_heads.", None)
+    head_size_v: int = _field("Elements per value head. Default: head_size.", None)
+    kv_cache_dtype: str = _field(
+        "Element type of the KV cache, 'auto' for that of dtype.", "auto", neutral="auto"
+    )
+    kv_scales: str = _field(
+        "Granularity of the scales of an fp8 cache: 'per_tensor' or 'per_head'.",
+        "per_tensor",
+        neutral="per_tensor",
+    )
+    block_size: int | None = _field("Tokens per block of the KV cache; None without one.", None)
+    kv_cache_layout: str | None = _field(
+        "Physical order of the cache, 'NHD' or 'HND'; None while it is still open.",
+        None,
+        neutral=None,
+    )
+    attn_type: str = _field("One of AttentionType.", AttentionType.DECODER)
+    causal: bool = _field(
+        "A query sees no later key; masks align to the end of the keys. "
+        "Default: True for decoder attention, else False.",
+        None,
+    )
+    sliding_window: int | None = _field(
+        "Tokens a query sees, itself included; None for all.", None, neutral=None
+    )
+    logits_soft_cap: float | None = _field(
+        "Scores become cap * tanh(score / cap) before bias and mask.", None, neutral=None
+    )
+    alibi: bool | str = _field(
+        "Slopes times distance are added to the scores. True: the distance is key minus query "
+        "position. 'symmetric': it is -abs of that, which is the same where attention is causal.",
+        False,
+        neutral=False,
+    )
+    sinks: bool = _field("One more logit per head joins the softmax.", False, neutral=False)
+    kv_sharing: bool = _field(
+        "The layer reads another layer's cache and never writes.", False, neutral=False
+    )
+    custom_mask: bool = _field(
+        "The batch brings a mask of its own, e.g. a tree of draft tokens.", False, neutral=False
+    )
+    bidirectional_ranges: bool = _field(
+        "Tokens of one range see each other both ways: prefix-LM, the images of Gemma 3.",
+        False,
+        neutral=False,
+    )
+    mla: MLADims | None = _field("Sizes of multi-head latent attention.", None, neutral=None)
+    returns_lse: bool = _field(
+        "The log-sum-exp of the scores is returned too.", False, neutral=False
+    )
+    output_quant: str | None = _field(
+        "The output is quantized on the way out; one of OUTPUT_QUANTS.", None, neutral=None
+    )
+    batch_invariant: bool = _field(
+        "A request gets the same bits whatever else is in the batch.", False, neutral=False
+    )
+    cuda_graph: bool = _field("Calls are captured into CUDA graphs.", False, neutral=False)
+
+    def __post_init__(self) -> None:
+        import torch  # not above: what only reads the declarations, such as --help, stays quick
+
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("num_heads", "head_size"):
+            fill(name, as_int(name, getattr(self, name), 1))
+        for name, derive in _DERIVED.items():
+            if getattr(self, name) is None:
+                fill(name, derive(self))
+        for name in ("num_kv_heads", "head_size_v"):
+            fill(name, as_int(name, getattr(self, name), 1))
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidInputError(
+                f"num_heads={self.num_heads} is not a multiple of "
+                f"num_kv_heads={self.num_kv_heads}. Each KV head serves the same number of "
+                "query heads; check the model's config."
+            )
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise InvalidInputError(
+                f"dtype={shown(self.dtype)} is not a floating-point torch.dtype. "
+                "Give e.g. torch.bfloat16."
+            )
+        _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _require_one_of("kv_scales", self.kv_scales, ("per_tensor", "per_head"))
+        if self.kv_cache_dtype == INT8_PER_TOKEN_HEAD and self.kv_scales != "per_tensor":
+            raise InvalidInputError(
+                f"kv_scales={self.kv_scales!r} is for fp8 caches; one of {INT8_PER_TOKEN_HEAD} "
+                "has its own scale for each token and head. Leave kv_scales out."
+            )
+        if self.kv_cache_layout is not None:
+            _require_one_of("kv_cache_layout", self.kv_cache_layout, ("NHD", "HND"))
+        if self.output_quant is not None:
+            _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
+        _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))
+        fill("attn_type", AttentionType(self.attn_type))
+        for name in ("block_size", "sliding_window"):
+            if getattr(self, name) is not None:
+                fill(name, as_int(name, getattr(self, name), 1))
+        if self.logits_soft_cap is not None:
+            _check_soft_cap(self.logits_soft_cap)
+            fill("logits_soft_cap", float(self.logits_soft_cap))
+        if self.mla is not None:
+            self._check_mla(self.mla)
+        if not isinstance(self.alibi, (bool, str)) or self.alibi not in (
+            True,
+            False,
+            ALIBI_SYMMETRIC,
+        ):
+            raise InvalidInputError(
+                f"alibi={shown(self.alibi)} is not True, False or {ALIBI_SYMMETRIC!r}."
+            )
+        for field in dataclasses.fields(self):
+            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                raise InvalidInputError(
+                    f"{field.name}={shown(getattr(self, field.name))} is not True or False."
+                )
+        if self.alibi == ALIBI_SYMMETRIC and self.causal and not self.bidirectional_ranges:
+            fill("alibi", True)  # no visible key is later than its query
+
+    def _check_mla(self, mla: MLADims) -> None:
+        if not isinstance(mla, MLADims):
+            raise InvalidInputError(f"mla={shown(mla)} is not an MLADims.")
+        latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+        if (self.num_kv_heads, self.head_size, self.head_size_v) != (1, latent, mla.kv_lora_rank):
+            raise InvalidInputError(
+                "A spec with mla describes the latent cache: it needs num_kv_heads=1, "
+                f"head_size=kv_lora_rank+qk_rope_head_dim={latent} and "
+                f"head_size_v=kv_lora_rank={mla.kv_lora_rank}, not {self.num_kv_heads}, "
+                f"{self.head_size} and {self.head_size_v}. AttentionSpec.for_mla fills them in."
+            )
+
+    @classmethod
+    def for_mla(
+        cls, *, num_heads: int, dtype: torch.dtype, mla: MLADims, **kw: Any
+    ) -> AttentionSpec:
+        """The spec of a multi-head latent attention layer, its cache sizes filled in."""
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=1,
+            head_size=mla.kv_lora_rank + mla.qk_rope_head_dim,
+            head_size_v=mla.kv_lora_rank,
+            dtype=dtype,
+            mla=mla,
+            **kw,
+        )
+
+    @property
+    def kind(self) -> str:
+        """The kind of layer, one of LAYER_KINDS: what an override such as `mla=X` refers to."""
+        if self.mla is not None:
+            return "mla"
+        if self.attn_type != AttentionType.DECODER:
+            return str(self.attn_type)
+        return "full" if self.sliding_window is None else "sliding_window"
+
+    def replace(self, **changes: Any) -> AttentionSpec:
+        """A copy with some fields changed; what was derived from them is derived again."""
+        derived = {name: None for name in _DERIVED if _is_filled_in(self, name)}
+        return dataclasses.replace(self, **{**derived, **changes})
+
+    def asdict(self) -> dict[str, Any]:
+        """The request as JSON-ready data: dtypes by name, nested records as dicts."""
+        return {f.name: plain_value(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        """The fields that differ from their defaults, as one readable line."""
+        shown = [
+            f"{f.name}={plain_value(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default and not _is_filled_in(self, f.name)
+        ]
+        return ", ".join(shown)
+
+
+#: The names of the fields of AttentionSpec.
+SPEC_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionSpec))
+
+
+def alibi_of(alibi: bool | str | None, slopes: object) -> bool | str:
+    """The field `alibi` of a layer with these slopes; None for signed distances if there are some.
+
+    Raises:
+        InvalidInputError: one is given without the other.
+    """
+    if alibi is None:
+        return slopes is not None
+    if (alibi is not False) != (slopes is not None):
+        raise InvalidInputError(
+            f"alibi={shown(alibi)} and alibi_slopes go together: give both, or neither."
+        )
+    return alibi
+
+
+def plain_value(value: Any) -> Any:
+    """A field's value as JSON-ready data."""
+    import torch
+
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, AttentionType):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+def _is_filled_in(spec: AttentionSpec, name: str) -> bool:
+    """Whether the field holds what __post_init__ would have put there."""
+    return name in _DERIVED and bool(getattr(spec, name) == _DERIVED[name](spec))
+
+
+def _require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidInputError(f"{name}={shown(value)} is not one of: {', '.join(allowed)}.")
+
+
+def _check_soft_cap(cap: Any) -> None:
+    is_number = isinstance(cap, numbers.Real) and not isinstance(cap, bool)
+    if not is_number or not 0 < cap <= sys.float_info.max:
+        raise InvalidInputError(
+            f"logits_soft_cap={shown(cap)} is not a positive finite number. "
+            "Give None for no soft cap (vLLM's 0 means that too)."
+        )

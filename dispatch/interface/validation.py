@@ -1,0 +1,524 @@
+"""What is checked before a call writes anything.
+
+Shapes, dtypes, devices and shared memory are checked on every call, at host cost only. Contents
+(block ids, slots, lengths) are always checked if they are on the host, as on a CPU; on another
+device only under ATTN_DISPATCH_CHECK=1, because reading them waits for the device.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import forward_ad
+
+from attn_dispatch import environment
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.overlap import (
+    check_shared_memory,
+    may_share_memory,
+    overlaps_itself,
+    raise_not_writable,
+)
+from attn_dispatch.interface.quantization import (
+    GROUP_SIZE,
+    has_token_scales,
+    indexable,
+    is_fp8,
+    kv_cache_torch_dtype,
+    stored_head_size,
+)
+
+if TYPE_CHECKING:
+    from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.impl import AttentionImpl
+    from attn_dispatch.interface.metadata import AttentionMetadata
+    from attn_dispatch.interface.spec import AttentionSpec
+
+__all__ = [
+    "check_block_size",
+    "check_block_table",
+    "check_cache_tensor",
+    "check_forward",
+    "check_int32",
+    "check_metadata",
+    "check_no_grad",
+    "check_no_transform",
+    "check_output",
+    "check_slot_mapping",
+    "check_tensors",
+    "profiling_output",
+]
+
+
+#: None outside of torch.func's transforms.
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def check_forward(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    batch: AttentionBatch,
+    output: torch.Tensor | None = None,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+) -> None:
+    """Check the arguments of AttentionImpl.forward against the layer and the batch.
+
+    What passed for one layer of a batch is not checked again for other layers with the same shape.
+
+    Raises:
+        InvalidInputError: an argument does not fit; it says which, and what would.
+    """
+    if torch.is_grad_enabled():
+        check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
+    if forward_ad._current_level >= 0 or _functorch_level() is not None:
+        check_no_transform(query, key, value)
+    try:
+        signature = (  # each by itself, not by a loop: every layer's call waits for this
+            impl.__dict__.get("_checked_as") or _checked_as(impl),
+            _form(query),
+            None if key is None else _form(key),
+            None if value is None else _form(value),
+            None if kv_cache is None else _form(kv_cache),
+            None if kv_cache is None else (kv_cache.stride(), kv_cache.storage_offset() % 4),
+            None if output is None else (_form(output), output.stride()),
+            None if output_scale is None else _form(output_scale),
+            None if output_block_scale is None else _form(output_block_scale),
+        )
+    except (AttributeError, RuntimeError):  # lists, sparse tensors
+        check_tensors(
+            query=query, key=key, value=value, kv_cache=kv_cache, output=output,
+            output_scale=output_scale, output_block_scale=output_block_scale,
+        )  # fmt: skip
+        raise
+    if signature not in batch.checked:
+        _check_forms(
+            impl, query, key, value, kv_cache, batch, output, output_scale, output_block_scale
+        )
+        batch.checked.add(signature)
+    if not torch.is_inference_mode_enabled() and (
+        (output is not None and output.is_inference())
+        or (kv_cache is not None and key is not None and kv_cache.is_inference())
+    ):
+        raise_not_writable(kv_cache if key is not None else None, output)
+    if may_share_memory(query, key, value, kv_cache, output):
+        check_shared_memory(query, key, value, kv_cache, output)
+    if environment.check_mode() or query.device.type == "cpu":
+        check_batch_contents(batch, kv_cache, impl.sliding_window)
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Check that each argument is a strided tensor with data, or None.
+
+    Raises:
+        InvalidInputError: it names the first that is not.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidInputError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor.")
+        on_meta = name == "query" and tensor.is_meta  # others must be where the query is
+        if tensor.layout != torch.strided or on_meta:
+            found = "on the meta device" if on_meta else str(tensor.layout)
+            raise InvalidInputError(
+                f"{name} is {found}; attention needs a dense tensor with data. Convert it first."
+            )
+
+
+_shape_of_layer = operator.attrgetter(
+    "num_heads", "num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype", "attn_type"
+)
+
+
+def _checked_as(impl: AttentionImpl[Any]) -> str:
+    """What the checks below look at, of an impl; kept with it, since a string is hashed once."""
+    name = repr((_shape_of_layer(impl), impl.kv_sharing_target_layer_name is None))
+    impl.__dict__["_checked_as"] = name
+    return name
+
+
+#: All that the checks below look at, of a tensor; of a cache they also ask where its rows lie.
+_form = operator.attrgetter("shape", "dtype", "device")
+
+
+def _check_forms(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    batch: AttentionBatch,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
+    check_tensors(
+        query=query, key=key, value=value, kv_cache=kv_cache, output=output,
+        output_scale=output_scale, output_block_scale=output_block_scale,
+    )  # fmt: skip
+    _check_rows("query", query, (impl.num_heads, impl.head_size), query)
+    if query.shape[0] < batch.num_tokens:
+        raise InvalidInputError(
+            f"query has {query.shape[0]} rows, and the batch has {batch.num_tokens} new tokens. "
+            "Build the metadata from the batch that the query belongs to."
+        )
+    if (key is None) != (value is None):
+        raise InvalidInputError("key and value go together: give both, or None for both.")
+    if key is not None and value is not None:
+        _check_rows("key", key, (impl.num_kv_heads, impl.head_size), query)
+        _check_rows("value", value, (impl.num_kv_heads, impl.head_size_v), query)
+        if len(key) != len(value) or len(key) < batch.key_starts[-1]:
+            raise InvalidInputError(
+                f"key has {len(key)} rows, value {len(value)}, and the batch brings "
+                f"{batch.key_starts[-1]} new keys. Give a row for each."
+            )
+    if kv_cache is None:
+        _check_without_cache(impl, key, batch)
+    else:
+        _check_with_cache(impl, query, key, kv_cache, batch)
+    shape = (query.shape[0], impl.num_heads, impl.head_size_v)
+    check_output(shape, query, output, output_scale, output_block_scale)
+
+
+def check_no_grad(*values: object) -> None:
+    """Check that no gradient is expected to flow through these values; only tensors have one.
+
+    Raises:
+        InvalidInputError: autograd is recording one of these tensors.
+    """
+    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values):
+        raise InvalidInputError(
+            "attn-dispatch computes attention for inference, and autograd is recording this call. "
+            "Call the model inside of torch.inference_mode() or torch.no_grad()."
+        )
+
+
+def check_no_transform(*values: object) -> None:
+    """Check that these values are plain, for PyTorch's other ways to differentiate or transform.
+
+    torch.compile cannot trace this.
+
+    Raises:
+        InvalidInputError: one carries a tangent of forward-mode differentiation, or the call is
+            inside of a transform of torch.func.
+    """
+    if forward_ad._current_level >= 0 and any(
+        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+    ):
+        raise InvalidInputError(
+            "attn-dispatch computes attention for inference, and a tensor of this call carries a "
+            "tangent of forward-mode differentiation. Pass its primal value."
+        )
+    if _functorch_level() is not None:
+        raise InvalidInputError(
+            "attn-dispatch does not support the transforms of torch.func (vmap, grad, jvp). Call "
+            "it outside of them."
+        )
+
+
+def _check_rows(
+    name: str, tensor: torch.Tensor, heads: tuple[int, int], query: torch.Tensor
+) -> None:
+    if tensor.dim() != 3 or tensor.shape[1:] != heads:
+        raise InvalidInputError(
+            f"{name} has shape {tuple(tensor.shape)}; the layer takes "
+            f"(num_tokens, {heads[0]}, {heads[1]}): tokens, heads, elements per head."
+        )
+    if tensor.dtype != query.dtype or tensor.device != query.device:
+        raise InvalidInputError(
+            f"{name} is {tensor.dtype} on {tensor.device}, and query is {query.dtype} on "
+            f"{query.device}. Give both in the same dtype, on the same device."
+        )
+    if not tensor.dtype.is_floating_point:
+        raise InvalidInputError(f"{name} is {tensor.dtype}; attention needs floating point.")
+
+
+def _check_without_cache(
+    impl: AttentionImpl[Any],
+    key: torch.Tensor | None,
+    batch: AttentionBatch,
+) -> None:
+    if impl.kv_sharing_target_layer_name is not None:
+        raise InvalidInputError(
+            f"The layer reads the cache of {impl.kv_sharing_target_layer_name!r}, and kv_cache is "
+            "None. Bind that layer's cache to it."
+        )
+    if key is None:
+        raise InvalidInputError("Without a kv_cache the keys must be given; key is None.")
+    starts = batch.key_starts
+    key_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    if key_lens != batch.host_seq_lens:
+        raise InvalidInputError(
+            f"Without a kv_cache a request's keys are its rows of key, {key_lens[:8]}; seq_lens "
+            f"says {batch.host_seq_lens[:8]}. Give the kv_cache that holds the earlier ones."
+        )
+
+
+def _check_with_cache(
+    impl: AttentionImpl[Any],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+) -> None:
+    if not impl.attn_type.has_kv_cache:
+        raise InvalidInputError(f"{impl.attn_type} attention has no kv_cache; give None.")
+    size = max(impl.head_size, impl.head_size_v)
+    stored = stored_head_size(impl.kv_cache_dtype, size)
+    wanted = (2, impl.num_kv_heads, stored)
+    found = tuple(kv_cache.shape)
+    if len(found) != 5 or (found[1], found[3], found[4]) != wanted:
+        scaled = "" if stored == size else f": {size} elements, filled up to 16s, and their scale"
+        raise InvalidInputError(
+            f"kv_cache has shape {found}; the layer takes "
+            f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
+        )
+    check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
+    check_block_size(batch, found[2])
+    check_block_table(batch, found[2], query.device)
+    if key is not None and impl.kv_sharing_target_layer_name is None:
+        check_slot_mapping(batch, len(key), query.device)
+
+
+def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Check the device and element type of a cache, and that the scales in it can be read."""
+    wanted = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
+    either = kv_cache_dtype == "fp8" and is_fp8(kv_cache.dtype)
+    if (kv_cache.dtype != wanted and not either) or kv_cache.device != query.device:
+        raise InvalidInputError(
+            f"kv_cache is {kv_cache.dtype} on {kv_cache.device}; the layer takes {wanted} on "
+            f"{query.device} (kv_cache_dtype={kv_cache_dtype!r})."
+        )
+    if overlaps_itself(kv_cache):
+        raise InvalidInputError(
+            f"kv_cache overlaps itself: shape {tuple(kv_cache.shape)}, strides "
+            f"{kv_cache.stride()}. Each slot needs memory of its own; make the cache by "
+            "allocate_kv_cache."
+        )
+    if has_token_scales(kv_cache.dtype) and not _is_aligned(kv_cache):
+        raise InvalidInputError(
+            f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on; "
+            "the float32 scales in an int8 cache need rows without gaps that start at multiples "
+            "of 4 bytes. Make the cache by allocate_kv_cache."
+        )
+
+
+def _is_aligned(int8_cache: torch.Tensor) -> bool:
+    """Whether each row is one piece that float32 can be read from."""
+    *steps, last = int8_cache.stride()
+    return last == 1 and not any(step % 4 for step in (*steps, int8_cache.storage_offset()))
+
+
+def check_block_size(batch: AttentionBatch, block_size: int) -> None:
+    """Check that the batch's block table counts blocks of the cache's size."""
+    if batch.block_size not in (None, block_size):
+        raise InvalidInputError(
+            f"The batch was made for blocks of {batch.block_size} tokens, and kv_cache has blocks "
+            f"of {block_size}. Make the batch with block_size={block_size}."
+        )
+
+
+def check_block_table(batch: AttentionBatch, block_size: int, device: torch.device) -> None:
+    """Check that there is a block table, where the cache is, with room for the longest request."""
+    table = batch.block_table
+    if table is None:
+        raise InvalidInputError(
+            "The batch has no block_table, and the layer has a kv_cache. Give "
+            "AttentionBatch.create the requests' block_table."
+        )
+    if batch.max_seq_len > table.shape[1] * block_size:
+        raise InvalidInputError(
+            f"block_table has {table.shape[1]} blocks of {block_size} tokens for a request, and "
+            f"the longest has {batch.max_seq_len} keys. Give it "
+            f"{-(-batch.max_seq_len // block_size)} columns."
+        )
+    _check_device("block_table", table, device)
+
+
+def check_slot_mapping(batch: AttentionBatch, num_keys: int, device: torch.device) -> None:
+    """Check that the new keys have slots to go to."""
+    slots = batch.slot_mapping
+    if (
+        slots is None
+        or slots.dim() != 1
+        or slots.dtype != torch.int64
+        or not batch.key_starts[-1] <= len(slots) <= num_keys
+    ):
+        found = (
+            "no slot_mapping"
+            if slots is None
+            else f"slot_mapping {tuple(slots.shape)} {slots.dtype}"
+        )
+        raise InvalidInputError(
+            f"The batch has {found} for {batch.key_starts[-1]} new keys ({num_keys} rows). Give a "
+            "slot for each, int64: block * block_size + offset, or −1 for padding."
+        )
+    _check_device("slot_mapping", slots, device)
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidInputError(
+            f"{name} is on {tensor.device}, and query on {device}. Make the batch with "
+            f"device={str(device)!r}."
+        )
+
+
+def check_output(
+    shape: tuple[int, int, int],
+    query: torch.Tensor,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
+    """Check where the result goes: shape, dtype, device, and the scales of a quantized one."""
+    if output_scale is not None and output_block_scale is not None:
+        raise InvalidInputError("Give output_scale or output_block_scale, not both.")
+    quantized = output_scale is not None or output_block_scale is not None
+    if output is None:
+        if quantized:
+            raise InvalidInputError("A scale of the output needs an fp8 output to go with it.")
+        return
+    if tuple(output.shape) != shape or output.device != query.device:
+        raise InvalidInputError(
+            f"output has shape {tuple(output.shape)} on {output.device}; it must be {shape} on "
+            f"{query.device}."
+        )
+    if overlaps_itself(output):
+        raise InvalidInputError(
+            f"output overlaps itself: shape {tuple(output.shape)}, strides {output.stride()}. "
+            "Give each of its elements memory of its own."
+        )
+    if quantized != is_fp8(output.dtype) or (not quantized and output.dtype != query.dtype):
+        raise InvalidInputError(
+            f"output is {output.dtype}. It must be {query.dtype}; or an fp8 type together with "
+            "output_scale or output_block_scale."
+        )
+    if output_scale is not None:
+        _check_scale("output_scale", output_scale, (), query)
+    if output_block_scale is not None:
+        row = shape[1] * shape[2]
+        if row % GROUP_SIZE:
+            raise InvalidInputError(
+                f"A row of the output has num_heads * head_size_v = {row} values, which is no "
+                f"multiple of {GROUP_SIZE}; use output_scale."
+            )
+        groups = (shape[0], row // GROUP_SIZE)
+        _check_scale("output_block_scale", output_block_scale, groups, query)
+
+
+def _check_scale(
+    name: str, scale: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
+) -> None:
+    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.device != query.device:
+        raise InvalidInputError(
+            f"{name} is {tuple(scale.shape)} {scale.dtype} on {scale.device}; it must be {shape} "
+            f"torch.float32 on {query.device}."
+        )
+
+
+#: What an impl and the spec of its metadata must have in common.
+_IN_COMMON = (
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "head_size_v",
+    "kv_cache_dtype",
+    "attn_type",
+    "causal",
+    "sliding_window",
+    "logits_soft_cap",
+    "returns_lse",
+)
+_in_common = operator.attrgetter(*_IN_COMMON)
+
+
+def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted: type) -> None:
+    """Check that metadata comes from the backend's own builder, made for layers like this one."""
+    if not isinstance(metadata, wanted):
+        raise InvalidInputError(
+            f"attn_metadata is a {type(metadata).__name__}; this backend takes the "
+            f"{wanted.__name__} of its own builder (layer.build_metadata makes the right one)."
+        )
+    spec = metadata.builder.spec  # type: ignore[attr-defined]
+    # Where no visible key is later than its query, both kinds of ALiBi are the same.
+    is_one_sided = impl.causal and not spec.bidirectional_ranges
+    given = (
+        bool(impl.alibi) if is_one_sided else impl.alibi,
+        impl.sinks is not None,
+        impl.kv_sharing_target_layer_name is not None,
+    )
+    if _in_common(spec) == _in_common(impl) and (spec.alibi, spec.sinks, spec.kv_sharing) == given:
+        return
+    pairs = [
+        *zip(_IN_COMMON, _in_common(spec), _in_common(impl), strict=True),
+        ("alibi", spec.alibi, given[0]),
+        ("sinks", spec.sinks, given[1]),
+        ("kv_sharing", spec.kv_sharing, given[2]),
+    ]
+    field, theirs, mine = next(pair for pair in pairs if pair[1] != pair[2])
+    raise InvalidInputError(
+        f"attn_metadata was built for layers with {field}={theirs}, and this layer has {mine}. "
+        "Build the metadata from the layer's own spec; layer.build_metadata does."
+    )
+
+
+def profiling_output(
+    layer: AttentionImpl[Any] | AttentionSpec,
+    query: torch.Tensor,
+    output: torch.Tensor | None,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    *,
+    head_size_v: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What forward returns when it is given no metadata, as in vLLM: zeros, and an LSE of −inf.
+
+    An engine runs the model so before it has a cache, to find out how much memory is left for
+    one. No key is read, and nothing but the output is written.
+
+    Args:
+        layer: the impl that was called, or the spec of its layer.
+        query: (num_tokens, ...).
+        output: as for AttentionImpl.forward.
+        output_scale: as for AttentionImpl.forward.
+        output_block_scale: as for AttentionImpl.forward.
+        head_size_v: elements per head of the output, if not the layer's.
+
+    Raises:
+        InvalidInputError: the output or its scales do not fit.
+    """
+    shape = (query.shape[0], layer.num_heads, head_size_v or layer.head_size_v)
+    check_output(shape, query, output, output_scale, output_block_scale)
+    if output is None:
+        output = query.new_zeros(shape)
+    else:
+        indexable(output).zero_()
+    if output_block_scale is not None:
+        output_block_scale.fill_(1.0)  # the scale of a group of zeros
+    if not layer.returns_lse:
+        return output
+    return output, query.new_full(shape[:2], float("-inf"), dtype=torch.float32)
+
+
+def check_int32(batch: AttentionBatch) -> None:
+    """Check that kernels can read the batch's lengths and blocks as they are.
+
+    Raises:
+        InvalidInputError: one of these tensors has another dtype, or gaps.
+    """
+    for name in ("query_start_loc", "seq_lens", "block_table"):
+        tensor = getattr(batch, name)
+        if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
+            raise InvalidInputError(
+                f"{name} is {tensor.dtype} with strides {tensor.stride()}; it must be contiguous "
+                "torch.int32. Make the batch by AttentionBatch.create."
+            )

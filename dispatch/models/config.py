@@ -1,0 +1,370 @@
+"""From a model's Hugging Face config to the AttentionSpec of each kind of layer in it.
+
+What the keys of which model mean is data: see `model_families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.models.families import (
+    ATTENTION_KEYS,
+    FAMILIES,
+    REFUSED,
+    WRAPPERS,
+    Stack,
+    Wrapper,
+)
+from attn_dispatch.models.hf import ConfigReader, read_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SERVING_FIELDS", "LayerGroup", "layers_from_config"]
+
+#: Fields of AttentionSpec that the engine decides and no config.json speaks of. Those of the cache
+#: hold for the layers that have one.
+SERVING_FIELDS = (
+    "kv_cache_dtype",
+    "kv_scales",
+    "block_size",
+    "kv_cache_layout",
+    "custom_mask",
+    "returns_lse",
+    "output_quant",
+    "batch_invariant",
+    "cuda_graph",
+)
+_CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
+_CACHED = (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+#: Layers in the deepest of models, with room to spare; beyond it the number is a mistake.
+_MAX_LAYERS = 10_000
+
+_ADVICE = (
+    "Describe the layer field by field instead: an AttentionSpec, or explain's flags such as "
+    "--num-heads."
+)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """The layers of a model that one request describes.
+
+    Attributes:
+        spec: the request.
+        layers: their indices, from 0; an encoder's and its decoder's are counted apart.
+    """
+
+    spec: AttentionSpec
+    layers: tuple[int, ...]
+
+
+def layers_from_config(
+    config: Mapping[str, Any], *, dtype: torch.dtype | None = None, **extra: Any
+) -> dict[str, LayerGroup]:
+    """The kinds of layer in a model, by name, in the order in which they first appear.
+
+    Of a multimodal model these are the layers of the language model.
+
+    Args:
+        config: the content of a Hugging Face config.json, e.g. by `hf_config.load_config`.
+        dtype: what the model runs in; the config's own dtype if None, float32 if it has none.
+        **extra: fields of SERVING_FIELDS.
+
+    Returns:
+        A LayerGroup for each kind: "full" and "sliding_window" for Gemma 2, "encoder", "full" and
+        "encoder_decoder" for Whisper. The names are AttentionSpec.kind, with what else tells two
+        groups apart.
+
+    Raises:
+        UnsupportedError: the model is not in the tables, or has an attention feature that
+            AttentionSpec or the model's entry does not know.
+        InvalidInputError: the config lacks something, or says something that cannot be.
+
+    Example:
+        >>> groups = layers_from_config(load_config("gemma-2-9b"), block_size=16)
+        >>> groups["sliding_window"].spec.sliding_window
+        4096
+    """
+    if not isinstance(config, Mapping):
+        raise InvalidInputError(
+            f"config is a {type(config).__name__}, not a mapping. Give what config.json holds; of "
+            "a transformers config object, its to_dict()."
+        )
+    _check_extra(extra)
+    model_type = _model_type(config)
+    wrapper = WRAPPERS.get(model_type)
+    text, more = config, _Outer()
+    if wrapper is not None:
+        text, model_type, more = _unwrap(config, model_type, wrapper)
+    _require_known(model_type)
+    dtype = dtype or read_dtype(text) or read_dtype(config) or _float32()
+    groups: dict[AttentionSpec, list[int]] = {}
+    readers = []
+    for stack in FAMILIES[model_type]:
+        reader = ConfigReader(text, model_type, {**stack.defaults, **more.defaults})
+        readers.append(reader)
+        for layer, fields in enumerate(_layers(reader, stack, more)):
+            groups.setdefault(_spec(fields, dtype, extra), []).append(layer)
+    _refuse_unread(readers)
+    named = zip(_names(list(groups)), groups.items(), strict=True)
+    return {name: LayerGroup(spec, tuple(layers)) for name, (spec, layers) in named}
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    foreign = sorted(set(extra) - set(SERVING_FIELDS))
+    if foreign:
+        raise InvalidInputError(
+            f"{', '.join(foreign)} cannot be given beside a config, which decides it. Besides "
+            f"dtype, a config leaves open: {', '.join(SERVING_FIELDS)}. {_ADVICE}"
+        )
+
+
+def _model_type(config: Mapping[str, Any], default: str | None = None) -> str:
+    model_type = config.get("model_type", default)
+    if not isinstance(model_type, str) or not model_type:
+        raise InvalidInputError(
+            f"This config has model_type={model_type!r}, so it does not say which model it is of. "
+            f"Is it a Hugging Face model's own config.json? If there is none: {_ADVICE}"
+        )
+    return model_type
+
+
+def _require_known(model_type: str) -> None:
+    if model_type in REFUSED:
+        raise UnsupportedError(
+            f"AttentionSpec cannot describe a model of type {model_type!r}: {REFUSED[model_type]}, "
+            "and it has no field for that. No backend here computes it."
+        )
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
+        raise UnsupportedError(
+            f"Models of type {model_type!r} are not known here, and attention is not guessed at. "
+            f"{_ADVICE} Known are: {known}."
+        )
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """What a multimodal model adds: the tokens of an image, and defaults of its language model."""
+
+    range_tokens: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _unwrap(
+    config: Mapping[str, Any], model_type: str, wrapper: Wrapper
+) -> tuple[Mapping[str, Any], str, _Outer]:
+    """The language model's config, which model that is, and what the wrapper adds to it."""
+    outer = ConfigReader(config, model_type, wrapper.defaults)
+    text, text_type = config.get("text_config"), wrapper.text
+    if text is None and wrapper.may_be_flat:
+        text = config
+    elif isinstance(text, Mapping):
+        text_type = _model_type(text, wrapper.text)
+    else:
+        raise outer.problem(
+            f"has text_config={text!r}, which should be the language model's config. "
+            "Is it the whole config.json?"
+        )
+    _check_requires(ConfigReader(text, text_type, {}), wrapper.requires)
+    tokens = outer.optional_integer(wrapper.range_tokens) if wrapper.range_tokens else None
+    return text, text_type, _Outer(tokens, wrapper.text_defaults.get(text_type, {}))
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str, Any]]:
+    """The fields of AttentionSpec for each layer of a stack."""
+    _check_requires(reader, stack.requires)
+    for key in stack.ignores:
+        reader.get(key)
+    num_layers = reader.integer(stack.num_layers)
+    if num_layers > _MAX_LAYERS:
+        raise reader.problem(f"has {stack.num_layers}={num_layers}, which no model has.")
+    base = _sizes(reader, stack)
+    base["attn_type"] = stack.attn_type
+    if stack.logits_soft_cap:
+        base["logits_soft_cap"] = reader.number(stack.logits_soft_cap)
+    alibi = stack.alibi
+    base["alibi"] = reader.flag(alibi) if isinstance(alibi, str) else alibi
+    base["sinks"] = stack.sinks
+    windows = _windows(reader, stack, num_layers)
+    if stack.bidirectional and reader.flag(stack.bidirectional):
+        base["attn_type"] = AttentionType.ENCODER_ONLY
+        windows = [None if window is None else window // 2 + 1 for window in windows]
+    elif outer.range_tokens is not None:
+        _check_ranges(reader, windows, outer.range_tokens)
+        base["bidirectional_ranges"] = True
+    full = stack.full_layers(reader) if stack.full_layers else {}
+    shared = 0
+    if stack.kv_shared_layers:
+        shared = reader.optional_integer(stack.kv_shared_layers, minimum=0) or 0
+        if shared >= num_layers:
+            raise reader.problem(
+                f"has {stack.kv_shared_layers}={shared} of {num_layers} layers, so that none is "
+                "left to write the caches that they read."
+            )
+    return [
+        base
+        | (full if window is None else {})
+        | {"sliding_window": window, "kv_sharing": layer >= num_layers - shared}
+        for layer, window in enumerate(windows)
+    ]
+
+
+def _sizes(reader: ConfigReader, stack: Stack) -> dict[str, Any]:
+    num_heads = reader.integer(stack.num_heads)
+    if stack.mla:
+        # Read for what they are: keys of a model with MLA.
+        sizes = {key: reader.integer(key) for key in MLADims.__dataclass_fields__}
+        return {"num_heads": num_heads, "mla": MLADims(**sizes)}
+    if callable(stack.num_kv_heads):
+        num_kv_heads: int | None = stack.num_kv_heads(reader)
+    else:
+        num_kv_heads = reader.optional_integer(stack.num_kv_heads) if stack.num_kv_heads else None
+    head_size = None
+    if stack.head_size:
+        # Where the model has a number of its own, null would be a mistake, not a wish to divide.
+        own = stack.head_size in stack.defaults
+        head_size = (reader.integer if own else reader.optional_integer)(stack.head_size)
+    if head_size is None:
+        hidden_size = reader.integer(stack.hidden_size)
+        head_size, rest = divmod(hidden_size, num_heads)
+        if rest:
+            raise reader.problem(
+                f"has a hidden size of {hidden_size}, which {num_heads} heads do not divide."
+            )
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads or num_heads,
+        "head_size": head_size,
+    }
+
+
+def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | None]:
+    """The sliding window of each layer."""
+    types = reader.names("layer_types", num_layers)
+    unknown = sorted(set(types or ()) - {_SLIDING, _FULL})
+    if unknown:
+        raise UnsupportedError(
+            f"This config has layers of type {', '.join(unknown)}, and AttentionSpec has no field "
+            "for that. No backend here computes it."
+        )
+    size, sliding = _pattern(reader, stack, num_layers, by_type=types is not None)
+    if types is not None:
+        said = [kind == _SLIDING for kind in types]
+        if stack.window is not None and stack.window.last_is_full:
+            said[-1] = False
+        if stack.window is not None and stack.window.by_type:
+            sliding = said
+        elif said != sliding:
+            raise UnsupportedError(
+                "This config's layer_types contradict what models of type "
+                f"{reader.model_type!r} do, with sliding_window={reader.get('sliding_window')!r}. "
+                "Correct the one that is wrong."
+            )
+    if size is None and any(sliding):
+        raise reader.problem(
+            "has layers with a sliding window, and none to give them: its size is null, missing "
+            "or switched off. Set it, or make the layers full_attention."
+        )
+    return [size if windowed else None for windowed in sliding]
+
+
+def _pattern(
+    reader: ConfigReader, stack: Stack, num_layers: int, *, by_type: bool
+) -> tuple[int | None, list[bool]]:
+    """The size of the window, and the layers that have it where layer_types do not say."""
+    rule = stack.window
+    if rule is None:
+        return None, [False] * num_layers
+    size = reader.optional_integer(rule.size)
+    switched_on = rule.switch is None or reader.flag(rule.switch)
+    if size is not None and rule.both_sides:
+        size = size // 2 + 1
+    if not switched_on:
+        size = None
+    first = reader.optional_integer(rule.first, minimum=0) if rule.first else 0
+    every = rule.full_every
+    if rule.full_every_key:
+        reader.get(rule.full_every_key)
+        if not by_type:
+            every = reader.optional_integer(rule.full_every_key) or every
+    if every is None and size is None:
+        return None, [False] * num_layers
+    is_full = 0 if rule.full_leads else (every or 1) - 1
+    sliding = [
+        layer >= (first or 0) and (every is None or layer % every != is_full)
+        for layer in range(num_layers)
+    ]
+    if rule.last_is_full:
+        sliding[-1] = False
+    return size, sliding
+
+
+def _check_ranges(reader: ConfigReader, windows: list[int | None], tokens: int) -> None:
+    """The tokens of a range see each other whatever the window; so they must fit into it."""
+    window = min((window for window in windows if window is not None), default=tokens)
+    if window < tokens:
+        raise UnsupportedError(
+            f"This config (read as {reader.model_type!r}) has images of {tokens} tokens in a "
+            f"sliding window of {window}: not all of them see each other, and "
+            "AttentionSpec.bidirectional_ranges says that they do."
+        )
+
+
+def _check_requires(reader: ConfigReader, requires: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, allowed in requires.items():
+        value = reader.get(key)
+        if value not in allowed:
+            raise _not_understood(reader, key, value)
+
+
+def _refuse_unread(readers: list[ConfigReader]) -> None:
+    """Refuse a config with a key that changes attention and that nobody has read."""
+    read = set().union(*(reader.read for reader in readers))
+    content = readers[0].content
+    for key, neutral in ATTENTION_KEYS.items():
+        if key not in read and key in content and content[key] not in neutral:
+            raise _not_understood(readers[0], key, content[key])
+
+
+def _not_understood(reader: ConfigReader, key: str, value: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"This config has {key}={value!r}, which changes attention in a way that is not understood "
+        f"for models of type {reader.model_type!r}, so it is not ignored. {_ADVICE}"
+    )
+
+
+def _spec(fields: dict[str, Any], dtype: torch.dtype, extra: Mapping[str, Any]) -> AttentionSpec:
+    if fields["attn_type"] not in _CACHED:
+        extra = {name: value for name, value in extra.items() if name not in _CACHE_FIELDS}
+    fields = {**fields, "dtype": dtype, **extra}
+    return AttentionSpec.for_mla(**fields) if "mla" in fields else AttentionSpec(**fields)
+
+
+def _names(specs: list[AttentionSpec]) -> list[str]:
+    """A name for each: the kind of layer, and where that is not enough, more."""
+    names: list[str] = []
+    for spec in specs:
+        parts = [spec.kind]
+        if spec.sliding_window is not None and spec.kind != "sliding_window":
+            parts.append("sliding_window")
+        if spec.kv_sharing:
+            parts.append("kv_sharing")
+        name = ", ".join(parts)
+        others = sum(1 for other in names if other.split(" #")[0] == name)
+        names.append(f"{name} #{others + 1}" if others else name)
+    return names

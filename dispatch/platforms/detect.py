@@ -1,0 +1,147 @@
+"""The devices of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.arguments import shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["default_torch_device", "detect_device", "settle_device", "usable_device"]
+
+
+def default_torch_device() -> torch.device:
+    """The device that work goes to when nobody names one: the accelerator if there is one."""
+    import torch
+
+    chosen = torch.get_default_device()
+    return chosen if chosen.type != "cpu" else _accelerator_or_cpu()
+
+
+@functools.cache
+def _accelerator_or_cpu() -> torch.device:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def settle_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant here and now: what None and a bare "cuda" mean may change.
+
+    Raises:
+        InvalidInputError: PyTorch does not know or cannot reach the device.
+    """
+    import torch
+
+    try:
+        settled = default_torch_device() if device is None else torch.device(device)
+        if settled.type == "cuda" and settled.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return settled
+    except _NO_DEVICE as error:
+        raise _unusable(device, error) from error
+
+
+#: What PyTorch raises for a device that it does not know or cannot reach.
+_NO_DEVICE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError)
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, as by `settle_device`, if a tensor can be made there.
+
+    Raises:
+        InvalidInputError: PyTorch does not know or cannot reach the device.
+    """
+    settled = settle_device(device)
+    if settled.type not in ("cpu", "meta"):
+        _try_device(settled)
+    return settled
+
+
+@functools.cache
+def _try_device(device: torch.device) -> None:
+    """Make a tensor on a device; once, if it succeeds."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except torch.OutOfMemoryError:
+        pass  # the device is there, and full
+    except (*_NO_DEVICE, NotImplementedError) as error:
+        raise _unusable(device, error) from error
+
+
+def _unusable(device: object, error: Exception) -> InvalidInputError:
+    import torch
+
+    named = shown(str(device) if isinstance(device, torch.device) else device)
+    lines = str(error).splitlines() or [type(error).__name__]
+    return InvalidInputError(
+        f"Device {named} cannot be used here: {lines[0].rstrip('.')}. "
+        "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` answers for "
+        "devices that are elsewhere, by architecture or product, e.g. gfx942 or H200."
+    )
+
+
+def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
+    """The profile of a device of this machine. Its libraries are looked up when they are asked for.
+
+    Args:
+        device: as PyTorch names it; None for the default device.
+
+    Raises:
+        InvalidInputError: PyTorch does not know or cannot reach the device.
+    """
+    settled = settle_device(device)
+    try:
+        hardware = _detect_hardware(settled.type, settled.index)
+    except _NO_DEVICE as error:
+        raise _unusable(device, error) from error
+    return dataclasses.replace(hardware, other_libraries="looked up")
+
+
+@functools.cache
+def _detect_hardware(kind: str, index: int | None) -> DeviceProfile:
+    import torch
+
+    if kind == "cuda":
+        return _describe_cuda(torch.cuda.get_device_properties(index), torch.version.hip)
+    if kind in ("cpu", "mps", "xpu"):
+        return KNOWN_DEVICES[kind]
+    raise RuntimeError(f"there is no profile for PyTorch devices of type {kind!r}.")
+
+
+def _bandwidth(properties: Any) -> float | None:
+    """Bytes per second by the memory's clock and width; two transfers a cycle."""
+    clock_khz = getattr(properties, "memory_clock_rate", None)
+    bits = getattr(properties, "memory_bus_width", None)
+    return 2 * clock_khz * 1e3 * bits / 8 if clock_khz and bits else None
+
+
+def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
+    """A profile out of torch.cuda.get_device_properties; pure, so that tests can feed it."""
+    if hip_version:
+        vendor, arch = "amd", str(properties.gcnArchName).split(":")[0]
+        capability = None
+    else:
+        capability = (int(properties.major), int(properties.minor))
+        vendor, arch = "nvidia", f"sm{capability[0]}{capability[1]}"
+    return DeviceProfile(
+        vendor=vendor,
+        arch=arch,
+        name=str(properties.name),
+        capability=capability,
+        num_sms=int(properties.multi_processor_count),
+        shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", None),
+        l2_bytes=getattr(properties, "L2_cache_size", None),
+        memory_bandwidth=_bandwidth(properties),
+    )

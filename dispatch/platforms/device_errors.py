@@ -1,0 +1,73 @@
+"""What an exception says about the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from attn_dispatch.errors import (
+    summary_of,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["is_capturing", "is_lost"]
+
+
+# Parts of messages, in lower case and without anything but letters.
+_OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "tallocatememory", "notenoughmemory")
+
+
+#: A device in such a state answers no later call either.
+_LOST_DEVICE = (
+    "illegalmemoryaccess",
+    "illegaladdress",
+    "devicesideassert",
+    "cudaerrorassert",
+    "misalignedaddress",
+    "illegalinstruction",
+    "invalidprogramcounter",
+    "unspecifiedlaunchfailure",
+    "launchfailed",
+    "launchtimedout",
+    "hardwarestackerror",
+    "uncorrectable",
+    "memoryaccessfault",
+)
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def mentions(error: Exception, texts: Sequence[str]) -> bool:
+    """Whether the message of an error, or of one that it comes from, contains one of these."""
+    said = ("".join(filter(str.isalpha, _message(each).lower())) for each in error_chain(error))
+    return any(text in each for each in said for text in texts)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:  # `str()` runs code of the exception's author
+        return summary_of(failure)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error leaves the device in a state in which every later call fails."""
+    return mentions(error, _LOST_DEVICE)
+
+
+def is_capturing() -> bool:
+    """Whether this call is being captured into a CUDA graph, or traced by torch.compile."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,372 @@
+"""attention(): the function, for those who want no classes; and merge_states()."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attn_dispatch.arguments import checked_scale
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.quantization import (
+    KVScales,
+    has_token_scales,
+    is_fp8,
+    kv_cache_torch_dtype,
+)
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec, alibi_of
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.interface.validation import check_tensors
+from attn_dispatch.platforms import libraries
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.runtime.guard import GuardedImpl
+from attn_dispatch.runtime.recovery import (
+    AttemptFailed,
+    Request,
+    raise_attempt_failed,
+    with_fallback,
+)
+from attn_dispatch.selection import overrides
+from attn_dispatch.selection.failure_record import Failure
+from attn_dispatch.selection.overrides import Rule
+from attn_dispatch.selection.registry import is_builtin, registry
+from attn_dispatch.selection.resolve import resolve, select_and_warn
+
+__all__ = ["attention", "merge_states"]
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    *,
+    query_lens: Sequence[int] | torch.Tensor | None = None,
+    seq_lens: Sequence[int] | torch.Tensor | None = None,
+    kv_cache: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Sequence[float] | torch.Tensor | None = None,
+    alibi: bool | str | None = None,
+    sinks: torch.Tensor | None = None,
+    custom_mask: torch.Tensor | None = None,
+    k_scale: float | torch.Tensor = 1.0,
+    v_scale: float | torch.Tensor = 1.0,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a ragged batch, with the keys given or in a paged cache.
+
+    Args:
+        query: (num_tokens, num_heads, head_size), all requests one after another.
+        key: (num_key_tokens, num_kv_heads, head_size). Ragged: all keys. Paged: the new ones,
+            which are written to the cache first, or None if the cache holds them.
+        value: (num_key_tokens, num_kv_heads, head_size_v).
+        query_lens: query tokens of each request; None for one request.
+        seq_lens: keys of each request; None for the same as query_lens, or with one request for
+            all rows of key. Paged: the new ones included.
+        kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)), paged;
+            an int8 one has heads of quantization.stored_head_size, with their scales in them.
+        block_table: (num_requests, max_blocks), paged: each request's blocks in order.
+        slot_mapping: (num_key_tokens,), paged: where new keys go; None for the last query_len
+            positions of each request.
+        scale: factor on the scores; None for head_size ** -0.5.
+        causal: a query sees no later key; queries align to the end of the keys.
+        sliding_window: tokens a query sees, itself included, or None.
+        logits_soft_cap: cap of the scores, or None.
+        alibi_slopes: (num_heads,), or None.
+        alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
+            slopes times the signed distance, if there are slopes.
+        sinks: (num_heads,) one more logit per head, or None.
+        custom_mask: (sum of query_len * seq_len,) bool, see AttentionBatch, or None.
+        k_scale: of an fp8 cache: a number, or (num_kv_heads,).
+        v_scale: the same for values.
+        out: (num_tokens, num_heads, head_size_v), written and returned; made if None.
+        return_lse: return (output, lse), lse (num_tokens, num_heads) float32, natural log.
+        backend: an override with the authority of an argument.
+
+    Raises:
+        UnsupportedError: no backend, or not the required one, computes exactly this here.
+        InvalidInputError: an argument does not fit; nothing has been written then.
+
+    Example:
+        >>> query = torch.randn(5, 8, 64)
+        >>> key, value = torch.randn(5, 2, 64), torch.randn(5, 2, 64)
+        >>> attention(query, key, value, query_lens=[2, 3]).shape
+        torch.Size([5, 8, 64])
+    """
+    _check_arguments(query, key, value, kv_cache, block_table, out)
+    _check_scales(kv_cache, k_scale, v_scale)
+    if query_lens is None:
+        query_lens = [len(query)]
+    if seq_lens is None:
+        whole = key is not None and kv_cache is None and _is_one_request(query_lens)
+        seq_lens = [len(key)] if whole and key is not None else query_lens
+    keys = kv_cache if key is None else key
+    assert keys is not None
+    per_head = any(isinstance(s, torch.Tensor) and s.dim() for s in (k_scale, v_scale))
+    spec = AttentionSpec(
+        num_heads=query.shape[1],
+        num_kv_heads=keys.shape[-2],
+        head_size=query.shape[2],
+        head_size_v=query.shape[2] if value is None else value.shape[2],
+        dtype=query.dtype,
+        kv_cache_dtype="auto" if kv_cache is None else _name_of(kv_cache.dtype, query.dtype),
+        kv_scales="per_head" if per_head else "per_tensor",
+        block_size=None if kv_cache is None else kv_cache.shape[2],
+        attn_type=AttentionType.DECODER,
+        causal=causal,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        alibi=alibi_of(alibi, alibi_slopes),
+        sinks=sinks is not None,
+        custom_mask=custom_mask is not None,
+        returns_lse=return_lse,
+    )
+    factor = spec.head_size**-0.5 if scale is None else checked_scale(scale)
+    batch = AttentionBatch.create(
+        query_lens,
+        seq_lens,
+        block_table=block_table,
+        block_size=None if kv_cache is None or key is None else kv_cache.shape[2],
+        slot_mapping=slot_mapping,
+        key_lens=seq_lens if kv_cache is None else None,
+        custom_mask=custom_mask,
+        device=query.device,
+    )
+    if batch.num_tokens != len(query):
+        raise InvalidInputError(
+            f"query has {len(query)} rows, and query_lens adds up to {batch.num_tokens}. Give each "
+            "request's rows of query."
+        )
+    if key is not None and batch.key_starts[-1] != len(key):
+        lens = "seq_lens" if kv_cache is None else "query_lens"
+        raise InvalidInputError(
+            f"key has {len(key)} rows, and {lens} adds up to {batch.key_starts[-1]}. Give each "
+            "request's rows of key and value."
+        )
+    phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
+
+    scales = KVScales()
+    if kv_cache is not None and is_fp8(kv_cache.dtype):
+        scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
+
+    if out is None:
+        shape = (len(query), spec.num_heads, spec.head_size_v)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    output = out
+
+    def rules() -> tuple[Rule, ...]:
+        return overrides.current_rules(backend, registry.names())
+
+    def attempt(
+        failures: tuple[Failure, ...],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        intact = libraries.generation()
+        if failures:
+            profile = detect_device(query.device)
+            selection = select_and_warn(
+                spec, profile, phase=phase, rules=rules(), unrecorded=failures
+            )
+        else:
+            selection = resolve(spec, query.device, phase=phase, backend=backend)
+        backend_cls, doing = selection.backend_cls, "when it was built"
+        try:
+            impl: AttentionImpl[Any] = backend_cls.get_impl_cls()(
+                spec.num_heads,
+                spec.head_size,
+                factor,
+                spec.num_kv_heads,
+                alibi_slopes,
+                sliding_window,
+                spec.kv_cache_dtype,
+                logits_soft_cap,
+                spec.attn_type,
+                None,
+                sinks,
+                head_size_v=spec.head_size_v,
+                causal=causal,
+                returns_lse=return_lse,
+                **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
+            )
+            builder = backend_cls.get_builder_cls()(spec, query.device)
+            if not is_builtin(backend_cls):
+                impl = GuardedImpl(selection.name, impl)
+            doing = "when it was called"
+            metadata = builder.build(batch)
+            return impl.forward(scales, query, key, value, kv_cache, metadata, output)
+        except Exception as error:
+            raise_attempt_failed(error, selection.name, phase, doing, intact)
+
+    try:
+        return attempt(())
+    except AttemptFailed as failed:
+        request = Request(spec, query.device, rules(), phase)
+        return with_fallback(request, attempt, failed)
+
+
+def _is_one_request(query_lens: Any) -> bool:
+    try:
+        return len(query_lens) == 1
+    except TypeError:  # AttentionBatch.create says what is wrong with it
+        return False
+
+
+def _check_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    tensors: dict[str, tuple[Any, int]] = {
+        "query": (query, 3),
+        "key": (key, 3),
+        "value": (value, 3),
+        "kv_cache": (kv_cache, 5),
+        "block_table": (block_table, 2),
+        "out": (out, 3),
+    }
+    for name, (tensor, rank) in tensors.items():
+        if tensor is None and name != "query":
+            continue
+        check_tensors(**{name: tensor})
+        if tensor is None or tensor.dim() != rank:
+            found = "None" if tensor is None else tuple(tensor.shape)
+            raise InvalidInputError(
+                f"{name} must be a tensor of {rank} dimensions, not {found}. Queries, keys and "
+                "values are (num_tokens, num_heads, head_size) without a batch dimension; tell "
+                "requests apart by query_lens."
+            )
+    if (kv_cache is None) != (block_table is None):
+        raise InvalidInputError("kv_cache and block_table go together: give both, or neither.")
+    if key is None and kv_cache is None:
+        raise InvalidInputError("Give key and value, or kv_cache and block_table, or all of them.")
+    if (key is None) != (value is None):
+        raise InvalidInputError("key and value go together: give both, or None for both.")
+
+
+def _check_scales(
+    kv_cache: torch.Tensor | None, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor
+) -> None:
+    """Check that scales are given only with a cache that takes them."""
+    if kv_cache is not None and is_fp8(kv_cache.dtype):
+        return
+    if any(isinstance(scale, torch.Tensor) or scale != 1.0 for scale in (k_scale, v_scale)):
+        found = "there is none"
+        if kv_cache is not None and has_token_scales(kv_cache.dtype):
+            found = "this int8 one has its own for each token and head"
+        raise InvalidInputError(
+            f"k_scale and v_scale are of an fp8 kv_cache, and {found}; leave them out."
+        )
+
+
+def _name_of(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
+    """The kv_cache_dtype that a cache tensor stands for."""
+    if cache_dtype == dtype:
+        return "auto"
+    for name in KV_CACHE_DTYPES:
+        if name != "auto" and kv_cache_torch_dtype(name, dtype) == cache_dtype:
+            return name
+    raise InvalidInputError(
+        f"kv_cache is {cache_dtype}; it must be a floating-point type, or torch.int8 with a scale "
+        "for each token and head. Allocate it as plan_kv_cache does."
+    )
+
+
+def merge_states(
+    outputs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge attention over parts of the keys into attention over all of them.
+
+    Split softmax, as in FlashAttention (arXiv:2205.14135) and Flash-Decoding.
+
+    Args:
+        outputs: (num_tokens, num_heads, head_size_v) each, over disjoint sets of keys.
+        lses: (num_tokens, num_heads) each, natural log, float32 or float64. Of a row that saw no
+            key in its part it is −inf, or +inf, as FlashAttention 2 has it; what the output holds
+            there does not matter.
+        sinks: (num_heads,) logits that join once, here; the parts were computed without them.
+
+    Returns:
+        The merged output, in the dtype of the first, and its lse in float32 (float64 if the
+        lses are), sinks left out. Rows that saw no key in any part are 0 and −inf.
+
+    Raises:
+        InvalidInputError: there is no part, or the parts or the sinks are no tensors that fit each
+            other in shape, dtype and device.
+    """
+    _check_states(outputs, lses, sinks)
+    dtype = lses[0].dtype
+    stacked = torch.stack(list(lses))
+    stacked = stacked.masked_fill(stacked == float("inf"), float("-inf"))
+    logits = stacked
+    if sinks is not None:
+        logits = torch.cat([stacked, sinks.to(dtype).expand(1, *stacked.shape[1:])])
+    largest = logits.amax(dim=0)
+    weights = torch.exp(logits - largest.masked_fill(largest == float("-inf"), 0.0))
+    weights = weights / weights.sum(dim=0)  # so that they add up to 1, however large the lses are
+    merged = torch.zeros_like(outputs[0], dtype=dtype)
+    for output, weight, part in zip(outputs, weights, stacked, strict=False):
+        # A part without keys may hold anything; any other NaN is an error that must show.
+        empty = (part == float("-inf"))[..., None]
+        merged += torch.where(empty, 0.0, weight[..., None] * output.to(dtype))
+    return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)
+
+
+def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
+    """Check the arguments of merge_states; what they hold is not read."""
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise InvalidInputError(
+                f"{name} is a {type(parts).__name__}; give a list with a tensor for each part. "
+                "Those that are stacked into one are taken apart by .unbind(0)."
+            )
+        for index, part in enumerate(parts):
+            check_tensors(**{f"{name}[{index}]": part})
+            if part is None:
+                raise InvalidInputError(f"{name}[{index}] is None; give a tensor for each part.")
+    if not outputs or len(outputs) != len(lses):
+        raise InvalidInputError(
+            f"Give one lse for each output: there are {len(outputs)} outputs and {len(lses)} lses."
+        )
+    output, lse = outputs[0], lses[0]
+    if output.dim() != 3 or not output.dtype.is_floating_point or output.dtype.itemsize < 2:
+        raise InvalidInputError(
+            f"outputs[0] is {tuple(output.shape)} {output.dtype}; it must be "
+            "(num_tokens, num_heads, head_size_v), floating point of 16 bits or more."
+        )
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise InvalidInputError(
+            f"lses[0] is {lse.dtype}; attention returns its lse in float32 or float64."
+        )
+    for name, parts, first, shape in (
+        ("outputs", outputs, output, output.shape),
+        ("lses", lses, lse, output.shape[:2]),
+    ):
+        for index, part in enumerate(parts):
+            if part.shape != shape or part.dtype != first.dtype or part.device != output.device:
+                raise InvalidInputError(
+                    f"The parts differ: {name}[{index}] is {tuple(part.shape)} {part.dtype} on "
+                    f"{part.device}; with outputs[0] of {tuple(output.shape)} on {output.device} "
+                    f"it must be {tuple(shape)} {first.dtype}."
+                )
+    if sinks is None:
+        return
+    check_tensors(sinks=sinks)
+    is_number = sinks.dtype.is_floating_point and sinks.dtype.itemsize > 1
+    if sinks.shape != output.shape[1:2] or not is_number or sinks.device != output.device:
+        raise InvalidInputError(
+            f"sinks is {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; it must have one "
+            f"floating-point logit for each of the {output.shape[1]} heads, on {output.device}."
+        )

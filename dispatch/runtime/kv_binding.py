@@ -1,0 +1,137 @@
+"""Giving each layer of a model its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from attn_dispatch.arguments import shown
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_cache import layout_of
+from attn_dispatch.interface.overlap import overlaps_itself
+from attn_dispatch.interface.quantization import (
+    is_e4m3,
+    kv_cache_torch_dtype,
+    stored_head_size,
+)
+from attn_dispatch.interface.spec import (
+    AttentionSpec,
+)
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.validation import check_tensors
+from attn_dispatch.runtime.layer import Attention
+
+__all__ = ["bind_kv_caches"]
+
+
+def bind_kv_caches(
+    layers: nn.Module | Mapping[str, Attention], caches: Mapping[str, torch.Tensor]
+) -> None:
+    """Give each layer its cache, by name; a layer that shares another's gets that one's.
+
+    A layer that left its block size open takes that of its cache, and backends are picked for it
+    again; layers of encoders have no cache. With the cache come its scales: what is set for one of
+    the layers that share it holds for all.
+
+    Args:
+        layers: a model, whose Attention layers are named by their prefix; or layers by name.
+        caches: layer name -> cache, as KVCachePlan.allocate makes them.
+
+    Raises:
+        InvalidInputError: a layer that needs a cache has none in `caches`, or one that does not
+            fit it; or two layers of the model have the same prefix. No cache has been bound then.
+        UnsupportedError: no backend, or not the required one, takes blocks of the cache's size.
+    """
+    named = _attention_layers(layers) if isinstance(layers, nn.Module) else _by_name(layers)
+    if not isinstance(caches, Mapping):
+        raise InvalidInputError(
+            f"caches is a {type(caches).__name__}; give a mapping from layer names to caches, as "
+            "KVCachePlan.allocate makes it."
+        )
+    specs: dict[str, AttentionSpec] = {}
+    for name, layer in named.items():
+        if not AttentionType(layer.spec.attn_type).has_kv_cache:
+            continue
+        source = layer.kv_sharing_target_layer_name or name
+        if source not in caches:
+            raise InvalidInputError(
+                f"There is no cache for layer {source!r}. Plan the caches over all layers of the "
+                "model, under the names that the layers have."
+            )
+        specs[name] = _spec_with_cache(name, layer._declared_spec, caches[source])
+    for name, spec in specs.items():
+        named[name]._follow_cache(spec)
+    for name in specs:
+        layer = named[name]
+        source = layer.kv_sharing_target_layer_name or name
+        layer.kv_cache = caches[source]
+        if source in named:
+            layer._cache_state = named[source]._cache_state
+
+
+def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> AttentionSpec:
+    """A layer's spec, with the block size and layout of a cache where it left the first open.
+
+    Raises:
+        InvalidInputError: the cache does not fit the layer.
+    """
+    if kv_cache is None:
+        raise InvalidInputError(f"The cache of layer {name!r} is None; give a tensor.")
+    check_tensors(kv_cache=kv_cache)
+    assert isinstance(kv_cache, torch.Tensor)
+    size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
+    shape = tuple(kv_cache.shape)
+    blocks = "block_size" if spec.block_size is None else spec.block_size
+    if (
+        len(shape) != 5
+        or (shape[1], shape[3], shape[4]) != (2, spec.num_kv_heads, size)
+        or shape[2] < 1
+        or shape[2] != (spec.block_size or shape[2])
+    ):
+        raise InvalidInputError(
+            f"The cache of layer {name!r} has shape {shape}; the layer takes "
+            f"(num_blocks, 2, {blocks}, {spec.num_kv_heads}, {size}). Make the caches by a plan "
+            "over the layers' specs, and the layers with its block size or with block_size=None."
+        )
+    wanted = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
+    either = spec.kv_cache_dtype == "fp8" and is_e4m3(kv_cache.dtype)
+    if kv_cache.dtype != wanted and not either:
+        raise InvalidInputError(
+            f"The cache of layer {name!r} is {kv_cache.dtype}; the layer takes {wanted} "
+            f"(kv_cache_dtype={spec.kv_cache_dtype!r})."
+        )
+    if overlaps_itself(kv_cache):
+        raise InvalidInputError(
+            f"The cache of layer {name!r} overlaps itself: shape {shape}, strides "
+            f"{kv_cache.stride()}. Make it by allocate_kv_cache."
+        )
+    if spec.block_size is not None:
+        return spec
+    layout = spec.kv_cache_layout or layout_of(kv_cache)
+    return spec.replace(block_size=shape[2], kv_cache_layout=layout)
+
+
+def _by_name(layers: object) -> dict[str, Attention]:
+    if not isinstance(layers, Mapping):
+        raise InvalidInputError(
+            f"layers is a {type(layers).__name__}; give a model, or a mapping from names to its "
+            "Attention layers."
+        )
+    for name, layer in layers.items():
+        if not isinstance(layer, Attention):
+            raise InvalidInputError(
+                f"layers has a {type(layer).__name__} under {shown(name)}; give Attention layers."
+            )
+    return dict(layers)
+
+
+def _attention_layers(model: nn.Module) -> dict[str, Attention]:
+    named: dict[str, Attention] = {}
+    for module in model.modules():
+        if isinstance(module, Attention) and named.setdefault(module.prefix, module) is not module:
+            raise InvalidInputError(
+                f"Two layers of the model have the prefix {module.prefix!r}. Give each its own."
+            )
+    return named

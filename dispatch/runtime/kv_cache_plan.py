@@ -1,0 +1,309 @@
+"""Planning a model's KV caches: one layout and block size that suits every layer's backends."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attn_dispatch.arguments import as_int, shown
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype, stored_head_size
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.platforms.detect import detect_device, usable_device
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.selection.overrides import Rule, Source, current_rules
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.report import Selection
+from attn_dispatch.selection.selector import phases_of, select
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BLOCK_SIZES", "KVCachePlan", "plan_kv_cache"]
+
+#: Block sizes that a plan considers, best first.
+BLOCK_SIZES = (16, 32, 64, 128, 256, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class KVCachePlan:
+    """One layout and block size for a model's caches, and what each layer needs of them.
+
+    Attributes:
+        layout: "NHD" or "HND".
+        block_size: tokens per block.
+        specs: layer name -> its spec, block size and layout filled in.
+        shapes: layer name -> the logical shape of one block; layers without a cache are absent.
+        stride_orders: layer name -> the order of dimensions in memory.
+        dtypes: layer name -> element type.
+        shared: layer name -> the layer whose cache it reads.
+    """
+
+    layout: str
+    block_size: int
+    specs: Mapping[str, AttentionSpec]
+    shapes: Mapping[str, tuple[int, ...]]
+    stride_orders: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    shared: Mapping[str, str]
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Memory that one block takes over all layers."""
+        return sum(
+            math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
+        )
+
+    def num_blocks(self, memory_bytes: int) -> int:
+        """Blocks that fit into this much memory.
+
+        Raises:
+            InvalidInputError: memory_bytes is no integer, or negative.
+        """
+        memory_bytes = as_int("memory_bytes", memory_bytes, 0)
+        return memory_bytes // self.bytes_per_block if self.shapes else 0
+
+    def allocate(
+        self, num_blocks: int, device: torch.device | str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """A cache for each layer that has one; a sharing layer gets its target's tensor.
+
+        Args:
+            num_blocks: of each cache.
+            device: where; None for the default device, as in `plan_kv_cache`.
+
+        Raises:
+            InvalidInputError: as for `allocate_kv_cache`.
+        """
+        num_blocks = as_int("num_blocks", num_blocks, 0)
+        device = usable_device(device)
+        caches = {
+            name: allocate_kv_cache(
+                (num_blocks, *shape), self.stride_orders[name], self.dtypes[name], device
+            )
+            for name, shape in self.shapes.items()
+        }
+        return caches | {name: caches[target] for name, target in self.shared.items()}
+
+
+def plan_kv_cache(
+    layers: Mapping[str, AttentionSpec],
+    device: torch.device | str | DeviceProfile | None = None,
+    *,
+    shared: Mapping[str, str] | None = None,
+    backend: str | None = None,
+) -> KVCachePlan:
+    """One layout and block size that every layer's backends accept, in every phase.
+
+    Of those that all accept, the one under which the layers get the backends that stand highest
+    in this device's order.
+
+    Args:
+        layers: layer name -> spec. A spec that leaves block_size or kv_cache_layout None takes
+            what suits all; one that sets it insists.
+        device: as for `resolve`.
+        shared: layer name -> the layer whose cache it reads, for layers with kv_sharing.
+        backend: as for `resolve`.
+
+    Raises:
+        UnsupportedError: no layout and block size suits all; it names the smallest set of layers
+            that conflict, with what each accepts. Or a layer has no backend at all.
+        InvalidInputError: a sharing layer's target is missing or does not fit, or an argument is
+            of another type.
+    """
+    _check_types(layers, shared)
+    shared = dict(shared or {})
+    cached = {
+        name: spec for name, spec in layers.items() if AttentionType(spec.attn_type).has_kv_cache
+    }
+    for name in shared:
+        if name not in cached:
+            raise InvalidInputError(f"shared= names {name!r}, which is no layer with a cache.")
+    for name, spec in cached.items():
+        _check_sharing(name, spec, cached, shared)
+    profile = device if isinstance(device, DeviceProfile) else detect_device(device)
+    rules = current_rules(backend, registry.names())
+    block_size, layout = _choose(cached, profile, rules)
+    specs = {
+        name: spec.replace(block_size=block_size, kv_cache_layout=layout)
+        if name in cached
+        else spec
+        for name, spec in layers.items()
+    }
+    shapes, orders, dtypes = {}, {}, {}
+    for name in cached:
+        if name in shared:
+            continue
+        spec = specs[name]
+        selection = select(spec, profile, phase=phases_of(spec)[0], rules=rules)
+        size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
+        shape = selection.backend_cls.get_kv_cache_shape(1, block_size, spec.num_kv_heads, size)
+        shapes[name] = tuple(shape[1:])
+        orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
+        dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
+    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
+
+
+def _check_types(layers: object, shared: object) -> None:
+    if not isinstance(layers, Mapping):
+        raise InvalidInputError(
+            f"layers is a {type(layers).__name__}; it must be a mapping from the name of each "
+            "layer to its AttentionSpec."
+        )
+    for name, spec in layers.items():
+        if not isinstance(name, str) or not isinstance(spec, AttentionSpec):
+            raise InvalidInputError(
+                f"layers has a {type(spec).__name__} under {shown(name)}; it must have an "
+                "AttentionSpec under each layer's name. That of an Attention layer is its spec."
+            )
+    if shared is None:
+        return
+    if not isinstance(shared, Mapping):
+        raise InvalidInputError(
+            f"shared is a {type(shared).__name__}; it must be a mapping from the name of a layer "
+            "to that of the layer whose cache it reads."
+        )
+    for name, target in shared.items():
+        if not isinstance(name, str) or not isinstance(target, str):
+            raise InvalidInputError(
+                f"shared has {shown(target)} under {shown(name)}; both must be names of layers."
+            )
+
+
+def _check_sharing(
+    name: str, spec: AttentionSpec, cached: Mapping[str, AttentionSpec], shared: Mapping[str, str]
+) -> None:
+    target = shared.get(name)
+    if spec.kv_sharing != (target is not None):
+        raise InvalidInputError(
+            f"Layer {name!r} has kv_sharing={spec.kv_sharing} and "
+            f"{'no target' if target is None else 'a target'} in shared=. A sharing layer needs "
+            "both, another neither."
+        )
+    if target is None:
+        return
+    if target not in cached or target in shared:
+        raise InvalidInputError(
+            f"Layer {name!r} shares the cache of {target!r}, which is not a layer with a cache of "
+            "its own. Name the layer that writes it."
+        )
+    for field in (
+        "num_kv_heads",
+        "head_size",
+        "head_size_v",
+        "kv_cache_dtype",
+        "kv_scales",
+        "dtype",
+    ):
+        if getattr(spec, field) != getattr(cached[target], field):
+            raise InvalidInputError(
+                f"Layer {name!r} shares the cache of {target!r}, but their {field} differ: "
+                f"{getattr(spec, field)} and {getattr(cached[target], field)}."
+            )
+
+
+#: What is open: (block size, layout).
+_Choice = tuple[int, str]
+
+
+def _choose(
+    layers: Mapping[str, AttentionSpec], device: DeviceProfile, rules: tuple[Rule, ...]
+) -> _Choice:
+    """The best block size and layout that every layer's backends accept, in every phase."""
+    insisted = sorted({spec.block_size for spec in layers.values() if spec.block_size})
+    sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *insisted]))
+    ranks: dict[AttentionSpec, dict[Phase, dict[_Choice, tuple[int, int]]]] = {}
+    for name, spec in layers.items():
+        try:
+            ranks[spec] = ranks.get(spec) or _ranks(spec, device, rules, sizes)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"Layer {name!r}: {error}", error.report) from error
+
+    def total(choice: _Choice) -> tuple[int, ...]:
+        each = (by[choice] for spec in layers.values() for by in ranks[spec].values())
+        return tuple(map(sum, zip(*each, strict=True)))
+
+    accepted = [by for phases in ranks.values() for by in phases.values()]
+    common = [
+        choice
+        for choice in itertools.product(sizes, STRIDE_ORDERS)
+        if all(choice in by for by in accepted)
+    ]
+    if not common:
+        raise UnsupportedError(_conflict({name: ranks[spec] for name, spec in layers.items()}))
+    return min(common, key=total)
+
+
+def _ranks(
+    spec: AttentionSpec, device: DeviceProfile, rules: tuple[Rule, ...], sizes: tuple[int, ...]
+) -> dict[Phase, dict[_Choice, tuple[int, int]]]:
+    """Phase -> what the layer's backends accept there, and how far from the best each choice is.
+
+    Raises:
+        UnsupportedError: in one of the phases nothing is accepted.
+    """
+    block_sizes = sizes if spec.block_size is None else (spec.block_size,)
+    layouts = tuple(STRIDE_ORDERS) if spec.kv_cache_layout is None else (spec.kv_cache_layout,)
+    ranks: dict[Phase, dict[_Choice, tuple[int, int]]] = {}
+    for phase in phases_of(spec):
+        refusals = []
+        ranks[phase] = {}
+        for block_size, layout in itertools.product(block_sizes, layouts):
+            choice = spec.replace(block_size=block_size, kv_cache_layout=layout)
+            try:
+                selection = select(choice, device, phase=phase, rules=rules)
+            except UnsupportedError as error:
+                refusals.append(error)
+            else:
+                ranks[phase][block_size, layout] = _rank(selection, layout)
+        if not ranks[phase]:
+            raise refusals[0]
+    return ranks
+
+
+def _rank(selection: Selection, layout: str) -> tuple[int, int]:
+    """Places between the pick and the first in the order, and whether it likes another layout."""
+    names = [verdict.name for verdict in selection.verdicts]
+    by_platform = selection.source is Source.PLATFORM
+    liked = selection.backend_cls.get_kv_cache_stride_order()
+    return (
+        1 + names.index(selection.name) if by_platform else 0,
+        int(tuple(liked) != STRIDE_ORDERS[layout]),
+    )
+
+
+def _conflict(accepted: Mapping[str, Mapping[Phase, Iterable[_Choice]]]) -> str:
+    """The smallest set of layers that conflict, in words."""
+    alike: dict[frozenset[_Choice], str] = {}
+    for name, phases in accepted.items():
+        differ = len(set(map(frozenset, phases.values()))) > 1
+        for phase, choices in phases.items():
+            alike.setdefault(frozenset(choices), f"{name} in {phase}" if differ else name)
+    for size in range(2, len(alike) + 1):
+        for group in itertools.combinations(alike, size):
+            if not frozenset.intersection(*group):
+                lines = [f"  {alike[c]}: {_choices_in_words(c)}" for c in group]
+                return (
+                    "No block size and layout suits these layers together:\n"
+                    + "\n".join(lines)
+                    + "\nExclude the backend that is choosy (an override such as kind=-NAME), or "
+                    "set the block size that the others accept."
+                )
+    raise AssertionError("there is no conflict")
+
+
+def _choices_in_words(choices: frozenset[_Choice]) -> str:
+    layouts: dict[tuple[int, ...], list[str]] = {}
+    for layout in STRIDE_ORDERS:
+        sizes = tuple(sorted(size for size, other in choices if other == layout))
+        if sizes:
+            layouts.setdefault(sizes, []).append(layout)
+    return "; or ".join(
+        f"block_size {', '.join(map(str, sizes))} in {' or '.join(names)}"
+        for sizes, names in layouts.items()
+    )

@@ -1,0 +1,641 @@
+"""Attention: the module that an engine's model is made of, and the custom op behind it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+
+from attn_dispatch import environment
+from attn_dispatch.arguments import checked_scale, shown
+from attn_dispatch.conformance import shadow
+from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.metadata import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    BatchMetadata,
+)
+from attn_dispatch.interface.quantization import (
+    is_e4m3,
+    is_fp8,
+    kv_cache_torch_dtype,
+    scale_for,
+)
+from attn_dispatch.interface.spec import (
+    ALIBI_SYMMETRIC,
+    INT8_PER_TOKEN_HEAD,
+    SPEC_FIELDS,
+    AttentionSpec,
+    alibi_of,
+)
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.interface.validation import check_no_grad, check_tensors, profiling_output
+from attn_dispatch.platforms.detect import detect_device, usable_device
+from attn_dispatch.platforms.device_errors import is_capturing
+from attn_dispatch.runtime.binding import Bound
+from attn_dispatch.runtime.context import current_context
+from attn_dispatch.runtime.kv_scales import CacheState
+from attn_dispatch.runtime.ops import attention_op, layers_by_key
+from attn_dispatch.runtime.recovery import (
+    AttemptFailed,
+    Request,
+    phase_of,
+    raise_attempt_failed,
+    with_fallback,
+)
+from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
+from attn_dispatch.selection import failure_record, overrides
+from attn_dispatch.selection.failure_record import Failure
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.report import Selection
+
+__all__ = ["Attention"]
+
+T = TypeVar("T")
+
+_serial = itertools.count()
+
+_SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
+
+
+class Attention(nn.Module):
+    """One attention layer: its backends are picked when it is made, and explained by `selections`.
+
+    A backend that was picked automatically and fails, when it is built or on a call, is passed over
+    from then on (see `fallback`), and `selections` change; one that is required raises.
+
+    Called inside of `forward_context(batch)`, with or without torch.compile; or with explicit
+    `kv_cache` and `attn_metadata`. The overrides in force when the layer is made are the ones that
+    count, also if the layer is moved to another device afterwards. A copy of a layer, or a pickled
+    one, is a layer of its own, to which no cache is bound yet.
+
+    Args:
+        num_heads: query heads.
+        head_size: elements per query and key head.
+        scale: factor on the scores; None for head_size ** -0.5.
+        num_kv_heads: key and value heads; None for num_heads.
+        alibi_slopes: (num_heads,) slopes, or None.
+        sliding_window: tokens a query sees, itself included, or None.
+        kv_cache_dtype: element type of the cache, see spec.KV_CACHE_DTYPES.
+        logits_soft_cap: cap of the scores; None or 0 for none.
+        attn_type: one of AttentionType.
+        kv_sharing_target_layer_name: the layer whose cache this one reads and never writes.
+        sinks: (num_heads,) one more logit per head, or None. Kept as it is: load weights into it
+            in place.
+        prefix: the layer's name in the model, e.g. "model.layers.0.attn".
+        dtype: of queries, keys and values; None for torch's default.
+        device: where it will run first; None for the default device.
+        block_size: tokens per block of the cache; None for what `bind_kv_caches` brings.
+        alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
+            slopes times the signed distance, if there are slopes.
+        backend: an override with the authority of an argument.
+        **features: any other field of AttentionSpec.
+
+    Raises:
+        UnsupportedError, UnknownBackendError, InvalidInputError: as for `resolve`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float | None = None,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Sequence[float] | torch.Tensor | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        *,
+        prefix: str = "",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        block_size: int | None = 16,
+        alibi: bool | str | None = None,
+        backend: str | None = None,
+        **features: Any,
+    ) -> None:
+        super().__init__()
+        unknown = features.keys() - SPEC_FIELDS
+        if unknown:
+            raise InvalidInputError(
+                f"Attention has no argument {min(unknown)!r}. Beside its own arguments it takes "
+                f"the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
+            )
+        for name, text in (("prefix", prefix), ("backend", backend)):
+            if not isinstance(text, str) and (name == "prefix" or text is not None):
+                raise InvalidInputError(f"{name}={shown(text)} is not a string.")
+        no_cap = isinstance(logits_soft_cap, (int, float)) and not logits_soft_cap
+        spec = AttentionSpec(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
+            head_size=head_size,
+            dtype=torch.get_default_dtype() if dtype is None else dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size,
+            attn_type=attn_type,
+            sliding_window=sliding_window,
+            logits_soft_cap=None if no_cap else logits_soft_cap,
+            alibi=alibi_of(alibi, alibi_slopes),
+            sinks=sinks is not None,
+            kv_sharing=kv_sharing_target_layer_name is not None,
+            **features,
+        )
+        has_kv_cache = AttentionType(spec.attn_type).has_kv_cache
+        self.spec = spec if has_kv_cache else spec.replace(block_size=None)
+        self._declared_spec = self.spec  # what it leaves open, each cache that is bound fills in
+        if self.spec.mla is not None:
+            raise InvalidInputError(
+                "Attention has no multi-head latent attention; use the impl of "
+                "resolve(spec).backend_cls."
+            )
+        self.prefix = prefix
+        self.scale = head_size**-0.5 if scale is None else checked_scale(scale)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.kv_cache: torch.Tensor | None = None
+        # In a dict, so that sinks which are a Parameter stay the model's, and not this module's.
+        self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        self._rules = overrides.current_rules(backend, registry.names())
+        # Not made of buffers: a scale must stay float32 when the module is cast.
+        self._cache_state = CacheState()
+        self._device: torch.device | None = None
+        self._bound: Bound | None = None
+        self._has_moved_on = False
+        self._generation = -1
+        self._fp8_dtype = torch.float8_e4m3fn
+        self._register()
+        chosen = usable_device(device)
+        if chosen.type != "meta":
+            self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
+
+    # What AttentionLayer promises: a layer that shares a cache has the scales of its target.
+    @property
+    def _q_scale(self) -> torch.Tensor:
+        return self._cache_state._q_scale
+
+    @property
+    def _prob_scale(self) -> torch.Tensor:
+        return self._cache_state._prob_scale
+
+    @property
+    def _k_scale(self) -> torch.Tensor:
+        return self._cache_state._k_scale
+
+    @property
+    def _v_scale(self) -> torch.Tensor:
+        return self._cache_state._v_scale
+
+    @property
+    def _k_scale_float(self) -> float:
+        return self._cache_state._k_scale_float
+
+    @property
+    def _v_scale_float(self) -> float:
+        return self._cache_state._v_scale_float
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no cache: that is the engine's, large, and not to be written by two layers.
+        return {**self.__dict__, "kv_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register()  # a copy is a layer of its own
+
+    def _register(self) -> None:
+        self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
+        layers_by_key[self._op_key] = self
+
+    @property
+    def selections(self) -> dict[Phase, Selection]:
+        """Which backend serves each phase, and why; empty until the layer is on a device."""
+        return {} if self._bound is None else self._bound.selections
+
+    @property
+    def _impl(self) -> AttentionImpl[Any] | RoutedImpl:
+        return self._on_device().impl
+
+    @property
+    def _builder(self) -> AttentionMetadataBuilder[Any]:
+        return self._on_device().builder
+
+    def _on_device(self) -> Bound:
+        if self._bound is None:
+            raise InvalidInputError(
+                f"Layer {self.prefix!r} was made on the meta device and has not run on another "
+                "yet. Call it there first, or make it with device=."
+            )
+        return self._bound
+
+    def _bind(self, device: torch.device) -> None:
+        """Pick backends for a device and build their impls."""
+        bound = with_fallback(
+            Request(self.spec, device, self._rules),
+            lambda failures: self._bound_without(failures, device),
+        )
+        self._settle(bound, device)
+
+    def _bound_without(self, failures: Sequence[Failure], device: torch.device) -> Bound:
+        """What the layer would run on if backends with these failures are left out."""
+        profile = detect_device(device)
+        return Bound.of(self.spec, device, profile, self._rules, self._build_impl, failures)
+
+    def _settle(self, bound: Bound, device: torch.device) -> None:
+        """Run on this from now on."""
+        self._generation = bound.generation
+        self._bound = bound
+        self._cache_state.to(device)
+        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, bound.profile.arch)
+        self._device = device
+
+    def _follow_cache(self, spec: AttentionSpec) -> None:
+        """Become the layer of a spec with the block size and layout of the cache that is bound."""
+        if spec == self.spec:
+            return
+        before, self.spec = self.spec, spec
+        if self._device is None:
+            return
+        try:
+            self._bind(self._device)
+        except Exception:
+            self.spec = before
+            raise
+        self._has_moved_on = True
+
+    def _follow_failures(self) -> None:
+        """Leave out what failed in other layers with the same spec; try what was forgotten."""
+        bound, generation = self._bound, failure_record.generation()
+        if bound is None or self._device is None or is_capturing():
+            return  # nothing is built while a graph is captured
+        if not bound.is_current:
+            self._has_moved_on = True
+            self._bind(self._device)
+        self._generation = generation
+
+    def _impl_arguments(self) -> dict[str, Any]:
+        """What any backend's impl of this layer is constructed with."""
+        spec = self.spec
+        return {
+            "num_heads": spec.num_heads,
+            "head_size": spec.head_size,
+            "scale": self.scale,
+            "num_kv_heads": spec.num_kv_heads,
+            **self._per_head,
+            "sliding_window": spec.sliding_window,
+            "kv_cache_dtype": spec.kv_cache_dtype,
+            "logits_soft_cap": spec.logits_soft_cap,
+            "attn_type": spec.attn_type,
+            "kv_sharing_target_layer_name": self.kv_sharing_target_layer_name,
+            "head_size_v": spec.head_size_v,
+            "causal": spec.causal,
+            "returns_lse": spec.returns_lse,
+            **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
+        }
+
+    def _build_impl(self, name: str, cls: type[AttentionBackend]) -> AttentionImpl[Any]:
+        impl: AttentionImpl[Any] = cls.get_impl_cls()(**self._impl_arguments())
+        quant = self.spec.output_quant
+        if quant is not None and not impl.fused_output_quant_supported(quant):
+            raise BackendFailure(
+                f"{name} declares output_quant={quant!r}, and its impl does not support it. That "
+                f"is a bug of the backend; exclude it by the override -{name}."
+            )
+        return impl
+
+    def set_kv_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
+        """Set the scales of an fp8 cache.
+
+        Args:
+            k_scale: a number or (), or (num_kv_heads,) with kv_scales="per_head".
+            v_scale: the same for values.
+
+        Raises:
+            InvalidInputError: the shape does not go with the spec's kv_scales, a scale is not
+                positive and finite, or the cache is int8 and has its own.
+        """
+        if self.spec.kv_cache_dtype == INT8_PER_TOKEN_HEAD:
+            raise InvalidInputError(
+                f"The cache of layer {self.prefix!r} is {INT8_PER_TOKEN_HEAD}: it has a scale for "
+                "each token and head, made when the token is written. Leave set_kv_scales out."
+            )
+        self._set_scales(k_scale, v_scale)
+        self._cache_state.scales_are_final = True
+
+    def _set_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
+        shape = (self.spec.num_kv_heads,) if self.spec.kv_scales == "per_head" else ()
+        self._cache_state.set(k_scale, v_scale, (shape,), self._device)
+
+    def _derive_scales(
+        self,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        slots: torch.Tensor | None,
+    ) -> bool:
+        """Derive the scales from what of these keys and values goes to a cache, if anything does.
+
+        Raises:
+            InvalidInputError: the cache is another layer's, and so are its scales.
+        """
+        if kv_cache is None or not is_fp8(kv_cache.dtype):
+            return False
+        if self.spec.kv_sharing:
+            raise InvalidInputError(
+                f"Layer {self.prefix!r} reads the cache of {self.kv_sharing_target_layer_name!r} "
+                "and does not know its scales. Bind the caches of both by bind_kv_caches, or give "
+                "both set_kv_scales."
+            )
+        if key is None or value is None or slots is None or not bool((slots >= 0).any()):
+            return False
+        if min(len(key), len(value)) < len(slots):
+            return False  # the impl says what is wrong
+        dims = (0, 2) if self.spec.kv_scales == "per_head" else (0, 1, 2)
+        new = (tensor[: len(slots)][slots >= 0] for tensor in (key, value))
+        self._set_scales(*(scale_for(tensor, kv_cache.dtype, dims) for tensor in new))
+        return True
+
+    def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
+        """The metadata of a batch, for this layer and all others with the same spec.
+
+        Raises:
+            InvalidInputError: the batch contradicts itself or the layer.
+        """
+        if not isinstance(batch, AttentionBatch):
+            raise InvalidInputError(
+                f"batch is a {type(batch).__name__}. Make it by AttentionBatch.create."
+            )
+        if self._generation != failure_record.generation():
+            self._follow_failures()
+        bound = self._on_device()
+        metadata: AttentionMetadata
+        try:
+            metadata = self._plan(bound, None, batch)
+        except AttemptFailed as failed:
+            metadata = self._recover(failed, lambda retried: self._plan(retried, None, batch))
+        return metadata
+
+    def _recover(self, failed: AttemptFailed, run: Callable[[Bound], T]) -> T:
+        """Do with other backends what `run` could not do with the present ones."""
+        device = self._device
+        assert device is not None
+
+        def attempt(failures: tuple[Failure, ...]) -> tuple[Bound, T]:
+            bound = self._bound_without(failures, device)
+            return bound, run(bound)
+
+        request = Request(self.spec, device, self._rules)
+        bound, result = with_fallback(request, attempt, failed)
+        self._has_moved_on = True
+        self._settle(bound, device)
+        return result
+
+    def _plan(self, bound: Bound, metadata: Any, batch: AttentionBatch | None = None) -> Any:
+        """Metadata for what the layer runs on: of the batch, as given, or from the context.
+
+        Metadata that was given and built before the layer changed backends is built again.
+        """
+        build = bound.builder.build
+        try:
+            if batch is not None:
+                return build(batch)
+            if metadata is None:
+                return current_context().metadata(self.prefix, bound.metadata_key, build)
+            has_moved_on = bound is not self._bound or self._has_moved_on
+            if has_moved_on and isinstance(metadata, BatchMetadata) and not bound.accepts(metadata):
+                return build(metadata.batch)
+            return metadata
+        except (InvalidInputError, UnsupportedError):
+            raise
+        except Exception as error:
+            self._attribute(
+                error, bound, batch or self._batch_of(metadata), "when it planned a batch"
+            )
+
+    def _attribute(
+        self, error: Exception, bound: Bound, batch: AttentionBatch | None, doing: str
+    ) -> NoReturn:
+        """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
+        name, phase = bound.names[0], None if batch is None else phase_of(batch)
+        if isinstance(error, PartFailed):
+            name, phase = error.backend, phase_of(error.batch)
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            error = cause
+        if len(bound.selections) == 1:
+            phase = None  # an encoder's layer has only one phase
+        raise_attempt_failed(error, name, phase, doing, bound.libraries)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+        kv_cache: torch.Tensor | None = None,
+        attn_metadata: AttentionMetadata | None = None,
+        *,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Write the new keys and values to the cache, then attend.
+
+        Args:
+            query: (num_tokens, num_heads, head_size), or with the last two flattened into one.
+            key: (num_key_tokens, num_kv_heads, head_size) or flattened; None if the cache has all.
+            value: (num_key_tokens, num_kv_heads, head_size_v) or flattened.
+            kv_cache: the cache to use; None for the one that is bound to the layer.
+            attn_metadata: from `build_metadata`; None to take it from forward_context. In a
+                profiling run, `forward_context(None)`, the output is zeros.
+            output: where the result goes, (num_tokens, num_heads, head_size_v); made if None.
+            output_scale: see AttentionImpl.forward.
+            output_block_scale: see AttentionImpl.forward.
+
+        Returns:
+            The output, flattened if the query is; with returns_lse also lse, (num_tokens,
+            num_heads) float32. Rows beyond the batch's tokens are padding: 0, and −inf in lse.
+
+        Raises:
+            InvalidInputError: an argument does not fit; nothing has been written then.
+        """
+        spec = self.spec
+        if not isinstance(query, torch.Tensor) or (
+            output is not None and not isinstance(output, torch.Tensor)
+        ):
+            check_tensors(query=query, output=output)
+            raise InvalidInputError("query is None. Give (num_tokens, num_heads, head_size).")
+        if torch.is_grad_enabled():  # the op hides autograd from what it calls
+            check_no_grad(query, key, value, output, *self._per_head.values())
+        is_flat = query.dim() == 2
+        query = self._unflatten("query", query, spec.num_heads, spec.head_size)
+        if key is not None and value is not None:
+            key = self._unflatten("key", key, spec.num_kv_heads, spec.head_size)
+            value = self._unflatten("value", value, spec.num_kv_heads, spec.head_size_v)
+        if output is None:
+            shape = (query.shape[0], spec.num_heads, spec.head_size_v)
+            dtype = self._fp8_dtype if spec.output_quant else query.dtype
+            output = torch.empty(shape, dtype=dtype, device=query.device)
+        lse = None
+        if spec.returns_lse:
+            lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        arguments = (query, key, value, output, lse, output_scale, output_block_scale)
+        if torch.compiler.is_compiling():
+            if kv_cache is not None or attn_metadata is not None:
+                raise InvalidInputError(
+                    "Under torch.compile the cache is the one that is bound to the layer and the "
+                    "metadata comes from forward_context; do not pass them."
+                )
+            attention_op(*arguments, self._cache_state.token, self._op_key)
+        else:
+            self._run(*arguments, kv_cache, attn_metadata)
+        result = output.flatten(1) if is_flat else output
+        return result if lse is None else (result, lse)
+
+    def _unflatten(self, name: str, tensor: torch.Tensor, heads: int, size: int) -> torch.Tensor:
+        if not isinstance(tensor, torch.Tensor):
+            check_tensors(**{name: tensor})
+        if tensor.dim() == 3:
+            return tensor
+        if tensor.dim() != 2 or tensor.shape[1] != heads * size:
+            raise InvalidInputError(
+                f"{name} has shape {tuple(tensor.shape)}; layer {self.prefix!r} takes "
+                f"(num_tokens, {heads}, {size}) or (num_tokens, {heads * size})."
+            )
+        check_tensors(**{name: tensor})
+        return tensor.view(tensor.shape[0], heads, size)
+
+    def _run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+        kv_cache: torch.Tensor | None = None,
+        metadata: Any = None,
+    ) -> None:
+        """What the op does: find cache and metadata, and run the impl of each phase."""
+        spec = self.spec
+        if query.device != self._device:
+            self._bind(query.device)
+        elif self._generation != failure_record.generation():
+            self._follow_failures()
+        if query.dtype != spec.dtype:
+            raise InvalidInputError(
+                f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
+                "the query, or make the layer with dtype=."
+            )
+        if spec.output_quant is not None or is_fp8(output.dtype):
+            self._check_quantized(output, output_scale, output_block_scale)
+        if kv_cache is None:
+            kv_cache = self.kv_cache
+        elif (
+            not isinstance(kv_cache, torch.Tensor)
+            or kv_cache.dim() != 5
+            or (kv_cache.shape[2] != spec.block_size)
+        ):
+            self._check_block_size(kv_cache)
+        bound = self._on_device()
+        given = (query, key, value, kv_cache)
+        try:
+            self._attend(bound, metadata, given, output, lse, output_scale, output_block_scale)
+        except AttemptFailed as failed:
+            self._recover(
+                failed,
+                lambda retried: self._attend(
+                    retried, metadata, given, output, lse, output_scale, output_block_scale
+                ),
+            )
+
+    def _attend(
+        self,
+        bound: Bound,
+        metadata: Any,
+        given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> None:
+        """Plan and compute a call on these backends; `given` are query, key, value and cache.
+
+        A second call, after a first one that failed, repeats whatever that one did: the same keys
+        and values go to the same slots by the same scales, no slot is read before that, and all of
+        the output is written.
+        """
+        used = self._plan(bound, metadata)
+        scales = (output_scale, output_block_scale)
+        if used is None:  # a profiling run
+            result = profiling_output(self.spec, given[0], output, *scales)
+            if lse is not None:
+                lse.copy_(result[1])
+            return
+        derived_scales = False
+        try:
+            derives_scales = used.enable_kv_scales_calculation
+        except AttributeError as error:
+            raise InvalidInputError(
+                f"attn_metadata is a {type(used).__name__}. Make it by layer.build_metadata(batch)."
+            ) from error
+        if derives_scales and not self._cache_state.scales_are_final:
+            derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
+        watch = None
+        if environment.shadow_interval():
+            watch = shadow.watch(self, *given, self._batch_of(metadata))
+        try:
+            result = bound.impl.forward(self, *given, used, output, *scales)
+        except (InvalidInputError, UnsupportedError):
+            raise
+        except Exception as error:
+            self._attribute(error, bound, self._batch_of(metadata), "at its launch")
+        if lse is not None:
+            lse.copy_(result[1])
+        if derived_scales:
+            self._cache_state.scales_are_final = True
+        if watch is not None:
+            watch.compare(result, used, *scales)
+
+    def _check_block_size(self, kv_cache: torch.Tensor) -> None:
+        """Check that a cache is a tensor and, if it is one of blocks, has the layer's."""
+        check_tensors(kv_cache=kv_cache)
+        if kv_cache.dim() == 5 and self.spec.block_size not in (None, kv_cache.shape[2]):
+            raise InvalidInputError(
+                f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {self.prefix!r} was "
+                f"made with block_size={self.spec.block_size}. Give it a cache of its own plan."
+            )
+
+    def _batch_of(self, metadata: Any) -> AttentionBatch | None:
+        """The batch behind metadata, None if it keeps none; without metadata the context's."""
+        if metadata is None:
+            return current_context().batch_for(self.prefix)
+        batch: AttentionBatch | None = getattr(metadata, "batch", None)
+        return batch
+
+    def _check_quantized(
+        self,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> None:
+        quant = self.spec.output_quant
+        scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
+        given = [name for name, scale in scales.items() if scale is not None]
+        if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
+            wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
+            raise InvalidInputError(
+                f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
+                f"{self.prefix!r} was made with output_quant={quant!r}{wants}."
+            )
+
+    def extra_repr(self) -> str:
+        """The request and the picks, for print(model)."""
+        picks = {str(phase): s.name for phase, s in self.selections.items()}
+        return f"{self.spec}, backends={picks}"

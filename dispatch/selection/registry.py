@@ -1,0 +1,332 @@
+"""The registry: backend names and where their classes are.
+
+To add a backend to the library: write its module and add one line to `BUILTIN`. A package
+outside of it names its backend in the entry-point group `attn_dispatch.backends`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import operator
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from attn_dispatch.errors import BackendFailure, InvalidInputError
+from attn_dispatch.interface.backend import INTERFACE_VERSION, AttentionBackend
+from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode
+from attn_dispatch.interface.graphs import AttentionState
+from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadataBuilder
+from attn_dispatch.interface.signatures import signature_problems
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.locks import ForkSafeLock
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+from attn_dispatch.platforms.libraries import LIBRARIES, library_name
+
+__all__ = [
+    "BUILTIN",
+    "ENTRY_POINT_GROUP",
+    "Candidate",
+    "Registry",
+    "check_backend_class",
+    "is_builtin",
+    "register_backend",
+    "registry",
+    "resolve_full_cls_name",
+]
+
+ENTRY_POINT_GROUP = "attn_dispatch.backends"
+
+#: How long a decision waits for a plugin's import. What a backend calls is for its constructor.
+_PLUGIN_SECONDS = 30.0
+
+BUILTIN: dict[str, str] = {
+    "HOPPER_ATTN": "attn_dispatch.backends.cuda.hopper.backend:HopperAttnBackend",
+    "FLASH_ATTN": "attn_dispatch.backends.cuda.flash_attn.backend:FlashAttnBackend",
+    "FLASHINFER": "attn_dispatch.backends.cuda.flashinfer.backend:FlashInferBackend",
+    "ROCM_AITER": "attn_dispatch.backends.rocm.aiter:RocmAiterBackend",
+    "ROCM_FLASH_ATTN": "attn_dispatch.backends.rocm.flash_attn_ck:RocmFlashAttnBackend",
+    "TRITON_ATTN": "attn_dispatch.backends.triton.backend:TritonAttnBackend",
+    "TORCH_VARLEN": "attn_dispatch.backends.cuda.torch_varlen:TorchVarlenBackend",
+    "TORCH_SDPA": "attn_dispatch.backends.reference.torch_sdpa:TorchSDPABackend",
+    "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
+    "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",
+}
+_BUILTIN_CLASSES = frozenset(BUILTIN.values())
+#: The backend of models without attention layers. It is never selected, so it is not registered.
+NO_ATTENTION = "attn_dispatch.backends.no_attention:NoAttentionBackend"
+
+
+def is_builtin(backend_cls: type[AttentionBackend]) -> bool:
+    """Whether a backend class is one of this package's own, which are trusted to do as declared."""
+    return f"{backend_cls.__module__}:{backend_cls.__qualname__}" in _BUILTIN_CLASSES
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A registered backend: its class, or the reason why there is none."""
+
+    name: str
+    target: str
+    backend_cls: type[AttentionBackend] | None
+    problem: Reason | None = None
+
+
+def check_backend_class(cls: Any) -> list[str]:
+    """What a class lacks to be a backend, as sentences; empty if nothing."""
+    if not (isinstance(cls, type) and issubclass(cls, AttentionBackend)):
+        return [f"{cls!r} is not a subclass of attn_dispatch.AttentionBackend"]
+    problems = _missing_members(cls)
+    if problems:
+        return problems
+    version = getattr(cls, "interface_version", None)
+    if version != INTERFACE_VERSION:
+        problems.append(
+            f"{cls.__name__}.interface_version is {version!r}, and this attn-dispatch has "
+            f"interface version {INTERFACE_VERSION}"
+        )
+    if not isinstance(getattr(cls, "capabilities", None), Capabilities):
+        problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
+    problems += _problems_of_name(cls)
+    problems += signature_problems(cls)
+    is_symmetric = _declares_symmetric_alibi(cls)
+    parts = {
+        "get_impl_cls": AttentionImpl,
+        "get_metadata_cls": AttentionMetadata,
+        "get_builder_cls": AttentionMetadataBuilder,
+        "get_state_cls": AttentionState,
+    }
+    for getter, base in parts.items():
+        try:
+            part = getattr(cls, getter)()
+        except Exception as error:  # a plugin's getter may raise anything at all
+            problems.append(f"{cls.__name__}.{getter}() raises {type(error).__name__}: {error}")
+            continue
+        if not (isinstance(part, type) and issubclass(part, base)):
+            problems.append(f"{cls.__name__}.{getter}() is not a subclass of {base.__name__}")
+        else:
+            problems += _missing_members(part) or signature_problems(
+                part, alibi_symmetric=is_symmetric
+            )
+    return problems
+
+
+def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
+    """Whether a layer with alibi="symmetric" may be given to the backend on any known device."""
+    constraint = getattr(getattr(cls, "capabilities", None), "fields", {}).get("alibi")
+    if constraint is None:
+        return False
+    import torch
+
+    spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
+    devices = KNOWN_DEVICES.values()
+    try:
+        return any(constraint.admits("symmetric", spec, device) for device in devices)
+    except Exception:  # a plugin's own constraint may raise anything: selection says so
+        return False
+
+
+def _problems_of_name(cls: type[AttentionBackend]) -> list[str]:
+    try:
+        name: object = cls.get_name()
+    except Exception as error:  # as above
+        return [f"{cls.__name__}.get_name() raises {type(error).__name__}: {error}"]
+    if isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name):
+        return []
+    return [
+        f"{cls.__name__}.get_name() is {name!r}, and overrides know only names of capitals, digits "
+        "and underscores"
+    ]
+
+
+def _missing_members(cls: type) -> list[str]:
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    return [f"{cls.__name__} does not implement {', '.join(missing)}"] if missing else []
+
+
+def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[AttentionBackend]:
+    """The backend class behind "package.module:Class" or behind (module, class).
+
+    Raises:
+        InvalidInputError: the name has neither form.
+        BackendFailure: the module cannot be imported, or the class is not a proper backend.
+    """
+    module_name, class_name = _split(full_cls_name)
+    try:
+        cls = operator.attrgetter(class_name)(importlib.import_module(module_name))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin's module may raise anything at all, SystemExit too
+        raise BackendFailure(
+            f"{module_name}:{class_name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    problems = check_backend_class(cls)
+    if problems:
+        raise BackendFailure(f"{module_name}:{class_name} is not a backend: {'; '.join(problems)}.")
+    backend_cls: type[AttentionBackend] = cls
+    return backend_cls
+
+
+def _split(full_cls_name: Any) -> tuple[str, str]:
+    if isinstance(full_cls_name, str):
+        separator = ":" if ":" in full_cls_name else "."
+        module_name, _, class_name = full_cls_name.rpartition(separator)
+        parts = [module_name, class_name]
+    else:
+        parts = list(full_cls_name) if isinstance(full_cls_name, (tuple, list)) else []
+    if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
+        raise InvalidInputError(f"{full_cls_name!r} is not of the form 'package.module:Class'.")
+    return parts[0], parts[1]
+
+
+class Registry:
+    """Backends by name, in the order in which they were registered. Safe to use from threads."""
+
+    def __init__(self, builtin: Mapping[str, str]) -> None:
+        self._lock = ForkSafeLock()
+        self._builtin = dict(builtin)
+        self._targets: dict[str, str] | None = None
+        self._loaded: dict[str, Candidate] = {}
+        self._registered: dict[str, type[AttentionBackend]] = {}
+        self._candidates: Mapping[str, Candidate] | None = None
+        self._names: frozenset[str] | None = None
+        #: Changes whenever a decision may come out differently.
+        self.generation = 0
+
+    def register(self, backend_cls: type[AttentionBackend]) -> None:
+        """Add a backend class under the name that it gives itself, in place of an earlier one.
+
+        Raises:
+            InvalidInputError: the class is not a proper backend; it says what is missing.
+        """
+        problems = check_backend_class(backend_cls)
+        if problems:
+            raise InvalidInputError(f"Not registered: {'; '.join(problems)}.")
+        with self._lock:
+            self._registered[backend_cls.get_name()] = backend_cls
+            self._changed()
+
+    def unregister(self, name: str) -> None:
+        """Take back what `register` added.
+
+        Raises:
+            InvalidInputError: nothing was registered under this name by `register`.
+        """
+        with self._lock:
+            if self._registered.pop(name, None) is None:
+                raise InvalidInputError(f"{name!r} was not registered by register_backend.")
+            self._changed()
+
+    def _changed(self) -> None:
+        self._candidates = self._names = None
+        self.generation += 1
+
+    def names(self) -> frozenset[str]:
+        """Every registered name."""
+        names = self._names
+        if names is None:
+            with self._lock:
+                names = self._names = frozenset([*self._all_targets(), *self._registered])
+        return names
+
+    def _all_targets(self) -> dict[str, str]:
+        with self._lock:
+            if self._targets is None:
+                # A name of ours stays ours: a plugin replaces one only by an explicit register().
+                self._targets = {**_entry_points(), **self._builtin}
+            return self._targets
+
+    def candidates(self) -> Mapping[str, Candidate]:
+        """Every registered backend, loaded; one that fails to load carries the reason."""
+        candidates = self._candidates
+        if candidates is None:
+            # Not under the lock: a module may register while another thread imports it.
+            for name, target in self._all_targets().items():
+                if name not in self._loaded:
+                    limit = None if name in self._builtin else _PLUGIN_SECONDS
+                    self._loaded[name] = _load(name, target, limit)
+            with self._lock:
+                candidates = self._candidates = MappingProxyType(self._all_candidates())
+        return candidates
+
+    def _all_candidates(self) -> dict[str, Candidate]:
+        registered = {
+            name: Candidate(name, ":".join(cls.full_cls_name()), cls)
+            for name, cls in self._registered.items()
+        }
+        return {name: self._loaded[name] for name in self._all_targets()} | registered
+
+    def library_names(self) -> tuple[str, ...]:
+        """The libraries that selection asks about: those of LIBRARIES, and what plugins require."""
+        classes = (candidate.backend_cls for candidate in self.candidates().values())
+        required = (r for cls in classes if cls is not None for r in cls.capabilities.requires)
+        return tuple(dict.fromkeys([*LIBRARIES, *map(library_name, required)]))
+
+
+def _entry_points() -> dict[str, str]:
+    try:
+        found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    except Exception as error:  # one malformed record, of any package, spoils the whole list
+        warnings.warn(
+            f"Plugins are not available: the installed packages' entry points cannot be read "
+            f"({type(error).__name__}: {error}). Reinstall the package that was installed last.",
+            stacklevel=2,
+        )
+        return {}
+    return {point.name: point.value for point in found}
+
+
+def _load(name: str, target: str, limit: float | None) -> Candidate:
+    try:
+        cls = resolve_full_cls_name(target) if limit is None else _resolve_within(limit, target)
+        if cls.get_name() != name:
+            raise BackendFailure(f"{target} calls itself {cls.get_name()!r}, not {name!r}")
+    except (BackendFailure, InvalidInputError) as error:
+        reason = Reason(
+            code=ReasonCode.LOAD,
+            field="backend",
+            asked=str(error),
+            hint="repair or uninstall the package that brings it",
+        )
+        return Candidate(name, target, None, reason)
+    return Candidate(name, target, cls)
+
+
+def _resolve_within(seconds: float, target: str) -> type[AttentionBackend]:
+    """The class behind a name, by a thread that is left alone if it does not come back."""
+    outcome: list[type[AttentionBackend] | BaseException] = []
+
+    def resolve() -> None:
+        try:
+            outcome.append(resolve_full_cls_name(target))
+        except BaseException as error:  # raised below, where somebody can see it
+            outcome.append(error)
+
+    thread = threading.Thread(target=resolve, name=f"import of {target}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise BackendFailure(f"the import of {target} did not end within {seconds:g} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+#: The registry that the library uses.
+registry = Registry(BUILTIN)
+
+
+def register_backend(backend_cls: type[AttentionBackend]) -> type[AttentionBackend]:
+    """Register a backend class; usable as a decorator.
+
+    Raises:
+        InvalidInputError: the class lacks members, capabilities or the right interface version.
+    """
+    registry.register(backend_cls)
+    return backend_cls

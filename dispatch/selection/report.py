@@ -1,0 +1,131 @@
+"""The record of a decision: what was asked, what was picked and why, and every refusal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.capability import Reason
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import Phase
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.selection.overrides import Source
+
+if TYPE_CHECKING:
+    from attn_dispatch.selection.timings.policy import Evidence
+
+__all__ = ["Report", "Selection", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one candidate can serve the request, and if not, every reason."""
+
+    name: str
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def supported(self) -> bool:
+        """Whether the candidate computes exactly what was asked, here."""
+        return not self.reasons
+
+    def asdict(self) -> dict[str, Any]:
+        """The verdict as JSON-ready data."""
+        return {
+            "name": self.name,
+            "supported": self.supported,
+            "reasons": [reason.asdict() for reason in self.reasons],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """A decision as data; `str` makes it text for people.
+
+    Attributes:
+        spec: the request.
+        device: where.
+        phase: prefill or decode; None for a decision that serves both.
+        picked: the backend's name, or None if nothing could be picked.
+        source: what decided, or None.
+        because: one sentence on what decided.
+        full_cls_name: (module, class) of the backend, or None.
+        verdicts: one for every registered backend, in the order in which they were considered.
+        measured: what a table of times says; None if none does, or if an override had the say.
+    """
+
+    spec: AttentionSpec
+    device: DeviceProfile
+    phase: Phase | None
+    picked: str | None
+    source: Source | None
+    because: str
+    full_cls_name: tuple[str, str] | None
+    verdicts: tuple[Verdict, ...]
+    measured: Evidence | None = None
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Who could serve the request too, in the order in which they would be tried."""
+        return tuple(v.name for v in self.verdicts if v.supported and v.name != self.picked)
+
+    def asdict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "spec": self.spec.asdict(),
+            "kind": self.spec.kind,
+            "device": {"name": self.device.name, "arch": self.device.arch},
+            "phase": None if self.phase is None else str(self.phase),
+            "picked": self.picked,
+            "source": None if self.source is None else str(self.source),
+            "because": self.because,
+            "full_cls_name": None if self.full_cls_name is None else list(self.full_cls_name),
+            "verdicts": [verdict.asdict() for verdict in self.verdicts],
+            "measured": None if self.measured is None else self.measured.asdict(),
+        }
+
+    def refusals(self) -> str:
+        """A line for every reason of every refused candidate."""
+        return "\n".join(
+            f"  {verdict.name}: {reason}" for verdict in self.verdicts for reason in verdict.reasons
+        )
+
+    def __str__(self) -> str:
+        phase = f", {self.phase}" if self.phase else ""
+        lines = [f"{self.spec} on {self.device.name} ({self.device.arch}){phase}"]
+        lines.append(f"picked {self.picked}: {self.because}" if self.picked else self.because)
+        refusals = self.refusals()
+        return "\n".join(lines + ([refusals] if refusals else []))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A backend that was picked, with the report that explains the pick."""
+
+    backend_cls: type[AttentionBackend]
+    report: Report
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+        return self.backend_cls.get_name()
+
+    @property
+    def full_cls_name(self) -> tuple[str, str]:
+        """(module, class) of the backend."""
+        return self.backend_cls.full_cls_name()
+
+    @property
+    def source(self) -> Source:
+        """What decided."""
+        assert self.report.source is not None
+        return self.report.source
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """One for every registered backend."""
+        return self.report.verdicts
+
+    def __str__(self) -> str:
+        return str(self.report)

@@ -1,0 +1,1 @@
+"""Measured times: their tables, where they are kept, and what they decide."""

@@ -1,0 +1,257 @@
+"""Where tables are, and which of them count here: those of this device and these versions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import warnings
+from pathlib import Path
+
+from attn_dispatch import environment
+from attn_dispatch.errors import InvalidInputError, summary_of
+from attn_dispatch.files import replace_file
+from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.timings.reader import parse_text, read_table
+from attn_dispatch.selection.timings.table import Machine, Table
+from attn_dispatch.version import __version__
+
+__all__ = [
+    "TuningWarning",
+    "cache_folder",
+    "conflict_with",
+    "driver_version",
+    "forget_tables",
+    "machine_of",
+    "shipped_path",
+    "table_path",
+    "tables_for",
+    "write_table",
+]
+
+_SHIPPED = Path(__file__).with_name("tables")
+
+#: A library that computes no attention here; which version of it is installed changes no time.
+_WITHOUT_EFFECT = {"transformers"}
+
+#: Of the digest in a file's name.
+_DIGITS = 12
+
+#: Where the kernel's drivers tell their version, by vendor.
+_DRIVER_FILES = {"nvidia": "/proc/driver/nvidia/version", "amd": "/sys/module/amdgpu/version"}
+
+
+class TuningWarning(UserWarning):
+    """A table of times was set aside; selection goes on without it."""
+
+
+def driver_version(vendor: str) -> str | None:
+    """The version of the kernel's driver, where the system tells it."""
+    try:
+        text = Path(_DRIVER_FILES[vendor]).read_text(encoding="utf-8", errors="replace")
+    except (KeyError, OSError):
+        return None
+    found = re.search(r"\b\d+(\.\d+)+\b", text)
+    return found[0] if found else None
+
+
+def machine_of(device: DeviceProfile) -> Machine:
+    """What times that are measured here and now depend on."""
+    versions = {
+        name: version
+        for name in registry.library_names()
+        if name not in _WITHOUT_EFFECT and (version := device.library(name).version) is not None
+    } | {"attn_dispatch": __version__}
+    if device.vendor == "cpu":  # its profile says no more than that it is one
+        versions["cpu"] = f"{_cpu_model()}, {os.cpu_count()} processors"
+    pairs = tuple(sorted(versions.items()))
+    return Machine(device.name, device.arch, driver_version(device.vendor), pairs)
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine()
+    found = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def cache_folder() -> Path:
+    """The folder for what is measured on this machine.
+
+    Raises:
+        InvalidInputError: this user has none: there is no home directory.
+    """
+    given = environment.cache_folder()
+    if given:
+        return Path(given)
+    try:
+        import platformdirs
+
+        folder = Path(platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
+    except Exception as error:  # it asks the system in many ways
+        raise InvalidInputError(f"{_NO_FOLDER} ({summary_of(error)}). {_NAME_ONE}") from error
+    if not folder.is_absolute():  # "~" without a home stays "~"
+        raise InvalidInputError(f"{_NO_FOLDER} ({folder} is not a full path). {_NAME_ONE}")
+    return folder
+
+
+_NO_FOLDER = "This user has no cache folder"
+_NAME_ONE = f"Set {environment.CACHE_FOLDER.name} to a folder."
+
+
+def _stem(machine: Machine) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-") or "device"
+
+
+def table_path(machine: Machine) -> Path:
+    """The file in the cache for what is measured on such a machine.
+
+    Raises:
+        InvalidInputError: as for `cache_folder`.
+    """
+    text = json.dumps(machine.asdict(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+    return cache_folder() / "tuning" / f"{_stem(machine)}-{digest}.json"
+
+
+def shipped_path(machine: Machine) -> Path:
+    """The file that the package brings for a device, if it brings one."""
+    return _SHIPPED / f"{_stem(machine)}.json"
+
+
+def conflict_with(table: Table, machine: Machine, *, shipped: bool = False) -> str:
+    """Why a table does not hold on a machine, or "".
+
+    A table of this machine holds for exactly its versions and its driver. A shipped one holds for
+    the same minor release of every library that is there, whatever the driver.
+    """
+    own = table.machine
+    if (own.device, own.arch) != (machine.device, machine.arch):
+        return f"it is of {own.device} ({own.arch}), and this is {machine.device} ({machine.arch})"
+    then, now = dict(own.versions), dict(machine.versions)
+    if shipped:
+        names = sorted((then.keys() & now.keys()) - {"attn_dispatch"})
+        then, now = ({name: _minor(each[name]) for name in names} for each in (then, now))
+        now = {n: then[n] if version == "unknown" else version for n, version in now.items()}
+    elif own.driver != machine.driver:
+        return f"it was measured with driver {own.driver}, and here is {machine.driver}"
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            here = f"here is {now[name]}" if name in now else "here is none"
+            return f"it was measured with {name} {then.get(name, 'missing')}, and {here}"
+    return ""
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.partition("+")[0].split(".")[:2])
+
+
+def tables_for(device: DeviceProfile) -> tuple[Table, ...]:
+    """The tables that count for a device here and now, the most telling first.
+
+    ATTN_DISPATCH_TUNING names the only one, or says `off`. Else it is what was measured on this
+    machine, and then what the package brings. Each file is read once in a process. One that is
+    corrupt, of another device or stale is set aside, with a TuningWarning.
+    """
+    setting = environment.tuning()
+    if setting.lower() == "off":
+        return ()
+    return _tables_for(device, setting, environment.cache_folder())
+
+
+@functools.lru_cache(maxsize=64)
+def _tables_for(device: DeviceProfile, named: str, _folder: str) -> tuple[Table, ...]:
+    """As above; `_folder` is what `cache_folder` goes by."""
+    machine = machine_of(device)
+    if named:
+        return _usable(Path(named), machine)
+    found, shipped = _measured_here(machine), shipped_path(machine)
+    if os.path.isfile(shipped):
+        found += _usable(shipped, machine, shipped=True)
+    return found
+
+
+def _measured_here(machine: Machine) -> tuple[Table, ...]:
+    """The table in the cache. A folder that is missing or may not be looked into holds none."""
+    try:
+        own = table_path(machine)
+    except InvalidInputError:
+        return ()
+    found = _usable(own, machine) if os.path.isfile(own) else ()  # unlike Path's, raises nothing
+    if not found:
+        _tell_of_stale(own, machine)
+    return found
+
+
+def _usable(path: Path, machine: Machine, *, shipped: bool = False) -> tuple[Table, ...]:
+    try:
+        table = read_table(path, f"shipped with attn-dispatch {__version__}" if shipped else None)
+    except InvalidInputError as error:
+        _warn(f"{error} It is set aside. {_REMEDY}")
+        return ()
+    problem = conflict_with(table, machine, shipped=shipped)
+    if problem and not shipped:  # that versions have moved on is no mistake of the user's
+        _warn(f"The table {path} does not hold here: {problem}. It is set aside. {_REMEDY}")
+    return () if problem else (table,)
+
+
+_REMEDY = "Measure anew by `attn-dispatch tune`, or set ATTN_DISPATCH_TUNING=off."
+
+
+def _tell_of_stale(own: Path, machine: Machine) -> None:
+    """Say so if this device was measured once, but not as it is now."""
+    if dict(machine.versions).get("torch", "unknown") == "unknown":
+        return  # a device that is described, and not here
+    form = re.compile(f"{re.escape(_stem(machine))}-[0-9a-f]{{{_DIGITS}}}\\.json")
+    try:
+        names = sorted(filter(form.fullmatch, os.listdir(own.parent)))
+    except OSError:
+        return
+    if names and own.name not in names:
+        _usable(own.parent / names[0], machine)
+
+
+_warned: set[str] = set()
+
+
+def _warn(text: str) -> None:
+    """Each warning is given once in a process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, TuningWarning, stacklevel=2)
+
+
+def forget_tables() -> None:
+    """Read the files again when they are asked about next: one was written."""
+    _tables_for.cache_clear()
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Write a table so that a reader finds the old file or the new one, and never a part.
+
+    Raises:
+        InvalidInputError: the file cannot be written, or could not be read: it is too large.
+    """
+    text = _text_of(table)
+    parse_text(text.encode(), str(path))
+    replace_file(path, text)
+
+
+def _text_of(table: Table) -> str:
+    """JSON with a point on a line: that is what a person compares."""
+    data = table.asdict()
+    layers = data.pop("layers")
+    head = json.dumps(data, indent=1, allow_nan=False).removesuffix("\n}")
+    texts = []
+    for layer in layers:
+        points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
+        told = {name: value for name, value in layer.items() if name != "points"}
+        head_of = json.dumps(told, allow_nan=False).removesuffix("}")
+        texts.append(f'{head_of},\n "points": [\n  {points}]}}')
+    return f'{head},\n "layers": [{", ".join(texts)}]\n}}\n'

@@ -1,0 +1,263 @@
+"""A table as data: how long each backend takes for a layer, at some points, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.interface.spec import AttentionSpec, plain_value
+from attn_dispatch.interface.types import AttentionType, Phase
+
+if TYPE_CHECKING:
+    from attn_dispatch.interface.batch import AttentionBatch, Totals
+
+__all__ = [
+    "LAYER_FIELDS",
+    "VERSION",
+    "Bucket",
+    "LayerKey",
+    "LayerTimes",
+    "Machine",
+    "Point",
+    "Step",
+    "Table",
+    "bucket_of",
+    "layer_key",
+    "step_of",
+    "totals_of",
+]
+
+#: Of the file; goes up when an older reader would misunderstand it.
+VERSION = 1
+
+
+class Step(str, Enum):
+    """What a batch is made of, as far as it matters for who is fastest."""
+
+    PREFILL = "prefill"
+    """Prompts, or chunks of prompts."""
+    DECODE = "decode"
+    """One new token for each request."""
+    VERIFY = "verify"
+    """Decode with several new tokens for a request: drafts are verified."""
+    MIXED = "mixed"
+    """Requests of both phases."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+#: Step, and the rounded-up binary logarithms of the requests, of the new tokens of one, and of the
+#: keys of one, both on average.
+Bucket = tuple[Step, int, int, int]
+
+
+def bucket_of(step: Step, requests: int, tokens: int, keys: int, *, captured: bool) -> Bucket:
+    """Where a batch is in the grid.
+
+    What a batch costs goes by its totals: by all keys if it reads them once, by all new tokens
+    times their keys if it computes. So the averages count, and not the longest request.
+
+    Args:
+        step: see Step.
+        requests: in the batch, 1 or more.
+        tokens: new tokens of all requests.
+        keys: of all requests, the new ones included.
+        captured: decoding is captured into graphs, which know their number of requests and not
+            the keys: these are left out then.
+    """
+    length = 0
+    if not (captured and step in (Step.DECODE, Step.VERIFY)):
+        length = _log2_of_average(keys, requests)
+    return step, (requests - 1).bit_length(), _log2_of_average(tokens, requests), length
+
+
+def _log2_of_average(total: int, number: int) -> int:
+    return (((total or 1) - 1) // number).bit_length()
+
+
+#: Phase -> what its requests are with one new token each, and with more on average.
+_STEPS_OF = {
+    Phase.PREFILL: (Step.PREFILL, Step.PREFILL),
+    Phase.DECODE: (Step.DECODE, Step.VERIFY),
+}
+
+
+def step_of(phase: Phase, totals: Totals) -> Step:
+    """What requests are that are all in one phase."""
+    return _STEPS_OF[phase][totals.tokens > totals.requests]
+
+
+def totals_of(batch: AttentionBatch) -> tuple[Step, int, int, int] | None:
+    """(step, requests, new tokens, keys) of a batch; None without requests."""
+    by_phase = batch.totals
+    if not by_phase:
+        return None
+    step = Step.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
+    return step, *batch.total
+
+
+#: The fields of a request that a table names: those of `bench.cases.Case`.
+LAYER_FIELDS = (
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "block_size",
+    "dtype",
+    "kv_cache_dtype",
+    "attn_type",
+    "sliding_window",
+    "logits_soft_cap",
+    "alibi",
+    "sinks",
+)
+
+#: The values of LAYER_FIELDS, dtypes by name.
+LayerKey = tuple[Any, ...]
+
+#: Fields that change who can compute a layer, which is judged anyway, and not who is fastest.
+_WITHOUT_EFFECT = {"cuda_graph": False, "kv_sharing": False, "kv_cache_layout": None}
+
+
+def layer_key(spec: AttentionSpec) -> LayerKey | None:
+    """What a table calls this layer; None if no table can speak of it.
+
+    That is so where a field outside of LAYER_FIELDS changes the work (latent attention, masks, a
+    quantized output), where the cache is HND, which is not measured, and with batch_invariant:
+    what is chosen by the batch's size would change a request's bits with its company.
+    """
+    if spec.kv_cache_layout == "HND":
+        return None
+    if AttentionType(spec.attn_type).has_kv_cache and spec.block_size is None:
+        return None
+    fields = {name: getattr(spec, name) for name in LAYER_FIELDS}
+    if AttentionSpec(**fields) != spec.replace(**_WITHOUT_EFFECT):
+        return None
+    plain = {name: plain_value(value) for name, value in fields.items()}
+    if plain["kv_cache_dtype"] == plain["dtype"]:
+        plain["kv_cache_dtype"] = "auto"
+    return tuple(plain.values())
+
+
+@dataclass(frozen=True)
+class Point:
+    """The times of one batch.
+
+    Attributes:
+        step, requests, tokens, keys: as for `bucket_of`.
+        times_us: name -> microseconds on the device. A name is a backend's; in a mixed step also
+            "PREFILL+DECODE", two backends that each take their phase.
+        host_us: name -> microseconds for which the call keeps the host, where that was measured.
+        failed: names that were tried and gave no time, or a wrong result.
+    """
+
+    step: Step
+    requests: int
+    tokens: int
+    keys: int
+    times_us: Mapping[str, float]
+    host_us: Mapping[str, float] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> tuple[Step, int, int, int]:
+        """What tells it from the other points of its layer."""
+        return self.step, self.requests, self.tokens, self.keys
+
+    @property
+    def words(self) -> str:
+        """The batch in words."""
+        plural = "" if self.requests == 1 else "s"
+        tokens, keys = (round(total / self.requests) for total in (self.tokens, self.keys))
+        new = "" if self.step is Step.DECODE else f"{tokens} new tokens and "
+        return f"{self.step} of {self.requests} request{plural} with {new}{keys} keys each"
+
+    def cost_us(self, name: str, declared: str, *, captured: bool) -> float:
+        """What the batch costs an engine: time on the device, and the host's where that is long.
+
+        Host time that is hidden behind the device's is none, and what `declared`, the first in the
+        order, takes anyway counts for nobody: the host does more than attention, and runs ahead. A
+        graph that is replayed keeps the host for no time worth counting.
+        """
+        device_us = self.times_us[name]
+        if captured and self.step in (Step.DECODE, Step.VERIFY):
+            return device_us
+        hidden = max(device_us, self.host_us.get(declared, 0.0))
+        return device_us + max(0.0, self.host_us.get(name, 0.0) - hidden)
+
+    def asdict(self) -> dict[str, Any]:
+        """The point in the form of the file."""
+        data: dict[str, Any] = {
+            "step": str(self.step),
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "keys": self.keys,
+            "times_us": dict(self.times_us),
+        }
+        more = {"host_us": dict(self.host_us), "failed": list(self.failed)}
+        return data | {name: value for name, value in more.items() if value}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTimes:
+    """The points of one kind of layer, and where they come from. Two are equal if they are one.
+
+    `served_by` is the backends' AttentionBackend.served_by when they were measured, where it said
+    anything.
+    """
+
+    points: tuple[Point, ...]
+    origin: str
+    device: str
+    measured: str
+    served_by: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where times hold: device, driver, and versions of what they depend on."""
+
+    device: str
+    arch: str
+    driver: str | None
+    versions: tuple[tuple[str, str], ...]
+
+    def asdict(self) -> dict[str, Any]:
+        """The machine in the form of the file."""
+        device = {"name": self.device, "arch": self.arch, "driver": self.driver}
+        return {"device": device, "versions": dict(self.versions)}
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A file of times.
+
+    Attributes:
+        machine: where they were measured.
+        measured: when, ISO 8601.
+        layers: by LayerKey.
+        origin: what messages call the table.
+    """
+
+    machine: Machine
+    measured: str
+    layers: Mapping[LayerKey, LayerTimes]
+    origin: str
+
+    def asdict(self) -> dict[str, Any]:
+        """The table in the form of the file."""
+        return {
+            "version": VERSION,
+            "measured": self.measured,
+            **self.machine.asdict(),
+            "layers": [
+                {
+                    "layer": dict(zip(LAYER_FIELDS, key, strict=True)),
+                    **({"served_by": dict(times.served_by)} if times.served_by else {}),
+                    "points": [point.asdict() for point in times.points],
+                }
+                for key, times in self.layers.items()
+            ],
+        }

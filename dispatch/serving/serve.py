@@ -1,0 +1,162 @@
+"""The demo as one call: serve a workload, score the answers, check every token, and report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.selection.report import Report
+from attn_dispatch.serving import tokenizer
+from attn_dispatch.serving.engine import Engine, EngineLimits, EngineStats, Request
+from attn_dispatch.serving.model import DemoModel, load_demo_model
+from attn_dispatch.serving.workload import Workload, score
+
+__all__ = ["DemoResult", "check_tokens", "serve"]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        device: where the model ran.
+        picks: for each layer, the report of each phase.
+        questions: what was asked.
+        answers: what the model wrote, in the order of the questions.
+        expected: what is right.
+        score: the share of right answers.
+        tokens_checked: tokens compared with the dense float64 forward.
+        tokens_different: how many of them differ.
+        smallest_margin: least difference between the two largest logits of that forward.
+        seconds: time of serving, without loading, warm-up and checking.
+        stats: what the engine counted.
+    """
+
+    device: str
+    picks: tuple[tuple[Report, ...], ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    expected: tuple[str, ...]
+    score: float
+    tokens_checked: int
+    tokens_different: int
+    smallest_margin: float
+    seconds: float
+    stats: EngineStats
+
+    @property
+    def new_tokens_per_second(self) -> float:
+        """Tokens of answers over the time of serving."""
+        return self.stats.new_tokens / self.seconds
+
+    def asdict(self) -> dict[str, Any]:
+        """The result as JSON-ready data."""
+        return {
+            "device": self.device,
+            "layers": [[report.asdict() for report in layer] for layer in self.picks],
+            "requests": [
+                {"question": q, "answer": a, "expected": e}
+                for q, a, e in zip(self.questions, self.answers, self.expected, strict=True)
+            ],
+            "score": self.score,
+            "tokens_checked": self.tokens_checked,
+            "tokens_different": self.tokens_different,
+            "smallest_margin": self.smallest_margin,
+            "seconds": self.seconds,
+            "new_tokens_per_second": self.new_tokens_per_second,
+            "stats": asdict(self.stats),
+        }
+
+
+def serve(
+    workload: Workload,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    limits: EngineLimits | None = None,
+    on_step: Callable[[Engine], None] = lambda engine: None,
+) -> DemoResult:
+    """Serve a workload and check what came of it.
+
+    Args:
+        workload: the requests.
+        device: where the model runs, in float32; the check runs on the CPU in float64.
+        backend: an override for the layers' selections.
+        limits: of the engine.
+        on_step: called after every step.
+
+    Raises:
+        UnsupportedError: no backend, or not the required one, serves one of the layers.
+    """
+    model = load_demo_model(torch.float32, device)
+    prefix_ids = tokenizer.encode(workload.prefix)
+    prompts = [tokenizer.encode(workload.prefix + task.text) for task in workload.tasks]
+    engine = Engine(model, prefix_ids, limits=limits, backend=backend)
+    started = time.perf_counter()
+    step = added = 0
+    while added < len(prompts) or engine.has_work:
+        while added < len(prompts) and workload.tasks[added].arrival <= step:
+            engine.add(added, prompts[added])
+            added += 1
+        engine.step()
+        step += 1
+        on_step(engine)
+    seconds = time.perf_counter() - started
+    requests = sorted(engine.finished, key=lambda request: request.index)
+    answers = [tokenizer.decode(request.answer_ids).rstrip(";") for request in requests]
+    checked, different, margin = check_tokens(load_demo_model(torch.float64), requests)
+    return DemoResult(
+        device=str(model.embedding.weight.device),
+        picks=tuple(
+            tuple(selection.report for selection in layer.selections.values())
+            for layer in engine.layers
+        ),
+        questions=tuple(task.question for task in workload.tasks),
+        answers=tuple(answers),
+        expected=tuple(task.answer for task in workload.tasks),
+        score=score(workload, answers),
+        tokens_checked=checked,
+        tokens_different=different,
+        smallest_margin=margin,
+        seconds=seconds,
+        stats=engine.stats,
+    )
+
+
+def check_tokens(
+    model: DemoModel, requests: Sequence[Request], rows: int = 16
+) -> tuple[int, int, float]:
+    """Compare each token of each answer with the dense forward's choice after what precedes it.
+
+    If every one is the same, the dense forward on its own would have written the same answers.
+
+    Args:
+        model: a float64 model.
+        requests: finished ones.
+        rows: sequences in one forward.
+
+    Returns:
+        Tokens checked, how many differ, and the least margin between the two largest logits.
+    """
+    checked = different = 0
+    margin = float("inf")
+    for first in range(0, len(requests), rows):
+        group = requests[first : first + rows]
+        longest = max(len(request.token_ids) for request in group)
+        padded = torch.full((len(group), longest), tokenizer.PAD_ID)
+        for row, request in zip(padded, group, strict=True):
+            row[: len(request.token_ids)] = torch.tensor(request.token_ids)
+        with torch.inference_mode():
+            logits = model.dense_logits(padded)
+        for row_logits, request in zip(logits, group, strict=True):
+            # The logits at a token are about the one that follows.
+            about_answer = row_logits[request.num_prompt_tokens - 1 : len(request.token_ids) - 1]
+            best = about_answer.topk(2, dim=-1)
+            checked += len(about_answer)
+            different += int((best.indices[:, 0] != torch.tensor(request.answer_ids)).sum())
+            margin = min(margin, float((best.values[:, 0] - best.values[:, 1]).min()))
+    return checked, different, margin

@@ -1,0 +1,335 @@
+"""Multi-head latent attention: absorbed, expanded and the naive oracle are one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from attn_dispatch import (
+    AttentionBatch,
+    AttentionSpec,
+    InvalidInputError,
+    MLADims,
+    UnsupportedError,
+    resolve,
+)
+from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend, ReferenceMLAImpl
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.interface.types import Phase
+from support import scalar_oracle
+from support.cases import FP8, as_stored, meant
+
+DIMS = MLADims(kv_lora_rank=6, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+HEADS, LATENT, BLOCK_SIZE = 3, 10, 4
+#: Decodes, prompts and a chunk: one after another, in both phases.
+QUERY_LENS, SEQ_LENS = (1, 5, 0, 3, 1), (9, 5, 4, 7, 3)
+
+
+class Step:
+    """An MLA step with tensors; the cache's unused slots hold NaN."""
+
+    def __init__(self, query_lens=QUERY_LENS, seq_lens=SEQ_LENS, seed=0, padding=0, **fields):
+        fields = {"dtype": torch.float64, "block_size": BLOCK_SIZE} | fields
+        self.spec = AttentionSpec.for_mla(num_heads=HEADS, mla=DIMS, **fields)
+        self.query_lens, self.seq_lens = query_lens, seq_lens
+        random = torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64).to(
+            self.spec.dtype
+        )
+        self.scale = 0.5
+        self.layer = SimpleNamespace(_k_scale=torch.tensor(0.02), _v_scale=torch.ones(()))
+        self.weight = new(HEADS * 8, 6)
+        self.query = new(sum(query_lens) + padding, HEADS, 9)
+        stored = [new(seq_len, LATENT) for seq_len in seq_lens]
+        tails = [s[n - q :] for s, n, q in zip(stored, seq_lens, query_lens, strict=True)]
+        tail = torch.cat([*tails, torch.zeros(padding, LATENT).to(self.spec.dtype)])
+        self.latents, self.rotated = tail.split([6, 4], dim=-1)
+        dtype = kv_cache_torch_dtype(self.spec.kv_cache_dtype, self.spec.dtype)
+        self._make_cache(stored, dtype, random)
+        self.meant = [meant(s[:, None], self.layer._k_scale, dtype)[:, 0] for s in stored]
+
+    def _make_cache(self, stored, dtype, random):
+        needed = [-(-n // BLOCK_SIZE) for n in self.seq_lens]
+        free = torch.randperm(sum(needed) + 1, generator=random).tolist()
+        memory = torch.full((len(free), BLOCK_SIZE, LATENT), math.nan)
+        self.cache = memory.to(dtype)
+        table = torch.full((len(needed), max(needed, default=0) + 1), 2**31 - 1)
+        slots = []
+        for request, rows in enumerate(stored):
+            for position, row in enumerate(rows):
+                if position % BLOCK_SIZE == 0:
+                    table[request, position // BLOCK_SIZE] = free.pop()
+                block, offset = table[request, position // BLOCK_SIZE], position % BLOCK_SIZE
+                if position < len(rows) - self.query_lens[request]:
+                    value = as_stored(row, self.layer._k_scale, dtype)
+                    self.cache.view(torch.uint8)[block, offset] = value.view(torch.uint8)
+                else:
+                    slots.append(int(block) * BLOCK_SIZE + offset)
+        slots = torch.tensor(slots + [-1] * (len(self.query) - len(slots)), dtype=torch.int64)
+        self.batch = AttentionBatch.create(
+            self.query_lens, self.seq_lens, block_table=table, slot_mapping=slots
+        )
+
+    def impl(self, **more):
+        spec = self.spec
+        more = {"kv_b_proj": self.weight} | more
+        return ReferenceMLAImpl(
+            HEADS,
+            LATENT,
+            self.scale,
+            1,
+            sliding_window=spec.sliding_window,
+            kv_cache_dtype=spec.kv_cache_dtype,
+            logits_soft_cap=spec.logits_soft_cap,
+            kv_sharing_target_layer_name="target" if spec.kv_sharing else None,
+            causal=spec.causal,
+            returns_lse=spec.returns_lse,
+            mla=DIMS,
+            **more,
+        )
+
+    def run(self, impl=None, query=None, **more):
+        builder = ReferenceMLABackend.get_builder_cls()(self.spec, torch.device("cpu"))
+        return (impl or self.impl()).forward(
+            self.layer,
+            self.query if query is None else query,
+            self.latents,
+            self.rotated,
+            self.cache,
+            builder.build(self.batch),
+            **more,
+        )
+
+    def naive(self):
+        outputs, lses = [], []
+        for query, rows in zip(
+            self.query.split([*self.query_lens, *self._rest()]), self.meant, strict=False
+        ):
+            keys, values = scalar_oracle.expanded_latents(
+                rows[:, :6], rows[:, 6:], self.weight, num_heads=HEADS, nope=5, size_v=3
+            )
+            output, lse = scalar_oracle.attention_of_request(
+                query.double(),
+                keys,
+                values,
+                scale=self.scale,
+                causal=self.spec.causal,
+                window=self.spec.sliding_window,
+                cap=self.spec.logits_soft_cap,
+            )
+            outputs.append(output)
+            lses.append(lse)
+        return torch.cat(outputs), torch.cat(lses)
+
+    def _rest(self):
+        return [len(self.query) - sum(self.query_lens)]
+
+    def check(self, output):
+        expected, _ = self.naive()
+        rounding = torch.finfo(self.spec.dtype).eps * max(
+            1.0, *expected.flatten().abs().tolist(), 0
+        )
+        allowed = {torch.float64: 1e-12, torch.float32: 1e-5}.get(self.spec.dtype, rounding)
+        torch.testing.assert_close(output[: len(expected)].double(), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window": 3},
+        {"logits_soft_cap": 1.5},
+        {"causal": False},
+        *({"kv_cache_dtype": name} for name in FP8),
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "kv_cache_dtype": "fp8"},
+    ],
+    ids=lambda fields: "+".join(map(str, fields.values())) or "plain",
+)
+def test_it_agrees_with_the_oracle_over_both_phases(fields):
+    step = Step(**fields)
+    assert set(step.batch.phases) == set(Phase)
+    step.check(step.run())
+
+
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=4),
+    seed=st.integers(0, 50),
+    padding=st.integers(0, 2),
+)
+def test_any_step_agrees_with_the_oracle(lens, seed, padding):
+    query_lens = tuple(query for query, _ in lens)
+    step = Step(query_lens, tuple(query + past for query, past in lens), seed, padding)
+    step.check(step.run())
+
+
+def test_decodes_multiply_the_query_and_prefills_the_keys(monkeypatch):
+    """A decode that expanded its keys would project the whole cache for one token."""
+    calls = []
+    for name in ("_absorbed", "_expanded"):
+        method = getattr(ReferenceMLAImpl, name)
+        spy = lambda *args, name=name, method=method: calls.append(name) or method(*args)
+        monkeypatch.setattr(ReferenceMLAImpl, name, spy)
+    Step().run()
+    assert calls == ["_absorbed", "_expanded", "_expanded", "_absorbed"]
+
+
+def test_absorbed_is_expanded(monkeypatch):
+    step = Step()
+    usual = step.run()
+    absorbed, expanded = ReferenceMLAImpl._absorbed, ReferenceMLAImpl._expanded
+    monkeypatch.setattr(ReferenceMLAImpl, "_absorbed", expanded)
+    monkeypatch.setattr(ReferenceMLAImpl, "_expanded", absorbed)
+    torch.testing.assert_close(step.run(), usual, rtol=0, atol=1e-12)
+
+
+def test_the_log_sum_exp_comes_with_the_output():
+    step = Step(returns_lse=True)
+    output, lse = step.run()
+    step.check(output)
+    torch.testing.assert_close(lse.double(), step.naive()[1], rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    step = Step((), ())
+    assert step.run().shape == (0, HEADS, 3)
+
+
+def test_the_default_device_and_dtype_have_no_say(misleading_defaults):
+    step = Step(kv_cache_dtype="fp8", returns_lse=True)
+    with misleading_defaults():
+        output, _ = step.run()
+    step.check(output)
+
+
+def test_queries_and_keys_may_have_their_heads_flattened_or_not():
+    step = Step()
+    flat = step.run(query=step.query.flatten(1))
+    step.rotated = step.rotated[:, None]
+    torch.testing.assert_close(step.run(), flat, rtol=0, atol=0)
+
+
+def test_queries_may_be_projected():
+    step = Step()
+    hidden = torch.randn(len(step.query), 7, dtype=torch.float64)
+    project = nn.Linear(7, HEADS * 9, bias=False, dtype=torch.float64).requires_grad_(False)
+    step.query = project(hidden).view(-1, HEADS, 9)
+    step.check(step.run(step.impl(q_proj=project), query=hidden))
+
+
+def test_the_projection_may_be_a_module():
+    step = Step()
+    module = nn.Linear(6, HEADS * 8, bias=False, dtype=torch.float64).requires_grad_(False)
+    impl = step.impl(kv_b_proj=module)
+    module.weight.copy_(step.weight)  # loaded after the impl was made
+    step.check(step.run(impl))
+
+
+def test_a_sharing_layer_reads_and_does_not_write():
+    step = Step(kv_sharing=True)
+    wanted = Step()
+    expected = wanted.run()
+    step.cache = wanted.cache.clone()
+    step.latents = step.latents * 9
+    before = step.cache.clone()
+    torch.testing.assert_close(step.run(), expected)
+    assert torch.equal(step.cache.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz], ids=str)
+def test_the_output_may_be_quantized(dtype):
+    step, scale = Step(), torch.tensor(0.01)
+    output = step.run(output=torch.zeros(10, HEADS, 3).to(dtype), output_scale=scale)
+    limit = torch.finfo(dtype).max
+    wanted = (step.run() / scale.double()).clamp(-limit, limit).to(dtype)
+    assert torch.equal(output.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_selection_finds_it():
+    assert resolve(Step().spec, "cpu").name == "REFERENCE_MLA"
+    with pytest.raises(UnsupportedError, match=r"REFERENCE_MLA: .*sinks=True"):
+        resolve(Step(sinks=True).spec, "cpu")
+
+
+@pytest.mark.parametrize(
+    "feature", [{"alibi_slopes": [1.0] * HEADS}, {"sinks": torch.zeros(HEADS)}], ids=list
+)
+def test_an_impl_made_by_hand_refuses_what_the_backend_does_not_declare(feature):
+    with pytest.raises(UnsupportedError, match="REFERENCE_MLA does not support"):
+        Step().impl(**feature)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_b_proj": torch.zeros(8, 6)}, r"\(8, 6\); the layer takes \(24, 6\)"),
+        ({"kv_b_proj": nn.Linear(6, 24)}, "has a bias"),
+    ],
+    ids=["shape", "bias"],
+)
+def test_a_projection_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(InvalidInputError, match=message):
+        Step().impl(**changes)
+
+
+def test_sizes_that_are_not_the_latent_caches_are_refused():
+    with pytest.raises(
+        InvalidInputError, match=r"give kv_lora_rank \+ qk_rope_head_dim = 10 and 1"
+    ):
+        ReferenceMLAImpl(HEADS, 9, 1.0, mla=DIMS, kv_b_proj=torch.zeros(24, 6))
+
+
+def spoil(name, change):
+    return lambda step: setattr(step, name, change(getattr(step, name)))
+
+
+def replaced(**changes):
+    return lambda step: setattr(step, "batch", dataclasses.replace(step.batch, **changes))
+
+
+BAD_CALLS = {
+    "query of another width": (spoil("query", lambda t: t[..., :8]), "query has shape"),
+    "query of fewer rows": (spoil("query", lambda t: t[:9]), "each of the batch's 10 tokens"),
+    "latents of another width": (spoil("latents", lambda t: t[:, :5]), "kv_c_normed has shape"),
+    "latents of fewer rows": (spoil("latents", lambda t: t[:9]), "kv_c_normed has shape"),
+    "latents of another dtype": (spoil("latents", torch.Tensor.float), "kv_c_normed is torch.flo"),
+    "latents elsewhere": (spoil("latents", lambda t: t.to("meta")), "kv_c_normed is .* on meta"),
+    "key parts of another width": (spoil("rotated", lambda t: t[:, :3]), "k_pe has shape"),
+    "key parts of two heads": (spoil("rotated", lambda t: t[:, None, [0, 1]]), "k_pe has shape"),
+    "cache of another rank": (spoil("cache", lambda t: t[0]), "kv_cache has shape"),
+    "cache of another width": (spoil("cache", lambda t: t[..., :9]), "kv_cache has shape"),
+    "cache of another dtype": (spoil("cache", torch.Tensor.float), "kv_cache is torch.float32"),
+    "cache elsewhere": (spoil("cache", lambda t: t.to("meta")), "kv_cache is .* on meta"),
+    "scale per head": (
+        lambda step: setattr(step.layer, "_k_scale", torch.ones(3)),
+        "scale is per head",
+    ),
+    "no slots": (replaced(slot_mapping=None), "no slot_mapping"),
+    "block table too narrow": (
+        lambda step: replaced(block_table=step.batch.block_table[:, :1])(step),
+        "Give it 3 columns",
+    ),
+    "no block table": (replaced(block_table=None), "needs a block_table"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_a_bad_argument_is_refused_before_anything_is_written(what):
+    change, message = BAD_CALLS[what]
+    step = Step()
+    cache, output = step.cache, torch.full((10, HEADS, 3), 7.0, dtype=torch.float64)
+    impl, before = step.impl(), cache.view(torch.uint8).clone()
+    change(step)
+    output = output[: len(step.query)]
+    with pytest.raises(InvalidInputError, match=message):
+        step.run(impl, output=output)
+    assert torch.equal(cache.view(torch.uint8), before)
+    assert bool((output == 7).all())

@@ -1,0 +1,187 @@
+"""Launch tables serve every known GPU, and the compile matrix sees what is wrong with one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from support.paths import ROOT
+
+pytest.importorskip("triton")
+
+from attn_dispatch.backends.triton.plan import launch_table
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+
+GPUS = [d for d in KNOWN_DEVICES.values() if d.vendor in ("nvidia", "amd")]
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+matrix = importlib.import_module("compile_matrix")
+cases = importlib.import_module("compile_cases")
+
+CASES = {case.name: case for case in (*cases.SIZES, *cases.FEATURES)}
+
+
+def is_power_of_two(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda d: d.arch)
+def test_the_rows_of_a_table_ascend_in_powers_of_two(device):
+    table = launch_table(device)
+    for rows in (table.decode, table.prefill):
+        assert list(rows) == sorted(rows)
+        assert max(rows) == 1024  # float32 heads of 512
+        assert all(map(is_power_of_two, rows))
+    for row in table.decode.values():
+        assert all(map(is_power_of_two, (row.block_n, row.num_warps, row.max_rows)))
+        assert min(row.block_n, row.max_rows) >= 16
+        assert min(row.num_stages, row.programs_per_sm, row.min_tiles) >= 1
+    for row in table.prefill.values():
+        assert all(map(is_power_of_two, (row.block_m, row.block_n, row.num_warps)))
+        assert min(row.block_m, row.block_n) >= 16
+        assert row.num_stages >= 1
+
+
+def test_a_larger_head_never_gets_a_larger_tile():
+    for device in GPUS:
+        table = launch_table(device)
+        tiles = [row.block_m * row.block_n for row in table.prefill.values()]
+        assert tiles == sorted(tiles, reverse=True), device.arch
+
+
+def test_every_known_gpu_is_in_the_matrix():
+    assert {device.arch for device in GPUS} == set(matrix.UNITS) == {*cases.NVIDIA, *cases.AMD}
+    for case in cases.FEATURES:
+        vendors = {
+            KNOWN_DEVICES[arch].vendor for each, arch in cases.covering_set() if each is case
+        }
+        assert vendors == {"nvidia", "amd"} or case.archs is not None
+
+
+def recorded(name, arch="sm90"):
+    return {each.name: each for each in cases.launches_of(CASES[name], KNOWN_DEVICES[arch])}
+
+
+def test_the_recorder_covers_each_kernel():
+    assert set(recorded("gathered")) == {"write_kv", "decode", "gather_kv", "prefill"}
+    assert set(recorded("batch invariant")) >= {"decode_invariant", "prefill"}
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "source"),
+    [
+        ("128", "sm90", "descriptors"),
+        ("128", "gfx942", "rows"),
+        ("no descriptors", "sm90", "rows"),
+        ("pages", "sm90", "pages"),
+    ],
+)
+def test_the_cases_cover_each_source_of_keys(case, arch, source):
+    assert recorded(case, arch)["prefill"].constants["SOURCE"] == source
+
+
+def test_recording_leaves_launchers_as_they_were():
+    before = cases.Launcher.__call__
+    recorded("128")
+    assert cases.Launcher.__call__ is before
+
+
+def report(**figures):
+    figures = {"registers": 128, "matrix": "wgmma.mma_async"} | figures
+    return matrix.Report(case="128", arch="sm90", kernel="prefill from rows", **figures)
+
+
+def test_a_kernel_within_its_limits_is_no_problem():
+    most = {"shared_bytes": 227 * 1024, "spilled_bytes": matrix.SPILL_ALLOWANCE}
+    assert matrix.judged(report(**most), has_matrix=True).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"shared_bytes": 227 * 1024 + 1}, "shared memory"),
+        ({"spilled_bytes": matrix.SPILL_ALLOWANCE + 1}, "spills"),
+        ({"matrix": ""}, "without matrix instructions"),
+    ],
+)
+def test_a_planted_problem_is_reported(figures, words):
+    (problem,) = matrix.judged(report(**figures), has_matrix=True).problems
+    assert words in problem
+
+
+def test_figures_are_read_from_ptxas_and_from_amd_assembly():
+    log = "    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
+    log += "ptxas info    : Used 168 registers, used 1 barriers"
+    assert matrix.figures_of("", log) == (168, 12)
+    assembly = "  - .agpr_count:     22\n    .private_segment_fixed_size: 508\n"
+    assembly += "    .vgpr_count:     278\n    .vgpr_spill_count: 250\n"
+    assert matrix.figures_of(assembly, "") == (278, 508)
+
+
+@pytest.mark.parametrize(
+    ("arch", "used", "programs"),
+    [
+        ("sm90", (0, 128, 4), 4),  # registers: 65,536 / (128 * 32) warps
+        ("sm90", (100 * 1024, 64, 4), 2),  # memory
+        ("sm86", (0, 32, 1), 16),  # programs
+        ("gfx942", (0, 256, 4), 2),  # registers: 512 / 256 waves on each of four SIMDs
+        ("gfx942", (65 * 1024, 64, 4), 0),
+        ("gfx1100", (0, 256, 4), 5),
+    ],
+)
+def test_programs_at_a_time(arch, used, programs):
+    assert matrix.UNITS[arch].holds(*used) == programs
+
+
+REPORTS = [
+    report(registers=77, shared_bytes=2048, spilled_bytes=16),
+    matrix.Report(case="fp8_e4m3fnuz", arch="sm80", kernel="decode_invariant", registers=55),
+]
+
+
+def test_tables_say_what_was_found_and_are_read_again():
+    written = matrix.tables(matrix.cells_of(REPORTS), "3.7.1")
+    assert "77+16s · 2 · 0" in written
+    assert matrix.read_tables(written) == (matrix.cells_of(REPORTS), "3.7.1")
+
+
+def test_a_page_out_of_date_is_noticed(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "kernels.md"
+    page.write_text("<!-- compile-matrix -->\n<!-- compile-matrix end -->\n")
+    monkeypatch.setattr(matrix, "PAGE", page)
+
+    def is_stale(reports, triton="3.7.1", is_whole=True, write=False):
+        return matrix.settle(reports, triton, is_whole, write)
+
+    assert not is_stale(REPORTS, write=True)
+    assert not is_stale(REPORTS)
+    assert is_stale([report(registers=78)])
+    assert "--write" in capsys.readouterr().out
+    # Another Triton has other figures: they are not held against the page.
+    assert not is_stale([report(registers=78)], triton="3.6.0")
+    # A part is held against its part of the page, and written into it.
+    assert not is_stale(REPORTS[1:], is_whole=False)
+    is_stale([report(registers=78)], is_whole=False, write=True)
+    assert is_stale(REPORTS[:1], is_whole=False)
+    assert not is_stale(REPORTS[1:], is_whole=False)
+
+
+def test_the_program_fails_for_a_problem_or_a_page_out_of_date(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "kernels.md"
+    page.write_text("<!-- compile-matrix -->\n<!-- compile-matrix end -->\n")
+    monkeypatch.setattr(matrix, "PAGE", page)
+    asked = []
+
+    def main(*arguments, found=REPORTS[0]):
+        monkeypatch.setattr(matrix, "run", lambda pairs, jobs: asked.append(pairs) or [found])
+        return matrix.main(arguments)
+
+    assert main("--write") == main("--check") == 0
+    assert main("--check", "--arch", "sm80", "--filter", "128", found=report(registers=9)) == 1
+    assert [(case.name, arch) for case, arch in asked[-1]] == [("128", "sm80")]
+    assert main("--arch", "sm90", found=matrix.judged(report(matrix=""), has_matrix=True)) == 1
+    assert "without matrix instructions" in capsys.readouterr().out
+    assert main("--full") == 0
+    assert len(asked[-1]) == len(CASES) * len(GPUS) + len(cases.HOPPER)

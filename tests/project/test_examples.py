@@ -1,0 +1,83 @@
+"""The examples run, and a backend that only an entry point names is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from attn_dispatch import environment
+from support.paths import EXAMPLES
+
+
+def run(*arguments, path=""):
+    """What a fresh Python prints, without overrides and tables from outside."""
+    settings = {variable.name for variable in environment.VARIABLES}
+    env = {name: value for name, value in os.environ.items() if name not in settings}
+    env |= {"PYTHONPATH": str(path), "ATTN_DISPATCH_TUNING": "off"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_minimal_backend_runs():
+    printed = run(str(EXAMPLES / "minimal_backend.py"))
+    assert "with a soft cap: MINIMAL" in printed
+    assert "and with sinks:  REFERENCE" in printed
+    assert "MINIMAL: sinks=True is not supported" in printed
+    assert "MINIMAL and REFERENCE agree" in printed
+
+
+def test_minimal_backend_passes_its_verification():
+    program = """
+from attn_dispatch.conformance import verify
+from minimal_backend import MinimalBackend
+report = verify(MinimalBackend, "cpu")
+print(*report.failures, sep="\\n")
+print(report.passed)
+"""
+    assert run("-c", program, path=EXAMPLES) == "\nTrue\n"
+
+
+#: The second entry point names a module that does not exist.
+ENTRY_POINTS = """
+[attn_dispatch.backends]
+MINIMAL = minimal_backend:MinimalBackend
+BROKEN = no_such_module:Backend
+TORCH_SDPA = minimal_backend:MinimalBackend
+"""
+
+PROGRAM = """
+import torch
+from attn_dispatch import AttentionSpec, explain, resolve
+
+spec = AttentionSpec(num_heads=2, head_size=16, dtype=torch.float32, logits_soft_cap=5.0)
+selection = resolve(spec, "cpu")
+print(selection.name, selection.full_cls_name)
+print(*[v.reasons[0].code for v in selection.verdicts if v.name == "BROKEN"])
+print(resolve(spec.replace(logits_soft_cap=None), "cpu").full_cls_name)
+"""
+
+
+def test_an_entry_point_is_enough(tmp_path):
+    """A package's record is all that an installer leaves behind of an entry point."""
+    record = tmp_path / "minimal_backend-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: minimal-backend\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text(ENTRY_POINTS)
+    source = (EXAMPLES / "minimal_backend.py").read_text(encoding="utf-8")
+    (tmp_path / "minimal_backend.py").write_text(source, encoding="utf-8")
+
+    picked, broken, builtin = run("-c", PROGRAM, path=tmp_path).splitlines()
+    assert picked == "MINIMAL ('minimal_backend', 'MinimalBackend')"
+    assert broken == "load"
+    assert "torch_sdpa" in builtin, "a plugin took the name of a built-in backend"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_in_the_readme(example):
+    assert f"({example.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,88 @@
+"""Imports point downwards: no module imports one of a higher layer, and no two import each other.
+
+Every import counts: at the top of a file, inside of a function, and under TYPE_CHECKING.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+#: Lowest first. Layers in one row may not import each other.
+LAYERS = [
+    ["version", "errors"],
+    ["environment", "arguments", "files", "locks", "log"],
+    ["platforms"],
+    ["interface"],
+    ["backends", "selection", "models"],
+    ["runtime"],
+    ["conformance", "integrations"],
+    ["serving"],
+    ["bench"],
+    ["tuning"],
+    ["cli"],
+]
+PACKAGE = "attn_dispatch"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its name."""
+    found = {}
+    for folder, name in (("dispatch", PACKAGE), ("backends", f"{PACKAGE}.backends")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join([name, *parts])] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {each for each in found if each.split(".")[0] == PACKAGE}
+
+
+IMPORTS = {name: imports(name) for name in MODULES}
+
+
+def layer(name: str) -> int:
+    """The row of LAYERS that a module belongs to; the root package is above all of them."""
+    part = name.split(".")[1] if "." in name else ""
+    rows = [index for index, row in enumerate(LAYERS) if part in row]
+    if part and not rows:
+        pytest.fail(f"{name} belongs to no layer; add it to LAYERS.")
+    return rows[0] if rows else len(LAYERS)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_goes_upwards(name):
+    own = name.split(".")[:2]
+    wrong = [
+        each
+        for each in sorted(IMPORTS[name])
+        if layer(each) > layer(name) or (layer(each) == layer(name) and each.split(".")[:2] != own)
+    ]
+    assert wrong == []
+
+
+def test_no_modules_import_each_other():
+    """Take away the modules that import nothing that is left, until none can be taken away."""
+    left = {name: found & MODULES.keys() - {name} for name, found in IMPORTS.items()}
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}

@@ -1,0 +1,1 @@
+"""What tests share: cases, oracles, and stand-ins for libraries that are not installed."""

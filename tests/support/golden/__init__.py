@@ -1,0 +1,1 @@
+"""The table of decisions that selection is compared with."""

@@ -1,0 +1,116 @@
+"""What the tests of HOPPER_ATTN share: where they run, steps, and what was launched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.cases import Case, Step, layer_spec
+
+pytest.importorskip("triton")
+
+__all__ = [
+    "BATCH",
+    "CACHES",
+    "FEW",
+    "MANY",
+    "PORTABLE",
+    "PROMPTS",
+    "check",
+    "laid",
+    "launched",
+    "lens",
+    "on_gpu",
+    "rows_of",
+    "step_of",
+]
+
+_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+_on_hopper = pytest.mark.skipif(not _IS_HOPPER, reason="needs a Hopper GPU")
+on_gpu = lambda test: pytest.mark.gpu(_on_hopper(test))
+
+#: Decodes, a short chunk, a prompt, and a chunk whose past does not end where a tile does.
+BATCH = {"query_lens": (1, 20, 300, 129, 3), "seq_lens": (200, 20, 300, 600, 70)}
+
+#: Keys of requests: few of them by the launch table, and many. One has none: it pads the batch.
+FEW = (300, 2, 64, 129, 0, 700)
+MANY = tuple(37 * i * i % 331 for i in range(40))
+#: A prompt, and a chunk with a past: (query_len, seq_len).
+PROMPTS = ((300, 300), (129, 600))
+
+
+def lens(seq_lens, drafts=1, prompts=()):
+    """A batch of decodes of up to so many tokens each, prompts in the middle of them."""
+    requests = [(min(1 + -(i + 1) % drafts, max(1, n)), n) for i, n in enumerate(seq_lens)]
+    middle = len(requests) // 2
+    requests[middle:middle] = prompts
+    query_lens, seq_lens = zip(*requests, strict=True)
+    return {"query_lens": query_lens, "seq_lens": seq_lens}
+
+
+#: A layer and a batch that are the portable kernel's.
+PORTABLE = {
+    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, lens(MANY)),
+    "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, lens(MANY)),
+    "another dtype": ({"kv_cache_dtype": "float16"}, lens(MANY)),
+    "blocks of 8": ({"block_size": 8}, lens(MANY)),
+    "blocks of 24": ({"block_size": 24}, lens(MANY)),
+    "more than 32 rows": ({"num_heads": 32}, lens(FEW, 3)),
+}
+
+
+def step_of(fields, batch, device):
+    """A step of a layer with two KV heads of 128 in blocks of 16, and of BATCH, but for these."""
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "block_size": 16}
+    spec = layer_spec(**(sizes | {"dtype": torch.bfloat16} | fields))
+    return Step(Case(spec=spec, **(BATCH | batch)), device)
+
+
+def check(step, returned):
+    """Assert that output and lse, if it is returned, are the reference's."""
+    output, lse = returned if step.spec.returns_lse else (returned, None)
+    expected, expected_lse = step.expected()
+    step.check(output, expected)
+    if lse is not None:
+        lse = lse[: len(expected_lse)].cpu()
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=3e-3, atol=3e-3)
+
+
+#: How (blocks, 2, tokens, heads, size) may lie in memory: what is allocated, the view of it, and
+#: whether TMA reads it as a matrix of tokens.
+CACHES = {
+    "blocks apart": (lambda n, b, h, d: (2 * n, 2, b, h, d), lambda t: t[::2], True),
+    "values apart": (lambda n, b, h, d: (2, n, b, h, d), lambda t: t.transpose(0, 1), True),
+    "tokens apart": (lambda n, b, h, d: (n, 2, b, h + 1, d), lambda t: t[:, :, :, :-1], True),
+    "heads apart": (
+        lambda n, b, h, d: (n, 2, b, h, 2 * d),
+        lambda t: t[..., : t.shape[-1] // 2],
+        True,
+    ),
+    "heads first": (lambda n, b, h, d: (n, 2, h, b, d), lambda t: t.transpose(2, 3), True),
+    "heads before blocks": (
+        lambda n, b, h, d: (h, n, 2, b, d),
+        lambda t: t.permute(1, 2, 3, 0, 4),
+        True,
+    ),
+    "values beside keys": (lambda n, b, h, d: (n, b, 2, h, d), lambda t: t.transpose(1, 2), False),
+    "elements apart": (lambda n, b, h, d: (n, 2, b, h, 2 * d), lambda t: t[..., ::2], False),
+}
+
+
+def laid(cache, name):
+    """The same cache in other memory, with NaN around it."""
+    shape_of, view, _ = CACHES[name]
+    blocks, _, *sizes = cache.shape
+    memory = torch.full(shape_of(blocks, *sizes), torch.nan, dtype=cache.dtype, device=cache.device)
+    return view(memory).copy_(cache)
+
+
+def launched(impl):
+    """The kernels that an impl launched."""
+    return {name[0] for name in impl._launchers}
+
+
+def rows_of(impl):
+    """The rows of the launch table by which it launched Hopper's decode kernel."""
+    return [name[3] for name in impl._launchers if name[0] == "hopper decode"]

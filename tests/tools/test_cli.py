@@ -1,0 +1,387 @@
+"""The command line: what it prints for people and for programs, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from attn_dispatch import __version__
+from attn_dispatch.cli import app, doctor, doctor_report, main, spec_flags
+from attn_dispatch.environment import VARIABLES
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.platforms import device, libraries
+from attn_dispatch.platforms.device import DeviceMatch
+from attn_dispatch.platforms.known_devices import known_device
+from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.timings.store import TuningWarning
+from support.paths import CONFIGS
+from support.selection import FakeSite, Forbidden, layer, make_backend, registered
+from support.timing_tables import FAST_REFERENCE, MEASURED, in_force
+
+LAYER = ["--num-heads", "8", "--num-kv-heads", "2", "--head-size", "64", "--dtype", "bfloat16"]
+MLA = ["--num-heads", "16", "--dtype", "bfloat16", "--mla", "512,128,64,128"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+def run(*args: str, code: int = 0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def answer(*args: str, code: int = 0) -> dict:
+    return json.loads(run(*args, "--json", code=code).stdout)
+
+
+# --- The program itself -------------------------------------------------------------------------
+
+
+def test_help_names_the_commands_and_needs_no_torch():
+    text = run("--help").output
+    assert all(command in text for command in ("doctor", "explain", "demo"))
+    code = "import sys, attn_dispatch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version():
+    assert run("--version").output == f"attn-dispatch {__version__}\n"
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path):
+    """Also where a library prints while it is imported, from Python and from native code."""
+    noise = "import os\nprint('noise')\nos.write(1, b'noise')\n"
+    (tmp_path / "flashinfer.py").write_text(noise)
+    (tmp_path / "flash_attn.py").write_text(noise + "raise SystemExit('no driver')")
+    program = "from attn_dispatch.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    states = {lib["name"]: lib["state"] for lib in json.loads(done.stdout)["libraries"]}
+    assert (states["flashinfer"], states["flash_attn"]) == ("ok", "broken")
+    assert done.stderr.count("noise") == 4
+
+
+# --- Flags --------------------------------------------------------------------------------------
+
+#: A flag for every field, and what becomes of it.
+FLAGS = {
+    "num_heads": ("--num-heads 16", 16),
+    "head_size": ("--head-size 128", 128),
+    "dtype": ("--dtype torch.float16", "float16"),
+    "num_kv_heads": ("--num-kv-heads 4", 4),
+    "head_size_v": ("--head-size-v 32", 32),
+    "kv_cache_dtype": ("--kv-cache-dtype fp8", "fp8"),
+    "kv_scales": ("--kv-scales per_head", "per_head"),
+    "block_size": ("--block-size 16", 16),
+    "kv_cache_layout": ("--kv-cache-layout HND", "HND"),
+    "attn_type": ("--attn-type encoder_only", "encoder_only"),
+    "causal": ("--no-causal", False),
+    "sliding_window": ("--sliding-window 4096", 4096),
+    "logits_soft_cap": ("--logits-soft-cap 50", 50.0),
+    "alibi": ("--alibi", True),
+    "sinks": ("--sinks", True),
+    "kv_sharing": ("--kv-sharing", True),
+    "custom_mask": ("--custom-mask", True),
+    "bidirectional_ranges": ("--bidirectional-ranges", True),
+    "mla": (
+        "--mla 512,128,64,128",
+        {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    ),
+    "returns_lse": ("--returns-lse", True),
+    "output_quant": ("--output-quant fp8_e4m3", "fp8_e4m3"),
+    "batch_invariant": ("--batch-invariant", True),
+    "cuda_graph": ("--cuda-graph", True),
+}
+
+
+def test_every_field_has_a_flag():
+    command = typer.main.get_command(app).commands["explain"]
+    flags = {option for parameter in command.params for option in parameter.opts}
+    fields = [field.name for field in dataclasses.fields(AttentionSpec)]
+    assert [name for name in fields if spec_flags.flag_name(name) not in flags] == []
+    assert list(FLAGS) == fields
+
+
+@pytest.mark.parametrize("field", FLAGS)
+def test_flag_reaches_the_request(field):
+    flag, value = FLAGS[field]
+    basis = MLA if field == "mla" else LAYER
+    # Not every such layer has a backend: the request is what counts here.
+    result = CliRunner().invoke(app, ["explain", *basis, *flag.split(), "--json"])
+    assert json.loads(result.stdout)["sections"][0]["spec"][field] == value
+
+
+def test_new_field_has_its_flag_at_once(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Longer(AttentionSpec):
+        temperature: float | None = dataclasses.field(default=None, metadata={"doc": "Of scores."})
+        shape: complex = dataclasses.field(default=0j, metadata={"doc": "Of a type yet unheard."})
+
+    monkeypatch.setattr(spec_flags, "AttentionSpec", Longer)
+
+    def show(**flags: object) -> None:
+        print(spec_flags.spec_from_fields(spec_flags.fields_from_flags(flags)))
+
+    program = typer.Typer(add_completion=False)
+    program.command()(spec_flags.with_spec_flags(show))
+    result = CliRunner().invoke(program, [*LAYER, "--temperature", "0.5", "--shape", "1j"])
+    assert "temperature=0.5, shape=1j" in result.output
+    assert "Of scores." in CliRunner().invoke(program, ["--help"]).output
+
+
+#: Arguments of explain -> part of the message.
+WRONG = {
+    "": "needs --num-heads, --head-size, --dtype. For example",
+    "--num-heads 8 --dtype float16": "needs --head-size",
+    "--num-heads eight --head-size 64 --dtype float16": "num_heads='eight' is not an integer",
+    "--num-heads 8 --head-size 64 --dtype float17": "dtype='float17' is not a floating-point",
+    "--num-heads 8 --head-size 64 --dtype int8": "dtype=torch.int8 is not a floating-point",
+    "L --attn-type encode": "attn_type='encode' is not one of: decoder, encoder",
+    "L --logits-soft-cap 0": "logits_soft_cap=0.0 is not a positive finite number",
+    "L --num-kv-heads 3": "num_heads=8 is not a multiple of num_kv_heads=3",
+    "L --num-kv-heads none --head-size none": "head_size=None is not an integer",
+    "M --mla 512,128": "has 2 of 4 numbers. Give kv_lora_rank,qk_nope_head_dim",
+    "M --mla 512,128,64,x": "v_head_dim='x' is not an integer",
+    "M --head-size 64": "needs num_kv_heads=1, head_size=kv_lora_rank+qk_rope_head_dim=576",
+    "L --device gfx9": "Device 'gfx9' is not known",
+    "L --backend TORCH_SPDA": "Did you mean TORCH_SDPA?",
+    "L --backend prefil=REFERENCE": "unknown scope 'prefil'. Did you mean prefill?",
+    "L --without numpy": "--without numpy: no backend and nothing here uses",
+    "L --without a>b>c": "--without a>b>c: no backend",
+    "L --attn-type encoder --phase decode": "Nothing asked about goes through decode",
+    "--config nowhere.json": "There is no file nowhere.json",
+    "--config CONFIGS": "holds no config.json",
+    "--config CONFIGS/llama.json --num-heads 8": "num_heads cannot be given beside a config",
+}
+
+
+@pytest.mark.parametrize("args", WRONG)
+def test_wrong_values_end_in_one_message_on_stderr(args, monkeypatch, capsys):
+    short = {"L": LAYER, "M": MLA}
+    words = [part for word in args.split() for part in short.get(word, [word])]
+    words = [word.replace("CONFIGS", str(CONFIGS)) for word in words]
+    monkeypatch.setattr(sys, "argv", ["attn-dispatch", "explain", *words])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert WRONG[args] in err
+    assert err.count("\n") == 1
+
+
+# --- explain ------------------------------------------------------------------------------------
+
+
+def test_explain_has_every_pick_and_every_refusal():
+    found = answer("explain", *LAYER, "--sinks", "--device", "cpu", "--backend", "decode=REFERENCE")
+    prefill, decode = found["sections"][0]["reports"]
+    assert (prefill["phase"], prefill["picked"], prefill["source"]) == (
+        *("prefill", "REFERENCE", "platform order"),
+    )
+    assert (decode["picked"], decode["source"]) == ("REFERENCE", "argument")
+    verdicts = {verdict["name"]: verdict["reasons"] for verdict in prefill["verdicts"]}
+    assert set(verdicts) == registry.names()
+    assert verdicts["TORCH_SDPA"][0]["field"] == "sinks"
+    assert found["complete"] is True
+
+
+def test_explain_exits_with_1_without_a_pick():
+    found = answer("explain", *MLA, "--alibi", "--device", "cpu", code=1)
+    assert found["complete"] is False
+    assert [report["picked"] for report in found["sections"][0]["reports"]] == [None, None]
+    text = run("explain", *MLA, "--alibi", code=1).stdout
+    assert "alibi=True is not supported" in " ".join(text.split())
+
+
+def test_explaining_an_absent_device_never_touches_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", Forbidden("torch.cuda"))
+    monkeypatch.setattr(torch, "accelerator", Forbidden("torch.accelerator"))
+    found = answer("explain", *LAYER, "--device", "gfx942", "--without", "flash-attn")
+    assert found["device"]["name"] == "AMD Instinct MI300X"
+    assert (found["assumes_libraries"], found["without"]) == (True, ["flash_attn"])
+    text = run("explain", *LAYER, "--device", "gfx942", "--without", "flash-attn").stdout
+    assert "every optional library is assumed, but for flash_attn" in text
+
+
+def test_without_a_library():
+    needy = make_backend("NEEDY", requires=("triton>=3", "aiter"))
+    with registered(needy):
+        args = ("explain", *LAYER, "--device", "gfx942", "--backend", "NEEDY?")
+        assert answer(*args)["sections"][0]["reports"][0]["picked"] == "NEEDY"
+        report = answer(*args, "--without", "triton")["sections"][0]["reports"][0]
+    reasons = {verdict["name"]: verdict["reasons"] for verdict in report["verdicts"]}["NEEDY"]
+    assert [(reason["code"], reason["field"]) for reason in reasons] == [("library", "triton")]
+
+
+def test_explain_one_phase():
+    assert len(answer("explain", *LAYER, "--phase", "decode")["sections"][0]["reports"]) == 1
+
+
+def test_explain_config():
+    path = CONFIGS / "gemma2.json"
+    found = answer("explain", "--config", path, "--block-size", "16", "--device", "H200")
+    local, full = found["sections"]
+    assert (local["name"], local["layers"]) == ("sliding_window", list(range(0, 42, 2)))
+    assert (full["spec"]["sliding_window"], full["spec"]["block_size"]) == (None, 16)
+    verdicts = {v["name"]: v["reasons"] for v in full["reports"][0]["verdicts"]}
+    assert [reason["field"] for reason in verdicts["TORCH_SDPA"]] == ["logits_soft_cap"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_explain_reads_well_in_a_narrow_terminal(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = run("explain", "--config", CONFIGS / "whisper.json", "--phase", "decode").stdout
+    assert max(map(len, text.splitlines())) <= width
+    assert "\x1b" not in text
+    assert "encoder_decoder, layers 0-3" in text
+    assert "These layers do not go through decode." in text
+    assert "attn_type=encoder_decoder is not supported" in " ".join(text.split())
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_shows_everything():
+    found = answer("doctor")
+    assert {library["name"] for library in found["libraries"]} == set(libraries.LIBRARIES)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][-1]["arch"] == "cpu"
+    backends = {backend["name"]: backend["devices"]["cpu"] for backend in found["backends"]}
+    assert set(backends) == registry.names()
+    assert backends["REFERENCE"] == {"usable": True, "reasons": []}
+    text = run("doctor").stdout
+    for words in ("REFERENCE", "torch", *(variable.name for variable in VARIABLES)):
+        assert words in text
+
+
+def test_doctor_shows_a_broken_library_and_goes_on(tmp_path, monkeypatch):
+    site = FakeSite(tmp_path, monkeypatch)
+    site.install("flash_attn", "raise OSError('libfa.so: [bold]no[/] such file')", version="2.8.3")
+    monkeypatch.setenv("COLUMNS", "60")
+    with registered(make_backend("FLASHY", requires=("flash-attn>=2.8",))):
+        found = answer("doctor")
+        text = " ".join(run("doctor").stdout.split())
+    states = {library["name"]: library for library in found["libraries"]}
+    assert states["torch"]["state"] == "ok"
+    assert states["flash_attn"]["state"] == "broken"
+    assert states["flash_attn"]["error"] == "OSError: libfa.so: [bold]no[/] such file"
+    assert states["flash_attn"]["needed_by"] == ["ROCM_FLASH_ATTN", "FLASHY"]
+    assert "- flash_attn: OSError: libfa.so: [bold]no[/] such file" in text
+    verdicts = {backend["name"]: backend["devices"]["cpu"] for backend in found["backends"]}
+    assert verdicts["REFERENCE"]["usable"]
+    assert not verdicts["FLASHY"]["usable"]
+
+
+def test_doctor_says_what_would_help(tmp_path, monkeypatch):
+    FakeSite(tmp_path, monkeypatch).remove("aiter")
+    helped = make_backend("HELPED", requires=("aiter",))
+    elsewhere = make_backend("ELSEWHERE", requires=("aiter",), devices=(DeviceMatch(vendor="amd"),))
+    assert answer("doctor")["gains"] == []
+    assert "Nothing: no backend that runs on these devices lacks a library" in run("doctor").stdout
+    with registered(helped, elsewhere):
+        gains = answer("doctor")["gains"]
+        text = " ".join(run("doctor").stdout.split())
+    hint = f"aiter: {libraries.LIBRARIES['aiter'].install}"
+    devices = [device["device"] for device in answer("doctor")["devices"]]
+    assert gains == [{"do": [hint], "gains": {"HELPED": devices}}]
+    assert f"{hint} HELPED on {', '.join(devices)}" in text
+    assert "does not run on CPU (cpu); runs on: amd" in text
+
+
+def test_doctor_with_a_gpu(monkeypatch):
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kw: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    profiles = {f"cuda:{index}": known_device("H200") for index in (0, 1, 3)}
+    profiles |= {"cuda:2": known_device("A100"), "cpu": known_device("cpu")}
+    monkeypatch.setattr(device, "detect_device", profiles.__getitem__)
+    hopper = make_backend("HOPPER", devices=(DeviceMatch(archs=("sm90",)),))
+    with registered(hopper):
+        text = run("doctor").stdout
+    assert "NVIDIA H200, 132 SMs, 4.8 TB/s, 50 MiB L2" in " ".join(text.split())
+    assert "Backend cuda:0, cuda:1, cuda:3 cuda:2 cpu" in " ".join(text.split())
+    assert "- HOPPER on cuda:2: does not run on NVIDIA A100 (sm80)" in text
+    assert "- HOPPER on cpu: does not run on CPU (cpu)" in text
+    assert doctor_report._range(["cuda:0", "cuda:1"]) == "cuda:0-1"
+
+
+def test_doctor_knows_a_backend_that_needs_any_of_several_libraries(monkeypatch):
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kw: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    triton, flash = libraries.Library("triton", "3.6.0"), libraries.Library("flash_attn", "2.8.3")
+    a100 = known_device("A100")
+    profiles = {
+        "cuda:0": a100.with_libraries(triton),
+        "cuda:1": a100.with_libraries(triton, flash),
+        "cpu": known_device("cpu"),
+    }
+    monkeypatch.setattr(device, "detect_device", profiles.__getitem__)
+    found = answer("doctor")
+    (flashes,) = (b["devices"] for b in found["backends"] if b["name"] == "FLASH_ATTN")
+    assert [where for where, verdict in flashes.items() if verdict["usable"]] == ["cuda:1"]
+    messages = " ".join(reason["message"] for reason in flashes["cuda:0"]["reasons"])
+    assert "needs flash_attn>=2.6.3,<3 for FlashAttention 2" in messages
+    assert "needs vllm>=0.11 for vLLM's FlashAttention 2" in messages
+    (todo,) = (gain["do"] for gain in found["gains"] if "FLASH_ATTN" in gain["gains"])
+    assert todo[0].startswith("what one of these needs: flash_attn: pip install flash-attn")
+
+
+def test_doctor_shows_the_tables_that_count(tmp_path, monkeypatch):
+    assert answer("doctor")["tables"] == []
+    assert "None count here: the platform's order decides." in run("doctor").stdout
+    path = tmp_path / "times.json"
+    in_force(monkeypatch, path, {layer(dtype=torch.float32): FAST_REFERENCE})
+    (table,) = answer("doctor")["tables"]
+    assert (table["from"], table["measured"], table["layers"]) == (str(path), MEASURED, 1)
+    assert "cpu" in table["devices"]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"cpu 1 {MEASURED} {path}" in " ".join(run("doctor").stdout.split())
+
+
+def test_doctor_survives_a_broken_driver(monkeypatch):
+    def broken(**kw: object) -> None:
+        raise RuntimeError("the driver is older than the runtime")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", broken)
+    devices = answer("doctor")["devices"]
+    assert devices[0]["error"] == "RuntimeError: the driver is older than the runtime"
+    assert devices[1]["arch"] == "cpu"
+
+
+def test_doctor_reads_every_environment_variable(monkeypatch):
+    assert set(doctor.READERS) == {variable.name for variable in VARIABLES}
+    monkeypatch.setenv("ATTN_DISPATCH_BACKEND", "REFERNCE")
+    monkeypatch.setenv("ATTN_DISPATCH_CHECK", "maybe")
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
+    monkeypatch.setenv("ATTN_DISPATCH_TUNING", "no-such-table.json")
+    monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", __file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)  # each is given once in a process
+        found = {variable["name"]: variable for variable in answer("doctor")["environment"]}
+    assert "Did you mean REFERENCE?" in found["ATTN_DISPATCH_BACKEND"]["error"]
+    assert "'maybe' is not understood" in found["ATTN_DISPATCH_CHECK"]["error"]
+    assert found["VLLM_ATTENTION_BACKEND"]["value"] == "TORCH_SDPA"
+    assert found["VLLM_ATTENTION_BACKEND"]["error"] is None
+    assert "no-such-table.json cannot be read" in found["ATTN_DISPATCH_TUNING"]["error"]
+    assert "a file. Give a folder" in found["ATTN_DISPATCH_CACHE_DIR"]["error"]
+    assert "Did you mean REFERENCE?" in " ".join(run("doctor").stdout.split())
