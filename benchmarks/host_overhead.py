@@ -36,7 +36,7 @@ from attn_dispatch.backends.reference.torch_ref import (
 )
 from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selection.timings.policy import Side, routes_of
-from attn_dispatch.selection.timings.table import LayerTimes, Point, Step
+from attn_dispatch.selection.timings.table import BatchKind, LayerTimes, Point
 
 IMPORT_LIMIT_MS = 60.0
 CALL_LIMIT_US = 20.0
@@ -161,7 +161,11 @@ def _routers() -> dict[str, Router]:
 
     Where one backend serves everything, as without a table, there is no router to be timed.
     """
-    steps = ((Step.PREFILL, 512, 5.0), (Step.DECODE, 1, 20.0), (Step.VERIFY, 4, 20.0))
+    steps = (
+        (BatchKind.PREFILL, 512, 5.0),
+        (BatchKind.DECODE, 1, 20.0),
+        (BatchKind.VERIFY, 4, 20.0),
+    )
     grid = itertools.product(steps, (1, 8, 64, 256), (512, 1024))
     points = tuple(
         Point(step, n, n * tokens, n * keys, {"A": us, "B": 10.0})

@@ -16,8 +16,7 @@ _HOMES = {
     "UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",
     "interface.batch": "AttentionBatch",
-    "interface.capability": "ANY ByDevice Capabilities EitherOf MultipleOf OneOf Range Reason "
-    "SameAs",
+    "interface.capability": "ANY ByDevice Capabilities AnyOf MultipleOf OneOf Range Reason SameAs",
     "interface.graphs": "AttentionState",
     "interface.impl": "AttentionImpl AttentionLayer MLAAttentionImpl",
     "interface.kv_access": "write_kv_cache",

@@ -7,9 +7,9 @@ from attn_dispatch.interface.backend import INTERFACE_VERSION as INTERFACE_VERSI
 from attn_dispatch.interface.backend import AttentionBackend as AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch as AttentionBatch
 from attn_dispatch.interface.capability import ANY as ANY
+from attn_dispatch.interface.capability import AnyOf as AnyOf
 from attn_dispatch.interface.capability import ByDevice as ByDevice
 from attn_dispatch.interface.capability import Capabilities as Capabilities
-from attn_dispatch.interface.capability import EitherOf as EitherOf
 from attn_dispatch.interface.capability import MultipleOf as MultipleOf
 from attn_dispatch.interface.capability import OneOf as OneOf
 from attn_dispatch.interface.capability import Range as Range

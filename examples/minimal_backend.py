@@ -35,9 +35,9 @@ from attn_dispatch import (
     resolve,
 )
 from attn_dispatch.interface.backend import refuse_spec
-from attn_dispatch.interface.impl import write_new_kv
+from attn_dispatch.interface.impl import store_new_kv
 from attn_dispatch.interface.kv_access import gather_kv
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 
@@ -91,16 +91,16 @@ class MinimalImpl(AttentionImpl[MinimalMetadata]):
         batch = attn_metadata.batch
         check_forward(self, query, key, value, kv_cache, batch, output)
         if kv_cache is not None and key is not None and value is not None:
-            write_new_kv(self, layer, key, value, kv_cache, batch)
+            store_new_kv(self, layer, key, value, kv_cache, batch)
         if output is None:
             output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
         output.zero_()  # a row that sees no key is 0
         for request, (query_len, seq_len) in enumerate(
-            zip(batch.query_lens, batch.host_seq_lens, strict=True)
+            zip(batch.query_lens, batch.seq_lens_list, strict=True)
         ):
             if query_len == 0 or seq_len == 0:
                 continue
-            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
             if kv_cache is None:
                 assert key is not None
                 assert value is not None
@@ -109,7 +109,7 @@ class MinimalImpl(AttentionImpl[MinimalMetadata]):
             else:
                 assert batch.block_table is not None
                 blocks = batch.block_table[request]
-                in_cache = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+                in_cache = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
                 # Only this request's entries: what lies in the others cannot reach the result.
                 keys = gather_kv(in_cache[0], blocks, seq_len, layer._k_scale, torch.float32)
                 values = gather_kv(in_cache[1], blocks, seq_len, layer._v_scale, torch.float32)

@@ -24,7 +24,7 @@ from attn_dispatch.backends.reference.torch_ref import (
 )
 from attn_dispatch.conformance import verify
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import write_new_kv
+from attn_dispatch.interface.impl import store_new_kv
 from attn_dispatch.interface.quantization import is_fp8
 
 __all__ = ["FAULTS", "WrongImpl", "wrong_backend"]
@@ -92,12 +92,12 @@ def _read_past_the_end(impl: WrongImpl, arguments: list[Any], named: dict[str, A
     block_size = kv_cache.shape[2]
     output = returned[0] if impl.returns_lse else returned
     for request, (query_len, seq_len) in enumerate(
-        zip(batch.query_lens, batch.host_seq_lens, strict=True)
+        zip(batch.query_lens, batch.seq_lens_list, strict=True)
     ):
         if query_len != 1 or seq_len == 0 or output.dtype != query.dtype:
             continue
         whole_blocks = -(-seq_len // block_size) * block_size
-        row = batch.query_starts[request]
+        row = batch.query_start_list[request]
         longer = AttentionBatch.create(
             [1],
             [whole_blocks],
@@ -115,7 +115,7 @@ def _write_a_shared_cache(impl: WrongImpl, arguments: list[Any], named: dict[str
     layer, _, key, value, kv_cache, metadata = arguments[:6]
     if impl.kv_sharing_target_layer_name is not None and metadata.batch.slot_mapping is not None:
         impl.kv_sharing_target_layer_name = None
-        write_new_kv(impl, layer, key, value, kv_cache, metadata.batch)
+        store_new_kv(impl, layer, key, value, kv_cache, metadata.batch)
     return returned
 
 
@@ -125,7 +125,7 @@ def _ignore_k_scale(impl: WrongImpl, arguments: list[Any], named: dict[str, Any]
     if kv_cache is None or not is_fp8(kv_cache.dtype):
         return impl.forward(*arguments, **named)
     if key is not None:
-        write_new_kv(impl, layer, key, value, kv_cache, metadata.batch)
+        store_new_kv(impl, layer, key, value, kv_cache, metadata.batch)
         arguments[2] = arguments[3] = None
     arguments[0] = copy.copy(layer)
     arguments[0]._k_scale, arguments[0]._k_scale_float = torch.ones_like(layer._k_scale), 1.0

@@ -32,10 +32,10 @@ from attn_dispatch.interface.impl import (
     AttentionImpl,
     AttentionLayer,
     refuse_features,
-    write_new_kv,
+    store_new_kv,
 )
 from attn_dispatch.interface.kv_access import read_kv_cache
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
@@ -70,7 +70,7 @@ def first_visible_keys(batch: AttentionBatch, sliding_window: int | None) -> lis
     """The first key of each request that one of its queries sees through the window."""
     if sliding_window is None:
         return [0] * batch.num_reqs
-    lens = zip(batch.query_lens, batch.host_seq_lens, strict=True)
+    lens = zip(batch.query_lens, batch.seq_lens_list, strict=True)
     return [max(0, seq - query - sliding_window + 1) for query, seq in lens]
 
 
@@ -167,7 +167,7 @@ class TorchVarlenBuilder(AttentionMetadataBuilder[TorchVarlenMetadata]):
     def build(self, batch: AttentionBatch) -> TorchVarlenMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         firsts = first_visible_keys(batch, self.spec.sliding_window)
-        starts, seq_lens = batch.key_starts, batch.host_seq_lens
+        starts, seq_lens = batch.key_starts, batch.seq_lens_list
         brought = [end - start for start, end in itertools.pairwise(starts)]
         metadata: TorchVarlenMetadata = TorchVarlenMetadata.of(
             batch,
@@ -234,7 +234,7 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
                 f"{kv_cache.dtype}; TRITON_ATTN reads it."
             )
         if kv_cache is not None and key is not None and value is not None:
-            write_new_kv(self, layer, key, value, kv_cache, batch)
+            store_new_kv(self, layer, key, value, kv_cache, batch)
         num_tokens = batch.num_tokens
         if output is None:
             output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
@@ -243,7 +243,7 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
             lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
         if output.shape[0] > num_tokens:  # rows that are no request's
             output[num_tokens:] = 0
-        if not num_tokens or not max(batch.host_seq_lens):
+        if not num_tokens or not max(batch.seq_lens_list):
             output[:num_tokens] = 0
         else:
             # A negative scale would make the smallest score the largest in the kernel's softmax.
@@ -278,15 +278,15 @@ class TorchVarlenImpl(AttentionImpl[TorchVarlenMetadata]):
         own = metadata.is_fresh and self.kv_sharing_target_layer_name is None
         if key is not None and value is not None and (own or kv_cache is None):
             rows = batch.key_starts[-1]
-            where = {"cu_seq_k": metadata.fresh_start_loc, "max_k": max(batch.host_seq_lens)}
+            where = {"cu_seq_k": metadata.fresh_start_loc, "max_k": max(batch.seq_lens_list)}
             return self._expanded(key[:rows]), self._expanded(value[:rows]), where
         assert kv_cache is not None  # check_forward saw to it
         block_size = kv_cache.shape[2]
-        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        keys, values = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
         if self._reads_pages and block_size % _PAGE_TOKENS == 0 and is_loadable(keys):
             where = {
                 "cu_seq_k": None,
-                "max_k": max(batch.host_seq_lens),
+                "max_k": max(batch.seq_lens_list),
                 "seqused_k": batch.seq_lens,
                 "block_table": batch.block_table,
             }

@@ -24,9 +24,9 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
 )
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, kv_scales_of, write_new_kv
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, get_kv_scales, store_new_kv
 from attn_dispatch.interface.kv_access import gather_kv
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
 from attn_dispatch.interface.spec import (
@@ -86,7 +86,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         scales = (output_scale, output_block_scale)
         check_forward(self, query, key, value, kv_cache, batch, output, *scales)
         if kv_cache is not None and key is not None and value is not None:
-            write_new_kv(self, layer, key, value, kv_cache, batch)
+            store_new_kv(self, layer, key, value, kv_cache, batch)
 
         dtype = compute_dtype(query.dtype)
         shape = (query.shape[0], self.num_heads, self.head_size_v)
@@ -95,9 +95,9 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         slopes = self._on(query.device, self.alibi_slopes, dtype)
         sinks = self._on(query.device, self.sinks, dtype)
         for request, query_len in enumerate(batch.query_lens):
-            if query_len == 0 or batch.host_seq_lens[request] == 0:
+            if query_len == 0 or batch.seq_lens_list[request] == 0:
                 continue
-            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
             keys, values = self._keys_of(request, layer, key, value, kv_cache, batch, dtype)
             result[rows], lse[rows] = attend(
                 query[rows].to(dtype),
@@ -135,9 +135,9 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
             rows = slice(batch.key_starts[request], batch.key_starts[request + 1])
             return key[rows].to(dtype), value[rows].to(dtype)
         assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
-        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        k_scale, v_scale = kv_scales_of(layer, kv_cache)
+        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
+        keys, values = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        k_scale, v_scale = get_kv_scales(layer, kv_cache)
         return (
             gather_kv(keys, blocks, seq_len, k_scale, dtype),
             gather_kv(values, blocks, seq_len, v_scale, dtype),

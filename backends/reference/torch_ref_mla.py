@@ -175,9 +175,9 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         result = torch.zeros(shape, dtype=dtype, device=query.device)
         lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
         for request, phase in enumerate(batch.phases):
-            if batch.query_lens[request] == 0 or batch.host_seq_lens[request] == 0:
+            if batch.query_lens[request] == 0 or batch.seq_lens_list[request] == 0:
                 continue
-            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
             latents, rotated = self._latents_of(request, layer, kv_cache, batch, dtype)
             compute = self._absorbed if phase is Phase.DECODE else self._expanded
             result[rows], lse[rows] = compute(query[rows].to(dtype), latents, rotated)
@@ -236,7 +236,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The request's latents (seq_len, kv_lora_rank) and key parts (seq_len, rope)."""
         assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
+        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
         stored = gather_kv(kv_cache[:, :, None], blocks, seq_len, layer._k_scale, dtype)
         latents, rotated = stored[:, 0].split(
             [self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1

@@ -32,10 +32,10 @@ from attn_dispatch.interface.impl import (
     AttentionImpl,
     AttentionLayer,
     refuse_features,
-    write_new_kv,
+    store_new_kv,
 )
 from attn_dispatch.interface.kv_access import read_kv_cache
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import (
     dequantize_rows,
@@ -126,7 +126,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
     def _pieces(self, metadata: SDPAMetadata) -> Iterator[_Piece]:
         batch = metadata.batch
         for request, query_len in enumerate(batch.query_lens):
-            seq_len = batch.host_seq_lens[request]
+            seq_len = batch.seq_lens_list[request]
             if query_len == 0 or seq_len == 0:
                 continue
             start = seq_len - query_len
@@ -145,7 +145,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
 
     def _is_square(self, batch: AttentionBatch, request: int) -> bool:
         """Whether plain causality on a square says it all."""
-        seq_len = batch.host_seq_lens[request]
+        seq_len = batch.seq_lens_list[request]
         return (
             self.spec.causal
             and batch.query_lens[request] == seq_len
@@ -192,7 +192,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         distance = None
         if spec.alibi:
             distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
-        starts = [batch.query_starts[p.request] + p.first_row for p in pieces]
+        starts = [batch.query_start_list[p.request] + p.first_row for p in pieces]
         rows = (torch.tensor(starts, device=_HOST)[:, None] + row).flatten()
         requests = torch.tensor([[piece.request] for piece in pieces], device=_HOST)
         alone = len(pieces) == 1
@@ -241,7 +241,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
     def _key_rows(self, batch: AttentionBatch, piece: _Piece, num_keys: int) -> slice | None:
         """The rows of key and value that hold all that the piece reads, if they do."""
         start, end = batch.key_starts[piece.request], batch.key_starts[piece.request + 1]
-        has_past = end - start != batch.host_seq_lens[piece.request]
+        has_past = end - start != batch.seq_lens_list[piece.request]
         # With another dtype in the cache, what is read must be what was stored.
         if has_past or self.spec.kv_sharing or self.spec.kv_cache_dtype != "auto":
             return None
@@ -286,7 +286,7 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         batch = attn_metadata.batch
         check_forward(self, query, key, value, kv_cache, batch, output)
         if kv_cache is not None and key is not None and value is not None:
-            write_new_kv(self, layer, key, value, kv_cache, batch)
+            store_new_kv(self, layer, key, value, kv_cache, batch)
         if output is None:
             output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
         output.zero_()  # a row of no group sees no key
@@ -329,7 +329,7 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
                 dequantize_rows(k_rows[..., : self.head_size], token_scales(k_rows), dtype),
                 dequantize_rows(v_rows[..., : self.head_size_v], token_scales(v_rows), dtype),
             )
-        keys, values = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        keys, values = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
         return (
             read_kv_cache(keys, blocks, offsets).to(dtype),
             read_kv_cache(values, blocks, offsets).to(dtype),

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 from attn_dispatch.backends.rocm.flash_attn_ck import VARLEN_FIELDS, VarlenBackend, VarlenImpl
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.capability import (
+    AnyOf,
     Capabilities,
-    EitherOf,
     OneOf,
     Range,
     Reason,
@@ -84,8 +84,8 @@ class RocmAiterBackend(VarlenBackend):
         requires=("triton>=3.6", "aiter>=0.1.10,<0.2"),
         **{
             **VARLEN_FIELDS,
-            "head_size_v": EitherOf(SameAs("head_size"), OneOf(_MIXED_SIZES[1])),
-            "sliding_window": EitherOf(OneOf(None), Range(_SMALLEST_WINDOW, math.inf)),
+            "head_size_v": AnyOf(SameAs("head_size"), OneOf(_MIXED_SIZES[1])),
+            "sliding_window": AnyOf(OneOf(None), Range(_SMALLEST_WINDOW, math.inf)),
         },
     )
 

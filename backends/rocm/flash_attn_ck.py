@@ -108,7 +108,7 @@ class VarlenBuilder(TritonBuilder):
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         spec, has_pages = self.spec, batch.block_table is not None
-        called = [i for i in chosen if batch.query_lens[i] and batch.host_seq_lens[i]]
+        called = [i for i in chosen if batch.query_lens[i] and batch.seq_lens_list[i]]
         rows = plan_rows(batch, called, 1)
         is_theirs = not (spec.custom_mask or spec.bidirectional_ranges or spec.batch_invariant)
         if not (called and is_theirs) or (has_pages and not self._has_room(rows)):
@@ -124,7 +124,7 @@ class VarlenBuilder(TritonBuilder):
         blind = [row for i in chosen for row in self._blind_rows(batch, i)]
         return VarlenPlan(
             **vars(plan),
-            tokens=_rows_of(batch.query_starts, called, self.device),
+            tokens=_rows_of(batch.query_start_list, called, self.device),
             keys=_rows_of(batch.key_starts, called, self.device),
             cu_seqlens_q=_starts(rows.query_lens, self.device),
             cu_seqlens_k=_starts(rows.seq_lens, self.device),
@@ -135,8 +135,8 @@ class VarlenBuilder(TritonBuilder):
 
     def _blind_rows(self, batch: AttentionBatch, request: int) -> range:
         """The rows of the query that are a request's and see no key: its first ones, if any."""
-        start, query_len = batch.query_starts[request], batch.query_lens[request]
-        seq_len, window = batch.host_seq_lens[request], self.spec.sliding_window
+        start, query_len = batch.query_start_list[request], batch.query_lens[request]
+        seq_len, window = batch.seq_lens_list[request], self.spec.sliding_window
         if not seq_len:
             return range(start, start + query_len)
         # Where rows are more than keys, the first ones stand before the keys. They see ahead:

@@ -18,8 +18,8 @@ from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.operands import (
-    Out,
-    Source,
+    KVSource,
+    OutputBuffers,
     dense,
     fills_tiles,
     is_interpreted,
@@ -83,7 +83,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         self._gather_kernel = gather.gather_kv_kernel
         self._launchers: dict[Any, Launcher] = {}
         self._slopes: torch.Tensor | None = None
-        self._last_cache: tuple[Any, Source] | None = None
+        self._last_cache: tuple[Any, KVSource] | None = None
         self._query_factor, scale = split_scale(self.scale)
         self._cap = self.logits_soft_cap
         if self._cap is not None:
@@ -141,7 +141,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         cache = None if kv_cache is None else self._paged(kv_cache)
         if cache is None and attn_metadata.batch.block_table is not None:
             attn_metadata = attn_metadata.without_pages
-        out = Out.of(self, query, output, *scales)
+        out = OutputBuffers.of(self, query, output, *scales)
         if key is not None and value is not None:
             key, value = dense(key), dense(value)
             if kv_cache is not None:
@@ -156,8 +156,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        cache: Source | None,
-        out: Out,
+        cache: KVSource | None,
+        out: OutputBuffers,
     ) -> None:
         """Attention of all requests, the new keys being in the cache."""
         if metadata.decode is not None and metadata.decode.num_reqs and cache is not None:
@@ -181,7 +181,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             found = self._launchers[name] = Launcher(kernel, constants(), options)
         return found
 
-    def _paged(self, kv_cache: torch.Tensor) -> Source:
+    def _paged(self, kv_cache: torch.Tensor) -> KVSource:
         """The cache as the kernels take it; the last one is remembered.
 
         Raises:
@@ -193,7 +193,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     f"kv_cache has strides {kv_cache.stride()}; this backend reads heads whose "
                     "elements lie next to each other. Make the cache by allocate_kv_cache."
                 )
-            self._last_cache = (weakref.ref(kv_cache), Source.of_pages(kv_cache))
+            self._last_cache = (weakref.ref(kv_cache), KVSource.of_pages(kv_cache))
         return self._last_cache[1]
 
     @on_its_device
@@ -236,7 +236,12 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         )  # fmt: skip
 
     def _features(
-        self, metadata: TritonMetadata, source: Source, out: Out, scale_stride: int, dtype: Any
+        self,
+        metadata: TritonMetadata,
+        source: KVSource,
+        out: OutputBuffers,
+        scale_stride: int,
+        dtype: Any,
     ) -> dict[str, Any]:
         """What both attention kernels are compiled for."""
         table = metadata.launches.table
@@ -291,8 +296,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         metadata: TritonMetadata,
         plan: DecodePlan,
         query: torch.Tensor,
-        cache: Source,
-        out: Out,
+        cache: KVSource,
+        out: OutputBuffers,
     ) -> None:
         """Attention of the requests of few query tokens."""
         batch, row = metadata.batch, plan.launch
@@ -309,7 +314,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         dtypes = (query.dtype, sinks.dtype)
         stages = row.num_stages
         if cache.k.dtype.itemsize == 1 or cache.kind == "pairs":
-            stages = row.num_stages_of_bytes or stages
+            stages = row.num_stages_8bit or stages
         is_usual = row is metadata.launches.decode
         name = (
             "decode", metadata.launches, is_usual, plan.rows, requests is None, *features, *kind,
@@ -325,10 +330,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "ROWS": plan.rows,
                 "BLOCK_N": row.block_n,
                 "STAGES": stages,
-                "LISTED": requests is not None,
+                "HAS_REQUEST_LIST": requests is not None,
                 "PTX": metadata.launches.is_nvidia and not is_interpreted(),
                 "PAIRS": cache.kind == "pairs",
-                "CHUNK": row.lengths_at_once,
+                "CHUNK": row.lengths_per_load,
                 "FEW": _FEW_PARTS,
                 "AT_ONCE": max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
                 **parts,
@@ -352,16 +357,16 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         layer: AttentionLayer,
         metadata: TritonMetadata,
         plan: PrefillPlan,
-        cache: Source | None,
+        cache: KVSource | None,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-    ) -> Source:
+    ) -> KVSource:
         """Where the prefill kernel finds keys: as they came, gathered, or in their pages."""
         if key is not None and value is not None and plan.is_fresh:
             # What a cache keeps in another form is what must be read.
             as_kept = cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
             if as_kept and self.kv_sharing_target_layer_name is None:
-                return Source.of_rows(key, value, plan.key_start_loc)
+                return KVSource.of_rows(key, value, plan.key_start_loc)
         assert cache is not None  # check_forward saw to it
         if plan.gathered_start_loc is None:
             return cache
@@ -373,8 +378,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         metadata: TritonMetadata,
         plan: PrefillPlan,
         starts: torch.Tensor,
-        cache: Source,
-    ) -> Source:
+        cache: KVSource,
+    ) -> KVSource:
         """Copy the keys and values of the plan's requests out of their pages."""
         batch, launches = metadata.batch, metadata.launches
         table = batch.block_table
@@ -406,7 +411,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             v_scale, table, plan.requests, batch.query_start_loc, batch.seq_lens, starts,
             keys, values, *cache.k_strides, table.stride(0), self._numbers[0],
         )  # fmt: skip
-        return Source.of_rows(keys, values, starts)
+        return KVSource.of_rows(keys, values, starts)
 
     def _prefill(
         self,
@@ -414,8 +419,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         metadata: TritonMetadata,
         plan: PrefillPlan,
         query: torch.Tensor,
-        source: Source,
-        out: Out,
+        source: KVSource,
+        out: OutputBuffers,
     ) -> None:
         """Attention of the requests of many query tokens."""
         if not len(plan.tiles):

@@ -24,8 +24,8 @@ class DecodeLaunch:
         programs_per_sm: how many programs share the work, for each SM or CU.
         min_tiles: a program that works gets so many tiles of keys at least.
         max_rows: rows (tokens times query heads of a KV head) in a tile, at most.
-        num_stages_of_bytes: num_stages for a cache of one byte an element; None for num_stages.
-        lengths_at_once: lengths of requests that a program reads at a time; more are more code.
+        num_stages_8bit: num_stages for a cache of one byte an element; None for num_stages.
+        lengths_per_load: lengths of requests that a program reads at a time; more are more code.
         options: what only this vendor's compiler knows, e.g. waves_per_eu.
     """
 
@@ -35,8 +35,8 @@ class DecodeLaunch:
     programs_per_sm: int
     min_tiles: int = 4
     max_rows: int = 64
-    num_stages_of_bytes: int | None = None
-    lengths_at_once: int = 256
+    num_stages_8bit: int | None = None
+    lengths_per_load: int = 256
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -64,7 +64,7 @@ def on_its_device(method: Callable[..., T]) -> Callable[..., T]:
 
 
 @dataclass(frozen=True)
-class Source:
+class KVSource:
     """Keys and values as the kernels take them; see kernels/attend.py for `kind` and `format`.
 
     Attributes:
@@ -96,7 +96,7 @@ class Source:
         return layer._k_scale, layer._v_scale, layer._k_scale.dim()
 
     @classmethod
-    def of_pages(cls, kv_cache: torch.Tensor) -> Source:
+    def of_pages(cls, kv_cache: torch.Tensor) -> KVSource:
         """The paged cache."""
         form = FORMATS.get(kv_cache.dtype, "plain")
         if form not in ("plain", "int8"):
@@ -109,7 +109,7 @@ class Source:
         )
 
     @functools.cached_property
-    def pairs(self) -> Source:
+    def pairs(self) -> KVSource:
         """A paged cache of bytes as pairs of them, strides in 16 bytes; itself where that fails."""
         if self.format == "plain" or self.k.dtype.itemsize != 1:
             return self
@@ -123,14 +123,14 @@ class Source:
         )
 
     @classmethod
-    def of_rows(cls, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> Source:
+    def of_rows(cls, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor) -> KVSource:
         """Contiguous keys and values, (tokens, num_kv_heads, size)."""
         k_strides, v_strides = ((0, *t.stride()[:2]) for t in (key, value))
         return cls("rows", "plain", key, value, key, value, k_strides, v_strides, starts=starts)
 
 
 @dataclass(frozen=True)
-class Out:
+class OutputBuffers:
     """Where results go, as the kernels take it.
 
     Attributes:
@@ -157,7 +157,7 @@ class Out:
         output: torch.Tensor | None,
         output_scale: torch.Tensor | None,
         output_block_scale: torch.Tensor | None,
-    ) -> Out:
+    ) -> OutputBuffers:
         """For a call with these arguments."""
         shape = (query.shape[0], impl.num_heads, impl.head_size_v)
         values = output

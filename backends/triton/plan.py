@@ -361,7 +361,7 @@ class PlanRows:
 
 def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
     """The chosen requests, their keys padded to a multiple of `pad`."""
-    seq_lens = [batch.host_seq_lens[i] for i in chosen]
+    seq_lens = [batch.seq_lens_list[i] for i in chosen]
     return PlanRows(
         requests=chosen,
         query_lens=[batch.query_lens[i] for i in chosen],

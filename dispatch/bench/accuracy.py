@@ -16,7 +16,7 @@ from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 
-__all__ = ["Judge", "exact_rows", "sample_of"]
+__all__ = ["AccuracyJudge", "exact_rows", "sample_of"]
 
 #: The sample: requests, rows of one, and rows of all requests together.
 _MAX_REQUESTS, _MAX_ROWS, _ALL_ROWS, _MIN_ROWS = 128, 256, 4096, 16
@@ -46,7 +46,7 @@ def _spaced(count: int, most: int) -> torch.Tensor:
     return spaced
 
 
-class Judge:
+class AccuracyJudge:
     """Holds the oracle's rows of a case, and the error that is allowed.
 
     The error of a row and head is the largest difference from the oracle, relative to the oracle's
@@ -64,7 +64,8 @@ class Judge:
         case = inputs.case
         sample = sample_of(case)
         self._rows = {
-            request: rows + inputs.batch.query_starts[request] for request, rows in sample.items()
+            request: rows + inputs.batch.query_start_list[request]
+            for request, rows in sample.items()
         }
         self._expected = {r: exact_rows(inputs, r, rows) for r, rows in sample.items()}
         self.sampled_requests = len(sample)
@@ -161,7 +162,7 @@ def _exact(
     """`exact_rows` for some heads: scores over all keys at once, keys and values by chunks."""
     case, device = inputs.case, inputs.device
     chunks = list(_key_chunks(case, request, kv_heads))
-    start = inputs.batch.query_starts[request]
+    start = inputs.batch.query_start_list[request]
     query = inputs.query[(rows + start).to(device), heads].double()
     query = query.unflatten(1, (kv_heads.stop - kv_heads.start, -1))  # KV heads, heads of each
 
@@ -202,7 +203,7 @@ def _sdpa_rows(inputs: Inputs, request: int, rows: torch.Tensor) -> torch.Tensor
     group, num_keys = case.num_heads // case.num_kv_heads, case.seq_lens[request]
     shape = (len(rows), case.num_heads, case.head_size)
     result = torch.zeros(shape, dtype=torch.float64, device=device)
-    start = inputs.batch.query_starts[request]
+    start = inputs.batch.query_start_list[request]
     step = max(1, 4 * _MAX_SCORES // (group * num_keys))
     for kv_heads, heads in _head_groups(case, request):
         keys, values = (

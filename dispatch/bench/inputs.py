@@ -10,13 +10,13 @@ import torch
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.batch_checks import slots_of
-from attn_dispatch.interface.impl import kv_scales_of
+from attn_dispatch.interface.impl import get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv, write_kv_cache
 from attn_dispatch.interface.kv_cache import (
     STRIDE_ORDERS,
     allocate_kv_cache,
     kv_cache_shape,
-    split_kv_cache,
+    view_kv_cache,
 )
 from attn_dispatch.interface.quantization import (
     KVScales,
@@ -146,14 +146,14 @@ class Inputs:
         if self.kv_cache is None:
             assert self.key is not None
             assert self.value is not None
-            start = self.batch.query_starts[request]
+            start = self.batch.query_start_list[request]
             rows = slice(start + keys.start, start + keys.stop)
             return self.key[rows, heads].to(dtype), self.value[rows, heads].to(dtype)
         assert self.block_table is not None
         blocks = self.block_table[request, keys.start // case.block_size :]
-        stored = split_kv_cache(self.kv_cache, case.head_size, case.head_size)
+        stored = view_kv_cache(self.kv_cache, case.head_size, case.head_size)
         found = []
-        for part, scale in zip(stored, kv_scales_of(self.layer, self.kv_cache), strict=True):
+        for part, scale in zip(stored, get_kv_scales(self.layer, self.kv_cache), strict=True):
             own = scale[:, :, heads] if has_token_scales(part.dtype) else scale
             num_keys = keys.stop - keys.start
             found.append(gather_kv(part[:, :, heads], blocks, num_keys, own, dtype))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from attn_dispatch.bench.accuracy import Judge
+from attn_dispatch.bench.accuracy import AccuracyJudge
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.roofline import Ceilings
@@ -31,7 +31,7 @@ from attn_dispatch.selection.report import Report, Verdict
 from attn_dispatch.selection.resolve import ReferenceFallbackWarning, resolve
 from attn_dispatch.selection.selector import phases_of, select
 
-__all__ = ["Bench", "CaseResult", "Contestant", "Row", "Split", "class_of", "verdicts_of"]
+__all__ = ["Bench", "CaseResult", "Implementation", "Row", "Split", "class_of", "verdicts_of"]
 
 Call = Callable[[], torch.Tensor]
 
@@ -42,7 +42,7 @@ _MEMORY_SHARE, _OUTPUTS = 0.9, 8
 _SPARE_BYTES = 3 << 30
 
 
-class Contestant(Protocol):
+class Implementation(Protocol):
     """Who takes part: a backend, or a peer."""
 
     name: str
@@ -68,7 +68,7 @@ class Row:
         variant: "" where there is one.
         status: "ok", "refused", "wrong" or "error"; only "ok" has times.
         detail: why it is not ok.
-        error: see oracle.Judge; None if nothing was computed.
+        error: see oracle.AccuracyJudge; None if nothing was computed.
         timing: on the device.
         host_us: for which a call keeps the host; None on a CPU, where that is the same.
     """
@@ -285,7 +285,7 @@ class Bench:
         device: torch.device,
         *,
         backends: Sequence[str] | None = None,
-        peers: Sequence[Contestant] = (),
+        peers: Sequence[Implementation] = (),
         clock: Clock | None = None,
         budget_s: float = 0.25,
         rounds: int | None = None,
@@ -349,11 +349,11 @@ class Bench:
         if result.skipped:
             return
         inputs = Inputs(case, self._device)
-        judge = Judge(inputs)
+        judge = AccuracyJudge(inputs)
         result.allowed, result.sdpa_error = judge.allowed, judge.sdpa_error
         result.sampled_requests = judge.sampled_requests
         result.sampled_rows = judge.sampled_rows
-        contestants: list[Contestant] = [_BackendContestant(n, self._device) for n in names]
+        contestants: list[Implementation] = [_BackendContestant(n, self._device) for n in names]
         contestants += self._pick(inputs, result, names)
         contestants += self._peers
         calls: dict[str, Call] = {}
@@ -378,7 +378,9 @@ class Bench:
             f"{free / 2**30:.1f} GiB that are free {_MEMORY_SHARE:.0%} may be used"
         )
 
-    def _pick(self, inputs: Inputs, result: CaseResult, names: Sequence[str]) -> list[Contestant]:
+    def _pick(
+        self, inputs: Inputs, result: CaseResult, names: Sequence[str]
+    ) -> list[Implementation]:
         """Note what automatic selection gives this batch; who of that is not there yet."""
         try:
             selections = {
@@ -398,7 +400,7 @@ class Bench:
         return [_BackendContestant(result.picked_row, self._device)]
 
     def _enter(
-        self, contestant: Contestant, inputs: Inputs, judge: Judge
+        self, contestant: Implementation, inputs: Inputs, judge: AccuracyJudge
     ) -> Iterator[tuple[Row, Call | None]]:
         """A row for each variant of a contestant, and its call if the first one was right."""
         try:
@@ -420,7 +422,7 @@ class Bench:
                 row.status, row.detail = "error", _told(error)
             yield row, call if row.status == "ok" else None
 
-    def _judge(self, row: Row, call: Call, judge: Judge) -> None:
+    def _judge(self, row: Row, call: Call, judge: AccuracyJudge) -> None:
         output = call()
         self.clock.wait()
         row.error = judge.error_of(output)
@@ -429,7 +431,7 @@ class Bench:
             row.detail = f"its error is {row.error:.2g}, and {judge.allowed:.2g} is allowed"
             row.timing = row.host_us = None
 
-    def _time(self, calls: dict[str, Call], rows: dict[str, Row], judge: Judge) -> None:
+    def _time(self, calls: dict[str, Call], rows: dict[str, Row], judge: AccuracyJudge) -> None:
         on_cpu = self._device.type == "cpu"
         host: dict[str, float] = {}
         for key in list(calls):

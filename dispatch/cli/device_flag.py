@@ -21,9 +21,9 @@ def device_to_run_on(name: str | None) -> torch.device:
     """
     import torch
 
-    from attn_dispatch.platforms.detect import detect_device, settle_device
+    from attn_dispatch.platforms.detect import detect_device, resolve_device
 
-    device = settle_device(name)
+    device = resolve_device(name)
     detect_device(device)
     try:
         torch.ones(1, device=device).add(1)

@@ -111,7 +111,7 @@ def tune(
     listed. What is measured is kept at once, and a run that was cut short goes on when it is
     started again. Exits with 1 if a backend was wrong or failed.
     """
-    from attn_dispatch.platforms.detect import detect_device, settle_device
+    from attn_dispatch.platforms.detect import detect_device, resolve_device
     from attn_dispatch.selection.timings.store import (
         forget_tables,
         machine_of,
@@ -122,7 +122,7 @@ def tune(
 
     console = make_console()
     with noise_to_stderr():
-        torch_device = settle_device(device)
+        torch_device = resolve_device(device)
         profile = detect_device(torch_device)
     if listing or show:
         named = () if output is None else (_read(output),)
@@ -179,12 +179,12 @@ def _tell_if_unreadable(path: Path) -> None:
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:
-    from attn_dispatch.selection.timings.table import Step
+    from attn_dispatch.selection.timings.table import BatchKind
     from attn_dispatch.tuning.measure import Grid
 
     given: dict[str, Any] = {}
     if steps is not None:
-        known = {str(step): step for step in Step}
+        known = {str(step): step for step in BatchKind}
         unknown = [name for name in _split(steps) if name not in known]
         if unknown or not _split(steps):
             raise InvalidInputError(f"--steps {steps}: name some of {', '.join(known)}.")

@@ -25,10 +25,10 @@ _HOME_OF = {
     "Check": "check",
     "Outcome": "check",
     "run": "check",
-    "Conformance": "checks",
-    "backend_named": "checks",
-    "checks_for": "checks",
-    "verify": "checks",
+    "Conformance": "suite",
+    "backend_named": "suite",
+    "checks_for": "suite",
+    "verify": "suite",
 }
 
 __all__ = [

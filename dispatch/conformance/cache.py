@@ -10,12 +10,12 @@ import torch
 
 from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.check import (
+    BackendUnderTest,
     Check,
-    Target,
     same_bits,
 )
 from attn_dispatch.conformance.kv_encoding import int8_rows
-from attn_dispatch.conformance.tolerance import Finding, Wrong, require
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.interface.spec import AttentionSpec
@@ -27,7 +27,7 @@ __all__ = ["cache"]
 _FP8_STEPS = 2.0**-3
 
 
-def cache(target: Target) -> Iterator[Check]:
+def cache(target: BackendUnderTest) -> Iterator[Check]:
     """New keys and values go to their slots, as they are; nothing else is touched."""
     if target.base.block_size is None:
         return
@@ -36,7 +36,7 @@ def cache(target: Target) -> Iterator[Check]:
         name: str,
         shows: str,
         spec: AttentionSpec | None,
-        test: Callable[[Target, AttentionSpec], Finding | None],
+        test: Callable[[BackendUnderTest, AttentionSpec], ErrorBound | None],
     ) -> Iterator[Check]:
         if spec is not None:
             yield Check("cache", name, shows, spec, partial(test, target, spec))
@@ -101,7 +101,7 @@ def _changed_slots(step: Step, after: torch.Tensor) -> set[int]:
     return set(changed.tolist())
 
 
-def _writes(target: Target, spec: AttentionSpec) -> Finding:
+def _writes(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     step = target.step(spec)
     done = target.forward(step)
     assert done.cache is not None
@@ -151,7 +151,7 @@ def _require_stored(step: Step, after: torch.Tensor, slots: torch.Tensor) -> Non
         )
 
 
-def _skips_padding(target: Target, spec: AttentionSpec) -> Finding:
+def _skips_padding(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     """Two tokens of a prompt are padding: their slots stay as they are."""
     step = target.step(spec, padding=3)
     done = target.forward(step)
@@ -173,7 +173,7 @@ def _skips_padding(target: Target, spec: AttentionSpec) -> Finding:
     return finding
 
 
-def _never_writes(target: Target, spec: AttentionSpec) -> Finding:
+def _never_writes(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     step = target.step(spec)
     # The slots are there, as a batch for all layers has them, and are not this layer's to write.
     assert step._slots is not None
@@ -187,7 +187,7 @@ def _never_writes(target: Target, spec: AttentionSpec) -> Finding:
     return target.judge(step, done)
 
 
-def _only_reads(target: Target, spec: AttentionSpec) -> Finding:
+def _only_reads(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     step = target.step(spec, brings_keys=False)
     done = target.forward(step)
     assert done.cache is not None
@@ -195,7 +195,7 @@ def _only_reads(target: Target, spec: AttentionSpec) -> Finding:
     return target.judge(step, done)
 
 
-def _writes_apart(target: Target, spec: AttentionSpec) -> None:
+def _writes_apart(target: BackendUnderTest, spec: AttentionSpec) -> None:
     step = target.step(spec)
     assert step.kv_cache is not None
     assert step.key is not None
@@ -207,7 +207,7 @@ def _writes_apart(target: Target, spec: AttentionSpec) -> None:
     require(same_bits(apart, done.cache), "write_kv stores other bytes than forward does")
 
 
-def _writes_nothing_if_refused(target: Target, spec: AttentionSpec) -> None:
+def _writes_nothing_if_refused(target: BackendUnderTest, spec: AttentionSpec) -> None:
     step = target.step(spec)
     assert step.kv_cache is not None
     shape = (len(step.query), spec.num_heads, spec.head_size_v)
@@ -225,10 +225,10 @@ def _writes_nothing_if_refused(target: Target, spec: AttentionSpec) -> None:
 
 
 def _require_refused(
-    target: Target, step: Step, cache: torch.Tensor, what: str, **arguments: torch.Tensor
+    target: BackendUnderTest, step: Step, cache: torch.Tensor, what: str, **arguments: torch.Tensor
 ) -> None:
     try:
         step.forward(target.cls, cache, **arguments)
     except InvalidInputError:
         return
-    raise Wrong(f"{what} was given, and no InvalidInputError was raised")
+    raise CheckFailed(f"{what} was given, and no InvalidInputError was raised")

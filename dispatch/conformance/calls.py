@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.check import Check, Run, Target
-from attn_dispatch.conformance.findings import Finding
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Run
+from attn_dispatch.conformance.findings import ErrorBound
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["calls"]
@@ -29,7 +29,7 @@ _PADDED: dict[str, dict[str, Any]] = {
 _QUICK = ("mixed", "decodes")
 
 
-def calls(target: Target) -> Iterator[Check]:
+def calls(target: BackendUnderTest) -> Iterator[Check]:
     """Padded steps, whose rows are all written; memory as an allocator may hand it out."""
     plain = target.spec_with("returns_lse") or target.base
     layers = {
@@ -62,7 +62,7 @@ def calls(target: Target) -> Iterator[Check]:
     )
 
 
-def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Finding:
+def _padded(target: BackendUnderTest, spec: AttentionSpec, case: Mapping[str, Any]) -> ErrorBound:
     """The output is given, full of NaN; and made by the backend, of memory full of NaN."""
     step = target.step(spec, **case)
     shape = (len(step.query), spec.num_heads, spec.head_size_v)
@@ -77,7 +77,7 @@ def _padded(target: Target, spec: AttentionSpec, case: Mapping[str, Any]) -> Fin
     return max(found, key=lambda finding: finding.ratio)
 
 
-def _over_nan(target: Target, spec: AttentionSpec) -> Finding:
+def _over_nan(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     step = target.step(spec)
     with _new_memory_is_nan():
         done: Run = target.forward(step)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.tolerance import compare_with_oracle, require_returned
 from attn_dispatch.conformance.unchanged import Inputs
@@ -55,7 +55,7 @@ class Check:
         name: what it is, within its group.
         shows: what a pass shows, as a sentence.
         spec: the layer.
-        test: does it; returns a Finding where something is measured, raises Wrong or Skipped.
+        test: does it; returns a ErrorBound where something is measured, raises CheckFailed or Skipped.
         needs: the type of PyTorch device that it needs, or "" for any.
     """
 
@@ -63,7 +63,7 @@ class Check:
     name: str
     shows: str
     spec: AttentionSpec
-    test: Callable[[], Finding | None] = field(repr=False, compare=False)
+    test: Callable[[], ErrorBound | None] = field(repr=False, compare=False)
     needs: str = ""
 
     @property
@@ -87,7 +87,7 @@ class Outcome:
     check: Check
     status: str
     message: str = ""
-    finding: Finding | None = None
+    finding: ErrorBound | None = None
     seconds: float = 0.0
 
     def asdict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def run(check: Check) -> Outcome:
     """
     start = time.perf_counter()
 
-    def outcome(status: str, message: str = "", finding: Finding | None = None) -> Outcome:
+    def outcome(status: str, message: str = "", finding: ErrorBound | None = None) -> Outcome:
         return Outcome(check, status, message, finding, time.perf_counter() - start)
 
     try:
@@ -124,7 +124,7 @@ def run(check: Check) -> Outcome:
             return outcome("passed", finding=check.test())
     except Skipped as reason:
         return outcome("skipped", str(reason))
-    except Wrong as wrong:
+    except CheckFailed as wrong:
         return outcome("failed", f"{wrong}.", wrong.finding)
     except KeyboardInterrupt:
         raise
@@ -158,7 +158,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Target:
+class BackendUnderTest:
     """A backend on a device, and what of it is to be tried.
 
     Attributes:
@@ -184,7 +184,7 @@ class Target:
         device: torch.device,
         profile: DeviceProfile,
         quick: bool,
-    ) -> Target:
+    ) -> BackendUnderTest:
         """The target of a backend.
 
         Raises:
@@ -248,7 +248,7 @@ class Target:
 
         Raises:
             Skipped: it could not be run, and selection refuses it by now.
-            Wrong: it modified its inputs, or returned what is no result.
+            CheckFailed: it modified its inputs, or returned what is no result.
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
@@ -277,7 +277,7 @@ class Target:
         require_returned(step, returned)
         return Run(returned, cache, scale, block_scale)
 
-    def judge(self, step: Step, done: Run) -> Finding:
+    def judge(self, step: Step, done: Run) -> ErrorBound:
         """Hold what was run against the oracle."""
         return compare_with_oracle(
             step,
@@ -287,7 +287,7 @@ class Target:
             propagates_nan=self.cls.propagates_nan,
         )
 
-    def agrees(self, spec: AttentionSpec, **case: Any) -> Finding:
+    def agrees(self, spec: AttentionSpec, **case: Any) -> ErrorBound:
         """Run a step of this layer, and hold it against the oracle."""
         step = self.step(spec, **case)
         return self.judge(step, self.forward(step))
@@ -309,7 +309,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checks_of_cases(
-    target: Target,
+    target: BackendUnderTest,
     group: str,
     table: Mapping[str, tuple[str, AttentionSpec | None, dict[str, Any]]],
 ) -> list[Check]:

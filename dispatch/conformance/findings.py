@@ -9,7 +9,7 @@ __all__ = ["Finding", "Wrong", "require"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ErrorBound:
     """How large the error was, and how large it may be; both 0 where nothing is measured."""
 
     error: float = 0.0
@@ -21,15 +21,15 @@ class Finding:
         return self.error / self.allowed if self.allowed else (math.inf if self.error else 0.0)
 
 
-class Wrong(Exception):
+class CheckFailed(Exception):
     """A check found something wrong; the message says what, as a sentence."""
 
-    def __init__(self, message: str, finding: Finding | None = None) -> None:
+    def __init__(self, message: str, finding: ErrorBound | None = None) -> None:
         super().__init__(message)
-        self.finding = finding or Finding()
+        self.finding = finding or ErrorBound()
 
 
 def require(holds: bool, message: str) -> None:
     """Fail with a sentence unless it holds."""
     if not holds:
-        raise Wrong(message)
+        raise CheckFailed(message)

@@ -12,14 +12,14 @@ import torch
 
 from attn_dispatch.conformance.cases import MEMORY, Step
 from attn_dispatch.conformance.check import (
+    BackendUnderTest,
     Check,
-    Target,
     checks_of_cases,
     replaced,
     skip_unless,
 )
 from attn_dispatch.conformance.kv_encoding import as_stored
-from attn_dispatch.conformance.tolerance import Finding, allowed_error, distance, require
+from attn_dispatch.conformance.tolerance import ErrorBound, allowed_error, distance, require
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["garbage", "inputs", "memory", "rows"]
@@ -131,7 +131,7 @@ _CACHED: dict[str, tuple[tuple[str, ...], Callable[[Step], None], bool]] = {
 }
 
 
-def inputs(target: Target) -> Iterator[Check]:
+def inputs(target: BackendUnderTest) -> Iterator[Check]:
     """Each input that has an effect, changed: the output changes, and is right both times."""
     for table, brings_keys in ((_INPUTS, True), (_CACHED, False)):
         for name, (fields, change, is_anew) in table.items():
@@ -150,7 +150,7 @@ def inputs(target: Target) -> Iterator[Check]:
             )
 
 
-def _layer_with(target: Target, fields: tuple[str, ...]) -> AttentionSpec | None:
+def _layer_with(target: BackendUnderTest, fields: tuple[str, ...]) -> AttentionSpec | None:
     """The plain layer with these fields; of the types of a cache, one that has scales."""
     if fields != ("kv_cache_dtype",):
         return target.spec_with(*fields)
@@ -159,8 +159,11 @@ def _layer_with(target: Target, fields: tuple[str, ...]) -> AttentionSpec | None
 
 
 def _has_effect(
-    target: Target, make: Callable[[], Step], change: Callable[[Step], None], is_anew: bool
-) -> Finding:
+    target: BackendUnderTest,
+    make: Callable[[], Step],
+    change: Callable[[Step], None],
+    is_anew: bool,
+) -> ErrorBound:
     step = make()
     impl = step.impl_of(target.cls)
     first = target.forward(step, impl=impl)
@@ -222,18 +225,18 @@ def _nan_of_another(step: Step) -> None:
     step.kv_cache[step._table[-1, :used].long().to(step.device), 1] = math.nan
 
 
-def garbage(target: Target) -> Iterator[Check]:
+def garbage(target: BackendUnderTest) -> Iterator[Check]:
     """What belongs to no request of the step, or not to this one, does not reach its result."""
     base = target.base
     padded = partial(target.step, base, padding=3)
 
-    def after(make: Callable[[], Step], change: Callable[[Step], None]) -> Finding:
+    def after(make: Callable[[], Step], change: Callable[[Step], None]) -> ErrorBound:
         step = make()
         change(step)
         return target.judge(step, target.forward(step))
 
     def check(
-        name: str, shows: str, test: Callable[[], Finding | None], spec: AttentionSpec = base
+        name: str, shows: str, test: Callable[[], ErrorBound | None], spec: AttentionSpec = base
     ) -> Check:
         return Check("garbage", name, shows, spec, test)
 
@@ -287,21 +290,21 @@ def _past_window(spec: AttentionSpec) -> tuple[int, ...]:
     return (beyond + 5, beyond + 9, beyond + 14)
 
 
-def _keeps_apart(target: Target, spec: AttentionSpec) -> Finding:
+def _keeps_apart(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     lens = {"query_lens": (1, 9, 2), "seq_lens": (21, 9, 18)}
     step = target.step(spec, **lens)
     _nan_of_another(step)
     done = target.forward(step)
-    others = step.batch.query_starts[-2]
+    others = step.batch.query_start_list[-2]
     expected = step.expected()[0][:others]
     found = distance(done.output[:others].double().cpu(), expected)
     require(math.isfinite(found), "NaN of one request reached the result of another")
-    finding = Finding(found, allowed_error(step))
+    finding = ErrorBound(found, allowed_error(step))
     require(finding.ratio <= 1, "one request's NaN changed the numbers of another")
     return finding
 
 
-def rows(target: Target) -> Iterator[Check]:
+def rows(target: BackendUnderTest) -> Iterator[Check]:
     """Rows without keys, requests without tokens, batches without requests."""
     base, masked = target.base, target.spec_with("custom_mask")
     table: dict[str, Any] = {
@@ -335,7 +338,7 @@ def rows(target: Target) -> Iterator[Check]:
     yield from checks_of_cases(target, "rows", table)
 
 
-def memory(target: Target) -> Iterator[Check]:
+def memory(target: BackendUnderTest) -> Iterator[Check]:
     """Queries, keys and values may lie in memory as an engine's do; the output goes where asked."""
     base = target.base
     yield from checks_of_cases(
@@ -350,7 +353,7 @@ def memory(target: Target) -> Iterator[Check]:
         },
     )  # fmt: skip
 
-    def given(in_part: bool) -> Finding:
+    def given(in_part: bool) -> ErrorBound:
         step = target.step(base)
         tokens = len(step.query)
         shape = (tokens + 4 * in_part, base.num_heads, base.head_size_v)

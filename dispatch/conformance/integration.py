@@ -12,15 +12,15 @@ import torch
 
 from attn_dispatch.conformance.cases import Step
 from attn_dispatch.conformance.check import (
+    BackendUnderTest,
     Check,
     Run,
-    Target,
     checks_of_cases,
     same_bits,
     skip_unless,
 )
 from attn_dispatch.conformance.harness import call, layer_of
-from attn_dispatch.conformance.tolerance import Finding, require
+from attn_dispatch.conformance.tolerance import ErrorBound, require
 from attn_dispatch.interface.metadata import AttentionMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
@@ -35,7 +35,7 @@ _COLUMNS, _GRAPH_SIZE = 6, 4
 _PADDING = 3
 
 
-def batches(target: Target) -> Iterator[Check]:
+def batches(target: BackendUnderTest) -> Iterator[Check]:
     """Requests in any order and of any kind, and each phase of a batch on its own."""
     base = target.base
     table: dict[str, Any] = {
@@ -69,7 +69,7 @@ def batches(target: Target) -> Iterator[Check]:
         )
 
 
-def _phases_apart(target: Target) -> Finding:
+def _phases_apart(target: BackendUnderTest) -> ErrorBound:
     """The prefills by prefill_metadata, then the decodes by decode_metadata, over one cache."""
     step = target.step(target.base)
     assert step.kv_cache is not None
@@ -105,7 +105,7 @@ def _phases_apart(target: Target) -> Finding:
 # Layers.
 
 
-def layers(target: Target) -> Iterator[Check]:
+def layers(target: BackendUnderTest) -> Iterator[Check]:
     """The backend behind Attention: eager, compiled, and beside another backend."""
     name = target.name
     kinds: dict[str, tuple[str, Any]] = {
@@ -132,7 +132,7 @@ def layers(target: Target) -> Iterator[Check]:
         )
 
 
-def _require_registered(target: Target) -> None:
+def _require_registered(target: BackendUnderTest) -> None:
     candidate = registry.candidates().get(target.name)
     skip_unless(
         candidate is not None and candidate.backend_cls is target.cls,
@@ -144,14 +144,14 @@ def _require_registered(target: Target) -> None:
     )
 
 
-def _as_layer(target: Target, override: str) -> Finding:
+def _as_layer(target: BackendUnderTest, override: str) -> ErrorBound:
     _require_registered(target)
     step = target.step(target.base)
     layer = layer_of(step, backend=override)
     return target.judge(step, Run(call(layer, step), layer.kv_cache))
 
 
-def _compiled(target: Target) -> Finding:
+def _compiled(target: BackendUnderTest) -> ErrorBound:
     _require_registered(target)
     step = target.step(target.base)
     layer = layer_of(step, backend=target.name)
@@ -168,7 +168,7 @@ def _compiled(target: Target) -> Finding:
 # Graphs.
 
 
-def graphs(target: Target) -> Iterator[Check]:
+def graphs(target: BackendUnderTest) -> Iterator[Check]:
     """Where cuda_graph is declared: static buffers that later steps are copied to, and replays."""
     spec = target.spec_with(cuda_graph=True)
     if spec is None or spec.block_size is None:
@@ -202,7 +202,9 @@ class _Capture:
     Its output is given to it, and is full of NaN before each run.
     """
 
-    def __init__(self, target: Target, first: Step, is_captured: bool, padding: int) -> None:
+    def __init__(
+        self, target: BackendUnderTest, first: Step, is_captured: bool, padding: int
+    ) -> None:
         spec, device = first.spec, target.device
         self._builder = target.cls.get_builder_cls()(spec, device)
         assert spec.block_size is not None
@@ -271,7 +273,9 @@ class _Capture:
         return self._replay()
 
 
-def _graph(target: Target, spec: AttentionSpec, is_captured: bool, padding: int) -> Finding:
+def _graph(
+    target: BackendUnderTest, spec: AttentionSpec, is_captured: bool, padding: int
+) -> ErrorBound:
     """Steps of other lengths and fewer requests, one after another, through one capture."""
     block_size = spec.block_size
     assert block_size is not None
@@ -281,7 +285,7 @@ def _graph(target: Target, spec: AttentionSpec, is_captured: bool, padding: int)
         target.step(spec, query_lens=(1,) * len(seqs), seq_lens=seqs, seed=index)
         for index, seqs in enumerate(lens)
     ]
-    capture, worst = _Capture(target, steps[0], is_captured, padding), Finding()
+    capture, worst = _Capture(target, steps[0], is_captured, padding), ErrorBound()
     for step in steps:
         result = capture.step(step)
         result = result if isinstance(result, tuple) else (result,)
@@ -309,7 +313,7 @@ def _graph(target: Target, spec: AttentionSpec, is_captured: bool, padding: int)
 # Bits.
 
 
-def bits(target: Target) -> Iterator[Check]:
+def bits(target: BackendUnderTest) -> Iterator[Check]:
     """Where batch_invariant is declared: a request's bits do not depend on its company."""
     spec = target.spec_with("batch_invariant")
     if spec is None:
@@ -328,10 +332,10 @@ def bits(target: Target) -> Iterator[Check]:
         )
 
 
-def _same_bits(target: Target, spec: AttentionSpec, order: Sequence[int] | None) -> None:
+def _same_bits(target: BackendUnderTest, spec: AttentionSpec, order: Sequence[int] | None) -> None:
     step = target.step(spec)
     whole = target.forward(step).output
-    starts = step.batch.query_starts
+    starts = step.batch.query_start_list
     groups = [(i,) for i in range(len(step.case.query_lens))] if order is None else [tuple(order)]
     for group in groups:
         part = _requests(step, group)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from attn_dispatch.conformance.check import Check, Skipped, Target
-from attn_dispatch.conformance.findings import Finding, require
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
+from attn_dispatch.conformance.findings import ErrorBound, require
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
 __all__ = ["non_finite"]
@@ -57,7 +57,7 @@ _ELSEWHERE = ("NaN in queries", "NaN in keys", "infinite keys", "NaN in values")
 _QUICK = ("NaN in queries", "all keys infinite", "NaN in values")
 
 
-def non_finite(target: Target) -> Iterator[Check]:
+def non_finite(target: BackendUnderTest) -> Iterator[Check]:
     """NaN and infinity in queries, keys and values of every phase."""
     shows = "A row is NaN if NaN or infinity that it sees makes it so, and no other row is."
     if not target.cls.propagates_nan:
@@ -72,7 +72,7 @@ def non_finite(target: Target) -> Iterator[Check]:
     yield from _blind(target)
 
 
-def _declared(target: Target) -> Any:
+def _declared(target: BackendUnderTest) -> Any:
     def skip() -> None:
         raise Skipped(
             f"{target.name} declares propagates_nan = False: what it makes of NaN is not compared "
@@ -82,7 +82,9 @@ def _declared(target: Target) -> Any:
     return skip
 
 
-def _check(target: Target, name: str, shows: str, spec: AttentionSpec, planted: str) -> Check:
+def _check(
+    target: BackendUnderTest, name: str, shows: str, spec: AttentionSpec, planted: str
+) -> Check:
     case = {**_lens(spec), "planted": _PLANTED[planted]}
     return Check("non_finite", name, shows, spec, partial(target.agrees, spec, **case))
 
@@ -94,7 +96,7 @@ def _lens(spec: AttentionSpec) -> dict[str, Any]:
     return dict(_LENS)
 
 
-def _layers(target: Target) -> Iterator[tuple[str, AttentionSpec]]:
+def _layers(target: BackendUnderTest) -> Iterator[tuple[str, AttentionSpec]]:
     """Layers whose kernels may hide keys, or read them, in another way; those it declares."""
     eight_bits = {
         probe.value: target.base.replace(**probe.fields)
@@ -120,7 +122,7 @@ def _layers(target: Target) -> Iterator[tuple[str, AttentionSpec]]:
             yield kind, spec
 
 
-def _blind(target: Target) -> Iterator[Check]:
+def _blind(target: BackendUnderTest) -> Iterator[Check]:
     """Rows that see no key, with NaN in their query: 0, and an lse of −inf."""
     base = target.base
     nan_queries: dict[str, tuple[AttentionSpec | None, dict[str, Any]]] = {
@@ -156,7 +158,7 @@ def _blind(target: Target) -> Iterator[Check]:
             )
 
 
-def _blind_rows(target: Target, spec: AttentionSpec, case: dict[str, Any]) -> Finding:
+def _blind_rows(target: BackendUnderTest, spec: AttentionSpec, case: dict[str, Any]) -> ErrorBound:
     step = target.step(spec, **case)
     blind = step.expected()[1] == -_INF
     require(bool(blind.any()), "the step has no row that sees no key")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from attn_dispatch.conformance.check import Check, Skipped, Target
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
 from attn_dispatch.conformance.probes import Probe, covering, refusals
-from attn_dispatch.conformance.tolerance import Finding, Wrong, require
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
 from attn_dispatch.errors import AttnDispatchError
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
 from attn_dispatch.interface.spec import AttentionSpec
@@ -38,7 +38,7 @@ _BY_HAND = (
 )
 
 
-def declaration(target: Target) -> Iterator[Check]:
+def declaration(target: BackendUnderTest) -> Iterator[Check]:
     """What a backend says of itself."""
     cls, base = target.cls, target.base
 
@@ -87,7 +87,7 @@ def declaration(target: Target) -> Iterator[Check]:
         )
 
 
-def numbers(target: Target) -> Iterator[Check]:
+def numbers(target: BackendUnderTest) -> Iterator[Check]:
     """The plain layer, and every declared value alone."""
     base = target.base
     shows = "{} gives what the oracle gives."
@@ -109,7 +109,7 @@ def numbers(target: Target) -> Iterator[Check]:
         yield check("long requests", base, query_lens=(1, 70, 3, 1), seq_lens=(700, 300, 513, 1025))
 
 
-def pairs(target: Target) -> Iterator[Check]:
+def pairs(target: BackendUnderTest) -> Iterator[Check]:
     """Sets of features that among them hold every declared pair; the dtypes take turns."""
     dtypes = [target.base.dtype, *(probe.value for probe in target.declared("dtype"))]
     rows = covering(target.cls, target.base, list(target.probes), target.profile)
@@ -129,7 +129,7 @@ def pairs(target: Target) -> Iterator[Check]:
         )
 
 
-def lse(target: Target) -> Iterator[Check]:
+def lse(target: BackendUnderTest) -> Iterator[Check]:
     """The log-sum-exp, where it is declared."""
     table = {
         "natural logarithm": ("The lse is the natural logarithm.", ("returns_lse",)),
@@ -149,7 +149,7 @@ def lse(target: Target) -> Iterator[Check]:
             yield Check("lse", name, shows, spec, partial(target.agrees, spec))
 
 
-def refused(target: Target) -> Iterator[Check]:
+def refused(target: BackendUnderTest) -> Iterator[Check]:
     """What is not declared, asked for by hand: it is refused, or computed; never dropped."""
     seen: set[str] = set()
     for probe in target.probes:
@@ -167,15 +167,15 @@ def refused(target: Target) -> Iterator[Check]:
         )
 
 
-def _refuses(target: Target, probe: Probe) -> Finding | None:
+def _refuses(target: BackendUnderTest, probe: Probe) -> ErrorBound | None:
     step = target.step(target.base.replace(**probe.fields))
     try:
         done = target.forward(step)
         return target.judge(step, done)
     except (AttnDispatchError, Skipped):
         return None
-    except Wrong as wrong:
-        raise Wrong(
+    except CheckFailed as wrong:
+        raise CheckFailed(
             f"{probe.name} is not declared, and by hand it is neither refused nor right: {wrong}. "
             "Refuse it where the impl is made (refuse_features), or where the builder is",
             wrong.finding,

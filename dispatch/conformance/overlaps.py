@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.check import Check, Target, same_bits
-from attn_dispatch.conformance.findings import Finding, require
+from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
+from attn_dispatch.conformance.findings import ErrorBound, require
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["overlaps"]
@@ -88,7 +88,7 @@ def _output_in_cache(step: Step) -> _Call:
     return _Call(whole[: math.prod(shape)].view(shape), cache)
 
 
-def overlaps(target: Target) -> Iterator[Check]:
+def overlaps(target: BackendUnderTest) -> Iterator[Check]:
     """Outputs over inputs, and outputs and caches over themselves."""
     base = target.base
     if base.returns_lse or base.output_quant is not None:
@@ -115,7 +115,9 @@ def overlaps(target: Target) -> Iterator[Check]:
         )
 
 
-def _right_or_rejected(target: Target, make: Callable[[Step], _Call]) -> Finding | None:
+def _right_or_rejected(
+    target: BackendUnderTest, make: Callable[[Step], _Call]
+) -> ErrorBound | None:
     step = target.step(target.base)
     call = make(step)
     written = {"output": call.output, "cache": call.cache}

@@ -18,10 +18,10 @@ from attn_dispatch.conformance.cases import FP8, INT8, Case
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import (
+    AnyOf,
     ByDevice,
     Capabilities,
     Constraint,
-    EitherOf,
     MultipleOf,
     OneOf,
     Range,
@@ -181,7 +181,7 @@ def _named(constraint: Constraint | None, profile: DeviceProfile) -> Iterator[An
     if isinstance(constraint, ByDevice):
         chosen = (c for match, c in constraint.cases if match.admits(profile))
         yield from _named(next(chosen, constraint.otherwise), profile)
-    elif isinstance(constraint, EitherOf):
+    elif isinstance(constraint, AnyOf):
         for option in constraint.options:
             yield from _named(option, profile)
     elif isinstance(constraint, OneOf):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
 
 __all__ = ["FreeElements", "free_elements"]
 
@@ -51,7 +51,7 @@ def free_elements(
             is not finite are left out, but for rows that see no key.
 
     Raises:
-        Wrong: the oracle has NaN or infinity where the result has a number.
+        CheckFailed: the oracle has NaN or infinity where the result has a number.
     """
     touched, spreads = _touched(step, expected_lse)
     if not bool(touched.any()):
@@ -80,10 +80,10 @@ def free_elements(
 def _require_none(wrong: torch.Tensor, sentence: str) -> None:
     if bool(wrong.any()):
         token, head = wrong.nonzero()[0, :2].tolist()
-        raise Wrong(
+        raise CheckFailed(
             f"{sentence}, e.g. that of token {token}, head {head}: IEEE arithmetic gives NaN "
             "(docs/numerics.md). A backend that does otherwise declares propagates_nan = False",
-            Finding(math.inf, 1.0),
+            ErrorBound(math.inf, 1.0),
         )
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from attn_dispatch.conformance.check import Check, Skipped, Target
-from attn_dispatch.conformance.findings import Finding, Wrong, require
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
+from attn_dispatch.conformance.findings import CheckFailed, ErrorBound, require
 from attn_dispatch.conformance.tolerance import FLOOR
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -67,7 +67,7 @@ class Draw:
     seed: int
 
 
-def real_sizes(target: Target) -> Iterator[Check]:
+def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
     """Each declared head size, with as many query heads to a KV head as models have."""
     if target.device.type != "cuda":
         shows = "Long requests give what the oracle gives."
@@ -90,7 +90,7 @@ def _skip_without_gpu() -> None:
 
 
 def draws(
-    target: Target, head_size: int, heads: tuple[int, int], *, longest: int = LONGEST
+    target: BackendUnderTest, head_size: int, heads: tuple[int, int], *, longest: int = LONGEST
 ) -> list[Draw]:
     """Batches of layers that the backend declares, the same ones each time.
 
@@ -121,7 +121,7 @@ def draws(
 
 
 def _layer(
-    target: Target,
+    target: BackendUnderTest,
     head_size: int,
     heads: tuple[int, int],
     windows: Sequence[int | None],
@@ -201,7 +201,7 @@ def _within(source: random.Random, longest: int, count: int) -> tuple[int, ...]:
     return (*lens, *(source.randint(4, rest) for _ in range(count - 1)))
 
 
-def _agree(target: Target, head_size: int, heads: tuple[int, int]) -> Finding:
+def _agree(target: BackendUnderTest, head_size: int, heads: tuple[int, int]) -> ErrorBound:
     chosen = draws(target, head_size, heads)
     while chosen:
         try:
@@ -216,11 +216,11 @@ def _agree(target: Target, head_size: int, heads: tuple[int, int]) -> Finding:
     raise Skipped("no layer of these heads is possible on this machine")
 
 
-def judge(target: Target, draw: Draw) -> Finding:
+def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
     """Run the backend on a draw, and hold each row against the oracle.
 
     Raises:
-        Wrong: a row is further off than is allowed; it says how many are.
+        CheckFailed: a row is further off than is allowed; it says how many are.
     """
     spec, device = draw.spec, target.device
     source = torch.Generator(device).manual_seed(draw.seed)
@@ -299,7 +299,7 @@ def _placed(
 
 def _compare(
     draw: Draw, scale: float, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-) -> Finding:
+) -> ErrorBound:
     """Hold each row against the oracle; PyTorch's own error is that of all requests."""
     spec = draw.spec
     query, keys, values = inputs
@@ -317,14 +317,14 @@ def _compare(
     allowed = max(min(2 * own, _MOST_EPS * eps) + eps, FLOOR.get(spec.dtype, 0.0))
     for request, errors in enumerate(found):
         if float(errors.max()) > allowed:
-            _tell(draw, request, errors, Finding(float(errors.max()), allowed))
-    return Finding(max(float(errors.max()) for errors in found), allowed)
+            _tell(draw, request, errors, ErrorBound(float(errors.max()), allowed))
+    return ErrorBound(max(float(errors.max()) for errors in found), allowed)
 
 
-def _tell(draw: Draw, request: int, errors: torch.Tensor, found: Finding) -> None:
+def _tell(draw: Draw, request: int, errors: torch.Tensor, found: ErrorBound) -> None:
     wrong = (errors > found.allowed).any(1)
     first = int(wrong.nonzero()[0])
-    raise Wrong(
+    raise CheckFailed(
         f"{int(wrong.sum())} of {len(wrong)} rows of request {request} are wrong, the first is "
         f"token {first}: off by {found.error:.3g} of a row's largest value; {found.allowed:.3g} "
         f"is allowed. {draw}",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from attn_dispatch.conformance.check import Check, Target
-from attn_dispatch.conformance.findings import Finding, Wrong
+from attn_dispatch.conformance.check import BackendUnderTest, Check
+from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import AttentionSpec
 
@@ -25,7 +25,7 @@ _QUICK = ("0", "negative")
 _REJECTED = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def scales(target: Target) -> Iterator[Check]:
+def scales(target: BackendUnderTest) -> Iterator[Check]:
     """0, negative, tiny and large scales, on layers whose scores are computed in other ways."""
     layers = {
         "": target.base,
@@ -58,20 +58,20 @@ def scales(target: Target) -> Iterator[Check]:
         )
 
 
-def _agrees(target: Target, spec: AttentionSpec, factor: float) -> Finding:
+def _agrees(target: BackendUnderTest, spec: AttentionSpec, factor: float) -> ErrorBound:
     step = target.step(spec)
     step.scale = factor * spec.head_size**-0.5
     return target.judge(step, target.forward(step))
 
 
-def _is_rejected(target: Target, scale: float) -> None:
+def _is_rejected(target: BackendUnderTest, scale: float) -> None:
     step = target.step(target.base)
     step.scale = scale
     try:
         step.impl_of(target.cls)
     except InvalidInputError:
         return
-    raise Wrong(
+    raise CheckFailed(
         f"scale={scale} was accepted: every score would be NaN or infinite. AttentionImpl.__init__ "
         "rejects it with an InvalidInputError; call it"
     )

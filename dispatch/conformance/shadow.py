@@ -30,12 +30,12 @@ from attn_dispatch.conformance.drift import (
 )
 from attn_dispatch.errors import InvalidInputError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import kv_scales_of
+from attn_dispatch.interface.impl import get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.locks import ForkSafeLock
-from attn_dispatch.platforms.device_errors import is_capturing, is_lost
+from attn_dispatch.platforms.device_errors import is_capturing, is_device_lost
 from attn_dispatch.runtime.routing import RoutedMetadata
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _note(found: Compared, error: float, allowed: float, wrong: str) -> None:
 
 def _tell_failure(found: Compared, error: Exception) -> None:
     """Say that a call cannot be compared: the check must not break what it checks."""
-    if is_lost(error):
+    if is_device_lost(error):
         raise error
     why = summary_of(error)
     with _lock:
@@ -250,7 +250,7 @@ class Watch:
 
     def _place(self, token: int) -> str:
         request = _request_of(self._batch, token)
-        return f"request {request}, token {token - self._batch.query_starts[request]}"
+        return f"request {request}, token {token - self._batch.query_start_list[request]}"
 
     def _server_of(self, token: int, metadata: Any) -> str:
         phase = self._batch.phases[_request_of(self._batch, token)]
@@ -263,7 +263,7 @@ class Watch:
         batch, lost = self._batch, torch.zeros_like(rows)
         for request, phase in enumerate(batch.phases):
             if not _propagates_nan(_server(metadata, self._layer, phase)):
-                lost[slice(*batch.query_starts[request : request + 2])] = True
+                lost[slice(*batch.query_start_list[request : request + 2])] = True
         return rows & lost
 
     def _not_finite(self, *results: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,7 @@ class Watch:
         for request in {
             _request_of(batch, token) for token in strange.nonzero().flatten().tolist()
         }:
-            own = slice(*batch.query_starts[request : request + 2])
+            own = slice(*batch.query_start_list[request : request + 2])
             inputs = (self._query[own], *self._keys_of(request))
             rows[own] = not all(bool(each.isfinite().all()) for each in inputs)
         return rows
@@ -307,7 +307,7 @@ class Watch:
 
         By the rules of `verify`: the oracle in float64, and PyTorch's own attention beside it.
         """
-        from attn_dispatch.conformance.tolerance import Wrong, compare_with_oracle
+        from attn_dispatch.conformance.tolerance import CheckFailed, compare_with_oracle
 
         step, rows = self._step_around(token)
         try:
@@ -318,7 +318,7 @@ class Watch:
                 scale=1.0 if output_scale is None else float(output_scale),
                 propagates_nan=_propagates_nan(backend),
             )
-        except Wrong as wrong:
+        except CheckFailed as wrong:
             return wrong.finding.error, wrong.finding.allowed, str(wrong)
         return finding.error, finding.allowed, ""
 
@@ -332,7 +332,7 @@ class Watch:
 
         layer, batch = self._layer, self._batch
         spec, request = layer.spec, _request_of(batch, token)
-        first, end = batch.query_starts[request : request + 2]
+        first, end = batch.query_start_list[request : request + 2]
         keys, values = self._keys_of(request)
         ranges = _ranges_of(batch, request) if spec.bidirectional_ranges else ()
         if spec.causal and not ranges and not spec.custom_mask:
@@ -369,12 +369,12 @@ class Watch:
             rows = slice(*batch.key_starts[request : request + 2])
             return self._key[rows].cpu().double(), self._value[rows].cpu().double()
         assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
+        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
         dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
-        views = split_kv_cache(cache, spec.head_size, spec.head_size_v)
+        views = view_kv_cache(cache, spec.head_size, spec.head_size_v)
         keys, values = (
             gather_kv(view, blocks, seq_len, scale, dtype).cpu().double()
-            for view, scale in zip(views, kv_scales_of(self._layer, cache), strict=True)
+            for view, scale in zip(views, get_kv_scales(self._layer, cache), strict=True)
         )
         return keys, values
 
@@ -427,7 +427,7 @@ def _copy_of_blocks(
 
 
 def _request_of(batch: AttentionBatch, token: int) -> int:
-    return bisect.bisect_right(batch.query_starts, token) - 1
+    return bisect.bisect_right(batch.query_start_list, token) - 1
 
 
 def _ranges_of(batch: AttentionBatch, request: int) -> tuple[tuple[int, int, int], ...]:

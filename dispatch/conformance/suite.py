@@ -19,7 +19,7 @@ from attn_dispatch.conformance import (
     real_sizes,
     scales,
 )
-from attn_dispatch.conformance.check import Check, Outcome, Target, run
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Outcome, run
 from attn_dispatch.errors import (
     AttnDispatchError,
     BackendFailure,
@@ -29,7 +29,7 @@ from attn_dispatch.errors import (
 )
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import compare_availability
-from attn_dispatch.platforms.detect import detect_device, settle_device
+from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.overrides import Mode, Source, parse_override
 from attn_dispatch.selection.registry import registry
@@ -38,7 +38,7 @@ __all__ = ["GROUPS", "Conformance", "backend_named", "checks_for", "verify"]
 
 #: The groups of checks, in the order in which they run: refusals last, since a kernel that is
 #: launched for what it does not know may break the device.
-GROUPS: dict[str, Callable[[Target], Iterator[Check]]] = {
+GROUPS: dict[str, Callable[[BackendUnderTest], Iterator[Check]]] = {
     "declaration": numeric.declaration,
     "numbers": numeric.numbers,
     "pairs": numeric.pairs,
@@ -82,7 +82,7 @@ def checks_for(
         InvalidInputError: it accepts no layer that could be tried.
         BackendFailure: it cannot say what it supports.
     """
-    torch_device = settle_device(device)
+    torch_device = resolve_device(device)
     profile = profile or detect_device(torch_device)
     try:
         found = _make_checks(backend_cls, torch_device, profile, quick)
@@ -108,7 +108,7 @@ def _make_checks(
             f"{backend_cls.get_name()} cannot be verified here: {'; '.join(map(str, reasons))}. "
             "Give a --device that it runs on."
         )
-    target = Target.of(backend_cls, device, profile, quick)
+    target = BackendUnderTest.of(backend_cls, device, profile, quick)
     return [check for group in GROUPS.values() for check in group(target)]
 
 
@@ -210,7 +210,7 @@ def verify(
     Raises:
         UnsupportedError, InvalidInputError, BackendFailure: as for `checks_for`.
     """
-    torch_device = settle_device(device)
+    torch_device = resolve_device(device)
     report = Conformance(backend_cls.get_name(), str(torch_device))
     checks = checks_for(backend_cls, torch_device, quick=quick, profile=profile)
     report.outcomes += [run(check) for check in checks if only in check.full_name]

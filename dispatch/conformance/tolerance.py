@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import Finding, Wrong, require
+from attn_dispatch.conformance.findings import CheckFailed, ErrorBound, require
 from attn_dispatch.conformance.propagation import FreeElements, free_elements
 from attn_dispatch.interface.quantization import GROUP_SIZE, is_fp8
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
@@ -75,7 +75,7 @@ def require_returned(step: Step, returned: Any) -> tuple[torch.Tensor, torch.Ten
     """Take apart what a forward returned: output and lse, of the right shapes and dtypes.
 
     Raises:
-        Wrong: it is something else; it says what.
+        CheckFailed: it is something else; it says what.
     """
     spec, rows = step.spec, len(step.query)
     wanted = "the pair (output, lse)" if spec.returns_lse else "the output"
@@ -84,7 +84,7 @@ def require_returned(step: Step, returned: Any) -> tuple[torch.Tensor, torch.Ten
     if not are_tensors or len(parts) != 1 + spec.returns_lse:
         names = ", ".join(type(part).__name__ for part in parts)
         found = f"({names})" if isinstance(returned, tuple) else names
-        raise Wrong(f"forward should return {wanted}, and returned {found}")
+        raise CheckFailed(f"forward should return {wanted}, and returned {found}")
     output: torch.Tensor = parts[0]
     lse: torch.Tensor | None = parts[1] if spec.returns_lse else None
     shape = (rows, spec.num_heads, spec.head_size_v)
@@ -113,7 +113,7 @@ def compare_with_oracle(
     block_scale: torch.Tensor | None = None,
     scale: float = 1.0,
     propagates_nan: bool = True,
-) -> Finding:
+) -> ErrorBound:
     """Hold what a forward returned against the oracle.
 
     For NaN and infinity among the inputs see `propagation.free_elements`.
@@ -126,7 +126,7 @@ def compare_with_oracle(
         propagates_nan: as the backend declares it.
 
     Raises:
-        Wrong: it is not what the layer should give; it says what it looks like instead.
+        CheckFailed: it is not what the layer should give; it says what it looks like instead.
     """
     output, lse = require_returned(step, returned)
     expected, expected_lse = step.expected()
@@ -155,17 +155,17 @@ def compare_with_oracle(
 
 def _compare_output(
     step: Step, actual: torch.Tensor, expected: torch.Tensor, free: FreeElements
-) -> Finding:
-    found = Finding(distance(actual, expected), allowed_error(step))
+) -> ErrorBound:
+    found = ErrorBound(distance(actual, expected), allowed_error(step))
     if found.error <= found.allowed:
         return found
     if bool(actual.isnan().any()):
         if free.is_needed:
             token, head = actual.isnan().nonzero()[0, :2].tolist()
-            raise Wrong(
+            raise CheckFailed(
                 f"there is NaN in a row that sees none, that of token {token}, head {head}", found
             )
-        raise Wrong(
+        raise CheckFailed(
             "there is NaN in the output: something that no request of the step owns was read (the "
             "cache holds NaN wherever nothing was written), or a row was not written",
             found,
@@ -176,8 +176,8 @@ def _compare_output(
             distance(actual, suspect.output(step).masked_fill(free.output, 0.0))
             <= 2 * found.allowed
         ):
-            raise Wrong(f"{suspect.sentence} ({numbers})", found)
-    raise Wrong(f"the output is {numbers}", found)
+            raise CheckFailed(f"{suspect.sentence} ({numbers})", found)
+    raise CheckFailed(f"the output is {numbers}", found)
 
 
 def _compare_quantized(
@@ -186,7 +186,7 @@ def _compare_quantized(
     expected: torch.Tensor,
     block_scale: torch.Tensor | None,
     scale: float,
-) -> Finding:
+) -> ErrorBound:
     """The error in units of what is allowed: half a step of the fp8 type, and the output's own."""
     scales = torch.full_like(expected, scale)
     if block_scale is not None:
@@ -197,9 +197,9 @@ def _compare_quantized(
     step_sizes = expected.abs() * _E4M3_STEP + scales * _E4M3_SMALL
     rows = expected.abs().amax(-1, keepdim=True) * allowed_error(step) * (1 + _E4M3_STEP)
     error = ((actual - expected).abs() / (step_sizes + rows)).nan_to_num(nan=math.inf)
-    found = Finding(float(error.max()) if error.numel() else 0.0, 1.0)
+    found = ErrorBound(float(error.max()) if error.numel() else 0.0, 1.0)
     if found.error > 1.0:
-        raise Wrong(
+        raise CheckFailed(
             f"asked for output_quant={step.spec.output_quant}, and the output times its scale is "
             f"off by {found.error:.3g} times what the fp8 type allows",
             found,
@@ -224,7 +224,7 @@ def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor, free: to
     def off(value: torch.Tensor) -> float:
         return float((actual - value).abs().max().nan_to_num(nan=math.inf))
 
-    found = Finding(off(wanted), allowed)
+    found = ErrorBound(off(wanted), allowed)
     if found.error <= allowed:
         return
     looks = {
@@ -237,8 +237,8 @@ def _compare_lse(step: Step, lse: torch.Tensor, expected: torch.Tensor, free: to
         looks["the lse has the sinks in it; it should leave them out"] = wanted.logaddexp(sinks)
     for sentence, value in looks.items():
         if off(value) <= 2 * allowed:
-            raise Wrong(sentence, found)
-    raise Wrong(f"the lse is off by {found.error:.3g}; {allowed:.3g} is allowed", found)
+            raise CheckFailed(sentence, found)
+    raise CheckFailed(f"the lse is off by {found.error:.3g}; {allowed:.3g} is allowed", found)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Inputs:
         """Check that every input is what it was.
 
         Raises:
-            Wrong: one is not; it says which.
+            CheckFailed: one is not; it says which.
         """
         changed = self.changed
         require(

@@ -10,9 +10,9 @@ from attn_dispatch.interface.backend import INTERFACE_VERSION, AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart
 from attn_dispatch.interface.capability import (
     ANY,
+    AnyOf,
     ByDevice,
     Capabilities,
-    EitherOf,
     MultipleOf,
     OneOf,
     Range,
@@ -25,8 +25,8 @@ from attn_dispatch.interface.impl import (
     AttentionImpl,
     AttentionLayer,
     MLAAttentionImpl,
-    kv_scales_of,
-    write_new_kv,
+    get_kv_scales,
+    store_new_kv,
 )
 from attn_dispatch.interface.kv_access import gather_kv, read_kv_cache, write_kv_cache
 from attn_dispatch.interface.kv_blocks import copy_blocks, swap_blocks
@@ -34,8 +34,8 @@ from attn_dispatch.interface.kv_cache import (
     allocate_kv_cache,
     kv_cache_shape,
     layout_of,
-    split_kv_cache,
     split_token_scales,
+    view_kv_cache,
 )
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
@@ -68,7 +68,7 @@ __all__ = [
     "CommonAttentionState",
     "DeviceMatch",
     "DeviceProfile",
-    "EitherOf",
+    "AnyOf",
     "INTERFACE_VERSION",
     "InvalidInputError",
     "MLAAttentionImpl",
@@ -88,14 +88,14 @@ __all__ = [
     "gather_kv",
     "import_library",
     "kv_cache_shape",
-    "kv_scales_of",
+    "get_kv_scales",
     "layout_of",
     "profiling_output",
     "read_kv_cache",
-    "split_kv_cache",
+    "view_kv_cache",
     "split_token_scales",
     "stored_head_size",
     "swap_blocks",
     "write_kv_cache",
-    "write_new_kv",
+    "store_new_kv",
 ]

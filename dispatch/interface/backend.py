@@ -146,7 +146,7 @@ class AttentionBackend(ABC):
         return []
 
     @classmethod
-    def served_by(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
+    def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
         """Whose kernels compute such a layer there, where that depends on what is installed.
 
         Times that were measured with one are not believed of another. "" if there is no choice.

@@ -31,10 +31,10 @@ from attn_dispatch.interface.batch_checks import (
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
 
-__all__ = ["AttentionBatch", "BatchPart", "Totals"]
+__all__ = ["AttentionBatch", "BatchPart", "BatchTotals"]
 
 
-class Totals(NamedTuple):
+class BatchTotals(NamedTuple):
     """How many requests, how many new tokens they have, and how many keys with these."""
 
     requests: int
@@ -42,7 +42,7 @@ class Totals(NamedTuple):
     keys: int
 
 
-NO_REQUESTS = Totals(0, 0, 0)
+NO_REQUESTS = BatchTotals(0, 0, 0)
 
 #: Stands among `checked` for a batch that agrees with itself.
 _ITSELF = ("batch",)
@@ -219,7 +219,7 @@ class AttentionBatch:
         return int(self.seq_lens.shape[0])
 
     @functools.cached_property
-    def query_starts(self) -> list[int]:
+    def query_start_list(self) -> list[int]:
         """query_start_loc as a list on the host."""
         return self.query_start_loc_cpu.tolist()
 
@@ -227,23 +227,23 @@ class AttentionBatch:
     def key_starts(self) -> list[int]:
         """Where each request's rows of key and value start, on the host."""
         if self.key_start_loc_cpu is None:
-            return self.query_starts
+            return self.query_start_list
         return self.key_start_loc_cpu.tolist()
 
     @functools.cached_property
-    def host_seq_lens(self) -> list[int]:
+    def seq_lens_list(self) -> list[int]:
         """seq_lens as a list on the host."""
         return self.seq_lens_cpu.tolist()
 
     @functools.cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request, on the host."""
-        return list(map(operator.sub, self.query_starts[1:], self.query_starts))
+        return list(map(operator.sub, self.query_start_list[1:], self.query_start_list))
 
     @property
     def num_tokens(self) -> int:
         """New tokens of all requests."""
-        return self.query_starts[-1]
+        return self.query_start_list[-1]
 
     @functools.cached_property
     def phases(self) -> list[Phase]:
@@ -251,31 +251,31 @@ class AttentionBatch:
         decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
         return [
             decode if query <= longest and (seq > query or seq == 0) else prefill
-            for query, seq in zip(self.query_lens, self.host_seq_lens, strict=True)
+            for query, seq in zip(self.query_lens, self.seq_lens_list, strict=True)
         ]
 
     @functools.cached_property
-    def total(self) -> Totals:
+    def total(self) -> BatchTotals:
         """Of all requests."""
-        return Totals(len(self.phases), self.num_tokens, sum(self.host_seq_lens))
+        return BatchTotals(len(self.phases), self.num_tokens, sum(self.seq_lens_list))
 
     @functools.cached_property
-    def totals(self) -> dict[Phase, Totals]:
+    def totals(self) -> dict[Phase, BatchTotals]:
         """Of each phase; one without requests is absent."""
-        phases, seq_lens = self.phases, self.host_seq_lens
+        phases, seq_lens = self.phases, self.seq_lens_list
         if not phases:
             return {}
         first, count = phases[0], phases.count(phases[0])
         if count == len(phases):
             return {first: self.total}
         if phases[:count].count(first) == count:  # one phase after the other, as engines have it
-            own = Totals(count, self.query_starts[count], sum(seq_lens[:count]))
+            own = BatchTotals(count, self.query_start_list[count], sum(seq_lens[:count]))
         else:
             rows = [phase is first for phase in phases]
             lens = (itertools.compress(each, rows) for each in (self.query_lens, seq_lens))
-            own = Totals(count, *map(sum, lens))
+            own = BatchTotals(count, *map(sum, lens))
         other = Phase.DECODE if first is Phase.PREFILL else Phase.PREFILL
-        return {first: own, other: Totals(*map(operator.sub, self.total, own))}
+        return {first: own, other: BatchTotals(*map(operator.sub, self.total, own))}
 
     @functools.cached_property
     def parts(self) -> dict[Phase, BatchPart]:
@@ -298,10 +298,10 @@ class AttentionBatch:
         if end - first == len(chosen):
             return self._between(first, end, own)
         device = self.seq_lens.device
-        tokens, query_lens = rows_of(chosen, self.query_starts, device)
+        tokens, query_lens = rows_of(chosen, self.query_start_list, device)
         keys, key_lens = rows_of(chosen, self.key_starts, device)
         requests = torch.tensor(chosen, device=device)
-        seq_lens = [self.host_seq_lens[i] for i in chosen]
+        seq_lens = [self.seq_lens_list[i] for i in chosen]
         part = self._of_lengths(
             torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
             torch.tensor(seq_lens, dtype=torch.int32, device="cpu"),
@@ -324,7 +324,7 @@ class AttentionBatch:
         """The requests from `first` to before `end`; nothing is copied from the host."""
         requests, bounds = slice(first, end), slice(first, end + 1)
         tokens, keys = (
-            slice(starts[first], starts[end]) for starts in (self.query_starts, self.key_starts)
+            slice(starts[first], starts[end]) for starts in (self.query_start_list, self.key_starts)
         )
         key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
         part = dataclasses.replace(
@@ -334,7 +334,7 @@ class AttentionBatch:
             query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
             seq_lens_cpu=self.seq_lens_cpu[requests],
             max_query_len=max(self.query_lens[requests]),
-            max_seq_len=max(self.host_seq_lens[requests]),
+            max_seq_len=max(self.seq_lens_list[requests]),
             block_table=None if table is None else table[requests],
             slot_mapping=None if slots is None else slots[keys],
             key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
@@ -350,7 +350,7 @@ class AttentionBatch:
     @functools.cached_property
     def mask_starts(self) -> list[int]:
         """Where each request's part of custom_mask begins, and where the last one ends."""
-        sizes = (q * s for q, s in zip(self.query_lens, self.host_seq_lens, strict=True))
+        sizes = (q * s for q, s in zip(self.query_lens, self.seq_lens_list, strict=True))
         return [0, *itertools.accumulate(sizes)]
 
     def request_mask(self, request: int) -> torch.Tensor:
@@ -358,7 +358,7 @@ class AttentionBatch:
         assert self.custom_mask is not None
         starts = self.mask_starts
         rows = self.custom_mask[starts[request] : starts[request + 1]]
-        return rows.view(self.query_lens[request], self.host_seq_lens[request])
+        return rows.view(self.query_lens[request], self.seq_lens_list[request])
 
     def check(self) -> None:
         """Check that the batch agrees with itself, as far as the host can see; once.
@@ -375,7 +375,10 @@ class AttentionBatch:
     def _check(self) -> None:
         self._check_types()
         num_reqs = self.num_reqs
-        starts = {"query_start_loc_cpu": self.query_starts, "key_start_loc_cpu": self.key_starts}
+        starts = {
+            "query_start_loc_cpu": self.query_start_list,
+            "key_start_loc_cpu": self.key_starts,
+        }
         for name, values in starts.items():
             if len(values) != num_reqs + 1 or values[0] != 0 or values != sorted(values):
                 raise InvalidInputError(
@@ -389,7 +392,7 @@ class AttentionBatch:
                 f"query_start_loc has {len(self.query_start_loc)} values; for {num_reqs} requests "
                 f"it takes {num_reqs + 1}."
             )
-        seqs = self.host_seq_lens
+        seqs = self.seq_lens_list
         if len(seqs) != num_reqs or min(seqs, default=0) < 0 or max(seqs, default=0) > INT32_MAX:
             raise InvalidInputError(
                 f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths of "

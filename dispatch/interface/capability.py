@@ -33,7 +33,7 @@ __all__ = [
     "Reason",
     "ReasonCode",
     "SameAs",
-    "EitherOf",
+    "AnyOf",
     "compare",
     "compare_availability",
 ]
@@ -206,8 +206,8 @@ class SameAs(Constraint):
         return f"the same as {self.other}"
 
 
-class EitherOf(Constraint):
-    """Any of several constraints: `EitherOf(OneOf(None), MultipleOf(16))`."""
+class AnyOf(Constraint):
+    """Any of several constraints: `AnyOf(OneOf(None), MultipleOf(16))`."""
 
     def __init__(self, *options: Constraint) -> None:
         self.options = options

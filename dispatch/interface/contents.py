@@ -64,7 +64,7 @@ def _check_lengths(batch: AttentionBatch) -> None:
             f"query_start_loc is {starts[:8]}; it must start at 0 and never fall. "
             "AttentionBatch.create makes one from the lengths."
         )
-    if starts != batch.query_starts or batch.seq_lens.tolist() != batch.host_seq_lens:
+    if starts != batch.query_start_list or batch.seq_lens.tolist() != batch.seq_lens_list:
         raise InvalidInputError(
             "query_start_loc or seq_lens differs from its host copy. Make both from the same "
             "lengths; AttentionBatch.create does."

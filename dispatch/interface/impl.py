@@ -36,9 +36,9 @@ __all__ = [
     "AttentionImpl",
     "AttentionLayer",
     "MLAAttentionImpl",
-    "kv_scales_of",
+    "get_kv_scales",
     "refuse_features",
-    "write_new_kv",
+    "store_new_kv",
 ]
 
 
@@ -230,7 +230,7 @@ class AttentionImpl(ABC, Generic[T]):
         The arguments are those of forward, which were checked.
         """
 
-        write_new_kv(self, layer, key, value, kv_cache, batch)
+        store_new_kv(self, layer, key, value, kv_cache, batch)
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """Whether forward can store this layer's output quantized so.
@@ -295,7 +295,7 @@ class MLAAttentionImpl(AttentionImpl[T]):
         """
 
 
-def kv_scales_of(
+def get_kv_scales(
     layer: AttentionLayer, kv_cache: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales of keys and values, as `gather_kv` takes them.
@@ -307,7 +307,7 @@ def kv_scales_of(
     return layer._k_scale, layer._v_scale
 
 
-def write_new_kv(
+def store_new_kv(
     impl: AttentionImpl[Any],
     layer: AttentionLayer,
     key: torch.Tensor,

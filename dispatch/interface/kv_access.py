@@ -15,8 +15,8 @@ from attn_dispatch.interface.contents import check_slots
 from attn_dispatch.interface.kv_cache import (
     INTEGERS,
     check_tensor,
-    split_kv_cache,
     split_token_scales,
+    view_kv_cache,
 )
 from attn_dispatch.interface.overlap import overlap, overlaps_itself
 from attn_dispatch.interface.quantization import (
@@ -101,7 +101,7 @@ def write_rows(
     v_scale: torch.Tensor,
 ) -> None:
     """The same for arguments that were checked."""
-    keys, values = split_kv_cache(kv_cache, key.shape[-1], value.shape[-1])
+    keys, values = view_kv_cache(kv_cache, key.shape[-1], value.shape[-1])
     if has_token_scales(kv_cache.dtype):
         k_scale, v_scale = split_token_scales(kv_cache)
     _scatter(key, keys, slot_mapping, k_scale)
@@ -285,7 +285,7 @@ def _scatter(
 
 
 def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Entries of one view of `split_kv_cache`, as they are stored.
+    """Entries of one view of `view_kv_cache`, as they are stored.
 
     A view of a whole int8 cache, `kv_cache[:, 0]`, gives rows with their scale in them, which
     quantization.token_scales finds, and is read faster than the integers alone.
@@ -312,7 +312,7 @@ def _check_places(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
     if cache.dim() != 4 or blocks.shape != offsets.shape:
         raise InvalidInputError(
             f"cache has shape {tuple(cache.shape)}, blocks {tuple(blocks.shape)} and offsets "
-            f"{tuple(offsets.shape)}. Give a view of split_kv_cache, (num_blocks, block_size, "
+            f"{tuple(offsets.shape)}. Give a view of view_kv_cache, (num_blocks, block_size, "
             "num_kv_heads, size), and a block and an offset for each entry."
         )
     for name, tensor, limit in (
@@ -358,13 +358,13 @@ def gather_kv(
     scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One request's entries of one view of `split_kv_cache`, times their scale if it has 8 bits.
+    """One request's entries of one view of `view_kv_cache`, times their scale if it has 8 bits.
 
     Args:
         cache: (num_blocks, block_size, num_kv_heads, size).
         block_table_row: (max_blocks,) the request's blocks.
         seq_len: how many entries.
-        scale: that of `kv_scales_of`: () or (num_kv_heads,) float32, or those in an int8 cache.
+        scale: that of `get_kv_scales`: () or (num_kv_heads,) float32, or those in an int8 cache.
         dtype: of the result.
 
     Returns:
@@ -381,7 +381,7 @@ def gather_kv(
         raise InvalidInputError(
             f"cache has shape {tuple(cache.shape)}, and block_table_row is "
             f"{tuple(block_table_row.shape)} {block_table_row.dtype}. Give a view of "
-            "split_kv_cache, and (max_blocks,) int32 or int64."
+            "view_kv_cache, and (max_blocks,) int32 or int64."
         )
     if seq_len > len(block_table_row) * cache.shape[1]:
         raise InvalidInputError(
@@ -401,7 +401,7 @@ def gather_kv(
         if scale.shape != cache.shape[:-1]:
             raise InvalidInputError(
                 f"An int8 cache of {tuple(cache.shape)} has a scale for each token and head, not "
-                f"one of shape {tuple(scale.shape)}. Take the scales of kv_cache.kv_scales_of."
+                f"one of shape {tuple(scale.shape)}. Take the scales of kv_cache.get_kv_scales."
             )
         return dequantize_rows(stored, scale[blocks, offsets], dtype)
     if is_fp8(cache.dtype):

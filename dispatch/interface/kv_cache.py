@@ -30,7 +30,7 @@ __all__ = [
     "allocate_kv_cache",
     "kv_cache_shape",
     "layout_of",
-    "split_kv_cache",
+    "view_kv_cache",
     "split_token_scales",
 ]
 
@@ -135,7 +135,7 @@ def _listed(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def split_kv_cache(
+def view_kv_cache(
     kv_cache: torch.Tensor, head_size: int, head_size_v: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size).
@@ -176,7 +176,7 @@ def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     Raises:
         InvalidInputError: the cache is not int8, or float32 scales cannot be read from it.
     """
-    try:  # as in split_kv_cache
+    try:  # as in view_kv_cache
         if kv_cache.dtype == torch.int8 and kv_cache.dim() == 5:
             keys, values = token_scales(kv_cache).unbind(1)
             return keys, values

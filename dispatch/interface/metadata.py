@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.batch import NO_REQUESTS, Totals
+from attn_dispatch.interface.batch import NO_REQUESTS, BatchTotals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ def _counted(name: str, count: Callable[[AttentionBatch], int]) -> Any:
     return property(get, put)
 
 
-def _prompts(batch: AttentionBatch) -> Totals:
+def _prompts(batch: AttentionBatch) -> BatchTotals:
     return batch.totals.get(Phase.PREFILL, NO_REQUESTS)
 
 

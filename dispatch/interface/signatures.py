@@ -28,7 +28,7 @@ _METHODS: dict[type, tuple[str, ...]] = {
         "swap_blocks",
         "copy_blocks",
         "check_combination",
-        "served_by",
+        "kernel_provider",
     ),
     MLAAttentionImpl: ("__init__", "forward", "fused_output_quant_supported"),
     AttentionImpl: ("__init__", "forward", "write_kv", "fused_output_quant_supported"),

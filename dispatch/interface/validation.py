@@ -255,10 +255,10 @@ def _check_without_cache(
         raise InvalidInputError("Without a kv_cache the keys must be given; key is None.")
     starts = batch.key_starts
     key_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    if key_lens != batch.host_seq_lens:
+    if key_lens != batch.seq_lens_list:
         raise InvalidInputError(
             f"Without a kv_cache a request's keys are its rows of key, {key_lens[:8]}; seq_lens "
-            f"says {batch.host_seq_lens[:8]}. Give the kv_cache that holds the earlier ones."
+            f"says {batch.seq_lens_list[:8]}. Give the kv_cache that holds the earlier ones."
         )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["default_torch_device", "detect_device", "settle_device", "usable_device"]
+__all__ = ["default_torch_device", "detect_device", "resolve_device", "usable_device"]
 
 
 def default_torch_device() -> torch.device:
@@ -34,7 +34,7 @@ def _accelerator_or_cpu() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def settle_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | None) -> torch.device:
     """The device that is meant here and now: what None and a bare "cuda" mean may change.
 
     Raises:
@@ -56,12 +56,12 @@ _NO_DEVICE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, as by `settle_device`, if a tensor can be made there.
+    """The device that is meant, as by `resolve_device`, if a tensor can be made there.
 
     Raises:
         InvalidInputError: PyTorch does not know or cannot reach the device.
     """
-    settled = settle_device(device)
+    settled = resolve_device(device)
     if settled.type not in ("cpu", "meta"):
         _try_device(settled)
     return settled
@@ -101,7 +101,7 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
     Raises:
         InvalidInputError: PyTorch does not know or cannot reach the device.
     """
-    settled = settle_device(device)
+    settled = resolve_device(device)
     try:
         hardware = _detect_hardware(settled.type, settled.index)
     except _NO_DEVICE as error:

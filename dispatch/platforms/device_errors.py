@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-__all__ = ["is_capturing", "is_lost"]
+__all__ = ["is_capturing", "is_device_lost"]
 
 
 # Parts of messages, in lower case and without anything but letters.
@@ -61,7 +61,7 @@ def _message(error: BaseException) -> str:
         return summary_of(failure)
 
 
-def is_lost(error: Exception) -> bool:
+def is_device_lost(error: Exception) -> bool:
     """Whether an error leaves the device in a state in which every later call fails."""
     return mentions(error, _LOST_DEVICE)
 

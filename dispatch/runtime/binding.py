@@ -23,14 +23,14 @@ from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.overrides import Rule
 from attn_dispatch.selection.registry import is_builtin, registry
 from attn_dispatch.selection.report import Selection
-from attn_dispatch.selection.resolve import select_and_warn
+from attn_dispatch.selection.resolve import resolve_uncached
 from attn_dispatch.selection.selector import phases_of
 
 __all__ = ["Bound"]
 
 
 @dataclass(frozen=True)
-class Bound:
+class LayerBinding:
     """What a layer runs on. It is replaced as a whole, so that every call finds what goes together.
 
     Attributes:
@@ -64,7 +64,7 @@ class Bound:
         rules: tuple[Rule, ...],
         build_impl: Callable[[str, type[AttentionBackend]], AttentionImpl[Any]],
         unrecorded: Sequence[Failure] = (),
-    ) -> Bound:
+    ) -> LayerBinding:
         """Select backends, and build their impls and builders.
 
         Args:
@@ -83,7 +83,7 @@ class Bound:
         failures = failure_record.failures_for(spec, profile, unrecorded=unrecorded)
         intact = libraries.generation()
         selections = {
-            phase: select_and_warn(spec, profile, phase=phase, rules=rules, unrecorded=unrecorded)
+            phase: resolve_uncached(spec, profile, phase=phase, rules=rules, unrecorded=unrecorded)
             for phase in phases_of(spec)
         }
         router, candidates = Router.of(spec, selections), registry.candidates()

@@ -33,7 +33,7 @@ from attn_dispatch.selection import overrides
 from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.overrides import Rule
 from attn_dispatch.selection.registry import is_builtin, registry
-from attn_dispatch.selection.resolve import resolve, select_and_warn
+from attn_dispatch.selection.resolve import resolve, resolve_uncached
 
 __all__ = ["attention", "merge_states"]
 
@@ -172,7 +172,7 @@ def attention(
         intact = libraries.generation()
         if failures:
             profile = detect_device(query.device)
-            selection = select_and_warn(
+            selection = resolve_uncached(
                 spec, profile, phase=phase, rules=rules(), unrecorded=failures
             )
         else:

@@ -9,9 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import nn
 
-from attn_dispatch import environment
 from attn_dispatch.arguments import checked_scale, shown
-from attn_dispatch.conformance import shadow
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
@@ -38,15 +36,16 @@ from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_no_grad, check_tensors, profiling_output
 from attn_dispatch.platforms.detect import detect_device, usable_device
 from attn_dispatch.platforms.device_errors import is_capturing
-from attn_dispatch.runtime.binding import Bound
+from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
+from attn_dispatch.runtime.hooks import observer
 from attn_dispatch.runtime.kv_scales import CacheState
 from attn_dispatch.runtime.ops import attention_op, layers_by_key
 from attn_dispatch.runtime.recovery import (
     AttemptFailed,
     Request,
-    phase_of,
     raise_attempt_failed,
+    single_phase,
     with_fallback,
 )
 from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
@@ -167,7 +166,7 @@ class Attention(nn.Module):
         # Not made of buffers: a scale must stay float32 when the module is cast.
         self._cache_state = CacheState()
         self._device: torch.device | None = None
-        self._bound: Bound | None = None
+        self._bound: LayerBinding | None = None
         self._has_moved_on = False
         self._generation = -1
         self._fp8_dtype = torch.float8_e4m3fn
@@ -226,7 +225,7 @@ class Attention(nn.Module):
     def _builder(self) -> AttentionMetadataBuilder[Any]:
         return self._on_device().builder
 
-    def _on_device(self) -> Bound:
+    def _on_device(self) -> LayerBinding:
         if self._bound is None:
             raise InvalidInputError(
                 f"Layer {self.prefix!r} was made on the meta device and has not run on another "
@@ -242,12 +241,12 @@ class Attention(nn.Module):
         )
         self._settle(bound, device)
 
-    def _bound_without(self, failures: Sequence[Failure], device: torch.device) -> Bound:
+    def _bound_without(self, failures: Sequence[Failure], device: torch.device) -> LayerBinding:
         """What the layer would run on if backends with these failures are left out."""
         profile = detect_device(device)
-        return Bound.of(self.spec, device, profile, self._rules, self._build_impl, failures)
+        return LayerBinding.of(self.spec, device, profile, self._rules, self._build_impl, failures)
 
-    def _settle(self, bound: Bound, device: torch.device) -> None:
+    def _settle(self, bound: LayerBinding, device: torch.device) -> None:
         """Run on this from now on."""
         self._generation = bound.generation
         self._bound = bound
@@ -381,12 +380,12 @@ class Attention(nn.Module):
             metadata = self._recover(failed, lambda retried: self._plan(retried, None, batch))
         return metadata
 
-    def _recover(self, failed: AttemptFailed, run: Callable[[Bound], T]) -> T:
+    def _recover(self, failed: AttemptFailed, run: Callable[[LayerBinding], T]) -> T:
         """Do with other backends what `run` could not do with the present ones."""
         device = self._device
         assert device is not None
 
-        def attempt(failures: tuple[Failure, ...]) -> tuple[Bound, T]:
+        def attempt(failures: tuple[Failure, ...]) -> tuple[LayerBinding, T]:
             bound = self._bound_without(failures, device)
             return bound, run(bound)
 
@@ -396,7 +395,7 @@ class Attention(nn.Module):
         self._settle(bound, device)
         return result
 
-    def _plan(self, bound: Bound, metadata: Any, batch: AttentionBatch | None = None) -> Any:
+    def _plan(self, bound: LayerBinding, metadata: Any, batch: AttentionBatch | None = None) -> Any:
         """Metadata for what the layer runs on: of the batch, as given, or from the context.
 
         Metadata that was given and built before the layer changed backends is built again.
@@ -419,12 +418,12 @@ class Attention(nn.Module):
             )
 
     def _attribute(
-        self, error: Exception, bound: Bound, batch: AttentionBatch | None, doing: str
+        self, error: Exception, bound: LayerBinding, batch: AttentionBatch | None, doing: str
     ) -> NoReturn:
         """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
-        name, phase = bound.names[0], None if batch is None else phase_of(batch)
+        name, phase = bound.names[0], None if batch is None else single_phase(batch)
         if isinstance(error, PartFailed):
-            name, phase = error.backend, phase_of(error.batch)
+            name, phase = error.backend, single_phase(error.batch)
             cause = error.__cause__
             assert isinstance(cause, Exception)
             error = cause
@@ -557,7 +556,7 @@ class Attention(nn.Module):
 
     def _attend(
         self,
-        bound: Bound,
+        bound: LayerBinding,
         metadata: Any,
         given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         output: torch.Tensor,
@@ -587,9 +586,8 @@ class Attention(nn.Module):
             ) from error
         if derives_scales and not self._cache_state.scales_are_final:
             derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
-        watch = None
-        if environment.shadow_interval():
-            watch = shadow.watch(self, *given, self._batch_of(metadata))
+        observe = observer()
+        seen = None if observe is None else observe(self, *given, self._batch_of(metadata))
         try:
             result = bound.impl.forward(self, *given, used, output, *scales)
         except (InvalidInputError, UnsupportedError):
@@ -600,8 +598,8 @@ class Attention(nn.Module):
             lse.copy_(result[1])
         if derived_scales:
             self._cache_state.scales_are_final = True
-        if watch is not None:
-            watch.compare(result, used, *scales)
+        if seen is not None:
+            seen.compare(result, used, *scales)
 
     def _check_block_size(self, kv_cache: torch.Tensor) -> None:
         """Check that a cache is a tensor and, if it is one of blocks, has the layer's."""

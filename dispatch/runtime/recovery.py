@@ -30,20 +30,20 @@ from attn_dispatch.platforms.device_errors import (
     _OUT_OF_MEMORY,
     error_chain,
     is_capturing,
-    is_lost,
+    is_device_lost,
     mentions,
 )
 from attn_dispatch.runtime.guard import InputsModified
 from attn_dispatch.selection import failure_record
 from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.overrides import Mode, Rule
-from attn_dispatch.selection.resolve import select_and_warn
+from attn_dispatch.selection.resolve import resolve_uncached
 from attn_dispatch.selection.selector import phases_of
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
 
-__all__ = ["AttemptFailed", "Request", "phase_of", "raise_attempt_failed", "with_fallback"]
+__all__ = ["AttemptFailed", "Request", "single_phase", "raise_attempt_failed", "with_fallback"]
 
 T = TypeVar("T")
 
@@ -182,7 +182,7 @@ def _check_another_is_left(
     phase = failures[-1].phase
     try:
         for each in phases_of(request.spec) if phase is None else (phase,):
-            select_and_warn(
+            resolve_uncached(
                 request.spec,
                 request.profile,
                 phase=each,
@@ -223,7 +223,7 @@ def _record(request: Request, failures: Sequence[Failure]) -> None:
             continue  # another thread was faster, and has warned
         phases = phases_of(request.spec) if failure.phase is None else (failure.phase,)
         names = [
-            select_and_warn(
+            resolve_uncached(
                 request.spec,
                 request.profile,
                 phase=each,
@@ -248,11 +248,11 @@ def _is_final(error: Exception) -> bool:
     return (
         any(isinstance(each, no_memory) for each in error_chain(error))
         or mentions(error, _OUT_OF_MEMORY)
-        or is_lost(error)
+        or is_device_lost(error)
     )
 
 
-def phase_of(batch: AttentionBatch) -> Phase | None:
+def single_phase(batch: AttentionBatch) -> Phase | None:
     """The phase that all requests are in, or None if there are both."""
     phases = set(batch.phases)
     return phases.pop() if len(phases) == 1 else None

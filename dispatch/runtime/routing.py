@@ -16,7 +16,7 @@ import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.batch import AttentionBatch, BatchPart, Totals
+from attn_dispatch.interface.batch import AttentionBatch, BatchPart, BatchTotals
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
@@ -28,8 +28,8 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward, check_metadata
 from attn_dispatch.selection.report import Selection
-from attn_dispatch.selection.timings.policy import Side, parts_of, routes_of
-from attn_dispatch.selection.timings.table import Bucket, LayerTimes, Step, bucket_of, step_of
+from attn_dispatch.selection.timings.policy import PhaseCandidates, routes_of, split_route
+from attn_dispatch.selection.timings.table import BatchKind, Bucket, LayerTimes, bucket_of, step_of
 
 __all__ = [
     "PartFailed",
@@ -44,7 +44,7 @@ __all__ = [
 T = TypeVar("T")
 
 #: What every batch asks for. On Python 3.11 an Enum takes 0.2 us to find a member.
-_PREFILL, _DECODE, _MIXED = Phase.PREFILL, Phase.DECODE, Step.MIXED
+_PREFILL, _DECODE, _MIXED = Phase.PREFILL, Phase.DECODE, BatchKind.MIXED
 
 #: Who serves which requests of a batch: a backend, and their phase, None for all of them. One that
 #: serves all stands alone.
@@ -85,7 +85,9 @@ class Router:
         if times is None:
             return cls(picks)
         sides = {
-            phase: Side(picks[phase], frozenset([picks[phase]])) if each is None else each.side
+            phase: PhaseCandidates(picks[phase], frozenset([picks[phase]]))
+            if each is None
+            else each.side
             for phase, each in evidence.items()
         }
         return _router(tuple(picks.items()), times, tuple(sides.items()), spec.cuda_graph)
@@ -93,7 +95,7 @@ class Router:
     @property
     def backends(self) -> tuple[str, ...]:
         """Everyone who may be chosen, each once."""
-        named = (part for name in self.routes.values() for part in parts_of(name))
+        named = (part for name in self.routes.values() for part in split_route(name))
         return tuple(dict.fromkeys([*self.picks.values(), *named]))
 
     def __call__(self, batch: AttentionBatch) -> Route:
@@ -108,12 +110,12 @@ class Router:
         if name is None:
             prefill, decode = (self._alone(each, totals[each]) for each in (_PREFILL, _DECODE))
         else:
-            prefill, decode = parts_of(name)
+            prefill, decode = split_route(name)
         if prefill == decode:
             return ((prefill, None),)
         return ((prefill, _PREFILL), (decode, _DECODE))
 
-    def _alone(self, phase: Phase, totals: Totals) -> str:
+    def _alone(self, phase: Phase, totals: BatchTotals) -> str:
         """Who serves these requests if no others are in the batch."""
         name = self.routes.get(bucket_of(step_of(phase, totals), *totals, captured=self.captured))
         return name or self.picks.get(phase) or self.picks[_PREFILL]  # an encoder has no decode
@@ -123,7 +125,7 @@ class Router:
 def _router(
     picks: tuple[tuple[Phase, str], ...],
     times: LayerTimes,
-    sides: tuple[tuple[Phase, Side], ...],
+    sides: tuple[tuple[Phase, PhaseCandidates], ...],
     captured: bool,
 ) -> Router:
     """Made once for all layers that are alike."""

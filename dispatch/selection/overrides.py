@@ -26,7 +26,7 @@ from attn_dispatch.interface.spec import LAYER_KINDS
 from attn_dispatch.interface.types import Phase
 
 __all__ = [
-    "PassedOver",
+    "FailureExclusion",
     "Mode",
     "Rule",
     "Source",
@@ -87,7 +87,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class PassedOver(Rule):
+class FailureExclusion(Rule):
     """An exclusion that a failure demands; its text says why."""
 
     def __str__(self) -> str:

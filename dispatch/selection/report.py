@@ -13,7 +13,7 @@ from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.overrides import Source
 
 if TYPE_CHECKING:
-    from attn_dispatch.selection.timings.policy import Evidence
+    from attn_dispatch.selection.timings.policy import TimingEvidence
 
 __all__ = ["Report", "Selection", "Verdict"]
 
@@ -63,7 +63,7 @@ class Report:
     because: str
     full_cls_name: tuple[str, str] | None
     verdicts: tuple[Verdict, ...]
-    measured: Evidence | None = None
+    measured: TimingEvidence | None = None
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from attn_dispatch.interface.capability import ReasonCode
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms import libraries
-from attn_dispatch.platforms.detect import detect_device, settle_device
+from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.platforms.libraries import Library
@@ -66,7 +66,7 @@ def resolve(
     """
     overrides.check_override(backend)
     if not isinstance(device, DeviceProfile):
-        device = settle_device(device)
+        device = resolve_device(device)
     generations = (registry.generation, libraries.generation(), failure_record.generation())
     named = environment.tuning()
     tuning = (named, "" if named else environment.cache_folder())
@@ -75,14 +75,14 @@ def resolve(
     if selection is None:
         profile = device if isinstance(device, DeviceProfile) else detect_device(device)
         rules = overrides.current_rules(backend, registry.names())
-        selection = select_and_warn(spec, profile, phase=phase, rules=rules)
+        selection = resolve_uncached(spec, profile, phase=phase, rules=rules)
         if len(_decided) >= _DECIDED_MAX:
             _decided.clear()
         _decided[key] = selection
     return selection
 
 
-def select_and_warn(
+def resolve_uncached(
     spec: AttentionSpec,
     device: DeviceProfile,
     *,

@@ -14,12 +14,17 @@ from attn_dispatch.interface.capability import Reason, ReasonCode, compare
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms.device import DeviceProfile
-from attn_dispatch.selection.overrides import Mode, PassedOver, Rule, Source
+from attn_dispatch.selection.overrides import FailureExclusion, Mode, Rule, Source
 from attn_dispatch.selection.priorities import backend_order
 from attn_dispatch.selection.registry import Candidate, registry
 from attn_dispatch.selection.report import Report, Selection, Verdict
-from attn_dispatch.selection.substitutes import stand_ins
-from attn_dispatch.selection.timings.policy import Evidence, Side, times_for, weigh
+from attn_dispatch.selection.substitutes import compatible_substitutes
+from attn_dispatch.selection.timings.policy import (
+    PhaseCandidates,
+    TimingEvidence,
+    evaluate_timings,
+    times_for,
+)
 from attn_dispatch.selection.timings.table import LayerTimes, Table
 
 if TYPE_CHECKING:
@@ -75,12 +80,15 @@ def decide(
     phase = _as_phase(phase)
     rules = [rule for rule in rules if rule.applies(phase, spec.kind)]
     order = backend_order(device, phase, tuple(candidates))
-    verdicts = {name: _judge(candidates[name], spec, device) for name in order}
+    verdicts = {name: _evaluate(candidates[name], spec, device) for name in order}
     for name in {rule.name for rule in rules} - set(verdicts):
         verdicts[name] = Verdict(name, (_NO_CANDIDATE,))
 
     def conclude(
-        picked: str | None, source: Source | None, because: str, measured: Evidence | None = None
+        picked: str | None,
+        source: Source | None,
+        because: str,
+        measured: TimingEvidence | None = None,
     ) -> Report:
         cls = candidates[picked].backend_cls if picked else None
         full_cls_name = cls.full_cls_name() if cls else None
@@ -95,7 +103,7 @@ def decide(
         settled.add(rule.name)
         if rule.mode is Mode.EXCLUDE:
             code, field = ReasonCode.EXCLUDED, "override"
-            if isinstance(rule, PassedOver):
+            if isinstance(rule, FailureExclusion):
                 code, field = ReasonCode.FAILED, "backend"
             reason = Reason(code=code, field=field, asked=str(rule))
             verdict = verdicts[rule.name]
@@ -126,7 +134,7 @@ def _measured(
     phase: Phase | None,
     candidates: Mapping[str, Candidate],
     tables: Sequence[Table],
-) -> Evidence | None:
+) -> TimingEvidence | None:
     """What the tables say of those who are able, in the platform's order; None if nothing."""
     times = times_for(tables, spec)
     if times is None:
@@ -135,14 +143,14 @@ def _measured(
     changed = _served_by_others(times, classes, spec, device)
     if able[0] in changed:
         return None
-    admitted = stand_ins(
+    admitted = compatible_substitutes(
         able,
         classes,
         spec,
-        lambda name, each: _judge(candidates[name], each, device).supported,
+        lambda name, each: _evaluate(candidates[name], each, device).supported,
     )
-    side = Side(able[0], admitted - changed)
-    return weigh(times, side, phase, captured=spec.cuda_graph)
+    side = PhaseCandidates(able[0], admitted - changed)
+    return evaluate_timings(times, side, phase, captured=spec.cuda_graph)
 
 
 def _served_by_others(
@@ -153,12 +161,12 @@ def _served_by_others(
 ) -> set[str]:
     """The backends that would call another package's kernels here than those that were timed."""
     changed = set()
-    for name in times.served_by.keys() & classes.keys():
+    for name in times.kernel_provider.keys() & classes.keys():
         try:
-            who = classes[name].served_by(spec, device)
+            who = classes[name].kernel_provider(spec, device)
         except Exception:  # a plugin's own words may raise anything at all: then nobody knows
             who = ""
-        if who != times.served_by[name]:
+        if who != times.kernel_provider[name]:
             changed.add(name)
     return changed
 
@@ -173,7 +181,7 @@ def _as_phase(phase: Phase | str | None) -> Phase | None:
         raise InvalidInputError(f"phase={phase!r} is neither 'prefill' nor 'decode'.") from error
 
 
-def _judge(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) -> Verdict:
+def _evaluate(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) -> Verdict:
     cls = candidate.backend_cls
     if cls is None:
         assert candidate.problem is not None

@@ -10,12 +10,12 @@ from attn_dispatch.interface.spec import AttentionSpec
 if TYPE_CHECKING:
     from attn_dispatch.interface.backend import AttentionBackend
 
-__all__ = ["stand_ins"]
+__all__ = ["compatible_substitutes"]
 
 _LAYOUTS = ("NHD", "HND")
 
 
-def stand_ins(
+def compatible_substitutes(
     able: Sequence[str],
     classes: Mapping[str, type[AttentionBackend]],
     spec: AttentionSpec,

@@ -15,7 +15,7 @@ from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
 from attn_dispatch.bench.runner import (
     Bench,
     CaseResult,
-    Contestant,
+    Implementation,
     Row,
     Split,
     class_of,
@@ -35,10 +35,10 @@ from attn_dispatch.selection.timings.reader import read_table
 from attn_dispatch.selection.timings.store import conflict_with, machine_of, write_table
 from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
+    BatchKind,
     LayerKey,
     LayerTimes,
     Point,
-    Step,
     Table,
     layer_key,
     totals_of,
@@ -70,7 +70,7 @@ class Grid:
             it, or there are too many of them.
     """
 
-    steps: tuple[Step, ...] = tuple(Step)
+    steps: tuple[BatchKind, ...] = tuple(BatchKind)
     requests: tuple[int, ...] = (1, 4, 16, 64, 256)
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
 
@@ -112,12 +112,12 @@ def _mixed(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
         yield [1] * (requests - 1) + [prompt], [length] * (requests - 1) + [prompt]
 
 
-#: Step -> (query_lens, seq_lens) of its batches for a number of requests and a length.
+#: BatchKind -> (query_lens, seq_lens) of its batches for a number of requests and a length.
 _BATCHES = {
-    Step.DECODE: _decode,
-    Step.PREFILL: _prefill,
-    Step.VERIFY: _verify,
-    Step.MIXED: _mixed,
+    BatchKind.DECODE: _decode,
+    BatchKind.PREFILL: _prefill,
+    BatchKind.VERIFY: _verify,
+    BatchKind.MIXED: _mixed,
 }
 
 
@@ -156,7 +156,7 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
     return [case for each in rounds for case in each if case is not None]
 
 
-def place_of(case: Case) -> tuple[Step, int, int, int]:
+def place_of(case: Case) -> tuple[BatchKind, int, int, int]:
     """Where a case is in the grid: (step, requests, new tokens, keys)."""
     longest = max(case.query_lens) if case.kind == "decode" else 1
     batch = AttentionBatch.create(case.query_lens, case.seq_lens, max_decode_query_len=longest)
@@ -171,13 +171,13 @@ class Task:
 
     case: Case
     key: LayerKey
-    place: tuple[Step, int, int, int]
+    place: tuple[BatchKind, int, int, int]
     names: tuple[str, ...]
 
     @property
     def entries(self) -> tuple[str, ...]:
         """Everything that is timed: in a mixed step also who could split it."""
-        if self.place[0] is not Step.MIXED:
+        if self.place[0] is not BatchKind.MIXED:
             return self.names
         return self.names + tuple("+".join(pair) for pair in itertools.permutations(self.names, 2))
 
@@ -193,7 +193,7 @@ class Measured:
 
 
 #: Layer -> place -> point.
-_Points = dict[LayerKey, dict[tuple[Step, int, int, int], Point]]
+_Points = dict[LayerKey, dict[tuple[BatchKind, int, int, int], Point]]
 
 
 @dataclass
@@ -255,7 +255,7 @@ class Tuner:
             old = self._old.get(key, {}) if key in self._own else {}
             left = (point for point in times.points if old.get(point.place) != point)
             self._points[key] = {point.place: point for point in left}
-            self._served_by[key] = {**times.served_by, **self._served_by.get(key, {})}
+            self._served_by[key] = {**times.kernel_provider, **self._served_by.get(key, {})}
         for key, own in self._own.items():
             self._points.setdefault(key, {}).update(own)
 
@@ -315,7 +315,7 @@ class Tuner:
             yield self._measure(task, clock)
 
     def _measure(self, task: Task, clock: Clock) -> Measured:
-        splits: list[Contestant] = [
+        splits: list[Implementation] = [
             Split(*entry.split("+")) for entry in task.entries if "+" in entry
         ]
         bench = Bench(
@@ -338,7 +338,9 @@ class Tuner:
 
     def _keep(self, task: Task, point: Point) -> None:
         """Write a point into the file, with what others have written there meanwhile."""
-        told = ((n, class_of(n).served_by(task.case.spec(), self._profile)) for n in task.names)
+        told = (
+            (n, class_of(n).kernel_provider(task.case.spec(), self._profile)) for n in task.names
+        )
         self._served_by.setdefault(task.key, {}).update({name: who for name, who in told if who})
         self._own.setdefault(task.key, {})[task.place] = point
         with locked(self.path):

@@ -15,9 +15,9 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import (
     ANY,
     GIVEN,
+    AnyOf,
     ByDevice,
     Capabilities,
-    EitherOf,
     MultipleOf,
     OneOf,
     Range,
@@ -220,7 +220,7 @@ CONSTRAINTS = [
     (Range(32, 256), [32, 100, 256], [31, 257, None], "32 to 256"),
     (Range(2, math.inf), [2, 10**9], [1, None], "2 or more"),
     (SameAs("head_size"), [64], [63, None], "the same as head_size"),
-    (EitherOf(OneOf(None), MultipleOf(16)), [None, 32], [33], "None or multiples of 16"),
+    (AnyOf(OneOf(None), MultipleOf(16)), [None, 32], [33], "None or multiples of 16"),
 ]
 
 

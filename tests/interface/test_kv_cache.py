@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from attn_dispatch import Attention, AttentionBatch, attention, bind_kv_caches
 from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend, ReferenceMLAImpl
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.impl import kv_scales_of
+from attn_dispatch.interface.impl import get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv, write_kv_cache, write_mla_cache
 from attn_dispatch.interface.kv_blocks import copy_blocks, swap_blocks
 from attn_dispatch.interface.kv_cache import (
     STRIDE_ORDERS,
     allocate_kv_cache,
     kv_cache_shape,
-    split_kv_cache,
     split_token_scales,
+    view_kv_cache,
 )
 from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
@@ -153,9 +153,9 @@ def test_what_is_written_is_read(layout, kv_cache_dtype):
     slots = torch.tensor([12, 13, 14, 15, 4, 5])
     k_scale, v_scale = torch.tensor([0.1, 0.2]), torch.tensor(0.05)
     write_kv_cache(key, value, cache, slots, k_scale, v_scale)
-    keys, values = split_kv_cache(cache, 8, 5)
+    keys, values = view_kv_cache(cache, 8, 5)
     layer = SimpleNamespace(_k_scale=k_scale, _v_scale=v_scale)
-    scales = kv_scales_of(layer, cache)
+    scales = get_kv_scales(layer, cache)
     read = gather_kv(keys, table, 6, scales[0], torch.float64)
     torch.testing.assert_close(read, meant(key, k_scale, dtype))
     read = gather_kv(values, table, 6, scales[1], torch.float64)
@@ -169,8 +169,8 @@ def test_a_cache_may_be_a_slice_of_what_all_layers_share(dtype):
     everything = allocate_kv_cache((5, 3, 2, 4, 2, size), range(6), dtype)
     cache, (key, value) = everything[:, 1], torch.randn(2, 3, 2, 8)
     write_kv_cache(key, value, cache, torch.tensor([12, 13, 7]), ONE, ONE)
-    keys, _ = split_kv_cache(cache, 8, 8)
-    scale, _ = kv_scales_of(SimpleNamespace(_k_scale=ONE, _v_scale=ONE), cache)
+    keys, _ = view_kv_cache(cache, 8, 8)
+    scale, _ = get_kv_scales(SimpleNamespace(_k_scale=ONE, _v_scale=ONE), cache)
     read = gather_kv(keys, torch.tensor([3]), 2, scale, torch.float64)
     torch.testing.assert_close(read, meant(key[:2], ONE, dtype))
     assert not as_bytes(everything[:, 0]).any()
@@ -202,7 +202,7 @@ def int8_cache(size, num_blocks=3, heads=2, layout="NHD"):
 
 def read_all(cache, count, sizes, dtype=torch.float64):
     """The first `count` keys and values of an int8 cache."""
-    views, table = split_kv_cache(cache, *sizes), torch.arange(len(cache))
+    views, table = view_kv_cache(cache, *sizes), torch.arange(len(cache))
     return [
         gather_kv(view, table, count, scale, dtype)
         for view, scale in zip(views, split_token_scales(cache), strict=True)
@@ -318,8 +318,8 @@ def test_an_unwritten_int8_cache_reads_as_zero():
 
 @pytest.mark.parametrize("scale", [ONE, torch.ones(2), torch.ones(3, 4, 1)], ids=["()", "2", "3-d"])
 def test_int8_is_not_read_under_another_scale(scale):
-    keys, _ = split_kv_cache(int8_cache(8), 8, 8)
-    with pytest.raises(InvalidInputError, match=r"Take the scales of kv_cache.kv_scales_of\."):
+    keys, _ = view_kv_cache(int8_cache(8), 8, 8)
+    with pytest.raises(InvalidInputError, match=r"Take the scales of kv_cache.get_kv_scales\."):
         gather_kv(keys, torch.tensor([0]), 2, scale, torch.float32)
 
 

@@ -104,7 +104,7 @@ def test_padding_is_a_decode_too():
         buffers, builder_of("TORCH_SDPA", step.spec).build(step.batch)
     )
     metadata = state.graph_capture_get_metadata_for_batch(5)
-    assert metadata.batch.host_seq_lens == [9, 4, 13, 0, 0]
+    assert metadata.batch.seq_lens_list == [9, 4, 13, 0, 0]
     assert metadata.batch.slot_mapping[3:].tolist() == [-1, -1]
     assert metadata.num_prefills == 0
 

@@ -17,11 +17,11 @@ from attn_dispatch.interface.kv_access import gather_kv, read_kv_cache, write_ml
 from attn_dispatch.interface.kv_cache import (
     STRIDE_ORDERS,
     kv_cache_shape,
-    split_kv_cache,
     split_token_scales,
+    view_kv_cache,
 )
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype, stored_head_size
-from attn_dispatch.platforms.detect import settle_device, usable_device
+from attn_dispatch.platforms.detect import resolve_device, usable_device
 from attn_dispatch.runtime.context import ForwardContext
 
 
@@ -185,8 +185,8 @@ HELPERS = {
             "scale": 1.0,
         },
     ),
-    "split_kv_cache": (
-        split_kv_cache,
+    "view_kv_cache": (
+        view_kv_cache,
         lambda: {"kv_cache": cache(), "head_size": 8, "head_size_v": 4},
     ),
     "split_token_scales": (split_token_scales, lambda: {"kv_cache": cache(torch.int8)}),
@@ -290,7 +290,7 @@ HELPERS = {
     ),
     "detect_device": (ad.detect_device, lambda: {"device": "cpu"}),
     "known_device": (ad.known_device, lambda: {"name": "h200"}),
-    "settle_device": (settle_device, lambda: {"device": "cpu"}),
+    "resolve_device": (resolve_device, lambda: {"device": "cpu"}),
     "usable_device": (usable_device, lambda: {"device": "cpu"}),
     "AttentionSpec": (
         ad.AttentionSpec,

@@ -10,7 +10,7 @@ import torch
 
 from attn_dispatch import plan_kv_cache
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.capability import EitherOf, MultipleOf, OneOf
+from attn_dispatch.interface.capability import AnyOf, MultipleOf, OneOf
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.runtime.kv_cache_plan import BLOCK_SIZES
@@ -303,8 +303,8 @@ def test_layers_that_disagree_about_the_layout():
 
 def test_the_phases_of_one_layer_that_disagree_are_named():
     with registered(
-        make_backend("ONLY_16", block_size=EitherOf(OneOf(None), OneOf(16))),
-        make_backend("ONLY_32", block_size=EitherOf(OneOf(None), OneOf(32))),
+        make_backend("ONLY_16", block_size=AnyOf(OneOf(None), OneOf(16))),
+        make_backend("ONLY_32", block_size=AnyOf(OneOf(None), OneOf(32))),
     ):
         message = conflict({"a": open_layer()}, backend="prefill=ONLY_16,decode=ONLY_32")
     assert "  a in prefill: block_size 16 in NHD or HND\n" in message

@@ -228,10 +228,10 @@ def test_the_parts_of_a_batch_are_the_batch(lens, longest_decode):
             request = block - 100
             assert batch.phases[request] is phase
             assert part.batch.query_lens[place] == query_lens[request]
-            assert part.batch.host_seq_lens[place] == seq_lens[request]
+            assert part.batch.seq_lens_list[place] == seq_lens[request]
             assert torch.equal(part.batch.request_mask(place), batch.request_mask(request))
             assert ranges[place] == (place, 0, request + 1)
-            own = range(batch.query_starts[request], batch.query_starts[request + 1])
+            own = range(batch.query_start_list[request], batch.query_start_list[request + 1])
             assert rows[: len(own)] == list(own)
             del rows[: len(own)]
             seen.append(request)

@@ -21,7 +21,7 @@ from attn_dispatch import (
 )
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.runtime.routing import RoutedImpl, Router
-from attn_dispatch.selection.timings.table import Step as Kind
+from attn_dispatch.selection.timings.table import BatchKind as Kind
 from attn_dispatch.selection.timings.table import bucket_of
 from support.cases import Case, Step, call, layer_of, layer_spec
 from support.selection import make_backend, registered
@@ -62,7 +62,7 @@ def measured(tmp_path, monkeypatch):
     return put
 
 
-def parts_of(layer, step):
+def split_route(layer, step):
     metadata = layer.build_metadata(step.batch)
     return [
         (part.backend, None if part.phase is None else str(part.phase)) for part in metadata.parts
@@ -81,7 +81,7 @@ def test_each_batch_goes_to_who_was_measured_to_be_fastest(size, fields, measure
     measured(BY_SIZE, spec)
     step = Step(Case(spec=spec, query_lens=query_lens, seq_lens=seq_lens, padding=2))
     layer = layer_of(step)
-    assert parts_of(layer, step) == expected
+    assert split_route(layer, step) == expected
     output = call(layer, step)
     step.check(output)
     assert not output[sum(query_lens) :].any()
@@ -94,7 +94,7 @@ def test_drafts_are_verified_by_who_is_fastest_at_that(measured):
         (2,), (8,), block_table=step.batch.block_table, block_size=4, max_decode_query_len=2
     )
     layer = layer_of(step)
-    assert parts_of(layer, step) == [("REFERENCE", None)]
+    assert split_route(layer, step) == [("REFERENCE", None)]
     step.check(call(layer, step))
 
 
@@ -113,7 +113,7 @@ def test_a_mixed_batch_stays_whole_or_is_split_as_measured(times, expected, meas
     measured([*BY_SIZE, point("mixed", 5, 2, 7, **times)])
     step = Step(Case(spec=layer_spec(), query_lens=query_lens, seq_lens=seq_lens, padding=2))
     layer = layer_of(step)
-    assert parts_of(layer, step) == expected
+    assert split_route(layer, step) == expected
     step.check(call(layer, step))
 
 
@@ -187,9 +187,9 @@ def test_what_is_required_is_not_routed_by_size(measured):
     assert not isinstance(layer_of(step, backend="-REFERENCE")._impl, RoutedImpl)
     # The prompts were demanded, the decodes were not.
     layer = layer_of(step, backend="prefill=TORCH_SDPA")
-    assert parts_of(layer, step) == [("TORCH_SDPA", "prefill"), ("REFERENCE", "decode")]
+    assert split_route(layer, step) == [("TORCH_SDPA", "prefill"), ("REFERENCE", "decode")]
     one = Step(Case(spec=layer_spec(), query_lens=(4,), seq_lens=(4,)))
-    assert parts_of(layer, one) == [("TORCH_SDPA", None)]
+    assert split_route(layer, one) == [("TORCH_SDPA", None)]
     step.check(call(layer, step))
 
 
@@ -219,19 +219,19 @@ def test_another_table_or_override_decides_anew(measured):
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(7,)))
     measured(BY_SIZE)
     before = layer_of(step)
-    assert parts_of(before, step) == [("REFERENCE", None)]
+    assert split_route(before, step) == [("REFERENCE", None)]
     turned = [point("decode", n, 1, 8, REFERENCE=us, TORCH_SDPA=15) for n, us in ((1, 20), (4, 10))]
     measured(turned)
-    assert parts_of(layer_of(step), step) == [("TORCH_SDPA", None)]
+    assert split_route(layer_of(step), step) == [("TORCH_SDPA", None)]
     many = Step(Case(spec=layer_spec(), query_lens=(1,) * 4, seq_lens=(7,) * 4))
-    assert parts_of(layer_of(many), many) == [("REFERENCE", None)]
+    assert split_route(layer_of(many), many) == [("REFERENCE", None)]
     assert layer_of(many, backend="-REFERENCE").selections[Phase.DECODE].name == "TORCH_SDPA"
     assert not isinstance(layer_of(many, backend="-REFERENCE")._impl, RoutedImpl)
     split = layer_of(many, backend="prefill=REFERENCE,decode=TORCH_SDPA")
-    assert parts_of(split, many) == [("TORCH_SDPA", None)]
-    assert parts_of(before, step) == [("REFERENCE", None)]  # a layer keeps what it was made with
+    assert split_route(split, many) == [("TORCH_SDPA", None)]
+    assert split_route(before, step) == [("REFERENCE", None)]  # a layer keeps what it was made with
     measured(BY_SIZE)
-    assert parts_of(layer_of(step), step) == [("REFERENCE", None)]
+    assert split_route(layer_of(step), step) == [("REFERENCE", None)]
 
 
 def test_metadata_of_a_layer_with_other_backends_is_refused(measured):
@@ -268,7 +268,7 @@ def test_an_encoder_is_routed_by_size_too(measured):
         query_lens, seq_lens, expected = SIZES[size]
         step = Step(Case(spec=spec, query_lens=query_lens, seq_lens=seq_lens))
         layer = layer_of(step)
-        assert parts_of(layer, step) == expected
+        assert split_route(layer, step) == expected
         step.check(call(layer, step))
     empty = Step(Case(spec=spec, query_lens=(3, 0), seq_lens=(3, 0)))
     empty.check(call(layer_of(empty), empty))
@@ -316,7 +316,7 @@ def test_under_graphs_the_size_alone_counts_and_replay_agrees_with_eager(measure
         # On a CPU nothing is captured: the host's copies of the lengths follow by hand.
         for batch in {id(b): b for b in (captured[4].batch, replayed)}.values():
             batch.seq_lens_cpu.copy_(batch.seq_lens)
-            batch.__dict__.pop("host_seq_lens", None)
+            batch.__dict__.pop("seq_lens_list", None)
         output = layer(*padded, attn_metadata=captured[4])
         step.check(output[:3])
 

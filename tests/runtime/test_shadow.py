@@ -121,7 +121,7 @@ def test_where_it_is_wrong_is_told(value):
     """One value of the second request: its token 4 of 20, head 2."""
 
     def change(output, lse, batch):
-        output[batch.query_starts[2] + 4, 2, 5] += value
+        output[batch.query_start_list[2] + 4, 2, 5] += value
 
     step = Step(Case(spec=layer_spec(dtype=torch.float16), **LONG))
     with registered(replacing(change)), drifting("worst in request 2, token 4, head 2"):
@@ -130,7 +130,7 @@ def test_where_it_is_wrong_is_told(value):
 
 def test_a_row_that_sees_nothing_must_be_nothing():
     def change(output, lse, batch):
-        output[batch.query_starts[1]] = 1.0
+        output[batch.query_start_list[1]] = 1.0
 
     case = Case(spec=layer_spec(), query_lens=(2, 1), seq_lens=(5, 0))
     with registered(replacing(change)), drifting("sees no key|off by"):

@@ -12,7 +12,7 @@ import attn_dispatch
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import OneOf, ReasonCode
 from attn_dispatch.platforms import device as device_module
-from attn_dispatch.platforms.detect import _describe_cuda, detect_device, settle_device
+from attn_dispatch.platforms.detect import _describe_cuda, detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES, known_device
 from attn_dispatch.platforms.libraries import LIBRARIES
@@ -123,8 +123,8 @@ def test_the_default_device_is_looked_up_for_every_decision(monkeypatch):
 
 def test_a_bare_cuda_means_the_current_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert settle_device("cuda") == torch.device("cuda:3")
-    assert settle_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("cuda") == torch.device("cuda:3")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
 
 
 # --- Sets of devices --------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.registry import BUILTIN
 from attn_dispatch.selection.selector import select
 from attn_dispatch.selection.timings import store
-from attn_dispatch.selection.timings.policy import parts_of
+from attn_dispatch.selection.timings.policy import split_route
 from attn_dispatch.selection.timings.reader import parse_table, read_table
 from attn_dispatch.selection.timings.store import (
     TuningWarning,
@@ -414,7 +414,9 @@ def test_what_the_package_brings_can_be_read_and_names_backends_that_there_are(p
     assert store.shipped_path(table.machine).name == path.name
     points = [point for times in table.layers.values() for point in times.points]
     assert points
-    assert {part for p in points for name in p.times_us for part in parts_of(name)} <= set(BUILTIN)
+    assert {part for p in points for name in p.times_us for part in split_route(name)} <= set(
+        BUILTIN
+    )
 
 
 def test_a_table_of_another_device_is_foreign(tmp_path, monkeypatch):

@@ -31,11 +31,16 @@ from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.selector import select
 from attn_dispatch.selection.timings import store
-from attn_dispatch.selection.timings.policy import MARGIN, Side, compare_points, routes_of
+from attn_dispatch.selection.timings.policy import (
+    MARGIN,
+    PhaseCandidates,
+    compare_points,
+    routes_of,
+)
 from attn_dispatch.selection.timings.reader import read_table
 from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
-    Step,
+    BatchKind,
     bucket_of,
     layer_key,
     totals_of,
@@ -64,12 +69,17 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens", "longest_decode", "expected"),
     [
-        ([1, 1, 1], [5, 9, 2], 1, (Step.DECODE, 3, 3, 16)),
-        ([1, 1, 0], [5, 9, 0], 1, (Step.DECODE, 3, 2, 14)),  # the last one pads a graph's batch
-        ([4, 4], [5, 9], 4, (Step.VERIFY, 2, 8, 14)),
-        ([4, 4], [5, 9], 1, (Step.PREFILL, 2, 8, 14)),
-        ([7], [7], 1, (Step.PREFILL, 1, 7, 7)),
-        ([1, 7], [5, 7], 1, (Step.MIXED, 2, 8, 12)),
+        ([1, 1, 1], [5, 9, 2], 1, (BatchKind.DECODE, 3, 3, 16)),
+        (
+            [1, 1, 0],
+            [5, 9, 0],
+            1,
+            (BatchKind.DECODE, 3, 2, 14),
+        ),  # the last one pads a graph's batch
+        ([4, 4], [5, 9], 4, (BatchKind.VERIFY, 2, 8, 14)),
+        ([4, 4], [5, 9], 1, (BatchKind.PREFILL, 2, 8, 14)),
+        ([7], [7], 1, (BatchKind.PREFILL, 1, 7, 7)),
+        ([1, 7], [5, 7], 1, (BatchKind.MIXED, 2, 8, 12)),
         ([], [], 1, None),
     ],
 )
@@ -80,18 +90,18 @@ def test_the_totals_of_a_batch(query_lens, seq_lens, longest_decode, expected):
 
 def test_buckets_are_powers_of_two_of_averages():
     def bucket(requests, tokens, keys, captured=False):
-        return bucket_of(Step.DECODE, requests, tokens, keys, captured=captured)
+        return bucket_of(BatchKind.DECODE, requests, tokens, keys, captured=captured)
 
-    assert bucket(16, 16, 16 * 4096) == (Step.DECODE, 4, 0, 12)
+    assert bucket(16, 16, 16 * 4096) == (BatchKind.DECODE, 4, 0, 12)
     assert bucket(9, 9, 9 * 2049) == bucket(16, 16, 16 * 4096)
     assert bucket(17, 17, 17 * 4096)[1] == 5
     assert bucket(16, 16, 16 * 4096 + 1)[3] == 13
-    assert bucket(1, 0, 0) == (Step.DECODE, 0, 0, 0)
+    assert bucket(1, 0, 0) == (BatchKind.DECODE, 0, 0, 0)
     # One long request among short ones costs what the sum says.
     assert bucket(4, 4, 4 * 1024) == bucket(4, 4, 3 + 4093)
     # What a graph does not know does not count; for a prompt, which no graph holds, it does.
     assert bucket(16, 16, 16, captured=True) == bucket(16, 16, 1 << 20, captured=True)
-    prompts = [bucket_of(Step.PREFILL, 1, n, n, captured=True) for n in (64, 4096)]
+    prompts = [bucket_of(BatchKind.PREFILL, 1, n, n, captured=True) for n in (64, 4096)]
     assert prompts[0] != prompts[1]
 
 
@@ -133,7 +143,7 @@ def test_the_fields_of_a_table_are_those_of_a_case():
 
 # --- What is chosen -----------------------------------------------------------------------------
 
-SIDES = {phase: Side("A", frozenset("ABC")) for phase in Phase}
+SIDES = {phase: PhaseCandidates("A", frozenset("ABC")) for phase in Phase}
 
 
 def chosen(*points, sides=SIDES, captured=False, at):
@@ -235,7 +245,10 @@ def test_steps_do_not_speak_of_each_other():
 def test_a_mixed_batch_is_split_or_kept_whole_by_measurement(prefill, decode, times, expected):
     mixed = point("mixed", 4, 16, 64, **times)
     everyone = frozenset("ABC")
-    sides = {Phase.PREFILL: Side(prefill, everyone), Phase.DECODE: Side(decode, everyone)}
+    sides = {
+        Phase.PREFILL: PhaseCandidates(prefill, everyone),
+        Phase.DECODE: PhaseCandidates(decode, everyone),
+    }
     assert chosen(mixed, sides=sides, at=mixed) == expected
 
 
@@ -258,7 +271,7 @@ POINTS = st.lists(
 
 @given(POINTS, st.booleans(), NAMES, st.frozensets(NAMES))
 def test_no_table_makes_a_measured_point_slower(points, captured, declared, admitted):
-    sides = {phase: Side(declared, admitted | {declared}) for phase in Phase}
+    sides = {phase: PhaseCandidates(declared, admitted | {declared}) for phase in Phase}
     for each in compare_points(times_of(*points), sides, captured=captured):
         assert each.picked in admitted | {declared}
         assert each.picked_us <= each.declared_us
@@ -419,14 +432,14 @@ def test_choosing_takes_microseconds():
 
 def table_served_by(who):
     """REFERENCE is the faster one, and these kernels were behind it."""
-    times = dataclasses.replace(times_of(*FAST_REFERENCE), served_by={"REFERENCE": who})
+    times = dataclasses.replace(times_of(*FAST_REFERENCE), kernel_provider={"REFERENCE": who})
     return dataclasses.replace(table_of({}), layers={layer_key(SPEC): times})
 
 
 @pytest.mark.parametrize(("who", "picked"), [("ours", "REFERENCE"), ("others", "TORCH_SDPA")])
 def test_times_of_another_packages_kernels_are_not_believed(who, picked, monkeypatch):
     reference = registry.candidates()["REFERENCE"].backend_cls
-    monkeypatch.setattr(reference, "served_by", classmethod(lambda *_: "ours"))
+    monkeypatch.setattr(reference, "kernel_provider", classmethod(lambda *_: "ours"))
     selection = select(
         SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=(table_served_by(who),)
     )
@@ -438,7 +451,7 @@ def test_a_backend_that_cannot_say_whose_kernels_it_calls_is_not_chosen(monkeypa
         raise RuntimeError("who knows")
 
     reference = registry.candidates()["REFERENCE"].backend_cls
-    monkeypatch.setattr(reference, "served_by", classmethod(fail))
+    monkeypatch.setattr(reference, "kernel_provider", classmethod(fail))
     tables = (table_served_by("ours"),)
     assert select(SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=tables).name == (
         "TORCH_SDPA"

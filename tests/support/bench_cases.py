@@ -51,7 +51,7 @@ FEATURES = {
 def expected_of(inputs, request):
     """A request's attention by the tests' own oracle."""
     one = inputs.case
-    start = inputs.batch.query_starts[request]
+    start = inputs.batch.query_start_list[request]
     keys, values = inputs.keys_and_values(
         request, slice(0, one.seq_lens[request]), slice(None), torch.float64
     )

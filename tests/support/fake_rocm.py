@@ -130,9 +130,9 @@ def _ck(
 ):  # fmt: skip
     """Output (total_q, num_heads, size_v) and lse (num_heads, total_q), as CK computes them."""
     _check_rows(q, k, v)
-    query_starts = _check_starts(cu_seqlens_q, len(q), max_seqlen_q)
+    query_start_list = _check_starts(cu_seqlens_q, len(q), max_seqlen_q)
     key_starts = _check_starts(cu_seqlens_k, len(k), max_seqlen_k)
-    assert len(query_starts) == len(key_starts) > 1
+    assert len(query_start_list) == len(key_starts) > 1
     assert isinstance(scale, float)
     assert scale >= 0
     assert isinstance(causal, bool)
@@ -154,7 +154,7 @@ def _ck(
     lse = torch.full((num_heads, len(q)), JUNK, dtype=torch.float64)
     group = num_heads // k.shape[1]
     for first, last, begin, end in zip(
-        query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False
+        query_start_list, query_start_list[1:], key_starts, key_starts[1:], strict=False
     ):
         keys = k[begin:end].double().repeat_interleave(group, 1)
         values = v[begin:end].double().repeat_interleave(group, 1)

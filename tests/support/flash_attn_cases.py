@@ -169,7 +169,7 @@ def nan_step(name, fields, lengths, victim, device="cpu"):
 
 
 def rows_of(step, request):
-    starts = step.batch.query_starts
+    starts = step.batch.query_start_list
     return slice(starts[request], starts[request + 1])
 
 

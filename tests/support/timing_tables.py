@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.selection.timings.store import machine_of, write_table
-from attn_dispatch.selection.timings.table import LayerTimes, Machine, Point, Step, Table, layer_key
+from attn_dispatch.selection.timings.table import (
+    BatchKind,
+    LayerTimes,
+    Machine,
+    Point,
+    Table,
+    layer_key,
+)
 
 MEASURED = "2026-11-22T12:00:00+00:00"
 
@@ -16,7 +23,7 @@ def point(step, requests, tokens, keys, host_us=(), failed=(), **times_us):
     """Of alike requests: so many, new tokens of each, keys of each. A_B is the name "A+B"."""
     times = {name.replace("__", "+"): float(us) for name, us in times_us.items()}
     return Point(
-        Step(step), requests, requests * tokens, requests * keys, times, dict(host_us), failed
+        BatchKind(step), requests, requests * tokens, requests * keys, times, dict(host_us), failed
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from attn_dispatch.backends.reference.semantics import attend
 from attn_dispatch.bench import accuracy as judge_module
-from attn_dispatch.bench.accuracy import Judge, exact_rows, sample_of
+from attn_dispatch.bench.accuracy import AccuracyJudge, exact_rows, sample_of
 from attn_dispatch.bench.cases import SWEEPS, load_cases, parse_cases, sweep_cases
 from attn_dispatch.bench.inputs import Inputs, alibi_slopes
 from attn_dispatch.errors import InvalidInputError
@@ -161,7 +161,7 @@ def test_inputs_have_the_cases_shapes_and_are_the_same_each_time(features):
     assert first.query.dtype == one.torch_dtype
     assert torch.equal(first.query, second.query)
     assert first.batch.query_lens == list(one.query_lens)
-    assert first.batch.host_seq_lens == list(one.seq_lens)
+    assert first.batch.seq_lens_list == list(one.seq_lens)
     assert (first.slopes is not None, first.sinks is not None) == (one.alibi, one.sinks)
     assert (first.kv_cache is None) == (not one.has_kv_cache)
     assert (first.key is not None) == (one.brings_keys or not one.has_kv_cache)
@@ -263,7 +263,7 @@ def test_the_oracle_agrees_with_the_tests_own(features, piece, monkeypatch):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_pytorchs_own_attention_is_near_the_oracle(features):
     inputs = Inputs(case(**features), CPU)
-    judge = Judge(inputs)
+    judge = AccuracyJudge(inputs)
     ulp = max(torch.finfo(inputs.case.torch_dtype).eps, 1e-5)
     assert judge.sdpa_error < 4 * ulp
     more = {"soft cap", "alibi", "sinks", "fp8", "fp8, e5m2", "int8"}
@@ -276,7 +276,7 @@ def test_pytorchs_own_attention_is_near_the_oracle(features):
 def test_a_key_left_out_is_noticed_and_so_is_a_nan():
     one = case(query_lens=(1,) * 4, seq_lens=(500,) * 4, dtype="bfloat16", head_size=64)
     inputs = Inputs(one, CPU)
-    judge = Judge(inputs)
+    judge = AccuracyJudge(inputs)
     outputs = []
     for request in range(4):
         keys, values = inputs.keys_and_values(request, slice(0, 500), slice(None), torch.float64)

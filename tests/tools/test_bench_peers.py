@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from attn_dispatch.bench.accuracy import Judge
+from attn_dispatch.bench.accuracy import AccuracyJudge
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers import registry
 from support.bench_cases import CPU, FEATURES, case
@@ -109,7 +109,7 @@ def test_a_peer_gets_what_its_function_takes(name, monkeypatch):
             continue
         found.add(label)
         inputs = Inputs(one, CPU)
-        judge = Judge(inputs)
+        judge = AccuracyJudge(inputs)
         variants = peer.variants(one)
         assert variants
         for variant in variants:

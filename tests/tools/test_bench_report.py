@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
 from attn_dispatch.bench import roofline as ceilings_module
 from attn_dispatch.bench import runner
-from attn_dispatch.bench.accuracy import Judge
+from attn_dispatch.bench.accuracy import AccuracyJudge
 from attn_dispatch.bench.cases import SWEEPS, Case, load_cases
 from attn_dispatch.bench.roofline import Ceilings
 from attn_dispatch.bench.runner import Bench
@@ -129,13 +129,13 @@ def test_a_case_that_does_not_fit_is_skipped():
 
 
 def test_a_case_that_cannot_be_set_up_does_not_stop_the_run(monkeypatch):
-    class NoMemory(Judge):
+    class NoMemory(AccuracyJudge):
         def __init__(self, inputs):
             if inputs.case.name == "x":
                 raise torch.OutOfMemoryError("Tried to allocate 80 GiB")
             super().__init__(inputs)
 
-    monkeypatch.setattr(runner, "Judge", NoMemory)
+    monkeypatch.setattr(runner, "AccuracyJudge", NoMemory)
     first, second = run_cases(case(name="x"), case())
     assert "Tried to allocate 80 GiB" in first.skipped
     assert second.skipped == ""

@@ -13,14 +13,13 @@ import sys
 import pytest
 import torch
 from hypothesis import given
-from test_reference import FEATURES, case_of
 from typer.testing import CliRunner
 
 from attn_dispatch import environment
 from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, ReferenceImpl
 from attn_dispatch.cli import app
 from attn_dispatch.conformance import Check, Conformance, checks_for, run, verify
-from attn_dispatch.conformance.check import Skipped, Target
+from attn_dispatch.conformance.check import BackendUnderTest, Skipped
 from attn_dispatch.conformance.probes import (
     VALUES,
     WITHOUT_PROBES,
@@ -31,12 +30,18 @@ from attn_dispatch.conformance.probes import (
     unprobed_fields,
 )
 from attn_dispatch.conformance.pytest_plugin import assert_conforms
-from attn_dispatch.conformance.tolerance import Finding, Wrong, _suspects, allowed_error, distance
+from attn_dispatch.conformance.tolerance import (
+    CheckFailed,
+    ErrorBound,
+    _suspects,
+    allowed_error,
+    distance,
+)
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import (
+    AnyOf,
     ByDevice,
     Capabilities,
-    EitherOf,
     MultipleOf,
     OneOf,
     Range,
@@ -52,6 +57,7 @@ from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library
 from attn_dispatch.selection.registry import registry
 from support.cases import Step
+from support.feature_cases import FEATURES, case_of
 from support.paths import ROOT
 from support.selection import registered
 from support.strategies import cases
@@ -404,7 +410,7 @@ def test_every_declared_pair_is_in_a_set(name):
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
 def test_what_is_dropped_would_be_seen_in_every_set_of_features(name):
     """No feature hides another: the oracle without one of them is far from the oracle."""
-    target = Target.of(backend(name), torch.device("cpu"), CPU, quick=False)
+    target = BackendUnderTest.of(backend(name), torch.device("cpu"), CPU, quick=False)
     checks = [c for c in checks_for(target.cls, "cpu") if c.group in ("numbers", "pairs")]
     for check in checks:
         if check.spec.sliding_window in (1, 10_000):  # see one key, and all: nothing to hide
@@ -420,7 +426,7 @@ DECLARATIONS = {
     "one head size": {"head_size": OneOf(576), "head_size_v": OneOf(512)},
     "large blocks": {"block_size": MultipleOf(256)},
     "a range of sizes": {"head_size": Range(33, 44), "head_size_v": Range(33, 44)},
-    "either": {"block_size": EitherOf(OneOf(48), OneOf(None))},
+    "either": {"block_size": AnyOf(OneOf(48), OneOf(None))},
     "by device": {
         "dtype": ByDevice(
             (DeviceMatch(vendor="cpu"), OneOf(torch.bfloat16)), otherwise=OneOf(torch.float16)
@@ -452,7 +458,7 @@ def test_what_a_declaration_names_is_tried():
     cls = changed(
         head_size=MultipleOf(24, largest=264),
         block_size=Range(3, 77),
-        sliding_window=EitherOf(OneOf(None), Range(17, 60)),
+        sliding_window=AnyOf(OneOf(None), Range(17, 60)),
     )
     names = {check.name for check in checks_for(cls, "cpu") if check.group == "numbers"}
     assert {"head_size=24", "head_size=264", "block_size=3", "block_size=77"} <= names
@@ -485,7 +491,7 @@ def check_that(test):
 
 
 def _fail():
-    raise Wrong("it is wrong", Finding(math.inf, 0.5))
+    raise CheckFailed("it is wrong", ErrorBound(math.inf, 0.5))
 
 
 def _skip():
@@ -499,7 +505,7 @@ def _break():
 @pytest.mark.parametrize(
     ("test", "status", "message"),
     [
-        (lambda: Finding(0.25, 0.5), "passed", ""),
+        (lambda: ErrorBound(0.25, 0.5), "passed", ""),
         (lambda: None, "passed", ""),
         (_fail, "failed", "it is wrong."),
         (_skip, "skipped", "there is none"),

@@ -22,7 +22,7 @@ from attn_dispatch.selection.timings import store
 from attn_dispatch.selection.timings.reader import read_table
 from attn_dispatch.selection.timings.store import machine_of, write_table
 from attn_dispatch.selection.timings.table import LAYER_FIELDS, layer_key
-from attn_dispatch.selection.timings.table import Step as Kind
+from attn_dispatch.selection.timings.table import BatchKind as Kind
 from attn_dispatch.tuning.measure import Grid, Tuner, cases_of, place_of
 from support.cases import Case, Step, call, layer_of, layer_spec
 from support.selection import layer, make_backend, registered
@@ -152,14 +152,14 @@ def test_a_machine_that_is_busy_in_between_moves_no_time(contestants, tmp_path):
 
 def test_whose_kernels_were_timed_is_kept(contestants, tmp_path, monkeypatch):
     steady = registry.candidates()["STEADY"].backend_cls
-    monkeypatch.setattr(steady, "served_by", classmethod(lambda *_: "somebody's, version 3"))
+    monkeypatch.setattr(steady, "kernel_provider", classmethod(lambda *_: "somebody's, version 3"))
     path = tmp_path / "table.json"
     for fresh in (True, False):  # a run that goes on keeps what it finds
         tuner = tuner_of(path, contestants, fresh=fresh)
         tasks, _ = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
         next(tuner.run(tasks))
         (times,) = read_table(path).layers.values()
-        assert times.served_by == {"STEADY": "somebody's, version 3"}
+        assert times.kernel_provider == {"STEADY": "somebody's, version 3"}
 
 
 def test_an_interrupted_run_goes_on(contestants, tmp_path):

@@ -13,8 +13,8 @@ from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, Referen
 from attn_dispatch.cli import app
 from attn_dispatch.conformance import Check, checks_for, run, verify
 from attn_dispatch.conformance import real_sizes as sizes
-from attn_dispatch.conformance.check import Target
-from attn_dispatch.conformance.tolerance import Finding, Wrong
+from attn_dispatch.conformance.check import BackendUnderTest
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.errors import BackendFailure, InvalidInputError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, OneOf
@@ -341,12 +341,12 @@ def _spread(rows):
 @pytest.mark.parametrize("propagates_nan", [True, False])
 @pytest.mark.parametrize("name", ["NaN in queries", "NaN in values"])
 def test_a_nan_that_reaches_another_request_is_caught_whatever_is_declared(name, propagates_nan):
-    cls = backend(_spread(lambda batch: batch.query_starts[-2]), propagates_nan=propagates_nan)
+    cls = backend(_spread(lambda batch: batch.query_start_list[-2]), propagates_nan=propagates_nan)
     assert outcome(cls, f"non_finite/{name}").status == "failed"
 
 
 def test_a_nan_that_reaches_a_row_that_does_not_see_it_is_caught():
-    cls = backend(_spread(lambda batch: batch.query_starts[1]))  # the first row of the prompt
+    cls = backend(_spread(lambda batch: batch.query_start_list[1]))  # the first row of the prompt
     found = outcome(cls, "non_finite/NaN in keys")
     assert "there is NaN in a row that sees none" in found.message
 
@@ -355,7 +355,7 @@ def test_a_nan_in_values_may_reach_rows_of_its_request():
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         output = returned[0] if impl.returns_lse else returned
-        starts = arguments[5].batch.query_starts
+        starts = arguments[5].batch.query_start_list
         for start, end in zip(starts, starts[1:], strict=False):
             own = output[start:end, :2]  # the query heads of KV head 0
             if output.dtype.itemsize > 1 and end - start > 1 and bool(own.isnan().any()):
@@ -486,7 +486,7 @@ def test_rows_beyond_the_tokens_of_a_graph_are_looked_at(rows):
 
 
 def target_of(cls):
-    return Target.of(cls, torch.device("cpu"), CPU, quick=False)
+    return BackendUnderTest.of(cls, torch.device("cpu"), CPU, quick=False)
 
 
 def test_without_a_gpu_the_group_of_real_sizes_is_skipped_and_says_why():
@@ -544,7 +544,7 @@ def _skips_a_tile(impl, compute, arguments, named):
     arguments[5] = builder.build(metadata.batch)
     other = ReferenceImpl.forward(narrow, *arguments)
     batch = metadata.batch
-    for start, query_len in zip(batch.query_starts, batch.query_lens, strict=False):
+    for start, query_len in zip(batch.query_start_list, batch.query_lens, strict=False):
         rows = torch.arange(start, start + query_len)[127::128]
         returned[rows] = other[rows]
     return returned
@@ -558,7 +558,7 @@ def test_a_window_that_is_wrong_in_one_row_of_a_tile_is_caught():
     )  # fmt: skip
     draw = sizes.Draw(spec=spec, query_lens=(140, 500), seq_lens=(700, 500), seed=5)
     with pytest.raises(
-        Wrong, match=r"rows of request \d are wrong, the first is token 127"
+        CheckFailed, match=r"rows of request \d are wrong, the first is token 127"
     ) as error:
         sizes.judge(target, draw)
     assert error.value.finding.ratio > 1
@@ -584,11 +584,11 @@ def test_a_row_of_nan_is_caught():
 
     target = target_of(backend(forward))
     (draw, *_) = sizes.draws(target, 64, (8, 2), longest=200)
-    with pytest.raises(Wrong, match=r"1 of \d+ rows"):
+    with pytest.raises(CheckFailed, match=r"1 of \d+ rows"):
         sizes.judge(target, draw)
 
 
 def test_a_finding_is_kept_with_the_outcome():
-    check = Check("group", "name", "It shows.", LAYER, lambda: Finding(0.25, 0.5))
-    assert run(check).finding == Finding(0.25, 0.5)
+    check = Check("group", "name", "It shows.", LAYER, lambda: ErrorBound(0.25, 0.5))
+    assert run(check).finding == ErrorBound(0.25, 0.5)
     assert make_backend("X").propagates_nan

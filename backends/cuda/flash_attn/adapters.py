@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.flash_attn.calls import Attend, Operands, Result, Work
+from attn_dispatch.backends.cuda.flash_attn.calls import Attend, Operands, Result, VarlenArgs
 
 __all__ = [
     "Binder",
@@ -25,10 +25,10 @@ __all__ = [
 #: A provider's functions by name, once it is imported; None for one that it does not have.
 Functions = Mapping[str, Any]
 #: Puts what the layers of a batch have in common into a package's words, once for all of them.
-Binder = Callable[[Functions, Work], Attend]
+Binder = Callable[[Functions, VarlenArgs], Attend]
 
 
-def bind_flash_attn_2(functions: Functions, work: Work) -> Attend:
+def bind_flash_attn_2(functions: Functions, work: VarlenArgs) -> Attend:
     """flash_attn: one token a request goes to the function that splits long requests."""
     common = {
         "causal": work.causal,
@@ -36,7 +36,7 @@ def bind_flash_attn_2(functions: Functions, work: Work) -> Attend:
         "softcap": work.soft_cap,
         "block_table": work.block_table,
     }
-    if work.is_uniform and work.block_table is not None:
+    if work.is_decode and work.block_table is not None:
         decode = functions["flash_attn_with_kvcache"]
         arguments = {"cache_seqlens": work.seq_lens, "return_softmax_lse": True, **common}
 
@@ -54,7 +54,7 @@ def bind_flash_attn_2(functions: Functions, work: Work) -> Attend:
         return attend
 
     varlen = functions["flash_attn_varlen_func"]
-    lengths = (work.query_starts, work.key_starts, *_longest_2(work))
+    lengths = (work.query_start_list, work.key_starts, *_longest_2(work))
 
     def attend_ragged(given: Operands) -> Result:
         output, lse, _ = varlen(
@@ -72,13 +72,13 @@ def bind_flash_attn_2(functions: Functions, work: Work) -> Attend:
     return attend_ragged
 
 
-def _longest_2(work: Work) -> tuple[int, int]:
+def _longest_2(work: VarlenArgs) -> tuple[int, int]:
     """The most queries and keys of a request, as FlashAttention 2 is told of them.
 
     Told of one query, it counts on a token of every request. A window that is longer than the keys
     it takes for one without an end, which it is not for a query that stands before the first key.
     """
-    queries = work.max_query_len if work.is_uniform else max(2, work.max_query_len)
+    queries = work.max_query_len if work.is_decode else max(2, work.max_query_len)
     return queries, max(work.max_seq_len, work.max_query_len)
 
 
@@ -87,13 +87,13 @@ def _without_inf(lse: torch.Tensor) -> torch.Tensor:
     return lse.masked_fill(lse.isposinf(), float("-inf"))
 
 
-def bind_flash_attn_3(functions: Functions, work: Work) -> Attend:
+def bind_flash_attn_3(functions: Functions, work: VarlenArgs) -> Attend:
     """flash_attn_interface and sgl_kernel: rows are a cache without pages."""
     function = functions["flash_attn_with_kvcache"]
     arguments: dict[str, Any] = {
         "cache_seqlens": work.seq_lens,
         "page_table": work.block_table,
-        "cu_seqlens_q": work.query_starts,
+        "cu_seqlens_q": work.query_start_list,
         "max_seqlen_q": work.max_query_len,
         "causal": work.causal,
         "window_size": work.window,
@@ -122,12 +122,12 @@ def _on_its_device(attend: Attend) -> Attend:
     return run
 
 
-def bind_flash_attn_4(functions: Functions, work: Work) -> Attend:
+def bind_flash_attn_4(functions: Functions, work: VarlenArgs) -> Attend:
     """flash_attn.cute: a side of the window that has no end is None; 0 splits as it sees fit."""
     function = functions["flash_attn_varlen_func"]
     left, right = (None if side < 0 else side for side in work.window)
     arguments: dict[str, Any] = {
-        "cu_seqlens_q": work.query_starts,
+        "cu_seqlens_q": work.query_start_list,
         "seqused_k": work.seq_lens,
         "max_seqlen_q": work.max_query_len,
         "max_seqlen_k": work.max_seq_len,
@@ -156,13 +156,13 @@ def bind_flash_attn_4(functions: Functions, work: Work) -> Attend:
 def bind_vllm(version: int) -> Binder:
     """vLLM's build, which has them all behind one function."""
 
-    def bind(functions: Functions, work: Work) -> Attend:
+    def bind(functions: Functions, work: VarlenArgs) -> Attend:
         function = functions["flash_attn_varlen_func"]
         longest = (work.max_query_len, work.max_seq_len) if version > 2 else _longest_2(work)
         has_starts = version == 2 and work.block_table is None
         arguments: dict[str, Any] = {
             "max_seqlen_q": longest[0],
-            "cu_seqlens_q": work.query_starts,
+            "cu_seqlens_q": work.query_start_list,
             "max_seqlen_k": longest[1],
             "cu_seqlens_k": work.key_starts if has_starts else None,
             "seqused_k": None if has_starts else work.seq_lens,

@@ -43,7 +43,7 @@ from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
@@ -125,7 +125,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         for label, length in runs:
             end = first + length
             is_alone = isinstance(label, int) or (isinstance(label, tuple) and length == 1)
-            if batch.query_starts[first] < batch.query_starts[end]:
+            if batch.query_start_list[first] < batch.query_start_list[end]:
                 yield first, end, is_alone
             first = end
 
@@ -135,7 +135,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
 
     def _labels(self, batch: AttentionBatch) -> list[object]:
         """What sets neighbours apart: a number is a request's own, to be called for alone."""
-        few, lengths = batch.max_decode_query_len, batch.host_seq_lens
+        few, lengths = batch.max_decode_query_len, batch.seq_lens_list
         has_cache = batch.block_table is not None
         if not has_cache and (not self.provider.reads_past_rows or len(set(lengths)) == 1):
             return [None] * len(lengths)
@@ -160,7 +160,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
 
     def _call(self, batch: AttentionBatch, first: int, end: int, alone: bool) -> FlashCall:
         spec, table = self.spec, batch.block_table
-        query_lens, seq_lens = batch.query_lens[first:end], batch.host_seq_lens[first:end]
+        query_lens, seq_lens = batch.query_lens[first:end], batch.seq_lens_list[first:end]
         # A graph is captured for lengths up to the batch's limit.
         longest = batch.max_seq_len if spec.cuda_graph else max(seq_lens)
         starts = batch.query_start_loc[first : end + 1]
@@ -170,21 +170,21 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
             spec=spec,
             bind=functools.partial(self.provider.bind, self.functions),
             get_schedule=self.functions.get("get_scheduler_metadata"),
-            tokens=slice(batch.query_starts[first], batch.query_starts[end]),
+            tokens=slice(batch.query_start_list[first], batch.query_start_list[end]),
             keys=self._rows(batch, first, end),
             row_shape=self._row_shape(seq_lens),
             gathered=self._gathered(batch, first) if alone and table is not None else None,
-            query_starts=starts - batch.query_starts[first] if first else starts,
+            query_start_list=starts - batch.query_start_list[first] if first else starts,
             seq_lens=batch.seq_lens[first:end],
             block_table=table,
             max_query_len=max(query_lens),
             max_row_len=max(seq_lens),
-            is_uniform=set(query_lens) == {1},
-            is_blind=longest == 0,
+            is_decode=set(query_lens) == {1},
+            has_no_keys=longest == 0,
         )
 
     def _row_shape(self, seq_lens: list[int]) -> tuple[int, int] | None:
-        """How rows of keys are given, so that none is read with another request's: see Work."""
+        """How rows of keys are given, so that none is read with another request's: see VarlenArgs."""
         if not self.provider.reads_past_rows:
             return None
         return (len(seq_lens), -1) if len(set(seq_lens)) == 1 else PAGES_OF_ONE
@@ -195,7 +195,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         if batch.block_table is None:
             return rows
         lengths = [e - s for s, e in itertools.pairwise(batch.key_starts[first : end + 1])]
-        is_fresh = lengths == batch.host_seq_lens[first:end] and not self.spec.kv_sharing
+        is_fresh = lengths == batch.seq_lens_list[first:end] and not self.spec.kv_sharing
         is_safe = len(set(lengths)) == 1 or not self.provider.reads_past_rows
         # A graph of decodes may have been captured for requests that happen to have no past.
         return rows if is_fresh and is_safe and batch.max_query_len > 1 else None
@@ -205,7 +205,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         spec = self.spec
         assert batch.block_table is not None
         assert spec.block_size is not None
-        seq_len, passed = batch.host_seq_lens[request], 0
+        seq_len, passed = batch.seq_lens_list[request], 0
         if spec.sliding_window is not None:
             before = seq_len - batch.query_lens[request] + 1 - spec.sliding_window
             passed = max(0, before) // spec.block_size
@@ -291,7 +291,7 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         """Keys and values of the cache; those of the last one are remembered."""
         if self._last_cache is None or self._last_cache[0]() is not kv_cache:
             check_strides(kv_cache)
-            views = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
+            views = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
             self._last_cache = (weakref.ref(kv_cache), *views)
         check_block_size(kv_cache, spec)
         return self._last_cache[1:]
@@ -309,7 +309,7 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         """Make one call, and put its results into their rows."""
         query, out = part(query, call.tokens), part(out, call.tokens)
         lse = None if lse is None else part(lse, call.tokens)
-        if call.is_blind:
+        if call.has_no_keys:
             out.zero_()
             if lse is not None:
                 lse.fill_(float("-inf"))
@@ -379,7 +379,7 @@ class FlashAttnBackend(AttentionBackend):
         return FlashAttnBuilder
 
     @classmethod
-    def served_by(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
+    def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
         """The provider."""
         picked = pick_provider(spec, device)
         return picked.name if isinstance(picked, Provider) else ""

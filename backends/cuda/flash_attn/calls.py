@@ -39,7 +39,7 @@ PAGES_OF_ONE = (-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
+class VarlenArgs:
     """What a package is told of some requests, in words that all packages can be told.
 
     Their keys are
@@ -52,11 +52,11 @@ class Work:
     It is the same for all layers of a batch.
 
     Attributes:
-        query_starts: (num_reqs + 1,) int32, where each request's rows of query begin, from 0 on.
+        query_start_list: (num_reqs + 1,) int32, where each request's rows of query begin, from 0 on.
         seq_lens: (num_reqs,) int32, keys of each request.
         max_query_len: at least the longest.
         max_seq_len: at least the most keys; of pages, as many as the block table has room for.
-        is_uniform: every request has one query token.
+        is_decode: every request has one query token.
         causal: masks align to the end of the keys.
         window: keys seen to the left and to the right of a query's own; −1 for all.
         soft_cap: 0 for none.
@@ -65,11 +65,11 @@ class Work:
         schedule: what the package's get_scheduler_metadata made for this batch, or None.
     """
 
-    query_starts: torch.Tensor
+    query_start_list: torch.Tensor
     seq_lens: torch.Tensor
     max_query_len: int
     max_seq_len: int
-    is_uniform: bool
+    is_decode: bool
     causal: bool
     window: tuple[int, int]
     soft_cap: float
@@ -88,7 +88,7 @@ class Operands(NamedTuple):
 
     Attributes:
         query: (num_tokens, num_heads, head_size), rows at multiples of 16 bytes.
-        keys: as Work says.
+        keys: as VarlenArgs says.
         values: the same with head_size_v.
         out: (num_tokens, num_heads, head_size_v), which a package may write to.
         scale: of the scores, positive.
@@ -126,33 +126,33 @@ class FlashCall:
             as they are.
         gathered: the blocks of a request that is called for alone, to be copied into rows, and the
             number of keys in them; None where pages are read as they are.
-        query_starts: (num_reqs + 1,) int32, where each request's rows begin, from 0 on.
+        query_start_list: (num_reqs + 1,) int32, where each request's rows begin, from 0 on.
         seq_lens: (num_reqs,) int32.
         block_table: (num_reqs, max_blocks) int32, or None.
-        max_query_len, is_uniform: see Work.
+        max_query_len, is_decode: see VarlenArgs.
         max_row_len: the most keys of a request; not of those that a graph may serve later.
-        is_blind: there are no keys at all.
+        has_no_keys: there are no keys at all.
     """
 
     spec: AttentionSpec
-    bind: Callable[[Work], Attend]
+    bind: Callable[[VarlenArgs], Attend]
     get_schedule: Callable[..., torch.Tensor] | None
     tokens: slice
     keys: slice | None
     row_shape: tuple[int, int] | None
     gathered: tuple[torch.Tensor, int] | None
-    query_starts: torch.Tensor
+    query_start_list: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor | None
     max_query_len: int
     max_row_len: int
-    is_uniform: bool
-    is_blind: bool
+    is_decode: bool
+    has_no_keys: bool
     _over_pages: Attend | None = field(default=None, init=False)
 
     def prepare(self) -> None:
         """Make at once what the layers will ask for, as far as it can be known."""
-        if self.is_blind:
+        if self.has_no_keys:
             return
         if self.keys is not None:
             _ = self.over_rows
@@ -182,7 +182,7 @@ class FlashCall:
             self._over_pages = self.bind(self._work_over_pages())
         return self._over_pages
 
-    def _work_over_pages(self) -> Work:
+    def _work_over_pages(self) -> VarlenArgs:
         block_table, seq_lens = self._live_pages()
         if self.gathered is not None:
             return self._work(seq_lens, self.gathered[1], None)
@@ -193,14 +193,14 @@ class FlashCall:
 
     def _work(
         self, seq_lens: torch.Tensor, max_seq_len: int, block_table: torch.Tensor | None
-    ) -> Work:
+    ) -> VarlenArgs:
         spec = self.spec
-        return Work(
-            query_starts=self.query_starts,
+        return VarlenArgs(
+            query_start_list=self.query_start_list,
             seq_lens=seq_lens,
             max_query_len=self.max_query_len,
             max_seq_len=max_seq_len,
-            is_uniform=self.is_uniform,
+            is_decode=self.is_decode,
             causal=spec.causal,
             window=_sides(spec.causal, spec.sliding_window),
             soft_cap=spec.logits_soft_cap or 0.0,
@@ -209,7 +209,7 @@ class FlashCall:
         )
 
     def as_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """(num_keys, num_kv_heads, size), as the package takes rows: see Work."""
+        """(num_keys, num_kv_heads, size), as the package takes rows: see VarlenArgs."""
         return rows if self.row_shape is None else rows.view(self.row_shape + rows.shape[1:])
 
     def _live_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +223,7 @@ class FlashCall:
         assert block_size is not None
         if self.spec.sliding_window is None:
             return table, seq_lens
-        query_lens = 1 if self.is_uniform else self.query_starts.diff()
+        query_lens = 1 if self.is_decode else self.query_start_list.diff()
         before = seq_lens - (query_lens - 1 + _window(self.spec.sliding_window))
         passed = before.clamp(min=0) // block_size
         columns = torch.arange(table.shape[1], device=table.device) + passed[:, None]
@@ -275,7 +275,7 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
 
 
 def gather(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """(num_keys, num_kv_heads, size), out of the blocks of one view of `split_kv_cache`."""
+    """(num_keys, num_kv_heads, size), out of the blocks of one view of `view_kv_cache`."""
     return cache.index_select(0, blocks).flatten(0, 1)[:num_keys]
 
 
@@ -307,7 +307,7 @@ def check_strides(kv_cache: torch.Tensor) -> None:
 
 
 def _schedule(
-    function: Callable[..., torch.Tensor], spec: AttentionSpec, work: Work
+    function: Callable[..., torch.Tensor], spec: AttentionSpec, work: VarlenArgs
 ) -> torch.Tensor:
     """How FlashAttention 3 shares out the work of a call over pages, the same for all layers.
 
@@ -323,7 +323,7 @@ def _schedule(
         work.seq_lens,
         qkv_dtype=spec.dtype,
         headdim_v=spec.head_size_v,
-        cu_seqlens_q=work.query_starts,
+        cu_seqlens_q=work.query_start_list,
         page_size=spec.block_size,
         causal=work.causal,
         window_size=work.window,

@@ -27,9 +27,9 @@ from attn_dispatch.backends.cuda.flash_attn.windows import computes_window
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.capability import (
     ANY,
+    AnyOf,
     Capabilities,
     Constraint,
-    EitherOf,
     MultipleOf,
     OneOf,
     Range,
@@ -128,10 +128,10 @@ _COMMON: dict[str, Constraint] = {
 
 # Without a cache, None. Pages that a tile of 64 keys or more divides are loaded by TMA, whole, with
 # what stands behind a request's last key: so those of FlashAttention 3 and 4 must be smaller.
-_PAGES_OF_256 = EitherOf(OneOf(None), MultipleOf(256))
-_PAGES_OF_16 = EitherOf(OneOf(None), MultipleOf(16))
-_SMALL_PAGES = EitherOf(OneOf(None), Range(1, 63))
-_SMALL_PAGES_OF_16 = EitherOf(OneOf(None), MultipleOf(16, largest=48))
+_PAGES_OF_256 = AnyOf(OneOf(None), MultipleOf(256))
+_PAGES_OF_16 = AnyOf(OneOf(None), MultipleOf(16))
+_SMALL_PAGES = AnyOf(OneOf(None), Range(1, 63))
+_SMALL_PAGES_OF_16 = AnyOf(OneOf(None), MultipleOf(16, largest=48))
 
 
 def _nvidia(first: tuple[int, int], last: tuple[int, int] | None = None) -> DeviceMatch:
@@ -160,7 +160,7 @@ _HEADS_3: dict[str, Constraint] = {
     "cuda_graph": _BOTH,
 }
 _HEADS_4: dict[str, Constraint] = {
-    "head_size": EitherOf(MultipleOf(16, largest=128), OneOf(192)),
+    "head_size": AnyOf(MultipleOf(16, largest=128), OneOf(192)),
     "head_size_v": MultipleOf(16, largest=128),
     "sinks": _BOTH,
 }
@@ -381,10 +381,10 @@ def refusals(provider: Provider, spec: AttentionSpec, device: DeviceProfile) -> 
                     allowed=limit.allowed,
                 )
             )
-    return [_told_of(provider, reason) for reason in reasons]
+    return [_with_provider(provider, reason) for reason in reasons]
 
 
-def _told_of(provider: Provider, reason: Reason) -> Reason:
+def _with_provider(provider: Provider, reason: Reason) -> Reason:
     """The reason, with whose it is."""
     if reason.code is ReasonCode.LIBRARY:
         return dataclasses.replace(reason, allowed=f"{reason.allowed} for {provider.name}")

@@ -31,7 +31,7 @@ from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
-from attn_dispatch.platforms.detect import detect_device, settle_device
+from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
@@ -46,7 +46,7 @@ class FlashInferBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
     """
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
-        super().__init__(spec, settle_device(device))  # wrappers are kept for one device
+        super().__init__(spec, resolve_device(device))  # wrappers are kept for one device
         profile = detect_device(self.device)
         refuse_spec(FlashInferBackend, spec, profile)
         self.kernels = kernels_for(spec, profile)
@@ -232,7 +232,7 @@ class FlashInferState(CommonAttentionState):
         super().prepare_graph_input_buffers(input_buffers, attn_metadata, is_encoder_decoder_model)
         graph = self._graphs.get(len(input_buffers["seq_lens"]))
         if graph is not None:
-            graph.plan(attn_metadata.batch.host_seq_lens)
+            graph.plan(attn_metadata.batch.seq_lens_list)
 
 
 class FlashInferBackend(AttentionBackend):

@@ -226,7 +226,7 @@ class _Pages:
         assert size is not None  # it is declared so
         assert table is not None  # and the builder saw to this
         passed = [first // size for first in first_visible_keys(batch, spec.sliding_window)]
-        pairs = zip(batch.host_seq_lens, passed, strict=True)
+        pairs = zip(batch.seq_lens_list, passed, strict=True)
         lens = [max(1, seq_len - blocks * size) for seq_len, blocks in pairs]
         counts = [-(-tokens // size) for tokens in lens]
         requests, columns = spread(passed, counts, device)
@@ -243,7 +243,7 @@ class _Pages:
 
 def _num_blind(batch: AttentionBatch, spec: AttentionSpec) -> list[int]:
     """How many of each request's first tokens see no key."""
-    lens = zip(batch.query_lens, batch.host_seq_lens, strict=True)
+    lens = zip(batch.query_lens, batch.seq_lens_list, strict=True)
     return [
         max(0, query - seq) if spec.causal and seq else query * (seq == 0) for query, seq in lens
     ]
@@ -319,7 +319,7 @@ class FlashInferGraph:
         )
         self._blind = torch.zeros(size, dtype=torch.bool, device=device)
         self.call = FlashInferCall(slice(0, size), wrapper, self._blind)
-        self.plan(batch.host_seq_lens)
+        self.plan(batch.seq_lens_list)
 
     def plan(self, seq_lens: list[int]) -> None:
         """Plan for the requests that are in the static buffers now.

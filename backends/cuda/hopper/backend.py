@@ -14,7 +14,7 @@ import torch
 from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
 from attn_dispatch.backends.cuda.hopper.sm_partition import Shares, share_sms, side_stream
 from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
-from attn_dispatch.backends.triton.operands import Out, Source, fills_tiles
+from attn_dispatch.backends.triton.operands import KVSource, OutputBuffers, fills_tiles
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
@@ -114,7 +114,7 @@ class HopperPlan(PrefillPlan):
     shares: Shares | None = None
     descriptors: tuple[Any, Any] | None = None
 
-    def described(self, source: Source, describe: Any, block_n: int) -> tuple[Any, Any]:
+    def described(self, source: KVSource, describe: Any, block_n: int) -> tuple[Any, Any]:
         """Descriptors of keys and values."""
         is_gathered = self.gathered is not None and source.k is self.gathered[0]
         if is_gathered and self.descriptors is not None:
@@ -185,7 +185,7 @@ class HopperImpl(TritonImpl):
 
         self._hopper_kernel = prefill.hopper_prefill_kernel
         self._hopper_decode_kernel = decode.hopper_decode_kernel
-        self._last_pages: tuple[Source, PageMatrix | None] | None = None
+        self._last_pages: tuple[KVSource, PageMatrix | None] | None = None
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """No: Hopper's kernels do not quantize."""
@@ -198,8 +198,8 @@ class HopperImpl(TritonImpl):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        cache: Source | None,
-        out: Out,
+        cache: KVSource | None,
+        out: OutputBuffers,
     ) -> None:
         prefill, decode = metadata.prefill, metadata.decode
         shares = prefill.shares if isinstance(prefill, HopperPlan) else None
@@ -226,8 +226,8 @@ class HopperImpl(TritonImpl):
         metadata: TritonMetadata,
         plan: PrefillPlan,
         query: torch.Tensor,
-        source: Source,
-        out: Out,
+        source: KVSource,
+        out: OutputBuffers,
     ) -> None:
         if isinstance(plan, HopperPlan):
             self._launch_prefill(plan, query, source, out, metadata.launches.num_sms)
@@ -235,7 +235,12 @@ class HopperImpl(TritonImpl):
             super()._prefill(layer, metadata, plan, query, source, out)
 
     def _launch_prefill(
-        self, plan: HopperPlan, query: torch.Tensor, source: Source, out: Out, num_sms: int
+        self,
+        plan: HopperPlan,
+        query: torch.Tensor,
+        source: KVSource,
+        out: OutputBuffers,
+        num_sms: int,
     ) -> None:
         """Launch Hopper's prefill kernel on so many SMs."""
         if not len(plan.tiles):
@@ -269,8 +274,8 @@ class HopperImpl(TritonImpl):
         metadata: TritonMetadata,
         plan: DecodePlan,
         query: torch.Tensor,
-        cache: Source,
-        out: Out,
+        cache: KVSource,
+        out: OutputBuffers,
     ) -> None:
         pages = self._pages(cache, plan, query.dtype)
         if pages is None:
@@ -282,7 +287,7 @@ class HopperImpl(TritonImpl):
         row = rows.few if is_few else rows.many
         self._launch_decode(metadata, plan, query, pages, out, row, num_sms)
 
-    def _pages(self, cache: Source, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
+    def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
         """The cache as Hopper's decode kernel reads it; None where the portable one serves.
 
         The last cache's is remembered.
@@ -300,7 +305,7 @@ class HopperImpl(TritonImpl):
         plan: DecodePlan,
         query: torch.Tensor,
         pages: PageMatrix,
-        out: Out,
+        out: OutputBuffers,
         row: DecodeRow,
         num_sms: int,
     ) -> None:
@@ -322,7 +327,7 @@ class HopperImpl(TritonImpl):
                 "BLOCK_SIZE": pages.block_size,
                 "STAGES": row.stages_for(rows),
                 "PROGRAMS": row.programs,
-                "LISTED": requests is not None,
+                "HAS_REQUEST_LIST": requests is not None,
                 "CHUNK": _LENGTHS,
                 "MIN_TILES": row.min_tiles,
             },

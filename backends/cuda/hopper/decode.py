@@ -53,7 +53,7 @@ def _producer(
     k_empty, v_full, v_empty, requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
     num_reqs, table_stride, window, block_rows, v_rows, head_rows, head_columns,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr,
+    KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, HAS_REQUEST_LIST: gl.constexpr,
     WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One warp: keys and values of each tile, page by page."""
@@ -65,7 +65,7 @@ def _producer(
     while position < end:
         request, unit, first_tile, last_tile, _, _, _, i, base, position = unit_at(
             position, end, i, base, share, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-            num_reqs, LISTED, WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS,
+            num_reqs, HAS_REQUEST_LIST, WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS,
         )  # fmt: skip
         if unit >= 0:
             kv_head = unit % NUM_KV_HEADS
@@ -162,7 +162,7 @@ def _consumer(
     k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, sinks_ptr, q_stride_t, q_stride_h,
     out_stride_t, out_stride_h, num_reqs, window, scale_log2, cap_log2, scale_over_cap,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, LISTED: gl.constexpr, CAUSAL: gl.constexpr,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, HAS_REQUEST_LIST: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, CAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr,
     LSE: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def _consumer(
     while position < end:
         request, unit, first_tile, last_tile, is_whole, parts, first, i, base, position = unit_at(
             position, end, i, base, share, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-            num_reqs, LISTED, WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS,
+            num_reqs, HAS_REQUEST_LIST, WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS,
         )  # fmt: skip
         if unit >= 0:
             kv_head = unit % NUM_KV_HEADS
@@ -314,7 +314,7 @@ def hopper_decode_kernel(
     q_stride_h, block_rows, v_rows, head_rows, head_columns, out_stride_t, out_stride_h, num_reqs,
     all_reqs, num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-    KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr,
+    KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr, HAS_REQUEST_LIST: gl.constexpr,
     PROGRAMS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
     ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr, CHUNK: gl.constexpr,
     MIN_TILES: gl.constexpr,
@@ -365,10 +365,10 @@ def hopper_decode_kernel(
 
     store_empty(
         num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_stride_t,
-        out_stride_h, LISTED, NUM_HEADS, D, LSE, dtype,
+        out_stride_h, HAS_REQUEST_LIST, NUM_HEADS, D, LSE, dtype,
     )  # fmt: skip
     total = length_of(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED, WINDOW, GROUP,
+        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST, WINDOW, GROUP,
         ROWS, KEYS, NUM_KV_HEADS, CHUNK,
     )  # fmt: skip
     # A share is a round number of tiles, so that equal requests are cut alike, or not at all.
@@ -379,7 +379,7 @@ def hopper_decode_kernel(
     position = gl.program_id(0) * PROGRAMS * share
     end = gl.minimum(position + share, total)
     i, base = find(
-        position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+        position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
         WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
     )  # fmt: skip
     # Written out: in a tuple that has a name, constants would no longer be constants.
@@ -395,14 +395,14 @@ def hopper_decode_kernel(
                     part_lse_ptr, counters_ptr, requests_ptr, query_start_loc_ptr, seq_lens_ptr,
                     slopes_ptr, sinks_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
                     num_reqs, window, scale_log2, cap_log2, scale_over_cap, NUM_HEADS, GROUP,
-                    LISTED, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
+                    HAS_REQUEST_LIST, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
                 )),
                 (_producer, (
                     0, position, end, i, base, share, pages_desc, k_pages, v_pages,
                     k_full, k_empty, v_full, v_empty, requests_ptr, query_start_loc_ptr,
                     seq_lens_ptr, block_table_ptr, num_reqs, table_stride, window, block_rows,
                     v_rows, head_rows, head_columns, NUM_HEADS, GROUP, D, ROWS, KEYS, BLOCK_SIZE,
-                    STAGES, LISTED, WINDOW,
+                    STAGES, HAS_REQUEST_LIST, WINDOW,
                 )),
             ],
             [1],
@@ -412,7 +412,7 @@ def hopper_decode_kernel(
         position_1 = position + share
         end_1 = gl.minimum(position_1 + share, total)
         i_1, base_1 = find(
-            position_1, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+            position_1, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
             WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         _barrier()
@@ -424,7 +424,7 @@ def hopper_decode_kernel(
                     part_lse_ptr, counters_ptr, requests_ptr, query_start_loc_ptr, seq_lens_ptr,
                     slopes_ptr, sinks_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
                     num_reqs, window, scale_log2, cap_log2, scale_over_cap, NUM_HEADS, GROUP,
-                    LISTED, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
+                    HAS_REQUEST_LIST, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
                 )),
                 (_consumer, (
                     1, position_1, end_1, i_1, base_1, share, q_ptr, q_smem, p_smem, k_smem,
@@ -432,21 +432,21 @@ def hopper_decode_kernel(
                     part_lse_ptr, counters_ptr, requests_ptr, query_start_loc_ptr, seq_lens_ptr,
                     slopes_ptr, sinks_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
                     num_reqs, window, scale_log2, cap_log2, scale_over_cap, NUM_HEADS, GROUP,
-                    LISTED, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
+                    HAS_REQUEST_LIST, CAUSAL, WINDOW, CAP, ALIBI, SINKS, LSE,
                 )),
                 (_producer, (
                     0, position, end, i, base, share, pages_desc, k_pages, v_pages,
                     k_full, k_empty, v_full, v_empty, requests_ptr, query_start_loc_ptr,
                     seq_lens_ptr, block_table_ptr, num_reqs, table_stride, window, block_rows,
                     v_rows, head_rows, head_columns, NUM_HEADS, GROUP, D, ROWS, KEYS, BLOCK_SIZE,
-                    STAGES, LISTED, WINDOW,
+                    STAGES, HAS_REQUEST_LIST, WINDOW,
                 )),
                 (_producer, (
                     1, position_1, end_1, i_1, base_1, share, pages_desc, k_pages, v_pages,
                     k_full, k_empty, v_full, v_empty, requests_ptr, query_start_loc_ptr,
                     seq_lens_ptr, block_table_ptr, num_reqs, table_stride, window, block_rows,
                     v_rows, head_rows, head_columns, NUM_HEADS, GROUP, D, ROWS, KEYS, BLOCK_SIZE,
-                    STAGES, LISTED, WINDOW,
+                    STAGES, HAS_REQUEST_LIST, WINDOW,
                 )),
             ],
             [4, 1, 1],

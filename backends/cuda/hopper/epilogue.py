@@ -138,12 +138,12 @@ def _store_nothing(
 def store_empty(
     num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_stride_t,
     out_stride_h,
-    LISTED: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr,
+    HAS_REQUEST_LIST: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
     """Store the rows of requests without keys."""
     for i in range(gl.program_id(0), num_reqs, gl.num_programs(0)):
-        request = request_of(requests_ptr, i, LISTED)
+        request = request_of(requests_ptr, i, HAS_REQUEST_LIST)
         if gl.load(seq_lens_ptr + request) == 0:
             first = gl.load(query_start_loc_ptr + request) * NUM_HEADS
             last = gl.load(query_start_loc_ptr + request + 1) * NUM_HEADS

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.triton.operands import Source, suits_tma
+from attn_dispatch.backends.triton.operands import KVSource, suits_tma
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["PageMatrix"]
@@ -38,7 +38,7 @@ class PageMatrix:
     head_columns: int
 
     @classmethod
-    def of(cls, cache: Source) -> PageMatrix | None:
+    def of(cls, cache: KVSource) -> PageMatrix | None:
         """The matrix of a cache of 16-bit values; None for one that is none, or not for TMA."""
         rows = math.gcd(cache.block_size, _ROWS)
         num_blocks, _, num_heads, size = cache.k.shape

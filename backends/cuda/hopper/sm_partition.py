@@ -60,7 +60,7 @@ def share_sms(
     window = spec.sliding_window or batch.max_seq_len
     read = 0  # keys, by the decodes
     seen = 0.0  # pairs of query and key, by the prefills
-    for few, queries, keys in zip(is_decode, batch.query_lens, batch.host_seq_lens, strict=True):
+    for few, queries, keys in zip(is_decode, batch.query_lens, batch.seq_lens_list, strict=True):
         if few:
             read += min(keys, window + queries)
         else:

@@ -20,9 +20,9 @@ def _add(a, b):
 
 
 @gluon.jit
-def request_of(requests_ptr, i, LISTED: gl.constexpr):
+def request_of(requests_ptr, i, HAS_REQUEST_LIST: gl.constexpr):
     """The i-th request of this launch."""
-    if LISTED:
+    if HAS_REQUEST_LIST:
         return gl.load(requests_ptr + i)
     else:
         return i
@@ -54,14 +54,14 @@ def _units_of(
 @gluon.jit
 def _lengths(
     begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    HAS_REQUEST_LIST: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """(CHUNK,) int64: how much of the line each of these requests takes."""
     i = begin + gl.arange(0, CHUNK, LINE)
     ok = i < num_reqs
     r = i
-    if LISTED:
+    if HAS_REQUEST_LIST:
         r = gl.load(requests_ptr + i, mask=ok, other=0)
     tiles, row_tiles, _ = _units_of(
         r, ok, query_start_loc_ptr, seq_lens_ptr, window, WINDOW, GROUP, ROWS, KEYS
@@ -72,14 +72,14 @@ def _lengths(
 @gluon.jit
 def length_of(
     num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    HAS_REQUEST_LIST: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """The length of the line, in tiles of keys."""
     total = gl.to_tensor(0).to(gl.int64)
     for begin in range(0, num_reqs, CHUNK):
         lengths = _lengths(
-            begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+            begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
             WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         total += gl.sum(lengths, 0)
@@ -89,7 +89,7 @@ def length_of(
 @gluon.jit
 def find(
     position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    HAS_REQUEST_LIST: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """(i, base): the request that a position on the line falls to, and where its stretch begins."""
@@ -98,7 +98,7 @@ def find(
     running = gl.to_tensor(0).to(gl.int64)
     for begin in range(0, num_reqs, CHUNK):
         lengths = _lengths(
-            begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+            begin, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
             WINDOW, GROUP, ROWS, KEYS, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         ends = gl.associative_scan(lengths, 0, _add) + running
@@ -113,7 +113,7 @@ def find(
 def unit_at(
     position, end, i, base, share, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
     num_reqs,
-    LISTED: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
+    HAS_REQUEST_LIST: gl.constexpr, WINDOW: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr,
     KEYS: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
 ):  # fmt: skip
     """What a position on the line falls to.
@@ -126,7 +126,7 @@ def unit_at(
             and the program that has the first.
         i, base, position: where the program goes on.
     """
-    request = request_of(requests_ptr, i, LISTED)
+    request = request_of(requests_ptr, i, HAS_REQUEST_LIST)
     tiles, row_tiles, skipped = _units_of(
         request, i < num_reqs, query_start_loc_ptr, seq_lens_ptr, window, WINDOW, GROUP, ROWS,
         KEYS,

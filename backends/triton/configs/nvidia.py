@@ -10,7 +10,7 @@ HOPPER = LaunchTable(
     decode={
         64: DecodeLaunch(block_n=32, num_warps=1, num_stages=5, programs_per_sm=6, min_tiles=8),
         128: DecodeLaunch(
-            block_n=64, num_warps=2, num_stages=3, programs_per_sm=4, num_stages_of_bytes=5
+            block_n=64, num_warps=2, num_stages=3, programs_per_sm=4, num_stages_8bit=5
         ),
         256: DecodeLaunch(block_n=32, num_warps=4, num_stages=5, programs_per_sm=2, min_tiles=8),
         512: DecodeLaunch(
@@ -23,7 +23,7 @@ HOPPER = LaunchTable(
     # Little work is bound by latency: fewer programs, each with more in flight.
     decode_few={
         128: DecodeLaunch(
-            block_n=64, num_warps=2, num_stages=5, programs_per_sm=2, lengths_at_once=64
+            block_n=64, num_warps=2, num_stages=5, programs_per_sm=2, lengths_per_load=64
         ),
     },
     prefill={

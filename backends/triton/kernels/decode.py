@@ -24,9 +24,9 @@ __all__ = ["decode_invariant_kernel", "decode_kernel"]
 
 
 @triton.jit
-def _request(requests_ptr, i, LISTED: tl.constexpr):
+def _request(requests_ptr, i, HAS_REQUEST_LIST: tl.constexpr):
     """The i-th request of this launch."""
-    if LISTED:
+    if HAS_REQUEST_LIST:
         return tl.load(requests_ptr + i)
     else:
         return i
@@ -35,12 +35,12 @@ def _request(requests_ptr, i, LISTED: tl.constexpr):
 @triton.jit
 def _tiles_of(
     i, ok, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    LISTED: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    HAS_REQUEST_LIST: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(tiles of keys, tiles of rows, first tile of keys) of the i-th requests, a vector or one."""
     r = i
-    if LISTED:
+    if HAS_REQUEST_LIST:
         r = tl.load(requests_ptr + i, mask=ok, other=0)
     seq_len = tl.load(seq_lens_ptr + r, mask=ok, other=0)
     start = tl.load(query_start_loc_ptr + r, mask=ok, other=0)
@@ -56,7 +56,7 @@ def _tiles_of(
 @triton.jit
 def _find(
     position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, LISTED: tl.constexpr,
+    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, HAS_REQUEST_LIST: tl.constexpr,
     WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _find(
         offs = begin + tl.arange(0, CHUNK)
         ok = offs < num_reqs
         tiles, row_tiles, _ = _tiles_of(
-            offs, ok, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED, WINDOW,
+            offs, ok, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST, WINDOW,
             GROUP, ROWS, BLOCK_N,
         )  # fmt: skip
         if PER_TILE:
@@ -89,7 +89,7 @@ def _find(
 @triton.jit
 def _total(
     num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, LISTED: tl.constexpr,
+    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, HAS_REQUEST_LIST: tl.constexpr,
     WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _total(
     for begin in range(0, num_reqs, CHUNK):
         offs = begin + tl.arange(0, CHUNK)
         tiles, row_tiles, _ = _tiles_of(
-            offs, offs < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+            offs, offs < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
             WINDOW, GROUP, ROWS, BLOCK_N,
         )  # fmt: skip
         if PER_TILE:
@@ -376,12 +376,12 @@ def _store_padding(
 def _store_empty(
     num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
     out_stride_t, out_stride_h,
-    LISTED: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
+    HAS_REQUEST_LIST: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_DV: tl.constexpr, LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Store the rows of requests without keys."""
     for i in range(tl.program_id(0), num_reqs, tl.num_programs(0)):
-        request = _request(requests_ptr, i, LISTED)
+        request = _request(requests_ptr, i, HAS_REQUEST_LIST)
         if tl.load(seq_lens_ptr + request) == 0:
             first = tl.load(query_start_loc_ptr + request) * NUM_HEADS
             last = tl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
@@ -405,7 +405,7 @@ def decode_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    LISTED: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
+    HAS_REQUEST_LIST: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
     PAIRS: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FAST_TANH: tl.constexpr,
     ALIBI: tl.constexpr, SINKS: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
@@ -418,7 +418,7 @@ def decode_kernel(
     part_lse_ptr 2 * programs * ROWS, counters_ptr a zero int32 for each, which is zero again after.
 
     Args:
-        requests_ptr: with LISTED, (num_reqs,) int32, the requests; else all of them, in order.
+        requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all of them, in order.
         all_reqs: requests of the batch, listed or not.
         num_rows: of the output; those behind the last request's are stored as rows without keys.
         PAIRS: the cache is given as pairs of bytes, see attend_pairs.py; strides are in 16 bytes.
@@ -437,11 +437,11 @@ def decode_kernel(
     )  # fmt: skip
     _store_empty(
         num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, LISTED, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
+        out_stride_t, out_stride_h, HAS_REQUEST_LIST, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
         OUT_GROUP,
     )  # fmt: skip
     total = _total(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, True, 1, LISTED,
+        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, True, 1, HAS_REQUEST_LIST,
         SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
     )  # fmt: skip
     # A share is a round number of tiles, so that equal requests are cut alike, or not at all.
@@ -453,11 +453,11 @@ def decode_kernel(
     if position < end:
         i, base = _find(
             position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, True, 1,
-            LISTED, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
+            HAS_REQUEST_LIST, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         while position < end:
             tiles, row_tiles, skipped = _tiles_of(
-                i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+                i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
                 SPLIT_WINDOW, GROUP, ROWS, BLOCK_N,
             )  # fmt: skip
             units = row_tiles * NUM_KV_HEADS
@@ -469,7 +469,7 @@ def decode_kernel(
                 first = (begin // share).to(tl.int32)
                 last = ((begin + tiles - 1) // share).to(tl.int32)
                 _attend_part(
-                    _request(requests_ptr, i, LISTED), unit, skipped + first_tile,
+                    _request(requests_ptr, i, HAS_REQUEST_LIST), unit, skipped + first_tile,
                     skipped + last_tile, (first_tile == 0) & (last_tile == tiles), pid - first,
                     last - first + 1, first,
                     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr,
@@ -499,7 +499,7 @@ def decode_invariant_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    LISTED: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
+    HAS_REQUEST_LIST: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
     PAIRS: tl.constexpr, SCALE_STRIDE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FAST_TANH: tl.constexpr,
     ALIBI: tl.constexpr, SINKS: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
@@ -520,28 +520,28 @@ def decode_invariant_kernel(
     )  # fmt: skip
     _store_empty(
         num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, LISTED, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
+        out_stride_t, out_stride_h, HAS_REQUEST_LIST, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
         OUT_GROUP,
     )  # fmt: skip
     total = _total(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, False, PARTS, LISTED,
+        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, False, PARTS, HAS_REQUEST_LIST,
         SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
     ).to(tl.int32)  # fmt: skip
     place = tl.program_id(0)
     while place < total:
         i, base = _find(
             place, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, False, PARTS,
-            LISTED, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
+            HAS_REQUEST_LIST, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
         )  # fmt: skip
         tiles, _, skipped = _tiles_of(
-            i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, LISTED,
+            i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
             SPLIT_WINDOW, GROUP, ROWS, BLOCK_N,
         )  # fmt: skip
         parts = tl.minimum(tiles, PARTS)
         part = place % PARTS  # every base is a multiple of PARTS
         if part < parts:
             _attend_part(
-                _request(requests_ptr, i, LISTED), (place - base.to(tl.int32)) // PARTS,
+                _request(requests_ptr, i, HAS_REQUEST_LIST), (place - base.to(tl.int32)) // PARTS,
                 skipped + part * tiles // parts, skipped + (part + 1) * tiles // parts, parts == 1,
                 part, parts, place - part,
                 q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr,

@@ -17,10 +17,10 @@ from typing import Any
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.selection.timings.table import (
+    BatchKind,
     Bucket,
     LayerTimes,
     Point,
-    Step,
     Table,
     bucket_of,
     layer_key,
@@ -31,10 +31,10 @@ __all__ = [
     "Comparison",
     "Evidence",
     "Side",
-    "parts_of",
+    "split_route",
     "routes_of",
     "times_for",
-    "weigh",
+    "evaluate_timings",
 ]
 
 #: By how much one must be faster than another to be taken for faster: noise is below that.
@@ -42,7 +42,7 @@ MARGIN = 0.03
 
 
 @dataclass(frozen=True)
-class Side:
+class PhaseCandidates:
     """One phase of a layer: the first in the platform's order, and who may take its place."""
 
     declared: str
@@ -50,26 +50,26 @@ class Side:
 
 
 #: The phases whose backends a step depends on.
-_PHASES_OF: dict[Step, tuple[Phase, ...]] = {
-    Step.PREFILL: (Phase.PREFILL,),
-    Step.DECODE: (Phase.DECODE,),
-    Step.VERIFY: (Phase.DECODE,),
-    Step.MIXED: (Phase.PREFILL, Phase.DECODE),
+_PHASES_OF: dict[BatchKind, tuple[Phase, ...]] = {
+    BatchKind.PREFILL: (Phase.PREFILL,),
+    BatchKind.DECODE: (Phase.DECODE,),
+    BatchKind.VERIFY: (Phase.DECODE,),
+    BatchKind.MIXED: (Phase.PREFILL, Phase.DECODE),
 }
 
 
-def parts_of(name: str) -> tuple[str, str]:
+def split_route(name: str) -> tuple[str, str]:
     """The backends of prefill and of decode that a name in a table stands for."""
     prefill, _, decode = name.partition("+")
     return prefill, decode or prefill
 
 
-def _admits(name: str, step: Step, sides: Mapping[Phase, Side]) -> bool:
-    each = dict(zip(Phase, parts_of(name), strict=True))
+def _admits(name: str, step: BatchKind, sides: Mapping[Phase, PhaseCandidates]) -> bool:
+    each = dict(zip(Phase, split_route(name), strict=True))
     return all(each[phase] in sides[phase].admitted for phase in _PHASES_OF[step])
 
 
-def _declared(step: Step, sides: Mapping[Phase, Side]) -> str:
+def _declared(step: BatchKind, sides: Mapping[Phase, PhaseCandidates]) -> str:
     return "+".join(dict.fromkeys(sides[phase].declared for phase in _PHASES_OF[step]))
 
 
@@ -119,7 +119,7 @@ def _around(bucket: Bucket) -> Iterable[Bucket]:
 
 
 def routes_of(
-    times: LayerTimes, sides: Mapping[Phase, Side], *, captured: bool
+    times: LayerTimes, sides: Mapping[Phase, PhaseCandidates], *, captured: bool
 ) -> Mapping[Bucket, str]:
     """Bucket -> who serves its batches, for every bucket that measured points are near to.
 
@@ -137,7 +137,7 @@ def routes_of(
 
 @functools.lru_cache(maxsize=1024)
 def _routes(
-    times: LayerTimes, sides: tuple[tuple[Phase, Side], ...], captured: bool
+    times: LayerTimes, sides: tuple[tuple[Phase, PhaseCandidates], ...], captured: bool
 ) -> Mapping[Bucket, str]:
     by_phase, found = dict(sides), dict[Bucket, str]()
     for step, phases in _PHASES_OF.items():
@@ -177,7 +177,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class TimingEvidence:
     """What a table says of a layer in a phase.
 
     Attributes:
@@ -189,7 +189,7 @@ class Evidence:
     """
 
     times: LayerTimes = field(repr=False)
-    side: Side
+    side: PhaseCandidates
     pick: str
     comparisons: tuple[Comparison, ...]
 
@@ -247,7 +247,7 @@ def times_for(tables: Sequence[Table], spec: AttentionSpec) -> LayerTimes | None
 
 
 def compare_points(
-    times: LayerTimes, sides: Mapping[Phase, Side], *, captured: bool
+    times: LayerTimes, sides: Mapping[Phase, PhaseCandidates], *, captured: bool
 ) -> tuple[Comparison, ...]:
     """Who serves the batch of each measured point; arguments as for `routes_of`.
 
@@ -268,7 +268,9 @@ def compare_points(
     return tuple(found)
 
 
-def weigh(times: LayerTimes, side: Side, phase: Phase | None, *, captured: bool) -> Evidence | None:
+def evaluate_timings(
+    times: LayerTimes, side: PhaseCandidates, phase: Phase | None, *, captured: bool
+) -> TimingEvidence | None:
     """What a layer's times say of a phase, or with None of one backend for both.
 
     None if no point of the phase has a time of the first in the order.
@@ -280,4 +282,4 @@ def weigh(times: LayerTimes, side: Side, phase: Phase | None, *, captured: bool)
     points = [each.point for each in comparisons]
     admits = side.admitted.__contains__
     pick = _pick(_costs_of(points, side.declared, admits, captured=captured), side.declared)
-    return Evidence(times, side, pick, comparisons)
+    return TimingEvidence(times, side, pick, comparisons)

@@ -18,11 +18,11 @@ from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
     VERSION,
+    BatchKind,
     LayerKey,
     LayerTimes,
     Machine,
     Point,
-    Step,
     Table,
 )
 
@@ -93,14 +93,14 @@ def _parse(data: Any, origin: str) -> Table:
     layers: dict[LayerKey, LayerTimes] = {}
     for index, each in enumerate(_list(fields["layers"], "layers", _MAX_LAYERS)):
         where = f"layers[{index}]"
-        layer = _object(each, where, ("layer", "points"), ("served_by",))
+        layer = _object(each, where, ("layer", "points"), ("kernel_provider",))
         key = _layer(layer["layer"], f"{where}.layer")
         if key in layers:
             raise _Flaw(f"{where} is there twice")
         given = _list(layer["points"], f"{where}.points", _MAX_POINTS)
         points = tuple(_point(p, f"{where}.points[{i}]") for i, p in enumerate(given))
-        served_by = _served_by(layer.get("served_by", {}), f"{where}.served_by")
-        layers[key] = LayerTimes(points, origin, machine.device, measured, served_by)
+        kernel_provider = _served_by(layer.get("kernel_provider", {}), f"{where}.kernel_provider")
+        layers[key] = LayerTimes(points, origin, machine.device, measured, kernel_provider)
     return Table(machine, measured, layers, origin)
 
 
@@ -125,7 +125,7 @@ def _layer(data: Any, where: str) -> LayerKey:
 def _point(data: Any, where: str) -> Point:
     needed = ("step", "requests", "tokens", "keys", "times_us")
     fields = _object(data, where, needed, ("host_us", "failed"))
-    steps = {step.value: step for step in Step}
+    steps = {step.value: step for step in BatchKind}
     if not isinstance(fields["step"], str) or fields["step"] not in steps:
         raise _Flaw(f"{where}.step is not one of {', '.join(steps)}")
     step = steps[fields["step"]]
@@ -141,7 +141,7 @@ def _point(data: Any, where: str) -> Point:
     )
 
 
-def _times(data: Any, step: Step, where: str) -> dict[str, float]:
+def _times(data: Any, step: BatchKind, where: str) -> dict[str, float]:
     if not isinstance(data, dict) or len(data) > _MAX_NAMES:
         raise _Flaw(f"{where} is not an object of a few times")
     return {_name(name, step, where): _number(us, f"{where}.{name}") for name, us in data.items()}
@@ -150,12 +150,12 @@ def _times(data: Any, step: Step, where: str) -> dict[str, float]:
 def _served_by(data: Any, where: str) -> dict[str, str]:
     if not isinstance(data, dict) or len(data) > _MAX_NAMES:
         raise _Flaw(f"{where} is not an object of a few texts")
-    return {_name(k, Step.DECODE, where): _text(v, f"{where}.{k}") for k, v in data.items()}
+    return {_name(k, BatchKind.DECODE, where): _text(v, f"{where}.{k}") for k, v in data.items()}
 
 
-def _name(value: Any, step: Step, where: str) -> str:
+def _name(value: Any, step: BatchKind, where: str) -> str:
     form = "[A-Z][A-Z0-9_]*"
-    form = f"{form}(\\+{form})?" if step is Step.MIXED else form
+    form = f"{form}(\\+{form})?" if step is BatchKind.MIXED else form
     if not re.fullmatch(form, _text(value, where)):
         raise _Flaw(f"{where} has {value!r}, which is not the name of a backend")
     return str(value)

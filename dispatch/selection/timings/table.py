@@ -11,7 +11,7 @@ from attn_dispatch.interface.spec import AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType, Phase
 
 if TYPE_CHECKING:
-    from attn_dispatch.interface.batch import AttentionBatch, Totals
+    from attn_dispatch.interface.batch import AttentionBatch, BatchTotals
 
 __all__ = [
     "LAYER_FIELDS",
@@ -33,7 +33,7 @@ __all__ = [
 VERSION = 1
 
 
-class Step(str, Enum):
+class BatchKind(str, Enum):
     """What a batch is made of, as far as it matters for who is fastest."""
 
     PREFILL = "prefill"
@@ -49,19 +49,19 @@ class Step(str, Enum):
         return str(self.value)
 
 
-#: Step, and the rounded-up binary logarithms of the requests, of the new tokens of one, and of the
+#: BatchKind, and the rounded-up binary logarithms of the requests, of the new tokens of one, and of the
 #: keys of one, both on average.
-Bucket = tuple[Step, int, int, int]
+Bucket = tuple[BatchKind, int, int, int]
 
 
-def bucket_of(step: Step, requests: int, tokens: int, keys: int, *, captured: bool) -> Bucket:
+def bucket_of(step: BatchKind, requests: int, tokens: int, keys: int, *, captured: bool) -> Bucket:
     """Where a batch is in the grid.
 
     What a batch costs goes by its totals: by all keys if it reads them once, by all new tokens
     times their keys if it computes. So the averages count, and not the longest request.
 
     Args:
-        step: see Step.
+        step: see BatchKind.
         requests: in the batch, 1 or more.
         tokens: new tokens of all requests.
         keys: of all requests, the new ones included.
@@ -69,7 +69,7 @@ def bucket_of(step: Step, requests: int, tokens: int, keys: int, *, captured: bo
             the keys: these are left out then.
     """
     length = 0
-    if not (captured and step in (Step.DECODE, Step.VERIFY)):
+    if not (captured and step in (BatchKind.DECODE, BatchKind.VERIFY)):
         length = _log2_of_average(keys, requests)
     return step, (requests - 1).bit_length(), _log2_of_average(tokens, requests), length
 
@@ -80,22 +80,22 @@ def _log2_of_average(total: int, number: int) -> int:
 
 #: Phase -> what its requests are with one new token each, and with more on average.
 _STEPS_OF = {
-    Phase.PREFILL: (Step.PREFILL, Step.PREFILL),
-    Phase.DECODE: (Step.DECODE, Step.VERIFY),
+    Phase.PREFILL: (BatchKind.PREFILL, BatchKind.PREFILL),
+    Phase.DECODE: (BatchKind.DECODE, BatchKind.VERIFY),
 }
 
 
-def step_of(phase: Phase, totals: Totals) -> Step:
+def step_of(phase: Phase, totals: BatchTotals) -> BatchKind:
     """What requests are that are all in one phase."""
     return _STEPS_OF[phase][totals.tokens > totals.requests]
 
 
-def totals_of(batch: AttentionBatch) -> tuple[Step, int, int, int] | None:
+def totals_of(batch: AttentionBatch) -> tuple[BatchKind, int, int, int] | None:
     """(step, requests, new tokens, keys) of a batch; None without requests."""
     by_phase = batch.totals
     if not by_phase:
         return None
-    step = Step.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
+    step = BatchKind.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
     return step, *batch.total
 
 
@@ -153,7 +153,7 @@ class Point:
         failed: names that were tried and gave no time, or a wrong result.
     """
 
-    step: Step
+    step: BatchKind
     requests: int
     tokens: int
     keys: int
@@ -162,7 +162,7 @@ class Point:
     failed: tuple[str, ...] = ()
 
     @property
-    def place(self) -> tuple[Step, int, int, int]:
+    def place(self) -> tuple[BatchKind, int, int, int]:
         """What tells it from the other points of its layer."""
         return self.step, self.requests, self.tokens, self.keys
 
@@ -171,7 +171,7 @@ class Point:
         """The batch in words."""
         plural = "" if self.requests == 1 else "s"
         tokens, keys = (round(total / self.requests) for total in (self.tokens, self.keys))
-        new = "" if self.step is Step.DECODE else f"{tokens} new tokens and "
+        new = "" if self.step is BatchKind.DECODE else f"{tokens} new tokens and "
         return f"{self.step} of {self.requests} request{plural} with {new}{keys} keys each"
 
     def cost_us(self, name: str, declared: str, *, captured: bool) -> float:
@@ -182,7 +182,7 @@ class Point:
         graph that is replayed keeps the host for no time worth counting.
         """
         device_us = self.times_us[name]
-        if captured and self.step in (Step.DECODE, Step.VERIFY):
+        if captured and self.step in (BatchKind.DECODE, BatchKind.VERIFY):
             return device_us
         hidden = max(device_us, self.host_us.get(declared, 0.0))
         return device_us + max(0.0, self.host_us.get(name, 0.0) - hidden)
@@ -204,7 +204,7 @@ class Point:
 class LayerTimes:
     """The points of one kind of layer, and where they come from. Two are equal if they are one.
 
-    `served_by` is the backends' AttentionBackend.served_by when they were measured, where it said
+    `kernel_provider` is the backends' AttentionBackend.kernel_provider when they were measured, where it said
     anything.
     """
 
@@ -212,7 +212,7 @@ class LayerTimes:
     origin: str
     device: str
     measured: str
-    served_by: Mapping[str, str] = field(default_factory=dict)
+    kernel_provider: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,11 @@ class Table:
             "layers": [
                 {
                     "layer": dict(zip(LAYER_FIELDS, key, strict=True)),
-                    **({"served_by": dict(times.served_by)} if times.served_by else {}),
+                    **(
+                        {"kernel_provider": dict(times.kernel_provider)}
+                        if times.kernel_provider
+                        else {}
+                    ),
                     "points": [point.asdict() for point in times.points],
                 }
                 for key, times in self.layers.items()

@@ -25,9 +25,9 @@ from attn_dispatch import (
     detect_device,
 )
 from attn_dispatch.interface.backend import refuse_spec
-from attn_dispatch.interface.impl import kv_scales_of, write_new_kv
+from attn_dispatch.interface.impl import get_kv_scales, store_new_kv
 from attn_dispatch.interface.kv_access import gather_kv
-from attn_dispatch.interface.kv_cache import split_kv_cache
+from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES
 from attn_dispatch.interface.validation import check_forward, check_metadata
@@ -82,17 +82,17 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
         batch = attn_metadata.batch
         check_forward(self, query, key, value, kv_cache, batch, output)
         if kv_cache is not None and key is not None and value is not None:
-            write_new_kv(self, layer, key, value, kv_cache, batch)
+            store_new_kv(self, layer, key, value, kv_cache, batch)
         if output is None:
             output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
         output.zero_()  # a row that sees no key is 0
         lse = torch.full(query.shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
         for request, (query_len, seq_len) in enumerate(
-            zip(batch.query_lens, batch.host_seq_lens, strict=True)
+            zip(batch.query_lens, batch.seq_lens_list, strict=True)
         ):
             if not query_len or not seq_len:
                 continue
-            rows = slice(batch.query_starts[request], batch.query_starts[request + 1])
+            rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
             keys, values = self._keys_of(request, layer, key, value, kv_cache, batch)
             result, lse[rows] = self._attend(query[rows], keys, values)
             output[rows] = result.to(output.dtype)
@@ -114,9 +114,9 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
             own = slice(batch.key_starts[request], batch.key_starts[request + 1])
             return key[own].double(), value[own].double()
         assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.host_seq_lens[request]
-        cached = split_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        scales = kv_scales_of(layer, kv_cache)
+        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
+        cached = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        scales = get_kv_scales(layer, kv_cache)
         keys, values = (
             gather_kv(entries, blocks, seq_len, scale, torch.float64)
             for entries, scale in zip(cached, scales, strict=True)

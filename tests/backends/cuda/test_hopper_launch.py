@@ -23,7 +23,7 @@ from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, Hopper
 from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
 from attn_dispatch.backends.cuda.hopper.sm_partition import share_sms
 from attn_dispatch.backends.triton.configs.nvidia import HOPPER
-from attn_dispatch.backends.triton.operands import Source
+from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
@@ -40,7 +40,7 @@ SM = matrix.UNITS["sm90"]
 
 
 def matrix_of(cache):
-    return PageMatrix.of(Source.of_pages(cache))
+    return PageMatrix.of(KVSource.of_pages(cache))
 
 
 def assert_reads(cache, pages):
@@ -119,7 +119,7 @@ def test_a_matrix_of_more_rows_than_32_bits_count_is_none():
     """Blocks that lie far apart in memory, which need not be there."""
     strides = (2 * 16 * 2 * 64, 16 * 2 * 64, 64, 16 * 64, 1)
     for blocks, is_matrix in ((1 << 21, True), (1 << 26, False)):
-        source = mock.Mock(spec=Source, block_size=16, k_strides=(strides[0], *strides[2:4]))
+        source = mock.Mock(spec=KVSource, block_size=16, k_strides=(strides[0], *strides[2:4]))
         source.k = mock.Mock(shape=(blocks, 16, 2, 64), dtype=torch.bfloat16)
         source.k.element_size.return_value = 2
         source.k.data_ptr.return_value, source.v = 0, mock.Mock()

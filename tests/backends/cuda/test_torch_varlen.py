@@ -105,10 +105,10 @@ def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scal
         seen = ((left < 0) | (distance >= -left)) & ((right < 0) | (distance <= right))
         weights = scores.masked_fill(~seen, -math.inf)
         found = weights.logsumexp(-1)
-        is_blind = ~seen.any(-1) if len(k) else torch.ones(len(q), dtype=torch.bool)
-        weights = weights.softmax(-1).masked_fill(is_blind[:, None], 0)
+        has_no_keys = ~seen.any(-1) if len(k) else torch.ones(len(q), dtype=torch.bool)
+        weights = weights.softmax(-1).masked_fill(has_no_keys[:, None], 0)
         output[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(output.dtype)
-        lse[:, rows] = found.masked_fill(is_blind, math.inf)
+        lse[:, rows] = found.masked_fill(has_no_keys, math.inf)
     return (output, lse) if return_aux is not None and return_aux.lse else output
 
 

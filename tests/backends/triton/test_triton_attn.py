@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import FEATURES, PAIRS
 
 from attn_dispatch.interface.types import AttentionType
 from support.cases import FP8, INT8, MEMORY, Case, Step, layer_spec
+from support.feature_cases import FEATURES, PAIRS
 from support.strategies import cases
 from support.triton_cases import (
     DEVICE,

@@ -159,7 +159,7 @@ def test_more_requests_than_lengths_are_read_at_a_time(programs, is_invariant, l
     if listed:
         query_lens[9], seq_lens = 30, (*seq_lens[:9], 30, *seq_lens[10:])
     step = Step(Case(spec=spec, query_lens=tuple(query_lens), seq_lens=seq_lens), DEVICE)
-    launch = SMALL | launched(programs, lengths_at_once=4)
+    launch = SMALL | launched(programs, lengths_per_load=4)
     metadata = builder_of(spec, **launch).build(step.batch)
     assert (metadata.decode.requests is not None) == listed
     check(step, forward(step, metadata))
