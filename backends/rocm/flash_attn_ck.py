@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 
 from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
-from attn_dispatch.backends.triton.operands import Out, Source, suits_tma
+from attn_dispatch.backends.triton.operands import OutputBuffers, suits_tma
 from attn_dispatch.backends.triton.plan import PrefillPlan, TritonBuilder, TritonMetadata, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -222,8 +222,8 @@ class VarlenImpl(TritonImpl):
         metadata: TritonMetadata,
         plan: PrefillPlan,
         query: torch.Tensor,
-        source: Source,
-        out: Out,
+        source: KVSource,
+        out: OutputBuffers,
     ) -> None:
         if not isinstance(plan, VarlenPlan):
             super()._prefill(layer, metadata, plan, query, source, out)

@@ -17,8 +17,8 @@ from attn_dispatch.platforms.libraries import import_library
 
 __all__ = [
     "FORMATS",
-    "Out",
-    "Source",
+    "OutputBuffers",
+    "KVSource",
     "dense",
     "fills_tiles",
     "is_interpreted",

@@ -28,7 +28,7 @@ __all__ = [
     "Outcome",
     "Run",
     "Skipped",
-    "Target",
+    "BackendUnderTest",
     "checks_of_cases",
     "replaced",
     "run",

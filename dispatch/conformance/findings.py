@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Finding", "Wrong", "require"]
+__all__ = ["CheckFailed", "ErrorBound", "require"]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 
 __all__ = [
     "FLOOR",
-    "Finding",
-    "Wrong",
+    "ErrorBound",
+    "CheckFailed",
     "allowed_error",
     "compare_with_oracle",
     "distance",

@@ -26,7 +26,7 @@ from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.resolve import resolve_uncached
 from attn_dispatch.selection.selector import phases_of
 
-__all__ = ["Bound"]
+__all__ = ["LayerBinding"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from attn_dispatch.platforms.detect import _describe_cuda, detect_device, resolv
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES, known_device
 from attn_dispatch.platforms.libraries import LIBRARIES
-from attn_dispatch.selection import selector
+from attn_dispatch.selection import resolve as selection_resolve
 from attn_dispatch.selection.priorities import LAST_RESORT, PLATFORMS, backend_order
 from attn_dispatch.selection.registry import BUILTIN
 from attn_dispatch.selection.resolve import (
@@ -32,8 +32,8 @@ from support.selection import Forbidden, layer, make_backend, mla_layer, registe
 @pytest.fixture(autouse=True)
 def _nothing_decided_yet(monkeypatch):
     """No decision remembered, and no warning given."""
-    monkeypatch.setattr(selector, "_decided", {})
-    monkeypatch.setattr(selector, "_warned", set())
+    monkeypatch.setattr(selection_resolve, "_decided", {})
+    monkeypatch.setattr(selection_resolve, "_warned", set())
 
 
 # --- Known devices ----------------------------------------------------------------------------

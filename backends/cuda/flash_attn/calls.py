@@ -23,7 +23,7 @@ __all__ = [
     "FlashCall",
     "Operands",
     "Result",
-    "Work",
+    "VarlenArgs",
     "aligned",
     "check_block_size",
     "check_strides",

@@ -29,8 +29,8 @@ from attn_dispatch.selection.timings.table import (
 __all__ = [
     "MARGIN",
     "Comparison",
-    "Evidence",
-    "Side",
+    "TimingEvidence",
+    "PhaseCandidates",
     "split_route",
     "routes_of",
     "times_for",

@@ -21,7 +21,7 @@ __all__ = [
     "LayerTimes",
     "Machine",
     "Point",
-    "Step",
+    "BatchKind",
     "Table",
     "bucket_of",
     "layer_key",
