@@ -260,7 +260,7 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         returns_lse=spec.returns_lse,
         alibi_symmetric=spec.alibi == ALIBI_SYMMETRIC,
     )
-    builder = hopper_attn.get_builder_cls()(spec, torch.device("cpu"))
+    builder = backend.get_builder_cls()(spec, torch.device("cpu"))
     builder.launches = Launches.of(spec, device)
     batch, num_blocks = _batch(case, spec)
     tokens = batch.num_tokens

@@ -8,24 +8,25 @@ given in `triton_arguments.py`.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
-from attn_dispatch.backends.triton.launcher import Launcher
+from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
+from attn_dispatch.backends.triton.launcher import Launchers
 from attn_dispatch.backends.triton.operands import (
     KVSource,
     OutputBuffers,
-    dense,
+    block_of,
     fills_tiles,
+    has_native_fp8,
+    head_constants,
     is_interpreted,
-    is_native,
-    on_its_device,
+    on_tensor_device,
     tensor_descriptor,
+    with_contiguous_heads,
 )
 from attn_dispatch.backends.triton.plan import (
     INVARIANT_PARTS,
@@ -33,8 +34,6 @@ from attn_dispatch.backends.triton.plan import (
     PrefillPlan,
     TritonBuilder,
     TritonMetadata,
-    block_of,
-    blocks_of,
 )
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
@@ -75,15 +74,14 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         import_library("triton")
-        from attn_dispatch.backends.triton.kernels import decode, gather, kv_write, prefill
+        from attn_dispatch.backends.triton.kernels import decode, gather, prefill
 
         self._decode_kernels = (decode.decode_kernel, decode.decode_invariant_kernel)
         self._prefill_kernel = prefill.prefill_kernel
-        self._write_kernel = kv_write.write_kv_kernel
         self._gather_kernel = gather.gather_kv_kernel
-        self._launchers: dict[Any, Launcher] = {}
+        self._launchers = Launchers()
+        self._writer = KVCacheWriter(self)
         self._slopes: torch.Tensor | None = None
-        self._last_cache: tuple[Any, KVSource] | None = None
         self._query_factor, scale = split_scale(self.scale)
         self._cap = self.logits_soft_cap
         if self._cap is not None:
@@ -93,13 +91,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         self._numbers = (
             min(self.sliding_window or 0, _WINDOW_LIMIT), scale * LOG2E, cap * LOG2E, scale / cap
         )  # fmt: skip
-        block, block_v = blocks_of(self.head_size, self.head_size_v)
-        self._sizes = {
-            "HEAD_SIZE": self.head_size,
-            "HEAD_SIZE_V": self.head_size_v,
-            "BLOCK_D": block,
-            "BLOCK_DV": block_v,
-        }
+        self._sizes = head_constants(self.head_size, self.head_size_v)
         sizes = (self.head_size, self.head_size_v)
         #: Heads can be taken as pairs of bytes: half a tile still suits the matrix units.
         self._has_pairs = not any(size % 2 or block_of(size) < 32 for size in sizes)
@@ -111,7 +103,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             return self.head_size_v in _GROUPED_HEADS
         return quant_key in OUTPUT_QUANTS
 
-    @on_its_device
+    @on_tensor_device
     def forward(
         self,
         layer: AttentionLayer,
@@ -137,13 +129,15 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     f"head_size_v={self.head_size_v}; REFERENCE does."
                 )
         check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output, *scales)
-        query = dense(query if self._query_factor == 1.0 else query * self._query_factor)
-        cache = None if kv_cache is None else self._paged(kv_cache)
+        query = with_contiguous_heads(
+            query if self._query_factor == 1.0 else query * self._query_factor
+        )
+        cache = None if kv_cache is None else self._writer.pages(kv_cache)
         if cache is None and attn_metadata.batch.block_table is not None:
             attn_metadata = attn_metadata.without_pages
         out = OutputBuffers.of(self, query, output, *scales)
         if key is not None and value is not None:
-            key, value = dense(key), dense(value)
+            key, value = with_contiguous_heads(key), with_contiguous_heads(value)
             if kv_cache is not None:
                 self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
         self._attend(layer, attn_metadata, query, key, value, cache, out)
@@ -168,35 +162,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             source = self._source(layer, metadata, metadata.prefill, cache, key, value)
             self._prefill(layer, metadata, metadata.prefill, query, source, out)
 
-    def _launcher(
-        self,
-        name: tuple[Any, ...],
-        kernel: Any,
-        constants: Callable[[], dict[str, Any]],
-        options: Mapping[str, Any],
-    ) -> Launcher:
-        """The launcher of this name, made when it is first asked for."""
-        found = self._launchers.get(name)
-        if found is None:
-            found = self._launchers[name] = Launcher(kernel, constants(), options)
-        return found
-
-    def _paged(self, kv_cache: torch.Tensor) -> KVSource:
-        """The cache as the kernels take it; the last one is remembered.
-
-        Raises:
-            InvalidInputError: the elements of a head do not lie next to each other.
-        """
-        if self._last_cache is None or self._last_cache[0]() is not kv_cache:
-            if kv_cache.stride(-1) != 1 and kv_cache.shape[-1] > 1:
-                raise InvalidInputError(
-                    f"kv_cache has strides {kv_cache.stride()}; this backend reads heads whose "
-                    "elements lie next to each other. Make the cache by allocate_kv_cache."
-                )
-            self._last_cache = (weakref.ref(kv_cache), KVSource.of_pages(kv_cache))
-        return self._last_cache[1]
-
-    @on_its_device
     def write_kv(
         self,
         layer: AttentionLayer,
@@ -206,34 +171,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
-        slots = batch.slot_mapping
-        if self.kv_sharing_target_layer_name is not None or slots is None:
-            return
-        key, value, cache = dense(key), dense(value), self._paged(kv_cache)
-        num_tokens = slots.shape[0]
-        if not num_tokens:
-            return
-        rows = max(1, 2048 // self._largest_block)
-        k_scale, v_scale, scale_stride = cache.scales(layer)
-        launch = self._launcher(
-            ("write", key.dtype, cache.format, cache.k.dtype, cache.block_size, scale_stride),
-            self._write_kernel,
-            lambda: {
-                "NUM_KV_HEADS": self.num_kv_heads,
-                "ROWS": rows,
-                "BLOCK_SIZE": cache.block_size,
-                "FORMAT": cache.format,
-                "SCALE_STRIDE": scale_stride,
-                **self._sizes,
-            },
-            {},
-        )
-        launch(
-            (-(-num_tokens * self.num_kv_heads // rows), 1, 1),
-            key, value, cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
-            v_scale, slots, num_tokens, *key.stride()[:2], *value.stride()[:2],
-            *cache.k_strides,
-        )  # fmt: skip
+        self._writer.write(layer, key, value, kv_cache, batch)
 
     def _features(
         self,
@@ -251,7 +189,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             **self._sizes,
             "BLOCK_SIZE": source.block_size,
             "FORMAT": source.format,
-            "NATIVE": is_native(table, source.format),
+            "NATIVE": has_native_fp8(table, source.format),
             "SCALE_STRIDE": scale_stride,
             "CAUSAL": self.causal,
             "WINDOW": self.sliding_window is not None,
@@ -341,7 +279,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
 
         kernel = self._decode_kernels[plan.is_invariant]
         options = {**row.compile_options, "num_stages": stages}
-        launch = self._launcher(name, kernel, constants, options)
+        launch = self._launchers.find(name, kernel, constants, options)
         launch(
             (plan.grid, 1, 1),
             query, cache.k, cache.v, out.values, out.lse, out.scale, plan.part_out, plan.part_lse,
@@ -389,7 +327,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         windowed = self.sliding_window is not None and metadata.ranges is None
         k_scale, v_scale, scale_stride = cache.scales(layer)
         kind = (cache.format, cache.k.dtype, cache.block_size, scale_stride)
-        launch = self._launcher(
+        launch = self._launchers.find(
             ("gather", launches, plan.pad, windowed, *kind),
             self._gather_kernel,
             lambda: {
@@ -399,7 +337,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "PAD": plan.pad,
                 "WINDOW": windowed,
                 "FORMAT": cache.format,
-                "NATIVE": is_native(launches.table, cache.format),
+                "NATIVE": has_native_fp8(launches.table, cache.format),
                 "SCALE_STRIDE": scale_stride,
                 **self._sizes,
             },
@@ -447,7 +385,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             scale_stride, out.format, out.group, metadata.ranges is not None,
             metadata.mask_starts is not None, query.dtype, sinks.dtype,
         )  # fmt: skip
-        launch = self._launcher(
+        launch = self._launchers.find(
             name,
             self._prefill_kernel,
             lambda: {
@@ -474,7 +412,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
 class TritonAttnBackend(AttentionBackend):
     """Triton kernels for NVIDIA's and AMD's GPUs, compiled on the spot, for nearly every layer."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(
             DeviceMatch(vendor="nvidia", min_capability=(8, 0)),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["METADATA", "Launcher"]
+__all__ = ["METADATA", "Launcher", "Launchers"]
 
 #: Pointers through which kernels read one number at a time, or which are not there: their
 #: alignment is left open (do_not_specialize_on_alignment), so nobody need look at it.
@@ -108,6 +108,23 @@ class Launcher:
                 *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *args, *self._constants_in_order,
             )  # fmt: skip
+
+
+class Launchers(dict[Any, Launcher]):
+    """The launchers of one layer, by name."""
+
+    def find(
+        self,
+        name: tuple[Any, ...],
+        kernel: Any,
+        constants: Callable[[], Mapping[str, Any]],
+        options: Mapping[str, Any] | None = None,
+    ) -> Launcher:
+        """The launcher with this name, made at its first use."""
+        found = self.get(name)
+        if found is None:
+            found = self[name] = Launcher(kernel, constants(), options or {})
+        return found
 
 
 def _in_reach(tensor: torch.Tensor) -> bool:

@@ -19,13 +19,16 @@ __all__ = [
     "FORMATS",
     "OutputBuffers",
     "KVSource",
-    "dense",
+    "block_of",
+    "blocks_of",
     "fills_tiles",
+    "has_native_fp8",
+    "head_constants",
     "is_interpreted",
-    "is_native",
-    "on_its_device",
+    "on_tensor_device",
     "suits_tma",
     "tensor_descriptor",
+    "with_contiguous_heads",
 ]
 
 #: How the kernels call what a cache or an output keeps; any other dtype is "plain".
@@ -38,10 +41,36 @@ FORMATS = {
 }
 
 
+#: The narrowest tile of values where tiles of keys are wider. With one of 16 or 32, Triton 3.6 gave
+#: wrong numbers or read beyond shared memory on an H100, with and without pipelined loads.
+NARROWEST_VALUES = 64
+
 T = TypeVar("T")
 
 
-def on_its_device(method: Callable[..., T]) -> Callable[..., T]:
+def block_of(size: int) -> int:
+    """Elements of a tile that holds a head of this size: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def blocks_of(head_size: int, head_size_v: int) -> tuple[int, int]:
+    """Elements of a tile's rows of keys, and of values; see NARROWEST_VALUES."""
+    block = block_of(head_size)
+    return block, max(block_of(head_size_v), min(block, NARROWEST_VALUES))
+
+
+def head_constants(head_size: int, head_size_v: int) -> dict[str, int]:
+    """The head sizes and tile widths that every kernel is compiled for."""
+    block, block_v = blocks_of(head_size, head_size_v)
+    return {
+        "HEAD_SIZE": head_size,
+        "HEAD_SIZE_V": head_size_v,
+        "BLOCK_D": block,
+        "BLOCK_DV": block_v,
+    }
+
+
+def on_tensor_device(method: Callable[..., T]) -> Callable[..., T]:
     """For a method of an impl: run it with the device of its first tensor as the current one.
 
     PyTorch's operators look where their tensors are. Triton launches on the current device.
@@ -236,11 +265,11 @@ def is_interpreted() -> bool:
     return bool(import_library("triton").knobs.runtime.interpret)
 
 
-def is_native(table: LaunchTable, form: str) -> bool:
+def has_native_fp8(table: LaunchTable, form: str) -> bool:
     """Whether the compiler converts a format in hardware."""
     return form in table.native_fp8 and not is_interpreted()
 
 
-def dense(tensor: torch.Tensor) -> torch.Tensor:
+def with_contiguous_heads(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the elements of a head next to each other, as the kernels read them."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -14,6 +14,7 @@ import torch
 
 from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
+from attn_dispatch.backends.triton.operands import block_of, blocks_of
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
@@ -29,8 +30,6 @@ __all__ = [
     "PrefillPlan",
     "TritonBuilder",
     "TritonMetadata",
-    "block_of",
-    "blocks_of",
     "launch_table",
     "plan_rows",
 ]
@@ -50,22 +49,6 @@ def launch_table(device: DeviceProfile) -> LaunchTable:
     if device.vendor == "amd":
         return amd.table_for(device.arch)
     return nvidia.table_for(device.capability or (9, 0))
-
-
-def block_of(size: int) -> int:
-    """Elements of a tile that holds a head of this size: a power of two, 16 or more."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-#: The narrowest tile of values beside a wider one of keys. With one of 16 or 32, Triton 3.6 gave
-#: wrong numbers or read beyond shared memory on an H100, whether or not loads ran ahead.
-NARROWEST_VALUES = 64
-
-
-def blocks_of(head_size: int, head_size_v: int) -> tuple[int, int]:
-    """Elements of a tile's rows of keys, and of values; see NARROWEST_VALUES."""
-    block = block_of(head_size)
-    return block, max(block_of(head_size_v), min(block, NARROWEST_VALUES))
 
 
 @dataclass(frozen=True, eq=False)

@@ -248,7 +248,7 @@ class HopperImpl(TritonImpl):
         block_n, num_pieces = _BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
         describe = _descriptors(self.head_size, query.dtype)
-        launch = self._launcher(
+        launch = self._launchers.find(
             ("hopper", query.dtype, sinks.dtype),
             self._hopper_kernel,
             lambda: {
@@ -317,7 +317,7 @@ class HopperImpl(TritonImpl):
         rows = max(8, 1 << (plan.longest * group - 1).bit_length())
         slopes, sinks = self._per_head(query)
         dtypes = (query.dtype, sinks.dtype)
-        launch = self._launcher(
+        launch = self._launchers.find(
             ("hopper decode", dtypes, rows, row, pages.block_size, requests is None),
             self._hopper_decode_kernel,
             lambda: {
@@ -385,7 +385,7 @@ def _descriptors(head_size: int, dtype: torch.dtype) -> Any:
 class HopperAttnBackend(TritonAttnBackend):
     """TRITON_ATTN with kernels for Hopper: wgmma, TMA and specialized warps, in Gluon."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0)),),
         # Gluon changes between releases; of these 3.6 to 3.9 were compiled.

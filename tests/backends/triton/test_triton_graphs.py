@@ -12,6 +12,7 @@ import torch
 
 from attn_dispatch.backends.triton import launcher, operands
 from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from support.cases import INT8, Case, Step, layer_spec
@@ -372,15 +373,15 @@ def test_kernels_are_launched_where_the_tensors_are(monkeypatch, index, entered)
         device = SimpleNamespace(index=index)
 
     query = Elsewhere()
-    method = operands.on_its_device(lambda *args, **options: (len(args), list(options)))
+    method = operands.on_tensor_device(lambda *args, **options: (len(args), list(options)))
     assert method(None, None, query, 3) == (4, [])
     assert method(None, layer=None, query=query) == (1, ["layer", "query"])
     assert seen == 2 * entered
 
 
 def test_an_impl_looks_where_its_tensors_are():
-    for name in ("forward", "write_kv"):
-        assert getattr(TritonImpl, name).__wrapped__
+    assert TritonImpl.forward.__wrapped__
+    assert KVCacheWriter.write.__wrapped__
 
 
 @pytest.mark.gpu

@@ -13,9 +13,10 @@ import itertools
 import pytest
 import torch
 
+from attn_dispatch.backends.triton import operands
 from attn_dispatch.interface.types import AttentionType
 from support.cases import Case, Step, layer_spec
-from support.triton_cases import builder_of, check, forward, needs_gpu, triton_plan
+from support.triton_cases import builder_of, check, forward, needs_gpu
 
 SIZES = (16, 32, 64, 80, 96, 128, 192, 256, 512)
 #: Also sizes that fill no tile.
@@ -115,8 +116,8 @@ for mark in needs_gpu:
 
 def test_tiles_of_values_hold_their_heads():
     for head_size, head_size_v in PAIRS:
-        block, block_v = triton_plan.blocks_of(head_size, head_size_v)
+        block, block_v = operands.blocks_of(head_size, head_size_v)
         assert block >= head_size
         assert block_v >= head_size_v
-        assert block_v >= min(block, triton_plan.NARROWEST_VALUES)
+        assert block_v >= min(block, operands.NARROWEST_VALUES)
         assert (block & (block - 1), block_v & (block_v - 1)) == (0, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_dispatch.backends.triton import backend as triton_attn
-from attn_dispatch.backends.triton import operands
+from attn_dispatch.backends.triton import launcher, operands
 from attn_dispatch.backends.triton.backend import TritonImpl
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8, encode_fp8
 from attn_dispatch.interface.kv_access import write_kv_cache
@@ -255,12 +255,12 @@ def found_in(monkeypatch, any_size):
     """Where the prefill kernels that are launched from here on find their keys."""
     seen = []
 
-    class Recording(triton_attn.Launcher):
+    class Recording(launcher.Launcher):
         def __init__(self, kernel, constants, options):
             super().__init__(kernel, constants, options)
             seen.extend([constants["SOURCE"]] if "SOURCE" in constants else [])
 
-    monkeypatch.setattr(triton_attn, "Launcher", Recording)
+    monkeypatch.setattr(launcher, "Launcher", Recording)
     return seen
 
 

@@ -1,0 +1,94 @@
+"""Stores new keys and values in the paged cache, by a Triton kernel."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from attn_dispatch.backends.triton.launcher import Launchers
+from attn_dispatch.backends.triton.operands import (
+    KVSource,
+    head_constants,
+    on_tensor_device,
+    with_contiguous_heads,
+)
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.platforms.libraries import import_library
+
+__all__ = ["KVCacheWriter"]
+
+
+class KVCacheWriter:
+    """Stores a layer's new keys and values in its paged cache, in one launch.
+
+    Any impl may use one: it reads the head counts and sizes of `impl`, and whether its layer shares
+    another layer's cache.
+    """
+
+    def __init__(self, impl: AttentionImpl[Any]) -> None:
+        import_library("triton")
+        from attn_dispatch.backends.triton.kernels import kv_write
+
+        self._kernel = kv_write.write_kv_kernel
+        self._launchers = Launchers()
+        self._last_cache: tuple[Any, KVSource] | None = None
+        self._num_kv_heads = impl.num_kv_heads
+        self._is_shared = impl.kv_sharing_target_layer_name is not None
+        self._heads = head_constants(impl.head_size, impl.head_size_v)
+        self._rows = max(1, 2048 // max(self._heads["BLOCK_D"], self._heads["BLOCK_DV"]))
+
+    def pages(self, kv_cache: torch.Tensor) -> KVSource:
+        """The cache as the kernels read it. Repeated calls with the same cache are cheap.
+
+        Raises:
+            InvalidInputError: the elements of a head are not contiguous.
+        """
+        if self._last_cache is None or self._last_cache[0]() is not kv_cache:
+            if kv_cache.stride(-1) != 1 and kv_cache.shape[-1] > 1:
+                raise InvalidInputError(
+                    f"kv_cache has strides {kv_cache.stride()}; this backend needs the elements of "
+                    "each head to be contiguous. Make the cache with allocate_kv_cache."
+                )
+            self._last_cache = (weakref.ref(kv_cache), KVSource.of_pages(kv_cache))
+        return self._last_cache[1]
+
+    @on_tensor_device
+    def write(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        """See AttentionImpl.write_kv. Without slots, or for a shared cache, nothing is stored."""
+        slots = batch.slot_mapping
+        if self._is_shared or slots is None:
+            return
+        key, value = with_contiguous_heads(key), with_contiguous_heads(value)
+        cache, num_tokens = self.pages(kv_cache), slots.shape[0]
+        if not num_tokens:
+            return
+        k_scale, v_scale, scale_stride = cache.scales(layer)
+        launch = self._launchers.find(
+            (key.dtype, cache.format, cache.k.dtype, cache.block_size, scale_stride),
+            self._kernel,
+            lambda: {
+                "NUM_KV_HEADS": self._num_kv_heads,
+                "ROWS": self._rows,
+                "BLOCK_SIZE": cache.block_size,
+                "FORMAT": cache.format,
+                "SCALE_STRIDE": scale_stride,
+                **self._heads,
+            },
+        )
+        launch(
+            (-(-num_tokens * self._num_kv_heads // self._rows), 1, 1),
+            key, value, cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
+            v_scale, slots, num_tokens, *key.stride()[:2], *value.stride()[:2],
+            *cache.k_strides,
+        )  # fmt: skip
