@@ -1,11 +1,11 @@
-"""Write the tables of README.md and docs/*.md out of the declarations in the code.
+"""Write the tables of docs/*.md from the declarations in the code.
 
-A page has markers, and what stands between them belongs to this program:
+A page has markers, and this program writes the text between them:
 
     <!-- generated: NAME -->
     <!-- end -->
 
-`python docs/generate.py` fills them in; with `--check` it only says what would change, and exits
+`python docs/generate.py` fills them in; with `--check` it only shows what would change, and exits
 with status 1 if anything would. NAME is a key of `PARTS`.
 """
 
@@ -30,8 +30,8 @@ from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES
 from attn_dispatch.selection import overrides
 from attn_dispatch.selection.overrides import VLLM_NAMES
-from attn_dispatch.selection.priorities import LAST_RESORT, PLATFORMS
-from attn_dispatch.selection.registry import BUILTIN, resolve_full_cls_name
+from attn_dispatch.selection.priorities import BUILTIN, LAST_RESORT, PLATFORMS, Platform
+from attn_dispatch.selection.registry import resolve_full_cls_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,13 +61,13 @@ def code(value: object) -> str:
 
 def backends() -> str:
     """What each built-in backend accepts, field by field of the request."""
-    classes = [resolve_full_cls_name(target) for target in BUILTIN.values()]
+    classes = [resolve_full_cls_name(backend.target) for backend in BUILTIN.values()]
     rows = [
         ["runs on", *("; ".join(m.describe() for m in c.capabilities.devices) for c in classes)],
-        ["needs", *(", ".join(c.capabilities.requires) or "torch alone" for c in classes)],
+        ["needs", *(", ".join(c.capabilities.requires) or "only torch" for c in classes)],
     ]
     for name, field in _FIELDS.items():
-        accepted = (_words(each.capabilities.fields.get(name), field) for each in classes)
+        accepted = (_accepted(each.capabilities.fields.get(name), field) for each in classes)
         rows.append([code(name), *accepted])
     return table(["", *(code(name) for name in BUILTIN)], rows)
 
@@ -75,8 +75,8 @@ def backends() -> str:
 _FIELDS = {field.name: field for field in dataclasses.fields(AttentionSpec)}
 
 
-def _words(constraint: Constraint | None, field: dataclasses.Field[Any]) -> str:
-    """What is accepted for a field of the request; constraint is None where none is declared."""
+def _accepted(constraint: Constraint | None, field: dataclasses.Field[Any]) -> str:
+    """The accepted values of a field; constraint is None for an undeclared field."""
     if constraint is None:
         if field.metadata.get("neutral") not in (None, False):
             return str(plain_value(field.metadata["neutral"]))
@@ -90,17 +90,17 @@ def _words(constraint: Constraint | None, field: dataclasses.Field[Any]) -> str:
     if field.metadata.get("neutral", ...) is False:
         yes_or_no = words.replace("False, True", "True, False")
         return yes_or_no.replace("True, False", "yes").replace("False", "no")
-    if field.metadata.get("neutral", ...) is None:  # what leaves the field out is no choice
+    if field.metadata.get("neutral", ...) is None:  # None leaves the field out
         words = re.sub(r"\bNone(, | or )", "", words)
     return re.sub(r"^None$", "no", words)
 
 
 def registered() -> str:
-    """The built-in backends, with what their docstrings say."""
+    """The built-in backends, with the first line of their docstrings."""
     rows = []
-    for name, target in BUILTIN.items():
-        doc = (resolve_full_cls_name(target).__doc__ or "").splitlines()[0]
-        module = target.split(":")[0].removeprefix("attn_dispatch.").replace(".", "/")
+    for name, backend in BUILTIN.items():
+        doc = (resolve_full_cls_name(backend.target).__doc__ or "").splitlines()[0]
+        module = backend.target.split(":")[0].removeprefix("attn_dispatch.").replace(".", "/")
         rows.append([code(name), doc, code(f"{module}.py")])
     return table(["Backend", "What it is", "File"], rows)
 
@@ -113,8 +113,8 @@ def flash_attention() -> str:
     for provider in PROVIDERS:
         accepts = provider.capabilities
         devices = "; ".join(match.describe() for match in accepts.devices)
-        words = (_words(accepts.fields.get(name), _FIELDS[name]) for name in fields)
-        rows.append([provider.name, devices, ", ".join(accepts.requires), *words])
+        values = (_accepted(accepts.fields.get(name), _FIELDS[name]) for name in fields)
+        rows.append([provider.name, devices, ", ".join(accepts.requires), *values])
     return table(header, rows)
 
 
@@ -122,10 +122,10 @@ def platforms() -> str:
     """The order of backends on each platform."""
     rest = ["any others", *(code(name) for name in LAST_RESORT)]
 
-    def order(names: tuple[str, ...]) -> str:
-        return ", ".join([*(code(name) for name in names), *rest])
+    def order(platform: Platform, phase: Phase) -> str:
+        return ", ".join([*map(code, platform.order(phase)), *rest])
 
-    rows = [[p.name, p.match.describe(), order(p.prefill), order(p.decode)] for p in PLATFORMS]
+    rows = [[p.name, p.match.describe(), *(order(p, phase) for phase in Phase)] for p in PLATFORMS]
     return table(["Platform", "Devices", "Prefill, best first", "Decode, best first"], rows)
 
 
@@ -156,7 +156,7 @@ def _has_neutral(field: dataclasses.Field[Any]) -> bool:
 
 
 def devices() -> str:
-    """The devices that can be asked about from anywhere."""
+    """The devices with a known profile."""
     header = ["Name", "Other names", "Profile of", "SMs or CUs", "Shared memory", "L2", "Bandwidth"]
     return table(header, [_device_row(profile) for profile in KNOWN_DEVICES.values()])
 
@@ -187,7 +187,7 @@ def variables() -> str:
 
 
 def override_grammar() -> str:
-    """The grammar of overrides, as the module that parses them states it."""
+    """The grammar of overrides, from the docstring of the module that parses them."""
     paragraphs = (overrides.__doc__ or "").split("\n\n")
     grammar = next(p for p in paragraphs if p.lstrip("\n").startswith("    override :="))
     return f"```text\n{textwrap.dedent(grammar).strip()}\n```\n"
@@ -203,9 +203,9 @@ def override_scopes() -> str:
 
 
 def vllm_names() -> str:
-    """vLLM's names for backends that are called otherwise here."""
+    """vLLM's names for backends that have another name here."""
     rows = [
-        [code(name), code(ours), "yes" if ours in BUILTIN else "no, refused"]
+        [code(name), code(ours), "yes" if ours in BUILTIN else "no, rejected"]
         for name, ours in VLLM_NAMES.items()
     ]
     return table(["vLLM's name", "Name here", "Exists today"], rows)
@@ -231,20 +231,20 @@ PARTS: dict[str, Callable[[], str]] = {
 
 def pages() -> list[Path]:
     """The files that may have generated parts."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return sorted((ROOT / "docs").glob("*.md"))
 
 
 def fill_in(text: str, name: str) -> str:
-    """A page's text with its generated parts as the code has them now.
+    """A page's text with its generated parts filled in.
 
     Raises:
-        ValueError: a marker names no part, or stands without its other half.
+        ValueError: a marker names an unknown part, or has no other half.
     """
 
     def part(match: re.Match[str]) -> str:
         if match["name"] not in PARTS:
             raise ValueError(
-                f"{name} asks for the part {match['name']!r}; there are: {', '.join(PARTS)}."
+                f"{name} names the part {match['name']!r}; the parts are {', '.join(PARTS)}."
             )
         return f"{match['begin']}\n{PARTS[match['name']]()}\n{match['end']}"
 
@@ -259,7 +259,7 @@ def fill_in(text: str, name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill in every page, or check that nothing would change."""
-    parser = argparse.ArgumentParser(description="Write the generated parts of README.md and docs.")
+    parser = argparse.ArgumentParser(description="Write the generated parts of docs/*.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it would")
     check = parser.parse_args(arguments).check
     stale = 0

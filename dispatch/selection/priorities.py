@@ -1,7 +1,7 @@
-"""The declared order of backends on each platform: what automatic selection tries, best first.
+"""The backends of this package, and the order in which each platform tries them.
 
-A backend is named here once it exists. One that is registered but not named for a platform (a
-plugin, or a backend that nobody measured there) is tried before the last resort.
+To add a backend, write its module and add one entry to `BUILTIN`. A backend without a rank on a
+platform (a plug-in, or one that was not measured there) is tried before the last resort.
 """
 
 from __future__ import annotations
@@ -11,53 +11,105 @@ from dataclasses import dataclass
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
-__all__ = ["LAST_RESORT", "PLATFORMS", "Platform", "backend_order"]
+__all__ = ["BUILTIN", "LAST_RESORT", "PLATFORMS", "Builtin", "Platform", "backend_order"]
 
-#: Right everywhere and fast nowhere; landing here on a GPU is worth a warning.
+#: Correct on every device and fast on none; selecting one on a GPU gives a warning.
 LAST_RESORT = ("REFERENCE", "REFERENCE_MLA")
+
+#: A backend's place on a platform, the lowest first: for both phases, or (prefill, decode).
+Rank = int | tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A backend of this package: its class as "module:Class", and its rank on each platform."""
+
+    path: str
+    ampere: Rank = None
+    hopper: Rank = None
+    blackwell: Rank = None
+    cdna: Rank = None
+    rdna: Rank = None
+    other: Rank = None
+
+    @property
+    def target(self) -> str:
+        """The full name of the class, as `resolve_full_cls_name` takes it."""
+        return f"attn_dispatch.backends.{self.path}"
+
+
+# Ranks are 10 apart, so that a new backend fits in between. Where they come from:
+#
+# hopper: measured on an H200. HOPPER_ATTN's prefills are level with FlashAttention 3's: ahead for
+#   long prompts, behind for many short ones. Its decodes, which are TRITON_ATTN's, are level for
+#   requests of equal lengths and ahead for unequal ones. FLASH_ATTN takes what HOPPER_ATTN has no
+#   kernel for: its prefills are faster than TRITON_ATTN's. FLASHINFER's decodes were level. The
+#   place of TORCH_VARLEN is a guess.
+# The others are guesses from published figures; `attn-dispatch tune` replaces them by times.
+# ampere: FlashAttention 2 and FlashInfer's FA2 kernels were tuned for it. Prefills are bound by how
+#   well a kernel feeds the tensor cores. Decodes are bound by memory, where Triton's do as well.
+# blackwell: FlashAttention 4 and FlashInfer have kernels for the tensor cores of B200; Triton's are
+#   general.
+# cdna: not run on an AMD GPU yet. TRITON_ATTN is first because its results were checked on NVIDIA;
+#   the others were only checked against fakes.
+# rdna, other: not measured. Triton compiles the same program everywhere; then what PyTorch has.
+BUILTIN: dict[str, Builtin] = {
+    "HOPPER_ATTN": Builtin("cuda.hopper.backend:HopperAttnBackend", hopper=10),
+    "FLASH_ATTN": Builtin(
+        "cuda.flash_attn.backend:FlashAttnBackend", ampere=(10, 20), hopper=20, blackwell=(10, 30)
+    ),
+    "FLASHINFER": Builtin(
+        "cuda.flashinfer.backend:FlashInferBackend", ampere=30, hopper=40, blackwell=(20, 10)
+    ),
+    "ROCM_AITER": Builtin("rocm.aiter:RocmAiterBackend", cdna=20),
+    "ROCM_FLASH_ATTN": Builtin("rocm.flash_attn_ck:RocmFlashAttnBackend", cdna=30),
+    "TRITON_ATTN": Builtin(
+        "triton.backend:TritonAttnBackend",
+        ampere=(20, 10),
+        hopper=30,
+        blackwell=(30, 20),
+        cdna=10,
+        rdna=10,
+    ),
+    "TORCH_VARLEN": Builtin(
+        "cuda.torch_varlen:TorchVarlenBackend", ampere=40, hopper=50, blackwell=40
+    ),
+    "TORCH_SDPA": Builtin(
+        "reference.torch_sdpa:TorchSDPABackend",
+        ampere=50,
+        hopper=60,
+        blackwell=50,
+        cdna=40,
+        rdna=20,
+        other=10,
+    ),
+    "REFERENCE": Builtin("reference.torch_ref:ReferenceBackend"),
+    "REFERENCE_MLA": Builtin("reference.torch_ref_mla:ReferenceMLABackend"),
+}
 
 
 @dataclass(frozen=True)
 class Platform:
-    """A set of devices and the order of backends there, for each phase."""
+    """A set of devices with one order of backends.
+
+    Attributes:
+        name: for people.
+        match: the devices.
+        ranks: the field of `Builtin` that holds the ranks.
+    """
 
     name: str
     match: DeviceMatch
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
+    ranks: str
 
-
-#: Where nobody has measured: what one program compiles to everywhere, then what PyTorch brings.
-_TRITON_FIRST = ("TRITON_ATTN", "TORCH_SDPA")
-_SDPA = ("TORCH_SDPA",)
-
-# Only Hopper's order goes by what was measured, on an H200. There HOPPER_ATTN's prefills are level
-# with FlashAttention 3's: ahead for long prompts, behind for many short ones. Its decodes, which
-# are TRITON_ATTN's, are level too where requests are alike, and ahead where they are not.
-# FLASH_ATTN takes what HOPPER_ATTN has no kernel for: its prefills are faster than TRITON_ATTN's.
-# FLASHINFER's decodes were level; the place of TORCH_VARLEN is a guess.
-_HOPPER = (
-    "HOPPER_ATTN",
-    "FLASH_ATTN",
-    "TRITON_ATTN",
-    "FLASHINFER",
-    "TORCH_VARLEN",
-    "TORCH_SDPA",
-)
-
-# The orders below are guesses from published figures; `attn-dispatch tune` replaces them by times.
-# FlashAttention 2 and FlashInfer's FA2 kernels were tuned for Ampere, where prefills are bound by
-# how well a kernel feeds the tensor cores. Decodes are bound by memory: Triton's do as well.
-_AMPERE_PREFILL = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "TORCH_VARLEN", "TORCH_SDPA")
-_AMPERE_DECODE = ("TRITON_ATTN", "FLASH_ATTN", "FLASHINFER", "TORCH_VARLEN", "TORCH_SDPA")
-
-# FlashAttention 4 and FlashInfer have kernels for the tensor cores of B200; Triton's are general.
-_BLACKWELL_PREFILL = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TORCH_VARLEN", "TORCH_SDPA")
-_BLACKWELL_DECODE = ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN", "TORCH_VARLEN", "TORCH_SDPA")
-
-# Nobody has run these on an AMD GPU here. TRITON_ATTN comes first: its results were checked on
-# NVIDIA, and the others' by stand-ins alone.
-_CDNA = ("TRITON_ATTN", "ROCM_AITER", "ROCM_FLASH_ATTN", "TORCH_SDPA")
+    def order(self, phase: Phase | None) -> tuple[str, ...]:
+        """The backends with a rank here, best first; None for the order of prefill."""
+        found = {}
+        for name, backend in BUILTIN.items():
+            rank: Rank = getattr(backend, self.ranks)
+            if rank is not None:
+                found[name] = rank if isinstance(rank, int) else rank[phase is Phase.DECODE]
+        return tuple(sorted(found, key=found.__getitem__))
 
 
 def _cuda(first: tuple[int, int], last: tuple[int, int]) -> DeviceMatch:
@@ -68,37 +120,27 @@ def _rocm(*archs: str) -> DeviceMatch:
     return DeviceMatch(vendor="amd", archs=archs)
 
 
-#: First match counts. Columns: name, devices, order for prefill, order for decode.
+#: The first match counts.
 PLATFORMS: tuple[Platform, ...] = (
-    Platform("CUDA, Ampere and Ada", _cuda((8, 0), (8, 9)), _AMPERE_PREFILL, _AMPERE_DECODE),
-    Platform("CUDA, Hopper", _cuda((9, 0), (9, 9)), _HOPPER, _HOPPER),
-    Platform(
-        "CUDA, Blackwell for data centres",
-        _cuda((10, 0), (11, 9)),
-        _BLACKWELL_PREFILL,
-        _BLACKWELL_DECODE,
-    ),
-    # Without the tensor memory of B200; FlashAttention 4 is not for it.
-    Platform(
-        "CUDA, Blackwell for workstations", _cuda((12, 0), (12, 9)), _AMPERE_PREFILL, _AMPERE_DECODE
-    ),
-    Platform("ROCm, CDNA", _rocm("gfx90a", "gfx942", "gfx950"), _CDNA, _CDNA),
-    Platform("ROCm, RDNA", _rocm("gfx1100", "gfx1201"), _TRITON_FIRST, _TRITON_FIRST),
-    Platform("CPU", DeviceMatch(vendor="cpu"), _SDPA, _SDPA),
-    Platform("MPS", DeviceMatch(vendor="apple"), _SDPA, _SDPA),
-    Platform("XPU", DeviceMatch(vendor="intel"), _SDPA, _SDPA),
+    Platform("CUDA, Ampere and Ada", _cuda((8, 0), (8, 9)), "ampere"),
+    Platform("CUDA, Hopper", _cuda((9, 0), (9, 9)), "hopper"),
+    Platform("CUDA, Blackwell for data centres", _cuda((10, 0), (11, 9)), "blackwell"),
+    # It lacks the tensor memory of B200, and FlashAttention 4 does not support it.
+    Platform("CUDA, Blackwell for workstations", _cuda((12, 0), (12, 9)), "ampere"),
+    Platform("ROCm, CDNA", _rocm("gfx90a", "gfx942", "gfx950"), "cdna"),
+    Platform("ROCm, RDNA", _rocm("gfx1100", "gfx1201"), "rdna"),
+    Platform("CPU", DeviceMatch(vendor="cpu"), "other"),
+    Platform("MPS", DeviceMatch(vendor="apple"), "other"),
+    Platform("XPU", DeviceMatch(vendor="intel"), "other"),
 )
 
 
 def backend_order(
     device: DeviceProfile, phase: Phase | None, registered: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Every registered backend in the order to try them: declared, others, last resort."""
+    """Every registered backend in the order to try them: ranked, others, last resort."""
     platform = next((p for p in PLATFORMS if p.match.admits(device)), None)
-    declared: tuple[str, ...] = ()
-    if platform is not None:
-        declared = platform.decode if phase is Phase.DECODE else platform.prefill
-    named = [name for name in declared if name in registered]
+    ranked = [] if platform is None else [n for n in platform.order(phase) if n in registered]
     resort = [name for name in LAST_RESORT if name in registered]
-    others = [name for name in registered if name not in named and name not in resort]
-    return (*named, *others, *resort)
+    others = [name for name in registered if name not in ranked and name not in resort]
+    return (*ranked, *others, *resort)

@@ -1,13 +1,14 @@
-"""The registry: backend names and where their classes are.
+"""The registry: backend names and their classes.
 
-To add a backend to the library: write its module and add one line to `BUILTIN`. A package
-outside of it names its backend in the entry-point group `attn_dispatch.backends`.
+The backends of this package are listed in `priorities.BUILTIN`. Another package names its backend
+in the entry-point group `attn_dispatch.backends`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import operator
 import re
 import threading
@@ -26,11 +27,13 @@ from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadat
 from attn_dispatch.interface.signatures import signature_problems
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.locks import ForkSafeLock
+from attn_dispatch.log import logger
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import LIBRARIES, library_name
+from attn_dispatch.selection.priorities import BUILTIN, Builtin
+from attn_dispatch.selection.version import changed
 
 __all__ = [
-    "BUILTIN",
     "ENTRY_POINT_GROUP",
     "Candidate",
     "Registry",
@@ -43,28 +46,16 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "attn_dispatch.backends"
 
-#: How long a decision waits for a plugin's import. What a backend calls is for its constructor.
+#: How long a decision waits for the import of a plug-in.
 _PLUGIN_SECONDS = 30.0
 
-BUILTIN: dict[str, str] = {
-    "HOPPER_ATTN": "attn_dispatch.backends.cuda.hopper.backend:HopperAttnBackend",
-    "FLASH_ATTN": "attn_dispatch.backends.cuda.flash_attn.backend:FlashAttnBackend",
-    "FLASHINFER": "attn_dispatch.backends.cuda.flashinfer.backend:FlashInferBackend",
-    "ROCM_AITER": "attn_dispatch.backends.rocm.aiter:RocmAiterBackend",
-    "ROCM_FLASH_ATTN": "attn_dispatch.backends.rocm.flash_attn_ck:RocmFlashAttnBackend",
-    "TRITON_ATTN": "attn_dispatch.backends.triton.backend:TritonAttnBackend",
-    "TORCH_VARLEN": "attn_dispatch.backends.cuda.torch_varlen:TorchVarlenBackend",
-    "TORCH_SDPA": "attn_dispatch.backends.reference.torch_sdpa:TorchSDPABackend",
-    "REFERENCE": "attn_dispatch.backends.reference.torch_ref:ReferenceBackend",
-    "REFERENCE_MLA": "attn_dispatch.backends.reference.torch_ref_mla:ReferenceMLABackend",
-}
-_BUILTIN_CLASSES = frozenset(BUILTIN.values())
-#: The backend of models without attention layers. It is never selected, so it is not registered.
+_BUILTIN_CLASSES = frozenset(backend.target for backend in BUILTIN.values())
+#: The backend of models without attention layers. It is never selected, so it isn't registered.
 NO_ATTENTION = "attn_dispatch.backends.no_attention:NoAttentionBackend"
 
 
 def is_builtin(backend_cls: type[AttentionBackend]) -> bool:
-    """Whether a backend class is one of this package's own, which are trusted to do as declared."""
+    """Whether a backend class is one of this package's, which run without a guard."""
     return f"{backend_cls.__module__}:{backend_cls.__qualname__}" in _BUILTIN_CLASSES
 
 
@@ -79,7 +70,7 @@ class Candidate:
 
 
 def check_backend_class(cls: Any) -> list[str]:
-    """What a class lacks to be a backend, as sentences; empty if nothing."""
+    """The reasons why a class is not a backend, as sentences; empty if it is one."""
     if not (isinstance(cls, type) and issubclass(cls, AttentionBackend)):
         return [f"{cls!r} is not a subclass of attn_dispatch.AttentionBackend"]
     problems = _missing_members(cls)
@@ -105,7 +96,7 @@ def check_backend_class(cls: Any) -> list[str]:
     for getter, base in parts.items():
         try:
             part = getattr(cls, getter)()
-        except Exception as error:  # a plugin's getter may raise anything at all
+        except Exception as error:  # a plug-in's getter may raise anything
             problems.append(f"{cls.__name__}.{getter}() raises {type(error).__name__}: {error}")
             continue
         if not (isinstance(part, type) and issubclass(part, base)):
@@ -118,7 +109,7 @@ def check_backend_class(cls: Any) -> list[str]:
 
 
 def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
-    """Whether a layer with alibi="symmetric" may be given to the backend on any known device."""
+    """Whether a known device exists on which the backend may get alibi="symmetric"."""
     constraint = getattr(getattr(cls, "capabilities", None), "fields", {}).get("alibi")
     if constraint is None:
         return False
@@ -128,25 +119,32 @@ def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
     devices = KNOWN_DEVICES.values()
     try:
         return any(constraint.admits("symmetric", spec, device) for device in devices)
-    except Exception:  # a plugin's own constraint may raise anything: selection says so
+    except Exception:  # a plug-in's constraint may raise anything; selection reports it
         return False
 
 
 def _problems_of_name(cls: type[AttentionBackend]) -> list[str]:
     try:
         name: object = cls.get_name()
-    except Exception as error:  # as above
+    except Exception as error:  # a plug-in's name may raise anything
         return [f"{cls.__name__}.get_name() raises {type(error).__name__}: {error}"]
     if isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name):
         return []
     return [
-        f"{cls.__name__}.get_name() is {name!r}, and overrides know only names of capitals, digits "
-        "and underscores"
+        f"{cls.__name__}.get_name() is {name!r}; a name has only capitals, digits and underscores"
     ]
 
 
 def _missing_members(cls: type) -> list[str]:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if issubclass(cls, AttentionBackend):
+        getters = {"name": "get_name", "impl_cls": "get_impl_cls"}  # the attribute, or its getter
+        missing += [
+            attribute
+            for attribute, getter in getters.items()
+            if not hasattr(cls, attribute)
+            and inspect.getattr_static(cls, getter) is vars(AttentionBackend)[getter]
+        ]
     return [f"{cls.__name__} does not implement {', '.join(missing)}"] if missing else []
 
 
@@ -155,14 +153,14 @@ def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[Attentio
 
     Raises:
         InvalidInputError: the name has neither form.
-        BackendFailure: the module cannot be imported, or the class is not a proper backend.
+        BackendFailure: the module cannot be imported, or the class is not a backend.
     """
     module_name, class_name = _split(full_cls_name)
     try:
         cls = operator.attrgetter(class_name)(importlib.import_module(module_name))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a plugin's module may raise anything at all, SystemExit too
+    except BaseException as error:  # a plug-in's module may raise anything, SystemExit too
         raise BackendFailure(
             f"{module_name}:{class_name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -188,22 +186,20 @@ def _split(full_cls_name: Any) -> tuple[str, str]:
 class Registry:
     """Backends by name, in the order in which they were registered. Safe to use from threads."""
 
-    def __init__(self, builtin: Mapping[str, str]) -> None:
+    def __init__(self, builtin: Mapping[str, Builtin]) -> None:
         self._lock = ForkSafeLock()
-        self._builtin = dict(builtin)
+        self._builtin = {name: backend.target for name, backend in builtin.items()}
         self._targets: dict[str, str] | None = None
         self._loaded: dict[str, Candidate] = {}
         self._registered: dict[str, type[AttentionBackend]] = {}
         self._candidates: Mapping[str, Candidate] | None = None
         self._names: frozenset[str] | None = None
-        #: Changes whenever a decision may come out differently.
-        self.generation = 0
 
     def register(self, backend_cls: type[AttentionBackend]) -> None:
-        """Add a backend class under the name that it gives itself, in place of an earlier one.
+        """Add a backend class under its own name, in place of an earlier one.
 
         Raises:
-            InvalidInputError: the class is not a proper backend; it says what is missing.
+            InvalidInputError: the class is not a backend; the message lists what is missing.
         """
         problems = check_backend_class(backend_cls)
         if problems:
@@ -213,10 +209,10 @@ class Registry:
             self._changed()
 
     def unregister(self, name: str) -> None:
-        """Take back what `register` added.
+        """Undo `register`.
 
         Raises:
-            InvalidInputError: nothing was registered under this name by `register`.
+            InvalidInputError: no class was registered under this name.
         """
         with self._lock:
             if self._registered.pop(name, None) is None:
@@ -225,7 +221,7 @@ class Registry:
 
     def _changed(self) -> None:
         self._candidates = self._names = None
-        self.generation += 1
+        changed()
 
     def names(self) -> frozenset[str]:
         """Every registered name."""
@@ -238,15 +234,15 @@ class Registry:
     def _all_targets(self) -> dict[str, str]:
         with self._lock:
             if self._targets is None:
-                # A name of ours stays ours: a plugin replaces one only by an explicit register().
+                # An entry point cannot replace a built-in backend; only register() can.
                 self._targets = {**_entry_points(), **self._builtin}
             return self._targets
 
     def candidates(self) -> Mapping[str, Candidate]:
-        """Every registered backend, loaded; one that fails to load carries the reason."""
+        """Every registered backend, loaded, or with the reason why it could not be loaded."""
         candidates = self._candidates
         if candidates is None:
-            # Not under the lock: a module may register while another thread imports it.
+            # Without the lock: a module may register while another thread imports it.
             for name, target in self._all_targets().items():
                 if name not in self._loaded:
                     limit = None if name in self._builtin else _PLUGIN_SECONDS
@@ -263,7 +259,7 @@ class Registry:
         return {name: self._loaded[name] for name in self._all_targets()} | registered
 
     def library_names(self) -> tuple[str, ...]:
-        """The libraries that selection asks about: those of LIBRARIES, and what plugins require."""
+        """The libraries that decide on backends: LIBRARIES, and what plug-ins require."""
         classes = (candidate.backend_cls for candidate in self.candidates().values())
         required = (r for cls in classes if cls is not None for r in cls.capabilities.requires)
         return tuple(dict.fromkeys([*LIBRARIES, *map(library_name, required)]))
@@ -272,7 +268,7 @@ class Registry:
 def _entry_points() -> dict[str, str]:
     try:
         found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    except Exception as error:  # one malformed record, of any package, spoils the whole list
+    except Exception as error:  # one malformed record of any package makes the list unreadable
         warnings.warn(
             f"Plugins are not available: the installed packages' entry points cannot be read "
             f"({type(error).__name__}: {error}). Reinstall the package that was installed last.",
@@ -294,18 +290,22 @@ def _load(name: str, target: str, limit: float | None) -> Candidate:
             asked=str(error),
             hint="repair or uninstall the package that brings it",
         )
+        if limit is not None:
+            logger.warning("plug-in %s is not available: %s", name, error)
         return Candidate(name, target, None, reason)
+    if limit is not None:
+        logger.info("plug-in %s loaded from %s", name, target)
     return Candidate(name, target, cls)
 
 
 def _resolve_within(seconds: float, target: str) -> type[AttentionBackend]:
-    """The class behind a name, by a thread that is left alone if it does not come back."""
+    """The class behind a name, imported by a thread that is abandoned after this time."""
     outcome: list[type[AttentionBackend] | BaseException] = []
 
     def resolve() -> None:
         try:
             outcome.append(resolve_full_cls_name(target))
-        except BaseException as error:  # raised below, where somebody can see it
+        except BaseException as error:  # raised below, in the caller's thread
             outcome.append(error)
 
     thread = threading.Thread(target=resolve, name=f"import of {target}", daemon=True)

@@ -12,7 +12,6 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import ReasonCode
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
-from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device
@@ -25,6 +24,7 @@ from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.report import Report, Selection
 from attn_dispatch.selection.selector import decide, phases_of, select
 from attn_dispatch.selection.timings.store import tables_for
+from attn_dispatch.selection.version import version
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def resolve(
     overrides.check_override(backend)
     if not isinstance(device, DeviceProfile):
         device = resolve_device(device)
-    generations = (registry.generation, libraries.generation(), failure_record.generation())
+    generations = (version(), failure_record.generation())
     named = environment.tuning()
     tuning = (named, "" if named else environment.cache_folder())
     key = (spec, device, phase, backend, overrides.current_texts(), tuning, generations)

@@ -30,11 +30,12 @@ from attn_dispatch.interface.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, Attenti
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES, known_device
-from attn_dispatch.selection.registry import BUILTIN, registry, resolve_full_cls_name
+from attn_dispatch.selection.priorities import BUILTIN
+from attn_dispatch.selection.registry import registry, resolve_full_cls_name
 from attn_dispatch.selection.resolve import explained_device
 from support.selection import DEEPSEEK, layer, make_backend, mla_layer
 
-BACKENDS = {name: resolve_full_cls_name(target) for name, target in BUILTIN.items()}
+BACKENDS = {name: resolve_full_cls_name(each.target) for name, each in BUILTIN.items()}
 CPU, H200, MI300X = known_device("cpu"), known_device("H200"), known_device("MI300X")
 NVIDIA, HOPPER = DeviceMatch(vendor="nvidia"), DeviceMatch(archs=("sm90",))
 

@@ -36,8 +36,8 @@ from attn_dispatch.interface.quantization import KVScales
 from attn_dispatch.interface.signatures import _METHODS
 from attn_dispatch.interface.spec import OUTPUT_QUANTS
 from attn_dispatch.interface.types import PlaceholderRange
+from attn_dispatch.selection.priorities import BUILTIN
 from attn_dispatch.selection.registry import (
-    BUILTIN,
     check_backend_class,
     registry,
     resolve_full_cls_name,
@@ -623,7 +623,7 @@ def test_metadata_of_a_phase_must_be_a_property(name):
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_our_own_signatures_are_those_of_the_interface(name):
-    assert check_backend_class(resolve_full_cls_name(BUILTIN[name])) == []
+    assert check_backend_class(resolve_full_cls_name(BUILTIN[name].target)) == []
 
 
 def test_the_backend_without_attention_is_a_proper_backend():

@@ -17,8 +17,7 @@ from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES, known_device
 from attn_dispatch.platforms.libraries import LIBRARIES
 from attn_dispatch.selection import resolve as selection_resolve
-from attn_dispatch.selection.priorities import LAST_RESORT, PLATFORMS, backend_order
-from attn_dispatch.selection.registry import BUILTIN
+from attn_dispatch.selection.priorities import BUILTIN, LAST_RESORT, PLATFORMS, backend_order
 from attn_dispatch.selection.resolve import (
     ReferenceFallbackWarning,
     explain,

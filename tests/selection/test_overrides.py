@@ -16,7 +16,8 @@ from attn_dispatch.interface.spec import LAYER_KINDS
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.selection.overrides import Mode, Rule, Source, parse_override
-from attn_dispatch.selection.registry import BUILTIN, registry
+from attn_dispatch.selection.priorities import BUILTIN
+from attn_dispatch.selection.registry import registry
 from support.selection import layer, make_backend, mla_layer, registered, rules
 
 CPU = known_device("cpu")

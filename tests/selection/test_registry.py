@@ -14,8 +14,8 @@ from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedE
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import OneOf, ReasonCode
 from attn_dispatch.platforms.known_devices import known_device
+from attn_dispatch.selection.priorities import BUILTIN
 from attn_dispatch.selection.registry import (
-    BUILTIN,
     Registry,
     check_backend_class,
     register_backend,
@@ -97,9 +97,7 @@ def test_missing_members_are_all_named():
         pass
 
     (problem,) = check_backend_class(Empty)
-    assert problem == (
-        "Empty does not implement get_builder_cls, get_impl_cls, get_metadata_cls, get_name"
-    )
+    assert problem == ("Empty does not implement name, impl_cls")
 
 
 @pytest.mark.parametrize("what", [None, "REFERENCE", object, ReferenceImpl], ids=str)
@@ -110,7 +108,7 @@ def test_what_is_no_backend_class_at_all_is_refused(what):
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_our_own_backends_are_backends(name):
-    assert check_backend_class(resolve_full_cls_name(BUILTIN[name])) == []
+    assert check_backend_class(resolve_full_cls_name(BUILTIN[name].target)) == []
 
 
 # --- Names and classes ------------------------------------------------------------------------
@@ -288,7 +286,7 @@ def test_a_broken_plugin_is_imported_once(site):
 def test_an_entry_point_cannot_take_the_name_of_a_builtin_backend(site):
     code = GOOD_PLUGIN.replace("PLUGIN", "TORCH_SDPA")
     candidates = with_plugin(site, code, name="TORCH_SDPA").candidates()
-    assert candidates["TORCH_SDPA"].target == BUILTIN["TORCH_SDPA"]
+    assert candidates["TORCH_SDPA"].target == BUILTIN["TORCH_SDPA"].target
 
 
 @pytest.mark.parametrize(

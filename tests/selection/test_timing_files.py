@@ -22,7 +22,7 @@ from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.platforms.libraries import Library
 from attn_dispatch.selection.overrides import Source
-from attn_dispatch.selection.registry import BUILTIN
+from attn_dispatch.selection.priorities import BUILTIN
 from attn_dispatch.selection.selector import select
 from attn_dispatch.selection.timings import store
 from attn_dispatch.selection.timings.policy import split_route

@@ -9,7 +9,8 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import LIBRARIES, Library
-from attn_dispatch.selection.registry import BUILTIN, registry
+from attn_dispatch.selection.priorities import BUILTIN
+from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.report import Report
 from attn_dispatch.selection.selector import decide, phases_of
 

@@ -1,0 +1,23 @@
+"""A version of everything that decisions depend on, apart from the request and the overrides."""
+
+from __future__ import annotations
+
+import itertools
+
+from attn_dispatch.platforms import libraries
+
+__all__ = ["changed", "version"]
+
+_numbers = itertools.count(1)
+_latest = 0
+
+
+def changed() -> None:
+    """Call it after a change to the registry, the recorded failures or the timing tables."""
+    global _latest
+    _latest = next(_numbers)
+
+
+def version() -> tuple[int, int]:
+    """It differs after a change, and after a library turned out to be broken."""
+    return _latest, libraries.generation()
