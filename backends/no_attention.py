@@ -59,7 +59,7 @@ class NoAttentionImpl(AttentionImpl[BatchMetadata]):
 class NoAttentionBackend(AttentionBackend):
     """For models without attention, such as Mamba."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(devices=())
 
     @staticmethod

@@ -134,7 +134,7 @@ class MinimalImpl(AttentionImpl[MinimalMetadata]):
 class MinimalBackend(AttentionBackend):
     """The namespace that holds it together, and the declaration."""
 
-    interface_version = 1
+    interface_version = 2
     # What is not named here is refused: sinks, windows, ALiBi, quantized outputs, all the rest.
     capabilities = Capabilities(
         devices=(

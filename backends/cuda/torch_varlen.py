@@ -310,7 +310,7 @@ class TorchVarlenBackend(AttentionBackend):
     sees no key; scores that are all −inf can give 0. Measured with PyTorch 2.11.
     """
 
-    interface_version = 1
+    interface_version = 2
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),

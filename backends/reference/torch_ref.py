@@ -158,7 +158,7 @@ FLOATS = ByDevice(
 class ReferenceBackend(AttentionBackend):
     """Plain PyTorch: right everywhere, fast nowhere."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
         num_heads=ANY,

@@ -285,7 +285,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
 class ReferenceMLABackend(AttentionBackend):
     """Multi-head latent attention in plain PyTorch."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
         num_heads=ANY,

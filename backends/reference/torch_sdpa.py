@@ -488,7 +488,7 @@ _CPU = DeviceMatch(vendor="cpu")
 class TorchSDPABackend(AttentionBackend):
     """PyTorch's scaled_dot_product_attention, one call for each group of alike requests."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
         num_heads=ANY,

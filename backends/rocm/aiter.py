@@ -78,7 +78,7 @@ class AiterImpl(VarlenImpl):
 class RocmAiterBackend(VarlenBackend):
     """TRITON_ATTN with AITER's prefill, on AMD's Instinct GPUs from MI300 on."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities: ClassVar[Capabilities] = Capabilities(
         devices=(DeviceMatch(vendor="amd", archs=("gfx942", "gfx950")),),
         requires=("triton>=3.6", "aiter>=0.1.10,<0.2"),

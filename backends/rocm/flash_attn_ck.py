@@ -335,7 +335,7 @@ class FlashAttnImpl(VarlenImpl):
 class RocmFlashAttnBackend(VarlenBackend):
     """TRITON_ATTN with the prefill of flash-attn's CK build, on AMD's Instinct GPUs."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities: ClassVar[Capabilities] = Capabilities(
         # What flash-attn's setup builds for.
         devices=(DeviceMatch(vendor="amd", archs=("gfx90a", "gfx942", "gfx950")),),

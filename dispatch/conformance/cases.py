@@ -277,23 +277,12 @@ class Step:
     def impl_arguments(self) -> dict[str, Any]:
         """What the impl of this step's layer is constructed with."""
         spec = self.spec
-        # An impl that does not know the keyword is given it only if its backend declares this.
-        symmetric = {"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}
-        return symmetric | {
-            "num_heads": spec.num_heads,
-            "head_size": spec.head_size,
+        return {
+            **spec.impl_arguments(),
             "scale": self.scale,
-            "num_kv_heads": spec.num_kv_heads,
             "alibi_slopes": self.slopes,
-            "sliding_window": spec.sliding_window,
-            "kv_cache_dtype": spec.kv_cache_dtype,
-            "logits_soft_cap": spec.logits_soft_cap,
-            "attn_type": spec.attn_type,
             "kv_sharing_target_layer_name": "target" if spec.kv_sharing else None,
             "sinks": self.sinks,
-            "head_size_v": spec.head_size_v,
-            "causal": spec.causal,
-            "returns_lse": spec.returns_lse,
         }
 
     def impl_of(self, backend_cls: type[AttentionBackend]) -> AttentionImpl[Any]:
@@ -302,7 +291,7 @@ class Step:
 
     def metadata_of(self, backend_cls: type[AttentionBackend]) -> Any:
         """The backend's metadata of this step's batch."""
-        return backend_cls.get_builder_cls()(self.spec, self.device).build(self.batch)
+        return backend_cls.make_builder(self.spec, self.device).build(self.batch)
 
     def forward(
         self, backend_cls: type[AttentionBackend], kv_cache: torch.Tensor | None, **more: Any

@@ -206,7 +206,7 @@ class _Capture:
         self, target: BackendUnderTest, first: Step, is_captured: bool, padding: int
     ) -> None:
         spec, device = first.spec, target.device
-        self._builder = target.cls.get_builder_cls()(spec, device)
+        self._builder = target.cls.make_builder(spec, device)
         assert spec.block_size is not None
         runner = SimpleNamespace(
             metadata_builder=self._builder,

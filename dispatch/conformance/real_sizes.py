@@ -233,19 +233,10 @@ def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
     keys, values = (rows(sum(draw.seq_lens), spec.num_kv_heads) for _ in range(2))
     cache, batch, new = _placed(draw, keys, values)
     scale = _SPREAD * spec.head_size**-0.5
-    impl = target.cls.get_impl_cls()(
-        spec.num_heads,
-        spec.head_size,
-        scale,
-        spec.num_kv_heads,
-        sliding_window=spec.sliding_window,
-        attn_type=spec.attn_type,
-        causal=spec.causal,
-        returns_lse=spec.returns_lse,
-    )
+    impl = target.cls.make_impl(spec, scale=scale)
     one = torch.ones((), device=device)
     layer: Any = SimpleNamespace(_k_scale=one, _v_scale=one, _k_scale_float=1.0, _v_scale_float=1.0)
-    metadata: Any = target.cls.get_builder_cls()(spec, device).build(batch)
+    metadata: Any = target.cls.make_builder(spec, device).build(batch)
     returned = impl.forward(layer, query, *new, cache, metadata)
     output = returned[0] if isinstance(returned, tuple) else returned
     require(

@@ -283,13 +283,13 @@ class Watch:
         return rows
 
     def _by_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, lse) by REFERENCE, which writes to the copy of the cache alone."""
-        from attn_dispatch.backends.reference.torch_ref import ReferenceBuilder, ReferenceImpl
+        """(output, lse) by REFERENCE, which writes to only the copy of the cache."""
+        from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
 
         layer, query = self._layer, self._query
         spec = layer.spec.replace(output_quant=None, returns_lse=True, cuda_graph=False)
-        impl = ReferenceImpl(**(layer._impl_arguments() | {"returns_lse": True}))
-        metadata = ReferenceBuilder(spec, query.device).build(self._batch)
+        impl = ReferenceBackend.make_impl(spec, **layer._impl_arguments())
+        metadata = ReferenceBackend.make_builder(spec, query.device).build(self._batch)
         found = impl.forward(layer, query, self._key, self._value, self._kv_cache, metadata)
         assert isinstance(found, tuple)
         return found

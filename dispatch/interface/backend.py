@@ -7,27 +7,34 @@ registry does, by `selection.registry.check_backend_class`, when the backend is 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface.graphs import AttentionState
+from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode, compare
+from attn_dispatch.interface.graphs import AttentionState, CommonAttentionState
 from attn_dispatch.interface.impl import AttentionImpl
-from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadataBuilder
+from attn_dispatch.interface.kv_blocks import copy_blocks, swap_blocks
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
+from attn_dispatch.interface.metadata import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    BatchMetadata,
+    BatchMetadataBuilder,
+)
+from attn_dispatch.platforms.detect import detect_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from attn_dispatch.interface.capability import Capabilities, Reason
     from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = ["INTERFACE_VERSION", "AttentionBackend", "refuse_spec"]
 
 #: Version of the contract in this file. A backend states the one that it was written for.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 
 
 def refuse_spec(
@@ -41,8 +48,6 @@ def refuse_spec(
     Raises:
         UnsupportedError: a field's value, or a combination, is not declared.
     """
-    from attn_dispatch.interface.capability import ReasonCode, compare
-
     by_field = compare(spec, backend_cls.capabilities, device)
     of_layer = (ReasonCode.VALUE, ReasonCode.UNDECLARED)
     reasons = [reason for reason in by_field if reason.code in of_layer]
@@ -54,56 +59,117 @@ def refuse_spec(
         )
 
 
-class AttentionBackend(ABC):
+class AttentionBackend:
     """A way to compute attention: a namespace of classes and of declared capabilities.
 
-    Subclasses state `interface_version` and `capabilities`, and implement the abstract members.
-    The module that defines one imports no third-party kernel: that waits until an impl is built.
+    A subclass states `interface_version`, `name`, `capabilities` and `impl_cls`, and what differs
+    from the defaults below. Its module imports no third-party kernel: the impl's constructor does.
+
+    Attributes:
+        name: the name that overrides and reports use, in capitals.
+        capabilities: what the backend computes. Its impl and builder reject everything else.
+        impl_cls: the class that computes.
+        builder_cls: the class that turns a batch into metadata; by default it only wraps the batch.
+        metadata_cls: the class of the metadata that impl and builder agree on.
+        state_cls: the class of the state across steps.
+        propagates_nan: whether a NaN among the scores or values that a row sees makes that row NaN,
+            output and LSE, as IEEE arithmetic has it (docs/numerics.md). False for a backend whose
+            kernels turn it into a number.
     """
 
     interface_version: ClassVar[int]
+    name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
-    #: Whether a NaN among the scores or values that a row sees makes that row NaN, output and LSE,
-    #: as IEEE arithmetic has it (docs/numerics.md). A backend whose kernels turn it into a number
-    #: sets this to False.
+    impl_cls: ClassVar[type[AttentionImpl[Any]]]
+    builder_cls: ClassVar[type[AttentionMetadataBuilder[Any]]] = BatchMetadataBuilder
+    metadata_cls: ClassVar[type[AttentionMetadata]] = BatchMetadata
+    state_cls: ClassVar[type[AttentionState[Any]]] = CommonAttentionState
     propagates_nan: ClassVar[bool] = True
 
-    @staticmethod
-    @abstractmethod
-    def get_name() -> str:
-        """The name that overrides and reports use, in capitals."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the backend an impl and a builder class of its own, which check its capabilities."""
+        super().__init_subclass__(**kwargs)
+        for attribute in ("impl_cls", "builder_cls"):
+            part: Any = getattr(cls, attribute, None)
+            if not isinstance(part, type):
+                continue  # the registry reports it
+            if attribute not in vars(cls) or "backend_cls" in vars(part):  # another backend's
+                names = {
+                    "__module__": cls.__module__,
+                    "__qualname__": f"{cls.__qualname__}.{attribute}",
+                }
+                part = type(part.__name__, (part,), names)
+                setattr(cls, attribute, part)
+            part.backend_cls = cls  # type: ignore[attr-defined]
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The backend's `name`. vLLM's code calls this, and the getters below."""
+        return cls.name
 
     @classmethod
     def full_cls_name(cls) -> tuple[str, str]:
         """(module, qualified class name); `registry.resolve_full_cls_name` is the way back."""
         return cls.__module__, cls.__qualname__
 
-    @staticmethod
-    @abstractmethod
-    def get_impl_cls() -> type[AttentionImpl[Any]]:
-        """The class that computes."""
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl[Any]]:
+        """The backend's `impl_cls`."""
+        return cls.impl_cls
 
-    @staticmethod
-    @abstractmethod
-    def get_metadata_cls() -> type[AttentionMetadata]:
-        """The class of the metadata that impl and builder agree on."""
+    @classmethod
+    def get_metadata_cls(cls) -> type[AttentionMetadata]:
+        """The backend's `metadata_cls`."""
+        return cls.metadata_cls
+
+    @classmethod
+    def get_builder_cls(cls) -> type[AttentionMetadataBuilder[Any]]:
+        """The backend's `builder_cls`."""
+        return cls.builder_cls
+
+    @classmethod
+    def get_state_cls(cls) -> type[AttentionState[Any]]:
+        """The backend's `state_cls`."""
+        return cls.state_cls
+
+    @classmethod
+    def make_impl(cls, spec: AttentionSpec, **arguments: Any) -> AttentionImpl[Any]:
+        """An impl for layers of this spec.
+
+        Args:
+            spec: the layer.
+            **arguments: the constructor's arguments that the spec does not state: scale,
+                alibi_slopes, sinks, kv_sharing_target_layer_name.
+
+        Raises:
+            UnsupportedError: the backend does not declare a feature of the layer.
+        """
+        return cls.get_impl_cls()(**spec.impl_arguments(), **arguments)
+
+    @classmethod
+    def make_builder(
+        cls, spec: AttentionSpec, device: torch.device
+    ) -> AttentionMetadataBuilder[Any]:
+        """A builder for layers of this spec.
+
+        Raises:
+            UnsupportedError: the backend does not declare the layer.
+        """
+        return cls.get_builder_cls()(spec, device)
+
+    @classmethod
+    def check_declared(cls, spec: AttentionSpec, device: torch.device) -> None:
+        """Check that the backend declares a layer; it may be on another device than declared.
+
+        Raises:
+            UnsupportedError: a field's value, or a combination, is not declared.
+        """
+        refuse_spec(cls, spec, detect_device(device))
 
     @classmethod
     def make_metadata(cls, *args: Any, **kwargs: Any) -> AttentionMetadata:
         """An instance of the metadata class."""
         return cls.get_metadata_cls()(*args, **kwargs)
-
-    @staticmethod
-    @abstractmethod
-    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
-        """The class that turns a batch into metadata."""
-
-    @staticmethod
-    def get_state_cls() -> type[AttentionState[Any]]:
-        """The class of the state across steps."""
-        from attn_dispatch.interface.graphs import CommonAttentionState
-
-        return CommonAttentionState
 
     @staticmethod
     def get_kv_cache_shape(
@@ -113,15 +179,11 @@ class AttentionBackend(ABC):
 
         head_size is that of a stored head: `stored_head_size` of the larger of key's and value's.
         """
-        from attn_dispatch.interface.kv_cache import kv_cache_shape
-
         return kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
 
     @staticmethod
     def get_kv_cache_stride_order() -> tuple[int, ...]:
         """The order of the logical dimensions in memory that the backend likes best."""
-        from attn_dispatch.interface.kv_cache import STRIDE_ORDERS
-
         return STRIDE_ORDERS["NHD"]
 
     @staticmethod
@@ -129,15 +191,11 @@ class AttentionBackend(ABC):
         src_kv_cache: torch.Tensor, dst_kv_cache: torch.Tensor, src_to_dst: torch.Tensor
     ) -> None:
         """Copy blocks from one cache to another, e.g. to the host: see kv_cache.swap_blocks."""
-        from attn_dispatch.interface.kv_blocks import swap_blocks
-
         swap_blocks(src_kv_cache, dst_kv_cache, src_to_dst)
 
     @staticmethod
     def copy_blocks(kv_caches: Sequence[torch.Tensor], src_to_dists: torch.Tensor) -> None:
         """Copy blocks within each cache, for all layers: see kv_cache.copy_blocks."""
-        from attn_dispatch.interface.kv_blocks import copy_blocks
-
         copy_blocks(kv_caches, src_to_dists)
 
     @classmethod

@@ -19,6 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import AttentionSpec, plain_value
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import library_name, requirement_problem
 
 __all__ = [
@@ -292,6 +293,26 @@ class Capabilities:
         self.requires = requires
         self.fields: Mapping[str, Constraint] = dict(fields)
 
+    def accepts_somewhere(self, field: str, value: Any, spec: Any) -> bool:
+        """Whether a known device accepts this value of a field; spec holds the other fields."""
+        constraint = self.fields.get(field)
+        if constraint is None:
+            return _is_neutral(field, value)
+        return any(constraint.admits(value, spec, device) for device in KNOWN_DEVICES.values())
+
+
+def _is_neutral(field: str, value: Any) -> bool:
+    """Whether the field changes nothing at this value."""
+    return field in _NEUTRAL and bool(value == _NEUTRAL[field])
+
+
+#: The value under which a field changes nothing, of those that have one.
+_NEUTRAL = {
+    field.name: field.metadata["neutral"]
+    for field in dataclasses.fields(AttentionSpec)
+    if "neutral" in field.metadata
+}
+
 
 def _check_all(name: str, values: Any, kind: type) -> None:
     if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
@@ -346,7 +367,7 @@ def _compare_fields(
         value = getattr(spec, field.name)
         constraint = capabilities.fields.get(field.name)
         if constraint is None:
-            if "neutral" in field.metadata and value == field.metadata["neutral"]:
+            if _is_neutral(field.name, value):
                 continue
             code, allowed = ReasonCode.UNDECLARED, ""
         elif constraint.admits(value, spec, device):

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
+
+import torch
 
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.kv_access import write_rows
 from attn_dispatch.interface.kv_cache import split_token_scales
 from attn_dispatch.interface.metadata import AttentionMetadata, T
+from attn_dispatch.interface.quantization import has_token_scales
+from attn_dispatch.interface.spec import plain_value
 from attn_dispatch.interface.types import AttentionType
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-
     from attn_dispatch.interface.batch import AttentionBatch
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
-
-from attn_dispatch.interface.quantization import (
-    has_token_scales,
-)
-
-if TYPE_CHECKING:
-    from attn_dispatch.interface.batch import AttentionBatch
-
 
 __all__ = [
     "AttentionImpl",
@@ -84,8 +73,6 @@ class AttentionLayer(Protocol):
 
 def _check_per_head(name: str, values: Any, heads: int) -> None:
     """Check slopes or sinks: a number for each query head, or a dense floating-point tensor."""
-    import torch
-
     if values is None:
         return
     if isinstance(values, torch.Tensor):
@@ -134,7 +121,11 @@ class AttentionImpl(ABC, Generic[T]):
 
     Raises:
         InvalidInputError: there are not num_heads slopes or sinks, or scale is not a finite number.
+        UnsupportedError: the backend does not declare a feature that an argument asks for.
     """
+
+    #: The backend of this class, set when that is defined.
+    backend_cls: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -177,6 +168,32 @@ class AttentionImpl(ABC, Generic[T]):
         self.alibi: bool | str = alibi_slopes is not None
         if self.alibi and alibi_symmetric:
             self.alibi = "symmetric"
+        if self.backend_cls is not None:
+            self._reject_undeclared()
+
+    def _reject_undeclared(self) -> None:
+        """An impl made by hand must not drop an argument that its backend does not declare."""
+        features = {
+            "alibi_slopes": ("alibi", self.alibi),
+            "sinks": ("sinks", self.sinks is not None),
+            "sliding_window": ("sliding_window", self.sliding_window),
+            "kv_cache_dtype": ("kv_cache_dtype", self.kv_cache_dtype),
+            "logits_soft_cap": ("logits_soft_cap", self.logits_soft_cap),
+            "attn_type": ("attn_type", self.attn_type),
+            "causal": ("causal", self.causal),
+            "kv_sharing_target_layer_name": (
+                "kv_sharing",
+                self.kv_sharing_target_layer_name is not None,
+            ),
+            "returns_lse": ("returns_lse", self.returns_lse),
+        }
+        for argument, (field, value) in features.items():
+            if not self.backend_cls.capabilities.accepts_somewhere(field, value, self):
+                given = argument if value is True else f"{argument}={plain_value(value)!r}"
+                raise UnsupportedError(
+                    f"{self.backend_cls.get_name()} does not support {given}. get_attn_backend "
+                    "finds one that does."
+                )
 
     @abstractmethod
     def forward(

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.batch import NO_REQUESTS, BatchTotals
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import torch
-
-    from attn_dispatch.interface.batch import AttentionBatch
-    from attn_dispatch.interface.spec import AttentionSpec
 import functools
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch import NO_REQUESTS, BatchTotals
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 
-__all__ = ["AttentionMetadata", "AttentionMetadataBuilder", "BatchMetadata"]
+if TYPE_CHECKING:
+    from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.spec import AttentionSpec
+
+__all__ = [
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "BatchMetadata",
+    "BatchMetadataBuilder",
+]
 
 
 @dataclass
@@ -81,9 +81,17 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
     Args:
         spec: the layers that the metadata is for.
         device: where the metadata's tensors go.
+
+    Raises:
+        UnsupportedError: the backend does not declare these layers.
     """
 
+    #: The backend of this class, set when that is defined.
+    backend_cls: ClassVar[Any] = None
+
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        if self.backend_cls is not None:
+            self.backend_cls.check_declared(spec, device)
         self.spec = spec
         self.device = device
 
@@ -243,3 +251,12 @@ class BatchMetadata(AttentionMetadata):
     def decode_metadata(self) -> AttentionMetadata | None:
         """The same for the requests in the decode phase, or None."""
         return self._by_phase.get(Phase.DECODE)
+
+
+class BatchMetadataBuilder(AttentionMetadataBuilder[BatchMetadata]):
+    """Wraps the batch: the builder of backends that plan nothing."""
+
+    def build(self, batch: AttentionBatch) -> BatchMetadata:
+        """The batch's metadata, of the backend's `metadata_cls`."""
+        metadata: BatchMetadata = self.backend_cls.get_metadata_cls().of(batch, self)
+        return metadata

@@ -63,6 +63,20 @@ _DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
     "causal": lambda spec: spec.attn_type == AttentionType.DECODER,
 }
 
+#: The fields that are arguments of an AttentionImpl's constructor too.
+_IMPL_ARGUMENTS = (
+    "num_heads",
+    "head_size",
+    "num_kv_heads",
+    "sliding_window",
+    "kv_cache_dtype",
+    "logits_soft_cap",
+    "attn_type",
+    "head_size_v",
+    "causal",
+    "returns_lse",
+)
+
 _REQUIRED: Any = dataclasses.MISSING
 
 
@@ -264,6 +278,13 @@ class AttentionSpec:
         """A copy with some fields changed; what was derived from them is derived again."""
         derived = {name: None for name in _DERIVED if _is_filled_in(self, name)}
         return dataclasses.replace(self, **{**derived, **changes})
+
+    def impl_arguments(self) -> dict[str, Any]:
+        """What the spec states of the arguments of an AttentionImpl's constructor."""
+        arguments = {name: getattr(self, name) for name in _IMPL_ARGUMENTS}
+        if self.alibi == ALIBI_SYMMETRIC:  # given only to impls of backends that declare it
+            arguments["alibi_symmetric"] = True
+        return arguments
 
     def asdict(self) -> dict[str, Any]:
         """The request as JSON-ready data: dtypes by name, nested records as dicts."""

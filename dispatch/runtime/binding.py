@@ -94,7 +94,7 @@ class LayerBinding:
             try:
                 impl = build_impl(name, backend_cls)
                 impls[name] = impl if is_builtin(backend_cls) else GuardedImpl(name, impl)
-                builders[name] = backend_cls.get_builder_cls()(spec, device)
+                builders[name] = backend_cls.make_builder(spec, device)
             except Exception as error:
                 raise_attempt_failed(error, name, None, "when it was built", intact)
         is_single = len(classes) == 1

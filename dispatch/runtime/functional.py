@@ -17,7 +17,7 @@ from attn_dispatch.interface.quantization import (
     is_fp8,
     kv_cache_torch_dtype,
 )
-from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec, alibi_of
+from attn_dispatch.interface.spec import KV_CACHE_DTYPES, AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_tensors
 from attn_dispatch.platforms import libraries
@@ -179,24 +179,10 @@ def attention(
             selection = resolve(spec, query.device, phase=phase, backend=backend)
         backend_cls, doing = selection.backend_cls, "when it was built"
         try:
-            impl: AttentionImpl[Any] = backend_cls.get_impl_cls()(
-                spec.num_heads,
-                spec.head_size,
-                factor,
-                spec.num_kv_heads,
-                alibi_slopes,
-                sliding_window,
-                spec.kv_cache_dtype,
-                logits_soft_cap,
-                spec.attn_type,
-                None,
-                sinks,
-                head_size_v=spec.head_size_v,
-                causal=causal,
-                returns_lse=return_lse,
-                **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
+            impl: AttentionImpl[Any] = backend_cls.make_impl(
+                spec, scale=factor, alibi_slopes=alibi_slopes, sinks=sinks
             )
-            builder = backend_cls.get_builder_cls()(spec, query.device)
+            builder = backend_cls.make_builder(spec, query.device)
             if not is_builtin(backend_cls):
                 impl = GuardedImpl(selection.name, impl)
             doing = "when it was called"

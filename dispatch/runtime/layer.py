@@ -26,7 +26,6 @@ from attn_dispatch.interface.quantization import (
     scale_for,
 )
 from attn_dispatch.interface.spec import (
-    ALIBI_SYMMETRIC,
     INT8_PER_TOKEN_HEAD,
     SPEC_FIELDS,
     AttentionSpec,
@@ -279,27 +278,15 @@ class Attention(nn.Module):
         self._generation = generation
 
     def _impl_arguments(self) -> dict[str, Any]:
-        """What any backend's impl of this layer is constructed with."""
-        spec = self.spec
+        """The arguments of an impl's constructor that the spec does not state."""
         return {
-            "num_heads": spec.num_heads,
-            "head_size": spec.head_size,
             "scale": self.scale,
-            "num_kv_heads": spec.num_kv_heads,
             **self._per_head,
-            "sliding_window": spec.sliding_window,
-            "kv_cache_dtype": spec.kv_cache_dtype,
-            "logits_soft_cap": spec.logits_soft_cap,
-            "attn_type": spec.attn_type,
             "kv_sharing_target_layer_name": self.kv_sharing_target_layer_name,
-            "head_size_v": spec.head_size_v,
-            "causal": spec.causal,
-            "returns_lse": spec.returns_lse,
-            **({"alibi_symmetric": True} if spec.alibi == ALIBI_SYMMETRIC else {}),
         }
 
     def _build_impl(self, name: str, cls: type[AttentionBackend]) -> AttentionImpl[Any]:
-        impl: AttentionImpl[Any] = cls.get_impl_cls()(**self._impl_arguments())
+        impl: AttentionImpl[Any] = cls.make_impl(self.spec, **self._impl_arguments())
         quant = self.spec.output_quant
         if quant is not None and not impl.fused_output_quant_supported(quant):
             raise BackendFailure(

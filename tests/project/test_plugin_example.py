@@ -144,8 +144,8 @@ BAD = {
         "OSError: libfast.so: no such file",
     ),
     "another interface": (
-        (MODULE, "interface_version = 1", "interface_version = 99"),
-        "interface_version is 99, and this attn-dispatch has interface version 1",
+        (MODULE, "interface_version = 2", "interface_version = 99"),
+        "interface_version is 99, and this attn-dispatch has interface version 2",
     ),
     "another name": (
         (MODULE, 'return "STREAMING_ATTN"', 'return "FASTEST_ATTN"'),

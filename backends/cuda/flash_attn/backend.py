@@ -350,7 +350,7 @@ class FlashAttnBackend(AttentionBackend):
     sees no key; scores that are all −inf can give 0. Measured with vLLM's FlashAttention 3.
     """
 
-    interface_version = 1
+    interface_version = 2
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),

@@ -243,7 +243,7 @@ class FlashInferBackend(AttentionBackend):
     and infinity has not been measured, so it is not declared either.
     """
 
-    interface_version = 1
+    interface_version = 2
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),

@@ -166,7 +166,7 @@ class StreamingImpl(AttentionImpl[StreamingMetadata]):
 class StreamingBackend(AttentionBackend):
     """Causal attention of decoders, with soft cap, window, sinks and LSE."""
 
-    interface_version = 1
+    interface_version = 2
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="cpu"), DeviceMatch(vendor="nvidia")),
         num_heads=ANY,
