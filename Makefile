@@ -29,6 +29,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_words.py
 
 # mypy does not follow the package-dir mapping of an editable install: it reads a built copy.
 typecheck: $(VENV)/ready

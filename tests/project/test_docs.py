@@ -1,4 +1,4 @@
-"""The documentation is true: tables are current, links lead somewhere, snippets run."""
+"""The documentation is correct: tables are current, links resolve, snippets run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-generate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate)
+
+def load(path):
+    """A program of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load(ROOT / "docs" / "generate.py")
+check_words = load(ROOT / ".ci" / "check_words.py")
 
 
 def name_of(page):
@@ -58,7 +66,7 @@ def test_every_generated_part_is_used():
 
 def test_check_shows_what_would_change(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
-    page = tmp_path / "README.md"
+    page = tmp_path / "docs" / "page.md"
     page.write_text("# Title\n\n<!-- generated: variables -->\nold\n<!-- end -->\n")
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     assert generate.main(["--check"]) == 1
@@ -89,6 +97,19 @@ def test_a_cell_cannot_break_its_table():
     )
 
 
+# Words -------------------------------------------------------------------------------------------
+
+
+def test_plain_words_are_used():
+    assert check_words.findings(ROOT) == []
+
+
+def test_a_rejected_word_is_reported_with_its_replacement(tmp_path):
+    word, replacement = next(iter(check_words.WORDS.items()))
+    (tmp_path / "page.md").write_text(f"# Title\n\n{word.title()}, but not {word}x.\n")
+    assert check_words.findings(tmp_path) == [f"page.md:3: {word.title()!r}: write {replacement}"]
+
+
 # What pages name ----------------------------------------------------------------------------------
 
 
@@ -99,7 +120,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("https://"):
             continue
@@ -111,14 +132,14 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_files_that_are_named_exist(page):
+def test_named_files_exist(page):
     for token in re.findall(r"`([\w./-]+\.(?:py|md|toml|txt|yml|yaml|typed))`", prose(page)):
         found = (ROOT / token).exists() or (page.parent / token).exists()
         assert found, f"{name_of(page)} names {token}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_make_targets_that_are_named_exist(page):
+def test_named_make_targets_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in console_lines(page):
         for target in re.findall(r"\bmake ([a-z][\w-]*)(?![\w=])", line):
@@ -126,7 +147,7 @@ def test_make_targets_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_that_are_named_exist(page):
+def test_named_commands_exist(page):
     commands = typer.main.get_command(app).commands
     for line in console_lines(page):
         used = re.match(r"(?:\.venv/bin/)?attn-dispatch (\w+)([^#]*)", line)
@@ -138,7 +159,7 @@ def test_commands_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_environment_variables_that_are_named_exist(page):
+def test_named_environment_variables_exist(page):
     known = {variable.name for variable in environment.VARIABLES}
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"\b(?:ATTN_DISPATCH|VLLM)_[A-Z_]+\b", text)) <= known
@@ -163,8 +184,8 @@ def test_versions_agree():
 
 
 @pytest.fixture
-def no_backends_left():
-    """Backends that a snippet registers are gone afterwards."""
+def unregister_new_backends():
+    """Backends that a snippet registers are removed afterwards."""
     before = registry.names()
     yield
     for name in registry.names() - before:
@@ -172,7 +193,7 @@ def no_backends_left():
 
 
 def snippets(page):
-    """The Python blocks of a page: first line, code, and what it must print if that is said."""
+    """The Python blocks of a page: first line, code, and the output in a text block after it."""
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     for i, block in enumerate(blocks):
@@ -186,16 +207,32 @@ def snippets(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if list(snippets(p))], ids=name_of)
-@pytest.mark.usefixtures("no_backends_left")
-def test_snippets_run_and_print_what_they_say(page):
+@pytest.mark.usefixtures("unregister_new_backends")
+def test_snippets_print_their_expected_output(page):
     namespace = {"__name__": "snippet"}
     for line, source, expected in snippets(page):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile("\n" * line + source, name_of(page), "exec"), namespace)
         if expected is not None:
-            assert printed.getvalue() == expected, f"{name_of(page)}:{line}"
+            assert shown(printed.getvalue(), expected) == expected, f"{name_of(page)}:{line}"
 
 
-def test_the_readme_has_snippets():
-    assert len(list(snippets(ROOT / "README.md"))) >= 3
+def shown(printed, expected):
+    """What was printed; only the lines that are expected, if one of those is "...": an excerpt."""
+    dots = next((line for line in expected.splitlines() if line.strip() == "..."), None)
+    if dots is None:
+        return printed
+    lines = [line for line in printed.splitlines() if line in expected.splitlines()]
+    return "\n".join([*lines, dots, ""])
+
+
+def test_an_excerpt_of_output_allows_more_lines_but_no_other():
+    assert shown("a\nb\nc\n", "a\nc\n...\n") == "a\nc\n...\n"
+    assert shown("a\nb\n", "a\nc\n...\n") != "a\nc\n...\n"
+    assert shown("a\nb\n", "a\n") != "a\n"
+
+
+def test_the_readme_is_short_and_has_snippets():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len(list(snippets(ROOT / "README.md"))) >= 2

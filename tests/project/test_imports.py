@@ -1,4 +1,4 @@
-"""Importing costs nothing: what `import attn_dispatch` loads, names, and packages."""
+"""What `import attn_dispatch` loads, the public names, and the packages of the wheel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 import attn_dispatch
 from support.paths import ROOT
 
-INIT = ROOT / "dispatch" / "__init__.py"
+STUB = ROOT / "dispatch" / "__init__.pyi"
 
-#: What nobody pays for who does not use it.
+#: Imported only when they are used.
 OPTIONAL = [
     "triton",
     "flash_attn",
@@ -37,10 +37,11 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_importing_the_package_loads_nothing_of_others():
+def test_importing_the_package_loads_only_its_version():
     loaded = modules_after("import attn_dispatch")
     assert loaded.isdisjoint([*OPTIONAL, "torch"])
-    assert {name for name in loaded if name.startswith("attn_dispatch.")} == set()
+    own = {name for name in loaded if name.startswith("attn_dispatch.")}
+    assert own == {"attn_dispatch.version"}
 
 
 def test_resolving_every_public_name_loads_no_optional_library():
@@ -67,38 +68,31 @@ explain(AttentionSpec(num_heads=8, head_size=64, dtype=torch.float16), "H200")
 
 
 @pytest.mark.parametrize("name", attn_dispatch.__all__)
-def test_a_public_name_is_there(name):
+def test_public_name_exists(name):
     value = getattr(attn_dispatch, name)
     assert name in dir(attn_dispatch)
-    assert attn_dispatch.__dict__[name] is value  # found once, then like any other
+    assert attn_dispatch.__dict__[name] is value  # kept after the first look-up
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'attn_dispatch' has no attribute 'attenti0n'"):
         attn_dispatch.attenti0n  # noqa: B018
 
 
-def imports_for_type_checkers() -> dict[str, set[str]]:
-    """module -> names, as `if TYPE_CHECKING:` has them in __init__.py."""
-    (block,) = (
-        node
-        for node in ast.parse(INIT.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
-    names: dict[str, set[str]] = {}
-    for statement in block.body:
-        module = statement.module.removeprefix("attn_dispatch.")
-        names.setdefault(module, set()).update(alias.name for alias in statement.names)
-    return names
-
-
-def test_type_checkers_see_the_names_that_are_there():
-    homes = {module: set(names) for module, names in attn_dispatch._HOMES.items()}
-    assert imports_for_type_checkers() == homes
+def test_type_checkers_see_the_public_names():
+    """`__init__.pyi` imports each name from the module that `__init__.py` names."""
+    homes = {("version", "__version__")}
+    homes |= {(module, name) for name, module in attn_dispatch._HOME_OF.items()}
+    statements = ast.parse(STUB.read_text(encoding="utf-8")).body
+    assert homes == {
+        (statement.module.removeprefix("attn_dispatch."), alias.asname)
+        for statement in statements
+        for alias in statement.names
+    }
 
 
 @pytest.mark.parametrize("name", attn_dispatch.__all__)
-def test_a_public_name_is_public_at_home(name):
+def test_public_name_is_exported_by_its_module(name):
     home = sys.modules[f"attn_dispatch.{attn_dispatch._HOME_OF[name]}"]
     assert name in home.__all__
 
@@ -107,7 +101,7 @@ def test_a_public_name_is_public_at_home(name):
 
 
 def packages_on_disk() -> set[str]:
-    """Every folder that is a package, by the name that it is installed under."""
+    """Every folder that is a package, by its installed name."""
     found = set()
     for folder, name in (("dispatch", "attn_dispatch"), ("backends", "attn_dispatch.backends")):
         for init in (ROOT / folder).rglob("__init__.py"):

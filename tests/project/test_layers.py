@@ -1,6 +1,6 @@
-"""Imports point downwards: no module imports one of a higher layer, and no two import each other.
+"""Imports point downwards, no modules import each other, and files stay short.
 
-Every import counts: at the top of a file, inside of a function, and under TYPE_CHECKING.
+Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """The modules of the package that a module imports, wherever it does."""
+    """The modules of the package that a module imports, in any scope."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -60,7 +60,7 @@ IMPORTS = {name: imports(name) for name in MODULES}
 
 
 def layer(name: str) -> int:
-    """The row of LAYERS that a module belongs to; the root package is above all of them."""
+    """The index of a module's row in LAYERS; the root package is above all rows."""
     part = name.split(".")[1] if "." in name else ""
     rows = [index for index, row in enumerate(LAYERS) if part in row]
     if part and not rows:
@@ -80,9 +80,25 @@ def test_no_import_goes_upwards(name):
 
 
 def test_no_modules_import_each_other():
-    """Take away the modules that import nothing that is left, until none can be taken away."""
+    """Remove modules that import none of the remaining ones, until no module can be removed."""
     left = {name: found & MODULES.keys() - {name} for name, found in IMPORTS.items()}
     while free := [name for name, found in left.items() if not found & left.keys()]:
         for name in free:
             del left[name]
     assert left == {}
+
+
+def test_files_are_short():
+    """At most one file outside the kernels has more than 450 lines."""
+    kernels = {f"{PACKAGE}.backends.cuda.hopper.{name}" for name in ("prefill", "decode")}
+    lengths = {
+        name: len(path.read_text(encoding="utf-8").splitlines())
+        for name, path in MODULES.items()
+        if name not in kernels and ".triton.kernels." not in name
+    }
+    too_long = {name: length for name, length in lengths.items() if length > 450}
+    assert len(too_long) <= 1, too_long
+
+
+def test_the_root_folder_has_few_modules():
+    assert len(list((ROOT / "dispatch").glob("*.py"))) <= 8
