@@ -1,7 +1,6 @@
-"""The command line: `attn-dispatch doctor`, `explain`, `bench`, `tune`, `verify` and
-`demo`.
+"""The command line: `attn-dispatch doctor`, `explain`, `bench`, `tune`, `verify` and `demo`.
 
-Nothing heavy is imported before a command runs, so that `--help` is quick.
+Heavy modules are imported when a command runs, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -13,24 +12,23 @@ import typer
 import typer.core
 
 from attn_dispatch.cli import bench, demo, doctor, explain, tune, verify
-from attn_dispatch.cli.streams import OutputError, checked_streams, tell_error
+from attn_dispatch.cli.streams import OutputError, checked_streams, print_error
 from attn_dispatch.errors import AttnDispatchError, summary_of
 from attn_dispatch.version import __version__
 
 __all__ = ["app", "main"]
 
+#: Exceptions of the environment, which are no bugs: files, memory, values.
+_EXTERNAL_ERRORS = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
 
-#: What makes a command impossible, and is no error of the library: files, memory, values.
-_MISFORTUNES = (OSError, MemoryError, RecursionError, OverflowError, UnicodeError)
-
-#: Where what goes wrong is the caller's, or stdout's.
-_WRONG = 2
+#: The exit code for invalid input, and if stdout cannot be written.
+_INVALID = 2
 
 _UsageError: Any = typer.BadParameter.__base__
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands. Whatever is rejected becomes one line and exit code 2."""
+    """The commands. Invalid input ends in one line on stderr and exit code 2."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run a command, see `click.Command.main`."""
@@ -38,35 +36,35 @@ class _Commands(typer.core.TyperGroup):
             with checked_streams():
                 code = self._run(*args, **extra)
         except OutputError:
-            code = _WRONG
+            code = _INVALID
         if standalone_mode:
             sys.exit(code)
         return code
 
     def _run(self, *args: Any, **extra: Any) -> int:
-        """A command's exit code; what went wrong is printed."""
+        """Run a command, print its error, and return its exit code."""
         try:
             code = super().main(*args, **(extra | {"standalone_mode": False}))
             sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except AttnDispatchError as error:
-            tell_error(str(error))
+            print_error(str(error))
         except typer.Abort:
             return 130
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 print(error.format_message(), end="")  # the help, if it is not printed already
             else:
-                tell_error(error.format_message())
-        except _MISFORTUNES as error:
-            tell_error(f"{summary_of(error)}.")
-        return _WRONG
+                print_error(error.format_message())
+        except _EXTERNAL_ERRORS as error:
+            print_error(f"{summary_of(error)}.")
+        return _INVALID
 
 
 app = typer.Typer(
     name="attn-dispatch",
     cls=_Commands,
-    help="Which attention backend computes exactly what is asked, here or elsewhere, and why.",
+    help="Show, measure and check which attention backend computes a layer exactly, and why.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -93,8 +91,15 @@ def _options(
     pass
 
 
-for _module in (doctor, explain, bench, tune, verify, demo):
-    _module.register(app)
+for _command in (
+    doctor.doctor,
+    explain.explain,
+    bench.bench,
+    tune.tune,
+    verify.verify,
+    demo.demo,
+):
+    app.command()(_command)
 
 
 def main() -> None:

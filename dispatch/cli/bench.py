@@ -1,25 +1,29 @@
-"""`attn-dispatch bench`: time backends, and peers, against each other and against the device."""
+"""`attn-dispatch bench`: time backends and other packages, next to the limits of the device."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from attn_dispatch.cli.device_flag import device_to_run_on
-from attn_dispatch.cli.output import (
-    MAX_ROUNDS,
-    check_json_output,
+from attn_dispatch.cli.options import (
+    Backends,
+    Device,
+    JsonFile,
     check_seconds,
+    device_to_run_on,
+    rounds_option,
+    split_list,
+)
+from attn_dispatch.cli.output import (
+    check_folder,
+    check_json_file,
     make_console,
     noise_to_stderr,
-    write_output,
+    progress,
+    write_json_file,
 )
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import check_writable
@@ -29,12 +33,12 @@ if TYPE_CHECKING:
     from attn_dispatch.bench.peers.registry import Peer
     from attn_dispatch.bench.report import BenchReport
 
-__all__ = ["register"]
+__all__ = ["bench"]
 
-#: Columns of the table where no terminal says how many there are.
+#: Columns of the table if stdout is not a terminal.
 _WIDTH = 110
 
-#: The layer that a sweep is over if nothing else is said.
+#: The default layer of a sweep.
 _SWEEP_LAYER = {
     "name": "sweep",
     "query_lens": [1],
@@ -46,10 +50,8 @@ _SWEEP_LAYER = {
 
 _PANEL = "The layer of a sweep; default: that of the first case, else 32 heads, 8 KV heads of 128"
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="bench")(bench)
+_LayerSize: TypeAlias = Annotated[int | None, typer.Option(rich_help_panel=_PANEL)]
+_LayerDtype: TypeAlias = Annotated[str | None, typer.Option(rich_help_panel=_PANEL)]
 
 
 def bench(
@@ -67,52 +69,41 @@ def bench(
     name_filter: Annotated[
         str | None, typer.Option("--filter", help="Only cases whose name contains this.")
     ] = None,
-    backends: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="These backends. Default: all that run on the device, but for the references.",
-        ),
-    ] = None,
+    backends: Backends = None,
     peers: Annotated[
         bool,
         typer.Option(
-            "--peers", help="Other packages too: FlashAttention, FlashInfer, vLLM, PyTorch."
+            "--peers", help="Also measure FlashAttention, FlashInfer, vLLM and PyTorch themselves."
         ),
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cuda, cuda:1, cpu. Default: the accelerator if there is one."),
-    ] = None,
+    device: Device = None,
     time_budget: Annotated[
         float,
         typer.Option(
             min=0.0,
             callback=check_seconds,
-            help="Seconds to time each contestant in each case, about.",
+            help="About this many seconds for each implementation in each case.",
         ),
     ] = 0.25,
     rounds: Annotated[
-        int | None, typer.Option(min=1, max=MAX_ROUNDS, help="This many calls of each instead.")
+        int | None, rounds_option("Make this many calls of each, whatever time they take.")
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Write everything to this file.")
-    ] = None,
+    json_path: JsonFile = None,
     plot_path: Annotated[
         Path | None,
         typer.Option("--plot", metavar="OUT.png", help="Draw a chart; needs matplotlib."),
     ] = None,
-    num_heads: Annotated[int | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    num_kv_heads: Annotated[int | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    head_size: Annotated[int | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    block_size: Annotated[int | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    dtype: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
+    num_heads: _LayerSize = None,
+    num_kv_heads: _LayerSize = None,
+    head_size: _LayerSize = None,
+    block_size: _LayerSize = None,
+    dtype: _LayerDtype = None,
+    kv_cache_dtype: _LayerDtype = None,
 ) -> None:
-    """Time attention of one layer, and hold every result against float64 before it counts.
+    """Time the attention of one layer; each result is compared with float64 before it counts.
 
-    What is wrong is listed as WRONG, without a time. Exits with 1 if a backend is wrong, or fails
-    on a case that it says it computes.
+    A wrong result is listed as WRONG, without a time. Exits with 1 if a backend is wrong, or fails
+    on a case that it supports.
     """
     layer = {
         "num_heads": num_heads,
@@ -124,22 +115,19 @@ def bench(
     }
     chosen = _choose_cases(cases, name_filter, sweep, layer)
     if json_path is not None:
-        check_json_output(json_path, "format_version", "ceilings", "cases")
+        check_json_file(json_path, "format_version", "ceilings", "cases")
     if plot_path is not None:
-        if not plot_path.absolute().parent.is_dir():
-            raise InvalidInputError(
-                f"{plot_path}: there is no folder {plot_path.absolute().parent}."
-            )
+        check_folder(plot_path)
         check_writable(plot_path)
         from attn_dispatch.bench.plot import check_format
 
-        check_format(plot_path)  # what is missing shows before the work
+        check_format(plot_path)  # before the work: matplotlib may be missing
 
     with noise_to_stderr():
         report = _run(
             chosen,
             device=device,
-            backends=None if backends is None else _split(backends),
+            backends=None if backends is None else split_list(backends.upper()),
             with_peers=peers,
             budget_s=time_budget,
             rounds=rounds,
@@ -159,10 +147,6 @@ def bench(
         raise typer.Exit(1)
     if len(report.results) < report.planned:
         raise typer.Exit(130)
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip().upper() for name in names.split(",") if name.strip()]
 
 
 def _choose_cases(
@@ -191,7 +175,7 @@ def _choose_cases(
             raise InvalidInputError(f"--filter {name_filter}: no case of {path} has that name.")
     if sweep is None:
         return found
-    fields = _SWEEP_LAYER if not found else found[0].asdict()
+    fields = found[0].asdict() if found else _SWEEP_LAYER
     (first,) = parse_cases([{**fields, **given}], "the layer of the sweep")
     return sweep_cases(sweep, first)
 
@@ -214,28 +198,21 @@ def _run(
     machine = describe_machine(torch_device)
     peers, missing = _load_peers(torch_device.type) if with_peers else ([], {})
     bench = Bench(torch_device, backends=backends, peers=peers, budget_s=budget_s, rounds=rounds)
-    with _progress(len(cases)) as show:
+    with progress("bench", len(cases)) as show:
         show("ceilings", 0)
         ceilings = measure_ceilings(torch_device, bench.clock)
         found = {p.name: {"provider": p.provider, "version": p.version} for p in peers}
         report = BenchReport(machine, ceilings, found, missing, planned=len(cases))
         results = bench.run(cases)
         try:
-            for index, case in enumerate(cases):
-                show(case.name, index)
+            for done, case in enumerate(cases):
+                show(case.name, done)
                 report.results.append(next(results))
-                if json_path is not None:  # after each case: a run may be cut short
-                    _write_json(report, json_path)
+                if json_path is not None:  # after each case, because a run may be interrupted
+                    write_json_file(json_path, report.asdict())
         except KeyboardInterrupt:
-            pass  # what is there is shown
+            pass  # the results so far are printed
     return report
-
-
-def _write_json(report: BenchReport, path: Path) -> None:
-    """Write everything; lists of numbers stay on one line."""
-    text = json.dumps(report.asdict(), indent=1, allow_nan=False)
-    text = re.sub(r"\[[\d,\s]+\]", lambda found: "".join(found[0].split()), text)
-    write_output(path, text + "\n")
 
 
 def _load_peers(device_type: str) -> tuple[list[Peer], dict[str, str]]:
@@ -255,24 +232,3 @@ def _load_peers(device_type: str) -> tuple[list[Peer], dict[str, str]]:
         else:
             peers.append(peer)
     return peers, missing
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A function that shows which case is running: a bar on a terminal, else lines, on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        yield lambda name, done: console.print(f"[{done}/{total}] {name}")
-        return
-    columns = (
-        TextColumn("bench"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name, done: bar.update(task, completed=done, description=name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from attn_dispatch import environment
 from attn_dispatch.cli.doctor_report import print_diagnosis
+from attn_dispatch.cli.options import AsJson
 from attn_dispatch.cli.output import make_console, noise_to_stderr, print_json
 from attn_dispatch.errors import AttnDispatchError, BackendFailure, InvalidInputError
 from attn_dispatch.version import __version__
@@ -21,20 +22,13 @@ if TYPE_CHECKING:
     from attn_dispatch.platforms.device import DeviceProfile
     from attn_dispatch.selection.registry import Candidate
 
-__all__ = ["diagnose", "register"]
+__all__ = ["diagnose", "doctor"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="doctor")(doctor)
-
-
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show this machine's devices, libraries and backends, what does not work, and why.
 
-    Imports every optional library that is installed, to see whether it is whole.
+    Imports every installed optional library, to find out whether it works.
     """
     with noise_to_stderr():
         found = diagnose()
@@ -46,7 +40,7 @@ def doctor(
 
 def diagnose() -> dict[str, Any]:
     """Everything that `doctor` shows, as JSON-ready data."""
-    libraries = _libraries()  # first: what turns out broken counts for all that follows
+    libraries = _libraries()  # first, because broken libraries affect everything below
     devices, profiles = _devices()
     backends = _backends(profiles)
     needed: dict[str, list[str]] = {}
@@ -65,23 +59,17 @@ def diagnose() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    versions: dict[str, Any] = {
+    try:
+        import torch
+
+        versions = (torch.__version__, torch.version.cuda, torch.version.hip)
+    except Exception:  # the error is shown with the libraries
+        versions = (None, None, None)
+    return {
         "attn_dispatch": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch": None,
-        "cuda": None,
-        "hip": None,
-    }
-    try:
-        import torch
-    except Exception:  # it is among the libraries, with its error
-        return versions
-    return {
-        **versions,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
+        **dict(zip(("torch", "cuda", "hip"), versions, strict=True)),
     }
 
 
@@ -91,20 +79,17 @@ def _libraries() -> list[dict[str, Any]]:
 
     names = registry.library_names()
     for library in installed_libraries(names):
-        if library.version is None:
-            continue
-        try:
-            import_library(library.name)
-        except BackendFailure:
-            continue  # import_library has noted the error, which is read below
-    states = []
+        if library.version is not None:
+            with contextlib.suppress(BackendFailure):  # recorded, and read below
+                import_library(library.name)
+    found = []
     for library in installed_libraries(names):
         state = "missing" if library.version is None else "broken" if library.error else "ok"
         error = library.error if state == "broken" else None
-        states.append(
+        found.append(
             {"name": library.name, "state": state, "version": library.version, "error": error}
         )
-    return states
+    return found
 
 
 def _devices() -> tuple[list[dict[str, Any]], dict[str, DeviceProfile]]:
@@ -118,10 +103,10 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, DeviceProfile]]:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         count = 0 if accelerator is None else torch.accelerator.device_count()
         names = [f"{accelerator}:{index}" for index in range(count)]
-    except Exception as error:  # a broken driver or torch; everything else is still worth a look
+    except Exception as error:  # a broken driver or torch; the rest can still be diagnosed
         entry = {"device": "accelerator", "error": f"{type(error).__name__}: {error}"}
         cpu = known_device("cpu")
-        return [entry, {"device": "cpu", **_facts(cpu)}], {"cpu": cpu}
+        return [entry, {"device": "cpu", **_hardware(cpu)}], {"cpu": cpu}
     devices, profiles = [], {}
     for name in (*names, "cpu"):
         try:
@@ -129,22 +114,20 @@ def _devices() -> tuple[list[dict[str, Any]], dict[str, DeviceProfile]]:
         except AttnDispatchError as error:
             devices.append({"device": name, "error": str(error)})
         else:
-            devices.append({"device": name, **_facts(profiles[name])})
+            devices.append({"device": name, **_hardware(profiles[name])})
     return devices, profiles
 
 
-def _facts(profile: DeviceProfile) -> dict[str, Any]:
-    hardware = profile.asdict()
-    del hardware["libraries"], hardware["other_libraries"]
-    return hardware
+def _hardware(profile: DeviceProfile) -> dict[str, Any]:
+    data = profile.asdict()
+    del data["libraries"], data["other_libraries"]
+    return data
 
 
 def _environment() -> list[dict[str, Any]]:
-    from attn_dispatch.environment import VARIABLES
-
     found = []
-    for variable in VARIABLES:
-        value, error = variable.value, None
+    for variable in environment.VARIABLES:
+        error = None
         try:
             READERS[variable.name]()
         except AttnDispatchError as problem:
@@ -152,7 +135,7 @@ def _environment() -> list[dict[str, Any]]:
         found.append(
             {
                 "name": variable.name,
-                "value": value,
+                "value": variable.value,
                 "default": variable.default,
                 "form": variable.form,
                 "error": error,
@@ -161,68 +144,48 @@ def _environment() -> list[dict[str, Any]]:
     return found
 
 
-def _read_backend() -> None:
-    from attn_dispatch.environment import backend_override
+def _read_override(text: str, source: str) -> None:
     from attn_dispatch.selection.overrides import Source, parse_override
     from attn_dispatch.selection.registry import registry
 
-    parse_override(backend_override(), Source.ENVIRONMENT, registry.names())
-
-
-def _read_vllm_backend() -> None:
-    from attn_dispatch.environment import vllm_backend_override
-    from attn_dispatch.selection.overrides import Source, parse_override
-    from attn_dispatch.selection.registry import registry
-
-    parse_override(vllm_backend_override(), Source.VLLM_ENVIRONMENT, registry.names())
-
-
-def _read_check() -> None:
-    from attn_dispatch.environment import check_mode
-
-    check_mode()
+    parse_override(text, Source[source], registry.names())
 
 
 def _read_tuning() -> None:
-    from attn_dispatch.environment import tuning
     from attn_dispatch.selection.timings.reader import read_table
 
-    if tuning().lower() not in ("", "off"):
-        read_table(Path(tuning()))
+    if (path := environment.tuning()).lower() not in ("", "off"):
+        read_table(Path(path))
 
 
 def _read_cache_folder() -> None:
-    from attn_dispatch.environment import CACHE_FOLDER, cache_folder
-
-    given = cache_folder()
-    if not given or not os.path.lexists(given):
+    name, folder = environment.CACHE_FOLDER.name, environment.cache_folder()
+    if not folder or not os.path.lexists(folder):
         return
     try:
-        if not stat.S_ISDIR(os.stat(given).st_mode):
-            raise InvalidInputError(f"{CACHE_FOLDER.name} is {given!r}, a file. Give a folder.")
-        os.listdir(given)
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise InvalidInputError(f"{name} is {folder!r}, a file. Give a folder.")
+        os.listdir(folder)
     except OSError as error:
         raise InvalidInputError(
-            f"{CACHE_FOLDER.name} is {given!r}, which cannot be looked into: {error.strerror}. "
-            "Give a folder that can be."
+            f"{name} is {folder!r}, which cannot be read: {error.strerror}. Give a readable folder."
         ) from error
 
 
-#: How the library reads each of environment.VARIABLES; raises where it would not understand it.
-READERS: dict[str, Callable[[], None]] = {
-    "ATTN_DISPATCH_BACKEND": _read_backend,
-    "VLLM_ATTENTION_BACKEND": _read_vllm_backend,
-    "ATTN_DISPATCH_CHECK": _read_check,
+#: How each of environment.VARIABLES is read; a function raises if the value is invalid.
+READERS: dict[str, Callable[[], object]] = {
+    "ATTN_DISPATCH_BACKEND": lambda: _read_override(environment.backend_override(), "ENVIRONMENT"),
+    "VLLM_ATTENTION_BACKEND": lambda: _read_override(
+        environment.vllm_backend_override(), "VLLM_ENVIRONMENT"
+    ),
+    "ATTN_DISPATCH_CHECK": environment.check_mode,
     "ATTN_DISPATCH_TUNING": _read_tuning,
     "ATTN_DISPATCH_CACHE_DIR": _read_cache_folder,
 }
 
 
 def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
-    """The tables of measured times that count, each with the devices for which it does.
-
-    One that is set aside is told by a warning.
-    """
+    """The timing tables in use, each with its devices; a rejected table gives a warning."""
     from attn_dispatch.selection.timings.store import tables_for
 
     tables: dict[str, dict[str, Any]] = {}
@@ -239,7 +202,7 @@ def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
 
 
 def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
-    """Every registered backend, and for each device why it cannot run there, if it cannot."""
+    """Every registered backend, and for each device the reasons why it cannot run there."""
     from attn_dispatch.platforms.libraries import library_name
     from attn_dispatch.selection.registry import registry
 
@@ -247,7 +210,7 @@ def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
     for name, candidate in registry.candidates().items():
         cls = candidate.backend_cls
         needs = [] if cls is None else [library_name(r) for r in cls.capabilities.requires]
-        reasons = {device: _refusals(candidate, profile) for device, profile in profiles.items()}
+        reasons = {device: _obstacles(candidate, profile) for device, profile in profiles.items()}
         found.append(
             {
                 "name": name,
@@ -262,8 +225,8 @@ def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
     return found
 
 
-def _refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
-    """Why a backend cannot run on a device at all, whatever the layer; nothing if it can."""
+def _obstacles(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
+    """Why a backend cannot run any layer on a device; empty if it can run some."""
     import torch
 
     from attn_dispatch.interface.capability import ReasonCode, compare_availability
@@ -274,7 +237,7 @@ def _refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
     missing = [] if cls is None else compare_availability(cls.capabilities, profile)
     if missing:
         return missing
-    # One that needs any of several libraries tells only when it is asked for a layer.
+    # A backend that needs any of several libraries only checks them for a layer.
     plain = AttentionSpec(num_heads=8, head_size=128, dtype=torch.bfloat16)
     own = {candidate.name: candidate}
     (verdict,) = decide(plain, profile, phase=None, rules=(), candidates=own).verdicts
@@ -283,7 +246,7 @@ def _refusals(candidate: Candidate, profile: DeviceProfile) -> list[Reason]:
 
 
 def _gains(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What to do to gain which backend where: the hints of refusals that a hint can lift."""
+    """What to install to gain which backend where: the hints of the reasons, if all have one."""
     gains: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for backend in backends:
         for device, verdict in backend["devices"].items():

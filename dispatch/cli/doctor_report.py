@@ -1,4 +1,4 @@
-"""How `attn-dispatch doctor` shows what it found to people."""
+"""How `attn-dispatch doctor` prints what it found."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ __all__ = ["print_diagnosis"]
 
 
 def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
-    """Print what `doctor.diagnose` found.
-
-    Args:
-        console: where.
-        found: its answer.
-    """
+    """Print the data of `doctor.diagnose`."""
     versions = found["versions"]
     gpu_runtime = " ".join(f"{name} {versions[name]}" for name in ("cuda", "hip") if versions[name])
     facts = facts_table()
@@ -26,18 +21,22 @@ def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
     facts.add_row("Python", f"{versions['python']} on {versions['platform']}")
     facts.add_row("PyTorch", f"{versions['torch'] or 'cannot be imported'} {gpu_runtime}".strip())
     console.print(facts)
-    _print_devices(console, found["devices"])
-    _print_libraries(console, found["libraries"])
-    _print_environment(console, found["environment"])
-    _print_tables(console, found["tables"])
-    _print_backends(console, found["backends"])
-    _print_gains(console, found["gains"])
+    for title, print_section in (
+        ("Devices", _print_devices),
+        ("Libraries", _print_libraries),
+        ("Environment variables", _print_environment),
+        ("Measured times", _print_tables),
+        ("Backends", _print_backends),
+        ("What would help", _print_gains),
+    ):
+        console.print()
+        console.print(title, style="bold underline")
+        print_section(console, found)
 
 
-def _print_devices(console: Console, devices: list[dict[str, Any]]) -> None:
-    _title(console, "Devices")
+def _print_devices(console: Console, found: dict[str, Any]) -> None:
     table = text_table("Device", "Arch", "Name and memory", narrow=2)
-    for device in devices:
+    for device in found["devices"]:
         if "error" in device:
             table.add_row(device["device"], "", device["error"], style="red")
         else:
@@ -58,25 +57,19 @@ def _device_facts(device: dict[str, Any]) -> list[str]:
     return facts
 
 
-def _print_libraries(console: Console, libraries: list[dict[str, Any]]) -> None:
-    _title(console, "Libraries")
+def _print_libraries(console: Console, found: dict[str, Any]) -> None:
+    libraries = found["libraries"]
     styles = {"ok": "green", "broken": "red", "missing": "dim"}
     table = text_table("Library", "State", "Version", "Needed by", narrow=2)
-    for library in libraries:
-        state = library["state"]
-        table.add_row(
-            library["name"],
-            state,
-            library["version"] or "",
-            ", ".join(library["needed_by"]),
-            style=styles[state],
-        )
+    for lib in libraries:
+        users, state = ", ".join(lib["needed_by"]), lib["state"]
+        table.add_row(lib["name"], state, lib["version"] or "", users, style=styles[state])
     console.print(table)
     _print_points(console, [(lib["name"], lib["error"]) for lib in libraries if lib["error"]])
 
 
-def _print_environment(console: Console, variables: list[dict[str, Any]]) -> None:
-    _title(console, "Environment variables")
+def _print_environment(console: Console, found: dict[str, Any]) -> None:
+    variables = found["environment"]
     table = text_table("Variable", "State", "Value", narrow=2)
     for variable in variables:
         if variable["error"]:
@@ -90,23 +83,22 @@ def _print_environment(console: Console, variables: list[dict[str, Any]]) -> Non
     _print_points(console, [(v["error"], "") for v in variables if v["error"]])
 
 
-def _print_tables(console: Console, tables: list[dict[str, Any]]) -> None:
-    _title(console, "Measured times")
-    if not tables:
+def _print_tables(console: Console, found: dict[str, Any]) -> None:
+    if not found["tables"]:
         console.print(
-            "None count here: the platform's order decides. `attn-dispatch tune` measures."
+            "None for these devices: the platform's order decides. `attn-dispatch tune` measures."
         )
         return
     rows = text_table("Device", "Layers", "Measured", "From", narrow=3)
-    for table in tables:
-        where = _range(table["devices"])
-        rows.add_row(where, str(table["layers"]), table["measured"], table["from"])
+    for table in found["tables"]:
+        devices = _range(table["devices"])
+        rows.add_row(devices, str(table["layers"]), table["measured"], table["from"])
     console.print(rows)
 
 
-def _print_backends(console: Console, backends: list[dict[str, Any]]) -> None:
-    _title(console, "Backends")
-    groups = _alike(backends)
+def _print_backends(console: Console, found: dict[str, Any]) -> None:
+    backends = found["backends"]
+    groups = _equal_devices(backends)
     table = text_table("Backend", *map(_range, groups))
     for backend in backends:
         verdicts = [backend["devices"][group[0]]["usable"] for group in groups]
@@ -127,8 +119,8 @@ def _print_backends(console: Console, backends: list[dict[str, Any]]) -> None:
     )
 
 
-def _alike(backends: list[dict[str, Any]]) -> list[list[str]]:
-    """The devices, those together that are the same to every backend."""
+def _equal_devices(backends: list[dict[str, Any]]) -> list[list[str]]:
+    """The devices, in groups that have the same verdict from every backend."""
     groups: dict[str, list[str]] = {}
     for device in backends[0]["devices"]:
         verdicts = repr([backend["devices"][device] for backend in backends])
@@ -137,7 +129,7 @@ def _alike(backends: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _range(devices: list[str]) -> str:
-    """["cuda:0", "cuda:1"] -> "cuda:0-1"; whatever is no such row is listed."""
+    """["cuda:0", "cuda:1"] -> "cuda:0-1"; devices that are not consecutive are listed."""
     kind, _, first = devices[0].partition(":")
     row = [f"{kind}:{index}" for index in range(int(first or 0), int(first or 0) + len(devices))]
     if len(devices) > 1 and row == devices:
@@ -146,30 +138,24 @@ def _range(devices: list[str]) -> str:
 
 
 def _main_reasons(reasons: list[dict[str, str]]) -> list[str]:
-    """What to tell people: where the device is wrong, libraries are beside the point."""
+    """The messages to show: missing libraries are irrelevant if the device is unsupported."""
     wrong_device = [reason for reason in reasons if reason["code"] == "device"]
     return [reason["message"] for reason in wrong_device or reasons]
 
 
-def _print_gains(console: Console, gains: list[dict[str, Any]]) -> None:
-    _title(console, "What would help")
-    if not gains:
+def _print_gains(console: Console, found: dict[str, Any]) -> None:
+    if not found["gains"]:
         console.print("Nothing: no backend that runs on these devices lacks a library.")
         return
     table = text_table("Do this", "To gain", narrow=0)
-    for gain in gains:
+    for gain in found["gains"]:
         gained = [f"{name} on {_range(devices)}" for name, devices in gain["gains"].items()]
         table.add_row("\n".join(gain["do"]), "\n".join(gained))
     console.print(table)
 
 
-def _title(console: Console, text: str) -> None:
-    console.print()
-    console.print(text, style="bold underline")
-
-
 def _print_points(console: Console, points: list[tuple[str, str]]) -> None:
-    """A list of `- subject: text`, each of which goes on under its own beginning."""
+    """Print a list of `- subject: text` with hanging indent."""
     from rich.table import Table
     from rich.text import Text
 

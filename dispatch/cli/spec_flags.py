@@ -1,7 +1,6 @@
-"""The flags that describe a layer: one for each field of AttentionSpec, made from the fields.
+"""The flags that describe a layer, made from the fields of AttentionSpec.
 
-A field that is added to AttentionSpec has its flag at once: its name, its type and its doc say all
-that a flag needs.
+A new field of AttentionSpec gets its flag without further code: its name, type and doc are enough.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -17,14 +17,23 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface import spec as spec_module
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 
-__all__ = ["fields_from_flags", "flag_name", "spec_from_fields", "with_spec_flags"]
+if TYPE_CHECKING:
+    from attn_dispatch.models.config import LayerGroup
+
+__all__ = [
+    "fields_from_flags",
+    "flag_name",
+    "requested_layers",
+    "spec_from_fields",
+    "with_spec_flags",
+]
 
 _PANEL = "The layer, by the fields of AttentionSpec"
 
-#: The largest integer that a flag takes: no layer has more.
+#: The largest integer that a flag accepts; no layer has more of anything.
 _MAX_INTEGER = (1 << 31) - 1
 
-#: Further flags: the field that one sets, its value, and what it says.
+#: Additional flags: name -> (the field that it sets, the value, help).
 _SWITCHES: dict[str, tuple[str, Any, str]] = {
     "alibi_symmetric": ("alibi", ALIBI_SYMMETRIC, "ALiBi, by slopes times -abs(distance)."),
 }
@@ -36,72 +45,61 @@ def flag_name(field: str) -> str:
 
 
 def with_spec_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, in place of its `**flags`, one flag for each field of AttentionSpec.
+    """Replace a command's `**flags` by one flag for each field of AttentionSpec.
 
-    The flags' values are texts, or booleans, or None for those that are not given:
-    `fields_from_flags` makes values of them.
+    The flags' values are strings or booleans, and None if a flag is not given;
+    `fields_from_flags` converts them.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
-    flags = [_parameter(field) for field in dataclasses.fields(AttentionSpec)]
-    flags += [_switch(flag, doc) for flag, (_, _, doc) in _SWITCHES.items()]
-    parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD] + flags
+    parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters += map(_field_parameter, dataclasses.fields(AttentionSpec))
+    parameters += [
+        _parameter(name, bool, flag_name(name), h) for name, (*_, h) in _SWITCHES.items()
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    kind, flag = _base_type(field), flag_name(field.name)
-    record = _record(kind)
-    doc = str(field.metadata.get("doc", ""))
-    if record is not None:
-        doc += f" As numbers: {', '.join(f.name for f in dataclasses.fields(record))}."
+def _field_parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    kind, flag, doc = _base_type(field), flag_name(field.name), str(field.metadata.get("doc", ""))
     if kind == "bool" or kind.startswith("bool |"):
-        # What is off by default needs no flag to switch it off.
-        pair = flag if field.default is False else f"{flag}/{flag_name('no_' + field.name)}"
-        option = typer.Option(
-            pair,
-            help=doc,
-            rich_help_panel=_PANEL,
-            show_default=False,
-        )
-        value_type: Any = bool
-    else:
-        metavar = "N,N,..." if record else _METAVARS.get(kind, "TEXT")
-        option = typer.Option(
-            flag, help=doc, metavar=metavar, rich_help_panel=_PANEL, show_default=False
-        )
-        value_type = str
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Optional[value_type], option],  # noqa: UP045  (built at run time)
+        if field.default is not False:  # otherwise there is nothing to switch off
+            flag += f"/{flag_name('no_' + field.name)}"
+        return _parameter(field.name, bool, flag, doc)
+    metavar = _METAVARS.get(kind, "TEXT")
+    if (record := _record(kind)) is not None:
+        metavar = "N,N,..."
+        doc += f" As numbers: {', '.join(f.name for f in dataclasses.fields(record))}."
+    return _parameter(field.name, str, flag, doc, metavar)
+
+
+def _parameter(
+    name: str, kind: type, flag: str, doc: str, metavar: str | None = None
+) -> inspect.Parameter:
+    option = typer.Option(
+        flag, help=doc, metavar=metavar, rich_help_panel=_PANEL, show_default=False
     )
-
-
-def _switch(name: str, doc: str) -> inspect.Parameter:
-    option = typer.Option(flag_name(name), help=doc, rich_help_panel=_PANEL, show_default=False)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[Optional[bool], option],  # noqa: UP045  (built at run time)
+        annotation=Annotated[Optional[kind], option],  # noqa: UP045  (built at run time)
     )
 
 
 def _base_type(field: dataclasses.Field[Any]) -> str:
-    """The field's declared type, a text under postponed annotations, without `| None`."""
+    """The field's declared type, a string because annotations are postponed, without `| None`."""
     return str(field.type).removesuffix(" | None")
 
 
 def _record(kind: str) -> type | None:
-    """The dataclass of that name that a field holds, such as MLADims."""
+    """The dataclass of that name that a field contains, such as MLADims."""
     found = getattr(spec_module, kind, None)
     return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
 
 
-# A text that is not of the type is passed on as it is: the spec refuses it in its own words.
+# Text that does not parse is passed on unchanged, and AttentionSpec rejects it.
 def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -141,10 +139,10 @@ def _parse_record(field: str, record: type, text: str) -> Any:
 
 
 def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that were given, as values for AttentionSpec; the word none stands for None.
+    """The given flags as fields of AttentionSpec; the word none means None.
 
     Raises:
-        InvalidInputError: a value is wrong in a way that AttentionSpec would not see.
+        InvalidInputError: a value is wrong, and AttentionSpec would not detect it.
     """
     kinds = {field.name: _base_type(field) for field in dataclasses.fields(AttentionSpec)}
     fields: dict[str, Any] = {}
@@ -173,16 +171,18 @@ def _check_size(field: str, value: Any) -> None:
 
 
 def spec_from_fields(fields: Mapping[str, Any]) -> AttentionSpec:
-    """The request; with `mla`, the sizes of its cache are filled in where they are not given.
+    """The layer; with `mla`, the sizes of its cache are derived unless they are given.
 
     Raises:
-        InvalidInputError: a field that every layer needs is not given, or a value is wrong.
+        InvalidInputError: a required field is missing, or a value is wrong.
     """
-    filled = ("head_size",) if fields.get("mla") is not None else ()
+    is_mla = fields.get("mla") is not None
     missing = [
         flag_name(field.name)
         for field in dataclasses.fields(AttentionSpec)
-        if field.default is dataclasses.MISSING and field.name not in {*fields, *filled}
+        if field.default is dataclasses.MISSING
+        and field.name not in fields
+        and not (is_mla and field.name == "head_size")
     ]
     if missing:
         raise InvalidInputError(
@@ -190,7 +190,22 @@ def spec_from_fields(fields: Mapping[str, Any]) -> AttentionSpec:
             "32 --num-kv-heads 8 --head-size 128 --dtype bfloat16. Or give a whole model by "
             "--config PATH."
         )
-    if not filled:
+    if not is_mla:
         return AttentionSpec(**fields)
     basic = {name: fields[name] for name in ("num_heads", "dtype", "mla")}
     return AttentionSpec.for_mla(**basic).replace(**fields)
+
+
+def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> dict[str, LayerGroup]:
+    """The layers of a model, by their kind; without a config, the one that the fields describe.
+
+    Raises:
+        InvalidInputError, UnsupportedError: as for `layers_from_config` or `spec_from_fields`.
+    """
+    from attn_dispatch.models.config import LayerGroup, layers_from_config
+    from attn_dispatch.models.hf import load_config
+
+    if config is not None:
+        return layers_from_config(load_config(config), **fields)
+    spec = spec_from_fields(fields)
+    return {spec.kind: LayerGroup(spec, ())}

@@ -1,27 +1,33 @@
-"""`attn-dispatch tune`: measure this device, so that selection knows who is fastest at what."""
+"""`attn-dispatch tune`: measure backends on this device, for selection to use the times."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_dispatch.cli.device_flag import device_to_run_on
-from attn_dispatch.cli.output import (
-    MAX_ROUNDS,
+from attn_dispatch.cli.options import (
+    Backends,
+    Config,
+    Device,
     check_seconds,
+    device_to_run_on,
+    rounds_option,
+    split_list,
+)
+from attn_dispatch.cli.output import (
     facts_table,
     make_console,
     noise_to_stderr,
+    progress,
     text_table,
 )
-from attn_dispatch.cli.spec_flags import fields_from_flags, spec_from_fields, with_spec_flags
+from attn_dispatch.cli.spec_flags import fields_from_flags, requested_layers, with_spec_flags
 from attn_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -29,43 +35,29 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from attn_dispatch.bench.cases import Case
-    from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.selection.timings.table import Table
     from attn_dispatch.tuning.measure import Grid, Measured, Task, Tuner
 
-__all__ = ["register"]
+__all__ = ["tune"]
 
-#: Of a number in a list.
+#: Digits of a number in --requests or --lengths.
 _MAX_DIGITS = 18
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="tune")(tune)
 
 
 @with_spec_flags
 def tune(
-    config: Annotated[
-        Path | None,
-        typer.Option(help="A Hugging Face config.json, or a folder that holds one: all layers."),
-    ] = None,
+    config: Config = None,
     cases: Annotated[
         Path | None,
         typer.Option(help="Measure these batches instead of a grid: a case file of `bench`."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu. Default: the accelerator if any.")
-    ] = None,
-    backends: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...", help="Those who take part. Default: all but the references."
-        ),
-    ] = None,
+    device: Device = None,
+    backends: Backends = None,
     steps: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="Of prefill, decode, verify, mixed. Default: all."),
+        typer.Option(
+            metavar="A,B,...", help="Any of prefill, decode, verify, mixed. Default: all."
+        ),
     ] = None,
     requests: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Batch sizes. Default: 1,4,16,64,256.")
@@ -79,37 +71,35 @@ def tune(
         typer.Option(
             min=0.0,
             callback=check_seconds,
-            help="Start no new point after this many seconds; the next run continues.",
+            help="Start no new measurement after this many seconds; the next run continues.",
         ),
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=MAX_ROUNDS,
-            help="Calls of each backend at a point. Default: a tenth of a second.",
-        ),
+        rounds_option("Calls of each backend at a point. Default: as many as take 0.1 s."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The table's file. Default: this device's in the cache."),
+        typer.Option(
+            metavar="FILE", help="The table's file. Default: this device's, in the cache folder."
+        ),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Measure again what the file has already.")
+        bool, typer.Option("--fresh", help="Measure again what the file already contains.")
     ] = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="Only show which tables count for this device.")
+        bool, typer.Option("--list", help="Only show which tables are used for this device.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Only show who is chosen where, and the times.")
+        bool, typer.Option("--show", help="Only show which backend is picked where, with times.")
     ] = False,
     **flags: Any,
 ) -> None:
-    """Measure every backend that computes a layer, over a grid of batches, and keep the times.
+    """Measure every backend that supports a layer, over a grid of batches, and store the times.
 
-    Describe a layer by flags, give a model's --config, or --cases. A result that is wrong is never
-    listed. What is measured is kept at once, and a run that was cut short goes on when it is
-    started again. Exits with 1 if a backend was wrong or failed.
+    Describe a layer by flags, or give a model's --config, or --cases. A wrong result is never
+    stored. Each measurement is stored at once, and an interrupted run continues when it is started
+    again. Exits with 1 if a backend was wrong or failed.
     """
     from attn_dispatch.platforms.detect import detect_device, resolve_device
     from attn_dispatch.selection.timings.store import (
@@ -132,23 +122,21 @@ def tune(
     with noise_to_stderr():
         device_to_run_on(str(torch_device))
         path = output or table_path(machine_of(profile))
-        names = None if backends is None else [n.upper() for n in _split(backends)]
         tuner = Tuner(
             torch_device,
             path,
-            names,
+            None if backends is None else split_list(backends.upper()),
             fresh=fresh,
             rounds=rounds,
             replaces_unreadable=output is None,
         )
         if output is None:
-            _tell_if_unreadable(path)
-        chosen, notes = _cases(cases, config, fields_from_flags(flags), grid)
+            _warn_if_unreadable(path)
+        chosen, notes = _choose_cases(cases, config, fields_from_flags(flags), grid)
         tasks, more = tuner.tasks(chosen)
-        notes += more
         done, complete = _run(tuner, tasks, time_budget)
     forget_tables()
-    for note in notes:
+    for note in notes + more:
         console.print(note)
     _print_outcome(console, path, len(tasks), done)
     if path.exists():
@@ -159,18 +147,14 @@ def tune(
         raise typer.Exit(130)
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _read(path: Path) -> Table:
     from attn_dispatch.selection.timings.reader import read_table
 
     return read_table(path)
 
 
-def _tell_if_unreadable(path: Path) -> None:
-    """Say so if the cache's own file is to be replaced, because it cannot be read."""
+def _warn_if_unreadable(path: Path) -> None:
+    """Print a warning if the file in the cache folder is corrupt and will be replaced."""
     try:
         if path.exists():
             _read(path)
@@ -185,10 +169,10 @@ def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:
     given: dict[str, Any] = {}
     if steps is not None:
         known = {str(step): step for step in BatchKind}
-        unknown = [name for name in _split(steps) if name not in known]
-        if unknown or not _split(steps):
+        names = split_list(steps)
+        if not names or not known.keys() >= set(names):
             raise InvalidInputError(f"--steps {steps}: name some of {', '.join(known)}.")
-        given["steps"] = tuple(known[name] for name in _split(steps))
+        given["steps"] = tuple(known[name] for name in names)
     for flag, text in (("requests", requests), ("lengths", lengths)):
         if text is not None:
             given[flag] = _numbers(flag, text)
@@ -198,7 +182,7 @@ def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """ "1,4k" -> (1, 4096)."""
     numbers = []
-    for part in _split(text):
+    for part in split_list(text):
         digits, kilo = part.lower().removesuffix("k"), part.lower().endswith("k")
         if not digits.isdecimal() or not digits.strip("0"):
             raise InvalidInputError(f"--{flag} {text}: {part!r} is not a number such as 16 or 4k.")
@@ -210,65 +194,51 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(sorted(set(numbers)))
 
 
-def _cases(
+def _choose_cases(
     path: Path | None, config: Path | None, fields: dict[str, Any], grid: Grid
 ) -> tuple[list[Case], list[str]]:
-    """What to measure, and what cannot be, as sentences.
+    """The batches to measure, and notes on the layers that cannot be measured.
 
     Raises:
-        InvalidInputError: nothing can, or a layer is described in two ways.
+        InvalidInputError: there is nothing to measure, or a layer is described in two ways.
     """
     from attn_dispatch.bench.cases import load_cases
+    from attn_dispatch.interface.types import AttentionType
     from attn_dispatch.selection.timings.table import LAYER_FIELDS, layer_key
     from attn_dispatch.tuning.measure import cases_of
 
     if path is not None:
         if config is not None or fields:
-            raise InvalidInputError("--cases has layers of its own: leave out what describes one.")
+            raise InvalidInputError(
+                "--cases has layers of its own: leave out --config and the flags of a layer."
+            )
         return load_cases(path), []
     found, notes = [], []
-    for name, spec in _layers(config, fields).items():
+    for name, group in requested_layers(config, fields).items():
+        spec = group.spec
+        if spec.block_size is None and AttentionType(spec.attn_type).has_kv_cache:
+            spec = spec.replace(block_size=16)
         if layer_key(spec) is None:
             notes.append(
-                f"{name} is not measured: {spec} has more to it than {', '.join(LAYER_FIELDS)}."
+                f"{name} is not measured: {spec} has fields other than {', '.join(LAYER_FIELDS)}."
             )
         else:
             found.append(cases_of(name, spec, grid))
     if not any(found):
         raise InvalidInputError(" ".join(["There is nothing to measure.", *notes]))
-    longest = max(map(len, found))  # kinds of layer take turns, so that each has its share
-    return [each[i] for i in range(longest) for each in found if i < len(each)], notes
-
-
-def _layers(config: Path | None, fields: dict[str, Any]) -> dict[str, AttentionSpec]:
-    """Name -> request; where there is a cache and nobody says so, in blocks of 16."""
-    from attn_dispatch.interface.types import AttentionType
-
-    if config is None:
-        spec = spec_from_fields(fields)
-        found = {spec.kind: spec}
-    else:
-        from attn_dispatch.models.config import layers_from_config
-        from attn_dispatch.models.hf import load_config
-
-        groups = layers_from_config(load_config(config), **fields)
-        found = {name: group.spec for name, group in groups.items()}
-    return {
-        name: spec.replace(block_size=16)
-        if spec.block_size is None and AttentionType(spec.attn_type).has_kv_cache
-        else spec
-        for name, spec in found.items()
-    }
+    # The kinds of layer take turns, so that a short run measures all of them.
+    turns = itertools.zip_longest(*found)
+    return [case for turn in turns for case in turn if case is not None], notes
 
 
 def _run(tuner: Tuner, tasks: list[Task], budget_s: float | None) -> tuple[list[Measured], bool]:
-    """What was measured, and whether nobody interrupted it."""
+    """What was measured, and whether the run was not interrupted."""
     from attn_dispatch.selection.timings.store import TuningWarning
 
     done: list[Measured] = []
     start = time.monotonic()
-    with _progress(len(tasks)) as show, warnings.catch_warnings():
-        warnings.simplefilter("ignore", TuningWarning)  # measuring anew is what it asks for
+    with progress("tune", len(tasks)) as show, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TuningWarning)  # it recommends to measure again
         results = tuner.run(tasks)
         try:
             for index, task in enumerate(tasks):
@@ -279,34 +249,6 @@ def _run(tuner: Tuner, tasks: list[Task], budget_s: float | None) -> tuple[list[
         except KeyboardInterrupt:
             return done, False
     return done, True
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A function that shows which point is measured: a bar on a terminal, else lines, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        yield lambda name, done: console.print(f"[{done}/{total}] {name}")
-        return
-    columns = (
-        TextColumn("tune"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name, done: bar.update(task, completed=done, description=name)
 
 
 def _print_outcome(console: Console, path: Path, planned: int, done: list[Measured]) -> None:
@@ -326,11 +268,11 @@ def _print_outcome(console: Console, path: Path, planned: int, done: list[Measur
 def _print_tables(
     console: Console, tables: tuple[Table, ...], device: torch.device, *, whole: bool
 ) -> None:
-    """Each table, and for each of its layers what is chosen: in words, or point by point."""
+    """Print each table, and the picks for its layers: all points, or those that differ."""
     from attn_dispatch.tuning.measure import chosen_in
 
     if not tables:
-        console.print("No table counts for this device here: the platform's order decides.")
+        console.print("No table is used for this device: the platform's order decides.")
     for table in tables:
         facts = facts_table()
         facts.add_row("From", table.origin)
@@ -343,15 +285,15 @@ def _print_tables(
             console.print()
             console.print(str(spec), style="bold")
             if not comparisons:
-                console.print("No point has a time of the first in this device's order.")
+                console.print("No point has a time of this device's default backend.")
                 continue
             gains = [each for each in comparisons if each.picked != each.declared]
             console.print(
-                f"{len(comparisons)} points; another than the first in the order is chosen at "
+                f"{len(comparisons)} points; a backend other than the default is picked at "
                 f"{len(gains)}."
             )
             if whole or gains:
-                rows = text_table("Batch", "Chosen", "us", "First in the order", "us", narrow=0)
+                rows = text_table("Batch", "Picked", "us", "Default", "us", narrow=0)
                 for each in comparisons if whole else gains:
                     chosen = (each.picked, f"{each.picked_us:.1f}")
                     first = (each.declared, f"{each.declared_us:.1f}")

@@ -1,22 +1,19 @@
-"""`attn-dispatch verify`: hold a backend, ours or not, to everything that it declares."""
+"""`attn-dispatch verify`: check a built-in or third-party backend against its declarations."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attn_dispatch.cli.device_flag import device_to_run_on
+from attn_dispatch.cli.options import Device, JsonFile, device_to_run_on
 from attn_dispatch.cli.output import (
-    check_json_output,
+    check_json_file,
     make_console,
     noise_to_stderr,
+    progress,
     text_table,
-    write_output,
+    write_json_file,
 )
 from attn_dispatch.errors import InvalidInputError
 
@@ -25,45 +22,36 @@ if TYPE_CHECKING:
 
     from attn_dispatch.conformance import Conformance
 
-__all__ = ["register"]
+__all__ = ["verify"]
 
-#: Failures that are told in full; of a backend that fails everywhere the first say enough.
-_TOLD = 20
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="verify")(verify)
+#: Failures that are printed in full; a backend that fails everywhere has many similar ones.
+_MAX_FAILURES = 20
 
 
 def verify(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered backend.")],
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1. Default: the accelerator if there is one."),
-    ] = None,
+    device: Device = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One value of each field, few pairs, no compiler.")
+        bool,
+        typer.Option("--quick", help="One value of each field, few pairs, without torch.compile."),
     ] = False,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything to this file.")
-    ] = None,
+    json_path: JsonFile = None,
     only: Annotated[
         str, typer.Option(metavar="TEXT", help="Only checks whose group/name contains this.")
     ] = "",
 ) -> None:
-    """Test a backend against a float64 oracle, by checks made from what it declares.
+    """Test a backend against a float64 oracle, by checks generated from what it declares.
 
-    Every declared value alone and features in pairs, what is not declared, inputs that must have
-    an effect, garbage that must have none, what is written to the cache. Exits with 1 if a check
-    fails.
+    The checks cover every declared value, pairs of features, what is not declared, inputs that
+    must have an effect, garbage that must have none, and the writes to the cache. Exits with 1 if
+    a check fails.
     """
     if json_path is not None:
-        check_json_output(json_path, "backend", "outcomes")
+        check_json_file(json_path, "backend", "outcomes")
     with noise_to_stderr():
         report = _run(name, device, quick=quick, only=only)
     if json_path is not None:
-        _write_json(report, json_path)
+        write_json_file(json_path, report.asdict())
     _print_report(make_console(), report)
     if not report.passed:
         raise typer.Exit(1)
@@ -81,15 +69,11 @@ def _run(name: str, device: str | None, *, quick: bool, only: str) -> Conformanc
             f"--only {only}: no check has that in its name. The groups are: {groups}."
         )
     report = Conformance(backend_cls.get_name(), str(torch_device))
-    with _progress(len(chosen)) as show:
-        for check in chosen:
-            show(check.full_name)
+    with progress("verify", len(chosen), lines=False) as show:
+        for done, check in enumerate(chosen):
+            show(check.full_name, done)
             report.outcomes.append(run(check))
     return report
-
-
-def _write_json(report: Conformance, path: Path) -> None:
-    write_output(path, json.dumps(report.asdict(), indent=1, allow_nan=False) + "\n")
 
 
 def _print_report(console: Console, report: Conformance) -> None:
@@ -100,12 +84,12 @@ def _print_report(console: Console, report: Conformance) -> None:
         table.add_row(row["group"], *counts, *numbers, style="red" if row["failed"] else "")
     console.print(table)
     failures = report.failures
-    for outcome in failures[:_TOLD]:
+    for outcome in failures[:_MAX_FAILURES]:
         console.print(f"\n{outcome.check.full_name}", style="red")
         console.print(f"  {outcome.message}")
         console.print(f"  {outcome.check.spec}", style="dim")
-    if len(failures) > _TOLD:
-        console.print(f"\nand {len(failures) - _TOLD} more; --json FILE has all of them.")
+    if len(failures) > _MAX_FAILURES:
+        console.print(f"\nand {len(failures) - _MAX_FAILURES} more; --json FILE has all of them.")
     skipped = {o.message: o.check.full_name for o in report.outcomes if o.status == "skipped"}
     for reason, example in skipped.items():
         console.print(f"\nskipped, e.g. {example}: {reason}.")
@@ -113,25 +97,3 @@ def _print_report(console: Console, report: Conformance) -> None:
     verdict = f"{report.backend} on {report.device}: {len(report.outcomes)} checks, "
     verdict += f"{len(failures)} failed" if failures else "none failed"
     console.print(f"\n{verdict} ({seconds:.1f} s)", style="red" if failures else "green")
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A function that shows which check begins: a bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        yield lambda name: None
-        return
-    columns = (
-        TextColumn("verify"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = iter(range(total))
-        yield lambda name: bar.update(task, completed=next(begun), description=name)

@@ -122,7 +122,7 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
     foreign = sorted(set(extra) - set(SERVING_FIELDS))
     if foreign:
         raise InvalidInputError(
-            f"{', '.join(foreign)} cannot be given beside a config, which decides it. Besides "
+            f"{', '.join(foreign)} cannot be given with a config, which decides it. Besides "
             f"dtype, a config leaves open: {', '.join(SERVING_FIELDS)}. {_ADVICE}"
         )
 

@@ -18,7 +18,7 @@ from attn_dispatch import __version__
 from attn_dispatch.cli import app, doctor, doctor_report, main, spec_flags
 from attn_dispatch.environment import VARIABLES
 from attn_dispatch.interface.spec import AttentionSpec
-from attn_dispatch.platforms import device, libraries
+from attn_dispatch.platforms import detect, libraries
 from attn_dispatch.platforms.device import DeviceMatch
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.selection.registry import registry
@@ -50,7 +50,7 @@ def answer(*args: str, code: int = 0) -> dict:
 # --- The program itself -------------------------------------------------------------------------
 
 
-def test_help_names_the_commands_and_needs_no_torch():
+def test_help_lists_the_commands_without_importing_torch():
     text = run("--help").output
     assert all(command in text for command in ("doctor", "explain", "demo"))
     code = "import sys, attn_dispatch.cli; sys.exit('torch' in sys.modules)"
@@ -61,8 +61,8 @@ def test_version():
     assert run("--version").output == f"attn-dispatch {__version__}\n"
 
 
-def test_json_is_all_there_is_on_stdout(tmp_path):
-    """Also where a library prints while it is imported, from Python and from native code."""
+def test_stdout_is_only_json(tmp_path):
+    """Even if a library prints during its import, from Python or from native code."""
     noise = "import os\nprint('noise')\nos.write(1, b'noise')\n"
     (tmp_path / "flashinfer.py").write_text(noise)
     (tmp_path / "flash_attn.py").write_text(noise + "raise SystemExit('no driver')")
@@ -81,7 +81,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path):
 
 # --- Flags --------------------------------------------------------------------------------------
 
-#: A flag for every field, and what becomes of it.
+#: Field -> (a flag, the value that it gives).
 FLAGS = {
     "num_heads": ("--num-heads 16", 16),
     "head_size": ("--head-size 128", 128),
@@ -121,19 +121,19 @@ def test_every_field_has_a_flag():
 
 
 @pytest.mark.parametrize("field", FLAGS)
-def test_flag_reaches_the_request(field):
+def test_flag_sets_the_field(field):
     flag, value = FLAGS[field]
     basis = MLA if field == "mla" else LAYER
-    # Not every such layer has a backend: the request is what counts here.
+    # Some of these layers have no backend; the test only looks at the spec.
     result = CliRunner().invoke(app, ["explain", *basis, *flag.split(), "--json"])
     assert json.loads(result.stdout)["sections"][0]["spec"][field] == value
 
 
-def test_new_field_has_its_flag_at_once(monkeypatch):
+def test_new_field_gets_a_flag(monkeypatch):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Longer(AttentionSpec):
         temperature: float | None = dataclasses.field(default=None, metadata={"doc": "Of scores."})
-        shape: complex = dataclasses.field(default=0j, metadata={"doc": "Of a type yet unheard."})
+        shape: complex = dataclasses.field(default=0j, metadata={"doc": "Of an unknown type."})
 
     monkeypatch.setattr(spec_flags, "AttentionSpec", Longer)
 
@@ -164,17 +164,17 @@ WRONG = {
     "L --device gfx9": "Device 'gfx9' is not known",
     "L --backend TORCH_SPDA": "Did you mean TORCH_SDPA?",
     "L --backend prefil=REFERENCE": "unknown scope 'prefil'. Did you mean prefill?",
-    "L --without numpy": "--without numpy: no backend and nothing here uses",
+    "L --without numpy": "--without numpy: no backend uses such a library",
     "L --without a>b>c": "--without a>b>c: no backend",
-    "L --attn-type encoder --phase decode": "Nothing asked about goes through decode",
+    "L --attn-type encoder --phase decode": "No requested layer has a decode phase",
     "--config nowhere.json": "There is no file nowhere.json",
     "--config CONFIGS": "holds no config.json",
-    "--config CONFIGS/llama.json --num-heads 8": "num_heads cannot be given beside a config",
+    "--config CONFIGS/llama.json --num-heads 8": "num_heads cannot be given with a config",
 }
 
 
 @pytest.mark.parametrize("args", WRONG)
-def test_wrong_values_end_in_one_message_on_stderr(args, monkeypatch, capsys):
+def test_wrong_values_give_one_line_on_stderr(args, monkeypatch, capsys):
     short = {"L": LAYER, "M": MLA}
     words = [part for word in args.split() for part in short.get(word, [word])]
     words = [word.replace("CONFIGS", str(CONFIGS)) for word in words]
@@ -191,7 +191,7 @@ def test_wrong_values_end_in_one_message_on_stderr(args, monkeypatch, capsys):
 # --- explain ------------------------------------------------------------------------------------
 
 
-def test_explain_has_every_pick_and_every_refusal():
+def test_explain_has_every_pick_and_every_verdict():
     found = answer("explain", *LAYER, "--sinks", "--device", "cpu", "--backend", "decode=REFERENCE")
     prefill, decode = found["sections"][0]["reports"]
     assert (prefill["phase"], prefill["picked"], prefill["source"]) == (
@@ -204,7 +204,7 @@ def test_explain_has_every_pick_and_every_refusal():
     assert found["complete"] is True
 
 
-def test_explain_exits_with_1_without_a_pick():
+def test_explain_exits_with_1_if_no_backend_is_picked():
     found = answer("explain", *MLA, "--alibi", "--device", "cpu", code=1)
     assert found["complete"] is False
     assert [report["picked"] for report in found["sections"][0]["reports"]] == [None, None]
@@ -212,17 +212,17 @@ def test_explain_exits_with_1_without_a_pick():
     assert "alibi=True is not supported" in " ".join(text.split())
 
 
-def test_explaining_an_absent_device_never_touches_cuda(monkeypatch):
+def test_explaining_another_device_does_not_use_cuda(monkeypatch):
     monkeypatch.setattr(torch, "cuda", Forbidden("torch.cuda"))
     monkeypatch.setattr(torch, "accelerator", Forbidden("torch.accelerator"))
     found = answer("explain", *LAYER, "--device", "gfx942", "--without", "flash-attn")
     assert found["device"]["name"] == "AMD Instinct MI300X"
     assert (found["assumes_libraries"], found["without"]) == (True, ["flash_attn"])
     text = run("explain", *LAYER, "--device", "gfx942", "--without", "flash-attn").stdout
-    assert "every optional library is assumed, but for flash_attn" in text
+    assert "every optional library is assumed, except flash_attn" in text
 
 
-def test_without_a_library():
+def test_without_assumes_that_a_library_is_missing():
     needy = make_backend("NEEDY", requires=("triton>=3", "aiter"))
     with registered(needy):
         args = ("explain", *LAYER, "--device", "gfx942", "--backend", "NEEDY?")
@@ -247,13 +247,13 @@ def test_explain_config():
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_explain_reads_well_in_a_narrow_terminal(monkeypatch, width):
+def test_explain_fits_a_narrow_terminal(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     text = run("explain", "--config", CONFIGS / "whisper.json", "--phase", "decode").stdout
     assert max(map(len, text.splitlines())) <= width
     assert "\x1b" not in text
     assert "encoder_decoder, layers 0-3" in text
-    assert "These layers do not go through decode." in text
+    assert "These layers have no decode phase." in text
     assert "attn_type=encoder_decoder is not supported" in " ".join(text.split())
 
 
@@ -273,7 +273,7 @@ def test_doctor_shows_everything():
         assert words in text
 
 
-def test_doctor_shows_a_broken_library_and_goes_on(tmp_path, monkeypatch):
+def test_doctor_shows_a_broken_library_and_continues(tmp_path, monkeypatch):
     site = FakeSite(tmp_path, monkeypatch)
     site.install("flash_attn", "raise OSError('libfa.so: [bold]no[/] such file')", version="2.8.3")
     monkeypatch.setenv("COLUMNS", "60")
@@ -291,7 +291,7 @@ def test_doctor_shows_a_broken_library_and_goes_on(tmp_path, monkeypatch):
     assert not verdicts["FLASHY"]["usable"]
 
 
-def test_doctor_says_what_would_help(tmp_path, monkeypatch):
+def test_doctor_shows_what_would_help(tmp_path, monkeypatch):
     FakeSite(tmp_path, monkeypatch).remove("aiter")
     helped = make_backend("HELPED", requires=("aiter",))
     elsewhere = make_backend("ELSEWHERE", requires=("aiter",), devices=(DeviceMatch(vendor="amd"),))
@@ -313,7 +313,7 @@ def test_doctor_with_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     profiles = {f"cuda:{index}": known_device("H200") for index in (0, 1, 3)}
     profiles |= {"cuda:2": known_device("A100"), "cpu": known_device("cpu")}
-    monkeypatch.setattr(device, "detect_device", profiles.__getitem__)
+    monkeypatch.setattr(detect, "detect_device", profiles.__getitem__)
     hopper = make_backend("HOPPER", devices=(DeviceMatch(archs=("sm90",)),))
     with registered(hopper):
         text = run("doctor").stdout
@@ -324,7 +324,7 @@ def test_doctor_with_a_gpu(monkeypatch):
     assert doctor_report._range(["cuda:0", "cuda:1"]) == "cuda:0-1"
 
 
-def test_doctor_knows_a_backend_that_needs_any_of_several_libraries(monkeypatch):
+def test_doctor_handles_a_backend_that_needs_any_of_several_libraries(monkeypatch):
     accelerator = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kw: accelerator)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -335,7 +335,7 @@ def test_doctor_knows_a_backend_that_needs_any_of_several_libraries(monkeypatch)
         "cuda:1": a100.with_libraries(triton, flash),
         "cpu": known_device("cpu"),
     }
-    monkeypatch.setattr(device, "detect_device", profiles.__getitem__)
+    monkeypatch.setattr(detect, "detect_device", profiles.__getitem__)
     found = answer("doctor")
     (flashes,) = (b["devices"] for b in found["backends"] if b["name"] == "FLASH_ATTN")
     assert [where for where, verdict in flashes.items() if verdict["usable"]] == ["cuda:1"]
@@ -346,9 +346,9 @@ def test_doctor_knows_a_backend_that_needs_any_of_several_libraries(monkeypatch)
     assert todo[0].startswith("what one of these needs: flash_attn: pip install flash-attn")
 
 
-def test_doctor_shows_the_tables_that_count(tmp_path, monkeypatch):
+def test_doctor_shows_the_tables_in_use(tmp_path, monkeypatch):
     assert answer("doctor")["tables"] == []
-    assert "None count here: the platform's order decides." in run("doctor").stdout
+    assert "None for these devices: the platform's order decides." in run("doctor").stdout
     path = tmp_path / "times.json"
     in_force(monkeypatch, path, {layer(dtype=torch.float32): FAST_REFERENCE})
     (table,) = answer("doctor")["tables"]
@@ -376,7 +376,7 @@ def test_doctor_reads_every_environment_variable(monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_TUNING", "no-such-table.json")
     monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", __file__)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TuningWarning)  # each is given once in a process
+        warnings.simplefilter("ignore", TuningWarning)  # each is given once per process
         found = {variable["name"]: variable for variable in answer("doctor")["environment"]}
     assert "Did you mean REFERENCE?" in found["ATTN_DISPATCH_BACKEND"]["error"]
     assert "'maybe' is not understood" in found["ATTN_DISPATCH_CHECK"]["error"]
