@@ -1,6 +1,6 @@
 """From a model's Hugging Face config to the AttentionSpec of each kind of layer in it.
 
-What the keys of which model mean is data: see `model_families`.
+The meaning of each model's keys is data, see `families`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.models.families import (
     ATTENTION_KEYS,
     FAMILIES,
-    REFUSED,
+    UNSUPPORTED,
     WRAPPERS,
     Stack,
     Wrapper,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SERVING_FIELDS", "LayerGroup", "layers_from_config"]
 
-#: Fields of AttentionSpec that the engine decides and no config.json speaks of. Those of the cache
-#: hold for the layers that have one.
+#: Fields of AttentionSpec that the engine decides and no config.json contains. Those of the cache
+#: only apply to layers that have one.
 SERVING_FIELDS = (
     "kv_cache_dtype",
     "kv_scales",
@@ -44,7 +44,7 @@ _CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 _CACHED = (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-#: Layers in the deepest of models, with room to spare; beyond it the number is a mistake.
+#: More layers than any model has; a larger number is a mistake.
 _MAX_LAYERS = 10_000
 
 _ADVICE = (
@@ -55,11 +55,11 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """The layers of a model that one request describes.
+    """The layers of a model that share one spec.
 
     Attributes:
-        spec: the request.
-        layers: their indices, from 0; an encoder's and its decoder's are counted apart.
+        spec: of each of them.
+        layers: their indices, from 0; an encoder and its decoder are counted separately.
     """
 
     spec: AttentionSpec
@@ -69,24 +69,24 @@ class LayerGroup:
 def layers_from_config(
     config: Mapping[str, Any], *, dtype: torch.dtype | None = None, **extra: Any
 ) -> dict[str, LayerGroup]:
-    """The kinds of layer in a model, by name, in the order in which they first appear.
+    """The kinds of layer in a model, by name, in the order of their first layer.
 
-    Of a multimodal model these are the layers of the language model.
+    For a multimodal model these are the layers of the language model.
 
     Args:
-        config: the content of a Hugging Face config.json, e.g. by `hf_config.load_config`.
-        dtype: what the model runs in; the config's own dtype if None, float32 if it has none.
+        config: the content of a Hugging Face config.json, e.g. from `hf.load_config`.
+        dtype: of the computation; None for the config's dtype, or float32 if it has none.
         **extra: fields of SERVING_FIELDS.
 
     Returns:
         A LayerGroup for each kind: "full" and "sliding_window" for Gemma 2, "encoder", "full" and
-        "encoder_decoder" for Whisper. The names are AttentionSpec.kind, with what else tells two
-        groups apart.
+        "encoder_decoder" for Whisper. The names are AttentionSpec.kind, with a suffix if two groups
+        have the same kind.
 
     Raises:
         UnsupportedError: the model is not in the tables, or has an attention feature that
-            AttentionSpec or the model's entry does not know.
-        InvalidInputError: the config lacks something, or says something that cannot be.
+            AttentionSpec or the model's entry does not cover.
+        InvalidInputError: the config is incomplete, or a value is invalid.
 
     Example:
         >>> groups = layers_from_config(load_config("gemma-2-9b"), block_size=16)
@@ -95,8 +95,8 @@ def layers_from_config(
     """
     if not isinstance(config, Mapping):
         raise InvalidInputError(
-            f"config is a {type(config).__name__}, not a mapping. Give what config.json holds; of "
-            "a transformers config object, its to_dict()."
+            f"config is a {type(config).__name__}, not a mapping. Give the content of "
+            "config.json, or to_dict() of a transformers config object."
         )
     _check_extra(extra)
     model_type = _model_type(config)
@@ -113,7 +113,7 @@ def layers_from_config(
         readers.append(reader)
         for layer, fields in enumerate(_layers(reader, stack, more)):
             groups.setdefault(_spec(fields, dtype, extra), []).append(layer)
-    _refuse_unread(readers)
+    _reject_unread(readers)
     named = zip(_names(list(groups)), groups.items(), strict=True)
     return {name: LayerGroup(spec, tuple(layers)) for name, (spec, layers) in named}
 
@@ -131,29 +131,29 @@ def _model_type(config: Mapping[str, Any], default: str | None = None) -> str:
     model_type = config.get("model_type", default)
     if not isinstance(model_type, str) or not model_type:
         raise InvalidInputError(
-            f"This config has model_type={model_type!r}, so it does not say which model it is of. "
-            f"Is it a Hugging Face model's own config.json? If there is none: {_ADVICE}"
+            f"This config has model_type={model_type!r}, so the model is unknown. Is it a "
+            f"Hugging Face model's own config.json? If there is none: {_ADVICE}"
         )
     return model_type
 
 
 def _require_known(model_type: str) -> None:
-    if model_type in REFUSED:
+    if model_type in UNSUPPORTED:
         raise UnsupportedError(
-            f"AttentionSpec cannot describe a model of type {model_type!r}: {REFUSED[model_type]}, "
-            "and it has no field for that. No backend here computes it."
+            f"AttentionSpec cannot describe a model of type {model_type!r}: "
+            f"{UNSUPPORTED[model_type]}, and it has no field for that. No backend here computes it."
         )
     if model_type not in FAMILIES:
         known = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
         raise UnsupportedError(
-            f"Models of type {model_type!r} are not known here, and attention is not guessed at. "
-            f"{_ADVICE} Known are: {known}."
+            f"Models of type {model_type!r} are not supported, and their attention is not guessed. "
+            f"{_ADVICE} Supported are: {known}."
         )
 
 
 @dataclass(frozen=True)
 class _Outer:
-    """What a multimodal model adds: the tokens of an image, and defaults of its language model."""
+    """What a multimodal model adds: tokens of an image, and defaults of its language model."""
 
     range_tokens: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class _Outer:
 def _unwrap(
     config: Mapping[str, Any], model_type: str, wrapper: Wrapper
 ) -> tuple[Mapping[str, Any], str, _Outer]:
-    """The language model's config, which model that is, and what the wrapper adds to it."""
+    """The language model's config, its model_type, and what the wrapper adds to it."""
     outer = ConfigReader(config, model_type, wrapper.defaults)
     text, text_type = config.get("text_config"), wrapper.text
     if text is None and wrapper.may_be_flat:
@@ -171,7 +171,7 @@ def _unwrap(
         text_type = _model_type(text, wrapper.text)
     else:
         raise outer.problem(
-            f"has text_config={text!r}, which should be the language model's config. "
+            f"has text_config={text!r}, which is not the language model's config. "
             "Is it the whole config.json?"
         )
     _check_requires(ConfigReader(text, text_type, {}), wrapper.requires)
@@ -186,13 +186,13 @@ def _float32() -> torch.dtype:
 
 
 def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str, Any]]:
-    """The fields of AttentionSpec for each layer of a stack."""
+    """The fields of AttentionSpec of each layer of a stack."""
     _check_requires(reader, stack.requires)
     for key in stack.ignores:
         reader.get(key)
     num_layers = reader.integer(stack.num_layers)
     if num_layers > _MAX_LAYERS:
-        raise reader.problem(f"has {stack.num_layers}={num_layers}, which no model has.")
+        raise reader.problem(f"has {stack.num_layers}={num_layers}, but no model has as many.")
     base = _sizes(reader, stack)
     base["attn_type"] = stack.attn_type
     if stack.logits_soft_cap:
@@ -213,8 +213,8 @@ def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str,
         shared = reader.optional_integer(stack.kv_shared_layers, minimum=0) or 0
         if shared >= num_layers:
             raise reader.problem(
-                f"has {stack.kv_shared_layers}={shared} of {num_layers} layers, so that none is "
-                "left to write the caches that they read."
+                f"has {stack.kv_shared_layers}={shared} of {num_layers} layers, so that no layer "
+                "writes the caches that they read."
             )
     return [
         base
@@ -227,7 +227,6 @@ def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str,
 def _sizes(reader: ConfigReader, stack: Stack) -> dict[str, Any]:
     num_heads = reader.integer(stack.num_heads)
     if stack.mla:
-        # Read for what they are: keys of a model with MLA.
         sizes = {key: reader.integer(key) for key in MLADims.__dataclass_fields__}
         return {"num_heads": num_heads, "mla": MLADims(**sizes)}
     if callable(stack.num_kv_heads):
@@ -236,7 +235,7 @@ def _sizes(reader: ConfigReader, stack: Stack) -> dict[str, Any]:
         num_kv_heads = reader.optional_integer(stack.num_kv_heads) if stack.num_kv_heads else None
     head_size = None
     if stack.head_size:
-        # Where the model has a number of its own, null would be a mistake, not a wish to divide.
+        # If the model has its own default, null is a mistake; otherwise it means to divide.
         own = stack.head_size in stack.defaults
         head_size = (reader.integer if own else reader.optional_integer)(stack.head_size)
     if head_size is None:
@@ -254,7 +253,7 @@ def _sizes(reader: ConfigReader, stack: Stack) -> dict[str, Any]:
 
 
 def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | None]:
-    """The sliding window of each layer."""
+    """The sliding window of each layer, or None."""
     types = reader.names("layer_types", num_layers)
     unknown = sorted(set(types or ()) - {_SLIDING, _FULL})
     if unknown:
@@ -264,21 +263,21 @@ def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | 
         )
     size, sliding = _pattern(reader, stack, num_layers, by_type=types is not None)
     if types is not None:
-        said = [kind == _SLIDING for kind in types]
+        given = [kind == _SLIDING for kind in types]
         if stack.window is not None and stack.window.last_is_full:
-            said[-1] = False
+            given[-1] = False
         if stack.window is not None and stack.window.by_type:
-            sliding = said
-        elif said != sliding:
+            sliding = given
+        elif given != sliding:
             raise UnsupportedError(
-                "This config's layer_types contradict what models of type "
-                f"{reader.model_type!r} do, with sliding_window={reader.get('sliding_window')!r}. "
+                "This config's layer_types contradict the layers of models of type "
+                f"{reader.model_type!r}, with sliding_window={reader.get('sliding_window')!r}. "
                 "Correct the one that is wrong."
             )
     if size is None and any(sliding):
         raise reader.problem(
-            "has layers with a sliding window, and none to give them: its size is null, missing "
-            "or switched off. Set it, or make the layers full_attention."
+            "has layers with a sliding window but no window size: it is null, missing or switched "
+            "off. Set it, or make the layers full_attention."
         )
     return [size if windowed else None for windowed in sliding]
 
@@ -286,7 +285,7 @@ def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | 
 def _pattern(
     reader: ConfigReader, stack: Stack, num_layers: int, *, by_type: bool
 ) -> tuple[int | None, list[bool]]:
-    """The size of the window, and the layers that have it where layer_types do not say."""
+    """The size of the window, and the layers that have it if there are no layer_types."""
     rule = stack.window
     if rule is None:
         return None, [False] * num_layers
@@ -315,13 +314,13 @@ def _pattern(
 
 
 def _check_ranges(reader: ConfigReader, windows: list[int | None], tokens: int) -> None:
-    """The tokens of a range see each other whatever the window; so they must fit into it."""
+    """Tokens of a range see each other in spite of the window, so a range must fit into it."""
     window = min((window for window in windows if window is not None), default=tokens)
     if window < tokens:
         raise UnsupportedError(
             f"This config (read as {reader.model_type!r}) has images of {tokens} tokens in a "
-            f"sliding window of {window}: not all of them see each other, and "
-            "AttentionSpec.bidirectional_ranges says that they do."
+            f"sliding window of {window}: not all of them see each other, but "
+            "with AttentionSpec.bidirectional_ranges they would."
         )
 
 
@@ -332,8 +331,8 @@ def _check_requires(reader: ConfigReader, requires: Mapping[str, tuple[Any, ...]
             raise _not_understood(reader, key, value)
 
 
-def _refuse_unread(readers: list[ConfigReader]) -> None:
-    """Refuse a config with a key that changes attention and that nobody has read."""
+def _reject_unread(readers: list[ConfigReader]) -> None:
+    """Reject a config with a key that changes attention and that was not read."""
     read = set().union(*(reader.read for reader in readers))
     content = readers[0].content
     for key, neutral in ATTENTION_KEYS.items():
@@ -343,8 +342,8 @@ def _refuse_unread(readers: list[ConfigReader]) -> None:
 
 def _not_understood(reader: ConfigReader, key: str, value: Any) -> UnsupportedError:
     return UnsupportedError(
-        f"This config has {key}={value!r}, which changes attention in a way that is not understood "
-        f"for models of type {reader.model_type!r}, so it is not ignored. {_ADVICE}"
+        f"This config has {key}={value!r}, which changes attention in a way that is not supported "
+        f"for models of type {reader.model_type!r}. {_ADVICE}"
     )
 
 
@@ -356,7 +355,7 @@ def _spec(fields: dict[str, Any], dtype: torch.dtype, extra: Mapping[str, Any]) 
 
 
 def _names(specs: list[AttentionSpec]) -> list[str]:
-    """A name for each: the kind of layer, and where that is not enough, more."""
+    """A name for each: the kind of layer, with a suffix if that is ambiguous."""
     names: list[str] = []
     for spec in specs:
         parts = [spec.kind]

@@ -1,10 +1,10 @@
-"""The models whose Hugging Face configs are understood: which key says what, by `model_type`.
+"""The supported models: the meaning of the keys in their Hugging Face configs, by `model_type`.
 
-The world is closed here too. A model that is not in the tables is not guessed at, and a key that
-is known to change attention (`ATTENTION_KEYS`) must have been read, or be neutral.
+A model that is not in the tables is rejected. A key that changes attention (`ATTENTION_KEYS`) must
+be read for the model, or have a neutral value.
 
-To add a model: one entry. Look up in its modeling file which keys its attention reads and what it
-takes for those that are missing (`defaults`); what AttentionSpec cannot say goes to `REFUSED`.
+To add a model, add one entry. Its modeling file shows which keys its attention reads, and the
+values of missing ones (`defaults`). Models that AttentionSpec cannot describe go to `UNSUPPORTED`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.models.hf import ConfigReader
 
-__all__ = ["ATTENTION_KEYS", "FAMILIES", "REFUSED", "WRAPPERS", "Stack", "Window", "Wrapper"]
+__all__ = ["ATTENTION_KEYS", "FAMILIES", "UNSUPPORTED", "WRAPPERS", "Stack", "Window", "Wrapper"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Which layers of a stack have a sliding window, and where its size is.
+    """Which layers of a stack have a sliding window, and the key of its size.
 
     Attributes:
         size: key of the window in tokens, the query itself included.
-        switch: key that turns windows on; None if they need no switch.
-        first: key of the first layer with a window; None for the first of all.
-        full_every: every n-th layer sees everything; None if none does.
-        full_every_key: key that has this n if it is not the usual one.
-        full_leads: of each n layers the first is the full one, not the last.
-        last_is_full: the last layer of all sees everything in any case.
-        by_type: `layer_types` decides where it is given; elsewhere it may only agree.
-        both_sides: the size spans both sides of the query.
+        switch: key that enables windows; None if there is no such key.
+        first: key of the index of the first layer with a window; None for 0.
+        full_every: every n-th layer has no window; None if all have one.
+        full_every_key: key that overrides this n.
+        full_leads: the first of n layers has no window, not the last.
+        last_is_full: the last layer of the model never has a window.
+        by_type: `layer_types` decides if it is given; otherwise it must agree with the rule.
+        both_sides: the size covers both sides of the query.
     """
 
     size: str = "sliding_window"
@@ -51,21 +51,21 @@ class Stack:
     """A stack of layers with the same kind of attention, as keys of the config.
 
     Attributes:
-        attn_type: what attends to what.
+        attn_type: see AttentionSpec.
         num_layers, num_heads, hidden_size: the keys of these sizes.
-        num_kv_heads: the key, or a function of the config; None, or null there: as many as heads.
+        num_kv_heads: the key, or a function of the config; None, or null there: num_heads.
         head_size: the key; None, or null there: hidden_size / num_heads.
         window: which layers have a sliding window.
         logits_soft_cap: the key of the soft cap.
-        alibi: whether there are ALiBi slopes, or the key that says so.
+        alibi: whether there are ALiBi slopes, or the key of that flag.
         sinks: whether each head has a sink.
-        kv_shared_layers: the key of how many layers at the end read the caches of earlier ones.
+        kv_shared_layers: the key of the number of last layers that read the caches of earlier ones.
         mla: multi-head latent attention, with DeepSeek's keys.
-        bidirectional: the key of a switch that makes the model an encoder.
-        full_layers: the sizes of the layers without a window, where they differ.
-        defaults: what transformers takes for keys that are missing.
-        requires: keys that must have one of these values; otherwise the model is refused.
-        ignores: keys that mean nothing, given what is required.
+        bidirectional: the key of a flag that makes the model an encoder.
+        full_layers: the sizes of the layers without a window, if they differ.
+        defaults: the values of missing keys in transformers.
+        requires: keys that must have one of these values; otherwise the config is rejected.
+        ignores: keys without effect, given the required values.
     """
 
     attn_type: AttentionType = AttentionType.DECODER
@@ -89,16 +89,16 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper:
-    """A multimodal model around a language model, whose config is nested in its own.
+    """A multimodal model, with the config of its language model nested in its own.
 
     Attributes:
-        text: model_type of the language model where the nested config does not say.
-        may_be_flat: older files have the language model's keys beside the others.
-        range_tokens: key of the tokens of one image, whose tokens see each other both ways; None
+        text: model_type of the language model if the nested config has none.
+        may_be_flat: older files have the language model's keys next to the others.
+        range_tokens: key of the number of tokens of one image, which see each other both ways; None
             if images are causal like text.
-        defaults: what transformers takes for missing keys of the outer config.
-        text_defaults: sizes that published nested configs leave out, by their model_type.
-        requires: as for Stack, of the nested config.
+        defaults: the values of missing keys of the outer config in transformers.
+        text_defaults: sizes that published nested configs omit, by their model_type.
+        requires: as for Stack, for the nested config.
     """
 
     text: str
@@ -111,8 +111,8 @@ class Wrapper:
 
 _OFF = (None, False)
 
-#: Keys known to change attention, with the values under which they change nothing. A config that
-#: has another value in one that its model's entry never reads is refused.
+#: Keys that change attention, with their neutral values. A config with another value in a key that
+#: its model's entry does not read is rejected.
 ATTENTION_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
@@ -147,7 +147,7 @@ ATTENTION_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 def _kv(heads: int, **others: Any) -> dict[str, Any]:
-    """Defaults of a model whose class has a number of KV heads of its own."""
+    """Defaults of a model whose class has its own number of KV heads."""
     return {"num_key_value_heads": heads, **others}
 
 
@@ -206,11 +206,11 @@ _GEMMA4 = Stack(
     kv_shared_layers="num_kv_shared_layers",
     full_layers=_gemma4_full_layers,
     defaults=_kv(4, num_attention_heads=8, head_dim=256, sliding_window=512, global_head_dim=512),
-    # "vision" is the wrapper's concern: alone, the language model is causal.
+    # "vision" is checked in the wrapper; the language model itself is causal.
     requires={"use_bidirectional_attention": (*_OFF, "vision")},
 )
 
-#: A BERT may be told to be a decoder, or to add a bias for relative positions.
+#: A BERT can also be a decoder, or add a bias for relative positions; both are rejected.
 _BERT = replace(
     _NO_GQA,
     attn_type=AttentionType.ENCODER_ONLY,
@@ -240,7 +240,7 @@ _ENCODER_DECODER = (
 _MLA = Stack(mla=True)
 
 FAMILIES: dict[str, tuple[Stack, ...]] = {
-    # Decoders in which every layer sees everything.
+    # Decoders without sliding windows.
     **dict.fromkeys(("llama", "olmo", "olmo2", "olmoe", "cohere", "nemotron"), (_PLAIN,)),
     **dict.fromkeys(("granite", "granitemoe", "phi"), (_PLAIN,)),
     "gemma": (Stack(defaults=_kv(16, head_dim=256)),),
@@ -285,7 +285,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             defaults={"multi_query": True},
         ),
     ),
-    # Decoders with a sliding window in every layer, if in any.
+    # Decoders with a sliding window in every layer, or in none.
     "mistral": (Stack(window=Window(), defaults=_kv(8, sliding_window=4096)),),
     **dict.fromkeys(("mixtral", "phimoe"), (Stack(window=Window(), defaults=_kv(8)),)),
     "ministral3": (Stack(window=Window(), defaults=_kv(8, head_dim=128)),),
@@ -379,7 +379,7 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
     "gemma3n": Wrapper(text="gemma3n_text"),
     # "vision": an image's tokens see each other, but only inside the window, and the config does
-    # not say how many tokens an image has.
+    # not contain the number of tokens of an image.
     "gemma4": Wrapper(text="gemma4_text", requires={"use_bidirectional_attention": _OFF}),
     "internvl": Wrapper(text="qwen2"),
     "kimi_k25": Wrapper(text="deepseek_v3"),
@@ -395,8 +395,8 @@ _RELATIVE = "its scores get a bias learned for relative positions"
 _LINEAR = "most of its layers are linear attention"
 _CHUNKS = "most of its layers attend within chunks of attention_chunk_size tokens"
 
-#: Models that are known and that AttentionSpec cannot describe, with what it has no field for.
-REFUSED: dict[str, str] = {
+#: Models that AttentionSpec cannot describe, with the feature that it has no field for.
+UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers"), _RELATIVE),
     **dict.fromkeys(("deberta", "deberta-v2", "mpnet"), _RELATIVE),
     **dict.fromkeys(("llama4", "llama4_text"), _CHUNKS),

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json: finding the file, and reading values out of it with care.
+"""Hugging Face's config.json: finding the file, and reading and checking its values.
 
-What the keys mean is not known here: see `model_families`.
+The meaning of the keys is in `families`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigReader", "load_config", "read_dtype"]
 
-#: A config.json takes some kilobytes; what is larger than this is something else.
+#: A config.json has some kilobytes; a larger file is something else.
 _MAX_BYTES = 16 << 20
 
-#: Sizes and windows up to that are what a config may mean: 64-bit integers.
+#: The largest size or window: a 64-bit integer.
 _MAX_INTEGER = (1 << 63) - 1
 
 
@@ -28,42 +28,42 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """The content of a config.json.
 
     Args:
-        path: the file, or the folder of a model that holds one.
+        path: the file, or the folder of a model that contains one.
 
     Raises:
-        InvalidInputError: there is no such file, or it does not hold one JSON object.
+        InvalidInputError: there is no such file, or it does not contain one JSON object.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    advice = "Give the model's config.json, or the folder that holds it."
+    advice = "Give the model's config.json, or the folder that contains it."
     try:
         if file != path and not file.exists():
-            raise InvalidInputError(f"The folder {path} holds no config.json. {advice}")
+            raise InvalidInputError(f"The folder {path} contains no config.json. {advice}")
         if not file.is_file():
             raise InvalidInputError(f"There is no file {file}. {advice}")
         if file.stat().st_size > _MAX_BYTES:
-            raise InvalidInputError(f"{file} is far too large for a config.json. {advice}")
+            raise InvalidInputError(f"{file} is too large for a config.json. {advice}")
     except OSError as error:
         raise InvalidInputError(f"{file} cannot be read: {error.strerror}. {advice}") from error
     text = read_file(file, _MAX_BYTES, advice=advice)
     content = parse_json(text, origin=str(file), what="valid JSON", advice=advice)
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise InvalidInputError(f"{file} holds a JSON {kind}, not an object. {advice}")
+        raise InvalidInputError(f"{file} contains a JSON {kind}, not an object. {advice}")
     return content
 
 
 class ConfigReader:
-    """The values of a config, read key by key; it remembers which keys were asked for.
+    """The values of a config, read key by key; it records which keys were read.
 
     A key is written as in the file, with a dot between the levels of nested objects
     ("attn_config.alibi") and a bar between names for the same thing ("n_head|num_heads"). A key
-    that is null in the file is None; one that is missing has its default, or is None too.
+    that is null in the file is None; a missing one has its default, or is also None.
 
     Args:
         content: the config.
-        model_type: which model the config is read as, for messages.
-        defaults: what a missing key stands for.
+        model_type: for messages.
+        defaults: the values of missing keys.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class ConfigReader:
         self.content = content
         self.model_type = model_type
         self.defaults = defaults
-        #: Top-level keys that were asked for.
+        #: Top-level keys that were read.
         self.read: set[str] = set()
 
     def get(self, key: str) -> Any:
-        """The value as it stands.
+        """The value, unchecked.
 
         Raises:
-            InvalidInputError: two names for the same thing have different values, or what should
-                be a nested object is none.
+            InvalidInputError: two names for the same thing have different values, or a value that
+                should be a nested object is not one.
         """
         found = {}
         for name in key.split("|"):
@@ -89,8 +89,8 @@ class ConfigReader:
                 found[name] = value
         values = list(found.values())
         if any(value != values[0] for value in values[1:]):
-            said = " and ".join(f"{name}={value!r}" for name, value in found.items())
-            raise self.problem(f"says both {said}, which mean the same. Keep the right one.")
+            both = " and ".join(f"{name}={value!r}" for name, value in found.items())
+            raise self.problem(f"has both {both}, which mean the same. Keep the right one.")
         return values[0] if values else self.defaults.get(key)
 
     def _look_up(self, name: str) -> tuple[bool, Any]:
@@ -110,7 +110,7 @@ class ConfigReader:
         return True, value
 
     def integer(self, key: str) -> int:
-        """A size that the model cannot do without.
+        """A required size.
 
         Raises:
             InvalidInputError: it is missing, or not an integer of 1 or more.
@@ -135,7 +135,7 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.problem(f"has {key}={value!r}, not an integer of {minimum} or more.")
         if value > _MAX_INTEGER:
-            raise self.problem(f"has a {key} that no model has: it is beyond 64 bits.")
+            raise self.problem(f"has a {key} beyond 64 bits, and no model has that.")
         return value
 
     def number(self, key: str) -> float | None:
@@ -150,11 +150,11 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.problem(f"has {key}={value!r}, not a number.")
         if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-            raise self.problem(f"has a {key} that no model has: it is beyond 64 bits.")
+            raise self.problem(f"has a {key} beyond 64 bits, and no model has that.")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """A switch; off where it is null or missing.
+        """A flag; False if it is null or missing.
 
         Raises:
             InvalidInputError: it is neither true nor false.
@@ -165,27 +165,29 @@ class ConfigReader:
         return bool(value)
 
     def names(self, key: str, length: int) -> list[str] | None:
-        """A list with one word for each layer, or None.
+        """A list with one string for each layer, or None.
 
         Raises:
-            InvalidInputError: it is not a list of that many words.
+            InvalidInputError: it is not a list of that many strings.
         """
         value = self.get(key)
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-            raise self.problem(f"has {key}={value!r}, not a list of words.")
+            raise self.problem(f"has {key}={value!r}, not a list of strings.")
         if len(value) != length:
-            raise self.problem(f"has {len(value)} {key} for {length} layers. Make them agree.")
+            raise self.problem(
+                f"has {len(value)} {key} for {length} layers. Give one for each layer."
+            )
         return value
 
     def problem(self, what: str) -> InvalidInputError:
-        """An error about this config; `what` goes on after its subject."""
+        """An error about this config; `what` continues the sentence."""
         return InvalidInputError(f"This config (read as {self.model_type!r}) {what}")
 
 
 def read_dtype(content: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the weights were saved in, or None where the config does not say.
+    """The dtype of the saved weights, or None if the config has none.
 
     Raises:
         InvalidInputError: it is not the name of a floating-point dtype.

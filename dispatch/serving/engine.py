@@ -1,10 +1,10 @@
 """A small serving engine over attn-dispatch: continuous batching on one paged KV cache.
 
-Each step runs one forward pass over whatever is ready: a token for every request that is being
-answered, and chunks of the prompts that are not yet through (chunked prefill). All requests share
-one prefix, computed once: its full blocks are shared, and its last, partial one is copied for each
-request. When the blocks run out, the youngest request is swapped out to the host and comes back
-later. This is the shape of vLLM's scheduler, reduced to what shows the library at work.
+Each step runs one forward pass: one token of every request in decode, and chunks of the prompts
+that are not computed yet (chunked prefill). All requests share one prefix that is computed once:
+its full blocks are shared, and its last, partial block is copied for each request. If no block is
+free, the youngest request is swapped out to the host and resumed later. The scheduler has the
+structure of vLLM's, reduced to what this demo needs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Engine", "EngineLimits", "EngineStats", "Request"]
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much the engine takes on at a time.
+    """Sizes of the caches, and limits of a step.
 
     Attributes:
-        num_blocks: blocks of the cache on the device; few, so that requests must give way.
-        num_host_blocks: blocks on the host for requests that are swapped out.
-        max_requests: requests in one step.
-        max_tokens: new tokens in one step, over all requests.
-        max_new_tokens: tokens of an answer.
+        num_blocks: blocks of the cache on the device; few, so that requests are preempted.
+        num_host_blocks: blocks on the host, for requests that are swapped out.
+        max_requests: requests in a step.
+        max_tokens: new tokens in a step, over all requests.
+        max_new_tokens: tokens in an answer.
     """
 
     num_blocks: int = 96
@@ -48,7 +48,7 @@ class EngineLimits:
 
 @dataclass
 class EngineStats:
-    """What happened, counted."""
+    """Counters of the engine."""
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -63,14 +63,14 @@ class EngineStats:
 
 @dataclass
 class Request:
-    """One request on its way.
+    """A request and its blocks.
 
     Attributes:
         token_ids: prompt and answer so far.
-        num_prompt_tokens: how many of them are the prompt.
-        num_computed: how many of them have their keys and values in the cache.
-        blocks: its blocks on the device, in order; the first num_shared belong to the prefix.
-        host_blocks: where the others are while it is swapped out.
+        num_prompt_tokens: this many of them are the prompt.
+        num_computed: this many of them have keys and values in the cache.
+        blocks: its blocks on the device, in order; the first `num_shared` belong to the prefix.
+        host_blocks: the other blocks while it is swapped out.
     """
 
     index: int
@@ -97,14 +97,14 @@ class Engine:
 
     Args:
         model: on `device`.
-        prefix_ids: what every prompt begins with.
-        limits: how much to take on at a time.
-        backend: an override for the layers' selections.
+        prefix_ids: the tokens that every prompt begins with.
+        limits: see EngineLimits.
+        backend: an override of the selected backends.
         block_size: tokens per block.
 
     Raises:
-        InvalidInputError: the cache is too small for even one request.
-        UnsupportedError: no backend, or not the required one, serves one of the layers.
+        InvalidInputError: the cache is too small for the prefix.
+        UnsupportedError: no backend, or not the required one, supports one of the layers.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Engine:
         self._caches = plan.allocate(self.limits.num_blocks, self.device)
         self._host_caches = plan.allocate(self.limits.num_host_blocks, "cpu")
         bind_kv_caches(named, self._caches)
-        # Every backend moves blocks alike; which one is asked makes no difference.
+        # All backends copy and swap blocks in the same way, so any of them will do.
         self._backend_cls = next(iter(self.layers[0].selections.values())).backend_cls
 
         self._free = deque(range(self.limits.num_blocks))
@@ -157,15 +157,15 @@ class Engine:
         self._compute_prefix()
 
     def add(self, index: int, prompt_ids: Sequence[int]) -> None:
-        """Queue a request; its prompt begins with the prefix.
+        """Queue a request.
 
         Raises:
-            InvalidInputError: the prompt does not begin with the prefix, or can never fit.
+            InvalidInputError: the prompt does not continue the prefix, or is too long.
         """
         prefix = self._prefix.token_ids
         longest = len(prompt_ids) + self.limits.max_new_tokens
         if list(prompt_ids[: len(prefix)]) != prefix or len(prompt_ids) == len(prefix):
-            raise InvalidInputError("A prompt must go on from the engine's prefix.")
+            raise InvalidInputError("A prompt must continue the engine's prefix.")
         if self._blocks_for(longest) > self.limits.num_blocks - self._blocks_for(len(prefix)):
             raise InvalidInputError(
                 f"A request of {longest} tokens does not fit into {self.limits.num_blocks} blocks "
@@ -175,11 +175,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is anywhere but finished."""
+        """Whether a request is not finished."""
         return bool(self.waiting or self.running or self.swapped)
 
     def step(self) -> None:
-        """Admit what fits, run one forward pass, and take what it says."""
+        """Resume and admit what fits, run one forward pass, and append the predicted tokens."""
         self._resume()
         self._admit()
         chunks = self._schedule()
@@ -194,7 +194,7 @@ class Engine:
             self._advance(request, num_tokens, next_id)
 
     def _advance(self, request: Request, num_tokens: int, next_id: int) -> None:
-        """Note what a request has computed, and the token that follows if its prompt is through."""
+        """Record computed tokens; once the prompt is computed, append the predicted token."""
         in_prompt = max(0, min(num_tokens, request.num_prompt_tokens - request.num_computed))
         self.stats.prompt_tokens += in_prompt
         request.num_computed += num_tokens
@@ -207,10 +207,8 @@ class Engine:
             self._free.extend(request.blocks[request.num_shared :])
             self.finished.append(request)
 
-    # The prefix, and blocks in general.
-
     def _compute_prefix(self) -> None:
-        """Fill the prefix's blocks, in chunks like any prompt."""
+        """Prefill the prefix, in chunks like any prompt."""
         prefix = self._prefix
         while prefix.num_computed < len(prefix.token_ids):
             num_tokens = min(prefix.num_ready, self.limits.max_tokens)
@@ -221,7 +219,7 @@ class Engine:
             self.stats.prompt_tokens += num_tokens
 
     def _admit(self) -> None:
-        """Start waiting requests on the prefix's blocks, while there is room."""
+        """Start waiting requests on the prefix's blocks while blocks are free."""
         prefix = self._prefix
         shared = prefix.blocks[: len(prefix.token_ids) // self.block_size]
         partial = prefix.blocks[len(shared) :]
@@ -245,23 +243,20 @@ class Engine:
         return -(-num_tokens // self.block_size)
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Give a request the blocks for its next tokens, if there are as many."""
+        """Give a request the blocks for its next tokens; False if not enough are free."""
         missing = self._blocks_for(request.num_computed + num_tokens) - len(request.blocks)
         if missing > len(self._free):
             return False
         request.blocks += [self._free.popleft() for _ in range(missing)]
         return True
 
-    # Scheduling.
-
     def _schedule(self) -> list[tuple[Request, int]]:
-        """Requests of the next step with how many tokens each: answers first, then prompts."""
+        """The requests of the next step, each with a number of tokens: decodes, then prompts."""
         chunks: list[tuple[Request, int]] = []
         budget = self.limits.max_tokens
-        by_phase = sorted(self.running, key=lambda r: not r.answer_ids)  # stable: oldest first
-        for request in by_phase:
+        for request in sorted(self.running, key=lambda r: not r.answer_ids):  # oldest first
             num_tokens = min(request.num_ready, budget)
-            if num_tokens == 0 or request not in self.running:  # it may have had to give way
+            if num_tokens == 0 or request not in self.running:  # the loop may have preempted it
                 continue
             while not self._grow(request, num_tokens):
                 victim = self._youngest_but(chunks)
@@ -278,7 +273,7 @@ class Engine:
         return next(r for r in reversed(self.running) if id(r) not in scheduled)
 
     def _preempt(self, request: Request) -> None:
-        """Move a request's own blocks to the host."""
+        """Swap a request's own blocks out to the host."""
         own = request.blocks[request.num_shared :]
         request.host_blocks = [self._free_host.popleft() for _ in own]
         self._swap(self._caches, self._host_caches, own, request.host_blocks)
@@ -289,10 +284,10 @@ class Engine:
         self.stats.preemptions += 1
 
     def _resume(self) -> None:
-        """Bring requests back from the host while there is room, the longest gone first."""
+        """Swap requests back in while blocks are free, first the one that was swapped out first."""
         while self.swapped and len(self.running) < self.limits.max_requests:
             request = self.swapped[0]
-            # One block more than it left with, or it would have to leave again at once.
+            # With one block more than it had; otherwise it would be preempted again at once.
             if self.running and len(self._free) < len(request.host_blocks) + 1:
                 return
             own = [self._free.popleft() for _ in request.host_blocks]
@@ -314,10 +309,8 @@ class Engine:
             self._backend_cls.swap_blocks(cache, dst[name], pairs)
         self.stats.blocks_swapped += len(src_blocks)
 
-    # The model.
-
     def _forward(self, chunks: list[tuple[Request, int]]) -> list[int]:
-        """One forward pass; the likeliest token after each chunk."""
+        """Run one forward pass, and return the most likely token after each chunk."""
         starts = [request.num_computed for request, _ in chunks]
         lens = [num_tokens for _, num_tokens in chunks]
         ends = [start + num_tokens for start, num_tokens in zip(starts, lens, strict=True)]

@@ -1,4 +1,4 @@
-"""The demo as one call: serve a workload, score the answers, check every token, and report."""
+"""The demo as one function: serve a workload, score the answers and check every token."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["DemoResult", "check_tokens", "serve"]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes:
         device: where the model ran.
-        picks: for each layer, the report of each phase.
-        questions: what was asked.
-        answers: what the model wrote, in the order of the questions.
-        expected: what is right.
-        score: the share of right answers.
-        tokens_checked: tokens compared with the dense float64 forward.
-        tokens_different: how many of them differ.
-        smallest_margin: least difference between the two largest logits of that forward.
-        seconds: time of serving, without loading, warm-up and checking.
-        stats: what the engine counted.
+        picks: for each layer, the selection report of each phase.
+        questions: the sums to compute.
+        answers: the model's answers, in the order of the questions.
+        expected: the right answers.
+        score: the fraction of right answers.
+        tokens_checked: tokens compared with the dense float64 forward pass.
+        tokens_different: this many of them differ.
+        smallest_margin: smallest difference between the two largest logits of that pass.
+        seconds: time of serving, without loading and checking.
+        stats: counters of the engine.
     """
 
     device: str
@@ -50,7 +50,7 @@ class DemoResult:
 
     @property
     def new_tokens_per_second(self) -> float:
-        """Tokens of answers over the time of serving."""
+        """Tokens of the answers per second of serving."""
         return self.stats.new_tokens / self.seconds
 
     def asdict(self) -> dict[str, Any]:
@@ -80,17 +80,17 @@ def serve(
     limits: EngineLimits | None = None,
     on_step: Callable[[Engine], None] = lambda engine: None,
 ) -> DemoResult:
-    """Serve a workload and check what came of it.
+    """Serve a workload and check the result.
 
     Args:
         workload: the requests.
-        device: where the model runs, in float32; the check runs on the CPU in float64.
-        backend: an override for the layers' selections.
-        limits: of the engine.
+        device: for the model, in float32; the check runs on the CPU in float64.
+        backend: an override of the selected backends.
+        limits: see EngineLimits.
         on_step: called after every step.
 
     Raises:
-        UnsupportedError: no backend, or not the required one, serves one of the layers.
+        UnsupportedError: no backend, or not the required one, supports one of the layers.
     """
     model = load_demo_model(torch.float32, device)
     prefix_ids = tokenizer.encode(workload.prefix)
@@ -130,17 +130,18 @@ def serve(
 def check_tokens(
     model: DemoModel, requests: Sequence[Request], rows: int = 16
 ) -> tuple[int, int, float]:
-    """Compare each token of each answer with the dense forward's choice after what precedes it.
+    """Compare each token of each answer with the prediction of the dense forward pass.
 
-    If every one is the same, the dense forward on its own would have written the same answers.
+    The pass gets all tokens before it. If all are equal, greedy decoding by the dense forward pass
+    gives the same answers.
 
     Args:
         model: a float64 model.
-        requests: finished ones.
-        rows: sequences in one forward.
+        requests: finished requests.
+        rows: sequences in one pass.
 
     Returns:
-        Tokens checked, how many differ, and the least margin between the two largest logits.
+        Tokens checked, tokens that differ, and the smallest margin between the two largest logits.
     """
     checked = different = 0
     margin = float("inf")
@@ -153,10 +154,10 @@ def check_tokens(
         with torch.inference_mode():
             logits = model.dense_logits(padded)
         for row_logits, request in zip(logits, group, strict=True):
-            # The logits at a token are about the one that follows.
-            about_answer = row_logits[request.num_prompt_tokens - 1 : len(request.token_ids) - 1]
-            best = about_answer.topk(2, dim=-1)
-            checked += len(about_answer)
+            # The logits at a position predict the next token.
+            predictions = row_logits[request.num_prompt_tokens - 1 : len(request.token_ids) - 1]
+            best = predictions.topk(2, dim=-1)
+            checked += len(predictions)
             different += int((best.indices[:, 0] != torch.tensor(request.answer_ids)).sum())
             margin = min(margin, float((best.values[:, 0] - best.values[:, 1]).min()))
     return checked, different, margin

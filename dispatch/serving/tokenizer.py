@@ -1,23 +1,19 @@
-"""Character-level tokenizer of the demo model: texts that are sums, such as ``48+76=124;``.
+"""Character-level tokenizer of the demo model, for sums such as ``48+76=124;``.
 
-A text is any number of sums one after another, each ended by ``;``, the last one possibly cut
-after its ``=`` (a question). The vocabulary has 15 tokens: padding, begin-of-text (BOS), the ten
-digits, ``+``, ``=`` and ``;``; one character is one token.
+A text is a sequence of sums, each ended by ``;``; the last one may end after its ``=`` (a
+question). The vocabulary has 15 tokens: padding, begin-of-text (BOS), the ten digits, ``+``, ``=``
+and ``;``. One character is one token.
 
-Every maximal run of digits is one number, and the ids hold a number least-significant digit
-first: ``48+76=124;`` becomes the tokens ``8 4 + 6 7 = 4 2 1 ;``. A decoder then writes an answer
-in the order in which carries travel, which a small model can learn exactly. ``encode`` and
-``decode`` turn the digits around, so whoever calls them only ever sees ordinary numbers.
+In the ids, every maximal run of digits is reversed: ``48+76=124;`` becomes the tokens
+``8 4 + 6 7 = 4 2 1 ;``. The decoder then writes an answer in the order in which carries
+propagate, which a small model can learn exactly. ``encode`` and ``decode`` do the reversal, so
+callers only see ordinary numbers. It has two consequences:
 
-Two consequences follow from reversing whole runs:
-
-* Generation ends at ``;`` (``END_ID``). The ids of an answer that is still being generated hold
-  only its low digits, and ``decode`` shows those: the first two ids of the answer ``124`` decode
-  to ``24``.
-* Encode a text whose last number is complete (cut it after ``+``, ``=`` or ``;``, not between two
-  digits), so that ids of a longer text begin with the ids of each of its prefixes. A prompt made
-  of shared worked examples and a question fulfils that, which is what lets requests share the
-  cached keys and values of the examples.
+* Generation ends at ``;`` (``END_ID``). The ids of an unfinished answer are its low digits: the
+  first two ids of the answer ``124`` decode to ``24``.
+* Only encode a text that ends after ``+``, ``=`` or ``;``, not between two digits. Then the ids of
+  a longer text begin with the ids of its prefixes, and requests can share the cached keys and
+  values of shared worked examples.
 """
 
 from __future__ import annotations
@@ -26,10 +22,10 @@ import re
 from collections.abc import Iterable
 
 PAD_ID = 0
-"""Id that fills the unused end of a row in a batch; never part of a text."""
+"""Fills the unused end of a row in a batch; not part of a text."""
 
 BOS_ID = 1
-"""Id that every text begins with."""
+"""Every text begins with it."""
 
 CHARACTERS = "0123456789+=;"
 """The characters of a text; the id of ``CHARACTERS[i]`` is ``i + 2``."""
@@ -47,7 +43,7 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 def _flip_numbers(text: str) -> str:
-    """Reverse every maximal run of digits; applying it twice gives the text back."""
+    """Reverse every maximal run of digits; this is its own inverse."""
     return _NUMBER.sub(lambda match: match.group()[::-1], text)
 
 
@@ -55,22 +51,22 @@ def encode(text: str, *, bos: bool = True) -> list[int]:
     """Turn a text such as ``"5+7=12;48+76="`` into token ids.
 
     Args:
-        text: characters out of ``CHARACTERS``, numbers written the ordinary way.
-        bos: put ``BOS_ID`` in front. The model was trained with it; leave it out only to encode
-            the continuation of a text that has been encoded already.
+        text: made of ``CHARACTERS``, with ordinary numbers.
+        bos: start with ``BOS_ID``, as in training. Leave it out only to encode the continuation of
+            a text.
 
     Returns:
         ``len(text) + bos`` ids, the digits of each number least-significant first.
 
     Raises:
-        ValueError: the text holds a character that is not in the vocabulary.
+        ValueError: a character is not in the vocabulary.
     """
     ids = [BOS_ID] if bos else []
     for character in _flip_numbers(text):
         token_id = _ID_OF.get(character)
         if token_id is None:
             raise ValueError(
-                f"character {character!r} is not in the vocabulary; a text consists of the "
+                f"character {character!r} is not in the vocabulary; a text is made of the "
                 f"characters {CHARACTERS!r}, for example '48+76='"
             )
         ids.append(token_id)
@@ -78,10 +74,10 @@ def encode(text: str, *, bos: bool = True) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Turn token ids back into text, with numbers written the ordinary way.
+    """Turn token ids back into text with ordinary numbers.
 
     Args:
-        ids: token ids in ``range(VOCAB_SIZE)``; padding and BOS are left out of the text.
+        ids: token ids in ``range(VOCAB_SIZE)``; padding and BOS are skipped.
 
     Returns:
         The text; ``decode(encode(text)) == text`` for every text that can be encoded.

@@ -1,4 +1,4 @@
-"""What the demo serves: requests to add numbers, of mixed length, arriving over time."""
+"""The demo's workload: sums to compute, with prompts of mixed length that arrive over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Task", "Workload", "make_workload", "prompt_task", "score"]
 
 #: Longest operand that the model was trained on.
 MAX_DIGITS = 6
-#: Worked examples that every request begins with, and the most that one adds of its own.
+#: Worked examples that all requests share, and the maximum that a request adds.
 SHARED_EXAMPLES = 4
 MAX_OWN_EXAMPLES = 8
 
@@ -21,12 +21,12 @@ _PROMPT = re.compile(r"([0-9]+)\+([0-9]+)=?")
 
 @dataclass(frozen=True)
 class Task:
-    """One request: its text after the shared prefix, the answer, and when it arrives.
+    """A request: the text after the shared prefix, the answer, and the arrival.
 
     Attributes:
-        text: worked examples of its own, then the question: "5+7=12;48+76=".
-        question: the last sum alone.
-        answer: what the model should write, without the closing ";".
+        text: its own worked examples, then the question: "5+7=12;48+76=".
+        question: only the last sum.
+        answer: the right answer, without the closing ";".
         arrival: the engine's step in which it arrives.
     """
 
@@ -38,14 +38,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Workload:
-    """Tasks in order of arrival, and the text that all of them begin with."""
+    """Tasks in order of arrival, and the text before all of them."""
 
     prefix: str
     tasks: tuple[Task, ...]
 
 
 def make_workload(num_requests: int, seed: int) -> Workload:
-    """A workload of this many requests; the same for the same seed."""
+    """A workload of this many requests, determined by the seed."""
     rng = random.Random(seed)
     prefix = "".join(_example(rng) for _ in range(SHARED_EXAMPLES))
     tasks, arrival = [], 0
@@ -58,16 +58,16 @@ def make_workload(num_requests: int, seed: int) -> Workload:
 
 
 def prompt_task(prompt: str) -> Task:
-    """The task in a prompt such as "48+76".
+    """The task of a prompt such as "48+76".
 
     Raises:
-        InvalidInputError: it is not a sum that the model was trained on.
+        InvalidInputError: it is not a sum, or the model was not trained on sums of this length.
     """
     match = _PROMPT.fullmatch(prompt.replace(" ", ""))
     if match is None or max(map(len, match.groups())) > MAX_DIGITS:
         raise InvalidInputError(
-            f"The demo model adds two numbers of 1 to {MAX_DIGITS} digits; {prompt[:80]!r} is no "
-            "such sum. Ask for instance: --prompt 48+76"
+            f"The demo model adds two numbers of 1 to {MAX_DIGITS} digits; {prompt[:80]!r} is "
+            "not such a sum. Try for example: --prompt 48+76"
         )
     a, b = (int(number) for number in match.groups())
     question = f"{match[1]}+{match[2]}="
@@ -75,7 +75,7 @@ def prompt_task(prompt: str) -> Task:
 
 
 def score(workload: Workload, answers: list[str]) -> float:
-    """The share of right answers."""
+    """The fraction of right answers."""
     right = sum(a == task.answer for a, task in zip(answers, workload.tasks, strict=True))
     return right / len(answers)
 

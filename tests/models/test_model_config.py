@@ -1,4 +1,4 @@
-"""From Hugging Face configs to requests: one config of each family, and what must be refused."""
+"""From Hugging Face configs to specs: a config of each family, and configs that are rejected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.spec import MLADims
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.models.config import layers_from_config
-from attn_dispatch.models.families import ATTENTION_KEYS, FAMILIES, REFUSED, WRAPPERS
+from attn_dispatch.models.families import ATTENTION_KEYS, FAMILIES, UNSUPPORTED, WRAPPERS
 from attn_dispatch.models.hf import load_config
 from support.paths import CONFIGS
 
@@ -167,7 +167,7 @@ def test_config_gives_the_specs_of_its_layers(name):
         assert {field: getattr(spec, field) for field in fields} == fields
 
 
-def test_every_entry_of_the_tables_has_a_config():
+def test_every_supported_model_has_a_config():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(EXPECTED)
     types = set()
     for name in EXPECTED:
@@ -177,15 +177,15 @@ def test_every_entry_of_the_tables_has_a_config():
     covered += [FAMILIES[WRAPPERS[kind].text] for kind in types if kind in WRAPPERS]
     assert [kind for kind, stacks in FAMILIES.items() if stacks not in covered] == []
     assert all(wrapper.text in FAMILIES for wrapper in WRAPPERS.values())
-    assert not set(REFUSED) & {*FAMILIES, *WRAPPERS}
+    assert not set(UNSUPPORTED) & {*FAMILIES, *WRAPPERS}
 
 
-def test_groups_come_in_the_order_of_the_layers():
+def test_groups_are_in_the_order_of_the_layers():
     assert list(layers_from_config(load("gemma2"))) == ["sliding_window", "full"]
     assert list(layers_from_config(load("ministral"))) == ["full", "sliding_window"]
 
 
-def test_window_to_both_sides_of_an_encoder():
+def test_encoder_window_covers_both_sides():
     spec = layers_from_config(load("modernbert"))["encoder_only, sliding_window"].spec
     seen = visible(
         torch.tensor([500]), torch.arange(1000), causal=False, sliding_window=spec.sliding_window
@@ -193,7 +193,7 @@ def test_window_to_both_sides_of_an_encoder():
     assert seen[0].nonzero().flatten().tolist() == list(range(500 - 64, 500 + 64 + 1))
 
 
-#: What transformers does with missing keys: (config, changes, group, fields).
+#: Defaults of transformers for missing keys: (config, changes, group, fields).
 DEFAULTS = [
     ("mistral", {"sliding_window": ...}, "sliding_window", {"sliding_window": 4096}),
     ("mistral", {"num_key_value_heads": None}, "sliding_window", {"num_kv_heads": 32}),
@@ -212,12 +212,12 @@ DEFAULTS = [
 
 
 @pytest.mark.parametrize(("name", "changes", "group", "fields"), DEFAULTS)
-def test_missing_keys_mean_what_they_mean_in_transformers(name, changes, group, fields):
+def test_missing_keys_have_the_defaults_of_transformers(name, changes, group, fields):
     spec = layers_from_config(load(name, **changes))[group].spec
     assert {field: getattr(spec, field) for field in fields} == fields
 
 
-def test_dtype_is_the_argument_then_the_config_then_float32():
+def test_dtype_comes_from_the_argument_the_config_or_is_float32():
     config = load("llama")
     assert layers_from_config(config)["full"].spec.dtype == BF16
     assert layers_from_config(config, dtype=FP16)["full"].spec.dtype == FP16
@@ -227,21 +227,21 @@ def test_dtype_is_the_argument_then_the_config_then_float32():
     assert layers_from_config(load("gemma3"))["full"].spec.dtype == BF16  # from the outer config
 
 
-def test_fields_of_the_cache_go_to_the_layers_that_have_one():
+def test_cache_fields_only_apply_to_layers_with_a_cache():
     groups = layers_from_config(load("whisper"), block_size=16, cuda_graph=True)
     sizes = {name: group.spec.block_size for name, group in groups.items()}
     assert sizes == {"encoder": None, "full": 16, "encoder_decoder": 16}
     assert all(group.spec.cuda_graph for group in groups.values())
 
 
-def test_what_the_config_decides_cannot_be_given():
+def test_fields_that_the_config_decides_are_rejected():
     with pytest.raises(InvalidInputError, match=r"num_heads, sinks cannot be given .*block_size"):
         layers_from_config(load("llama"), num_heads=4, sinks=True)
 
 
-#: (config, changes, part of the message): features that the spec or the entry does not know.
-UNSUPPORTED = {
-    "unknown model": ("llama", {"model_type": "llama5"}, "'llama5' are not known.*--num-heads"),
+#: (config, changes, part of the message): features that the spec or the entry does not cover.
+UNKNOWN_FEATURES = {
+    "unknown model": ("llama", {"model_type": "llama5"}, "'llama5' are not supported.*--num-heads"),
     "t5": ("llama", {"model_type": "t5"}, "bias learned for relative positions"),
     "llama4": ("llama", {"model_type": "llama4_text"}, "chunks of attention_chunk_size"),
     "chunks": ("llama", {"attention_chunk_size": 8192}, "attention_chunk_size=8192"),
@@ -264,19 +264,19 @@ UNSUPPORTED = {
         {"text_config": {"model_type": "gemma4_text", "use_bidirectional_attention": "vision"}},
         "use_bidirectional_attention='vision'",
     ),
-    "inner model": ("llava", {"text_config": {"model_type": "mamba"}}, "'mamba' are not known"),
+    "inner model": ("llava", {"text_config": {"model_type": "mamba"}}, "'mamba' are not supported"),
 }
 
 
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_unknown_features_are_refused(case):
-    name, changes, message = UNSUPPORTED[case]
+@pytest.mark.parametrize("case", UNKNOWN_FEATURES)
+def test_unknown_features_are_rejected(case):
+    name, changes, message = UNKNOWN_FEATURES[case]
     with pytest.raises(UnsupportedError, match=message):
         layers_from_config(load(name, **changes))
 
 
 @pytest.mark.parametrize("key", ATTENTION_KEYS)
-def test_keys_that_change_attention_are_never_ignored(key):
+def test_keys_that_change_attention_are_not_ignored(key):
     config = load("llama")
     with pytest.raises(UnsupportedError, match=f"has {key}='surprise'"):
         layers_from_config(config | {key: "surprise"})
@@ -285,7 +285,7 @@ def test_keys_that_change_attention_are_never_ignored(key):
         assert layers_from_config(config | {key: neutral}) == expected
 
 
-#: (config, changes, part of the message): configs that are wrong in themselves.
+#: (config, changes, part of the message): invalid configs.
 INVALID = {
     "no type": ("llama", {"model_type": ...}, "model_type=None"),
     "type": ("llama", {"model_type": ["llama"]}, r"model_type=\['llama'\]"),
@@ -293,18 +293,18 @@ INVALID = {
     "no aliased heads": ("gpt2", {"n_head": ...}, r"no n_head \(or num_attention_heads\)"),
     "text heads": ("llama", {"num_attention_heads": "32"}, "num_attention_heads='32'"),
     "no layers": ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
-    "layers without end": ("llama", {"num_hidden_layers": 10**12}, "which no model has"),
+    "layers without end": ("llama", {"num_hidden_layers": 10**12}, "no model has as many"),
     "odd size": ("llama", {"hidden_size": 4095}, "which 32 heads do not divide"),
     "kv heads": ("llama", {"num_key_value_heads": 5}, "num_kv_heads=5"),
     "no head size": ("gemma2", {"head_dim": None}, "has no head_dim"),
     "two names": ("gpt2", {"num_attention_heads": 16}, "n_head=12 and num_attention_heads=16"),
-    "types": ("gemma2", {"layer_types": "full_attention"}, "not a list of words"),
+    "types": ("gemma2", {"layer_types": "full_attention"}, "not a list of strings"),
     "few types": ("gemma2", {"layer_types": ["full_attention"]}, "1 layer_types for 42 layers"),
-    "no window": ("gemma2", {"sliding_window": None}, "none to give them"),
+    "no window": ("gemma2", {"sliding_window": None}, "no window size"),
     "window off": (
         "qwen2",
         {"layer_types": ["sliding_attention"] * 28},
-        "none to give them.*switched off",
+        "no window size.*switched off",
     ),
     "flag": ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window='no'"),
     "cap": ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping='50'"),
@@ -322,7 +322,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_wrong_configs_are_refused(case):
+def test_invalid_configs_are_rejected(case):
     name, changes, message = INVALID[case]
     with pytest.raises(InvalidInputError, match=message):
         layers_from_config(load(name, **changes))
@@ -336,14 +336,14 @@ def test_config_must_be_a_mapping():
 FILES = {
     "empty": (b"", "not valid JSON"),
     "cut off": (b'{"model_type": "llama"', "not valid JSON"),
-    "a list": (b"[1, 2]", "holds a JSON list"),
+    "a list": (b"[1, 2]", "contains a JSON list"),
     "binary": (b"\x80\x02\xff\x00", "is not text"),
     "deep": (b"[" * 200_000, "not valid JSON"),
 }
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_that_are_no_config(case, tmp_path):
+def test_files_without_a_config_are_rejected(case, tmp_path):
     content, message = FILES[case]
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -351,18 +351,18 @@ def test_files_that_are_no_config(case, tmp_path):
         load_config(path)
 
 
-def test_paths_without_a_config(tmp_path):
-    with pytest.raises(InvalidInputError, match=r"folder .* holds no config.json"):
+def test_paths_without_a_config_are_rejected(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"folder .* contains no config.json"):
         load_config(tmp_path)
     with pytest.raises(InvalidInputError, match="There is no file"):
         load_config(tmp_path / "config.json")
     weights = tmp_path / "model.safetensors"
     with weights.open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(InvalidInputError, match="far too large"):
+    with pytest.raises(InvalidInputError, match="too large"):
         load_config(weights)
 
 
-def test_folder_and_byte_order_mark(tmp_path):
+def test_config_in_a_folder_with_a_byte_order_mark(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(load("llama")).encode())
     assert load_config(tmp_path) == load("llama")

@@ -168,7 +168,7 @@ WRONG = {
     "L --without a>b>c": "--without a>b>c: no backend",
     "L --attn-type encoder --phase decode": "No requested layer has a decode phase",
     "--config nowhere.json": "There is no file nowhere.json",
-    "--config CONFIGS": "holds no config.json",
+    "--config CONFIGS": "contains no config.json",
     "--config CONFIGS/llama.json --num-heads 8": "num_heads cannot be given with a config",
 }
 

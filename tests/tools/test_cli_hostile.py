@@ -129,7 +129,7 @@ def test_no_value_of_an_option_is_more_than_one_line(place):
         ([*TUNE, "--time-budget", "inf"], "not a number of seconds"),
         (["explain", *LAYER, "--sliding-window", str(2**40)], "no layer has"),
         (["explain", *LAYER, "--mla", f"{2**40},1,1,1"], "no layer has"),
-        (["demo", "--prompt", "\u0661+\u0662"], "no such sum"),
+        (["demo", "--prompt", "\u0661+\u0662"], "not such a sum"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
