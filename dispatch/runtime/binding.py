@@ -1,8 +1,8 @@
-"""What a layer runs on: its selections, and the impls and builders that were made for them."""
+"""The backends that serve a layer: its selections, and the impls and builders made for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,13 @@ from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
-from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.runtime.guard import GuardedImpl
 from attn_dispatch.runtime.recovery import raise_attempt_failed
 from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
-from attn_dispatch.selection import failure_record
-from attn_dispatch.selection.failure_record import Failure
-from attn_dispatch.selection.overrides import Rule
-from attn_dispatch.selection.registry import is_builtin, registry
+from attn_dispatch.selection.registry import is_builtin
 from attn_dispatch.selection.report import Selection
-from attn_dispatch.selection.resolve import resolve_uncached
+from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
 
 __all__ = ["LayerBinding"]
@@ -31,7 +27,7 @@ __all__ = ["LayerBinding"]
 
 @dataclass(frozen=True)
 class LayerBinding:
-    """What a layer runs on. It is replaced as a whole, so that every call finds what goes together.
+    """The backends of a layer. A layer replaces it as a whole, so that its parts fit each other.
 
     Attributes:
         spec: the layer.
@@ -40,8 +36,8 @@ class LayerBinding:
         names: of the backends that its batches may go to.
         impl, builder: of the one backend, or of all of them.
         metadata_key: equal for layers that can share metadata.
-        failed: the keys of the failures that the selections took into account.
-        generation, libraries: of failures and of broken libraries, before the selections were made.
+        failures: the keys of the failures that the selections took into account.
+        version: of the context of the selections.
     """
 
     spec: AttentionSpec
@@ -51,73 +47,54 @@ class LayerBinding:
     impl: AttentionImpl[Any] | RoutedImpl
     builder: AttentionMetadataBuilder[Any]
     metadata_key: tuple[Any, ...]
-    failed: frozenset[tuple[object, ...]]
-    generation: int
-    libraries: int
+    failures: frozenset[tuple[object, ...]]
+    version: tuple[int, int]
 
     @classmethod
     def of(
         cls,
         spec: AttentionSpec,
         device: torch.device,
-        profile: DeviceProfile,
-        rules: tuple[Rule, ...],
+        context: SelectionContext,
         build_impl: Callable[[str, type[AttentionBackend]], AttentionImpl[Any]],
-        unrecorded: Sequence[Failure] = (),
     ) -> LayerBinding:
         """Select backends, and build their impls and builders.
 
         Args:
             spec: the layer.
             device: where it runs.
-            profile: of this device.
-            rules: the overrides that hold for it.
+            context: of the selections.
             build_impl: makes the impl of a backend, by its name and class.
-            unrecorded: failures of the call in progress.
 
         Raises:
-            UnsupportedError: the required backend, or every backend, is refused.
+            UnsupportedError: the required backend, or every backend, is rejected.
             AttemptFailed: a backend raised when it was built.
         """
-        generation = failure_record.generation()
-        failures = failure_record.failures_for(spec, profile, unrecorded=unrecorded)
-        intact = libraries.generation()
-        selections = {
-            phase: resolve_uncached(spec, profile, phase=phase, rules=rules, unrecorded=unrecorded)
-            for phase in phases_of(spec)
-        }
-        router, candidates = Router.of(spec, selections), registry.candidates()
-        classes = {n: c for n in router.backends if (c := candidates[n].backend_cls)}
+        selections = {phase: context.select(spec, phase) for phase in phases_of(spec)}
+        router = Router.of(spec, selections)
+        classes: dict[str, type[AttentionBackend]] = {}
         impls: dict[str, AttentionImpl[Any]] = {}
         builders: dict[str, AttentionMetadataBuilder[Any]] = {}
-        for name, backend_cls in classes.items():
+        for name in router.backends:
+            backend_cls = classes[name] = context.candidates[name].loaded_cls
             try:
                 impl = build_impl(name, backend_cls)
                 impls[name] = impl if is_builtin(backend_cls) else GuardedImpl(name, impl)
                 builders[name] = backend_cls.make_builder(spec, device)
             except Exception as error:
-                raise_attempt_failed(error, name, None, "when it was built", intact)
-        is_single = len(classes) == 1
+                raise_attempt_failed(error, name, None, "when it was built", context.version)
+        first, *others = router.backends
         return cls(
             spec=spec,
-            profile=profile,
+            profile=context.device,
             selections=selections,
             names=router.backends,
-            impl=next(iter(impls.values())) if is_single else RoutedImpl(impls, classes),
-            builder=(
-                next(iter(builders.values())) if is_single else RoutedBuilder(builders, router)
-            ),
+            impl=RoutedImpl(impls, classes) if others else impls[first],
+            builder=RoutedBuilder(builders, router) if others else builders[first],
             metadata_key=(router.key, spec, device),
-            failed=frozenset(failure.key for failure in failures),
-            generation=generation,
-            libraries=intact,
+            failures=context.failures_of(spec),
+            version=context.version,
         )
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the recorded failures are those that the selections took into account."""
-        recorded = failure_record.failures_for(self.spec, self.profile)
-        return {failure.key for failure in recorded} == self.failed
 
     def accepts(self, metadata: BatchMetadata) -> bool:
         """Whether metadata was built for the same backends."""

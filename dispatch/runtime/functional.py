@@ -20,20 +20,10 @@ from attn_dispatch.interface.quantization import (
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_tensors
-from attn_dispatch.platforms import libraries
-from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.runtime.guard import GuardedImpl
-from attn_dispatch.runtime.recovery import (
-    AttemptFailed,
-    Request,
-    raise_attempt_failed,
-    with_fallback,
-)
-from attn_dispatch.selection import overrides
-from attn_dispatch.selection.failure_record import Failure
-from attn_dispatch.selection.overrides import Rule
-from attn_dispatch.selection.registry import is_builtin, registry
-from attn_dispatch.selection.resolve import resolve, resolve_uncached
+from attn_dispatch.runtime.recovery import AttemptFailed, raise_attempt_failed, with_fallback
+from attn_dispatch.selection.registry import is_builtin
+from attn_dispatch.selection.resolve import SelectionContext
 
 __all__ = ["attention", "merge_states"]
 
@@ -163,20 +153,10 @@ def attention(
         out = torch.empty(shape, dtype=query.dtype, device=query.device)
     output = out
 
-    def rules() -> tuple[Rule, ...]:
-        return overrides.current_rules(backend, registry.names())
-
     def attempt(
-        failures: tuple[Failure, ...],
+        context: SelectionContext,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        intact = libraries.generation()
-        if failures:
-            profile = detect_device(query.device)
-            selection = resolve_uncached(
-                spec, profile, phase=phase, rules=rules(), unrecorded=failures
-            )
-        else:
-            selection = resolve(spec, query.device, phase=phase, backend=backend)
+        selection = context.select(spec, phase)
         backend_cls, doing = selection.backend_cls, "when it was built"
         try:
             impl: AttentionImpl[Any] = backend_cls.make_impl(
@@ -189,13 +169,13 @@ def attention(
             metadata = builder.build(batch)
             return impl.forward(scales, query, key, value, kv_cache, metadata, output)
         except Exception as error:
-            raise_attempt_failed(error, selection.name, phase, doing, intact)
+            raise_attempt_failed(error, selection.name, phase, doing, context.version)
 
+    context = SelectionContext.current(query.device, backend)
     try:
-        return attempt(())
+        return attempt(context)
     except AttemptFailed as failed:
-        request = Request(spec, query.device, rules(), phase)
-        return with_fallback(request, attempt, failed)
+        return with_fallback(spec, context, attempt, failed, phase=phase)
 
 
 def _is_one_request(query_lens: Any) -> bool:

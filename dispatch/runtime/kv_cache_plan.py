@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -14,15 +15,17 @@ from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
-from attn_dispatch.platforms.detect import detect_device, usable_device
+from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device import DeviceProfile
-from attn_dispatch.selection.overrides import Rule, Source, current_rules
-from attn_dispatch.selection.registry import registry
-from attn_dispatch.selection.report import Selection
-from attn_dispatch.selection.selector import phases_of, select
+from attn_dispatch.selection.overrides import Source
+from attn_dispatch.selection.report import Report
+from attn_dispatch.selection.resolve import SelectionContext
+from attn_dispatch.selection.selector import phases_of
 
 if TYPE_CHECKING:
     import torch
+
+    from attn_dispatch.interface.backend import AttentionBackend
 
 __all__ = ["BLOCK_SIZES", "KVCachePlan", "plan_kv_cache"]
 
@@ -126,9 +129,10 @@ def plan_kv_cache(
             raise InvalidInputError(f"shared= names {name!r}, which is no layer with a cache.")
     for name, spec in cached.items():
         _check_sharing(name, spec, cached, shared)
-    profile = device if isinstance(device, DeviceProfile) else detect_device(device)
-    rules = current_rules(backend, registry.names())
-    block_size, layout = _choose(cached, profile, rules)
+    # Without tables: they compare backends over one cache, and not block sizes or layouts. What
+    # they pick for a batch must take the cache that is planned here.
+    context = dataclasses.replace(SelectionContext.current(device, backend), tables=())
+    block_size, layout = _choose(cached, context)
     specs = {
         name: spec.replace(block_size=block_size, kv_cache_layout=layout)
         if name in cached
@@ -140,12 +144,12 @@ def plan_kv_cache(
         if name in shared:
             continue
         spec = specs[name]
-        selection = select(spec, profile, phase=phases_of(spec)[0], rules=rules)
         size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
-        shape = selection.backend_cls.get_kv_cache_shape(1, block_size, spec.num_kv_heads, size)
+        backend_cls = _picked_cls(context, context.report(spec, phases_of(spec)[0]))
+        shape = backend_cls.get_kv_cache_shape(1, block_size, spec.num_kv_heads, size)
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
-        dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
+        dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, context.device.arch)
     return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
 
 
@@ -211,16 +215,14 @@ def _check_sharing(
 _Choice = tuple[int, str]
 
 
-def _choose(
-    layers: Mapping[str, AttentionSpec], device: DeviceProfile, rules: tuple[Rule, ...]
-) -> _Choice:
+def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _Choice:
     """The best block size and layout that every layer's backends accept, in every phase."""
     insisted = sorted({spec.block_size for spec in layers.values() if spec.block_size})
     sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *insisted]))
     ranks: dict[AttentionSpec, dict[Phase, dict[_Choice, tuple[int, int]]]] = {}
     for name, spec in layers.items():
         try:
-            ranks[spec] = ranks.get(spec) or _ranks(spec, device, rules, sizes)
+            ranks[spec] = ranks.get(spec) or _ranks(spec, context, sizes)
         except UnsupportedError as error:
             raise UnsupportedError(f"Layer {name!r}: {error}", error.report) from error
 
@@ -240,12 +242,12 @@ def _choose(
 
 
 def _ranks(
-    spec: AttentionSpec, device: DeviceProfile, rules: tuple[Rule, ...], sizes: tuple[int, ...]
+    spec: AttentionSpec, context: SelectionContext, sizes: tuple[int, ...]
 ) -> dict[Phase, dict[_Choice, tuple[int, int]]]:
-    """Phase -> what the layer's backends accept there, and how far from the best each choice is.
+    """Phase -> the choices that the layer's backends accept, and the rank of each.
 
     Raises:
-        UnsupportedError: in one of the phases nothing is accepted.
+        UnsupportedError: in one of the phases no choice is accepted.
     """
     block_sizes = sizes if spec.block_size is None else (spec.block_size,)
     layouts = tuple(STRIDE_ORDERS) if spec.kv_cache_layout is None else (spec.kv_cache_layout,)
@@ -255,26 +257,29 @@ def _ranks(
         ranks[phase] = {}
         for block_size, layout in itertools.product(block_sizes, layouts):
             choice = spec.replace(block_size=block_size, kv_cache_layout=layout)
-            try:
-                selection = select(choice, device, phase=phase, rules=rules)
-            except UnsupportedError as error:
-                refusals.append(error)
+            report = context.report(choice, phase)
+            if report.picked is None:
+                refusals.append(report)
             else:
-                ranks[phase][block_size, layout] = _rank(selection, layout)
+                ranks[phase][block_size, layout] = _rank(context, report, layout)
         if not ranks[phase]:
-            raise refusals[0]
+            raise UnsupportedError(str(refusals[0]), refusals[0])
     return ranks
 
 
-def _rank(selection: Selection, layout: str) -> tuple[int, int]:
-    """Places between the pick and the first in the order, and whether it likes another layout."""
-    names = [verdict.name for verdict in selection.verdicts]
-    by_platform = selection.source is Source.PLATFORM
-    liked = selection.backend_cls.get_kv_cache_stride_order()
+def _rank(context: SelectionContext, report: Report, layout: str) -> tuple[int, int]:
+    """The pick's place in the platform's order, and whether it prefers another layout."""
+    names = [verdict.name for verdict in report.verdicts]
+    by_platform = report.source is Source.PLATFORM
+    preferred = _picked_cls(context, report).get_kv_cache_stride_order()
     return (
-        1 + names.index(selection.name) if by_platform else 0,
-        int(tuple(liked) != STRIDE_ORDERS[layout]),
+        1 + names.index(str(report.picked)) if by_platform else 0,
+        int(tuple(preferred) != STRIDE_ORDERS[layout]),
     )
+
+
+def _picked_cls(context: SelectionContext, report: Report) -> type[AttentionBackend]:
+    return context.candidates[str(report.picked)].loaded_cls
 
 
 def _conflict(accepted: Mapping[str, Mapping[Phase, Iterable[_Choice]]]) -> str:

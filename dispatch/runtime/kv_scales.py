@@ -4,28 +4,140 @@ from __future__ import annotations
 
 import torch
 
-from attn_dispatch.interface.quantization import (
-    KVScales,
-)
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.quantization import KVScales, is_e4m3, is_fp8, scale_for
+from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
-__all__ = []
+__all__ = ["CacheState", "LayerScales", "check_quantized"]
+
+_SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
 
 
 class CacheState(KVScales):
-    """What belongs to a cache, and is shared by the layers that share it.
+    """The state of a cache, shared by the layers that share the cache.
 
     Attributes:
-        scales_are_final: what is in the cache depends on the scales.
-        token: stands for the cache in compiled graphs, see `ops.attention_op`.
+        scales_are_final: the content of the cache depends on the scales.
+        token: represents the cache in compiled graphs, see `ops.attention_op`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.scales_are_final = False
-        with torch.inference_mode(False):  # else it could only be used inside of that mode
+        with torch.inference_mode(False):  # else it could be used only inside of that mode
             self.token = torch.zeros(1, device="cpu")
 
     def to(self, device: torch.device) -> None:
+        """Move the scales and the token to a device."""
         super().to(device)
         with torch.inference_mode(False):
             self.token = self.token.to(device)
+
+
+class LayerScales:
+    """The scales of a layer's cache, under the names of AttentionLayer: a base of `Attention`."""
+
+    spec: AttentionSpec
+    prefix: str
+    kv_sharing_target_layer_name: str | None
+    _cache_state: CacheState
+    _device: torch.device | None
+
+    @property
+    def _q_scale(self) -> torch.Tensor:
+        return self._cache_state._q_scale
+
+    @property
+    def _prob_scale(self) -> torch.Tensor:
+        return self._cache_state._prob_scale
+
+    @property
+    def _k_scale(self) -> torch.Tensor:
+        return self._cache_state._k_scale
+
+    @property
+    def _v_scale(self) -> torch.Tensor:
+        return self._cache_state._v_scale
+
+    @property
+    def _k_scale_float(self) -> float:
+        return self._cache_state._k_scale_float
+
+    @property
+    def _v_scale_float(self) -> float:
+        return self._cache_state._v_scale_float
+
+    def set_kv_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
+        """Set the scales of an fp8 cache.
+
+        Args:
+            k_scale: a number or (), or (num_kv_heads,) with kv_scales="per_head".
+            v_scale: the same for values.
+
+        Raises:
+            InvalidInputError: the shape does not go with the spec's kv_scales, a scale is not
+                positive and finite, or the cache is int8 and has its own.
+        """
+        if self.spec.kv_cache_dtype == INT8_PER_TOKEN_HEAD:
+            raise InvalidInputError(
+                f"The cache of layer {self.prefix!r} is {INT8_PER_TOKEN_HEAD}: it has a scale for "
+                "each token and head, made when the token is written. Leave set_kv_scales out."
+            )
+        self._set_scales(k_scale, v_scale)
+        self._cache_state.scales_are_final = True
+
+    def _set_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
+        shape = (self.spec.num_kv_heads,) if self.spec.kv_scales == "per_head" else ()
+        self._cache_state.set(k_scale, v_scale, (shape,), self._device)
+
+    def _derive_scales(
+        self,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        slots: torch.Tensor | None,
+    ) -> bool:
+        """Derive the scales from the keys and values that go to the cache; False if none do.
+
+        Raises:
+            InvalidInputError: the cache is another layer's, and so are its scales.
+        """
+        if kv_cache is None or not is_fp8(kv_cache.dtype):
+            return False
+        if self.spec.kv_sharing:
+            raise InvalidInputError(
+                f"Layer {self.prefix!r} reads the cache of {self.kv_sharing_target_layer_name!r} "
+                "and does not have its scales. Bind the caches of both by bind_kv_caches, or give "
+                "both set_kv_scales."
+            )
+        if key is None or value is None or slots is None or not bool((slots >= 0).any()):
+            return False
+        if min(len(key), len(value)) < len(slots):
+            return False  # the impl rejects it
+        dims = (0, 2) if self.spec.kv_scales == "per_head" else (0, 1, 2)
+        new = (tensor[: len(slots)][slots >= 0] for tensor in (key, value))
+        self._set_scales(*(scale_for(tensor, kv_cache.dtype, dims) for tensor in new))
+        return True
+
+
+def check_quantized(
+    spec: AttentionSpec,
+    prefix: str,
+    output: torch.Tensor,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
+    """Check that output and scales go with the layer's output_quant.
+
+    Raises:
+        InvalidInputError: they do not.
+    """
+    quant = spec.output_quant
+    scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
+    given = [name for name, scale in scales.items() if scale is not None]
+    if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
+        wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
+        raise InvalidInputError(
+            f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
+            f"{prefix!r} was made with output_quant={quant!r}{wants}."
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,59 +20,47 @@ from attn_dispatch.interface.metadata import (
     AttentionMetadataBuilder,
     BatchMetadata,
 )
-from attn_dispatch.interface.quantization import (
-    is_e4m3,
-    is_fp8,
-    kv_cache_torch_dtype,
-    scale_for,
-)
-from attn_dispatch.interface.spec import (
-    INT8_PER_TOKEN_HEAD,
-    SPEC_FIELDS,
-    AttentionSpec,
-    alibi_of,
-)
+from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
+from attn_dispatch.interface.spec import SPEC_FIELDS, AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_no_grad, check_tensors, profiling_output
-from attn_dispatch.platforms.detect import detect_device, usable_device
+from attn_dispatch.log import logger
+from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
 from attn_dispatch.runtime.hooks import observer
-from attn_dispatch.runtime.kv_scales import CacheState
+from attn_dispatch.runtime.kv_scales import CacheState, LayerScales, check_quantized
 from attn_dispatch.runtime.ops import attention_op, layers_by_key
 from attn_dispatch.runtime.recovery import (
     AttemptFailed,
-    Request,
     raise_attempt_failed,
     single_phase,
     with_fallback,
 )
 from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
-from attn_dispatch.selection import failure_record, overrides
-from attn_dispatch.selection.failure_record import Failure
+from attn_dispatch.selection import overrides
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.report import Selection
+from attn_dispatch.selection.resolve import SelectionContext
+from attn_dispatch.selection.version import version
 
 __all__ = ["Attention"]
 
-T = TypeVar("T")
-
 _serial = itertools.count()
 
-_SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
 
+class Attention(LayerScales, nn.Module):
+    """One attention layer. Its backends are picked when it is made; see `selections`.
 
-class Attention(nn.Module):
-    """One attention layer: its backends are picked when it is made, and explained by `selections`.
+    If a backend that was picked automatically fails, when it is built or on a call, another one
+    serves the layer from then on (see `recovery`), and `selections` change. A backend that is
+    required raises.
 
-    A backend that was picked automatically and fails, when it is built or on a call, is passed over
-    from then on (see `fallback`), and `selections` change; one that is required raises.
-
-    Called inside of `forward_context(batch)`, with or without torch.compile; or with explicit
+    Call it inside of `forward_context(batch)`, with or without torch.compile; or with explicit
     `kv_cache` and `attn_metadata`. The overrides in force when the layer is made are the ones that
-    count, also if the layer is moved to another device afterwards. A copy of a layer, or a pickled
-    one, is a layer of its own, to which no cache is bound yet.
+    count, also if the layer is moved to another device. A copied or unpickled layer is a separate
+    layer without a cache.
 
     Args:
         num_heads: query heads.
@@ -125,8 +114,8 @@ class Attention(nn.Module):
         unknown = features.keys() - SPEC_FIELDS
         if unknown:
             raise InvalidInputError(
-                f"Attention has no argument {min(unknown)!r}. Beside its own arguments it takes "
-                f"the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
+                f"Attention has no argument {min(unknown)!r}. In addition to its own arguments it "
+                f"takes the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
             )
         for name, text in (("prefix", prefix), ("backend", backend)):
             if not isinstance(text, str) and (name == "prefix" or text is not None):
@@ -149,7 +138,7 @@ class Attention(nn.Module):
         )
         has_kv_cache = AttentionType(spec.attn_type).has_kv_cache
         self.spec = spec if has_kv_cache else spec.replace(block_size=None)
-        self._declared_spec = self.spec  # what it leaves open, each cache that is bound fills in
+        self._declared_spec = self.spec  # a cache that is bound fills in what this leaves open
         if self.spec.mla is not None:
             raise InvalidInputError(
                 "Attention has no multi-head latent attention; use the impl of "
@@ -159,53 +148,28 @@ class Attention(nn.Module):
         self.scale = head_size**-0.5 if scale is None else checked_scale(scale)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.kv_cache: torch.Tensor | None = None
-        # In a dict, so that sinks which are a Parameter stay the model's, and not this module's.
+        # In a dict, so that sinks which are a Parameter are not registered in this module too.
         self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
         self._rules = overrides.current_rules(backend, registry.names())
-        # Not made of buffers: a scale must stay float32 when the module is cast.
+        # Not buffers: a scale must stay float32 when the module is cast.
         self._cache_state = CacheState()
         self._device: torch.device | None = None
-        self._bound: LayerBinding | None = None
-        self._has_moved_on = False
-        self._generation = -1
+        self._binding: LayerBinding | None = None
+        self._was_rebound = False
+        self._version = version()
         self._fp8_dtype = torch.float8_e4m3fn
         self._register()
         chosen = usable_device(device)
         if chosen.type != "meta":
             self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
 
-    # What AttentionLayer promises: a layer that shares a cache has the scales of its target.
-    @property
-    def _q_scale(self) -> torch.Tensor:
-        return self._cache_state._q_scale
-
-    @property
-    def _prob_scale(self) -> torch.Tensor:
-        return self._cache_state._prob_scale
-
-    @property
-    def _k_scale(self) -> torch.Tensor:
-        return self._cache_state._k_scale
-
-    @property
-    def _v_scale(self) -> torch.Tensor:
-        return self._cache_state._v_scale
-
-    @property
-    def _k_scale_float(self) -> float:
-        return self._cache_state._k_scale_float
-
-    @property
-    def _v_scale_float(self) -> float:
-        return self._cache_state._v_scale_float
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no cache: that is the engine's, large, and not to be written by two layers.
+        # A copy has no cache: caches are large, and two layers must not write the same one.
         return {**self.__dict__, "kv_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register()  # a copy is a layer of its own
+        self._register()
 
     def _register(self) -> None:
         self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
@@ -214,68 +178,80 @@ class Attention(nn.Module):
     @property
     def selections(self) -> dict[Phase, Selection]:
         """Which backend serves each phase, and why; empty until the layer is on a device."""
-        return {} if self._bound is None else self._bound.selections
+        return {} if self._binding is None else self._binding.selections
 
     @property
     def _impl(self) -> AttentionImpl[Any] | RoutedImpl:
-        return self._on_device().impl
+        return self._require_binding().impl
 
     @property
     def _builder(self) -> AttentionMetadataBuilder[Any]:
-        return self._on_device().builder
+        return self._require_binding().builder
 
-    def _on_device(self) -> LayerBinding:
-        if self._bound is None:
+    def _require_binding(self) -> LayerBinding:
+        if self._binding is None:
             raise InvalidInputError(
                 f"Layer {self.prefix!r} was made on the meta device and has not run on another "
                 "yet. Call it there first, or make it with device=."
             )
-        return self._bound
+        return self._binding
 
-    def _bind(self, device: torch.device) -> None:
-        """Pick backends for a device and build their impls."""
-        bound = with_fallback(
-            Request(self.spec, device, self._rules),
-            lambda failures: self._bound_without(failures, device),
-        )
-        self._settle(bound, device)
+    def _bind(
+        self,
+        device: torch.device,
+        run: Callable[[LayerBinding], Any] | None = None,
+        failed: AttemptFailed | None = None,
+    ) -> Any:
+        """Bind the layer to the first backends that can be built and on which `run` does not raise.
 
-    def _bound_without(self, failures: Sequence[Failure], device: torch.device) -> LayerBinding:
-        """What the layer would run on if backends with these failures are left out."""
-        profile = detect_device(device)
-        return LayerBinding.of(self.spec, device, profile, self._rules, self._build_impl, failures)
+        Args:
+            device: where the layer runs.
+            run: a call of the layer; its result is returned.
+            failed: how the call ended on the backends so far.
+        """
 
-    def _settle(self, bound: LayerBinding, device: torch.device) -> None:
-        """Run on this from now on."""
-        self._generation = bound.generation
-        self._bound = bound
+        def attempt(context: SelectionContext) -> tuple[LayerBinding, Any]:
+            binding = LayerBinding.of(self.spec, device, context, self._build_impl)
+            return binding, None if run is None else run(binding)
+
+        context = SelectionContext.current(device, rules=self._rules)
+        binding, result = with_fallback(self.spec, context, attempt, failed)
+        self._was_rebound = self._binding is not None
+        self._version = binding.version
+        self._binding = binding
         self._cache_state.to(device)
-        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, bound.profile.arch)
+        self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, binding.profile.arch)
         self._device = device
+        if logger.isEnabledFor(logging.INFO):
+            for phase, each in binding.selections.items():
+                logger.info("layer %s: %s %s, %s", self.prefix, phase, each.name, each.evidence)
+        return result
 
     def _follow_cache(self, spec: AttentionSpec) -> None:
-        """Become the layer of a spec with the block size and layout of the cache that is bound."""
+        """Take over a spec with the block size and layout of the cache that is bound."""
         if spec == self.spec:
             return
         before, self.spec = self.spec, spec
-        if self._device is None:
-            return
         try:
-            self._bind(self._device)
+            if self._device is not None:
+                self._bind(self._device)
         except Exception:
             self.spec = before
             raise
-        self._has_moved_on = True
 
-    def _follow_failures(self) -> None:
-        """Leave out what failed in other layers with the same spec; try what was forgotten."""
-        bound, generation = self._bound, failure_record.generation()
-        if bound is None or self._device is None or is_capturing():
-            return  # nothing is built while a graph is captured
-        if not bound.is_current:
-            self._has_moved_on = True
+    def _refresh(self) -> None:
+        """Bind again if a backend failed in a layer with the same spec, or failures were forgotten.
+
+        Nothing is built while a graph is captured.
+        """
+        binding, latest = self._binding, version()
+        if binding is None or self._device is None or is_capturing():
+            return
+        context = SelectionContext.current(self._device, rules=self._rules)
+        if context.failures_of(self.spec) == binding.failures:
+            self._version = latest
+        else:
             self._bind(self._device)
-        self._generation = generation
 
     def _impl_arguments(self) -> dict[str, Any]:
         """The arguments of an impl's constructor that the spec does not state."""
@@ -295,58 +271,6 @@ class Attention(nn.Module):
             )
         return impl
 
-    def set_kv_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
-        """Set the scales of an fp8 cache.
-
-        Args:
-            k_scale: a number or (), or (num_kv_heads,) with kv_scales="per_head".
-            v_scale: the same for values.
-
-        Raises:
-            InvalidInputError: the shape does not go with the spec's kv_scales, a scale is not
-                positive and finite, or the cache is int8 and has its own.
-        """
-        if self.spec.kv_cache_dtype == INT8_PER_TOKEN_HEAD:
-            raise InvalidInputError(
-                f"The cache of layer {self.prefix!r} is {INT8_PER_TOKEN_HEAD}: it has a scale for "
-                "each token and head, made when the token is written. Leave set_kv_scales out."
-            )
-        self._set_scales(k_scale, v_scale)
-        self._cache_state.scales_are_final = True
-
-    def _set_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
-        shape = (self.spec.num_kv_heads,) if self.spec.kv_scales == "per_head" else ()
-        self._cache_state.set(k_scale, v_scale, (shape,), self._device)
-
-    def _derive_scales(
-        self,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        slots: torch.Tensor | None,
-    ) -> bool:
-        """Derive the scales from what of these keys and values goes to a cache, if anything does.
-
-        Raises:
-            InvalidInputError: the cache is another layer's, and so are its scales.
-        """
-        if kv_cache is None or not is_fp8(kv_cache.dtype):
-            return False
-        if self.spec.kv_sharing:
-            raise InvalidInputError(
-                f"Layer {self.prefix!r} reads the cache of {self.kv_sharing_target_layer_name!r} "
-                "and does not know its scales. Bind the caches of both by bind_kv_caches, or give "
-                "both set_kv_scales."
-            )
-        if key is None or value is None or slots is None or not bool((slots >= 0).any()):
-            return False
-        if min(len(key), len(value)) < len(slots):
-            return False  # the impl says what is wrong
-        dims = (0, 2) if self.spec.kv_scales == "per_head" else (0, 1, 2)
-        new = (tensor[: len(slots)][slots >= 0] for tensor in (key, value))
-        self._set_scales(*(scale_for(tensor, kv_cache.dtype, dims) for tensor in new))
-        return True
-
     def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
         """The metadata of a batch, for this layer and all others with the same spec.
 
@@ -357,66 +281,55 @@ class Attention(nn.Module):
             raise InvalidInputError(
                 f"batch is a {type(batch).__name__}. Make it by AttentionBatch.create."
             )
-        if self._generation != failure_record.generation():
-            self._follow_failures()
-        bound = self._on_device()
+        if self._version != version():
+            self._refresh()
+        binding = self._require_binding()
         metadata: AttentionMetadata
         try:
-            metadata = self._plan(bound, None, batch)
+            metadata = self._plan(binding, None, batch)
         except AttemptFailed as failed:
-            metadata = self._recover(failed, lambda retried: self._plan(retried, None, batch))
+            assert self._device is not None
+            metadata = self._bind(
+                self._device, lambda other: self._plan(other, None, batch), failed
+            )
         return metadata
 
-    def _recover(self, failed: AttemptFailed, run: Callable[[LayerBinding], T]) -> T:
-        """Do with other backends what `run` could not do with the present ones."""
-        device = self._device
-        assert device is not None
+    def _plan(
+        self, binding: LayerBinding, metadata: Any, batch: AttentionBatch | None = None
+    ) -> Any:
+        """The metadata for these backends: of the batch, as given, or from the context.
 
-        def attempt(failures: tuple[Failure, ...]) -> tuple[LayerBinding, T]:
-            bound = self._bound_without(failures, device)
-            return bound, run(bound)
-
-        request = Request(self.spec, device, self._rules)
-        bound, result = with_fallback(request, attempt, failed)
-        self._has_moved_on = True
-        self._settle(bound, device)
-        return result
-
-    def _plan(self, bound: LayerBinding, metadata: Any, batch: AttentionBatch | None = None) -> Any:
-        """Metadata for what the layer runs on: of the batch, as given, or from the context.
-
-        Metadata that was given and built before the layer changed backends is built again.
+        Metadata that was built before the layer changed backends is built again.
         """
-        build = bound.builder.build
+        build = binding.builder.build
         try:
             if batch is not None:
                 return build(batch)
             if metadata is None:
-                return current_context().metadata(self.prefix, bound.metadata_key, build)
-            has_moved_on = bound is not self._bound or self._has_moved_on
-            if has_moved_on and isinstance(metadata, BatchMetadata) and not bound.accepts(metadata):
+                return current_context().metadata(self.prefix, binding.metadata_key, build)
+            is_other = self._was_rebound or binding is not self._binding
+            if is_other and isinstance(metadata, BatchMetadata) and not binding.accepts(metadata):
                 return build(metadata.batch)
             return metadata
         except (InvalidInputError, UnsupportedError):
             raise
         except Exception as error:
-            self._attribute(
-                error, bound, batch or self._batch_of(metadata), "when it planned a batch"
-            )
+            batch = batch or self._batch_of(metadata)
+            self._raise_failed(error, binding, batch, "when it planned a batch")
 
-    def _attribute(
-        self, error: Exception, bound: LayerBinding, batch: AttentionBatch | None, doing: str
+    def _raise_failed(
+        self, error: Exception, binding: LayerBinding, batch: AttentionBatch | None, doing: str
     ) -> NoReturn:
         """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
-        name, phase = bound.names[0], None if batch is None else single_phase(batch)
+        name, phase = binding.names[0], None if batch is None else single_phase(batch)
         if isinstance(error, PartFailed):
             name, phase = error.backend, single_phase(error.batch)
             cause = error.__cause__
             assert isinstance(cause, Exception)
             error = cause
-        if len(bound.selections) == 1:
+        if len(binding.selections) == 1:
             phase = None  # an encoder's layer has only one phase
-        raise_attempt_failed(error, name, phase, doing, bound.libraries)
+        raise_attempt_failed(error, name, phase, doing, binding.version)
 
     def forward(
         self,
@@ -508,19 +421,19 @@ class Attention(nn.Module):
         kv_cache: torch.Tensor | None = None,
         metadata: Any = None,
     ) -> None:
-        """What the op does: find cache and metadata, and run the impl of each phase."""
+        """The body of the op: check the call, and run it on the layer's backends."""
         spec = self.spec
         if query.device != self._device:
             self._bind(query.device)
-        elif self._generation != failure_record.generation():
-            self._follow_failures()
+        elif self._version != version():
+            self._refresh()
         if query.dtype != spec.dtype:
             raise InvalidInputError(
                 f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
                 "the query, or make the layer with dtype=."
             )
         if spec.output_quant is not None or is_fp8(output.dtype):
-            self._check_quantized(output, output_scale, output_block_scale)
+            check_quantized(spec, self.prefix, output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
         elif (
@@ -529,21 +442,18 @@ class Attention(nn.Module):
             or (kv_cache.shape[2] != spec.block_size)
         ):
             self._check_block_size(kv_cache)
-        bound = self._on_device()
         given = (query, key, value, kv_cache)
+        results = (output, lse, output_scale, output_block_scale)
         try:
-            self._attend(bound, metadata, given, output, lse, output_scale, output_block_scale)
+            self._attend(self._require_binding(), metadata, given, *results)
         except AttemptFailed as failed:
-            self._recover(
-                failed,
-                lambda retried: self._attend(
-                    retried, metadata, given, output, lse, output_scale, output_block_scale
-                ),
+            self._bind(
+                query.device, lambda other: self._attend(other, metadata, given, *results), failed
             )
 
     def _attend(
         self,
-        bound: LayerBinding,
+        binding: LayerBinding,
         metadata: Any,
         given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
         output: torch.Tensor,
@@ -557,7 +467,7 @@ class Attention(nn.Module):
         and values go to the same slots by the same scales, no slot is read before that, and all of
         the output is written.
         """
-        used = self._plan(bound, metadata)
+        used = self._plan(binding, metadata)
         scales = (output_scale, output_block_scale)
         if used is None:  # a profiling run
             result = profiling_output(self.spec, given[0], output, *scales)
@@ -576,11 +486,11 @@ class Attention(nn.Module):
         observe = observer()
         seen = None if observe is None else observe(self, *given, self._batch_of(metadata))
         try:
-            result = bound.impl.forward(self, *given, used, output, *scales)
+            result = binding.impl.forward(self, *given, used, output, *scales)
         except (InvalidInputError, UnsupportedError):
             raise
         except Exception as error:
-            self._attribute(error, bound, self._batch_of(metadata), "at its launch")
+            self._raise_failed(error, binding, self._batch_of(metadata), "at its launch")
         if lse is not None:
             lse.copy_(result[1])
         if derived_scales:
@@ -603,22 +513,6 @@ class Attention(nn.Module):
             return current_context().batch_for(self.prefix)
         batch: AttentionBatch | None = getattr(metadata, "batch", None)
         return batch
-
-    def _check_quantized(
-        self,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None,
-        output_block_scale: torch.Tensor | None,
-    ) -> None:
-        quant = self.spec.output_quant
-        scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
-        given = [name for name, scale in scales.items() if scale is not None]
-        if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
-            wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
-            raise InvalidInputError(
-                f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
-                f"{self.prefix!r} was made with output_quant={quant!r}{wants}."
-            )
 
     def extra_repr(self) -> str:
         """The request and the picks, for print(model)."""

@@ -1,6 +1,6 @@
 """The recovery path: when a backend raises, the next one serves the same call.
 
-That holds for backends that were picked automatically; if the user required one, its exception is
+This holds for backends that were picked automatically; if the user required one, its exception is
 raised. A failure is recorded only after another backend has served the same call. If every backend
 raises, the call is invalid: `InvalidInputError` is raised and nothing is recorded.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
@@ -23,9 +22,7 @@ from attn_dispatch.errors import (
 )
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
-from attn_dispatch.platforms import libraries
-from attn_dispatch.platforms.detect import detect_device
-from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.log import logger
 from attn_dispatch.platforms.device_errors import (
     _OUT_OF_MEMORY,
     error_chain,
@@ -33,17 +30,19 @@ from attn_dispatch.platforms.device_errors import (
     is_device_lost,
     mentions,
 )
+from attn_dispatch.platforms.libraries import BrokenLibraryWarning
 from attn_dispatch.runtime.guard import InputsModified
 from attn_dispatch.selection import failure_record
 from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.overrides import Mode, Rule
-from attn_dispatch.selection.resolve import resolve_uncached
+from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
+from attn_dispatch.selection.version import library_broke_since
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
 
-__all__ = ["AttemptFailed", "Request", "single_phase", "raise_attempt_failed", "with_fallback"]
+__all__ = ["AttemptFailed", "raise_attempt_failed", "single_phase", "with_fallback"]
 
 T = TypeVar("T")
 
@@ -55,52 +54,35 @@ class AttemptFailed(Exception):
         backend: its name.
         phase: of the requests that it failed on; None for both, or if that is not known.
         doing: when it failed, e.g. "at its launch".
-        libraries: `libraries.generation()` when the backend was selected.
+        version: `selection.version.version()` when the backend was selected.
     """
 
-    def __init__(self, backend: str, phase: Phase | None, doing: str, libraries: int) -> None:
+    def __init__(
+        self, backend: str, phase: Phase | None, doing: str, version: tuple[int, int]
+    ) -> None:
         super().__init__(backend, phase, doing)
-        self.backend, self.phase, self.doing, self.libraries = backend, phase, doing, libraries
+        self.backend, self.phase, self.doing, self.version = backend, phase, doing, version
 
 
 def raise_attempt_failed(
-    error: Exception, backend: str, phase: Phase | None, doing: str, libraries: int
+    error: Exception, backend: str, phase: Phase | None, doing: str, version: tuple[int, int]
 ) -> NoReturn:
     """Raise AttemptFailed from an exception, or the exception itself if no backend may try again.
 
-    The arguments are those of AttemptFailed. One that is AttemptFailed already is raised as it is.
+    The arguments are those of AttemptFailed. An AttemptFailed is raised as it is.
     """
     if isinstance(error, AttemptFailed) or _is_final(error):
         raise error
-    raise AttemptFailed(backend, phase, doing, libraries) from error
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a call asks for, as far as recovery needs to know.
-
-    Attributes:
-        spec: the layer.
-        device: where it runs.
-        rules: the overrides in force.
-        phase: the only phase that counts, for a call of one phase; None for all of the layer.
-    """
-
-    spec: AttentionSpec
-    device: torch.device
-    rules: tuple[Rule, ...]
-    phase: Phase | None = None
-
-    @property
-    def profile(self) -> DeviceProfile:
-        """Of the device, with its libraries as they are known by now."""
-        return detect_device(self.device)
+    raise AttemptFailed(backend, phase, doing, version) from error
 
 
 def with_fallback(
-    request: Request,
-    attempt: Callable[[tuple[Failure, ...]], T],
+    spec: AttentionSpec,
+    context: SelectionContext,
+    attempt: Callable[[SelectionContext], T],
     failed: AttemptFailed | None = None,
+    *,
+    phase: Phase | None = None,
 ) -> T:
     """Return what `attempt` returns, with the first backends that do not raise.
 
@@ -108,10 +90,12 @@ def with_fallback(
     slots, and all of the output is written.
 
     Args:
-        request: the call.
-        attempt: selects backends without the failures that it is given, and runs them. It raises
-            AttemptFailed for what they raise.
-        failed: how an attempt without failures has ended before.
+        spec: the layer.
+        context: its device and overrides.
+        attempt: selects backends in the context that it is given, which excludes the failed ones,
+            and runs them. It raises AttemptFailed for what they raise.
+        failed: how an earlier attempt ended.
+        phase: the only phase of the call; None for all phases of the layer.
 
     Raises:
         UnsupportedError: no backend computes the request.
@@ -126,29 +110,30 @@ def with_fallback(
     while True:
         if failed is None:
             try:
-                result = attempt(tuple(failures))
+                context = context.after(failures)
+                result = attempt(context)
             except AttemptFailed as raised:
                 failed = raised
             else:
-                _record(request, failures)
+                _record(spec, context, failures)
                 return result
-        error, generation = failed.__cause__, failed.libraries
+        error = failed.__cause__
         assert error is not None
-        if generation != libraries.generation():
-            # A library turned out to be broken: selection refuses what needs it from now on.
-            warnings.warn(
-                f"{summary_of(error)}. It is not used from now on.",
-                libraries.BrokenLibraryWarning,
-                stacklevel=3,
-            )
+        if library_broke_since(failed.version):  # selection rejects what needs it from now on
+            text = f"{summary_of(error)}. It is not used from now on."
+            logger.warning(text)
+            warnings.warn(text, BrokenLibraryWarning, stacklevel=3)
             failed = None
             continue
-        phase = request.phase if failed.phase is None else failed.phase
-        spec = request.spec.replace(kv_cache_layout=None)
         failure = Failure(
-            failed.backend, spec, request.profile.arch, phase, failed.doing, summary_of(error)
+            failed.backend,
+            spec.replace(kv_cache_layout=None),
+            context.device.arch,
+            failed.phase or phase,
+            failed.doing,
+            summary_of(error),
         )
-        _check_may_go_on(request, failure, error)
+        _check_may_go_on(spec, context, failure, error)
         if any(each.key == failure.key for each in failures):
             raise BackendFailure(
                 f"{failure}. It was selected again after it had failed, which is a bug of "
@@ -156,12 +141,18 @@ def with_fallback(
             ) from error
         failures.append(failure)
         causes.append(error)
-        _check_another_is_left(request, failures, causes)
+        _check_another_is_left(spec, context, failures, causes)
         failed = None
 
 
-def _check_may_go_on(request: Request, failure: Failure, error: BaseException) -> None:
-    rule = _requirement(request, failure)
+def _phases(spec: AttentionSpec, failure: Failure) -> tuple[Phase, ...]:
+    return phases_of(spec) if failure.phase is None else (failure.phase,)
+
+
+def _check_may_go_on(
+    spec: AttentionSpec, context: SelectionContext, failure: Failure, error: BaseException
+) -> None:
+    rule = _requirement(spec, context, failure)
     if rule is not None:
         raise BackendFailure(
             f"{failure}. The backend is required by {rule}, so there is no fallback. Fix the "
@@ -175,20 +166,32 @@ def _check_may_go_on(request: Request, failure: Failure, error: BaseException) -
         ) from error
 
 
+def _requirement(spec: AttentionSpec, context: SelectionContext, failure: Failure) -> Rule | None:
+    """The rule that requires the backend in a phase of the failure, if there is one."""
+    for phase in _phases(spec, failure):
+        named = (
+            rule
+            for rule in context.rules
+            if rule.name == failure.backend and rule.applies(phase, spec.kind)
+        )
+        first = next(named, None)  # rules of a lower rank do not count
+        if first is not None and first.mode is Mode.REQUIRE:
+            return first
+    return None
+
+
 def _check_another_is_left(
-    request: Request, failures: Sequence[Failure], causes: Sequence[BaseException]
+    spec: AttentionSpec,
+    context: SelectionContext,
+    failures: Sequence[Failure],
+    causes: Sequence[BaseException],
 ) -> None:
-    """Raise if the selection without these failures is empty."""
+    """Raise if no backend is left without these failures."""
     phase = failures[-1].phase
+    context = context.after(failures)
     try:
-        for each in phases_of(request.spec) if phase is None else (phase,):
-            resolve_uncached(
-                request.spec,
-                request.profile,
-                phase=each,
-                rules=request.rules,
-                unrecorded=failures,
-            )
+        for each in _phases(spec, failures[-1]):
+            context.select(spec, each)
     except UnsupportedError as refusal:
         tried = [f for f in failures if phase is None or f.phase in (None, phase)]
         if len({each.backend for each in tried}) > 1:
@@ -202,40 +205,12 @@ def _check_another_is_left(
         ) from causes[-1]
 
 
-def _requirement(request: Request, failure: Failure) -> Rule | None:
-    """The rule that requires the backend in a phase of the failure, if there is one."""
-    for phase in phases_of(request.spec) if failure.phase is None else (failure.phase,):
-        named = (
-            rule
-            for rule in request.rules
-            if rule.name == failure.backend and rule.applies(phase, request.spec.kind)
-        )
-        first = next(named, None)  # rules of a lower rank do not count
-        if first is not None and first.mode is Mode.REQUIRE:
-            return first
-    return None
-
-
-def _record(request: Request, failures: Sequence[Failure]) -> None:
-    """Record what failed before another backend served the call, and warn."""
+def _record(spec: AttentionSpec, context: SelectionContext, failures: Sequence[Failure]) -> None:
+    """Record the failures before another backend served the call, and warn."""
     for failure in failures:
-        if not failure_record.record(failure):
-            continue  # another thread was faster, and has warned
-        phases = phases_of(request.spec) if failure.phase is None else (failure.phase,)
-        names = [
-            resolve_uncached(
-                request.spec,
-                request.profile,
-                phase=each,
-                rules=request.rules,
-                unrecorded=failures,
-            ).name
-            for each in phases
-        ]
-        failure_record.warn_once(failure, " and ".join(dict.fromkeys(names)))
-
-
-# --- What an exception means ------------------------------------------------------------------
+        if failure_record.record(failure):  # else another thread has recorded it, and warned
+            names = [context.select(spec, each).name for each in _phases(spec, failure)]
+            failure_record.warn_once(failure, " and ".join(dict.fromkeys(names)))
 
 
 def _is_final(error: Exception) -> bool:

@@ -68,6 +68,12 @@ class Candidate:
     backend_cls: type[AttentionBackend] | None
     problem: Reason | None = None
 
+    @property
+    def loaded_cls(self) -> type[AttentionBackend]:
+        """The class of a backend that has no problem."""
+        assert self.backend_cls is not None
+        return self.backend_cls
+
 
 def check_backend_class(cls: Any) -> list[str]:
     """The reasons why a class is not a backend, as sentences; empty if it is one."""

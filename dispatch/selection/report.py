@@ -70,6 +70,16 @@ class Report:
         """Who could serve the request too, in the order in which they would be tried."""
         return tuple(v.name for v in self.verdicts if v.supported and v.name != self.picked)
 
+    @property
+    def evidence(self) -> str:
+        """What decided, in a few words for the log."""
+        best = self.measured and self.measured.best
+        if self.source is Source.MEASURED and best:
+            return f"measured {best.picked_us:.1f} us vs {best.declared_us:.1f} us"
+        if self.source is Source.PLATFORM:
+            return "first in the platform's order"
+        return self.because
+
     def asdict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
         return {
@@ -121,6 +131,11 @@ class Selection:
         """What decided."""
         assert self.report.source is not None
         return self.report.source
+
+    @property
+    def evidence(self) -> str:
+        """What decided, in a few words."""
+        return self.report.evidence
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:

@@ -1,14 +1,15 @@
-"""Selection under the overrides, failures and measured times that are in force here."""
+"""Selection under the overrides, failures and measured times that are in force now."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch import environment
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import ReasonCode
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
@@ -16,32 +17,208 @@ from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.platforms.libraries import Library
-from attn_dispatch.selection import exclusions, failure_record, overrides
-from attn_dispatch.selection.failure_record import Failure
-from attn_dispatch.selection.overrides import Rule, Source
+from attn_dispatch.selection.failure_record import Failure, failures, failures_for
+from attn_dispatch.selection.overrides import FailureExclusion, Mode, Rule, Source, current_rules
 from attn_dispatch.selection.priorities import LAST_RESORT
-from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.registry import Candidate, registry
 from attn_dispatch.selection.report import Report, Selection
-from attn_dispatch.selection.selector import decide, phases_of, select
+from attn_dispatch.selection.selector import compatible_substitutes, decide, phases_of
 from attn_dispatch.selection.timings.store import tables_for
+from attn_dispatch.selection.timings.table import Table
 from attn_dispatch.selection.version import version
 
 if TYPE_CHECKING:
     import torch
 
-
-__all__ = ["ReferenceFallbackWarning", "explain", "resolve"]
+__all__ = ["ReferenceFallbackWarning", "SelectionContext", "explain", "explained_device", "resolve"]
 
 
 class ReferenceFallbackWarning(UserWarning):
     """Automatic selection on a GPU found nothing faster than the reference backend."""
 
 
-# Decisions by everything that they depend on, overrides and environment as they stand included.
-_decided: dict[tuple[Any, ...], Selection] = {}
+#: Contexts by everything that they were made of, and how many are kept; as well for selections.
+_contexts: dict[tuple[Any, ...], SelectionContext] = {}
+_MAX_CONTEXTS = 64
+_MAX_SELECTIONS = 4096
 
 
-_DECIDED_MAX = 4096
+@dataclass(frozen=True)
+class SelectionContext:
+    """What a decision depends on, apart from the layer and its phase; with the decisions so far.
+
+    Attributes:
+        device: where the layer runs.
+        rules: the overrides, most authoritative first.
+        candidates: the registered backends by name.
+        tables: of measured times, in the order in which they are consulted.
+        failures: of backends at run time: the recorded ones, then those of the call in progress.
+        version: `version()` when the context was made.
+    """
+
+    device: DeviceProfile
+    rules: tuple[Rule, ...]
+    candidates: Mapping[str, Candidate]
+    tables: tuple[Table, ...]
+    failures: tuple[Failure, ...]
+    version: tuple[int, int]
+    _selections: dict[tuple[AttentionSpec, Phase | None], Selection] = field(
+        default_factory=dict, init=False
+    )
+
+    @classmethod
+    def current(
+        cls,
+        device: torch.device | str | DeviceProfile | None = None,
+        backend: str | None = None,
+        *,
+        rules: tuple[Rule, ...] | None = None,
+    ) -> SelectionContext:
+        """The context of a call that is made now. Equal calls get the same object.
+
+        Args:
+            device: a torch device of this machine, or a profile; None for the default device.
+            backend: an override with the authority of an argument.
+            rules: overrides that replace those in force, for a layer that was made under them.
+
+        Raises:
+            UnknownBackendError: an override names a backend that is not registered.
+            InvalidInputError: an override or the device is malformed.
+        """
+        if rules is None:
+            rules = current_rules(backend, registry.names())
+        if not isinstance(device, DeviceProfile):
+            device = resolve_device(device)
+        tuning = environment.tuning()
+        folder = "" if tuning else environment.cache_folder()
+        now = version()
+        texts = tuple(rule.text for rule in rules)  # rules are equal whatever their texts
+        key = (device, rules, texts, tuning, folder, now)
+        context = _contexts.get(key)
+        if context is None:
+            profile = device if isinstance(device, DeviceProfile) else detect_device(device)
+            tables = tables_for(profile)
+            context = cls(profile, rules, registry.candidates(), tables, failures(), now)
+            if len(_contexts) >= _MAX_CONTEXTS:
+                _contexts.clear()
+            _contexts[key] = context
+        return context
+
+    def after(self, unrecorded: Sequence[Failure]) -> SelectionContext:
+        """The context as it is now, and with these failures of the call in progress."""
+        context = self.current(self.device, rules=self.rules)
+        if not unrecorded:
+            return context
+        return dataclasses.replace(context, failures=(*context.failures, *unrecorded))
+
+    def report(self, spec: AttentionSpec, phase: Phase | None = None) -> Report:
+        """The decision for a layer, also if every backend is rejected.
+
+        Args:
+            spec: the layer.
+            phase: prefill or decode; None for one backend that serves both.
+
+        Raises:
+            InvalidInputError: phase is None, and the rules differ by phase.
+        """
+        rules = self._rules_for(spec, phase)
+        if phase is not None or not any(
+            rule.phase and rule.kind in (None, spec.kind) for rule in rules
+        ):
+            return self._decide(spec, phase, rules, self.tables)
+        # One backend is wanted for both phases, and a rule is for one phase: the picks must agree.
+        # Times differ by phase too, but are no reason to reject the call, so they are left out.
+        reports = [self._decide(spec, each, rules) for each in phases_of(spec)]
+        if all(report.picked for report in reports) and len({r.picked for r in reports}) > 1:
+            picks = " and ".join(f"{report.picked} for {report.phase}" for report in reports)
+            raise InvalidInputError(
+                f"The overrides in force pick {picks}. Pass phase= to choose one of them."
+            )
+        return next((report for report in reports if report.picked is None), reports[0])
+
+    def select(self, spec: AttentionSpec, phase: Phase | None = None) -> Selection:
+        """The backend for a layer; it warns if a GPU is left with the last resort.
+
+        Raises:
+            UnsupportedError: the required backend, or every backend, is rejected.
+            InvalidInputError: as for `report`.
+        """
+        key = (spec, phase)
+        selection = self._selections.get(key)
+        if selection is None:
+            report = self.report(spec, phase)
+            if report.picked is None:
+                raise UnsupportedError(str(report), report)
+            _warn_of_last_resort(report)
+            selection = Selection(self.candidates[report.picked].loaded_cls, report)
+            if len(self._selections) >= _MAX_SELECTIONS:
+                self._selections.clear()
+            self._selections[key] = selection
+        return selection
+
+    def failures_of(
+        self, spec: AttentionSpec, phase: Phase | None = None
+    ) -> frozenset[tuple[object, ...]]:
+        """The keys of the failures that count for a layer."""
+        return frozenset(f.key for f in failures_for(self.failures, spec, self.device, phase))
+
+    def _decide(
+        self,
+        spec: AttentionSpec,
+        phase: Phase | None,
+        rules: Sequence[Rule],
+        tables: Sequence[Table] = (),
+    ) -> Report:
+        return decide(
+            spec, self.device, phase=phase, rules=rules, candidates=self.candidates, tables=tables
+        )
+
+    def _rules_for(self, spec: AttentionSpec, phase: Phase | None) -> tuple[Rule, ...]:
+        """The rules, and exclusions that a rule that requires the same backend outranks.
+
+        Excluded are backends that failed, and those that cannot replace the one that would be
+        picked if it had not failed: the cache may have been planned for that one, see
+        `compatible_substitutes`.
+        """
+        failed = {f.backend: f for f in failures_for(self.failures, spec, self.device, phase)}
+        if not failed:
+            return self.rules
+        texts = {
+            name: f"it failed {each.doing}: {each.cause} (attn_dispatch.forget_failures() lets it "
+            "be tried again)"
+            for name, each in failed.items()
+        }
+        report = self._decide(spec, phase, self.rules)
+        if report.picked in failed:
+            able = (report.picked, *report.others)
+            fit = compatible_substitutes(able, self.candidates, spec, self.device)
+            text = (
+                f"{report.picked}, which failed, has another layout of the cache or other buffers "
+                "of graphs"
+            )
+            texts = {name: text for name in able if name not in fit} | texts
+        kept = [r for r in self.rules if r.mode is not Mode.PREFER or r.name not in failed]
+        excluded = (FailureExclusion(Mode.EXCLUDE, name, text=text) for name, text in texts.items())
+        return (*kept, *excluded)
+
+
+#: Each warning is given once in a process, however many layers it is about.
+_warned: set[str] = set()
+
+
+def _warn_of_last_resort(report: Report) -> None:
+    if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
+        return
+    # Backends for other devices are omitted.
+    here = [v for v in report.verdicts if all(r.code is not ReasonCode.DEVICE for r in v.reasons)]
+    refused = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
+    text = (
+        f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
+        "Faster backends were rejected:\n" + "\n".join(refused)
+    )
+    if report.device.is_gpu and refused and text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, ReferenceFallbackWarning, stacklevel=4)
 
 
 def resolve(
@@ -51,7 +228,7 @@ def resolve(
     phase: Phase | None = None,
     backend: str | None = None,
 ) -> Selection:
-    """Pick the backend for a request under the overrides that are in force here and now.
+    """Pick the backend for a request under the overrides that are in force now.
 
     Args:
         spec: the request.
@@ -60,93 +237,11 @@ def resolve(
         backend: an override with the authority of an argument, in overrides' grammar.
 
     Raises:
-        UnsupportedError: the required backend, or every backend, is refused.
+        UnsupportedError: the required backend, or every backend, is rejected.
         UnknownBackendError: an override names a backend that is not registered.
         InvalidInputError: an override or the device is malformed.
     """
-    overrides.check_override(backend)
-    if not isinstance(device, DeviceProfile):
-        device = resolve_device(device)
-    generations = (version(), failure_record.generation())
-    named = environment.tuning()
-    tuning = (named, "" if named else environment.cache_folder())
-    key = (spec, device, phase, backend, overrides.current_texts(), tuning, generations)
-    selection = _decided.get(key)
-    if selection is None:
-        profile = device if isinstance(device, DeviceProfile) else detect_device(device)
-        rules = overrides.current_rules(backend, registry.names())
-        selection = resolve_uncached(spec, profile, phase=phase, rules=rules)
-        if len(_decided) >= _DECIDED_MAX:
-            _decided.clear()
-        _decided[key] = selection
-    return selection
-
-
-def resolve_uncached(
-    spec: AttentionSpec,
-    device: DeviceProfile,
-    *,
-    phase: Phase | None,
-    rules: tuple[Rule, ...],
-    unrecorded: Sequence[Failure] = (),
-) -> Selection:
-    """`select` over the registry and this device's tables of times, without what failed here.
-
-    It warns if a GPU is left with the last resort, or if a table is set aside.
-
-    Args:
-        spec: the request.
-        device: where it runs.
-        phase: as for `resolve`.
-        rules: the overrides in force.
-        unrecorded: failures of the call in progress, which are not recorded yet.
-
-    Raises:
-        UnsupportedError: the required backend, or every backend, is refused.
-        InvalidInputError: phase is None, and the rules differ by phase.
-    """
-    rules = exclusions.exclude_failed(rules, spec, device, phase, unrecorded)
-    selection = _select_one(spec, device, phase, rules)
-    _warn_of_last_resort(selection)
-    return selection
-
-
-def _select_one(
-    spec: AttentionSpec, device: DeviceProfile, phase: Phase | None, rules: tuple[Rule, ...]
-) -> Selection:
-    if phase is not None or not any(
-        rule.phase and rule.kind in (None, spec.kind) for rule in rules
-    ):
-        return select(spec, device, phase=phase, rules=rules, tables=tables_for(device))
-    # One backend is wanted for both phases, and somebody spoke of one phase: they must agree.
-    # Times differ by phase too, and are no reason to refuse: they are left out.
-    picks = [select(spec, device, phase=each, rules=rules) for each in phases_of(spec)]
-    if len({pick.name for pick in picks}) > 1:
-        told = " and ".join(f"{pick.name} for {pick.report.phase}" for pick in picks)
-        raise InvalidInputError(
-            f"The overrides in force pick {told}. Pass phase= to say which one is meant."
-        )
-    return picks[0]
-
-
-#: Each warning is given once in a process, however many layers it is about.
-_warned: set[str] = set()
-
-
-def _warn_of_last_resort(selection: Selection) -> None:
-    report = selection.report
-    if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
-        return
-    # What is for other devices did not stand in the way here.
-    here = [v for v in report.verdicts if all(r.code is not ReasonCode.DEVICE for r in v.reasons)]
-    refused = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
-    text = (
-        f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
-        "What stood in the way of faster backends:\n" + "\n".join(refused)
-    )
-    if report.device.is_gpu and refused and text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, ReferenceFallbackWarning, stacklevel=4)
+    return SelectionContext.current(device, backend).select(spec, phase)
 
 
 def explain(
@@ -156,39 +251,29 @@ def explain(
     backend: str | None = None,
     phase: Phase | None = None,
 ) -> tuple[Report, ...]:
-    """What would be picked for a request and why, phase by phase, refusals included.
+    """The decision for each phase of a request, with the reasons why backends are rejected.
 
-    Never raises because of a refusal: the report of a phase that nothing can serve says so.
+    It does not raise if every backend is rejected: the report of that phase states it.
 
     Args:
         spec: the request.
         device: a torch device of this machine, a profile, or the name of a known device that may
-            be elsewhere ("gfx942", "H200"): then every optional library is assumed to be there.
+            be elsewhere ("gfx942", "H200"): every optional library is assumed to be there.
         backend: an override with the authority of an argument.
-        phase: for this phase alone; None for all that the layer goes through.
+        phase: for this phase only; None for all that the layer goes through.
 
     Raises:
         UnknownBackendError, InvalidInputError: as for `resolve`.
     """
-    profile = explained_device(device)
-    rules = overrides.current_rules(backend, registry.names())
-    candidates = registry.candidates()
-    tables = tables_for(profile)
+    context = SelectionContext.current(explained_device(device), backend)
     phases = phases_of(spec) if phase is None else (phase,)
-
-    def report(each: Phase) -> Report:
-        allowed = exclusions.exclude_failed(rules, spec, profile, each)
-        return decide(
-            spec, profile, phase=each, rules=allowed, candidates=candidates, tables=tables
-        )
-
-    return tuple(map(report, phases))
+    return tuple(context.report(spec, each) for each in phases)
 
 
 def explained_device(
     device: torch.device | str | DeviceProfile | None, without: Iterable[str] = ()
 ) -> DeviceProfile:
-    """The profile that `explain` speaks of; `without` names libraries to be taken as missing."""
+    """The profile that `explain` uses; `without` names libraries that count as missing."""
     if isinstance(device, str) and not is_torch_device(device):
         device = dataclasses.replace(known_device(device), other_libraries="assumed")
     if not isinstance(device, DeviceProfile):
@@ -197,5 +282,5 @@ def explained_device(
 
 
 def is_torch_device(name: str) -> bool:
-    """Whether the name is that of a PyTorch device of this machine, not of a known device."""
+    """Whether a name is that of a PyTorch device and not of a known device."""
     return name.split(":", maxsplit=1)[0] in ("cpu", "cuda", "mps", "xpu")

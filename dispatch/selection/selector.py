@@ -1,16 +1,17 @@
 """The decision: which backend computes exactly this request here, and why.
 
-`select` is pure: everything that it depends on is an argument. `resolve`, `get_attn_backend` and
-`explain` are its fronts: they read the overrides in force, the device and the registry.
+`select` is pure: everything that it depends on is an argument. `resolve.SelectionContext` calls it
+with the overrides, failures and measured times that are in force.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import Reason, ReasonCode, compare
+from attn_dispatch.interface.graphs import CommonAttentionState
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms.device import DeviceProfile
@@ -18,7 +19,6 @@ from attn_dispatch.selection.overrides import FailureExclusion, Mode, Rule, Sour
 from attn_dispatch.selection.priorities import backend_order
 from attn_dispatch.selection.registry import Candidate, registry
 from attn_dispatch.selection.report import Report, Selection, Verdict
-from attn_dispatch.selection.substitutes import compatible_substitutes
 from attn_dispatch.selection.timings.policy import (
     PhaseCandidates,
     TimingEvidence,
@@ -27,10 +27,7 @@ from attn_dispatch.selection.timings.policy import (
 )
 from attn_dispatch.selection.timings.table import LayerTimes, Table
 
-if TYPE_CHECKING:
-    from attn_dispatch.interface.backend import AttentionBackend
-
-__all__ = ["phases_of", "select"]
+__all__ = ["compatible_substitutes", "decide", "phases_of", "select"]
 
 
 def select(
@@ -46,14 +43,14 @@ def select(
 
     Args:
         spec: the request.
-        device: where, with the libraries that are there.
+        device: where, with its libraries.
         phase: prefill or decode; None for one backend that serves both.
         rules: the overrides in force, most authoritative first.
-        candidates: the backends to choose from; those that are registered if None.
-        tables: of measured times, the most telling first; see `tuning`.
+        candidates: the backends to choose from; the registered ones if None.
+        tables: of measured times, in the order in which they are consulted; see `tuning`.
 
     Raises:
-        UnsupportedError: the required backend, or every backend, is refused. Its report holds
+        UnsupportedError: the required backend, or every backend, is rejected. Its report holds
             every reason.
         InvalidInputError: phase is neither prefill nor decode.
     """
@@ -62,9 +59,7 @@ def select(
     report = decide(spec, device, phase=phase, rules=rules, candidates=candidates, tables=tables)
     if report.picked is None:
         raise UnsupportedError(str(report), report)
-    backend_cls = candidates[report.picked].backend_cls
-    assert backend_cls is not None
-    return Selection(backend_cls, report)
+    return Selection(candidates[report.picked].loaded_cls, report)
 
 
 def decide(
@@ -76,7 +71,7 @@ def decide(
     candidates: Mapping[str, Candidate],
     tables: Sequence[Table] = (),
 ) -> Report:
-    """`select` as a report, also of a failure. Pure."""
+    """The report of `select`, also if no backend is picked. Pure."""
     phase = _as_phase(phase)
     rules = [rule for rule in rules if rule.applies(phase, spec.kind)]
     order = backend_order(device, phase, tuple(candidates))
@@ -90,13 +85,12 @@ def decide(
         because: str,
         measured: TimingEvidence | None = None,
     ) -> Report:
-        cls = candidates[picked].backend_cls if picked else None
-        full_cls_name = cls.full_cls_name() if cls else None
+        full_cls_name = candidates[picked].loaded_cls.full_cls_name() if picked else None
         found = tuple(verdicts.values())
         return Report(spec, device, phase, picked, source, because, full_cls_name, found, measured)
 
-    settled: set[str] = set()  # a higher rule has spoken of these; lower ones no longer count
-    passed_over = []
+    settled: set[str] = set()  # already decided by a higher-priority rule
+    unmet = ""
     for rule in rules:
         if rule.name in settled:
             continue
@@ -111,23 +105,22 @@ def decide(
         elif verdicts[rule.name].supported:
             return conclude(rule.name, rule.source, f"{rule} asks for it")
         elif rule.mode is Mode.REQUIRE:
-            return conclude(None, rule.source, _required_but_refused(rule, verdicts))
+            return conclude(None, rule.source, _required_but_rejected(rule, verdicts))
         else:
-            passed_over.append(f"; {rule} prefers {rule.name}, which is refused")
+            unmet += f"; {rule} prefers {rule.name}, which is rejected"
     able = [name for name in order if verdicts[name].supported]
     if not able:
         return conclude(None, None, "No registered backend computes exactly this request here:")
-    told = "".join(passed_over)
-    measured = _measured(able, spec, device, phase, candidates, tables)
+    measured = _timing_evidence(able, spec, device, phase, candidates, tables)
     if measured is not None and measured.pick != able[0]:
-        return conclude(measured.pick, Source.MEASURED, measured.because + told, measured)
+        return conclude(measured.pick, Source.MEASURED, measured.because + unmet, measured)
+    because = "first in this platform's order that supports it"
     if measured is not None:
-        told = f"; {measured.because}{told}"
-    because = f"first in this platform's order that supports it{told}"
-    return conclude(able[0], Source.PLATFORM, because, measured)
+        because += f"; {measured.because}"
+    return conclude(able[0], Source.PLATFORM, because + unmet, measured)
 
 
-def _measured(
+def _timing_evidence(
     able: Sequence[str],
     spec: AttentionSpec,
     device: DeviceProfile,
@@ -135,40 +128,71 @@ def _measured(
     candidates: Mapping[str, Candidate],
     tables: Sequence[Table],
 ) -> TimingEvidence | None:
-    """What the tables say of those who are able, in the platform's order; None if nothing."""
+    """What the tables state about the supported backends; `able` is in the platform's order."""
     times = times_for(tables, spec)
     if times is None:
         return None
-    classes = {name: cls for name in able if (cls := candidates[name].backend_cls)}
-    changed = _served_by_others(times, classes, spec, device)
-    if able[0] in changed:
+    others = _other_providers(times, able, candidates, spec, device)
+    if able[0] in others:
         return None
-    admitted = compatible_substitutes(
-        able,
-        classes,
-        spec,
-        lambda name, each: _evaluate(candidates[name], each, device).supported,
+    fit = compatible_substitutes(able, candidates, spec, device)
+    return evaluate_timings(
+        times, PhaseCandidates(able[0], fit - others), phase, captured=spec.cuda_graph
     )
-    side = PhaseCandidates(able[0], admitted - changed)
-    return evaluate_timings(times, side, phase, captured=spec.cuda_graph)
 
 
-def _served_by_others(
+def compatible_substitutes(
+    able: Sequence[str],
+    candidates: Mapping[str, Candidate],
+    spec: AttentionSpec,
+    device: DeviceProfile,
+) -> frozenset[str]:
+    """The backends that can serve single batches in place of the first, and the first.
+
+    Block size and heads are in the request, which all of `able` support. The layout may be open: a
+    substitute must take every layout that the first takes, since the cache was planned for the
+    first. The buffers of captured graphs are made by the first's state class: a substitute must
+    have the same one, and it must be the common one, which holds only batches.
+
+    Args:
+        able: names of backends that support the request, in the platform's order.
+        candidates: all backends by name.
+        spec: the request.
+        device: where.
+    """
+    first, *others = able
+    layouts = () if spec.kv_cache_layout else STRIDE_ORDERS
+    laid = [spec.replace(kv_cache_layout=layout) for layout in layouts]
+    needed = [each for each in laid if _evaluate(candidates[first], each, device).supported]
+
+    def has_common_state(name: str) -> bool:
+        return candidates[name].loaded_cls.get_state_cls() is CommonAttentionState
+
+    def fits(name: str) -> bool:
+        if spec.cuda_graph and not (has_common_state(first) and has_common_state(name)):
+            return False
+        return all(_evaluate(candidates[name], each, device).supported for each in needed)
+
+    return frozenset([first, *filter(fits, others)])
+
+
+def _other_providers(
     times: LayerTimes,
-    classes: Mapping[str, type[AttentionBackend]],
+    able: Sequence[str],
+    candidates: Mapping[str, Candidate],
     spec: AttentionSpec,
     device: DeviceProfile,
 ) -> set[str]:
     """The backends that would call another package's kernels here than those that were timed."""
-    changed = set()
-    for name in times.kernel_provider.keys() & classes.keys():
+    found = set()
+    for name in times.kernel_provider.keys() & set(able):
         try:
-            who = classes[name].kernel_provider(spec, device)
-        except Exception:  # a plugin's own words may raise anything at all: then nobody knows
-            who = ""
-        if who != times.kernel_provider[name]:
-            changed.add(name)
-    return changed
+            provider = candidates[name].loaded_cls.kernel_provider(spec, device)
+        except Exception:  # third-party code may raise anything; treat the provider as unknown
+            provider = ""
+        if provider != times.kernel_provider[name]:
+            found.add(name)
+    return found
 
 
 _NO_CANDIDATE = Reason(code=ReasonCode.LOAD, field="backend", asked="it is not a candidate")
@@ -188,21 +212,21 @@ def _evaluate(candidate: Candidate, spec: AttentionSpec, device: DeviceProfile) 
         return Verdict(candidate.name, (candidate.problem,))
     try:
         reasons = compare(spec, cls.capabilities, device)
-        # Fields that are refused one by one need no word on how they combine.
+        # Skip the combination check if a single field already failed.
         return Verdict(candidate.name, tuple(reasons or cls.check_combination(spec, device)))
-    except Exception as error:  # a plugin's own checks may raise anything at all
+    except Exception as error:  # a plug-in's checks may raise anything
         asked = f"its check of the request raises {type(error).__name__}: {error}"
         problem = Reason(code=ReasonCode.LOAD, field="backend", asked=asked)
         return Verdict(candidate.name, (problem,))
 
 
-def _required_but_refused(rule: Rule, verdicts: Mapping[str, Verdict]) -> str:
+def _required_but_rejected(rule: Rule, verdicts: Mapping[str, Verdict]) -> str:
     able = [verdict.name for verdict in verdicts.values() if verdict.supported]
-    remedy = "Nothing else could either: change the request."
+    remedy = "No other backend can either: change the request."
     if able:
         remedy = (
-            f"What could: {', '.join(able)}. Drop the override, or soften it to {rule.name}? "
-            "(prefer)."
+            f"Others can: {', '.join(able)}. Remove the override, or make it a preference with "
+            f"{rule.name}?."
         )
     return f"{rule} requires {rule.name}, which cannot compute this request. {remedy} The reasons:"
 

@@ -6,7 +6,7 @@ import itertools
 
 from attn_dispatch.platforms import libraries
 
-__all__ = ["changed", "version"]
+__all__ = ["changed", "library_broke_since", "version"]
 
 _numbers = itertools.count(1)
 _latest = 0
@@ -21,3 +21,8 @@ def changed() -> None:
 def version() -> tuple[int, int]:
     """It differs after a change, and after a library turned out to be broken."""
     return _latest, libraries.generation()
+
+
+def library_broke_since(earlier: tuple[int, int]) -> bool:
+    """Whether a library turned out to be broken since `version()` was this."""
+    return earlier[1] != libraries.generation()

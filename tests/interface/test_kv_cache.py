@@ -32,7 +32,15 @@ from attn_dispatch.interface.quantization import (
 )
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, MLADims
 from attn_dispatch.selection.registry import registry
-from support.cases import FP8, INT8, as_stored, int8_rows, meant, nan_cache, store_int8, stored_size
+from support.cases import (
+    FP8,
+    INT8,
+    dequantized,
+    encoded_rows,
+    int8_rows,
+    nan_cache,
+    stored_size,
+)
 
 ONE = torch.ones(())
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2fnuz, torch.int8]
@@ -111,11 +119,8 @@ def test_fp8_is_what_the_device_has():
 
 def put(place, row, scale):
     """Write (heads, size) values into (heads, stored size) of a cache."""
-    if place.dtype == torch.int8:
-        store_int8(place, row)
-        return
-    stored = as_stored(row, scale, place.dtype)
-    place[:, : row.shape[-1]].view(stored.dtype).copy_(stored)
+    stored = encoded_rows(row, scale, place.dtype, place.shape[-1])
+    place[:, : stored.shape[-1]].view(stored.dtype).copy_(stored)
 
 
 @given(
@@ -157,9 +162,9 @@ def test_what_is_written_is_read(layout, kv_cache_dtype):
     layer = SimpleNamespace(_k_scale=k_scale, _v_scale=v_scale)
     scales = get_kv_scales(layer, cache)
     read = gather_kv(keys, table, 6, scales[0], torch.float64)
-    torch.testing.assert_close(read, meant(key, k_scale, dtype))
+    torch.testing.assert_close(read, dequantized(key, k_scale, dtype))
     read = gather_kv(values, table, 6, scales[1], torch.float64)
-    torch.testing.assert_close(read, meant(value, v_scale, dtype))
+    torch.testing.assert_close(read, dequantized(value, v_scale, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,7 +177,7 @@ def test_a_cache_may_be_a_slice_of_what_all_layers_share(dtype):
     keys, _ = view_kv_cache(cache, 8, 8)
     scale, _ = get_kv_scales(SimpleNamespace(_k_scale=ONE, _v_scale=ONE), cache)
     read = gather_kv(keys, torch.tensor([3]), 2, scale, torch.float64)
-    torch.testing.assert_close(read, meant(key[:2], ONE, dtype))
+    torch.testing.assert_close(read, dequantized(key[:2], ONE, dtype))
     assert not as_bytes(everything[:, 0]).any()
     assert not as_bytes(everything[:, 2]).any()
 
@@ -481,7 +486,7 @@ def test_scales_are_derived_so_that_the_largest_value_just_fits(kv_scales):
     torch.testing.assert_close(layer._k_scale, scales[0])
     torch.testing.assert_close(layer._v_scale, scales[1])
     stored = [
-        meant(t, s, torch.float8_e4m3fn).float() for t, s in zip((key, value), scales, strict=False)
+        dequantized(t, s, torch.float8_e4m3fn).float() for t, s in zip((key, value), scales, strict=False)
     ]
     plain = attention(torch.ones(6, 4, 8), *stored, backend="REFERENCE")
     torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)
@@ -540,7 +545,7 @@ def test_a_layer_that_shares_a_cache_has_its_scales_too():
 
 def test_a_sharing_layer_that_does_not_know_its_target_derives_nothing():
     reader, (key, value) = fp8_layer(kv_sharing_target_layer_name="a"), torch.randn(2, 6, 2, 8)
-    with pytest.raises(InvalidInputError, match=r"does not know its scales. Bind the caches"):
+    with pytest.raises(InvalidInputError, match=r"does not have its scales. Bind the caches"):
         run_prompt(reader, key, value, fp8_cache())
 
 

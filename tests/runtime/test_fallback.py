@@ -6,23 +6,22 @@ import copy
 import itertools
 import threading
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from attn_dispatch import attention, attention_backend, explain, forward_context, resolve
-from attn_dispatch.backends.reference.torch_ref import ReferenceBuilder, ReferenceImpl
+from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, ReferenceImpl
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import OneOf, ReasonCode
 from attn_dispatch.interface.types import AttentionType, Phase
-from attn_dispatch.platforms import libraries
-from attn_dispatch.runtime.recovery import Request, raise_attempt_failed, with_fallback
+from attn_dispatch.runtime.recovery import raise_attempt_failed, with_fallback
 from attn_dispatch.runtime.routing import RoutedImpl
-from attn_dispatch.selection import failure_record
 from attn_dispatch.selection.failure_record import BackendFallbackWarning, failures, forget_failures
+from attn_dispatch.selection.resolve import SelectionContext
+from attn_dispatch.selection.version import version
 from support.cases import FP8, INT8, Case, Step, call, layer_of, layer_spec
-from support.selection import make_backend, registered
+from support.selection import Forbidden, make_backend, registered
 
 MIXED = {"query_lens": (3, 1, 2, 1), "seq_lens": (3, 9, 6, 5)}
 PREFILL = {"query_lens": (3, 5), "seq_lens": (3, 9)}
@@ -74,7 +73,7 @@ def faulty(where, error=None, *, name="TORCH_SDPA", after=0, phase=None, **field
                 raise
             return result
 
-    class Builder(ReferenceBuilder):
+    class Builder(ReferenceBackend.builder_cls):
         def __init__(self, spec, device):
             reach("builder")
             super().__init__(spec, device)
@@ -322,9 +321,9 @@ def test_what_is_forgotten_is_tried_again_by_layers_that_moved_on():
         layer = layer_of(step)
         with moved_on():
             call(layer, step)
-        before = failure_record.generation()
+        before = version()
         forget_failures()
-        assert failure_record.generation() != before
+        assert version() != before
         with moved_on():
             step.check(call(layer, step))
     assert tries(backend) == 2
@@ -478,12 +477,13 @@ def test_a_call_of_the_compiled_op_moves_on():
 def test_a_backend_that_is_selected_again_after_it_failed_is_no_endless_loop():
     """Selection never does that; an attempt of this test does."""
 
-    def attempt(failures):
-        raise_attempt_failed(RuntimeError("again"), "TORCH_SDPA", None, "at its launch", intact)
+    def attempt(context):
+        error = RuntimeError("again")
+        raise_attempt_failed(error, "TORCH_SDPA", None, "at its launch", context.version)
 
-    intact, request = libraries.generation(), Request(layer_spec(), torch.device("cpu"), ())
+    context = SelectionContext.current("cpu")
     with pytest.raises(BackendFailure, match="selected again"):
-        with_fallback(request, attempt)
+        with_fallback(layer_spec(), context, attempt)
     assert failures() == ()
 
 
@@ -560,11 +560,10 @@ def test_the_function_raises_what_is_no_fault_of_the_backend(error):
     assert told.value is error
 
 
-def test_nothing_is_asked_of_failures_while_there_are_none(monkeypatch):
+def test_a_call_selects_nothing_while_no_backend_fails(monkeypatch):
     step = Step(Case(spec=layer_spec(), **MIXED))
     layer = layer_of(step)
-    forbidden = SimpleNamespace(generation=failure_record.generation)
-    monkeypatch.setattr("attn_dispatch.runtime.layer.fallback", forbidden)
+    monkeypatch.setattr("attn_dispatch.runtime.layer.SelectionContext", Forbidden("the context"))
     step.check(call(layer, step))
 
 

@@ -31,9 +31,9 @@ from attn_dispatch.selection.failure_record import (
     MAX_FAILURES,
     Failure,
     failures,
-    generation,
     record,
 )
+from attn_dispatch.selection.version import version
 from support.selection import make_backend, registered
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_size": 16}
@@ -443,10 +443,10 @@ def test_forgetting_while_others_record_is_free_of_races():
     for thread in threads:
         thread.join()
     assert errors == []
-    before = generation()
+    before = version()
     forget_failures()
     assert failures() == ()
-    assert generation() == before + 1
+    assert version() != before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")

@@ -26,6 +26,7 @@ from attn_dispatch import (
     plan_kv_cache,
 )
 from attn_dispatch.backends.reference.torch_sdpa import SDPABuilder
+from attn_dispatch.selection.version import changed
 from support.cases import INT8, Case, Step, call, fused_on_cpu, layer_of, layer_spec
 from support.strategies import cases
 
@@ -444,8 +445,9 @@ def test_the_output_is_quantized_as_described_or_not_at_all(quant, given):
 @pytest.mark.filterwarnings("ignore::attn_dispatch.selection.resolve.ReferenceFallbackWarning")
 def test_fp8_outputs_take_the_form_that_the_device_computes_with(monkeypatch):
     monkeypatch.setattr(
-        "attn_dispatch.runtime.layer.detect_device", lambda device: known_device("gfx942")
+        "attn_dispatch.selection.resolve.detect_device", lambda device: known_device("gfx942")
     )
+    changed()  # a context of the real CPU may exist
     sizes = {"dtype": torch.float32, "device": "cpu", "attn_type": "encoder_only"}
     layer = Attention(2, 64, output_quant="fp8_e4m3", **sizes)
     query = torch.randn(3, 2, 64)

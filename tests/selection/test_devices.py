@@ -11,7 +11,7 @@ import torch
 import attn_dispatch
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import OneOf, ReasonCode
-from attn_dispatch.platforms import device as device_module
+from attn_dispatch.platforms import detect
 from attn_dispatch.platforms.detect import _describe_cuda, detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import ALIASES, KNOWN_DEVICES, known_device
@@ -30,8 +30,8 @@ from support.selection import Forbidden, layer, make_backend, mla_layer, registe
 
 @pytest.fixture(autouse=True)
 def _nothing_decided_yet(monkeypatch):
-    """No decision remembered, and no warning given."""
-    monkeypatch.setattr(selection_resolve, "_decided", {})
+    """No context of selection exists, and no warning was given."""
+    monkeypatch.setattr(selection_resolve, "_contexts", {})
     monkeypatch.setattr(selection_resolve, "_warned", set())
 
 
@@ -116,7 +116,7 @@ def test_a_device_that_cannot_be_used_is_an_error_that_says_what_to_do(name):
 
 def test_the_default_device_is_looked_up_for_every_decision(monkeypatch):
     resolve(layer())  # remembered, for the CPU
-    monkeypatch.setattr(device_module, "default_torch_device", lambda: torch.device("xpu"))
+    monkeypatch.setattr(detect, "default_torch_device", lambda: torch.device("xpu"))
     assert resolve(layer()).report.device.arch == "xpu"
 
 
@@ -240,7 +240,7 @@ def test_the_last_resort_on_a_gpu_warns_with_what_stood_in_the_way():
     )
     assert str(caught[0].message) == (
         "REFERENCE serves this layer on NVIDIA H200: right, but slow. "
-        "What stood in the way of faster backends:\n"
+        "Faster backends were rejected:\n"
         f"  HOPPER_ATTN: needs triton>=3.6,<3.10: {no_triton}\n"
         f"  FLASH_ATTN: needs triton>=3.6: {no_triton}\n"
         f"  TRITON_ATTN: needs triton>=3.6: {no_triton}\n"

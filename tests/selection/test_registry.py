@@ -54,7 +54,7 @@ NOT_BACKENDS = {
     "no capabilities": ({"capabilities": {"sinks": True}}, "capabilities is not a Capabilities"),
     "impl is no class": ({"get_impl_cls": lambda: None}, "get_impl_cls.. is not a subclass of"),
     "impl of another kind": (
-        {"get_impl_cls": lambda: torch_ref.ReferenceBuilder},
+        {"get_impl_cls": lambda: torch_ref.ReferenceBackend.builder_cls},
         "get_impl_cls.. is not a subclass of AttentionImpl",
     ),
     "impl still abstract": (
@@ -97,7 +97,7 @@ def test_missing_members_are_all_named():
         pass
 
     (problem,) = check_backend_class(Empty)
-    assert problem == ("Empty does not implement name, impl_cls")
+    assert problem == "Empty does not implement name, impl_cls"
 
 
 @pytest.mark.parametrize("what", [None, "REFERENCE", object, ReferenceImpl], ids=str)

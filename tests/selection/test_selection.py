@@ -22,10 +22,12 @@ from attn_dispatch.platforms.known_devices import KNOWN_DEVICES, known_device
 from attn_dispatch.platforms.libraries import Library
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.selection import overrides, selector
+from attn_dispatch.selection import resolve as selection_resolve
 from attn_dispatch.selection.get_backend import get_attn_backend
 from attn_dispatch.selection.overrides import Source
+from attn_dispatch.selection.priorities import BUILTIN
 from attn_dispatch.selection.registry import registry
-from attn_dispatch.selection.resolve import explain, resolve
+from attn_dispatch.selection.resolve import SelectionContext, explain, resolve
 from attn_dispatch.selection.selector import phases_of, select
 from support.golden.regenerate import PATH, render
 from support.golden.specs import SPECS
@@ -138,11 +140,15 @@ def test_a_remembered_decision_is_found_again():
 
 
 def test_remembering_decisions_has_a_limit(monkeypatch):
-    monkeypatch.setattr(selector, "_DECIDED_MAX", 8)
-    monkeypatch.setattr(selector, "_decided", {})
+    monkeypatch.setattr(selection_resolve, "_MAX_SELECTIONS", 8)
+    monkeypatch.setattr(selection_resolve, "_MAX_CONTEXTS", 4)
+    monkeypatch.setattr(selection_resolve, "_contexts", {})
     for num_heads in range(1, 40):
         resolve(layer(num_heads=num_heads, num_kv_heads=1), CPU)
-        assert 1 <= len(selector._decided) <= 8
+        assert 1 <= len(SelectionContext.current(CPU)._selections) <= 8
+    for name in (f"-{each}" for each in BUILTIN):
+        resolve(layer(), CPU, backend=f"{name},-FLASH_ATTN")
+        assert 1 <= len(selection_resolve._contexts) <= 4
 
 
 def test_a_failure_is_not_remembered():

@@ -19,6 +19,7 @@ from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.device import DeviceMatch
 from attn_dispatch.selection.overrides import Rule, Source, parse_override
 from attn_dispatch.selection.registry import registry
+from attn_dispatch.selection.version import changed
 
 DEEPSEEK = MLADims(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
@@ -118,6 +119,7 @@ class FakeSite:
         """Make a library that may be installed here absent."""
         self._monkeypatch.setitem(sys.modules, module, None)
         libraries._installed_version.cache_clear()
+        changed()
 
     def forget(self, module: str) -> None:
         """Make the next import and the next look at the installed packages real ones."""
@@ -126,3 +128,4 @@ class FakeSite:
                 self._monkeypatch.delitem(sys.modules, name)
         importlib.invalidate_caches()
         libraries._installed_version.cache_clear()
+        changed()

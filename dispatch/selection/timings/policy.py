@@ -194,15 +194,23 @@ class TimingEvidence:
     comparisons: tuple[Comparison, ...]
 
     @property
+    def _gains(self) -> list[Comparison]:
+        return [each for each in self.comparisons if each.picked != each.declared]
+
+    @property
+    def best(self) -> Comparison | None:
+        """The point with the largest gain over the default; None if no backend beats it."""
+        return min(self._gains, key=lambda c: c.picked_us / c.declared_us, default=None)
+
+    @property
     def because(self) -> str:
         """What was found, where and when, as a clause."""
         times, declared = self.times, self.side.declared
         source = f"measured on {times.device}, {times.measured[:10]}, {times.origin}"
-        gains = [each for each in self.comparisons if each.picked != each.declared]
+        gains, best = self._gains, self.best
         total = len(self.comparisons)
-        if not gains:
-            return f"nothing that was measured beats it by {MARGIN:.0%} ({total} points; {source})"
-        best = min(gains, key=lambda each: each.picked_us / each.declared_us)
+        if best is None:
+            return f"no measured backend beats it by {MARGIN:.0%} ({total} points; {source})"
         if self.pick != declared:
             return (
                 f"faster than {declared}, the first in this platform's order, at each of {total} "

@@ -14,10 +14,12 @@ from pathlib import Path
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, summary_of
 from attn_dispatch.files import replace_file
+from attn_dispatch.log import logger
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.timings.reader import parse_text, read_table
 from attn_dispatch.selection.timings.table import Machine, Table
+from attn_dispatch.selection.version import changed
 from attn_dispatch.version import __version__
 
 __all__ = [
@@ -224,12 +226,14 @@ def _warn(text: str) -> None:
     """Each warning is given once in a process."""
     if text not in _warned:
         _warned.add(text)
+        logger.warning(text)
         warnings.warn(text, TuningWarning, stacklevel=2)
 
 
 def forget_tables() -> None:
-    """Read the files again when they are asked about next: one was written."""
+    """Read the files again when they are needed next: one was written."""
     _tables_for.cache_clear()
+    changed()
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -49,8 +49,8 @@ class BatchKind(str, Enum):
         return str(self.value)
 
 
-#: BatchKind, and the rounded-up binary logarithms of the requests, of the new tokens of one, and of the
-#: keys of one, both on average.
+#: BatchKind; and the binary logarithms, rounded up, of the number of requests, of the average new
+#: tokens of a request, and of its average keys.
 Bucket = tuple[BatchKind, int, int, int]
 
 
@@ -202,10 +202,10 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class LayerTimes:
-    """The points of one kind of layer, and where they come from. Two are equal if they are one.
+    """The points of one kind of layer, and their origin. Compared by identity.
 
-    `kernel_provider` is the backends' AttentionBackend.kernel_provider when they were measured, where it said
-    anything.
+    `kernel_provider` has AttentionBackend.kernel_provider of each backend that returned one when
+    it was measured.
     """
 
     points: tuple[Point, ...]
