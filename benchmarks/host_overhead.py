@@ -1,10 +1,10 @@
-"""What attn-dispatch costs on the host: importing it, asking it for a backend, routing batches.
+"""Host overhead of attn-dispatch: its import, selecting a backend, routing batches.
 
     python benchmarks/host_overhead.py [--json] [--rounds N]
 
-Exits with 1 if the import takes more than 60 ms on top of PyTorch's, a warm call of
-`get_attn_backend` more than 20 µs on top of an empty Python function, or routing a batch more
-than 10 µs on top of what the chosen backend's own builder takes.
+Exits with 1 if the import takes more than 60 ms after PyTorch's, a warm call of
+`get_attn_backend` more than 20 µs longer than an empty Python function, or routing a batch more
+than 10 µs in addition to the backend's own builder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import attn_dispatch
 from attn_dispatch import AttentionBatch, Phase
 from attn_dispatch.backends.reference.torch_ref import (
     ReferenceBackend,
-    ReferenceBuilder,
     ReferenceImpl,
     ReferenceMetadata,
 )
@@ -43,7 +42,7 @@ CALL_LIMIT_US = 20.0
 ROUTING_LIMIT_US = 10.0
 LAYER_LIMIT_US = 3.0
 
-#: What a fresh interpreter does, PyTorch being imported already; it prints the milliseconds.
+#: Code that is timed in a new interpreter, after the import of PyTorch.
 IMPORTS = {
     "import attn_dispatch": "import attn_dispatch",
     "from attn_dispatch import *": "from attn_dispatch import *",
@@ -63,8 +62,8 @@ SPEC = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": torch.bfl
 
 
 def import_times_ms(rounds: int) -> dict[str, float]:
-    """The median time of each import, in fresh interpreters that take turns."""
-    # As an installed package: its bytecode is written by the first round, which does not count.
+    """The median time of each import, in new interpreters that take turns."""
+    # As for an installed package, bytecode is cached; the first round writes it and is discarded.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for _ in range(1 + rounds):
@@ -78,7 +77,7 @@ def import_times_ms(rounds: int) -> dict[str, float]:
 
 
 def call_times_us(rounds: int, calls: int = 1000) -> dict[str, float]:
-    """The median time of one call, over runs that take turns with an empty function's."""
+    """The median time of one call, in runs that take turns with an empty function."""
     spec = attn_dispatch.AttentionSpec(**SPEC, block_size=16)
     timed: dict[str, Callable[[], Any]] = {
         "an empty function": lambda: None,
@@ -109,7 +108,7 @@ def _medians_us(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-#: Requests as (how many, new tokens, keys), and how many new tokens a request in decode may have.
+#: Requests as (number, new tokens, keys), and the maximum of new tokens in a decode request.
 BATCHES: dict[str, tuple[list[tuple[int, int, int]], int]] = {
     "1 decode": ([(1, 1, 1000)], 1),
     "64 decodes": ([(64, 1, 1000)], 1),
@@ -123,15 +122,15 @@ BATCHES: dict[str, tuple[list[tuple[int, int, int]], int]] = {
 }
 
 
-class _Builder(ReferenceBuilder):
-    """Has planned the batch already, so that what comes before it is timed."""
+class _Builder(ReferenceBackend.builder_cls):
+    """Returns a finished plan, so that only the work before it is timed."""
 
     def build(self, batch: AttentionBatch) -> ReferenceMetadata:
         return _PLANNED
 
 
 class _Impl(ReferenceImpl):
-    """Computes nothing, so that what comes before it is timed."""
+    """Computes nothing, so that only the work before it is timed."""
 
     def forward(self, *arguments: Any, **more: Any) -> None:
         return None
@@ -141,7 +140,7 @@ class _Impl(ReferenceImpl):
 
 
 _SPEC = attn_dispatch.AttentionSpec(**SPEC, block_size=16)
-_PLANNED = ReferenceBuilder(_SPEC, torch.device("cpu")).build(AttentionBatch.create([1], [1]))
+_PLANNED = ReferenceBackend.builder_cls(_SPEC, torch.device("cpu")).build(AttentionBatch.create([1], [1]))
 
 
 def _batch(name: str) -> AttentionBatch:
@@ -157,9 +156,9 @@ def _batch(name: str) -> AttentionBatch:
 
 
 def _routers() -> dict[str, Router]:
-    """A layer that a table covers, where A is the fastest in prefill and B in decode; and rules.
+    """Routers by a timing table, with A faster in prefill and B in decode, and by rules.
 
-    Where one backend serves everything, as without a table, there is no router to be timed.
+    If one backend serves all batches, there is no router.
     """
     steps = (
         (BatchKind.PREFILL, 512, 5.0),
@@ -180,9 +179,9 @@ def _routers() -> dict[str, Router]:
 
 
 def routing_times_us(rounds: int, calls: int = 200) -> dict[str, float]:
-    """The median time of what comes before a backend's own builder, for each batch and router.
+    """The median time before a backend's own builder, for each batch and router.
 
-    What a batch knows of itself is known when it starts: every backend's builder asks for it too.
+    Cached properties of a batch are already computed: every backend's builder needs them too.
     """
     builders = {name: _Builder(_SPEC, torch.device("cpu")) for name in "AB"}
     timed: dict[str, Callable[[], Any]] = {}
@@ -193,7 +192,7 @@ def routing_times_us(rounds: int, calls: int = 200) -> dict[str, float]:
 
 
 def layer_times_us(rounds: int, calls: int = 200) -> dict[str, float]:
-    """The median time of what comes before a backend's own impl, in each layer of a batch."""
+    """The median time before a backend's own impl, in each layer of a batch."""
     impl = _Impl(32, 128, 1.0, 8)
     routed = RoutedImpl(dict.fromkeys("AB", impl), dict.fromkeys("AB", ReferenceBackend))
     query, key = torch.zeros(3, 32, 128), torch.zeros(3, 8, 128)
@@ -225,7 +224,7 @@ def layer_times_us(rounds: int, calls: int = 200) -> dict[str, float]:
 
 
 def batch_times_us(rounds: int) -> dict[str, float]:
-    """The median time of what is done once for a batch, whichever layers ask for it."""
+    """The median time of work that is done once per batch, for all layers."""
     found: dict[str, float] = {}
     for name in BATCHES:
         batch = _batch(name)
@@ -246,7 +245,7 @@ def batch_times_us(rounds: int) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """The machine of the measurement."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -262,7 +261,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Everything that is measured, as data."""
+    """All measurements, as data."""
     imports, calls = import_times_ms(rounds), call_times_us(rounds * 4)
     routing, layers = routing_times_us(rounds * 4), layer_times_us(rounds * 4)
     in_layer = layers["a layer, routed whole"] - layers["a layer, one backend"]

@@ -1,16 +1,16 @@
-"""Train the decoder behind ``attn-dispatch demo`` from nothing, in half an hour on one CPU core.
+"""Train the decoder of ``attn-dispatch demo`` from scratch, in half an hour on one CPU core.
 
-The task is addition of numbers of 1 to 6 digits. A training row is a begin-of-text token and then
-sums, one after another, until the row is full; the loss counts the digits of the answers and the
-``;`` after each, since nothing else can be predicted. So every sum in a row is a question with all
-those before it as worked examples. Rows are short at first, when the model has to find the
-algorithm, and reach ``DemoConfig.max_context`` at the end, when it has to do it anywhere.
+The task is addition of numbers of 1 to 6 digits. A training row is a begin-of-text token followed
+by sums until the row is full. The loss covers the digits of the answers and the ``;`` after each,
+since nothing else can be predicted. So every sum in a row is a question, with the sums before it
+as worked examples. Rows are short at first, while the model learns the algorithm, and reach
+``DemoConfig.max_context`` at the end, when it has to work at any position.
 
     python examples/train_demo_model.py --out weights.safetensors --threads 1
 
-The evaluation at the end reads back the file that was written, and asks fresh questions of every
-pair of digit counts after 0 to 12 worked examples, in float32 and in float64. ``--steps 0``
-evaluates an existing file without training it.
+The evaluation at the end loads the written file, and tests new questions for every pair of digit
+counts after 0 to 12 worked examples, in float32 and in float64. ``--steps 0`` evaluates an existing
+file without training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from attn_dispatch.serving.model import (
 MAX_DIGITS = 6
 MAX_EXAMPLES = 12
 DIGIT_COUNT_WEIGHTS = (1.0, 1.0, 1.2, 1.5, 2.0, 2.5)
-"""How often an operand of 1, 2, ... digits is drawn for training: long ones need more practice."""
+"""Weights of operands with 1, 2, ... digits in training; long ones need more practice."""
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def random_operands(rng: random.Random, digits_a: int, digits_b: int) -> tuple[i
 def carry_heavy_operands(rng: random.Random, digits_a: int, digits_b: int) -> tuple[int, int]:
     """Two numbers of the given digit counts whose digit pairs mostly add up to 9 or more.
 
-    Pairs that add up to 9 pass on whatever carry arrives, so carries start in some places and run
-    over many digits, or run out just before they would; uniform numbers seldom do either.
+    Pairs that add up to 9 propagate an incoming carry, so carries run over many digits, or stop
+    just before; with uniform numbers this is rare.
     """
     short, long = sorted((digits_a, digits_b))
     short_digits: list[int] = []
@@ -70,7 +70,7 @@ def carry_heavy_operands(rng: random.Random, digits_a: int, digits_b: int) -> tu
                 y = rng.randrange(10 - x, 10) if x else 9
             else:
                 y = rng.randrange(10)
-            # The leading digit of a number is no zero, unless the number has one digit only.
+            # The leading digit is not zero, unless the number has only one digit.
             short_digits.append(rng.randrange(1, 10) if x == 0 and i == short - 1 and i else x)
         else:
             y = 9 if kind < 0.75 else rng.randrange(10)
@@ -96,10 +96,10 @@ def random_sum(rng: random.Random, max_digits: int, carry_heavy: float) -> str:
 
 
 def training_batch(rng: random.Random, batch: int, length: int) -> Tensor:
-    """Rows of packed sums, the last sum of each cut where the row ends: ``(batch, length)``."""
+    """Rows of packed sums, ``(batch, length)``; the last sum of a row may be cut."""
     rows: list[list[int]] = []
     for _ in range(batch):
-        # Some rows hold short numbers only, and so more sums than others.
+        # Some rows only have short numbers, and so more sums.
         max_digits = rng.randint(1, MAX_DIGITS) if rng.random() < 0.2 else MAX_DIGITS
         text = ""
         while len(text) + 1 < length:
@@ -111,8 +111,7 @@ def training_batch(rng: random.Random, batch: int, length: int) -> Tensor:
 def answer_mask(token_ids: Tensor) -> Tensor:
     """Which tokens belong to an answer, its ``;`` included: bool, shape of ``token_ids``.
 
-    A token does if the sum it is in has its ``=`` before it: if, among the tokens before it, there
-    is one more ``=`` than ``;``.
+    A token belongs to an answer if the tokens before it contain one more ``=`` than ``;``.
     """
     equals = (token_ids == tokenizer.EQUALS_ID).long().cumsum(dim=-1)
     ends = (token_ids == tokenizer.END_ID).long().cumsum(dim=-1)
@@ -124,9 +123,9 @@ def answer_mask(token_ids: Tensor) -> Tensor:
 
 
 def make_fast_attend(config: DemoConfig, length: int) -> Attend:
-    """The attention of ``dense_attention`` for ``(batch, length)`` rows, quicker to train with.
+    """The attention of ``DemoModel.dense_logits`` for ``(batch, length)`` rows, fast and trainable.
 
-    Query heads that share a key head lie in one matrix, and the mask is made once and added.
+    Query heads that share a key head are in one matrix, and the mask is made once.
     """
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]
@@ -156,13 +155,13 @@ def make_fast_attend(config: DemoConfig, length: int) -> Attend:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration towards the nearest matrices with all singular values near 1.
+    """Newton-Schulz iteration towards matrices with all singular values near 1, as in Muon.
 
     Args:
         matrices: ``(count, rows, columns)``, float32.
 
     Returns:
-        Same shape; singular values roughly between 0.7 and 1.2, which is all Muon needs.
+        Same shape; singular values roughly between 0.7 and 1.2, which is enough for Muon.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -175,9 +174,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update of each weight matrix is orthogonalized, all of a shape in one go.
+    """Momentum with orthogonalized updates of weight matrices; equal shapes are batched.
 
-    It needs several times fewer steps here than Adam, at little cost per step.
+    Source: K. Jordan et al., https://kellerjordan.github.io/posts/muon/. It needs several times
+    fewer steps here than Adam, at a small cost per step.
     """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95) -> None:
@@ -189,7 +189,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update the parameters by their gradients, which every one of them must have."""
+        """Update the parameters; each must have a gradient."""
         for group, average in self.groups:
             gradients = torch.stack([p.grad for p in group if p.grad is not None])
             average.lerp_(gradients, 1 - self.momentum)
@@ -202,7 +202,7 @@ class Muon:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: until which fraction of the steps, and the row lengths drawn."""
+    """A part of the training: the fraction of steps at which it ends, and its row lengths."""
 
     until: float
     lengths: tuple[int, ...]
@@ -222,7 +222,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(steps: int, out: Path, seed: int, checkpoint_every: int) -> None:
-    """Train a model and write it to ``out``, and every so many steps what there is by then."""
+    """Train a model and write it to ``out`` at the end and at every checkpoint."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     config = DemoConfig()
@@ -282,7 +282,7 @@ def train(steps: int, out: Path, seed: int, checkpoint_every: int) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that ends at ``=``, the right continuation, and what kind of question it is."""
+    """A prompt that ends at ``=``, the right continuation, and the kind of question."""
 
     prompt: str
     answer: str
@@ -292,7 +292,7 @@ class Question:
 
 
 def make_questions(rng: random.Random, repeats: int) -> list[Question]:
-    """``repeats`` questions of each kind, the number of worked examples never falling.
+    """``repeats`` questions of each kind, in the order of their number of worked examples.
 
     A kind is a pair of digit counts, a number of worked examples, and whether the operands are
     uniform or carry-heavy.
@@ -321,13 +321,13 @@ def make_questions(rng: random.Random, repeats: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to a question.
+    """A model's reply to a question.
 
     Attributes:
-        predicted: most likely token at each place of the right answer, what comes before being
-            right. It equals the answer's ids exactly when greedy decoding gives the answer.
+        predicted: most likely token at each position of the right answer, after the right tokens
+            before it. It equals the answer's ids exactly if greedy decoding gives the answer.
         right: the answer's ids.
-        margin: smallest lead of a most likely token over the second, in logits.
+        margin: smallest lead of a most likely token over the second one, in logits.
     """
 
     predicted: tuple[int, ...]
@@ -337,7 +337,7 @@ class Reply:
 
 @torch.no_grad()
 def ask(model: DemoModel, questions: list[Question], batch: int = 48) -> Iterator[Reply]:
-    """The model's replies by ``dense_logits``, in order."""
+    """The model's replies, by ``dense_logits``."""
     for begin in range(0, len(questions), batch):
         asked = questions[begin : begin + batch]
         prompts = [tokenizer.encode(question.prompt) for question in asked]
@@ -362,7 +362,7 @@ def print_accuracy(
     replies: list[Reply],
     group_of: Callable[[Question], str],
 ) -> None:
-    """Print how many replies are exactly right, by group of questions."""
+    """Print the number of exactly right replies, by group of questions."""
     right: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
     for question, reply in zip(questions, replies, strict=True):
@@ -375,7 +375,7 @@ def print_accuracy(
 
 
 def print_accuracy_by_digits(questions: list[Question], replies: list[Reply]) -> None:
-    """Print how many replies are exactly right, as a table over pairs of digit counts."""
+    """Print the fraction of exactly right replies, as a table over pairs of digit counts."""
     right: dict[tuple[int, int], int] = defaultdict(int)
     asked: dict[tuple[int, int], int] = defaultdict(int)
     for question, reply in zip(questions, replies, strict=True):
@@ -390,7 +390,7 @@ def print_accuracy_by_digits(questions: list[Question], replies: list[Reply]) ->
 
 
 def evaluate(path: Path, seed: int, repeats: int) -> None:
-    """Print the accuracy of the weights in a file, and how sure their predictions are."""
+    """Print the accuracy of the weights in a file, and the margins of their predictions."""
     questions = make_questions(random.Random(f"evaluation {seed}"), repeats)
     start = time.perf_counter()
     replies = list(ask(load_demo_model(torch.float32, path=path), questions))
@@ -405,8 +405,8 @@ def evaluate(path: Path, seed: int, repeats: int) -> None:
 
     for question, reply in zip(questions, replies, strict=True):
         if reply.predicted != reply.right:
-            said = tokenizer.decode(reply.predicted)
-            print(f"wrong: {question.prompt}{question.answer} predicted as {said}")
+            shown = tokenizer.decode(reply.predicted)
+            print(f"wrong: {question.prompt}{question.answer} predicted as {shown}")
 
     agreeing = sum(r.predicted == s.predicted for r, s in zip(replies, replies64, strict=True))
     difference = max(abs(r.margin - s.margin) for r, s in zip(replies, replies64, strict=True))
@@ -420,7 +420,7 @@ def evaluate(path: Path, seed: int, repeats: int) -> None:
         f"{margins[len(margins) // 2]:.3f}; float32 differs by at most {difference:.1e}"
     )
     margins = [r.margin for r in replies64 if r.predicted == r.right]
-    print(f"smallest lead in an answer that is right: {min(margins, default=0.0):.3f}")
+    print(f"smallest lead in a right answer: {min(margins, default=0.0):.3f}")
     print(f"evaluation took {time.perf_counter() - start:.0f} s")
 
 
@@ -430,7 +430,7 @@ def main() -> None:
         description="Train the demo model of attn-dispatch and evaluate it."
     )
     parser.add_argument(
-        "--steps", type=int, default=6500, help="training steps; 0: only evaluate what --out holds"
+        "--steps", type=int, default=6500, help="training steps; 0: only evaluate the file --out"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("weights.safetensors"), help="the weights file to write"

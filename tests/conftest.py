@@ -1,4 +1,4 @@
-"""What every test starts from: a clean environment, one thread, a hypothesis profile."""
+"""Setup of every test: a clean environment, one thread, a hypothesis profile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, deran
 hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-#: Where the property tests run.
+#: Devices of the property tests.
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
@@ -28,16 +28,16 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
-    """No override, no check and no table of times but those that a test sets itself."""
+    """Unset the variables of overrides, checks and timing tables; a test sets what it needs."""
     for name in list(os.environ):
         if name.startswith("ATTN_DISPATCH_") or name == "VLLM_ATTENTION_BACKEND":
             monkeypatch.delenv(name)
-    monkeypatch.setenv("ATTN_DISPATCH_TUNING", "off")  # times would change what others expect
+    monkeypatch.setenv("ATTN_DISPATCH_TUNING", "off")  # a timing table would change the picks
 
 
 @pytest.fixture
 def misleading_defaults():
-    """A context in which what is made without saying where and of what is made wrongly."""
+    """A context in which tensors made without a device and dtype are on meta, in bfloat16."""
 
     @contextlib.contextmanager
     def mislead():

@@ -1,4 +1,4 @@
-"""The command line: what it prints for people and for programs, and how it fails."""
+"""The command line: its text and JSON output, and its errors."""
 
 from __future__ import annotations
 

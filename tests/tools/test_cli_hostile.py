@@ -1,4 +1,4 @@
-"""The command line with values, files and streams that are anything: one line and exit code 2."""
+"""The command line with arbitrary values, files and streams: one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -14,18 +14,7 @@ from typer.testing import CliRunner
 from attn_dispatch.cli import app
 from attn_dispatch.cli.streams import one_line
 
-LAYER = [
-    "--num-heads",
-    "2",
-    "--num-kv-heads",
-    "1",
-    "--head-size",
-    "8",
-    "--dtype",
-    "float32",
-    "--block-size",
-    "4",
-]
+LAYER = ["--num-heads=2", "--num-kv-heads=1", "--head-size=8", "--dtype=float32", "--block-size=4"]
 TUNE = ["tune", *LAYER, "--device", "cpu", "--backends", "TORCH_SDPA,REFERENCE"]
 TINY = [*TUNE, "--requests", "1", "--lengths", "32", "--rounds", "1", "--steps", "decode"]
 SWEEP = ["bench", "--sweep", "batch", "--device", "cpu"]
@@ -100,18 +89,18 @@ PLACES = {
 }
 
 
-#: Where one of the values is right.
-RIGHT = {("verify only", "nothing"), ("explain soft cap", "beyond 64 bits")}
+#: (place, value) that are valid.
+VALID = {("verify only", "nothing"), ("explain soft cap", "beyond 64 bits")}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_no_value_of_an_option_is_more_than_one_line(place):
+def test_invalid_values_give_one_line(place):
     *before, _ = PLACES[place]
     for name, value in VALUES.items():
-        if (place, name) in RIGHT:
+        if (place, name) in VALID:
             continue
         given = [*before, value]
-        if before[-1] in ("prefill=", "NO", "no such"):  # the value goes on from there
+        if before[-1] in ("prefill=", "NO", "no such"):  # the value is appended
             given = [*before[:-1], before[-1] + value]
         assert_rejected(*given)
 
@@ -133,7 +122,7 @@ def test_no_value_of_an_option_is_more_than_one_line(place):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
-def test_numbers_have_limits_that_are_told_before_anything_is_made(arguments, part):
+def test_numbers_are_limited_before_memory_is_allocated(arguments, part):
     assert_rejected(*arguments, part=part)
 
 
@@ -143,13 +132,13 @@ def test_numbers_have_limits_that_are_told_before_anything_is_made(arguments, pa
 @pytest.mark.parametrize(
     "command", [["demo", "--prompt", "1+1"], TINY, SWEEP, ["verify", "REFERENCE", "--quick"]]
 )
-def test_a_device_that_is_not_here_is_one_line(command, device):
+def test_missing_devices_give_one_line(command, device):
     try:
         torch.ones(1, device=device).add(1).item()
     except Exception:
         assert_rejected(*command, "--device", device, part="cannot be used here")
     else:
-        pytest.skip("it is here")
+        pytest.skip("this machine has it")
 
 
 CONTENTS = {
@@ -158,7 +147,7 @@ CONTENTS = {
     "text": b"mine\n",
     "an object": b'{"mine": 1}',
     "a list": b"[1]",
-    "nested without end": b"[" * 1_000_000,
+    "nested without an end": b"[" * 1_000_000,
     "nested deeply": b'{"model_type": ' + b"[" * 900 + b"]" * 900 + b"}",
     "an integer of 5,000 digits": b'{"model_type": "llama", "num_hidden_layers": '
     + b"9" * 5000
@@ -168,7 +157,7 @@ CONTENTS = {
 }
 SPECIAL = ["FIFO", "folder", "loop of links", "huge file", "device"]
 
-#: What reads a file.
+#: Commands that read a file.
 READERS = {
     "explain config": ["explain", "--config"],
     "tune config": ["tune", "--device", "cpu", "--config"],
@@ -194,7 +183,7 @@ def special(kind, path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
 @pytest.mark.parametrize("reader", READERS)
-def test_no_file_is_more_than_one_line(reader, tmp_path):
+def test_invalid_files_give_one_line(reader, tmp_path):
     for index, content in enumerate(CONTENTS.values()):
         path = tmp_path / f"{index}.json"
         path.write_bytes(content)
@@ -205,7 +194,7 @@ def test_no_file_is_more_than_one_line(reader, tmp_path):
         assert_rejected(*READERS[reader], path)
 
 
-def test_a_case_of_any_size_is_rejected(tmp_path):
+def test_huge_cases_are_rejected(tmp_path):
     good = '"name": "a", "num_heads": 2, "num_kv_heads": 1, "head_size": 8'
     for lens in ("[1000000000000]", f"[{'1,' * 70000}1]", f"[{'100000000,' * 50}1]", "[1.5]", "[]"):
         path = tmp_path / "cases.json"
@@ -214,10 +203,10 @@ def test_a_case_of_any_size_is_rejected(tmp_path):
         assert_rejected("tune", "--device", "cpu", "--cases", path)
 
 
-#: What writes a file, whatever it is called.
+#: Commands that write a file.
 WRITERS = {
     "tune": [*TINY, "--output"],
-    "tune afresh": [*TINY, "--fresh", "--output"],
+    "tune again": [*TINY, "--fresh", "--output"],
     "bench": [*SWEEP, "--json"],
     "verify": ["verify", "REFERENCE", "--device", "cpu", "--quick", "--json"],
 }
@@ -225,7 +214,7 @@ WRITERS = {
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
 @pytest.mark.parametrize("writer", WRITERS)
-def test_no_other_file_is_overwritten(writer, tmp_path):
+def test_files_of_other_programs_are_not_overwritten(writer, tmp_path):
     for index, content in enumerate(CONTENTS.values()):
         path = tmp_path / f"{index}.json"
         path.write_bytes(content)
@@ -242,7 +231,7 @@ def test_no_other_file_is_overwritten(writer, tmp_path):
         assert_rejected(*WRITERS[writer], path)
 
 
-def test_a_table_is_gone_on_with(tmp_path):
+def test_tune_continues_its_own_table(tmp_path):
     path = tmp_path / "table.json"
     for _ in range(2):
         result = CliRunner().invoke(app, [*TINY, "--output", str(path)])
@@ -253,12 +242,12 @@ def test_a_table_is_gone_on_with(tmp_path):
     ("value", "error"),
     [("shadow:" + "9" * 5000, "is not understood"), ("9" * 5000, "is not understood")],
 )
-def test_a_variable_of_any_length_is_an_error_with_words(value, error, monkeypatch):
+def test_long_values_of_a_variable_give_one_line(value, error, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
     assert_rejected("demo", "--prompt", "1+1", "--device", "cpu", part=error)
 
 
-def test_a_message_becomes_one_line():
+def test_one_line_joins_lines_and_cuts_long_words():
     text = "No backend computes it:\n  A: reason\r\n  B: " + "9" * 5000 + "\n"
     assert one_line(text) == (
         f"No backend computes it: A: reason; B: {'9' * 60}... (5000 characters)"
@@ -300,7 +289,7 @@ posix_streams = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="need
 @pytest.mark.parametrize(
     ("redirection", "why"), [(">&-", "stdout is closed"), (">/dev/full", "No space left on device")]
 )
-def test_an_output_that_cannot_be_written_is_one_line(arguments, redirection, why):
+def test_output_that_cannot_be_written_gives_one_line(arguments, redirection, why):
     done = shell(arguments, redirection)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -309,7 +298,7 @@ def test_an_output_that_cannot_be_written_is_one_line(arguments, redirection, wh
 
 @posix_streams
 @pytest.mark.parametrize(
-    ("arguments", "redirection", "code", "told"),
+    ("arguments", "redirection", "code", "has_output"),
     [
         ([*EXPLAIN, "--json"], "<&- 2>&-", 0, True),
         (["--version"], "2>&-", 0, True),
@@ -320,19 +309,19 @@ def test_an_output_that_cannot_be_written_is_one_line(arguments, redirection, wh
         (["--version"], ">/dev/full 2>/dev/full", 2, False),
     ],
 )
-def test_an_answer_needs_stdout_only(arguments, redirection, code, told):
+def test_an_answer_only_needs_stdout(arguments, redirection, code, has_output):
     done = shell(arguments, redirection)
-    assert (done.returncode, bool(done.stdout), done.stderr) == (code, told, "")
+    assert (done.returncode, bool(done.stdout), done.stderr) == (code, has_output, "")
 
 
 @posix_streams
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_an_error_needs_no_stderr_for_its_code(redirection):
+def test_exit_code_of_an_error_does_not_need_stderr(redirection):
     assert shell(["explain", "--num-heads", "x"], redirection).returncode == 2
 
 
 @posix_streams
-def test_a_reader_that_has_gone_ends_the_command_quietly():
+def test_a_closed_pipe_ends_the_command_without_a_message():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", PROGRAM, *EXPLAIN]
@@ -342,7 +331,7 @@ def test_a_reader_that_has_gone_ends_the_command_quietly():
 
 
 @posix_streams
-def test_arguments_that_are_not_utf8_are_one_line():
+def test_arguments_that_are_not_utf8_give_one_line():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "explain", "--config", b"caf\xe9.json"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The demo: an engine under pressure writes what a dense float64 forward writes."""
+"""The demo: its engine predicts the tokens of a dense float64 forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKLOAD = make_workload(20, seed=3)
 PREFIX = tokenizer.encode(WORKLOAD.prefix)
 
 
-def test_every_token_is_right_while_requests_share_copy_and_swap_blocks():
+def test_tokens_are_right_while_blocks_are_shared_copied_and_swapped():
     result = serve(WORKLOAD, limits=EngineLimits(num_blocks=48, max_tokens=48))
     assert result.tokens_different == 0
     assert result.tokens_checked == result.stats.new_tokens
@@ -29,7 +29,7 @@ def test_every_token_is_right_while_requests_share_copy_and_swap_blocks():
 
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "full.decode=REFERENCE", "-TORCH_SDPA"])
-def test_overrides_change_the_picks_and_not_the_answers(backend):
+def test_overrides_change_the_picks_but_not_the_answers(backend):
     usual = serve(WORKLOAD)
     other = serve(WORKLOAD, backend=backend)
     picked = lambda result: [[report.picked for report in layer] for layer in result.picks]
@@ -37,12 +37,12 @@ def test_overrides_change_the_picks_and_not_the_answers(backend):
     assert other.answers == usual.answers
 
 
-def test_a_backend_that_cannot_serve_a_layer_is_an_error():
+def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
     with pytest.raises(UnsupportedError, match="logits_soft_cap"):
         serve(WORKLOAD, backend="TORCH_SDPA")
 
 
-def test_all_blocks_come_back():
+def test_all_blocks_are_freed():
     engine = Engine(load_demo_model(), PREFIX, limits=EngineLimits(num_blocks=48))
     free = len(engine._free)
     for index, task in enumerate(WORKLOAD.tasks):
@@ -54,7 +54,7 @@ def test_all_blocks_come_back():
     assert len(engine._free_host) == engine.limits.num_host_blocks
 
 
-def test_the_check_sees_a_wrong_token():
+def test_the_check_detects_a_wrong_token():
     engine = Engine(load_demo_model(), PREFIX)
     engine.add(0, tokenizer.encode(WORKLOAD.prefix + "48+76="))
     while engine.has_work:
@@ -65,13 +65,13 @@ def test_the_check_sees_a_wrong_token():
     assert check_tokens(oracle, engine.finished)[1] > 0
 
 
-def test_a_request_that_can_never_fit_is_refused_at_once():
+def test_a_request_that_cannot_fit_is_rejected():
     engine = Engine(load_demo_model(), PREFIX, limits=EngineLimits(num_blocks=16))
     with pytest.raises(InvalidInputError, match="num_blocks"):
         engine.add(0, tokenizer.encode(WORKLOAD.prefix + "1+1=2;" * 20 + "48+76="))
 
 
-def test_a_prompt_must_go_on_from_the_prefix():
+def test_a_prompt_must_continue_the_prefix():
     engine = Engine(load_demo_model(), PREFIX)
     with pytest.raises(InvalidInputError, match="prefix"):
         engine.add(0, tokenizer.encode("48+76="))
@@ -85,7 +85,7 @@ def test_prompts_are_sums(prompt):
 
 
 @pytest.mark.parametrize("prompt", ["", "hello", "48-76", "1+2+3", "1234567+1", "48+76;", "+"])
-def test_other_prompts_are_refused(prompt):
+def test_other_prompts_are_rejected(prompt):
     with pytest.raises(InvalidInputError, match="48\\+76"):
         prompt_task(prompt)
 
