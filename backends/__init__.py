@@ -1,1 +1,4 @@
-"""Backends, one module each; the registry names them."""
+"""Backends: `triton` for NVIDIA and AMD, `cuda`, `rocm`, and `reference` for any device.
+
+The registry lists them. `common.py` has what several of them share.
+"""

@@ -1,7 +1,7 @@
-"""NO_ATTENTION: what `get_attn_backend` returns for a model without attention layers.
+"""NO_ATTENTION: the result of `get_attn_backend` for a model without attention layers.
 
-It stands where an engine wants a backend class for its caches and metadata. It is not registered,
-never selected, and computes nothing.
+It gives an engine a backend class for its caches and metadata. It is not registered, never
+selected, and computes nothing.
 """
 
 from __future__ import annotations
@@ -10,26 +10,17 @@ import torch
 
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import Capabilities
+from attn_dispatch.interface.capability import ANY, Capabilities
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
-from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.metadata import BatchMetadata
+from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import profiling_output
 
-__all__ = ["NoAttentionBackend", "NoAttentionBuilder", "NoAttentionImpl"]
-
-
-class NoAttentionBuilder(AttentionMetadataBuilder[BatchMetadata]):
-    """Wraps the batch."""
-
-    def build(self, batch: AttentionBatch) -> BatchMetadata:
-        """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata: BatchMetadata = BatchMetadata.of(batch, self)
-        return metadata
+__all__ = ["NoAttentionBackend", "NoAttentionImpl"]
 
 
 class NoAttentionImpl(AttentionImpl[BatchMetadata]):
-    """Rejects every call but that of a profiling run."""
+    """Rejects every call except that of a profiling run."""
 
     def forward(
         self,
@@ -46,12 +37,12 @@ class NoAttentionImpl(AttentionImpl[BatchMetadata]):
         """See AttentionImpl.forward.
 
         Raises:
-            UnsupportedError: there is metadata, so attention is wanted.
+            UnsupportedError: there is metadata, so the layer needs attention.
         """
         if attn_metadata is None:
             return profiling_output(self, query, output, output_scale, output_block_scale)
         raise UnsupportedError(
-            "This layer computes attention, and its backend was asked for with "
+            "This layer computes attention, and its backend was requested with "
             "is_attention_free=True. Call get_attn_backend without it."
         )
 
@@ -60,24 +51,9 @@ class NoAttentionBackend(AttentionBackend):
     """For models without attention, such as Mamba."""
 
     interface_version = 2
-    capabilities = Capabilities(devices=())
-
-    @staticmethod
-    def get_name() -> str:
-        """NO_ATTENTION."""
-        return "NO_ATTENTION"
-
-    @staticmethod
-    def get_impl_cls() -> type[NoAttentionImpl]:
-        """NoAttentionImpl."""
-        return NoAttentionImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[BatchMetadata]:
-        """BatchMetadata."""
-        return BatchMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[NoAttentionBuilder]:
-        """NoAttentionBuilder."""
-        return NoAttentionBuilder
+    name = "NO_ATTENTION"
+    impl_cls = NoAttentionImpl
+    # Any layer may be built, so that an engine can do its profiling run.
+    capabilities = Capabilities(
+        devices=(), **dict.fromkeys(AttentionSpec.__dataclass_fields__, ANY)
+    )

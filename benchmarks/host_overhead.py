@@ -140,7 +140,9 @@ class _Impl(ReferenceImpl):
 
 
 _SPEC = attn_dispatch.AttentionSpec(**SPEC, block_size=16)
-_PLANNED = ReferenceBackend.builder_cls(_SPEC, torch.device("cpu")).build(AttentionBatch.create([1], [1]))
+_PLANNED = ReferenceBackend.builder_cls(_SPEC, torch.device("cpu")).build(
+    AttentionBatch.create([1], [1])
+)
 
 
 def _batch(name: str) -> AttentionBatch:

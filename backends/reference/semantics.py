@@ -1,4 +1,4 @@
-"""What attention means here, in plain PyTorch: read this to learn the conventions.
+"""Attention in plain PyTorch: the definition that all backends follow.
 
     score  = scale * (query . key)
     score  = cap * tanh(score / cap)                     with a soft cap
@@ -6,7 +6,10 @@
     score  = -inf                                        where the query does not see the key
     output = softmax(score) @ value                      a sink is one more score, without a value
 
-Queries stand at the end of the keys: the last query has the position of the last key.
+Queries are at the end of the keys: the last query has the position of the last key.
+
+Scaled dot-product attention: arXiv:1706.03762. Shared KV heads: arXiv:2305.13245. ALiBi:
+arXiv:2108.12409. Sinks: arXiv:2309.17453.
 """
 
 from __future__ import annotations
@@ -20,18 +23,19 @@ import torch
 
 __all__ = ["attend", "compute_dtype", "soft_capped", "split_scale", "visible", "without_autocast"]
 
-#: Scores held at a time; longer queries are worked off in pieces.
+#: Scores held at a time; longer queries are computed in pieces.
 _MAX_SCORES = 1 << 26
-#: In float32, a cap below the first is as good as the first, and one beyond the second as none:
-#: no score that float32 tells apart from others is changed by more than it rounds.
+#: In float32, a cap below the first computes the same as the first, and one above the second the
+#: same as none, up to rounding.
 _SMALLEST_CAP, _LARGEST_CAP = 2.0**-100, 2.0**100
-
+#: Of a smaller scale, a part is applied to the query.
+_SMALLEST_SCALE = 2.0**-60
 
 T = TypeVar("T")
 
 
 def without_autocast(method: Callable[..., T]) -> Callable[..., T]:
-    """For an impl's method whose second argument is a tensor: autocast changes nothing in it."""
+    """Disable autocast in an impl's method whose second argument is a tensor."""
 
     @functools.wraps(method)
     def run(self: Any, layer: Any, query: torch.Tensor, *args: Any, **options: Any) -> T:
@@ -44,12 +48,8 @@ def without_autocast(method: Callable[..., T]) -> Callable[..., T]:
     return run
 
 
-#: A smaller scale goes to the query in part.
-_SMALLEST_SCALE = 2.0**-60
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to calculate in: float64 for float64, which makes the oracle; else float32."""
+    """The dtype to compute in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -65,13 +65,13 @@ def visible(
     """(..., num_queries, num_keys) bool: which query sees which key.
 
     Args:
-        query_positions: (..., num_queries) int64, where the queries stand among the keys.
+        query_positions: (..., num_queries) int64, positions of the queries among the keys.
         key_positions: (..., num_keys) int64.
         causal: a query sees no later key.
         sliding_window: with causal, a query sees this many tokens up to itself; without, the keys
             closer than this on either side.
-        ranges: tokens of one range [start, end) see each other whatever the above says.
-        custom_mask: (..., num_queries, num_keys) bool; False hides a key whatever the above says.
+        ranges: tokens of one range [start, end) see each other, regardless of the above.
+        custom_mask: (..., num_queries, num_keys) bool; False hides a key, regardless of the above.
     """
     q = query_positions[..., :, None]
     k = key_positions[..., None, :]
@@ -88,16 +88,15 @@ def visible(
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """(factor, scale): what the query is multiplied by, and the scale that is left, above 0.
+    """(factor, remaining scale above 0): the query is multiplied by the factor.
 
-    For kernels that take positive scales, and none so small that products with it vanish.
-
-    Of a scale of 0 the factor takes all: a NaN or an infinity of the query is NaN then.
+    For kernels that take only positive scales, and for scales so small that products with them
+    would vanish. A scale of 0 goes into the factor, so a NaN or infinity in the query becomes NaN.
     """
     if scale == 0:
         return 0.0, 1.0
     factor, scale = math.copysign(1.0, scale), abs(scale)
-    if scale < _SMALLEST_SCALE:  # by a power of two, which rounds nothing
+    if scale < _SMALLEST_SCALE:  # a power of two does not round
         exponent = math.frexp(scale / _SMALLEST_SCALE)[1] - 1
         factor, scale = math.ldexp(factor, exponent), math.ldexp(scale, -exponent)
     return factor, scale
@@ -137,14 +136,14 @@ def attend(
         causal, sliding_window, ranges, custom_mask: as for `visible`.
         logits_soft_cap: cap of the scores, or None.
         alibi_slopes: (num_heads,), or None.
-        alibi_symmetric: the slopes are times -abs(distance).
+        alibi_symmetric: the slopes multiply -abs(distance).
         sinks: (num_heads,), or None.
 
     Returns:
-        output: (num_queries, num_heads, head_size_v); 0 for a query that sees no key, and NaN for
-            one that sees a score of NaN or +inf, or no score above −inf.
-        lse: (num_queries, num_heads), natural log, sinks left out; −inf for a query that sees no
-            key, and NaN for one of the others.
+        output: (num_queries, num_heads, head_size_v). 0 for a query that sees no key. NaN for a
+            query that sees a score of NaN or +inf, or only scores of −inf.
+        lse: (num_queries, num_heads), natural log, without the sinks. −inf for a query that sees no
+            key, and NaN for a query with scores as above.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, _ = key.shape
@@ -173,11 +172,11 @@ def attend(
         lse = torch.logsumexp(scores, dim=-1)
         total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
         weights = torch.exp(scores - total[..., None]).masked_fill(~seen, 0.0)
-        # What no query sees may be freed memory, and zero times NaN would be NaN.
+        # A value that no query sees may be freed memory, and zero times NaN is NaN.
         used = value.masked_fill(~seen.any(0)[:, None, None], 0.0)
         sees_any = seen.any(1)
         output = torch.einsum("hqk,khd->qhd", weights, used)
-        # Only a row without keys has the lse of one: what else is infinite was NaN in the weights.
+        # Only a row without keys has an infinite lse: for any other, the weights were NaN.
         lse = lse.masked_fill(lse.isinf() & sees_any, float("nan"))
         return output.masked_fill(~sees_any[:, None, None], 0.0), lse.T
 

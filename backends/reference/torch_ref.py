@@ -1,19 +1,13 @@
 """REFERENCE: every feature, any device, any dtype; the oracle, and the last resort.
 
-`semantics.py` has the mathematics; this file finds each request's keys and puts results away.
+`semantics.py` has the mathematics; this file finds each request's keys and stores the results.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from attn_dispatch.backends.reference.semantics import (
-    attend,
-    compute_dtype,
-    without_autocast,
-)
+from attn_dispatch.backends.reference.semantics import attend, compute_dtype, without_autocast
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import (
@@ -24,10 +18,10 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
 )
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, get_kv_scales, store_new_kv
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv
 from attn_dispatch.interface.kv_cache import view_kv_cache
-from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
 from attn_dispatch.interface.spec import (
     ALIBI_SYMMETRIC,
@@ -39,28 +33,18 @@ from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
-__all__ = ["ReferenceBackend", "ReferenceBuilder", "ReferenceImpl", "ReferenceMetadata"]
+__all__ = ["ReferenceBackend", "ReferenceImpl", "ReferenceMetadata"]
 
 
-@dataclass
 class ReferenceMetadata(BatchMetadata):
-    """The batch as it is; the reference plans nothing."""
-
-
-class ReferenceBuilder(AttentionMetadataBuilder[ReferenceMetadata]):
-    """Wraps the batch."""
-
-    def build(self, batch: AttentionBatch) -> ReferenceMetadata:
-        """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata: ReferenceMetadata = ReferenceMetadata.of(batch, self)
-        return metadata
+    """The batch as it is; REFERENCE plans nothing."""
 
 
 class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
     """Computes request by request in float32, or in float64 for float64 queries."""
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """Static fp8; and fp8 by groups, if a row of the output is a whole number of them."""
+        """Static fp8; fp8 by groups if a row of the output is a whole number of groups."""
         if quant_key == "fp8_e4m3_group128":
             return self.num_heads * self.head_size_v % GROUP_SIZE == 0
         return quant_key in OUTPUT_QUANTS
@@ -86,19 +70,18 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         scales = (output_scale, output_block_scale)
         check_forward(self, query, key, value, kv_cache, batch, output, *scales)
         if kv_cache is not None and key is not None and value is not None:
-            store_new_kv(self, layer, key, value, kv_cache, batch)
-
+            self.write_kv(layer, key, value, kv_cache, batch)
         dtype = compute_dtype(query.dtype)
         shape = (query.shape[0], self.num_heads, self.head_size_v)
         result = torch.zeros(shape, dtype=dtype, device=query.device)
         lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
-        slopes = self._on(query.device, self.alibi_slopes, dtype)
-        sinks = self._on(query.device, self.sinks, dtype)
+        slopes = _on(query.device, self.alibi_slopes, dtype)
+        sinks = _on(query.device, self.sinks, dtype)
         for request, query_len in enumerate(batch.query_lens):
             if query_len == 0 or batch.seq_lens_list[request] == 0:
                 continue
             rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
-            keys, values = self._keys_of(request, layer, key, value, kv_cache, batch, dtype)
+            keys, values = self._kv_of(request, layer, key, value, kv_cache, batch, dtype)
             result[rows], lse[rows] = attend(
                 query[rows].to(dtype),
                 keys,
@@ -118,7 +101,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         store_output(result, output, *scales)
         return (output, lse) if self.returns_lse else output
 
-    def _keys_of(
+    def _kv_of(
         self,
         request: int,
         layer: AttentionLayer,
@@ -128,7 +111,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         batch: AttentionBatch,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The request's keys and values, (seq_len, num_kv_heads, size), from cache or arguments."""
+        """A request's keys and values, (seq_len, num_kv_heads, size), from cache or arguments."""
         if kv_cache is None:
             assert key is not None
             assert value is not None
@@ -136,16 +119,16 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
             return key[rows].to(dtype), value[rows].to(dtype)
         assert batch.block_table is not None
         blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
-        keys, values = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        k_scale, v_scale = get_kv_scales(layer, kv_cache)
-        return (
-            gather_kv(keys, blocks, seq_len, k_scale, dtype),
-            gather_kv(values, blocks, seq_len, v_scale, dtype),
+        views = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
+        keys, values = (
+            gather_kv(view, blocks, seq_len, scale, dtype)
+            for view, scale in zip(views, get_kv_scales(layer, kv_cache), strict=True)
         )
+        return keys, values
 
-    @staticmethod
-    def _on(device: torch.device, values: object, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
+
+def _on(device: torch.device, values: object, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
 
 
 #: Apple's GPUs have no float64.
@@ -156,9 +139,12 @@ FLOATS = ByDevice(
 
 
 class ReferenceBackend(AttentionBackend):
-    """Plain PyTorch: right everywhere, fast nowhere."""
+    """Plain PyTorch: correct on every device, and slow."""
 
     interface_version = 2
+    name = "REFERENCE"
+    impl_cls = ReferenceImpl
+    metadata_cls = ReferenceMetadata
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
         num_heads=ANY,
@@ -186,29 +172,9 @@ class ReferenceBackend(AttentionBackend):
         cuda_graph=OneOf(False),
     )
 
-    @staticmethod
-    def get_name() -> str:
-        """REFERENCE."""
-        return "REFERENCE"
-
-    @staticmethod
-    def get_impl_cls() -> type[ReferenceImpl]:
-        """ReferenceImpl."""
-        return ReferenceImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[ReferenceMetadata]:
-        """ReferenceMetadata."""
-        return ReferenceMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[ReferenceBuilder]:
-        """ReferenceBuilder."""
-        return ReferenceBuilder
-
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """Groups of output values must come out even."""
+        """A row of the output must be a whole number of quantization groups."""
         row = spec.num_heads * spec.head_size_v
         if spec.output_quant == "fp8_e4m3_group128" and row % GROUP_SIZE:
             return [

@@ -6,30 +6,25 @@ per token, for all heads together; kv_b_proj expands a latent to each head's key
     expanded (prefill):  key = [W_UK c, k_pe], value = W_UV c
     absorbed (decode):   query = [W_UK^T q_nope, q_pe], key = [c, k_pe], value = c, output = W_UV o
 
-Both are the same function; the first multiplies each key once, the second each query once.
+Both compute the same; the first multiplies each key once, the second each query once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attn_dispatch.backends.reference.semantics import (
-    attend,
-    compute_dtype,
-    without_autocast,
-)
+from attn_dispatch.backends.reference.semantics import attend, compute_dtype, without_autocast
 from attn_dispatch.backends.reference.torch_ref import FLOATS
 from attn_dispatch.environment import check_mode
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import ANY, GIVEN, Capabilities, OneOf
 from attn_dispatch.interface.contents import check_batch_contents
-from attn_dispatch.interface.impl import AttentionLayer, MLAAttentionImpl, refuse_features
+from attn_dispatch.interface.impl import AttentionLayer, MLAAttentionImpl
 from attn_dispatch.interface.kv_access import gather_kv, write_mla_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
@@ -49,17 +44,16 @@ from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
 
-#: An entry is a latent and a rotated key, which one scale for both would serve badly.
+#: An entry has a latent and a rotated key. One scale for both would be inaccurate.
 _KV_CACHE_DTYPES = tuple(name for name in KV_CACHE_DTYPES if name != INT8_PER_TOKEN_HEAD)
 
 
-@dataclass
 class ReferenceMLAMetadata(BatchMetadata):
-    """The batch as it is; the reference plans nothing."""
+    """The batch as it is; REFERENCE_MLA plans nothing."""
 
 
 class ReferenceMLABuilder(AttentionMetadataBuilder[ReferenceMLAMetadata]):
-    """Wraps the batch."""
+    """Checks that the batch has a block table."""
 
     def build(self, batch: AttentionBatch) -> ReferenceMLAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
@@ -76,15 +70,15 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         *args: AttentionImpl's arguments, as MLAAttentionImpl describes them.
         mla: the sizes.
         kv_b_proj: (num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank), or a module whose
-            `weight` that is; each head's key rows stand before its value rows.
-        q_proj: maps hidden_states_or_cq to the queries, rotary embedding applied; None if they
-            are given as they are.
+            `weight` that is; each head has its key rows first, then its value rows.
+        q_proj: maps hidden_states_or_cq to the queries, rotary embedding applied; None if
+            hidden_states_or_cq are the queries.
         **kwargs: AttentionImpl's arguments by keyword.
 
     Raises:
         InvalidInputError: kv_b_proj has another shape or a bias, or head_size and num_kv_heads are
             not those of the latent cache.
-        UnsupportedError: it is constructed with a feature that the backend does not declare.
+        UnsupportedError: an argument asks for a feature that the backend does not declare.
     """
 
     def __init__(
@@ -96,12 +90,6 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(self, "REFERENCE_MLA", "alibi_slopes", "sinks")
-        if self.kv_cache_dtype not in _KV_CACHE_DTYPES:
-            raise UnsupportedError(
-                f"REFERENCE_MLA does not support kv_cache_dtype={self.kv_cache_dtype!r}. Give one "
-                f"of: {', '.join(_KV_CACHE_DTYPES)}."
-            )
         self.mla = mla
         self.kv_b_proj = kv_b_proj
         self.q_proj = q_proj
@@ -114,7 +102,7 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
             )
         if getattr(kv_b_proj, "bias", None) is not None:
             raise InvalidInputError(
-                "kv_b_proj has a bias, which multi-head latent attention has no place for. Give a "
+                "kv_b_proj has a bias, which multi-head latent attention does not support. Give a "
                 "module without one."
             )
         weight = self._weight()
@@ -126,9 +114,8 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
             )
 
     def _weight(self) -> torch.Tensor:
-        weight = (
-            self.kv_b_proj if isinstance(self.kv_b_proj, torch.Tensor) else self.kv_b_proj.weight
-        )
+        given = self.kv_b_proj
+        weight = given if isinstance(given, torch.Tensor) else given.weight
         assert isinstance(weight, torch.Tensor)
         return weight
 
@@ -161,13 +148,15 @@ class ReferenceMLAImpl(MLAAttentionImpl[ReferenceMLAMetadata]):
         query, k_pe = (t.flatten(1) if t.dim() > 2 else t for t in (query, k_pe))
         self._check(query, kv_c_normed, k_pe, kv_cache, batch)
         if layer._k_scale.dim():
-            raise InvalidInputError("The layer's scale is per head; a latent has one for a tensor.")
+            raise InvalidInputError(
+                "The layer's scale is per head; a latent cache has one per tensor."
+            )
         query = query.unflatten(1, (self.num_heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
         shape = (len(query), self.num_heads, mla.v_head_dim)
         check_output(shape, query, output, output_scale, output_block_scale)
         if self.kv_sharing_target_layer_name is None:
             slots = batch.slot_mapping
-            assert slots is not None  # _check saw to it
+            assert slots is not None  # by _check
             new = (kv_c_normed[: len(slots)], k_pe[: len(slots)])
             write_mla_cache(*new, kv_cache, slots, layer._k_scale)
 
@@ -286,6 +275,10 @@ class ReferenceMLABackend(AttentionBackend):
     """Multi-head latent attention in plain PyTorch."""
 
     interface_version = 2
+    name = "REFERENCE_MLA"
+    impl_cls = ReferenceMLAImpl
+    builder_cls = ReferenceMLABuilder
+    metadata_cls = ReferenceMLAMetadata
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
         num_heads=ANY,
@@ -307,26 +300,6 @@ class ReferenceMLABackend(AttentionBackend):
     )
 
     @staticmethod
-    def get_name() -> str:
-        """REFERENCE_MLA."""
-        return "REFERENCE_MLA"
-
-    @staticmethod
-    def get_impl_cls() -> type[ReferenceMLAImpl]:
-        """ReferenceMLAImpl."""
-        return ReferenceMLAImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[ReferenceMLAMetadata]:
-        """ReferenceMLAMetadata."""
-        return ReferenceMLAMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[ReferenceMLABuilder]:
-        """ReferenceMLABuilder."""
-        return ReferenceMLABuilder
-
-    @staticmethod
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
     ) -> tuple[int, ...]:
@@ -335,5 +308,5 @@ class ReferenceMLABackend(AttentionBackend):
 
     @staticmethod
     def get_kv_cache_stride_order() -> tuple[int, ...]:
-        """As they come."""
+        """Unchanged."""
         return 0, 1, 2

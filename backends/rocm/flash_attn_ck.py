@@ -1,19 +1,18 @@
-"""ROCM_FLASH_ATTN: TRITON_ATTN with the prefill of flash-attn's CK build, on AMD's Instinct GPUs.
+"""ROCM_FLASH_ATTN: TRITON_ATTN with the prefill of flash-attn's CK build, on AMD Instinct GPUs.
 
-No AMD GPU has run this here. It is written from the sources of flash-attn 2.8.3, and tested with a
-stand-in that checks each argument and computes in flash-attn's conventions.
+This has not run on an AMD GPU here. It is written from the sources of flash-attn 2.8.3, and tested
+with a stand-in that checks each argument and computes by flash-attn's conventions.
 
-A prefill is one call of `flash_attn_varlen_func` over keys and values without gaps: those that the
-step brings where no request has a past, else copies gathered out of the pages, in the layer's
-dtype. So blocks of any size, both layouts and quantized caches will do, and what lies beyond a
-request's last key, or behind its window, is not there to be read. Writing, gathering and decoding
-are TRITON_ATTN's.
+A prefill is one call of `flash_attn_varlen_func` over contiguous keys and values: the rows that the
+step brings if no request has a past, else copies gathered from the pages, in the layer's dtype. So
+any block size, both layouts and quantized caches work, and the kernel cannot read beyond a
+request's last key or before its window. TRITON_ATTN writes, gathers and decodes.
 
-Of flash-attn this is not used:
-- its own way through pages, which takes blocks of a multiple of 128 tokens alone;
-- its soft cap: CK's functions take the argument and do not look at it;
-- its Triton build (FLASH_ATTENTION_TRITON_AMD_ENABLE), which drops window, soft cap and block table
-  without a word, and is compiled anew for each longest length.
+Not used of flash-attn:
+- its own paged prefill, which takes only block sizes that are multiples of 128;
+- its soft cap: CK's functions accept the argument and ignore it;
+- its Triton build (FLASH_ATTENTION_TRITON_AMD_ENABLE), which silently drops window, soft cap and
+  block table, and is compiled again for each longest length.
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from attn_dispatch.backends.common import aligned, start_offsets, window_sides
 from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
-from attn_dispatch.backends.triton.operands import OutputBuffers, suits_tma
+from attn_dispatch.backends.triton.operands import KVSource, OutputBuffers, suits_tma
 from attn_dispatch.backends.triton.plan import PrefillPlan, TritonBuilder, TritonMetadata, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.batch_checks import rows_of
 from attn_dispatch.interface.capability import (
     Capabilities,
     MultipleOf,
@@ -38,7 +39,7 @@ from attn_dispatch.interface.capability import (
     ReasonCode,
     SameAs,
 )
-from attn_dispatch.interface.impl import AttentionLayer, refuse_features
+from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
@@ -53,12 +54,12 @@ __all__ = [
     "VarlenPlan",
 ]
 
-#: What CK does not compute together as it is meant here. With causality alone its ALiBi is slope
-#: times the key's position: that moves a whole row, which the softmax does not notice and the
-#: log-sum-exp does. With a window or without causality it is another one, by the distance on either
-#: side, whose slope some releases read before they set it. And some return the log-sum-exp of
-#: capped scores scaled as if they were not capped.
-_CLASHES = (
+#: Pairs that CK does not compute as defined here. With causality and no window its ALiBi is slope
+#: times the key's position, which shifts a whole row: the softmax stays the same and the
+#: log-sum-exp does not. With a window or without causality its ALiBi depends on the distance to
+#: either side, and some releases read its slope before they set it. Some return the log-sum-exp of
+#: capped scores with the scale of uncapped ones.
+_CONFLICTS = (
     ("alibi", "no causality"),
     ("alibi", "sliding_window"),
     ("alibi", "returns_lse"),
@@ -67,8 +68,8 @@ _CLASHES = (
 )
 
 
-def _clashes(features: AttentionSpec | VarlenImpl, alibi: bool) -> list[tuple[str, str]]:
-    """The pairs of _CLASHES that a layer has both of."""
+def _conflicts(features: AttentionSpec | VarlenImpl, alibi: bool) -> list[tuple[str, str]]:
+    """The pairs of _CONFLICTS that a layer has both of."""
     has = {
         "alibi": alibi,
         "no causality": not features.causal,
@@ -76,22 +77,22 @@ def _clashes(features: AttentionSpec | VarlenImpl, alibi: bool) -> list[tuple[st
         "returns_lse": features.returns_lse,
         "logits_soft_cap": features.logits_soft_cap is not None,
     }
-    return [pair for pair in _CLASHES if all(has[name] for name in pair)]
+    return [pair for pair in _CONFLICTS if all(has[name] for name in pair)]
 
 
 @dataclass(kw_only=True)
 class VarlenPlan(PrefillPlan):
-    """A plan whose requests are one call of a function like flash_attn_varlen_func.
+    """A plan whose requests are one call of flash_attn_varlen_func.
 
     Attributes:
-        tokens: which rows of query and output are theirs.
-        keys: which rows of key and value, where none of them has a past.
-        cu_seqlens_q: (requests + 1,) int32, where each one's rows begin among those.
+        tokens: their rows of query and output.
+        keys: their rows of key and value, for requests without a past.
+        cu_seqlens_q: (requests + 1,) int32, where each one's rows start among those.
         cu_seqlens_k: (requests + 1,) int32, the same for keys.
-        max_seqlen_q: the most query tokens of one.
-        max_seqlen_k: the most keys of one, or more.
-        blind: the rows of the query that see no key, of these requests and of those that have
-            none; None if there are no such rows.
+        max_seqlen_q: the longest query.
+        max_seqlen_k: the most keys of a request, or more.
+        rows_without_keys: the query rows that see no key, also of requests without any keys; None
+            if there are no such rows.
     """
 
     tokens: slice | torch.Tensor
@@ -100,121 +101,82 @@ class VarlenPlan(PrefillPlan):
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-    blind: torch.Tensor | None
+    rows_without_keys: torch.Tensor | None
 
 
 class VarlenBuilder(TritonBuilder):
-    """Lays out prefills for one call over keys and values without gaps."""
+    """Plans prefills as one call over contiguous keys and values."""
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         spec, has_pages = self.spec, batch.block_table is not None
         called = [i for i in chosen if batch.query_lens[i] and batch.seq_lens_list[i]]
         rows = plan_rows(batch, called, 1)
-        is_theirs = not (spec.custom_mask or spec.bidirectional_ranges or spec.batch_invariant)
-        if not (called and is_theirs) or (has_pages and not self._has_room(rows)):
+        if not called or (has_pages and not self._has_room(rows)):
             return super()._prefill(batch, chosen)
-        # The tiles are of all: so TRITON_ATTN's kernel, too, computes what this plan is for.
+        # The tiles cover all requests, so TRITON_ATTN's own kernel can run this plan too.
         tiles = self._tiles(plan_rows(batch, chosen, 1), self.launches.prefill.block_m, self._group)
         plan = self._plan(batch, rows, tiles, has_pages)
         max_seqlen_q, max_seqlen_k = max(rows.query_lens), max(rows.seq_lens)
         if not spec.causal and spec.sliding_window is not None:
-            # A window that reaches over the longest request counts as none. With more queries than
-            # keys the first queries stand before the keys, and are farther away than that.
+            # A window longer than max_seqlen_k is treated as none. But with more queries than keys
+            # the first queries are before the keys, and farther away from the last than that.
             max_seqlen_k = max(max_seqlen_k, max_seqlen_q)
-        blind = [row for i in chosen for row in self._blind_rows(batch, i)]
+        without_keys = [row for i in chosen for row in self._rows_without_keys(batch, i)]
         return VarlenPlan(
             **vars(plan),
             tokens=_rows_of(batch.query_start_list, called, self.device),
             keys=_rows_of(batch.key_starts, called, self.device),
-            cu_seqlens_q=_starts(rows.query_lens, self.device),
-            cu_seqlens_k=_starts(rows.seq_lens, self.device),
+            cu_seqlens_q=start_offsets(rows.query_lens, self.device),
+            cu_seqlens_k=start_offsets(rows.seq_lens, self.device),
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
-            blind=torch.tensor(blind, device="cpu").to(self.device) if blind else None,
+            rows_without_keys=(
+                torch.tensor(without_keys, device="cpu").to(self.device) if without_keys else None
+            ),
         )
 
-    def _blind_rows(self, batch: AttentionBatch, request: int) -> range:
-        """The rows of the query that are a request's and see no key: its first ones, if any."""
+    def _rows_without_keys(self, batch: AttentionBatch, request: int) -> range:
+        """The query rows of a request that see no key: its first ones, if any."""
         start, query_len = batch.query_start_list[request], batch.query_lens[request]
         seq_len, window = batch.seq_lens_list[request], self.spec.sliding_window
         if not seq_len:
             return range(start, start + query_len)
-        # Where rows are more than keys, the first ones stand before the keys. They see ahead:
+        # With more rows than keys, the first rows are before the keys. How far they see ahead:
         ahead = query_len if window is None else window - 1
         before = query_len - seq_len - (0 if self.spec.causal else ahead)
         return range(start, start + min(query_len, max(0, before)))
 
 
 def _rows_of(starts: list[int], requests: list[int], device: torch.device) -> slice | torch.Tensor:
-    """Which rows are these requests': a slice if they lie together, else an index."""
-    spans = [(starts[i], starts[i + 1]) for i in requests]
-    if all(end == start for (_, end), (start, _) in itertools.pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1])
-    return torch.cat([torch.arange(*span, device="cpu") for span in spans]).to(device)
-
-
-def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
-    starts = [0, *itertools.accumulate(lengths)]
-    return torch.tensor(starts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+    """The rows of these requests: a slice if they are contiguous, else an index."""
+    if all(starts[i + 1] == starts[j] for i, j in itertools.pairwise(requests)):
+        return slice(starts[requests[0]], starts[requests[-1] + 1])
+    return rows_of(requests, starts, device)[0]
 
 
 class VarlenImpl(TritonImpl):
-    """Prefills by a function like flash_attn_varlen_func, and the rest as TRITON_ATTN does.
+    """Prefills by a function like flash_attn_varlen_func; everything else is TRITON_ATTN's.
 
-    A subclass sets `backend`, its backend's name; `_function`; and `_options`, what that takes
-    beside what all of them take.
+    A subclass sets `_function`, and `_options`, the arguments that not all such functions have.
 
     Raises:
-        UnsupportedError: it is constructed with sinks, or with what CK does not compute together;
-            or called for a quantized output.
+        UnsupportedError: the arguments combine features that CK does not compute together.
     """
 
-    backend: ClassVar[str]
     _function: Callable[..., Any]
     _options: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(self, self.backend, "sinks")
-        for one, other in _clashes(self, self.alibi_slopes is not None):
+        for one, other in _conflicts(self, self.alibi_slopes is not None):
             raise UnsupportedError(
-                f"{self.backend} does not support {one} with {other}. get_attn_backend finds one "
-                "that does."
+                f"{self.backend_cls.get_name()} does not support {one} with {other}. "
+                "get_attn_backend finds one that does."
             )
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """No: these functions do not quantize."""
         return False
-
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        attn_metadata: TritonMetadata | None,
-        output: torch.Tensor | None = None,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward."""
-        is_quantized = output_scale is not None or output_block_scale is not None
-        if is_quantized and attn_metadata is not None:
-            raise UnsupportedError(
-                f"{self.backend} does not quantize its output; TRITON_ATTN does."
-            )
-        return super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
 
     def _prefill(
         self,
@@ -231,43 +193,31 @@ class VarlenImpl(TritonImpl):
         is_gathered = plan.gathered is not None and source.k is plan.gathered[0]
         keys = slice(None) if is_gathered else plan.keys
         result = self._function(
-            _aligned(query[plan.tokens]),
-            _aligned(source.k[keys][..., : self.head_size]),
-            _aligned(source.v[keys][..., : self.head_size_v]),
+            aligned(query[plan.tokens], suits_tma),
+            aligned(source.k[keys][..., : self.head_size], suits_tma),
+            aligned(source.v[keys][..., : self.head_size_v], suits_tma),
             plan.cu_seqlens_q,
             plan.cu_seqlens_k,
             plan.max_seqlen_q,
             plan.max_seqlen_k,
-            softmax_scale=abs(self.scale),  # forward took care of the sign
+            softmax_scale=abs(self.scale),  # forward has applied the sign to the query
             causal=self.causal,
-            window_size=self._window(plan.max_seqlen_k),
+            window_size=window_sides(self.causal, self.sliding_window, plan.max_seqlen_k),
             alibi_slopes=None if self.alibi_slopes is None else self._per_head(query)[0],
             **self._options,
         )
         output, lse = result[:2] if self.returns_lse else (result, None)
-        # What the function does to rows that see nothing differs: NaN, 0, infinity of either sign.
         out.values[plan.tokens] = output
-        if plan.blind is not None:
-            out.values[plan.blind] = 0
         if lse is not None:
             out.lse[plan.tokens] = lse.T
-            if plan.blind is not None:
-                out.lse[plan.blind] = float("-inf")
-
-    def _window(self, longest: int) -> tuple[int, int]:
-        """(left, right): how many keys a query sees beside its own, −1 for all."""
-        if self.sliding_window is None:
-            return -1, -1
-        left = min(self.sliding_window - 1, longest)
-        return left, 0 if self.causal else left
+        # The functions differ in what they return for these rows: NaN, 0, or infinity.
+        if plan.rows_without_keys is not None:
+            out.values[plan.rows_without_keys] = 0
+            if lse is not None:
+                out.lse[plan.rows_without_keys] = float("-inf")
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where its heads do not begin at multiples of 16 bytes: CK loads so."""
-    return tensor if suits_tma(tensor) else tensor.clone(memory_format=torch.contiguous_format)
-
-
-#: What TRITON_ATTN declares, as far as these functions compute it too.
+#: What TRITON_ATTN declares, limited to what these functions compute too.
 VARLEN_FIELDS = {
     **TritonAttnBackend.capabilities.fields,
     "head_size": MultipleOf(8, largest=256),
@@ -285,43 +235,34 @@ VARLEN_FIELDS = {
 class VarlenBackend(TritonAttnBackend):
     """What the backends with such a function share; not a backend by itself."""
 
-    #: No AMD GPU has shown what the functions make of NaN.
+    builder_cls = VarlenBuilder
+    #: What the functions do with NaN has not been seen on an AMD GPU.
     propagates_nan = False
-
-    @staticmethod
-    def get_builder_cls() -> type[VarlenBuilder]:
-        """VarlenBuilder."""
-        return VarlenBuilder
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """What CK does not compute together."""
-        reasons = super().check_combination(spec, device)
-        for one, other in _clashes(spec, bool(spec.alibi)):
-            reasons.append(
-                Reason(
-                    code=ReasonCode.COMBINATION,
-                    field=one,
-                    asked=f"{one} with {other}",
-                    allowed=f"{one} without {other}",
-                )
+        return super().check_combination(spec, device) + [
+            Reason(
+                code=ReasonCode.COMBINATION,
+                field=one,
+                asked=f"{one} with {other}",
+                allowed=f"{one} without {other}",
             )
-        return reasons
+            for one, other in _conflicts(spec, bool(spec.alibi))
+        ]
 
 
 class FlashAttnImpl(VarlenImpl):
     """Prefills by flash_attn.
 
     Raises:
-        UnsupportedError: it is constructed with a feature that the backend does not declare.
+        UnsupportedError: an argument asks for a feature that the backend does not declare.
         BackendFailure: flash_attn is broken, or runs its Triton build.
     """
 
-    backend = "ROCM_FLASH_ATTN"
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(self, self.backend, "logits_soft_cap")
         library = import_library("flash_attn.flash_attn_interface")
         if getattr(library, "USE_TRITON_ROCM", False):
             raise BackendFailure(
@@ -333,23 +274,15 @@ class FlashAttnImpl(VarlenImpl):
 
 
 class RocmFlashAttnBackend(VarlenBackend):
-    """TRITON_ATTN with the prefill of flash-attn's CK build, on AMD's Instinct GPUs."""
+    """TRITON_ATTN with the prefill of flash-attn's CK build, on AMD Instinct GPUs."""
 
     interface_version = 2
+    name = "ROCM_FLASH_ATTN"
+    impl_cls = FlashAttnImpl
     capabilities: ClassVar[Capabilities] = Capabilities(
         # What flash-attn's setup builds for.
         devices=(DeviceMatch(vendor="amd", archs=("gfx90a", "gfx942", "gfx950")),),
-        # The last is the module that CK is compiled into, and that the Triton build comes without.
+        # The last is the module that CK is compiled into; the Triton build does not have it.
         requires=("triton>=3.6", "flash-attn>=2.8,<3", "flash_attn_2_cuda"),
         **{**VARLEN_FIELDS, "logits_soft_cap": OneOf(None)},
     )
-
-    @staticmethod
-    def get_name() -> str:
-        """ROCM_FLASH_ATTN."""
-        return "ROCM_FLASH_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> type[FlashAttnImpl]:
-        """FlashAttnImpl."""
-        return FlashAttnImpl

@@ -22,7 +22,6 @@ from attn_dispatch import (
 from attn_dispatch.backends.no_attention import NoAttentionBackend
 from attn_dispatch.backends.reference.torch_ref import (
     ReferenceBackend,
-    ReferenceBuilder,
     ReferenceImpl,
     ReferenceMetadata,
 )
@@ -88,7 +87,7 @@ def backend_of(step, backend):
     """The builder and impl of a backend, or of a layer that routes between two."""
     if "=" in backend:
         layer = layer_of(step, backend=backend)
-        return layer._builder, layer._impl
+        return layer._binding.builder, layer._binding.impl
     cls = class_of(backend)
     return cls.get_builder_cls()(step.spec, step.device), step.impl_of(cls)
 
@@ -239,7 +238,7 @@ def test_a_subclass_may_have_defaults_and_its_own_post_init():
             self.extra.append(self.number)
 
     step = step_of()
-    builder = ReferenceBuilder(step.spec, step.device)
+    builder = ReferenceBackend.builder_cls(step.spec, step.device)
     one, other = Mine.of(step.batch, builder), Mine.of(step.batch, builder, number=4)
     assert (one.extra, other.extra) == ([3], [4])
 
@@ -299,7 +298,8 @@ NON_MLA = [name for name in BUILTIN if name != "REFERENCE_MLA"]
 @pytest.mark.parametrize("given", ["no output", "output", "fp8 output", "fp8 output by groups"])
 def test_forward_without_metadata_gives_zeros(name, returns_lse, given):
     cls = NoAttentionBackend if name == "NO_ATTENTION" else class_of(name)
-    impl = bare_impl(cls.get_impl_cls(), head_size_v=64, returns_lse=returns_lse)
+    impl = bare_impl(cls.get_impl_cls(), head_size_v=64)
+    impl.returns_lse = returns_lse
     query, key = torch.full((3, 4, 32), torch.nan), torch.randn(3, 2, 32)
     value, cache = torch.randn(3, 2, 64), torch.full((2, 2, 4, 2, 64), 5.0)
     more = {}
@@ -471,7 +471,7 @@ def backend_with(base, member, function):
         AttentionImpl: (ReferenceImpl, "get_impl_cls"),
         MLAAttentionImpl: (ReferenceMLABackend.get_impl_cls(), "get_impl_cls"),
         AttentionMetadata: (ReferenceMetadata, "get_metadata_cls"),
-        AttentionMetadataBuilder: (ReferenceBuilder, "get_builder_cls"),
+        AttentionMetadataBuilder: (ReferenceBackend.builder_cls, "get_builder_cls"),
         AttentionState: (CommonAttentionState, "get_state_cls"),
     }
     if base is AttentionBackend:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", minversion="3.6")
 from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn import providers as flash_attn_providers
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
-from attn_dispatch.backends.cuda.flash_attn.providers import PROVIDERS, refusals
+from attn_dispatch.backends.cuda.flash_attn.providers import PROVIDERS, rejections
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library, library_name
 
@@ -70,7 +70,7 @@ def fitted(spec, provider):
     """The spec with as few fields changed as it takes for the provider to serve it."""
     device = profile_for(provider)
     for _ in range(10):
-        reasons = refusals(provider, spec, device)
+        reasons = rejections(provider, spec, device)
         if not reasons:
             return spec
         changes = {reason.field: FITTING[reason.field] for reason in reasons}
@@ -152,7 +152,7 @@ def step_of(name, fields, lengths, device="cpu", **more):
 
 def supported(name, spec):
     """Skip what the provider refuses: test_limits says that it does."""
-    reasons = refusals(BY_NAME[name], spec, profile_for(BY_NAME[name]))
+    reasons = rejections(BY_NAME[name], spec, profile_for(BY_NAME[name]))
     if reasons:
         pytest.skip(str(reasons[0]))
 

@@ -1,1 +1,1 @@
-"""FLASH_ATTN: every package that brings FlashAttention for NVIDIA GPUs."""
+"""FLASH_ATTN: FlashAttention 2, 3 and 4, from whichever package is installed."""

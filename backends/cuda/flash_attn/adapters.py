@@ -1,7 +1,7 @@
-"""How each package that brings FlashAttention is told of work: its functions, in its own words.
+"""Adapters from our call description to each FlashAttention package's API.
 
-Each `bind_*` is told of the work that all layers of a batch have in common, and makes what does it
-for one layer. So a layer's call is the package's function and what the layer brings, no more.
+Each `bind_*` takes what all layers of a batch share and returns the function that computes one
+layer. A layer's call is then the package's function with the layer's tensors and nothing more.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ __all__ = [
     "bind_vllm",
 ]
 
-#: A provider's functions by name, once it is imported; None for one that it does not have.
+#: The functions of an imported provider by name; None for one that the release does not have.
 Functions = Mapping[str, Any]
-#: Puts what the layers of a batch have in common into a package's words, once for all of them.
+#: Translates what the layers of a batch share into a package's arguments, once for all of them.
 Binder = Callable[[Functions, VarlenArgs], Attend]
 
 
-def bind_flash_attn_2(functions: Functions, work: VarlenArgs) -> Attend:
-    """flash_attn: one token a request goes to the function that splits long requests."""
+def bind_flash_attn_2(functions: Functions, args: VarlenArgs) -> Attend:
+    """flash_attn: decodes of one token use the function that splits long requests."""
     common = {
-        "causal": work.causal,
-        "window_size": work.window,
-        "softcap": work.soft_cap,
-        "block_table": work.block_table,
+        "causal": args.causal,
+        "window_size": args.window,
+        "softcap": args.soft_cap,
+        "block_table": args.block_table,
     }
-    if work.is_decode and work.block_table is not None:
+    if args.is_decode and args.block_table is not None:
         decode = functions["flash_attn_with_kvcache"]
-        arguments = {"cache_seqlens": work.seq_lens, "return_softmax_lse": True, **common}
+        arguments = {"cache_seqlens": args.seq_lens, "return_softmax_lse": True, **common}
 
         def attend(given: Operands) -> Result:
             output, lse = decode(
@@ -49,12 +49,12 @@ def bind_flash_attn_2(functions: Functions, work: VarlenArgs) -> Attend:
                 alibi_slopes=given.slopes,
                 **arguments,
             )
-            return output[:, 0], _without_inf(lse[..., 0].T) if work.returns_lse else None
+            return output[:, 0], _without_inf(lse[..., 0].T) if args.returns_lse else None
 
         return attend
 
     varlen = functions["flash_attn_varlen_func"]
-    lengths = (work.query_start_list, work.key_starts, *_longest_2(work))
+    lengths = (args.query_start_loc, args.key_start_loc, *_max_lens_2(args))
 
     def attend_ragged(given: Operands) -> Result:
         output, lse, _ = varlen(
@@ -67,41 +67,41 @@ def bind_flash_attn_2(functions: Functions, work: VarlenArgs) -> Attend:
             return_attn_probs=True,
             **common,
         )
-        return output, _without_inf(lse) if work.returns_lse else None
+        return output, _without_inf(lse) if args.returns_lse else None
 
     return attend_ragged
 
 
-def _longest_2(work: VarlenArgs) -> tuple[int, int]:
-    """The most queries and keys of a request, as FlashAttention 2 is told of them.
+def _max_lens_2(args: VarlenArgs) -> tuple[int, int]:
+    """The largest query and key lengths for FlashAttention 2.
 
-    Told of one query, it counts on a token of every request. A window that is longer than the keys
-    it takes for one without an end, which it is not for a query that stands before the first key.
+    With a maximum of one query it assumes that every request has a token. It treats a window longer
+    than the maximum of keys as none, which is wrong for a query before the first key.
     """
-    queries = work.max_query_len if work.is_decode else max(2, work.max_query_len)
-    return queries, max(work.max_seq_len, work.max_query_len)
+    queries = args.max_query_len if args.is_decode else max(2, args.max_query_len)
+    return queries, max(args.max_seq_len, args.max_query_len)
 
 
 def _without_inf(lse: torch.Tensor) -> torch.Tensor:
-    """FlashAttention 2 gives a row without keys +inf."""
+    """FlashAttention 2 returns +inf for a row without keys."""
     return lse.masked_fill(lse.isposinf(), float("-inf"))
 
 
-def bind_flash_attn_3(functions: Functions, work: VarlenArgs) -> Attend:
+def bind_flash_attn_3(functions: Functions, args: VarlenArgs) -> Attend:
     """flash_attn_interface and sgl_kernel: rows are a cache without pages."""
     function = functions["flash_attn_with_kvcache"]
     arguments: dict[str, Any] = {
-        "cache_seqlens": work.seq_lens,
-        "page_table": work.block_table,
-        "cu_seqlens_q": work.query_start_list,
-        "max_seqlen_q": work.max_query_len,
-        "causal": work.causal,
-        "window_size": work.window,
-        "softcap": work.soft_cap,
+        "cache_seqlens": args.seq_lens,
+        "page_table": args.block_table,
+        "cu_seqlens_q": args.query_start_loc,
+        "max_seqlen_q": args.max_query_len,
+        "causal": args.causal,
+        "window_size": args.window,
+        "softcap": args.soft_cap,
         "return_softmax_lse": True,
     }
-    if work.schedule is not None:
-        arguments["scheduler_metadata"] = work.schedule
+    if args.schedule is not None:
+        arguments["scheduler_metadata"] = args.schedule
 
     def attend(given: Operands) -> Result:
         output, lse, *_ = function(
@@ -112,8 +112,8 @@ def bind_flash_attn_3(functions: Functions, work: VarlenArgs) -> Attend:
     return attend
 
 
-def _on_its_device(attend: Attend) -> Attend:
-    """FlashAttention 4 launches on the current device; the others look where their tensors are."""
+def _on_tensor_device(attend: Attend) -> Attend:
+    """FlashAttention 4 launches on the current device; the others use their tensors' device."""
 
     def run(given: Operands) -> Result:
         with torch.cuda.device_of(given.query):
@@ -122,21 +122,21 @@ def _on_its_device(attend: Attend) -> Attend:
     return run
 
 
-def bind_flash_attn_4(functions: Functions, work: VarlenArgs) -> Attend:
-    """flash_attn.cute: a side of the window that has no end is None; 0 splits as it sees fit."""
+def bind_flash_attn_4(functions: Functions, args: VarlenArgs) -> Attend:
+    """flash_attn.cute: None is an unlimited side of the window; num_splits=0 lets it choose."""
     function = functions["flash_attn_varlen_func"]
-    left, right = (None if side < 0 else side for side in work.window)
+    left, right = (None if side < 0 else side for side in args.window)
     arguments: dict[str, Any] = {
-        "cu_seqlens_q": work.query_start_list,
-        "seqused_k": work.seq_lens,
-        "max_seqlen_q": work.max_query_len,
-        "max_seqlen_k": work.max_seq_len,
-        "page_table": work.block_table,
-        "causal": work.causal,
+        "cu_seqlens_q": args.query_start_loc,
+        "seqused_k": args.seq_lens,
+        "max_seqlen_q": args.max_query_len,
+        "max_seqlen_k": args.max_seq_len,
+        "page_table": args.block_table,
+        "causal": args.causal,
         "window_size": (left, right),
-        "softcap": work.soft_cap,
+        "softcap": args.soft_cap,
         "num_splits": 0,
-        "return_lse": work.returns_lse,
+        "return_lse": args.returns_lse,
     }
 
     def attend(given: Operands) -> Result:
@@ -150,28 +150,28 @@ def bind_flash_attn_4(functions: Functions, work: VarlenArgs) -> Attend:
         )
         return output, lse
 
-    return _on_its_device(attend)
+    return _on_tensor_device(attend)
 
 
 def bind_vllm(version: int) -> Binder:
-    """vLLM's build, which has them all behind one function."""
+    """vLLM's build, which has all generations behind one function."""
 
-    def bind(functions: Functions, work: VarlenArgs) -> Attend:
+    def bind(functions: Functions, args: VarlenArgs) -> Attend:
         function = functions["flash_attn_varlen_func"]
-        longest = (work.max_query_len, work.max_seq_len) if version > 2 else _longest_2(work)
-        has_starts = version == 2 and work.block_table is None
+        max_lens = (args.max_query_len, args.max_seq_len) if version > 2 else _max_lens_2(args)
+        has_starts = version == 2 and args.block_table is None
         arguments: dict[str, Any] = {
-            "max_seqlen_q": longest[0],
-            "cu_seqlens_q": work.query_start_list,
-            "max_seqlen_k": longest[1],
-            "cu_seqlens_k": work.key_starts if has_starts else None,
-            "seqused_k": None if has_starts else work.seq_lens,
-            "causal": work.causal,
-            "window_size": list(work.window),
-            "softcap": work.soft_cap,
-            "block_table": work.block_table,
-            "return_softmax_lse": work.returns_lse,
-            "scheduler_metadata": work.schedule,
+            "max_seqlen_q": max_lens[0],
+            "cu_seqlens_q": args.query_start_loc,
+            "max_seqlen_k": max_lens[1],
+            "cu_seqlens_k": args.key_start_loc if has_starts else None,
+            "seqused_k": None if has_starts else args.seq_lens,
+            "causal": args.causal,
+            "window_size": list(args.window),
+            "softcap": args.soft_cap,
+            "block_table": args.block_table,
+            "return_softmax_lse": args.returns_lse,
+            "scheduler_metadata": args.schedule,
             "fa_version": version,
         }
 
@@ -186,11 +186,11 @@ def bind_vllm(version: int) -> Binder:
                 s_aux=given.sinks,
                 **arguments,
             )
-            if not work.returns_lse:
+            if not args.returns_lse:
                 return result, None
             output, lse = result
             return output, _without_inf(lse) if version == 2 else lse
 
-        return _on_its_device(attend) if version == 4 else attend
+        return _on_tensor_device(attend) if version == 4 else attend
 
     return bind

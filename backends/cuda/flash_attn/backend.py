@@ -1,10 +1,12 @@
-"""FLASH_ATTN: FlashAttention 2, 3 and 4, whichever package brings the one that fits.
+"""FLASH_ATTN: FlashAttention 2, 3 and 4, from the first package that supports the layer.
 
-Which package that is says `flash_attn_providers.py`. The builder takes a batch apart into calls:
-decodes, prompts, and long prompts alone where that is faster, and the layers make them. What stands
-in the cache and belongs to nobody is kept from the kernels, which multiply what they do not see by
-zero: blocks that a sliding window has passed are cut out of the block table, and rows of keys are
-given so that none is loaded with another request's.
+`providers.py` picks the package. The builder splits a batch into calls: decodes, prompts, and long
+prompts one by one where that is faster. The kernels multiply what they mask by zero, so a NaN that
+they load reaches the result. Therefore blocks that the sliding window has passed are cut out of the
+block table, and rows of keys are laid out so that no request's are loaded with another's.
+
+FlashAttention: arXiv:2205.14135; FlashAttention-2: arXiv:2307.08691; FlashAttention-3:
+arXiv:2407.08608.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.backends.common import ForwardArgs, UnquantizedImpl, aligned
 from attn_dispatch.backends.cuda.flash_attn.calls import (
     PAGES_OF_ONE,
     FlashCall,
     Operands,
-    aligned,
     check_block_size,
     check_strides,
     gather,
-    is_aligned,
-    part,
+    has_aligned_heads,
+    select_rows,
 )
 from attn_dispatch.backends.cuda.flash_attn.providers import (
     Provider,
@@ -36,40 +38,29 @@ from attn_dispatch.backends.cuda.flash_attn.providers import (
     pick_provider,
     require_provider,
 )
-from attn_dispatch.backends.triton.backend import TritonImpl
+from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.backends.triton.plan import MAX_GATHERED_BYTES
-from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
-from attn_dispatch.interface.validation import (
-    check_forward,
-    check_int32,
-    check_metadata,
-    profiling_output,
-)
+from attn_dispatch.interface.validation import check_int32
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
-__all__ = [
-    "FlashAttnBackend",
-    "FlashAttnBuilder",
-    "FlashAttnImpl",
-    "FlashAttnMetadata",
-]
+__all__ = ["FlashAttnBackend", "FlashAttnBuilder", "FlashAttnImpl", "FlashAttnMetadata"]
 
-#: From so many query tokens on, a request is called for alone, over rows. On an H200 those were
-#: faster than pages of 16: 229 to 249 µs at 4k tokens, and 754 to 783 for 2k over 16k keys, the
+#: A request with this many query tokens or more gets a call of its own, over rows. On an H200 rows
+#: were faster than pages of 16: 229 to 249 µs at 4k tokens, and 754 to 783 for 2k over 16k keys,
 #: copying included (benchmarks/RESULTS.md).
-_ALONE_FROM = 2048
-#: Batches that would take more calls than this beside the long prompts', because their phases
-#: alternate, take one.
-_MOST_CALLS = 8
+_OWN_CALL_QUERY_LEN = 2048
+#: A batch whose phases alternate is one call if it would need more calls than this, long prompts
+#: not counted.
+_MAX_CALLS = 8
 
 
 @dataclass
@@ -84,17 +75,17 @@ class FlashAttnMetadata(BatchMetadata):
 
     @functools.cached_property
     def without_pages(self) -> FlashAttnMetadata:
-        """The same for a call that brings no cache, whose keys are the rows that it brings."""
+        """The same for a call without a cache, whose keys are the rows that it brings."""
         batch = dataclasses.replace(self.batch, block_table=None)
         metadata: FlashAttnMetadata = self.builder.build(batch)
         return metadata
 
 
 class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
-    """Picks the provider, and takes batches apart into calls.
+    """Picks the provider, and splits batches into calls.
 
     Raises:
-        UnsupportedError: no provider that is installed here can serve the layers.
+        UnsupportedError: no installed provider supports the layers.
         BackendFailure: the provider cannot be imported.
     """
 
@@ -115,50 +106,46 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         return metadata
 
     def _runs(self, batch: AttentionBatch) -> Iterator[tuple[int, int, bool]]:
-        """(first request, the one after the last, whether it is called for alone)."""
+        """(first request, the one after the last, whether it is a single long prompt)."""
         labels = self._labels(batch)
         runs = [(label, len(list(run))) for label, run in itertools.groupby(labels)]
-        together = sum(not isinstance(label, int) for label, _ in runs)
-        if together > _MOST_CALLS and self._has_pages(batch):
+        shared = sum(not isinstance(label, int) for label, _ in runs)
+        can_join_all = batch.block_table is not None or self.provider.takes_pages_of_one
+        if shared > _MAX_CALLS and can_join_all:
             runs = [(None, len(labels))]
         first = 0
         for label, length in runs:
             end = first + length
-            is_alone = isinstance(label, int) or (isinstance(label, tuple) and length == 1)
+            is_single = isinstance(label, int) or (isinstance(label, tuple) and length == 1)
             if batch.query_start_list[first] < batch.query_start_list[end]:
-                yield first, end, is_alone
+                yield first, end, is_single
             first = end
 
-    def _has_pages(self, batch: AttentionBatch) -> bool:
-        """Whether any requests may be called for together: by pages, if only of one row each."""
-        return batch.block_table is not None or self.provider.takes_pages_of_one
-
     def _labels(self, batch: AttentionBatch) -> list[object]:
-        """What sets neighbours apart: a number is a request's own, to be called for alone."""
-        few, lengths = batch.max_decode_query_len, batch.seq_lens_list
-        has_cache = batch.block_table is not None
-        if not has_cache and (not self.provider.reads_past_rows or len(set(lengths)) == 1):
-            return [None] * len(lengths)
+        """Neighbours with equal labels share a call. An integer label belongs to one request."""
+        seq_lens, has_cache = batch.seq_lens_list, batch.block_table is not None
+        if not has_cache and (not self.provider.reads_past_rows or len(set(seq_lens)) == 1):
+            return [None] * len(seq_lens)
 
         def label(request: int, query_len: int, seq_len: int) -> object:
-            if self._pays_alone(query_len, seq_len):
-                # Neighbours without a past that are equally long may be read together.
+            if self._needs_own_call(query_len, seq_len):
+                # Neighbours without a past and of one length may be read together.
                 new = batch.key_starts[request + 1] - batch.key_starts[request]
                 is_fresh = has_cache and new == seq_len and not self.spec.kv_sharing
                 return (seq_len,) if is_fresh else request
             if has_cache:
-                return Phase.DECODE if query_len <= few else Phase.PREFILL
+                return Phase.DECODE if query_len <= batch.max_decode_query_len else Phase.PREFILL
             return None if self.provider.takes_pages_of_one else (seq_len,)
 
-        return list(map(label, range(len(lengths)), batch.query_lens, lengths))
+        return list(map(label, range(len(seq_lens)), batch.query_lens, seq_lens))
 
-    def _pays_alone(self, query_len: int, seq_len: int) -> bool:
+    def _needs_own_call(self, query_len: int, seq_len: int) -> bool:
         spec = self.spec
         row_bytes = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         fits = seq_len * row_bytes <= MAX_GATHERED_BYTES
-        return self.provider.gathers and query_len >= _ALONE_FROM and fits
+        return self.provider.gathers and query_len >= _OWN_CALL_QUERY_LEN and fits
 
-    def _call(self, batch: AttentionBatch, first: int, end: int, alone: bool) -> FlashCall:
+    def _call(self, batch: AttentionBatch, first: int, end: int, is_single: bool) -> FlashCall:
         spec, table = self.spec, batch.block_table
         query_lens, seq_lens = batch.query_lens[first:end], batch.seq_lens_list[first:end]
         # A graph is captured for lengths up to the batch's limit.
@@ -166,15 +153,18 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         starts = batch.query_start_loc[first : end + 1]
         if table is not None:
             table = table[first:end, : max(1, -(-longest // (spec.block_size or 1)))]
+        row_shape = None
+        if self.provider.reads_past_rows:
+            row_shape = (len(seq_lens), -1) if len(set(seq_lens)) == 1 else PAGES_OF_ONE
         return FlashCall(
             spec=spec,
             bind=functools.partial(self.provider.bind, self.functions),
             get_schedule=self.functions.get("get_scheduler_metadata"),
             tokens=slice(batch.query_start_list[first], batch.query_start_list[end]),
-            keys=self._rows(batch, first, end),
-            row_shape=self._row_shape(seq_lens),
-            gathered=self._gathered(batch, first) if alone and table is not None else None,
-            query_start_list=starts - batch.query_start_list[first] if first else starts,
+            keys=self._key_rows(batch, first, end),
+            row_shape=row_shape,
+            gathered=self._gathered(batch, first) if is_single and table is not None else None,
+            query_start_loc=starts - batch.query_start_list[first] if first else starts,
             seq_lens=batch.seq_lens[first:end],
             block_table=table,
             max_query_len=max(query_lens),
@@ -183,14 +173,8 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
             has_no_keys=longest == 0,
         )
 
-    def _row_shape(self, seq_lens: list[int]) -> tuple[int, int] | None:
-        """How rows of keys are given, so that none is read with another request's: see VarlenArgs."""
-        if not self.provider.reads_past_rows:
-            return None
-        return (len(seq_lens), -1) if len(set(seq_lens)) == 1 else PAGES_OF_ONE
-
-    def _rows(self, batch: AttentionBatch, first: int, end: int) -> slice | None:
-        """The rows of key and value that are these requests', if they may be read there."""
+    def _key_rows(self, batch: AttentionBatch, first: int, end: int) -> slice | None:
+        """The requests' rows of key and value, if they hold all keys and can be read as rows."""
         rows = slice(batch.key_starts[first], batch.key_starts[end])
         if batch.block_table is None:
             return rows
@@ -201,27 +185,27 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         return rows if is_fresh and is_safe and batch.max_query_len > 1 else None
 
     def _gathered(self, batch: AttentionBatch, request: int) -> tuple[torch.Tensor, int]:
-        """The blocks that hold what a request sees, and how many keys from there on."""
+        """The blocks that a request sees, and the number of keys from their start on."""
         spec = self.spec
         assert batch.block_table is not None
         assert spec.block_size is not None
-        seq_len, passed = batch.seq_lens_list[request], 0
+        seq_len, skipped = batch.seq_lens_list[request], 0
         if spec.sliding_window is not None:
             before = seq_len - batch.query_lens[request] + 1 - spec.sliding_window
-            passed = max(0, before) // spec.block_size
-        blocks = batch.block_table[request, passed : -(-seq_len // spec.block_size)]
-        return blocks, seq_len - passed * spec.block_size
+            skipped = max(0, before) // spec.block_size
+        blocks = batch.block_table[request, skipped : -(-seq_len // spec.block_size)]
+        return blocks, seq_len - skipped * spec.block_size
 
 
-class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
-    """Writes the cache by the project's own kernel, and calls the provider of the metadata.
+class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
+    """Writes the cache by the project's own kernel, and calls the metadata's provider.
 
-    Sinks are rounded to bfloat16, the dtype of the layers that may have them.
+    Sinks are rounded to bfloat16, the dtype of every layer that may have them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._writer = TritonImpl(*args, **kwargs)
+        self._writer = KVCacheWriter(self)
         self._scale = abs(self.scale) or 1.0
         self._slopes: torch.Tensor | None = None
         self._last_cache: tuple[Any, torch.Tensor, torch.Tensor] | None = None
@@ -235,94 +219,65 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
-        if kv_cache.is_cuda:
-            self._writer.write_kv(layer, key, value, kv_cache, batch)
-        else:
-            super().write_kv(layer, key, value, kv_cache, batch)
+        write = self._writer.write if kv_cache.is_cuda else super().write_kv
+        write(layer, key, value, kv_cache, batch)
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        attn_metadata: FlashAttnMetadata | None,
-        output: torch.Tensor | None = None,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward."""
-        if attn_metadata is None:
-            return profiling_output(self, query, output, output_scale, output_block_scale)
-        check_metadata(self, attn_metadata, FlashAttnMetadata)
-        if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedError("FLASH_ATTN does not quantize its output; TRITON_ATTN does.")
-        check_forward(self, query, key, value, kv_cache, attn_metadata.batch, output)
-        cache = None
-        if kv_cache is not None:
-            cache = self._split(kv_cache, attn_metadata.builder.spec)
-            if key is not None and value is not None:
-                self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
-        elif attn_metadata.batch.block_table is not None:
-            attn_metadata = attn_metadata.without_pages
-        if self.scale <= 0:  # the kernels take the largest product for the largest score
-            query = -query if self.scale else torch.zeros_like(query)
-        query = aligned(query)
-        shape = (query.shape[0], self.num_heads, self.head_size_v)
-        out = output
-        if out is None or not is_aligned(out):
-            out = query.new_empty(shape)
-        lse = query.new_empty(shape[:2], dtype=torch.float32) if self.returns_lse else None
-        num_tokens = attn_metadata.batch.num_tokens
-        if shape[0] > num_tokens:  # rows that are no request's
-            out[num_tokens:] = 0
-            if lse is not None:
-                lse[num_tokens:] = float("-inf")
-        for call in attn_metadata.calls:
-            self._make(call, query, key, value, cache, out, lse)
-        if output is not None and output is not out:
-            out = output.copy_(out)
-        return out if lse is None else (out, lse)
+    def _check_call(self, args: ForwardArgs[FlashAttnMetadata]) -> None:
+        if args.kv_cache is not None:
+            self._view(args.kv_cache)
+            check_block_size(args.kv_cache, args.metadata.builder.spec)
 
-    def _split(
-        self, kv_cache: torch.Tensor, spec: AttentionSpec
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the cache; those of the last one are remembered."""
+    def _view(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the cache. Repeated calls with the same cache are cheap."""
         if self._last_cache is None or self._last_cache[0]() is not kv_cache:
             check_strides(kv_cache)
             views = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
             self._last_cache = (weakref.ref(kv_cache), *views)
-        check_block_size(kv_cache, spec)
         return self._last_cache[1:]
 
-    def _make(
+    def _attend(
+        self, args: ForwardArgs[FlashAttnMetadata], output: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        metadata, query = args.metadata, args.query
+        if args.kv_cache is None and metadata.batch.block_table is not None:
+            metadata = metadata.without_pages
+        if self.scale <= 0:  # with a negative scale the kernels would take the wrong maximum
+            query = -query if self.scale else torch.zeros_like(query)
+        query = aligned(query, has_aligned_heads)
+        out = output if has_aligned_heads(output) else query.new_empty(output.shape)
+        for call in metadata.calls:
+            rows = select_rows(query, call.tokens), select_rows(out, call.tokens)
+            self._run(call, args, *rows, None if lse is None else select_rows(lse, call.tokens))
+        if out is not output:
+            output[: metadata.batch.num_tokens] = out[: metadata.batch.num_tokens]
+
+    def _run(
         self,
         call: FlashCall,
+        args: ForwardArgs[FlashAttnMetadata],
         query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        cache: tuple[torch.Tensor, torch.Tensor] | None,
         out: torch.Tensor,
         lse: torch.Tensor | None,
     ) -> None:
-        """Make one call, and put its results into their rows."""
-        query, out = part(query, call.tokens), part(out, call.tokens)
-        lse = None if lse is None else part(lse, call.tokens)
+        """Run one call, with its rows of query, output and lse."""
         if call.has_no_keys:
             out.zero_()
             if lse is not None:
                 lse.fill_(float("-inf"))
             return
-        if call.keys is not None and key is not None and value is not None:
+        if call.keys is not None and args.key is not None and args.value is not None:
             attend = call.over_rows
-            keys, values = (call.as_rows(aligned(part(new, call.keys))) for new in (key, value))
+            rows = (select_rows(new, call.keys) for new in (args.key, args.value))
+            keys, values = (call.as_rows(aligned(each, has_aligned_heads)) for each in rows)
         else:
-            assert cache is not None  # check_forward saw to it
-            attend, (keys, values) = call.over_pages, cache
+            assert args.kv_cache is not None  # by check_forward
+            attend, (keys, values) = call.over_pages, self._view(args.kv_cache)
             if call.gathered is not None:
-                keys, values = (call.as_rows(gather(each, *call.gathered)) for each in cache)
-        slopes, sinks = self._slopes_on(query.device), self._sinks_on(query.device)
+                pages = (keys, values)
+                keys, values = (call.as_rows(gather(each, *call.gathered)) for each in pages)
+        slopes, sinks = self._slopes_on(query.device), None
+        if self.sinks is not None:
+            sinks = self.sinks.to(query.device, torch.bfloat16).contiguous()
         result, found = attend(Operands(query, keys, values, out, self._scale, slopes, sinks))
         if result.data_ptr() != out.data_ptr():
             out.copy_(result)
@@ -331,52 +286,32 @@ class FlashAttnImpl(AttentionImpl[FlashAttnMetadata]):
             lse.copy_(found.T)
 
     def _slopes_on(self, device: torch.device) -> torch.Tensor | None:
-        if self.alibi_slopes is None:
-            return None
-        if self._slopes is None or self._slopes.device != device:
-            self._slopes = torch.as_tensor(
-                self.alibi_slopes, dtype=torch.float32, device=device
-            ).contiguous()
+        if self.alibi_slopes is not None and (
+            self._slopes is None or self._slopes.device != device
+        ):
+            slopes = torch.as_tensor(self.alibi_slopes, dtype=torch.float32, device=device)
+            self._slopes = slopes.contiguous()
         return self._slopes
-
-    def _sinks_on(self, device: torch.device) -> torch.Tensor | None:
-        return None if self.sinks is None else self.sinks.to(device, torch.bfloat16).contiguous()
 
 
 class FlashAttnBackend(AttentionBackend):
     """FlashAttention 2, 3 and 4: flash-attn's own packages, vLLM's build and SGLang's.
 
-    A row that sees a NaN among its scores has NaN as its output, and the log-sum-exp of a row that
-    sees no key; scores that are all −inf can give 0. Measured with vLLM's FlashAttention 3.
+    A row with a NaN among its scores has NaN as its output, and the log-sum-exp of a row that sees
+    no key. Scores that are all −inf can give 0. Measured with vLLM's FlashAttention 3.
     """
 
     interface_version = 2
+    name = "FLASH_ATTN"
+    impl_cls = FlashAttnImpl
+    builder_cls = FlashAttnBuilder
+    metadata_cls = FlashAttnMetadata
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),
-        requires=("triton>=3.6",),  # whose kernel writes the cache without waiting for the device
+        requires=("triton>=3.6",),  # its kernel writes the cache without waiting for the device
         **declared_fields(),
     )
-
-    @staticmethod
-    def get_name() -> str:
-        """FLASH_ATTN."""
-        return "FLASH_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> type[FlashAttnImpl]:
-        """FlashAttnImpl."""
-        return FlashAttnImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[FlashAttnMetadata]:
-        """FlashAttnMetadata."""
-        return FlashAttnMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashAttnBuilder]:
-        """FlashAttnBuilder."""
-        return FlashAttnBuilder
 
     @classmethod
     def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
@@ -386,6 +321,6 @@ class FlashAttnBackend(AttentionBackend):
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """Each provider has its limits: one that is installed here must serve the whole request."""
+        """Each provider has limits; one that is installed here must support the whole request."""
         picked = pick_provider(spec, device)
         return [] if isinstance(picked, Provider) else picked

@@ -1,9 +1,9 @@
-"""The packages that bring FlashAttention: what each can do, and how each is called.
+"""The packages that contain FlashAttention: what each supports, and how each is called.
 
-FlashAttention 2, 3 and 4 come under several names, each with functions and limits of its own. Here
-each is a `Provider`: its limits as capabilities, so that a refusal names them, and the function of
-`flash_attn_packages.py` that puts work into the package's words. `pick_provider` is asked by
-selection and by the builder alike, so they cannot disagree; it imports nothing.
+FlashAttention 2, 3 and 4 come under several names, each with its own functions and limits. Each is
+a `Provider` here: its limits as capabilities, so that a message can name them, and the function of
+`adapters.py` that calls it. Selection and the builder both ask `pick_provider`, so they always
+agree; it imports nothing.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ __all__ = [
     "Provider",
     "declared_fields",
     "pick_provider",
-    "refusals",
+    "rejections",
     "require_provider",
 ]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Provider:
-    """A package that brings FlashAttention.
+    """A package that contains FlashAttention.
 
     Attributes:
-        name: how messages call it.
+        name: its name in messages.
         generation: 2, 3 or 4.
-        imports: the modules that must be importable; the functions are the first one's.
+        imports: the modules that must be importable; the functions come from the first one.
         functions: which functions.
         optional: functions that not every release has.
-        bind: puts work into the package's words.
+        bind: translates calls into the package's arguments.
         capabilities: what it accepts, field by field, and where.
-        reads_past_rows: of rows, not pages, TMA loads it whole tiles, and so what stands behind a
-            request's last. Times a weight of zero NaN is NaN: so requests of as many keys each are
-            given apart, in one more dimension, beyond whose end TMA reads zeros. A provider that
-            does not fills up the last tile of each request with zeros itself.
-        takes_pages_of_one: rows can be given as pages of one row each, for requests of any lengths.
-            Those are loaded one by one, up to a request's last.
-        gathers: rows were measured to be faster than pages by more than copying them takes.
+        reads_past_rows: TMA loads rows (not pages) in whole tiles, including what follows a
+            request's last row. A NaN there times a weight of zero is NaN. So requests with the same
+            number of keys get one more dimension, beyond whose end TMA reads zeros. A provider
+            without this property pads the last tile of each request with zeros itself.
+        takes_pages_of_one: rows can be passed as pages of one row each, for requests of any
+            lengths. Those are loaded one by one, up to a request's last.
+        gathers: rows were measured to be faster than pages, copying included.
     """
 
     name: str
@@ -82,19 +82,19 @@ class Provider:
     optional: tuple[str, ...] = ()
     bind: Binder
     capabilities: Capabilities
-    reads_past_rows: bool
+    reads_past_rows: bool = True
     takes_pages_of_one: bool = False
     gathers: bool = False
 
     def runs_on(self, device: DeviceProfile) -> bool:
-        """Whether it is for devices like this."""
+        """Whether it supports the device."""
         return any(match.admits(device) for match in self.capabilities.devices)
 
     def load(self) -> Functions:
-        """Import it.
+        """Import its functions.
 
         Raises:
-            BackendFailure: it cannot be imported, or is not what it says it is.
+            BackendFailure: it cannot be imported, or lacks a function.
         """
         module = import_library(self.imports[0])
         for name in self.imports[1:]:  # a package may have been built without this generation
@@ -111,6 +111,19 @@ class Provider:
 
 _BOTH = OneOf(True, False)
 
+
+def _block_sizes(constraint: Constraint) -> dict[str, Constraint]:
+    return {"block_size": AnyOf(OneOf(None), constraint)}  # without a cache, None
+
+
+def _nvidia(first: tuple[int, int], last: tuple[int, int] | None = None) -> DeviceMatch:
+    return DeviceMatch(vendor="nvidia", min_capability=first, max_capability=last)
+
+
+_AMPERE_ON, _HOPPER = (_nvidia((8, 0)),), (_nvidia((9, 0), (9, 0)),)
+_FOR_4 = (*_HOPPER, _nvidia((10, 0), (11, 9)))
+
+
 #: What all of them accept.
 _COMMON: dict[str, Constraint] = {
     "num_heads": ANY,
@@ -125,45 +138,28 @@ _COMMON: dict[str, Constraint] = {
     "kv_sharing": _BOTH,
     "returns_lse": _BOTH,
 }
+# Pages whose size is a multiple of a tile of 64 keys or more are loaded by TMA, whole, with what
+# follows a request's last key. So those of FlashAttention 3 and 4 must be smaller.
+_SMALL_PAGES = _block_sizes(Range(1, 63))
+_SMALL_PAGES_OF_16 = _block_sizes(MultipleOf(16, largest=48))
 
-# Without a cache, None. Pages that a tile of 64 keys or more divides are loaded by TMA, whole, with
-# what stands behind a request's last key: so those of FlashAttention 3 and 4 must be smaller.
-_PAGES_OF_256 = AnyOf(OneOf(None), MultipleOf(256))
-_PAGES_OF_16 = AnyOf(OneOf(None), MultipleOf(16))
-_SMALL_PAGES = AnyOf(OneOf(None), Range(1, 63))
-_SMALL_PAGES_OF_16 = AnyOf(OneOf(None), MultipleOf(16, largest=48))
-
-
-def _nvidia(first: tuple[int, int], last: tuple[int, int] | None = None) -> DeviceMatch:
-    return DeviceMatch(vendor="nvidia", min_capability=first, max_capability=last)
-
-
-_AMPERE_ON, _HOPPER = (_nvidia((8, 0)),), (_nvidia((9, 0), (9, 0)),)
-_FOR_4 = (*_HOPPER, _nvidia((10, 0), (11, 9)))
-
-
-def _capabilities(
-    devices: tuple[DeviceMatch, ...], *requires: str, **fields: Constraint
-) -> Capabilities:
-    return Capabilities(devices=devices, requires=requires, **{**_COMMON, **fields})
-
-
-_HEADS_2: dict[str, Constraint] = {
+_FIELDS_2 = _COMMON | {
     "head_size": MultipleOf(8, largest=256),
     "head_size_v": SameAs("head_size"),
     "alibi": OneOf(True, False, ALIBI_SYMMETRIC),
     "cuda_graph": _BOTH,
 }
-_HEADS_3: dict[str, Constraint] = {
+_FIELDS_3 = _COMMON | {
     "head_size": MultipleOf(8, largest=256),
     "head_size_v": MultipleOf(8, largest=512),
     "cuda_graph": _BOTH,
 }
-_HEADS_4: dict[str, Constraint] = {
+_FIELDS_4 = _COMMON | {
     "head_size": AnyOf(MultipleOf(16, largest=128), OneOf(192)),
     "head_size_v": MultipleOf(16, largest=128),
     "sinks": _BOTH,
 }
+
 
 #: In the order in which they are tried.
 PROVIDERS: tuple[Provider, ...] = (
@@ -174,10 +170,11 @@ PROVIDERS: tuple[Provider, ...] = (
         functions=("flash_attn_varlen_func",),
         optional=("get_scheduler_metadata",),
         bind=bind_vllm(3),
-        capabilities=_capabilities(
-            _HOPPER, "vllm>=0.11", **_HEADS_3, block_size=_SMALL_PAGES_OF_16, sinks=_BOTH
+        capabilities=Capabilities(
+            devices=_HOPPER,
+            requires=("vllm>=0.11",),
+            **_FIELDS_3 | _SMALL_PAGES_OF_16 | {"sinks": _BOTH},
         ),
-        reads_past_rows=True,
         takes_pages_of_one=True,
         gathers=True,
     ),
@@ -188,10 +185,9 @@ PROVIDERS: tuple[Provider, ...] = (
         functions=("flash_attn_with_kvcache",),
         optional=("get_scheduler_metadata",),
         bind=bind_flash_attn_3,
-        capabilities=_capabilities(
-            _HOPPER, "flash_attn_interface", **_HEADS_3, block_size=_SMALL_PAGES
+        capabilities=Capabilities(
+            devices=_HOPPER, requires=("flash_attn_interface",), **_FIELDS_3 | _SMALL_PAGES
         ),
-        reads_past_rows=True,
         takes_pages_of_one=True,
         gathers=True,
     ),
@@ -201,13 +197,11 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("sgl_kernel.flash_attn",),
         functions=("flash_attn_with_kvcache",),
         bind=bind_flash_attn_3,
-        capabilities=_capabilities(
-            _HOPPER,
-            "sgl_kernel>=0.1",
-            **_HEADS_3 | {"head_size_v": SameAs("head_size")},
-            block_size=_SMALL_PAGES,
+        capabilities=Capabilities(
+            devices=_HOPPER,
+            requires=("sgl_kernel>=0.1",),
+            **_FIELDS_3 | _SMALL_PAGES | {"head_size_v": SameAs("head_size")},
         ),
-        reads_past_rows=True,
         takes_pages_of_one=True,
         gathers=True,
     ),
@@ -217,10 +211,9 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("flash_attn.cute",),
         functions=("flash_attn_varlen_func",),
         bind=bind_flash_attn_4,
-        capabilities=_capabilities(
-            _FOR_4, "flash_attn", "cutlass", "quack", **_HEADS_4, block_size=_SMALL_PAGES
+        capabilities=Capabilities(
+            devices=_FOR_4, requires=("flash_attn", "cutlass", "quack"), **_FIELDS_4 | _SMALL_PAGES
         ),
-        reads_past_rows=True,
     ),
     Provider(
         name="vLLM's FlashAttention 4",
@@ -228,10 +221,11 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("vllm.vllm_flash_attn", "vllm.vllm_flash_attn.cute.interface"),
         functions=("flash_attn_varlen_func",),
         bind=bind_vllm(4),
-        capabilities=_capabilities(
-            _FOR_4, "vllm>=0.23", "cutlass", "quack", **_HEADS_4, block_size=_SMALL_PAGES_OF_16
+        capabilities=Capabilities(
+            devices=_FOR_4,
+            requires=("vllm>=0.23", "cutlass", "quack"),
+            **_FIELDS_4 | _SMALL_PAGES_OF_16,
         ),
-        reads_past_rows=True,
     ),
     Provider(
         name="FlashAttention 2",
@@ -239,8 +233,10 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("flash_attn",),
         functions=("flash_attn_varlen_func", "flash_attn_with_kvcache"),
         bind=bind_flash_attn_2,
-        capabilities=_capabilities(
-            _AMPERE_ON, "flash_attn>=2.6.3,<3", **_HEADS_2, block_size=_PAGES_OF_256
+        capabilities=Capabilities(
+            devices=_AMPERE_ON,
+            requires=("flash_attn>=2.6.3,<3",),
+            **_FIELDS_2 | _block_sizes(MultipleOf(256)),
         ),
         reads_past_rows=False,
     ),
@@ -250,7 +246,9 @@ PROVIDERS: tuple[Provider, ...] = (
         imports=("vllm.vllm_flash_attn", "vllm.vllm_flash_attn._vllm_fa2_C"),
         functions=("flash_attn_varlen_func",),
         bind=bind_vllm(2),
-        capabilities=_capabilities(_AMPERE_ON, "vllm>=0.11", **_HEADS_2, block_size=_PAGES_OF_16),
+        capabilities=Capabilities(
+            devices=_AMPERE_ON, requires=("vllm>=0.11",), **_FIELDS_2 | _block_sizes(MultipleOf(16))
+        ),
         reads_past_rows=False,
     ),
 )
@@ -258,38 +256,42 @@ PROVIDERS: tuple[Provider, ...] = (
 
 @dataclass(frozen=True)
 class _Limit:
-    """What some providers refuse that no field says alone."""
+    """A combination of fields that some providers reject."""
 
-    refused: Callable[[AttentionSpec], bool]
+    rejects: Callable[[AttentionSpec], bool]
     field: str
     asked: str
     allowed: str
     generations: tuple[int, ...] = (2, 3, 4)
 
+    def reason(self, spec: AttentionSpec) -> Reason:
+        return Reason(
+            code=ReasonCode.COMBINATION,
+            field=self.field,
+            asked=self.asked.format(s=spec),
+            allowed=self.allowed,
+        )
 
-def _has_other_cache(spec: AttentionSpec) -> bool:
-    return kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype) != spec.dtype
 
-
-def _is_odd_pair_for_3(spec: AttentionSpec) -> bool:
+def _has_unsupported_sizes_3(spec: AttentionSpec) -> bool:
     size, size_v = spec.head_size, spec.head_size_v
-    # Where both are padded to 64, it drops what values have beyond the size of keys.
+    # If both are padded to 64, it drops the elements of values beyond the size of keys.
     is_cut = size < size_v <= 64
     is_known = (size <= 64 and not is_cut) or (128 < size <= 192 and 96 < size_v <= 128)
     return size != size_v and not is_known
 
 
-def _is_odd_pair_for_4(spec: AttentionSpec) -> bool:
+def _has_unsupported_sizes_4(spec: AttentionSpec) -> bool:
     size, size_v = spec.head_size, spec.head_size_v
     return size != size_v and (size, size_v) != (192, 128)
 
 
-def _has_large_tiles_for_4(spec: AttentionSpec) -> bool:
+def _has_large_tiles_4(spec: AttentionSpec) -> bool:
     is_full = not spec.causal and spec.sliding_window is None
     return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
 
 
-_PAIRS_OF_3 = (
+_SIZES_3 = (
     "equal sizes; head_size up to 64, with head_size_v smaller or over 64; or 136 to 192 with 104 "
     "to 128"
 )
@@ -297,7 +299,7 @@ _SIZES = "head_size={s.head_size} with head_size_v={s.head_size_v}"
 
 _LIMITS: tuple[_Limit, ...] = (
     _Limit(
-        _has_other_cache,
+        lambda s: kv_cache_torch_dtype(s.kv_cache_dtype, s.dtype) != s.dtype,
         "kv_cache_dtype",
         "{s.kv_cache_dtype} with dtype={s.dtype}",
         "a cache of the layer's dtype",
@@ -310,7 +312,7 @@ _LIMITS: tuple[_Limit, ...] = (
         f"causal=True, or alibi={ALIBI_SYMMETRIC!r}",
         (2,),
     ),
-    # With causality it adds slope * key position: the same weights, and another log-sum-exp.
+    # If causal, it adds slope * key position: the same weights, but another log-sum-exp.
     _Limit(
         lambda s: s.alibi is True and s.returns_lse,
         "alibi",
@@ -318,7 +320,7 @@ _LIMITS: tuple[_Limit, ...] = (
         "either",
         (2,),
     ),
-    # Measured for vLLM's builds. The others have not run, and are refused the same windows.
+    # Measured for vLLM's builds. The others have not run, and reject the same windows.
     _Limit(
         lambda s: not computes_window(s),
         "sliding_window",
@@ -327,19 +329,19 @@ _LIMITS: tuple[_Limit, ...] = (
         "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
         (3,),
     ),
-    _Limit(_is_odd_pair_for_3, "head_size_v", _SIZES, _PAIRS_OF_3, (3,)),
-    _Limit(_is_odd_pair_for_4, "head_size_v", _SIZES, "equal sizes, or 192 with 128", (4,)),
-    # On sm90 tiles are of 144 keys then, and releases before 2026-08 look up the pages of 128.
+    _Limit(_has_unsupported_sizes_3, "head_size_v", _SIZES, _SIZES_3, (3,)),
+    _Limit(_has_unsupported_sizes_4, "head_size_v", _SIZES, "equal sizes, or 192 with 128", (4,)),
+    # On sm90 the tiles then have 144 keys, and releases before 2026-08 look up the pages of 128.
     _Limit(
-        _has_large_tiles_for_4,
+        _has_large_tiles_4,
         "head_size",
         "head_size={s.head_size} with causal=False over pages",
         "up to 64, or above 96",
         (4,),
     ),
-    # They count the sinks in; ours leaves them out.
+    # Their log-sum-exp includes the sinks; ours does not.
     _Limit(lambda s: s.sinks and s.returns_lse, "sinks", "sinks with returns_lse", "either"),
-    # They take them as bfloat16, which would round more than such a layer does.
+    # They take sinks as bfloat16, which rounds more than a float16 layer does.
     _Limit(
         lambda s: s.sinks and s.dtype != torch.bfloat16,
         "sinks",
@@ -363,8 +365,8 @@ _LIMITS: tuple[_Limit, ...] = (
 )
 
 
-def refusals(provider: Provider, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-    """Why a provider cannot serve a request on a device; nothing if it can."""
+def rejections(provider: Provider, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
+    """Why a provider cannot serve a request on a device; empty if it can."""
     reasons = compare(spec, provider.capabilities, device)
     error = error_of(provider.name)
     if error is not None:
@@ -372,20 +374,12 @@ def refusals(provider: Provider, spec: AttentionSpec, device: DeviceProfile) -> 
         asked = f"broken: {error}"
         reasons.append(Reason(code=ReasonCode.LIBRARY, field=kernels, asked=asked, allowed=kernels))
     for limit in _LIMITS:
-        if provider.generation in limit.generations and limit.refused(spec):
-            reasons.append(
-                Reason(
-                    code=ReasonCode.COMBINATION,
-                    field=limit.field,
-                    asked=limit.asked.format(s=spec),
-                    allowed=limit.allowed,
-                )
-            )
+        if provider.generation in limit.generations and limit.rejects(spec):
+            reasons.append(limit.reason(spec))
     return [_with_provider(provider, reason) for reason in reasons]
 
 
 def _with_provider(provider: Provider, reason: Reason) -> Reason:
-    """The reason, with whose it is."""
     if reason.code is ReasonCode.LIBRARY:
         return dataclasses.replace(reason, allowed=f"{reason.allowed} for {provider.name}")
     return dataclasses.replace(reason, asked=f"{reason.asked} with {provider.name}")
@@ -394,28 +388,28 @@ def _with_provider(provider: Provider, reason: Reason) -> Reason:
 def pick_provider(spec: AttentionSpec, device: DeviceProfile) -> Provider | list[Reason]:
     """The first provider that can serve the request here, or why none can.
 
-    The reasons are of those that are installed, and what an installation would help; of all if
-    there would be none.
+    The reasons are those of the installed providers, and of those that only need an installation.
+    If there are none of either, the reasons of all.
     """
-    told: list[Reason] = []
+    relevant: list[Reason] = []
     every: list[Reason] = []
     for provider in PROVIDERS:
         if not provider.runs_on(device):
             continue
-        reasons = refusals(provider, spec, device)
+        reasons = rejections(provider, spec, device)
         if not reasons:
             return provider
         every += reasons
         if len({reason.code is ReasonCode.LIBRARY for reason in reasons}) == 1:
-            told += reasons
-    return list(dict.fromkeys(told or every))
+            relevant += reasons
+    return list(dict.fromkeys(relevant or every))
 
 
 def require_provider(spec: AttentionSpec, device: DeviceProfile) -> Provider:
     """The provider that serves the request here.
 
     Raises:
-        UnsupportedError: none does; it says why.
+        UnsupportedError: there is none; the message lists the reasons.
     """
     picked = pick_provider(spec, device)
     if isinstance(picked, Provider):
@@ -428,7 +422,7 @@ def require_provider(spec: AttentionSpec, device: DeviceProfile) -> Provider:
 
 @dataclass(frozen=True)
 class _SomeProvider(Constraint):
-    """What at least one of the providers for a device accepts; of all, on a device of none."""
+    """What at least one provider for the device accepts; for other devices, at least one of all."""
 
     field: str
 
@@ -449,6 +443,6 @@ class _SomeProvider(Constraint):
 
 
 def declared_fields() -> dict[str, Constraint]:
-    """For each field of the spec that some provider knows, what some provider accepts."""
+    """For each field that some provider declares, what at least one provider accepts."""
     names = dict.fromkeys(name for p in PROVIDERS for name in p.capabilities.fields)
     return {name: _SomeProvider(name) for name in names}

@@ -1,1 +1,1 @@
-"""FLASHINFER: FlashInfer's kernels for NVIDIA GPUs."""
+"""FLASHINFER: FlashInfer's kernels for NVIDIA GPUs (arXiv:2501.01005)."""

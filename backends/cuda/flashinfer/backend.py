@@ -1,6 +1,6 @@
-"""FLASHINFER: FlashInfer's kernels over the paged cache, for NVIDIA's GPUs.
+"""FLASHINFER: FlashInfer's kernels over the paged cache, for NVIDIA GPUs.
 
-How a batch is planned for them is in `flashinfer_plan.py`.
+`plan.py` plans a batch for them.
 """
 
 from __future__ import annotations
@@ -11,26 +11,31 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.backends.common import (
+    SMALLEST_SCALE,
+    ForwardArgs,
+    UnquantizedImpl,
+    aligned,
+    is_aligned,
+)
 from attn_dispatch.backends.cuda.flashinfer.plan import (
     FlashInferCall,
     FlashInferGraph,
     FlashInferMetadata,
     kernels_for,
-    refused_combinations,
+    rejected_combinations,
 )
-from attn_dispatch.backends.cuda.torch_varlen import SMALLEST_SCALE, is_loadable, loadable
-from attn_dispatch.backends.triton.backend import TritonImpl
+from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.backend import AttentionBackend, refuse_spec
+from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import ANY, GIVEN, Capabilities, OneOf, Reason, SameAs
 from attn_dispatch.interface.graphs import CommonAttentionState
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, refuse_features
+from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
@@ -39,17 +44,15 @@ __all__ = ["FlashInferBackend", "FlashInferBuilder", "FlashInferImpl", "FlashInf
 
 
 class FlashInferBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
-    """Settles which kernels are whose; the planning waits until a layer asks for it.
+    """Chooses the kernels of each phase. Planning waits until a layer needs it.
 
     Raises:
-        UnsupportedError: the layers are not what the backend declares.
+        UnsupportedError: the backend does not declare the layers.
     """
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, resolve_device(device))  # wrappers are kept for one device
-        profile = detect_device(self.device)
-        refuse_spec(FlashInferBackend, spec, profile)
-        self.kernels = kernels_for(spec, profile)
+        self.kernels = kernels_for(spec, detect_device(self.device))
 
     def build(self, batch: AttentionBatch) -> FlashInferMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
@@ -62,19 +65,18 @@ class FlashInferBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
         return metadata
 
 
-class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
-    """Runs planned wrappers; new keys and values are written by TRITON_ATTN's kernel.
+class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
+    """Runs planned wrappers. A Triton kernel writes new keys and values.
 
     Raises:
         BackendFailure: FlashInfer or Triton cannot be imported.
-        UnsupportedError: it is constructed with a feature that the backend does not declare.
+        UnsupportedError: an argument asks for a feature that the backend does not declare.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_features(self, "FLASHINFER", "alibi_slopes")
         import_library("flashinfer")
-        self._writer = TritonImpl(*args, **kwargs)
+        self._writer = KVCacheWriter(self)
         self._scale = max(abs(self.scale), SMALLEST_SCALE)
 
     def write_kv(
@@ -86,62 +88,58 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
-        self._writer.write_kv(layer, key, value, kv_cache, batch)
+        self._writer.write(layer, key, value, kv_cache, batch)
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        attn_metadata: FlashInferMetadata | None,
-        output: torch.Tensor | None = None,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward."""
-        if attn_metadata is None:
-            return profiling_output(self, query, output, output_scale, output_block_scale)
-        check_metadata(self, attn_metadata, FlashInferMetadata)
-        if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedError("FLASHINFER does not quantize its output; TRITON_ATTN does.")
-        batch = attn_metadata.batch
-        check_forward(self, query, key, value, kv_cache, batch, output)
+    def _check_call(self, args: ForwardArgs[FlashInferMetadata]) -> None:
+        """Check what was planned before the tensors existed, and what the kernels rely on."""
+        spec, kv_cache, layer = args.metadata.builder.spec, args.kv_cache, args.layer
         if kv_cache is None:
             raise UnsupportedError("FLASHINFER reads a paged cache; give the call its kv_cache.")
-        _check_plan(attn_metadata.builder.spec, layer, query, kv_cache)
-        if key is not None and value is not None:
-            self.write_kv(layer, key, value, kv_cache, batch)
-        if output is None:
-            output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if output.shape[0] > batch.num_tokens:  # rows that are no request's
-            output[batch.num_tokens :] = 0
-        lse = None
-        if self.returns_lse:
-            lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
-        for call in attn_metadata.calls:
-            self._run(call, layer, query, kv_cache, output, lse)
-        return output if lse is None else (output, lse)
+        cache_dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
+        for name, found, planned in (
+            ("query's dtype", args.query.dtype, spec.dtype),
+            ("kv_cache's dtype", kv_cache.dtype, cache_dtype),
+            ("kv_cache's block_size", kv_cache.shape[2], spec.block_size),
+        ):
+            if found != planned:
+                raise InvalidInputError(
+                    f"The {name} is {found}, and the layer was described with {planned}, which the "
+                    "plan is for. Describe the layer as it is."
+                )
+        if not is_aligned(kv_cache):
+            raise InvalidInputError(
+                f"kv_cache has strides {kv_cache.stride()} from address {kv_cache.data_ptr():#x} "
+                "on, and FLASHINFER loads 16 bytes at a time, at multiples of 16. Make the cache "
+                "by allocate_kv_cache."
+            )
+        if is_fp8(kv_cache.dtype) and math.isnan(layer._k_scale_float + layer._v_scale_float):
+            raise UnsupportedError("FLASHINFER does not take scales per head; TRITON_ATTN does.")
+
+    def _attend(
+        self, args: ForwardArgs[FlashInferMetadata], output: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        for call in args.metadata.calls:
+            self._run(call, args, output, lse)
 
     def _run(
         self,
         call: FlashInferCall,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
+        args: ForwardArgs[FlashInferMetadata],
         output: torch.Tensor,
         lse: torch.Tensor | None,
     ) -> None:
         """Compute the call's rows of output and lse."""
-        tokens = call.tokens
+        tokens, query, kv_cache = call.tokens, args.query, args.kv_cache
+        assert kv_cache is not None  # by _check_call
         if call.wrapper is None:
             output[tokens] = 0
+            if lse is not None:
+                lse[tokens] = -torch.inf
             return
-        # A negative scale would make the smallest score the largest in the kernel's softmax.
-        rows = loadable(query[tokens] if self.scale >= 0 else -query[tokens])
+        # A negative scale would make the kernel's softmax take the wrong maximum.
+        rows = aligned(query[tokens] if self.scale >= 0 else -query[tokens])
         out = output[tokens]  # a view, if these are next to each other
-        is_direct = isinstance(tokens, slice) and out.is_contiguous() and is_loadable(out)
+        is_direct = isinstance(tokens, slice) and out.is_contiguous() and is_aligned(out)
         if not is_direct:
             out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         run = functools.partial(call.wrapper.run, rows, kv_cache)
@@ -151,46 +149,21 @@ class FlashInferImpl(AttentionImpl[FlashInferMetadata]):
         else:
             options: dict[str, Any] = {"q_scale": self._scale, "out": out}
             if is_fp8(kv_cache.dtype):
-                options["k_scale"] = layer._k_scale_float
-                options["v_scale"] = layer._v_scale_float
+                options["k_scale"] = args.layer._k_scale_float
+                options["v_scale"] = args.layer._v_scale_float
             found = run(return_lse=lse is not None, **options)
             if lse is not None:
-                lse[tokens] = found[1] * math.log(2)  # it comes in base 2
-        if call.blind is not None:
-            out.masked_fill_(call.blind[:, None, None], 0)
+                lse[tokens] = found[1] * math.log(2)  # FlashInfer's is in base 2
+        if call.has_no_keys is not None:
+            out.masked_fill_(call.has_no_keys[:, None, None], 0)
             if lse is not None:
-                lse[tokens] = lse[tokens].masked_fill(call.blind[:, None], -torch.inf)
+                lse[tokens] = lse[tokens].masked_fill(call.has_no_keys[:, None], -torch.inf)
         if not is_direct:
             output[tokens] = out
 
 
-def _check_plan(
-    spec: AttentionSpec, layer: AttentionLayer, query: torch.Tensor, kv_cache: torch.Tensor
-) -> None:
-    """Check what is planned before the tensors are there, and what the kernels count on."""
-    stored = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
-    for name, found, planned in (
-        ("query's dtype", query.dtype, spec.dtype),
-        ("kv_cache's dtype", kv_cache.dtype, stored),
-        ("kv_cache's block_size", kv_cache.shape[2], spec.block_size),
-    ):
-        if found != planned:
-            raise InvalidInputError(
-                f"The {name} is {found}, and the layer was described with {planned}, which is "
-                "planned for. Describe the layer as it is."
-            )
-    if not is_loadable(kv_cache):
-        raise InvalidInputError(
-            f"kv_cache has strides {kv_cache.stride()} from address {kv_cache.data_ptr():#x} on, "
-            "and FLASHINFER loads 16 bytes at a time, at multiples of 16. Make the cache by "
-            "allocate_kv_cache."
-        )
-    if is_fp8(kv_cache.dtype) and math.isnan(layer._k_scale_float + layer._v_scale_float):
-        raise UnsupportedError("FLASHINFER does not take scales per head; TRITON_ATTN does.")
-
-
 class FlashInferState(CommonAttentionState):
-    """CommonAttentionState, which plans FlashInfer's wrappers before each replay.
+    """CommonAttentionState that plans FlashInfer's wrappers before each replay.
 
     Args:
         runner: the engine that owns the state.
@@ -215,7 +188,7 @@ class FlashInferState(CommonAttentionState):
         metadata = super().graph_capture_get_metadata_for_batch(
             batch_size, is_encoder_decoder_model
         )
-        # Where the phases have backends of their own, the part that is FlashInfer's.
+        # If each phase has its own backend, FlashInfer's part.
         own = metadata.decode_metadata or metadata.prefill_metadata
         if isinstance(own, FlashInferMetadata):
             own.graph = FlashInferGraph(own.builder.spec, own.builder.device, own.batch)
@@ -238,12 +211,17 @@ class FlashInferState(CommonAttentionState):
 class FlashInferBackend(AttentionBackend):
     """FlashInfer's FA2 and FA3 kernels over pages.
 
-    Not declared, though FlashInfer has something of the name: ALiBi, whose slopes it makes itself;
-    custom masks, whose packing waits for the device; batch invariance. What its kernels make of NaN
-    and infinity has not been measured, so it is not declared either.
+    FlashInfer has ALiBi, whose slopes it makes itself; custom masks, whose packing waits for the
+    device; and batch invariance. None of these is declared. What its kernels return for NaN and
+    infinity has not been measured, so that is not declared either.
     """
 
     interface_version = 2
+    name = "FLASHINFER"
+    impl_cls = FlashInferImpl
+    builder_cls = FlashInferBuilder
+    metadata_cls = FlashInferMetadata
+    state_cls = FlashInferState
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(8, 0)),),
@@ -266,32 +244,7 @@ class FlashInferBackend(AttentionBackend):
         cuda_graph=OneOf(True, False),
     )
 
-    @staticmethod
-    def get_name() -> str:
-        """FLASHINFER."""
-        return "FLASHINFER"
-
-    @staticmethod
-    def get_impl_cls() -> type[FlashInferImpl]:
-        """FlashInferImpl."""
-        return FlashInferImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[FlashInferMetadata]:
-        """FlashInferMetadata."""
-        return FlashInferMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[FlashInferBuilder]:
-        """FlashInferBuilder."""
-        return FlashInferBuilder
-
-    @staticmethod
-    def get_state_cls() -> type[FlashInferState]:
-        """FlashInferState."""
-        return FlashInferState
-
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """See flashinfer_plan.refused_combinations."""
-        return refused_combinations(spec)
+        """See plan.rejected_combinations."""
+        return rejected_combinations(spec)

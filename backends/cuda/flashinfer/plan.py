@@ -1,13 +1,12 @@
-"""How a batch is planned for FlashInfer: its wrappers, what they are given, and what they refuse.
+"""How a batch is planned for FlashInfer: its wrappers, their arguments, and what they reject.
 
-A wrapper keeps what it was planned with, so each plan has a wrapper of its own until it is dropped.
-The float workspace is one per device: what runs on a device follows each other on one stream.
+A wrapper keeps what it was planned with, so each plan has its own wrapper until it is dropped. The
+float workspace is shared by a device's wrappers, because their work runs in order on one stream.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,7 +15,12 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.torch_varlen import LARGEST_WINDOW, first_visible_keys, spread
+from attn_dispatch.backends.common import (
+    first_visible_keys,
+    index_runs,
+    start_offsets,
+    window_sides,
+)
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Reason, ReasonCode
 from attn_dispatch.interface.metadata import BatchMetadata
@@ -32,25 +36,24 @@ __all__ = [
     "FlashInferGraph",
     "FlashInferMetadata",
     "kernels_for",
-    "refused_combinations",
+    "rejected_combinations",
 ]
 
 #: Twice what FlashInfer's documentation recommends.
 _WORKSPACE_BYTES = 256 << 20
-#: For whose prefills FlashInfer has kernels of their own.
+#: FlashInfer has separate prefill kernels for these.
 _HOPPER = DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0))
-#: The one head size with sinks: FlashInfer names what it compiles for them without the size, so
-#: that a process which had another size would go on with the first one's code.
+#: The only head size with sinks: FlashInfer's name for the compiled kernel leaves out the size, so
+#: a process that used another size first would run that one's code.
 _SINKS_HEAD_SIZE = 64
 
 
-def _stored(spec: AttentionSpec) -> torch.dtype:
-    """The dtype of the cache."""
+def _cache_dtype(spec: AttentionSpec) -> torch.dtype:
     return kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
 
 
 #: The field, what is asked, what would be accepted, and whether a request asks it.
-_REFUSED: tuple[tuple[str, str, str, Callable[[AttentionSpec], bool]], ...] = (
+_REJECTED: tuple[tuple[str, str, str, Callable[[AttentionSpec], bool]], ...] = (
     (
         "sliding_window",
         "a window that looks both ways",
@@ -61,29 +64,30 @@ _REFUSED: tuple[tuple[str, str, str, Callable[[AttentionSpec], bool]], ...] = (
         "kv_cache_dtype",
         "a cache of another 16-bit type than dtype",
         "auto, or an fp8 type",
-        lambda spec: _stored(spec) != spec.dtype and not is_fp8(_stored(spec)),
+        lambda spec: _cache_dtype(spec) != spec.dtype and not is_fp8(_cache_dtype(spec)),
     ),
     (
         "kv_cache_dtype",
         "an fp8 cache with head_size=64",
         "head_size 128 or 256",
-        lambda spec: is_fp8(_stored(spec)) and spec.head_size == 64,
+        lambda spec: is_fp8(_cache_dtype(spec)) and spec.head_size == 64,
     ),
     (
         "cuda_graph",
-        "a CUDA graph over an fp8 cache, whose scales would be those of the capture for good",
+        "a CUDA graph over an fp8 cache, which would keep the scales of the capture",
         "a cache of the layer's dtype",
-        lambda spec: spec.cuda_graph and is_fp8(_stored(spec)),
+        lambda spec: spec.cuda_graph and is_fp8(_cache_dtype(spec)),
     ),
     (
         "sinks",
         "sinks with another head_size or cache, a soft cap, or the log-sum-exp",
-        f"sinks alone or with a window, head_size={_SINKS_HEAD_SIZE}, a cache of the layer's dtype",
+        f"sinks by themselves or with a window, head_size={_SINKS_HEAD_SIZE}, a cache of the "
+        "layer's dtype",
         lambda spec: (
             spec.sinks
             and (
                 spec.head_size != _SINKS_HEAD_SIZE
-                or is_fp8(_stored(spec))
+                or is_fp8(_cache_dtype(spec))
                 or spec.logits_soft_cap is not None
                 or spec.returns_lse
             )
@@ -92,46 +96,37 @@ _REFUSED: tuple[tuple[str, str, str, Callable[[AttentionSpec], bool]], ...] = (
 )
 
 
-def refused_combinations(spec: AttentionSpec) -> list[Reason]:
-    """What FlashInfer's kernels do not compute, or would drop, though each value is fine."""
+def rejected_combinations(spec: AttentionSpec) -> list[Reason]:
+    """What FlashInfer's kernels do not compute, or would drop, though each value is declared."""
     return [
         Reason(code=ReasonCode.COMBINATION, field=field, asked=asked, allowed=allowed)
-        for field, asked, allowed, is_asked in _REFUSED
+        for field, asked, allowed, is_asked in _REJECTED
         if is_asked(spec)
     ]
 
 
 @functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
-    """Where FlashInfer keeps the parts of split requests, for every wrapper of a device."""
+    """FlashInfer's memory for the parts of split requests, for every wrapper of a device."""
     return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def kernels_for(spec: AttentionSpec, device: DeviceProfile) -> dict[Phase, str]:
     """FlashInfer's name of the kernels for each phase.
 
-    Hopper's own take fp8 keys with fp8 queries alone, and do not split long requests.
+    Hopper's own take fp8 keys only with fp8 queries, and do not split long requests.
     """
-    suits_hopper = not spec.sinks and not is_fp8(_stored(spec)) and _HOPPER.admits(device)
+    suits_hopper = not spec.sinks and not is_fp8(_cache_dtype(spec)) and _HOPPER.admits(device)
     return {Phase.PREFILL: "fa3" if suits_hopper else "fa2", Phase.DECODE: "fa2"}
 
 
-def _window_left(spec: AttentionSpec) -> int:
-    """How many keys are seen before the query's own place, −1 for all."""
-    window = spec.sliding_window
-    return -1 if window is None else min(window - 1, LARGEST_WINDOW)
-
-
 def _make_wrapper(spec: AttentionSpec, device: torch.device, kernels: str, **graph: Any) -> Any:
-    """A wrapper for layers like `spec`.
-
-    It takes the cache in its logical shape, which is NHD, and reads the strides.
+    """A wrapper for layers of this spec. It takes the cache in its logical shape, which is NHD.
 
     Args:
         spec: the layers.
         device: where they run.
-        kernels: FlashInfer's name for them, "fa2" or "fa3". It is always given: what "auto" once
-            chose would stay with the wrapper.
+        kernels: "fa2" or "fa3". Never "auto": the wrapper would keep its first choice.
         **graph: a CUDA graph's buffers, by FlashInfer's names.
     """
     module = import_library("flashinfer")
@@ -147,13 +142,13 @@ def _make_wrapper(spec: AttentionSpec, device: torch.device, kernels: str, **gra
         kv_data_type=spec.dtype,
         head_dim_qk=spec.head_size,
         head_dim_vo=spec.head_size,
-        window_left=_window_left(spec),
+        window_left=window_sides(spec.causal, spec.sliding_window)[0],
         **graph,
     )
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """An event that comes once the device has done all that it was given."""
+def _record_event(device: torch.device) -> torch.cuda.Event | None:
+    """An event that completes after all work that the device has been given so far."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -164,8 +159,8 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 class _Pool:
     """Wrappers of one kind, each lent to one plan at a time.
 
-    A wrapper copies a plan to the device out of memory that its next plan writes. So one that came
-    back is lent again only once that copy is done.
+    A wrapper copies a plan to the device from memory that its next plan overwrites. So a returned
+    wrapper is lent again only after that copy has completed.
     """
 
     def __init__(self) -> None:
@@ -173,7 +168,7 @@ class _Pool:
         self._free: deque[tuple[Any, torch.cuda.Event | None]] = deque()
 
     def take(self, make: Callable[[], Any]) -> Any:
-        """A wrapper that nobody has; made if there is none."""
+        """A free wrapper, or a new one."""
         with self._lock:
             for _ in range(len(self._free)):
                 wrapper, copied = self._free.popleft()
@@ -183,7 +178,7 @@ class _Pool:
         return make()
 
     def lend(self, wrapper: Any, borrower: object, copied: torch.cuda.Event | None) -> None:
-        """Have the wrapper back once the borrower is gone."""
+        """Take the wrapper back once the borrower is gone."""
         weakref.finalize(borrower, self._free.append, (wrapper, copied)).atexit = False
 
 
@@ -191,21 +186,17 @@ class _Pool:
 def _pool(device: torch.device, kernels: str, sinks: tuple[torch.dtype, bool] | None) -> _Pool:
     """The wrappers of a device and a set of kernels.
 
-    What a wrapper for sinks computes is settled when it is made: a dtype, with a window or without.
+    A wrapper for sinks is made for one dtype, with a window or without.
     """
     return _Pool()
 
 
-def _host_int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cpu")
-
-
 @dataclass(frozen=True)
 class _Pages:
-    """The blocks that a batch reads, as FlashInfer takes them.
+    """The blocks that a batch reads, in FlashInfer's form.
 
     Attributes:
-        starts: (num_reqs + 1,) int32 on the host, where each request's begin in `indices`.
+        starts: (num_reqs + 1,) int32 on the host, where each request's blocks start in `indices`.
         indices: (starts[-1],) int32 on the device, blocks of the cache.
         last_lens: (num_reqs,) int32 on the host, tokens in each request's last block.
     """
@@ -216,43 +207,44 @@ class _Pages:
 
     @classmethod
     def of(cls, batch: AttentionBatch, spec: AttentionSpec, device: torch.device) -> _Pages:
-        """Of a batch.
+        """The pages of a batch.
 
-        Blocks that the window has passed are left out: they may be another's, and hold anything.
-        A request without keys is given one token of block 0, so that kernels always find one;
-        its rows are blind, and cleared.
+        Blocks that the window has passed are left out: another request may use them by now. A
+        request without keys gets one token of block 0, because the kernels need one; its rows are
+        cleared afterwards.
         """
         size, table = spec.block_size, batch.block_table
-        assert size is not None  # it is declared so
-        assert table is not None  # and the builder saw to this
-        passed = [first // size for first in first_visible_keys(batch, spec.sliding_window)]
-        pairs = zip(batch.seq_lens_list, passed, strict=True)
+        assert size is not None  # the backend declares it as required
+        assert table is not None  # by the builder
+        skipped = [first // size for first in first_visible_keys(batch, spec.sliding_window)]
+        pairs = zip(batch.seq_lens_list, skipped, strict=True)
         lens = [max(1, seq_len - blocks * size) for seq_len, blocks in pairs]
         counts = [-(-tokens // size) for tokens in lens]
-        requests, columns = spread(passed, counts, device)
+        requests, columns = index_runs(skipped, counts, device)
         indices = torch.zeros(len(requests), dtype=torch.int32, device=device)
         if table.shape[1]:
             has_keys = (batch.seq_lens > 0)[requests]
             indices = torch.where(has_keys, table[requests, columns], indices).to(torch.int32)
+        last_lens = [(tokens - 1) % size + 1 for tokens in lens]
         return cls(
-            starts=_host_int32([0, *itertools.accumulate(counts)]),
+            starts=start_offsets(counts),
             indices=indices,
-            last_lens=_host_int32([(tokens - 1) % size + 1 for tokens in lens]),
+            last_lens=torch.tensor(last_lens, dtype=torch.int32, device="cpu"),
         )
 
 
-def _num_blind(batch: AttentionBatch, spec: AttentionSpec) -> list[int]:
-    """How many of each request's first tokens see no key."""
+def _count_rows_without_keys(batch: AttentionBatch, spec: AttentionSpec) -> list[int]:
+    """How many of each request's first rows see no key."""
     lens = zip(batch.query_lens, batch.seq_lens_list, strict=True)
     return [
         max(0, query - seq) if spec.causal and seq else query * (seq == 0) for query, seq in lens
     ]
 
 
-def _blind_rows(batch: AttentionBatch, counts: list[int]) -> torch.Tensor:
-    """(num_tokens,) bool on the host: whether a token sees no key."""
+def _mask_rows_without_keys(batch: AttentionBatch, counts: list[int]) -> torch.Tensor:
+    """(num_tokens,) bool on the host: whether a row sees no key."""
     pairs = zip(batch.query_lens, counts, strict=True)
-    rows = [row < blind for query_len, blind in pairs for row in range(query_len)]
+    rows = [row < count for query_len, count in pairs for row in range(query_len)]
     return torch.tensor(rows, dtype=torch.bool, device="cpu")
 
 
@@ -261,18 +253,18 @@ class FlashInferCall:
     """Requests that one wrapper computes.
 
     Attributes:
-        tokens: which rows of query and output are theirs.
-        wrapper: planned for them; None if no token sees a key.
-        blind: (their tokens,) bool, those that see no key; None if there are none.
+        tokens: their rows of query and output.
+        wrapper: planned for them; None if no row sees a key.
+        has_no_keys: (number of their rows,) bool, the rows that see no key; None if there are none.
     """
 
     tokens: slice | torch.Tensor
     wrapper: Any = None
-    blind: torch.Tensor | None = None
+    has_no_keys: torch.Tensor | None = None
 
 
 def _plan(wrapper: Any, spec: AttentionSpec, batch: AttentionBatch, device: torch.device) -> None:
-    """Plan a wrapper for a batch: on the host, while the device goes on."""
+    """Plan a wrapper for a batch, on the host, without waiting for the device."""
     pages = _Pages.of(batch, spec, device)
     wrapper.plan(
         qo_indptr=batch.query_start_loc_cpu.to(torch.int32),
@@ -283,17 +275,17 @@ def _plan(wrapper: Any, spec: AttentionSpec, batch: AttentionBatch, device: torc
         num_kv_heads=spec.num_kv_heads,
         head_dim_qk=spec.head_size,
         page_size=spec.block_size,
-        causal=spec.causal and batch.max_query_len > 1,  # one query sees all keys that there are
-        sm_scale=1.0,  # each layer multiplies its own to it
-        window_left=_window_left(spec),
+        causal=spec.causal and batch.max_query_len > 1,  # a single query sees every key
+        sm_scale=1.0,  # each layer passes its own as q_scale
+        window_left=window_sides(spec.causal, spec.sliding_window)[0],
         logits_soft_cap=spec.logits_soft_cap,
         q_data_type=spec.dtype,
-        kv_data_type=_stored(spec),
+        kv_data_type=_cache_dtype(spec),
     )
 
 
 class FlashInferGraph:
-    """The call that a CUDA graph captured: planned anew, into the same buffers, for each replay.
+    """The call that a CUDA graph captured. Each replay plans it again, into the same buffers.
 
     Args:
         spec: the layers.
@@ -304,7 +296,7 @@ class FlashInferGraph:
     def __init__(self, spec: AttentionSpec, device: torch.device, batch: AttentionBatch) -> None:
         self._spec, self._device, self._batch = spec, device, batch
         self._copied: torch.cuda.Event | None = None
-        assert batch.block_table is not None  # the builder saw to it
+        assert batch.block_table is not None  # by the builder
         size, columns = batch.block_table.shape
         buffer = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         wrapper = _make_wrapper(
@@ -317,24 +309,25 @@ class FlashInferGraph:
             paged_kv_indices_buf=buffer(size * max(1, columns)),
             paged_kv_last_page_len_buf=buffer(size),
         )
-        self._blind = torch.zeros(size, dtype=torch.bool, device=device)
-        self.call = FlashInferCall(slice(0, size), wrapper, self._blind)
+        self._has_no_keys = torch.zeros(size, dtype=torch.bool, device=device)
+        self.call = FlashInferCall(slice(0, size), wrapper, self._has_no_keys)
         self.plan(batch.seq_lens_list)
 
     def plan(self, seq_lens: list[int]) -> None:
         """Plan for the requests that are in the static buffers now.
 
         Args:
-            seq_lens: their keys; the requests behind them pad the batch, and have none.
+            seq_lens: their keys; the requests after them pad the batch, and have none.
         """
         if self._copied is not None:
-            self._copied.synchronize()  # of the plan before, whose memory this one writes
+            self._copied.synchronize()  # of the previous plan, whose memory this one overwrites
         padding = [0] * (self._batch.num_reqs - len(seq_lens))
-        batch = replace(self._batch, seq_lens_cpu=_host_int32(seq_lens + padding))
-        rows = _blind_rows(batch, _num_blind(batch, self._spec))
-        self._blind.copy_(rows, non_blocking=True)
+        lens = torch.tensor(seq_lens + padding, dtype=torch.int32, device="cpu")
+        batch = replace(self._batch, seq_lens_cpu=lens)
+        rows = _mask_rows_without_keys(batch, _count_rows_without_keys(batch, self._spec))
+        self._has_no_keys.copy_(rows, non_blocking=True)
         _plan(self.call.wrapper, self._spec, batch, self._device)
-        self._copied = _mark(self._device)
+        self._copied = _record_event(self._device)
 
 
 def _planned_call(
@@ -344,17 +337,18 @@ def _planned_call(
     tokens: slice | torch.Tensor,
     batch: AttentionBatch,
 ) -> FlashInferCall:
-    """The call for a batch, planned with a wrapper that it has to itself."""
-    call, blind = FlashInferCall(tokens), _num_blind(batch, spec)
-    if sum(blind) == batch.num_tokens:
+    """The call for a batch, planned with its own wrapper."""
+    call, counts = FlashInferCall(tokens), _count_rows_without_keys(batch, spec)
+    if sum(counts) == batch.num_tokens:
         return call
-    if any(blind):
-        call.blind = _blind_rows(batch, blind).to(device, non_blocking=True)
+    if any(counts):
+        mask = _mask_rows_without_keys(batch, counts)
+        call.has_no_keys = mask.to(device, non_blocking=True)
     sinks = (spec.dtype, spec.sliding_window is not None) if spec.sinks else None
     pool = _pool(device, kernels, sinks)
     call.wrapper = pool.take(lambda: _make_wrapper(spec, device, kernels))
     _plan(call.wrapper, spec, batch, device)
-    pool.lend(call.wrapper, call, _mark(device))
+    pool.lend(call.wrapper, call, _record_event(device))
     return call
 
 
@@ -363,8 +357,8 @@ class FlashInferMetadata(BatchMetadata):
     """The batch, and the calls that compute it.
 
     Attributes:
-        kernels: FlashInfer's name of those for each phase.
-        graph: the one call of a batch that a CUDA graph captures, else None.
+        kernels: FlashInfer's name of the kernels for each phase.
+        graph: the only call of a batch that a CUDA graph captures, else None.
     """
 
     kernels: Mapping[Phase, str]
@@ -372,7 +366,7 @@ class FlashInferMetadata(BatchMetadata):
 
     @functools.cached_property
     def calls(self) -> list[FlashInferCall]:
-        """One for each phase. Planned when a layer first asks: a graph's replay never does."""
+        """One for each phase. Planned when a layer first needs it, which a replay never does."""
         if self.graph is not None:
             return [self.graph.call]
         batch, whole = self.batch, slice(0, self.batch.num_tokens)
@@ -384,5 +378,5 @@ class FlashInferMetadata(BatchMetadata):
                 whole if part.batch is batch else part.tokens,
                 part.batch,
             )
-            for phase, part in batch.parts.items()
+            for phase, part in self.batch.parts.items()
         ]

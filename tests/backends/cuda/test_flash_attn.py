@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from attn_dispatch.backends import common
 from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
 from attn_dispatch.interface.types import AttentionType
@@ -62,7 +63,7 @@ def test_any_step_agrees_with_the_reference(name, case):
 def test_any_step_agrees_however_it_is_cut(name, case):
     """Prompts of four tokens on go alone, and many calls are allowed."""
     spec = fitted(case.spec, BY_NAME[name])
-    cut = mock.patch.multiple(flash_attn, _ALONE_FROM=4, _MOST_CALLS=100)
+    cut = mock.patch.multiple(flash_attn, _OWN_CALL_QUERY_LEN=4, _MAX_CALLS=100)
     with provided(name), cut:
         step = Step(case.replace(spec=spec))
         check(step, forward(step))
@@ -218,7 +219,7 @@ def test_a_neighbour_that_is_nan_is_nan_alone(name, alone_from):
     """Prompts read as rows: what stands behind them is another's, or padding."""
     lengths = {"query_lens": (30, 1, 20, 7), "seq_lens": (30, 40, 20, 7)}
     for fields in ({}, {"block_size": None}):
-        cut = mock.patch.object(flash_attn, "_ALONE_FROM", alone_from)
+        cut = mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", alone_from)
         with provided(name), cut:
             step = step_of(name, fields, lengths, padding=50)
             expected = step.expected()[0]
@@ -301,7 +302,7 @@ def test_the_stand_in_reads_past_a_requests_rows(generation):
 def test_an_encoder_takes_as_few_calls_as_keep_its_requests_apart(name, lengths, queries):
     """FlashAttention 4 of even ones, the others of all; long ones alone where that is faster."""
     fields = {"block_size": None, "causal": False, "returns_lse": True}
-    with provided(name) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+    with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths})
         check(step, forward(step))
     assert [len(call["q"]) for call in calls_of(recorder)] == queries
@@ -378,7 +379,7 @@ def test_phases_in_any_order_are_one_call_and_not_many():
 )
 def test_a_long_prompt_is_alone_over_rows_where_that_is_faster(name, past, brings_keys, reads):
     lengths = {"query_lens": (50, 3), "seq_lens": (50 + past, 30)}
-    with provided(name) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+    with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, {"sliding_window": 70}, lengths, brings_keys=brings_keys)
         check(step, forward(step))
     tables = [call.get("block_table", call.get("page_table")) for call in calls_of(recorder)]
@@ -388,7 +389,7 @@ def test_a_long_prompt_is_alone_over_rows_where_that_is_faster(name, past, bring
 @pytest.mark.parametrize("name", [VLLM_3, OWN_3])
 def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
     lengths = {"query_lens": (50, 50, 50, 60, 3), "seq_lens": (50, 50, 50, 60, 30)}
-    with provided(name) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+    with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, {}, lengths)
         expected = step.expected()[0]
         step.key[50:100], step.value[50:100] = torch.nan, torch.nan  # the second's own affair
@@ -401,7 +402,7 @@ def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
 
 def test_rows_that_do_not_fit_stay_in_their_pages():
     lengths = {"query_lens": (50,), "seq_lens": (150,)}
-    cut = mock.patch.multiple(flash_attn, _ALONE_FROM=50, MAX_GATHERED_BYTES=1000)
+    cut = mock.patch.multiple(flash_attn, _OWN_CALL_QUERY_LEN=50, MAX_GATHERED_BYTES=1000)
     with provided(VLLM_3) as recorder, cut:
         forward(step_of(VLLM_3, {}, lengths))
     assert calls_of(recorder)[0]["block_table"] is not None
@@ -409,7 +410,7 @@ def test_rows_that_do_not_fit_stay_in_their_pages():
 
 def test_a_gathered_window_copies_only_the_blocks_that_it_reaches():
     lengths = {"query_lens": (50,), "seq_lens": (450,)}
-    with provided(VLLM_3) as recorder, mock.patch.object(flash_attn, "_ALONE_FROM", 50):
+    with provided(VLLM_3) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         forward(step_of(VLLM_3, {"sliding_window": 20}, lengths))
     assert len(calls_of(recorder)[0]["k"]) < 50 + 20 + 16
 
@@ -474,6 +475,6 @@ def test_metadata_of_a_graph_serves_what_its_buffers_hold_later(name, fields):
         table[:, :columns].copy_(step.batch.block_table[:, :columns])
         captured.batch.seq_lens.copy_(step.batch.seq_lens)
         captured.batch.slot_mapping.copy_(step.batch.slot_mapping)
-        with mock.patch.object(flash_attn, "check_forward"):  # a replay checks nothing
+        with mock.patch.object(common, "check_forward"):  # a replay checks nothing
             check(step, forward(step, metadata))
     assert "get_scheduler_metadata" not in recorder.names()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend
-from attn_dispatch.backends.cuda.flash_attn.providers import refusals
+from attn_dispatch.backends.cuda.flash_attn.providers import rejections
 from attn_dispatch.backends.cuda.flash_attn.windows import computes_window, tile_of
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.types import Phase
@@ -67,13 +67,13 @@ def test_a_window_is_refused_where_it_was_seen_to_be_wrong(head_size, group, win
     assert computes_window(spec) is is_right
     for name in GENERATION_3:
         fields = {
-            reason.field for reason in refusals(BY_NAME[name], spec, profile_for(BY_NAME[name]))
+            reason.field for reason in rejections(BY_NAME[name], spec, profile_for(BY_NAME[name]))
         }
         assert ("sliding_window" in fields) is not is_right
     for name in (OWN_2, VLLM_2):
         assert not any(
             reason.field == "sliding_window"
-            for reason in refusals(BY_NAME[name], spec, profile_for(BY_NAME[name]))
+            for reason in rejections(BY_NAME[name], spec, profile_for(BY_NAME[name]))
         )
 
 
@@ -170,6 +170,6 @@ def test_the_builder_refuses_too():
 def test_heads_without_a_kernel_are_refused_by_their_size(head_size):
     spec = window_spec(head_size, 300, 1)
     device = profile_for(BY_NAME[VLLM_3])
-    fields = {reason.field for reason in refusals(BY_NAME[VLLM_3], spec, device)}
+    fields = {reason.field for reason in rejections(BY_NAME[VLLM_3], spec, device)}
     assert "head_size" in fields
     assert "sliding_window" not in fields

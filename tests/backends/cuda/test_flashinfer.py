@@ -270,7 +270,7 @@ def test_a_wrapper_is_used_again_once_its_plan_is_dropped():
 
 def test_a_wrapper_is_not_used_again_before_its_plan_was_copied(monkeypatch):
     copied = SimpleNamespace(query=lambda: False)
-    monkeypatch.setattr(flashinfer_plan, "_mark", lambda device: copied)
+    monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: copied)
     for number in (1, 2):
         run(step_of({}, DECODES))
         gc.collect()
@@ -372,7 +372,7 @@ def test_a_replay_plans_into_the_buffers_of_the_capture(fields, size, monkeypatc
 def test_a_replay_waits_until_the_last_plan_was_copied(monkeypatch):
     waited = []
     event = SimpleNamespace(synchronize=lambda: waited.append(True))
-    monkeypatch.setattr(flashinfer_plan, "_mark", lambda device: event)
+    monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: event)
     spec = spec_of(cuda_graph=True)
     state = state_of(spec, 4)
     captured = state.graph_capture_get_metadata_for_batch(4)
@@ -467,7 +467,7 @@ def test_a_broken_flashinfer_is_told_of(monkeypatch):
 
 def test_a_quantized_output_is_refused():
     output = torch.empty(17, 4, 64, dtype=torch.float8_e4m3fn)
-    with pytest.raises(UnsupportedError, match="TRITON_ATTN does"):
+    with pytest.raises(UnsupportedError, match="does not quantize its output"):
         run(step_of(), output=output, output_scale=torch.ones(()))
 
 

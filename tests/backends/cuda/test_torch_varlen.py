@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from torch.nn.attention import varlen
 
+from attn_dispatch.backends.common import index_runs
 from attn_dispatch.backends.cuda import torch_varlen
-from attn_dispatch.backends.cuda.torch_varlen import TorchVarlenBackend, TorchVarlenImpl, spread
+from attn_dispatch.backends.cuda.torch_varlen import TorchVarlenBackend, TorchVarlenImpl
 from attn_dispatch.conformance import verify
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.capability import compare
@@ -364,10 +365,10 @@ def test_what_is_brought_is_written(version):
 
 
 def test_runs_of_integers():
-    requests, integers = spread([3, 0, 5, 9], [2, 0, 3, 1], torch.device("cpu"))
+    requests, integers = index_runs([3, 0, 5, 9], [2, 0, 3, 1], torch.device("cpu"))
     assert requests.tolist() == [0, 0, 2, 2, 2, 3]
     assert integers.tolist() == [3, 4, 5, 6, 7, 9]
-    assert [len(found) for found in spread([], [], torch.device("cpu"))] == [0, 0]
+    assert [len(found) for found in index_runs([], [], torch.device("cpu"))] == [0, 0]
 
 
 # Refusals.
@@ -427,7 +428,7 @@ def test_an_impl_made_by_hand_refuses_what_is_not_declared(feature):
 
 def test_a_quantized_output_is_refused(version):
     output = torch.empty(17, 4, 64, dtype=torch.float8_e4m3fn)
-    with pytest.raises(UnsupportedError, match="TRITON_ATTN does"):
+    with pytest.raises(UnsupportedError, match="does not quantize its output"):
         run(step_of(), output=output, output_scale=torch.ones(()))
 
 

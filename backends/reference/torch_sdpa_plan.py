@@ -1,0 +1,209 @@
+"""How TORCH_SDPA splits a batch into calls, computed on the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from attn_dispatch.backends.reference.semantics import visible
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+
+__all__ = ["Group", "SDPABuilder", "SDPAMetadata"]
+
+#: Queries up to this length share a call with others of their length.
+_SHARED_QUERY_LEN = 16
+#: A shared call reads at most this many times the keys that its requests have.
+_MAX_WASTE = 1.25
+#: Longer queries that need a mask are computed in pieces of this many rows.
+_MASKED_ROWS = 256
+#: Plans are computed on the host, whatever torch's default device is.
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of one request's query, and the keys that these rows may see.
+
+    `position` is that of the first row among the keys; below 0, it is before them. `num_keys`
+    counts from the request's first key.
+    """
+
+    request: int
+    first_row: int
+    num_rows: int
+    position: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """One call: pieces with the same number of rows.
+
+    Attributes:
+        num_pieces: how many.
+        rows: their rows of query and output.
+        key_rows: the rows of key and value that hold all keys, for a single piece without a past.
+        requests: (num_pieces, 1) int64, the request of each piece.
+        key_starts: (num_pieces, 1) int64, where its rows of key and value start.
+        positions: (num_pieces, num_keys) int64, which keys of the request each piece reads.
+        mask: (num_pieces, num_rows, num_keys) bool; None if every row sees every key, or `causal`.
+        distance: (num_pieces, num_rows, num_keys) float32, key minus query position, for ALiBi.
+        causal: the call is square and causal, and needs no mask.
+        has_empty_rows: the mask has a row that is all False.
+    """
+
+    num_pieces: int
+    rows: slice | torch.Tensor
+    key_rows: slice | None
+    requests: torch.Tensor
+    key_starts: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    distance: torch.Tensor | None
+    causal: bool
+    has_empty_rows: bool
+
+
+@dataclass
+class SDPAMetadata(BatchMetadata):
+    """The batch, and the calls that compute it."""
+
+    groups: list[Group]
+
+
+class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
+    """Splits a batch into calls."""
+
+    def build(self, batch: AttentionBatch) -> SDPAMetadata:
+        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        metadata: SDPAMetadata = SDPAMetadata.of(batch, self, groups=[])
+        metadata.groups += [self._group(metadata, pieces) for pieces in self._share(metadata)]
+        return metadata
+
+    def _pieces(self, metadata: SDPAMetadata) -> Iterator[_Piece]:
+        batch = metadata.batch
+        for request, query_len in enumerate(batch.query_lens):
+            seq_len = batch.seq_lens_list[request]
+            if query_len == 0 or seq_len == 0:
+                continue
+            start = seq_len - query_len
+            if query_len <= _MASKED_ROWS or not self.spec.causal or self._is_square(batch, request):
+                yield _Piece(request, 0, query_len, start, seq_len)
+                continue
+            ranges = metadata.ranges_of(request)
+            for first in range(0, query_len, _MASKED_ROWS):
+                rows = min(_MASKED_ROWS, query_len - first)
+                position, end = start + first, start + first + rows
+                # A range that overlaps the piece lets its rows see to the end of the range.
+                reach = [e for s, e in ranges if s < end and position < e]
+                num_keys = min(max(end, *reach, 0), seq_len)
+                if num_keys > 0:
+                    yield _Piece(request, first, rows, position, num_keys)
+
+    def _is_square(self, batch: AttentionBatch, request: int) -> bool:
+        """Whether the request is a causal square without any other mask."""
+        seq_len = batch.seq_lens_list[request]
+        return (
+            self.spec.causal
+            and batch.query_lens[request] == seq_len
+            and (self.spec.sliding_window or seq_len) >= seq_len
+            and batch.custom_mask is None
+            and not self.spec.bidirectional_ranges
+            and not self.spec.alibi
+        )
+
+    def _share(self, metadata: SDPAMetadata) -> Iterator[list[_Piece]]:
+        """Groups of pieces that share a call."""
+        group: list[_Piece] = []
+        for piece in sorted(self._pieces(metadata), key=lambda p: (p.num_rows, p.num_keys)):
+            if group and not _may_join(group, piece):
+                yield group
+                group = []
+            group.append(piece)
+        if group:
+            yield group
+
+    def _group(self, metadata: SDPAMetadata, pieces: list[_Piece]) -> Group:
+        batch, spec = metadata.batch, self.spec
+        first, num_rows = pieces[0], pieces[0].num_rows
+        num_keys = max(piece.num_keys for piece in pieces)
+        if spec.sliding_window is not None and spec.causal:
+            # Keys before every row's window are not read: they may be freed.
+            num_keys = max(p.num_keys - self._first_key(metadata, p) for p in pieces)
+        # Right-aligned: the last column is each piece's last key. Columns to the left of a piece's
+        # first key repeat that key, and the mask hides them.
+        ends = torch.tensor([[piece.num_keys] for piece in pieces], device=_HOST)
+        columns = ends + torch.arange(-num_keys, 0, device=_HOST)
+        row = torch.arange(num_rows, device=_HOST)
+        own = torch.tensor([[piece.position] for piece in pieces], device=_HOST) + row
+        causal = num_rows > 1 and len(pieces) == 1 and self._is_square(batch, first.request)
+        mask = None if causal else self._mask(metadata, pieces, own, columns)
+        distance = None
+        if spec.alibi:
+            distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
+        starts = [batch.query_start_list[p.request] + p.first_row for p in pieces]
+        rows = (torch.tensor(starts, device=_HOST)[:, None] + row).flatten()
+        requests = torch.tensor([[piece.request] for piece in pieces], device=_HOST)
+        is_single = len(pieces) == 1
+        return Group(
+            num_pieces=len(pieces),
+            rows=slice(starts[0], starts[0] + num_rows) if is_single else rows.to(self.device),
+            key_rows=self._key_rows(batch, first, num_keys) if is_single else None,
+            requests=requests.to(self.device),
+            key_starts=torch.tensor(batch.key_starts, device=_HOST)[requests].to(self.device),
+            positions=columns.clamp(min=0).to(self.device),
+            mask=None if mask is None else mask.to(self.device),
+            distance=distance,
+            causal=causal,
+            has_empty_rows=mask is not None and not bool(mask.any(-1).all()),
+        )
+
+    def _first_key(self, metadata: SDPAMetadata, piece: _Piece) -> int:
+        """The first key that one of the piece's rows sees through the window or a range."""
+        assert self.spec.sliding_window is not None
+        end = piece.position + piece.num_rows
+        ranges = metadata.ranges_of(piece.request)
+        starts = [s for s, e in ranges if s < end and piece.position < e]
+        return max(0, min(piece.position - self.spec.sliding_window + 1, *starts, end))
+
+    def _mask(
+        self, metadata: SDPAMetadata, pieces: list[_Piece], own: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor | None:
+        """(num_pieces, num_rows, num_keys) bool; None if every row sees every key."""
+        batch, spec = metadata.batch, self.spec
+        sees = functools.partial(visible, causal=spec.causal, sliding_window=spec.sliding_window)
+        if batch.custom_mask is None and not spec.bidirectional_ranges:
+            mask = sees(own, columns)
+        else:
+            masks = []
+            for piece, queries, keys in zip(pieces, own, columns, strict=True):
+                custom = None
+                if batch.custom_mask is not None:
+                    rows = slice(piece.first_row, piece.first_row + piece.num_rows)
+                    custom = batch.request_mask(piece.request)[rows].cpu()[:, keys.clamp(min=0)]
+                ranges = metadata.ranges_of(piece.request)
+                masks.append(sees(queries, keys, ranges=ranges, custom_mask=custom))
+            mask = torch.stack(masks)
+        mask = mask & (columns >= 0)[:, None]
+        return None if bool(mask.all()) else mask
+
+    def _key_rows(self, batch: AttentionBatch, piece: _Piece, num_keys: int) -> slice | None:
+        """The rows of key and value that hold all keys of the piece, if they do."""
+        start, end = batch.key_starts[piece.request], batch.key_starts[piece.request + 1]
+        has_past = end - start != batch.seq_lens_list[piece.request]
+        # With a cache of another dtype, the stored keys must be read, not the new ones.
+        if has_past or self.spec.kv_sharing or self.spec.kv_cache_dtype != "auto":
+            return None
+        return slice(start + piece.num_keys - num_keys, start + piece.num_keys)
+
+
+def _may_join(group: list[_Piece], piece: _Piece) -> bool:
+    needed = sum(p.num_keys for p in group) + piece.num_keys
+    return (
+        piece.num_rows == group[0].num_rows <= _SHARED_QUERY_LEN
+        and piece.num_keys * (len(group) + 1) <= _MAX_WASTE * needed
+    )
