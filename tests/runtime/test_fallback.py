@@ -172,7 +172,7 @@ def test_a_backend_that_fails_in_one_phase_serves_the_other():
         with moved_on("REFERENCE serves its layers in prefill"):
             prefill.check(call(layer, prefill))
         assert names(layer) == {"prefill": "REFERENCE", "decode": "TORCH_SDPA"}
-        assert isinstance(layer._impl, RoutedImpl)
+        assert isinstance(layer._binding.impl, RoutedImpl)
         for step in (decode, mixed):
             layer.kv_cache = step.kv_cache.clone()
             step.check(call(layer, step))
