@@ -287,7 +287,7 @@ def _print_tables(
             if not comparisons:
                 console.print("No point has a time of this device's default backend.")
                 continue
-            gains = [each for each in comparisons if each.picked != each.declared]
+            gains = [each for each in comparisons if each.picked != each.default]
             console.print(
                 f"{len(comparisons)} points; a backend other than the default is picked at "
                 f"{len(gains)}."
@@ -296,6 +296,6 @@ def _print_tables(
                 rows = text_table("Batch", "Picked", "us", "Default", "us", narrow=0)
                 for each in comparisons if whole else gains:
                     chosen = (each.picked, f"{each.picked_us:.1f}")
-                    first = (each.declared, f"{each.declared_us:.1f}")
-                    rows.add_row(each.point.words, *chosen, *first)
+                    first = (each.default, f"{each.default_us:.1f}")
+                    rows.add_row(each.point.describe(), *chosen, *first)
                 console.print(rows)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from attn_dispatch.errors import BackendFailure
 from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.runtime.guard import GuardedImpl
-from attn_dispatch.runtime.recovery import raise_attempt_failed
-from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
+from attn_dispatch.runtime.recovery import raise_attempt_failed, single_phase
+from attn_dispatch.runtime.routing import PartFailed, RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selection.registry import is_builtin
 from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.resolve import SelectionContext
@@ -56,7 +58,7 @@ class LayerBinding:
         spec: AttentionSpec,
         device: torch.device,
         context: SelectionContext,
-        build_impl: Callable[[str, type[AttentionBackend]], AttentionImpl[Any]],
+        arguments: Mapping[str, Any],
     ) -> LayerBinding:
         """Select backends, and build their impls and builders.
 
@@ -64,7 +66,7 @@ class LayerBinding:
             spec: the layer.
             device: where it runs.
             context: of the selections.
-            build_impl: makes the impl of a backend, by its name and class.
+            arguments: of `AttentionBackend.make_impl`.
 
         Raises:
             UnsupportedError: the required backend, or every backend, is rejected.
@@ -78,7 +80,8 @@ class LayerBinding:
         for name in router.backends:
             backend_cls = classes[name] = context.candidates[name].loaded_cls
             try:
-                impl = build_impl(name, backend_cls)
+                impl = backend_cls.make_impl(spec, **arguments)
+                _check_output_quant(name, impl, spec)
                 impls[name] = impl if is_builtin(backend_cls) else GuardedImpl(name, impl)
                 builders[name] = backend_cls.make_builder(spec, device)
             except Exception as error:
@@ -96,9 +99,30 @@ class LayerBinding:
             version=context.version,
         )
 
+    def raise_failed(self, error: Exception, batch: AttentionBatch | None, doing: str) -> NoReturn:
+        """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
+        name, phase = self.names[0], None if batch is None else single_phase(batch)
+        if isinstance(error, PartFailed):
+            name, phase = error.backend, single_phase(error.batch)
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            error = cause
+        if len(self.selections) == 1:
+            phase = None  # an encoder's layer has only one phase
+        raise_attempt_failed(error, name, phase, doing, self.version)
+
     def accepts(self, metadata: BatchMetadata) -> bool:
         """Whether metadata was built for the same backends."""
         mine, its = (
             (type(each), getattr(each, "route", None)) for each in (self.builder, metadata.builder)
         )
         return mine == its
+
+
+def _check_output_quant(name: str, impl: AttentionImpl[Any], spec: AttentionSpec) -> None:
+    quant = spec.output_quant
+    if quant is not None and not impl.fused_output_quant_supported(quant):
+        raise BackendFailure(
+            f"{name} declares output_quant={quant!r}, and its impl does not support it. That "
+            f"is a bug of the backend; exclude it by the override -{name}."
+        )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Observation", "observer"]
 
 #: What `ATTN_DISPATCH_CHECK=shadow` installs: module, function.
-_SHADOW = ("attn_dispatch.conformance.shadow", "watch")
+_SHADOW = ("attn_dispatch.conformance.shadow", "begin_shadow")
 
 
 class Observation(Protocol):

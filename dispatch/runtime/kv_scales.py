@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.quantization import KVScales, is_e4m3, is_fp8, scale_for
+from attn_dispatch.interface.quantization import KVScales, is_fp8, scale_for
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
-__all__ = ["CacheState", "LayerScales", "check_quantized"]
-
-_SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
+__all__ = ["CacheState", "LayerScales"]
 
 
 class CacheState(KVScales):
@@ -118,26 +116,3 @@ class LayerScales:
         new = (tensor[: len(slots)][slots >= 0] for tensor in (key, value))
         self._set_scales(*(scale_for(tensor, kv_cache.dtype, dims) for tensor in new))
         return True
-
-
-def check_quantized(
-    spec: AttentionSpec,
-    prefix: str,
-    output: torch.Tensor,
-    output_scale: torch.Tensor | None,
-    output_block_scale: torch.Tensor | None,
-) -> None:
-    """Check that output and scales go with the layer's output_quant.
-
-    Raises:
-        InvalidInputError: they do not.
-    """
-    quant = spec.output_quant
-    scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
-    given = [name for name, scale in scales.items() if scale is not None]
-    if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
-        wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
-        raise InvalidInputError(
-            f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
-            f"{prefix!r} was made with output_quant={quant!r}{wants}."
-        )

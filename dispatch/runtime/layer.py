@@ -5,21 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from attn_dispatch.arguments import checked_scale, shown
-from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
-from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import AttentionImpl
-from attn_dispatch.interface.metadata import (
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    BatchMetadata,
-)
+from attn_dispatch.interface.metadata import AttentionMetadata, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import SPEC_FIELDS, AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
@@ -30,15 +24,10 @@ from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
 from attn_dispatch.runtime.hooks import observer
-from attn_dispatch.runtime.kv_scales import CacheState, LayerScales, check_quantized
+from attn_dispatch.runtime.kv_scales import CacheState, LayerScales
+from attn_dispatch.runtime.layer_checks import check_block_size, check_quantized, unflatten
 from attn_dispatch.runtime.ops import attention_op, layers_by_key
-from attn_dispatch.runtime.recovery import (
-    AttemptFailed,
-    raise_attempt_failed,
-    single_phase,
-    with_fallback,
-)
-from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
+from attn_dispatch.runtime.recovery import AttemptFailed, with_fallback
 from attn_dispatch.selection import overrides
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.report import Selection
@@ -180,14 +169,6 @@ class Attention(LayerScales, nn.Module):
         """Which backend serves each phase, and why; empty until the layer is on a device."""
         return {} if self._binding is None else self._binding.selections
 
-    @property
-    def _impl(self) -> AttentionImpl[Any] | RoutedImpl:
-        return self._require_binding().impl
-
-    @property
-    def _builder(self) -> AttentionMetadataBuilder[Any]:
-        return self._require_binding().builder
-
     def _require_binding(self) -> LayerBinding:
         if self._binding is None:
             raise InvalidInputError(
@@ -211,7 +192,7 @@ class Attention(LayerScales, nn.Module):
         """
 
         def attempt(context: SelectionContext) -> tuple[LayerBinding, Any]:
-            binding = LayerBinding.of(self.spec, device, context, self._build_impl)
+            binding = LayerBinding.of(self.spec, device, context, self._impl_arguments())
             return binding, None if run is None else run(binding)
 
         context = SelectionContext.current(device, rules=self._rules)
@@ -261,16 +242,6 @@ class Attention(LayerScales, nn.Module):
             "kv_sharing_target_layer_name": self.kv_sharing_target_layer_name,
         }
 
-    def _build_impl(self, name: str, cls: type[AttentionBackend]) -> AttentionImpl[Any]:
-        impl: AttentionImpl[Any] = cls.make_impl(self.spec, **self._impl_arguments())
-        quant = self.spec.output_quant
-        if quant is not None and not impl.fused_output_quant_supported(quant):
-            raise BackendFailure(
-                f"{name} declares output_quant={quant!r}, and its impl does not support it. That "
-                f"is a bug of the backend; exclude it by the override -{name}."
-            )
-        return impl
-
     def build_metadata(self, batch: AttentionBatch) -> AttentionMetadata:
         """The metadata of a batch, for this layer and all others with the same spec.
 
@@ -315,21 +286,7 @@ class Attention(LayerScales, nn.Module):
             raise
         except Exception as error:
             batch = batch or self._batch_of(metadata)
-            self._raise_failed(error, binding, batch, "when it planned a batch")
-
-    def _raise_failed(
-        self, error: Exception, binding: LayerBinding, batch: AttentionBatch | None, doing: str
-    ) -> NoReturn:
-        """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
-        name, phase = binding.names[0], None if batch is None else single_phase(batch)
-        if isinstance(error, PartFailed):
-            name, phase = error.backend, single_phase(error.batch)
-            cause = error.__cause__
-            assert isinstance(cause, Exception)
-            error = cause
-        if len(binding.selections) == 1:
-            phase = None  # an encoder's layer has only one phase
-        raise_attempt_failed(error, name, phase, doing, binding.version)
+            binding.raise_failed(error, batch, "when it planned a batch")
 
     def forward(
         self,
@@ -372,10 +329,10 @@ class Attention(LayerScales, nn.Module):
         if torch.is_grad_enabled():  # the op hides autograd from what it calls
             check_no_grad(query, key, value, output, *self._per_head.values())
         is_flat = query.dim() == 2
-        query = self._unflatten("query", query, spec.num_heads, spec.head_size)
+        query = unflatten(self, "query", query, spec.num_heads, spec.head_size)
         if key is not None and value is not None:
-            key = self._unflatten("key", key, spec.num_kv_heads, spec.head_size)
-            value = self._unflatten("value", value, spec.num_kv_heads, spec.head_size_v)
+            key = unflatten(self, "key", key, spec.num_kv_heads, spec.head_size)
+            value = unflatten(self, "value", value, spec.num_kv_heads, spec.head_size_v)
         if output is None:
             shape = (query.shape[0], spec.num_heads, spec.head_size_v)
             dtype = self._fp8_dtype if spec.output_quant else query.dtype
@@ -395,19 +352,6 @@ class Attention(LayerScales, nn.Module):
             self._run(*arguments, kv_cache, attn_metadata)
         result = output.flatten(1) if is_flat else output
         return result if lse is None else (result, lse)
-
-    def _unflatten(self, name: str, tensor: torch.Tensor, heads: int, size: int) -> torch.Tensor:
-        if not isinstance(tensor, torch.Tensor):
-            check_tensors(**{name: tensor})
-        if tensor.dim() == 3:
-            return tensor
-        if tensor.dim() != 2 or tensor.shape[1] != heads * size:
-            raise InvalidInputError(
-                f"{name} has shape {tuple(tensor.shape)}; layer {self.prefix!r} takes "
-                f"(num_tokens, {heads}, {size}) or (num_tokens, {heads * size})."
-            )
-        check_tensors(**{name: tensor})
-        return tensor.view(tensor.shape[0], heads, size)
 
     def _run(
         self,
@@ -433,7 +377,7 @@ class Attention(LayerScales, nn.Module):
                 "the query, or make the layer with dtype=."
             )
         if spec.output_quant is not None or is_fp8(output.dtype):
-            check_quantized(spec, self.prefix, output, output_scale, output_block_scale)
+            check_quantized(self, output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
         elif (
@@ -441,7 +385,7 @@ class Attention(LayerScales, nn.Module):
             or kv_cache.dim() != 5
             or (kv_cache.shape[2] != spec.block_size)
         ):
-            self._check_block_size(kv_cache)
+            check_block_size(self, kv_cache)
         given = (query, key, value, kv_cache)
         results = (output, lse, output_scale, output_block_scale)
         try:
@@ -490,22 +434,13 @@ class Attention(LayerScales, nn.Module):
         except (InvalidInputError, UnsupportedError):
             raise
         except Exception as error:
-            self._raise_failed(error, binding, self._batch_of(metadata), "at its launch")
+            binding.raise_failed(error, self._batch_of(metadata), "at its launch")
         if lse is not None:
             lse.copy_(result[1])
         if derived_scales:
             self._cache_state.scales_are_final = True
         if seen is not None:
             seen.compare(result, used, *scales)
-
-    def _check_block_size(self, kv_cache: torch.Tensor) -> None:
-        """Check that a cache is a tensor and, if it is one of blocks, has the layer's."""
-        check_tensors(kv_cache=kv_cache)
-        if kv_cache.dim() == 5 and self.spec.block_size not in (None, kv_cache.shape[2]):
-            raise InvalidInputError(
-                f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {self.prefix!r} was "
-                f"made with block_size={self.spec.block_size}. Give it a cache of its own plan."
-            )
 
     def _batch_of(self, metadata: Any) -> AttentionBatch | None:
         """The batch behind metadata, None if it keeps none; without metadata the context's."""

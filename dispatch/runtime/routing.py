@@ -1,7 +1,7 @@
 """Routing: one batch on different backends, by its phases and its size, over the same cache.
 
-Who serves what is decided on the host, once per batch, by a dictionary. A layer that one backend
-serves in every case has no router, and nothing here costs anything.
+The host decides once per batch, by a look-up in a dictionary. A layer with only one backend is not
+routed.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: What every batch asks for. On Python 3.11 an Enum takes 0.2 us to find a member.
+#: Used for every batch. On Python 3.11 an Enum takes 0.2 us to find a member.
 _PREFILL, _DECODE, _MIXED = Phase.PREFILL, Phase.DECODE, BatchKind.MIXED
 
-#: Who serves which requests of a batch: a backend, and their phase, None for all of them. One that
-#: serves all stands alone.
+#: (backend, phase) pairs: the backend serves the requests of the phase. A single pair with None
+#: serves all requests.
 Route = Sequence[tuple[str, "Phase | None"]]
 
 
 def by_phase(batch: AttentionBatch) -> Route:
-    """Each phase by itself, on whoever stands under its name."""
+    """Each phase on the backend under the phase's name."""
     return [(phase, phase) for phase in batch.parts]
 
 
 @dataclass(frozen=True)
 class Router:
-    """Says who serves a batch of a layer.
+    """Picks the backends for each batch of a layer.
 
     Attributes:
-        picks: phase -> the backend for what no measurement speaks of.
+        picks: phase -> the backend for batches without a measurement.
         routes: bucket -> the backend, or "PREFILL+DECODE", that was measured to be the fastest.
         captured: as for `bucket_of`.
-        key: equal for routers that say the same.
+        key: equal for routers that route in the same way.
     """
 
     picks: Mapping[Phase, str]
@@ -73,50 +73,48 @@ class Router:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        told = repr((sorted(self.picks.items()), sorted(self.routes.items()), self.captured))
-        object.__setattr__(self, "key", hashlib.sha256(told.encode()).hexdigest())
+        content = repr((sorted(self.picks.items()), sorted(self.routes.items()), self.captured))
+        object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest())
 
     @classmethod
     def of(cls, spec: AttentionSpec, selections: Mapping[Phase, Selection]) -> Router:
-        """The router of a layer whose phases were decided so; it routes where a table speaks."""
+        """The router of a layer with these selections; it routes by size if a table has times."""
         picks = {phase: selection.name for phase, selection in selections.items()}
         evidence = {phase: s.report.measured for phase, s in selections.items()}
         times = next((each.times for each in evidence.values() if each is not None), None)
-        if times is None:
-            return cls(picks)
-        sides = {
+        candidates = {
             phase: PhaseCandidates(picks[phase], frozenset([picks[phase]]))
             if each is None
-            else each.side
+            else each.candidates
             for phase, each in evidence.items()
         }
-        return _router(tuple(picks.items()), times, tuple(sides.items()), spec.cuda_graph)
+        return _router(tuple(picks.items()), times, tuple(candidates.items()), spec.cuda_graph)
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Everyone who may be chosen, each once."""
+        """Every backend that it may pick, each once."""
         named = (part for name in self.routes.values() for part in split_route(name))
         return tuple(dict.fromkeys([*self.picks.values(), *named]))
 
     def __call__(self, batch: AttentionBatch) -> Route:
-        """Who serves this batch."""
+        """The backends for this batch."""
         totals = batch.totals
         if not totals:
             return ()
         if len(totals) == 1:
             ((phase, own),) = totals.items()
-            return ((self._alone(phase, own), None),)
+            return ((self._pick(phase, own), None),)
         name = self.routes.get(bucket_of(_MIXED, *batch.total, captured=self.captured))
         if name is None:
-            prefill, decode = (self._alone(each, totals[each]) for each in (_PREFILL, _DECODE))
+            prefill, decode = (self._pick(each, totals[each]) for each in (_PREFILL, _DECODE))
         else:
             prefill, decode = split_route(name)
         if prefill == decode:
             return ((prefill, None),)
         return ((prefill, _PREFILL), (decode, _DECODE))
 
-    def _alone(self, phase: Phase, totals: BatchTotals) -> str:
-        """Who serves these requests if no others are in the batch."""
+    def _pick(self, phase: Phase, totals: BatchTotals) -> str:
+        """The backend for these requests if no others are in the batch."""
         name = self.routes.get(bucket_of(step_of(phase, totals), *totals, captured=self.captured))
         return name or self.picks.get(phase) or self.picks[_PREFILL]  # an encoder has no decode
 
@@ -124,12 +122,14 @@ class Router:
 @functools.lru_cache(maxsize=1024)
 def _router(
     picks: tuple[tuple[Phase, str], ...],
-    times: LayerTimes,
-    sides: tuple[tuple[Phase, PhaseCandidates], ...],
+    times: LayerTimes | None,
+    candidates: tuple[tuple[Phase, PhaseCandidates], ...],
     captured: bool,
 ) -> Router:
-    """Made once for all layers that are alike."""
-    return Router(dict(picks), routes_of(times, dict(sides), captured=captured), captured)
+    """Made once for all layers with the same selections."""
+    if times is None:
+        return Router(dict(picks))
+    return Router(dict(picks), routes_of(times, dict(candidates), captured=captured), captured)
 
 
 class PartFailed(Exception):
@@ -146,7 +146,7 @@ class PartFailed(Exception):
 
 
 class RoutedPart(NamedTuple):
-    """Requests of a batch, who serves them, and the metadata of that backend.
+    """Requests of a batch, their backend, and its metadata.
 
     `phase` is None for all requests of the batch.
     """
@@ -207,8 +207,8 @@ class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
     """Builds each part's metadata with the builder of the backend that serves it.
 
     Args:
-        builders: by the names that `route` gives: by default, of each phase.
-        route: says who serves a batch.
+        builders: by the names that `route` returns; by default, by phase.
+        route: the backends for a batch.
     """
 
     def __init__(
@@ -236,8 +236,8 @@ class RoutedImpl:
     """Runs each part of a batch on the impl of the backend that serves it.
 
     Args:
-        impls: by the names that the builder's `route` gives, for the same layer.
-        backends: likewise.
+        impls: by the names that the builder's `route` returns, for the same layer.
+        backends: the classes, by the same names.
     """
 
     def __init__(
@@ -260,10 +260,10 @@ class RoutedImpl:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; only that output must be given."""
+        """See AttentionImpl.forward; output must be given."""
         scales = (output_scale, output_block_scale)
         if isinstance(attn_metadata, RoutedMetadata) and len(attn_metadata.parts) == 1:
-            (part,) = attn_metadata.parts  # it is the whole batch; its impl checks the arguments
+            (part,) = attn_metadata.parts  # the whole batch; its impl checks the arguments
             impl, own = self._impl_of(part), part.metadata
             return _call(
                 part, impl.forward, layer, query, key, value, kv_cache, own, output, *scales
@@ -279,8 +279,8 @@ class RoutedImpl:
             new = [(key[part.rows.keys], value[part.rows.keys]) for part in parts]
         work = list(zip(impls, parts, new, strict=True))
         if kv_cache is not None and key is not None:
-            # A part may read what another writes: a prefix that their requests share. So what the
-            # later parts write must be there before the first one reads.
+            # Requests in different parts may share a prefix, so write all KV before any part
+            # attends.
             for impl, part, (part_key, part_value) in work[1:]:
                 # The part's metadata may have been given other slots than the batch had.
                 own_batch = getattr(part.metadata, "batch", part.rows.batch)
@@ -288,7 +288,7 @@ class RoutedImpl:
         lse = None
         if first.returns_lse:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        if len(output) > batch.num_tokens:  # what lies beyond the batch's tokens is in no part
+        if len(output) > batch.num_tokens:  # padding belongs to no part
             indexable(output)[batch.num_tokens :] = 0
             if lse is not None:
                 lse[batch.num_tokens :] = float("-inf")

@@ -75,7 +75,7 @@ class Report:
         """What decided, in a few words for the log."""
         best = self.measured and self.measured.best
         if self.source is Source.MEASURED and best:
-            return f"measured {best.picked_us:.1f} us vs {best.declared_us:.1f} us"
+            return f"measured {best.picked_us:.1f} us vs {best.default_us:.1f} us"
         if self.source is Source.PLATFORM:
             return "first in the platform's order"
         return self.because

@@ -106,9 +106,9 @@ class SelectionContext:
 
     def after(self, unrecorded: Sequence[Failure]) -> SelectionContext:
         """The context as it is now, and with these failures of the call in progress."""
+        if not unrecorded and self.version == version():
+            return self
         context = self.current(self.device, rules=self.rules)
-        if not unrecorded:
-            return context
         return dataclasses.replace(context, failures=(*context.failures, *unrecorded))
 
     def report(self, spec: AttentionSpec, phase: Phase | None = None) -> Report:

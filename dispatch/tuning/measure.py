@@ -253,8 +253,8 @@ class Tuner:
         self._points = {}
         for key, times in self._layers_in_file().items():
             old = self._old.get(key, {}) if key in self._own else {}
-            left = (point for point in times.points if old.get(point.place) != point)
-            self._points[key] = {point.place: point for point in left}
+            left = (point for point in times.points if old.get(point.key) != point)
+            self._points[key] = {point.key: point for point in left}
             self._served_by[key] = {**times.kernel_provider, **self._served_by.get(key, {})}
         for key, own in self._own.items():
             self._points.setdefault(key, {}).update(own)
@@ -404,7 +404,7 @@ def chosen_in(
         except (InvalidInputError, UnsupportedError):
             continue
         sides = {
-            phase: selection.report.measured.side
+            phase: selection.report.measured.candidates
             for phase, selection in selections.items()
             if selection.report.measured is not None
         }

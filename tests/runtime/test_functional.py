@@ -228,7 +228,7 @@ def test_merging_knows_no_default_device(misleading_defaults):
 # merge_states: parts of the keys, attended to apart.
 
 
-def split_route(query, key, value, bounds, **more):
+def in_parts(query, key, value, bounds, **more):
     """(outputs, lses) over key[a:b] for each a, b; all keys are visible to all queries."""
     results = [
         attention(query, key[a:b], value[a:b], causal=False, return_lse=True, **more)
@@ -248,7 +248,7 @@ def test_parts_merge_into_the_whole(cuts, with_sinks, soft_cap):
     sinks = torch.randn(4) if with_sinks else None
     edges = [0, *sorted(cuts), 12]
     bounds = list(zip(edges, edges[1:], strict=False))
-    outputs, lses = split_route(query, key, value, bounds, logits_soft_cap=soft_cap)
+    outputs, lses = in_parts(query, key, value, bounds, logits_soft_cap=soft_cap)
     merged, lse = merge_states(outputs, lses, sinks)
     whole, whole_lse = attention(
         query, key, value, causal=False, logits_soft_cap=soft_cap, sinks=sinks, return_lse=True
@@ -259,7 +259,7 @@ def test_parts_merge_into_the_whole(cuts, with_sinks, soft_cap):
 
 def test_merging_may_go_on_in_steps():
     query, key, value = torch.randn(3, 6, 4, 8)
-    outputs, lses = split_route(query, key, value, [(0, 1), (1, 4), (4, 6)])
+    outputs, lses = in_parts(query, key, value, [(0, 1), (1, 4), (4, 6)])
     first, first_lse = merge_states(outputs[:2], lses[:2])
     merged, lse = merge_states([first, outputs[2]], [first_lse, lses[2]])
     at_once, lse_at_once = merge_states(outputs, lses)

@@ -62,7 +62,7 @@ def measured(tmp_path, monkeypatch):
     return put
 
 
-def split_route(layer, step):
+def route_of(layer, step):
     metadata = layer.build_metadata(step.batch)
     return [
         (part.backend, None if part.phase is None else str(part.phase)) for part in metadata.parts
@@ -81,7 +81,7 @@ def test_each_batch_goes_to_who_was_measured_to_be_fastest(size, fields, measure
     measured(BY_SIZE, spec)
     step = Step(Case(spec=spec, query_lens=query_lens, seq_lens=seq_lens, padding=2))
     layer = layer_of(step)
-    assert split_route(layer, step) == expected
+    assert route_of(layer, step) == expected
     output = call(layer, step)
     step.check(output)
     assert not output[sum(query_lens) :].any()
@@ -94,7 +94,7 @@ def test_drafts_are_verified_by_who_is_fastest_at_that(measured):
         (2,), (8,), block_table=step.batch.block_table, block_size=4, max_decode_query_len=2
     )
     layer = layer_of(step)
-    assert split_route(layer, step) == [("REFERENCE", None)]
+    assert route_of(layer, step) == [("REFERENCE", None)]
     step.check(call(layer, step))
 
 
@@ -113,7 +113,7 @@ def test_a_mixed_batch_stays_whole_or_is_split_as_measured(times, expected, meas
     measured([*BY_SIZE, point("mixed", 5, 2, 7, **times)])
     step = Step(Case(spec=layer_spec(), query_lens=query_lens, seq_lens=seq_lens, padding=2))
     layer = layer_of(step)
-    assert split_route(layer, step) == expected
+    assert route_of(layer, step) == expected
     step.check(call(layer, step))
 
 
@@ -164,7 +164,7 @@ def test_each_phase_of_a_mixed_batch_goes_where_it_would_go_alone(
 
 def test_without_a_measurement_there_is_no_router():
     layer = layer_of(Step(Case(spec=layer_spec(), **MIXED)))
-    assert not isinstance(layer._impl, RoutedImpl)
+    assert not isinstance(layer._binding.impl, RoutedImpl)
 
 
 def test_where_one_wins_everywhere_there_is_no_router_either(measured):
@@ -174,7 +174,7 @@ def test_where_one_wins_everywhere_there_is_no_router_either(measured):
     ]
     measured(points)
     layer = layer_of(Step(Case(spec=layer_spec(), **MIXED)))
-    assert not isinstance(layer._impl, RoutedImpl)
+    assert not isinstance(layer._binding.impl, RoutedImpl)
     assert {selection.name for selection in layer.selections.values()} == {"REFERENCE"}
 
 
@@ -183,13 +183,13 @@ def test_what_is_required_is_not_routed_by_size(measured):
     measured([*BY_SIZE, mixed])
     query_lens, seq_lens, _ = SIZES["a prompt and four decodes"]
     step = Step(Case(spec=layer_spec(), query_lens=query_lens, seq_lens=seq_lens))
-    assert not isinstance(layer_of(step, backend="TORCH_SDPA")._impl, RoutedImpl)
-    assert not isinstance(layer_of(step, backend="-REFERENCE")._impl, RoutedImpl)
+    assert not isinstance(layer_of(step, backend="TORCH_SDPA")._binding.impl, RoutedImpl)
+    assert not isinstance(layer_of(step, backend="-REFERENCE")._binding.impl, RoutedImpl)
     # The prompts were demanded, the decodes were not.
     layer = layer_of(step, backend="prefill=TORCH_SDPA")
-    assert split_route(layer, step) == [("TORCH_SDPA", "prefill"), ("REFERENCE", "decode")]
+    assert route_of(layer, step) == [("TORCH_SDPA", "prefill"), ("REFERENCE", "decode")]
     one = Step(Case(spec=layer_spec(), query_lens=(4,), seq_lens=(4,)))
-    assert split_route(layer, one) == [("TORCH_SDPA", None)]
+    assert route_of(layer, one) == [("TORCH_SDPA", None)]
     step.check(call(layer, step))
 
 
@@ -197,7 +197,7 @@ def test_batch_invariant_layers_are_not_routed_by_size(measured):
     measured(BY_SIZE)
     with registered(make_backend("ALWAYS")):
         spec = layer_spec(batch_invariant=True)
-        assert not isinstance(layer_of(Step(Case(spec=spec, **MIXED)))._impl, RoutedImpl)
+        assert not isinstance(layer_of(Step(Case(spec=spec, **MIXED)))._binding.impl, RoutedImpl)
 
 
 def test_alike_layers_share_metadata_and_others_do_not(measured):
@@ -219,19 +219,19 @@ def test_another_table_or_override_decides_anew(measured):
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(7,)))
     measured(BY_SIZE)
     before = layer_of(step)
-    assert split_route(before, step) == [("REFERENCE", None)]
+    assert route_of(before, step) == [("REFERENCE", None)]
     turned = [point("decode", n, 1, 8, REFERENCE=us, TORCH_SDPA=15) for n, us in ((1, 20), (4, 10))]
     measured(turned)
-    assert split_route(layer_of(step), step) == [("TORCH_SDPA", None)]
+    assert route_of(layer_of(step), step) == [("TORCH_SDPA", None)]
     many = Step(Case(spec=layer_spec(), query_lens=(1,) * 4, seq_lens=(7,) * 4))
-    assert split_route(layer_of(many), many) == [("REFERENCE", None)]
+    assert route_of(layer_of(many), many) == [("REFERENCE", None)]
     assert layer_of(many, backend="-REFERENCE").selections[Phase.DECODE].name == "TORCH_SDPA"
-    assert not isinstance(layer_of(many, backend="-REFERENCE")._impl, RoutedImpl)
+    assert not isinstance(layer_of(many, backend="-REFERENCE")._binding.impl, RoutedImpl)
     split = layer_of(many, backend="prefill=REFERENCE,decode=TORCH_SDPA")
-    assert split_route(split, many) == [("TORCH_SDPA", None)]
-    assert split_route(before, step) == [("REFERENCE", None)]  # a layer keeps what it was made with
+    assert route_of(split, many) == [("TORCH_SDPA", None)]
+    assert route_of(before, step) == [("REFERENCE", None)]  # a layer keeps what it was made with
     measured(BY_SIZE)
-    assert split_route(layer_of(step), step) == [("REFERENCE", None)]
+    assert route_of(layer_of(step), step) == [("REFERENCE", None)]
 
 
 def test_metadata_of_a_layer_with_other_backends_is_refused(measured):
@@ -243,7 +243,7 @@ def test_metadata_of_a_layer_with_other_backends_is_refused(measured):
         points = [point("decode", 64, 1, 8, THIRD=1, TORCH_SDPA=2)]
         measured([*points, point("decode", 1, 1, 8, THIRD=3, TORCH_SDPA=2)])
         other = layer_of(step)
-        assert isinstance(other._impl, RoutedImpl)
+        assert isinstance(other._binding.impl, RoutedImpl)
         with pytest.raises(InvalidInputError, match="this layer has another backend there"):
             other(step.query, step.key, step.value, attn_metadata=metadata)
 
@@ -268,7 +268,7 @@ def test_an_encoder_is_routed_by_size_too(measured):
         query_lens, seq_lens, expected = SIZES[size]
         step = Step(Case(spec=spec, query_lens=query_lens, seq_lens=seq_lens))
         layer = layer_of(step)
-        assert split_route(layer, step) == expected
+        assert route_of(layer, step) == expected
         step.check(call(layer, step))
     empty = Step(Case(spec=spec, query_lens=(3, 0), seq_lens=(3, 0)))
     empty.check(call(layer_of(empty), empty))
@@ -288,7 +288,7 @@ def test_under_graphs_the_size_alone_counts_and_replay_agrees_with_eager(measure
         step = Step(Case(spec=spec, query_lens=(1,) * 3, seq_lens=(7, 9, 5)))
         layer = layer_of(step)
         runner = SimpleNamespace(
-            metadata_builder=layer._builder,
+            metadata_builder=layer._binding.builder,
             device=torch.device("cpu"),
             max_blocks_per_request=5,
             max_seq_len=16,
@@ -334,7 +334,7 @@ def test_under_graphs_a_backend_with_a_state_of_its_own_is_not_routed(measured):
             world.setattr(owner, "get_state_cls", staticmethod(lambda: OwnState), raising=False)
             layer = layer_of(Step(case))
             assert {s.name for s in layer.selections.values()} == {"FIRST"}
-            assert not isinstance(layer._impl, RoutedImpl)
+            assert not isinstance(layer._binding.impl, RoutedImpl)
     with registered(first, second):
         assert layer_of(Step(case)).selections[Phase.DECODE].name == "SECOND"
 

@@ -203,7 +203,7 @@ def test_two_runs_that_fill_one_table_lose_nothing(contestants, tmp_path):
             if each < len(mine):
                 next(run)
     layers = read_table(path).layers
-    found = {(key, point.place) for key in layers for point in layers[key].points}
+    found = {(key, point.key) for key in layers for point in layers[key].points}
     assert found == {(task.key, task.place) for mine in tasks for task in mine}
     assert os.listdir(tmp_path) == ["table.json"]
 
@@ -385,7 +385,7 @@ def test_tune_measures_a_model_and_a_case_file(tmp_path):
     other = tmp_path / "other.json"
     run(f"--cases {cases} --backends REFERENCE,TORCH_SDPA --rounds 1 --device cpu --output {other}")
     (times,) = read_table(other).layers.values()
-    assert [each.place for each in times.points] == [(Kind.DECODE, 2, 2, 22)]
+    assert [each.key for each in times.points] == [(Kind.DECODE, 2, 2, 22)]
 
 
 def test_tune_says_who_was_wrong(contestants):

@@ -1,7 +1,7 @@
-"""What times say: which backend serves which batches of a layer. Pure.
+"""The policy: which backend serves which batches of a layer, by measured times. Pure.
 
-Whoever is not the first in the platform's order must beat that one: by a margin, at every measured
-point near by. So a table can only make things faster, and noise changes nothing.
+A backend replaces the platform's default only if it is faster by `MARGIN` at every neighbouring
+measurement. So a table can only make things faster, and noise changes nothing.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from attn_dispatch.selection.timings.table import (
 __all__ = [
     "MARGIN",
     "Comparison",
-    "TimingEvidence",
     "PhaseCandidates",
-    "split_route",
-    "routes_of",
-    "times_for",
+    "TimingEvidence",
+    "compare_points",
     "evaluate_timings",
+    "routes_of",
+    "split_route",
+    "times_for",
 ]
 
-#: By how much one must be faster than another to be taken for faster: noise is below that.
+#: How much faster a backend must be to count as faster. Noise is below that.
 MARGIN = 0.03
 
 
 @dataclass(frozen=True)
 class PhaseCandidates:
-    """One phase of a layer: the first in the platform's order, and who may take its place."""
+    """One phase of a layer: the first in the platform's order, and all that may serve it."""
 
-    declared: str
-    admitted: frozenset[str]
+    default: str
+    eligible: frozenset[str]
 
 
-#: The phases whose backends a step depends on.
 _PHASES_OF: dict[BatchKind, tuple[Phase, ...]] = {
     BatchKind.PREFILL: (Phase.PREFILL,),
     BatchKind.DECODE: (Phase.DECODE,),
@@ -57,54 +57,54 @@ _PHASES_OF: dict[BatchKind, tuple[Phase, ...]] = {
     BatchKind.MIXED: (Phase.PREFILL, Phase.DECODE),
 }
 
+_ByPhase = Mapping[Phase, PhaseCandidates]
+
+#: Name -> the cost of a batch, for the eligible backends.
+_Costs = Mapping[str, float]
+
 
 def split_route(name: str) -> tuple[str, str]:
-    """The backends of prefill and of decode that a name in a table stands for."""
+    """The backends of prefill and of decode in a name such as "A" or "A+B"."""
     prefill, _, decode = name.partition("+")
     return prefill, decode or prefill
 
 
-def _admits(name: str, step: BatchKind, sides: Mapping[Phase, PhaseCandidates]) -> bool:
+def _is_eligible(name: str, step: BatchKind, candidates: _ByPhase) -> bool:
     each = dict(zip(Phase, split_route(name), strict=True))
-    return all(each[phase] in sides[phase].admitted for phase in _PHASES_OF[step])
+    return all(each[phase] in candidates[phase].eligible for phase in _PHASES_OF[step])
 
 
-def _declared(step: BatchKind, sides: Mapping[Phase, PhaseCandidates]) -> str:
-    return "+".join(dict.fromkeys(sides[phase].declared for phase in _PHASES_OF[step]))
-
-
-#: Name -> what a batch costs with it, for those who are admitted.
-_Costs = Mapping[str, float]
+def _default_of(step: BatchKind, candidates: _ByPhase) -> str:
+    return "+".join(dict.fromkeys(candidates[phase].default for phase in _PHASES_OF[step]))
 
 
 def _costs_of(
-    points: Iterable[Point], declared: str, admits: Callable[[str], bool], *, captured: bool
+    points: Iterable[Point], default: str, is_eligible: Callable[[str], bool], *, captured: bool
 ) -> list[_Costs]:
-    """The costs at each point that has one for `declared`."""
+    """The costs at each point where the default was timed."""
     return [
         {
-            name: point.cost_us(name, declared, captured=captured)
+            name: point.cost_us(name, default, captured=captured)
             for name in point.times_us
-            if admits(name)
+            if is_eligible(name)
         }
         for point in points
-        if declared in point.times_us
+        if default in point.times_us
     ]
 
 
-def _pick(near: Sequence[_Costs], declared: str, incumbent: str | None = None) -> str:
-    """Who serves the batches that all these points speak of.
+def _pick(near: Sequence[_Costs], default: str, incumbent: str | None = None) -> str:
+    """The backend for the batches near these points.
 
     `incumbent` serves the shorter batches: it stays unless another is faster by the margin.
     """
-    shares = {declared: 1.0}  # name -> its cost over that of `declared`, the geometric mean
+    shares = {default: 1.0}  # name -> its cost over the default's, the geometric mean
     for name in near[0]:
-        if name != declared and all(
-            name in each and each[name] * (1 + MARGIN) <= each[declared] for each in near
+        if name != default and all(
+            name in each and each[name] * (1 + MARGIN) <= each[default] for each in near
         ):
-            shares[name] = math.prod(each[name] / each[declared] for each in near) ** (
-                1 / len(near)
-            )
+            product = math.prod(each[name] / each[default] for each in near)
+            shares[name] = product ** (1 / len(near))
     best = min(shares, key=lambda name: (shares[name], name))
     if incumbent in shares and shares[incumbent] <= shares[best] * (1 + MARGIN):
         return incumbent
@@ -118,103 +118,97 @@ def _around(bucket: Bucket) -> Iterable[Bucket]:
             yield step, requests, tokens, keys
 
 
-def routes_of(
-    times: LayerTimes, sides: Mapping[Phase, PhaseCandidates], *, captured: bool
-) -> Mapping[Bucket, str]:
-    """Bucket -> who serves its batches, for every bucket that measured points are near to.
+def routes_of(times: LayerTimes, candidates: _ByPhase, *, captured: bool) -> Mapping[Bucket, str]:
+    """Bucket -> the backend for its batches, for every bucket that is near measured points.
 
     Args:
         times: of the layer.
-        sides: of each phase that is asked about; a mixed step needs both.
+        candidates: of each phase in question; a mixed step needs both.
         captured: as for `bucket_of`.
 
     Returns:
         Names as in `Point.times_us`. The points near a bucket are those in it and in the ones next
         to it: half or twice as many requests, tokens or keys.
     """
-    return _routes(times, tuple(sides.items()), captured)
+    return _routes(times, tuple(candidates.items()), captured)
 
 
 @functools.lru_cache(maxsize=1024)
 def _routes(
-    times: LayerTimes, sides: tuple[tuple[Phase, PhaseCandidates], ...], captured: bool
+    times: LayerTimes, pairs: tuple[tuple[Phase, PhaseCandidates], ...], captured: bool
 ) -> Mapping[Bucket, str]:
-    by_phase, found = dict(sides), dict[Bucket, str]()
+    candidates, found = dict(pairs), dict[Bucket, str]()
     for step, phases in _PHASES_OF.items():
-        if not by_phase.keys() >= set(phases):
+        if not candidates.keys() >= set(phases):
             continue
-        declared = _declared(step, by_phase)
-        admits = functools.partial(_admits, step=step, sides=by_phase)
-        measured: dict[Bucket, list[_Costs]] = defaultdict(list)
+        default = _default_of(step, candidates)
+        is_eligible = functools.partial(_is_eligible, step=step, candidates=candidates)
+        near = defaultdict[Bucket, list[_Costs]](list)
         for point in times.points:
             if point.step is step:
-                bucket = bucket_of(*point.place, captured=captured)
-                measured[bucket] += _costs_of([point], declared, admits, captured=captured)
-        reached = defaultdict[Bucket, list[_Costs]](list)
-        for bucket, costs in measured.items():
-            for each in _around(bucket):
-                reached[each] += costs
-        for bucket in sorted(reached):  # of two that differ in their keys, the shorter first
-            if reached[bucket]:
+                costs = _costs_of([point], default, is_eligible, captured=captured)
+                for bucket in _around(bucket_of(*point.key, captured=captured)):
+                    near[bucket] += costs
+        for bucket in sorted(near):  # the shorter of two that differ in their keys comes first
+            if near[bucket]:
                 shorter = (*bucket[:3], bucket[3] - 1)
-                found[bucket] = _pick(reached[bucket], declared, found.get(shorter))
+                found[bucket] = _pick(near[bucket], default, found.get(shorter))
     return found
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measured point: who serves it, who is the first in the order, and the times of both."""
+    """One measured point: the picked backend, the platform's default, and the times of both."""
 
     point: Point
     picked: str
     picked_us: float
-    declared: str
-    declared_us: float
+    default: str
+    default_us: float
 
     def __str__(self) -> str:
-        words = self.point.words
-        return f"{words}: {self.picked_us:.1f} us instead of {self.declared_us:.1f} us"
+        return (
+            f"{self.point.describe()}: {self.picked_us:.1f} us instead of {self.default_us:.1f} us"
+        )
 
 
 @dataclass(frozen=True)
 class TimingEvidence:
-    """What a table says of a layer in a phase.
+    """What a table states about a phase of a layer.
 
     Attributes:
         times: all of the layer's.
-        side: who was compared.
-        pick: who serves the layer where one backend is wanted for the phase: who is faster than
-            the first in the order at all points, or that one.
+        candidates: the compared backends.
+        pick: the backend for the whole phase: the one that is faster than the default at all
+            points, or the default.
         comparisons: one for each measured point of the phase.
     """
 
     times: LayerTimes = field(repr=False)
-    side: PhaseCandidates
+    candidates: PhaseCandidates
     pick: str
     comparisons: tuple[Comparison, ...]
 
     @property
     def _gains(self) -> list[Comparison]:
-        return [each for each in self.comparisons if each.picked != each.declared]
+        return [each for each in self.comparisons if each.picked != each.default]
 
     @property
     def best(self) -> Comparison | None:
         """The point with the largest gain over the default; None if no backend beats it."""
-        return min(self._gains, key=lambda c: c.picked_us / c.declared_us, default=None)
+        return min(self._gains, key=lambda each: each.picked_us / each.default_us, default=None)
 
     @property
     def because(self) -> str:
         """What was found, where and when, as a clause."""
-        times, declared = self.times, self.side.declared
+        times, gains, best, total = self.times, self._gains, self.best, len(self.comparisons)
         source = f"measured on {times.device}, {times.measured[:10]}, {times.origin}"
-        gains, best = self._gains, self.best
-        total = len(self.comparisons)
         if best is None:
             return f"no measured backend beats it by {MARGIN:.0%} ({total} points; {source})"
-        if self.pick != declared:
+        if self.pick != self.candidates.default:
             return (
-                f"faster than {declared}, the first in this platform's order, at each of {total} "
-                f"measured points, most of all in {best} ({source})"
+                f"faster than {self.candidates.default}, the first in this platform's order, at "
+                f"each of {total} measured points, most of all in {best} ({source})"
             )
         names = ", ".join(dict.fromkeys(each.picked for each in gains))
         return (
@@ -228,7 +222,7 @@ class TimingEvidence:
             "origin": self.times.origin,
             "device": self.times.device,
             "measured": self.times.measured,
-            "declared": self.side.declared,
+            "declared": self.candidates.default,
             "picked": self.pick,
             "points": [
                 {
@@ -238,8 +232,8 @@ class TimingEvidence:
                     "keys": each.point.keys,
                     "picked": each.picked,
                     "picked_us": each.picked_us,
-                    "declared": each.declared,
-                    "declared_us": each.declared_us,
+                    "declared": each.default,
+                    "declared_us": each.default_us,
                 }
                 for each in self.comparisons
             ],
@@ -255,39 +249,36 @@ def times_for(tables: Sequence[Table], spec: AttentionSpec) -> LayerTimes | None
 
 
 def compare_points(
-    times: LayerTimes, sides: Mapping[Phase, PhaseCandidates], *, captured: bool
+    times: LayerTimes, candidates: _ByPhase, *, captured: bool
 ) -> tuple[Comparison, ...]:
-    """Who serves the batch of each measured point; arguments as for `routes_of`.
-
-    Points without a time of the first in the order compare nothing, and are left out.
-    """
-    routes = routes_of(times, sides, captured=captured)
+    """A comparison for each measured point where the default was timed; see `routes_of`."""
+    routes = routes_of(times, candidates, captured=captured)
     found = []
     for point in times.points:
-        if not sides.keys() >= set(_PHASES_OF[point.step]):
+        if not candidates.keys() >= set(_PHASES_OF[point.step]):
             continue
-        declared = _declared(point.step, sides)
-        if declared in point.times_us:
-            picked = routes[bucket_of(*point.place, captured=captured)]
-            us, declared_us = (
-                point.cost_us(name, declared, captured=captured) for name in (picked, declared)
+        default = _default_of(point.step, candidates)
+        if default in point.times_us:
+            picked = routes[bucket_of(*point.key, captured=captured)]
+            us, default_us = (
+                point.cost_us(name, default, captured=captured) for name in (picked, default)
             )
-            found.append(Comparison(point, picked, us, declared, declared_us))
+            found.append(Comparison(point, picked, us, default, default_us))
     return tuple(found)
 
 
 def evaluate_timings(
-    times: LayerTimes, side: PhaseCandidates, phase: Phase | None, *, captured: bool
+    times: LayerTimes, candidates: PhaseCandidates, phase: Phase | None, *, captured: bool
 ) -> TimingEvidence | None:
-    """What a layer's times say of a phase, or with None of one backend for both.
+    """The evidence for a phase, or with None for one backend that serves both.
 
-    None if no point of the phase has a time of the first in the order.
+    None if the default was timed at no point of the phase.
     """
-    sides = {each: side for each in Phase if phase in (None, each)}
-    comparisons = compare_points(times, sides, captured=captured)
+    by_phase = {each: candidates for each in Phase if phase in (None, each)}
+    comparisons = compare_points(times, by_phase, captured=captured)
     if not comparisons:
         return None
     points = [each.point for each in comparisons]
-    admits = side.admitted.__contains__
-    pick = _pick(_costs_of(points, side.declared, admits, captured=captured), side.declared)
-    return TimingEvidence(times, side, pick, comparisons)
+    default, is_eligible = candidates.default, candidates.eligible.__contains__
+    pick = _pick(_costs_of(points, default, is_eligible, captured=captured), default)
+    return TimingEvidence(times, candidates, pick, comparisons)

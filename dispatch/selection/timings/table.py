@@ -34,7 +34,7 @@ VERSION = 1
 
 
 class BatchKind(str, Enum):
-    """What a batch is made of, as far as it matters for who is fastest."""
+    """The kinds of batches that are timed separately."""
 
     PREFILL = "prefill"
     """Prompts, or chunks of prompts."""
@@ -55,9 +55,9 @@ Bucket = tuple[BatchKind, int, int, int]
 
 
 def bucket_of(step: BatchKind, requests: int, tokens: int, keys: int, *, captured: bool) -> Bucket:
-    """Where a batch is in the grid.
+    """The cell of the grid that a batch belongs to.
 
-    What a batch costs goes by its totals: by all keys if it reads them once, by all new tokens
+    The cost of a batch depends on its totals: on all keys if it reads them once, on all new tokens
     times their keys if it computes. So the averages count, and not the longest request.
 
     Args:
@@ -65,8 +65,8 @@ def bucket_of(step: BatchKind, requests: int, tokens: int, keys: int, *, capture
         requests: in the batch, 1 or more.
         tokens: new tokens of all requests.
         keys: of all requests, the new ones included.
-        captured: decoding is captured into graphs, which know their number of requests and not
-            the keys: these are left out then.
+        captured: decodes are captured into graphs, whose number of requests is fixed and whose
+            keys are not: the keys are left out.
     """
     length = 0
     if not (captured and step in (BatchKind.DECODE, BatchKind.VERIFY)):
@@ -78,7 +78,7 @@ def _log2_of_average(total: int, number: int) -> int:
     return (((total or 1) - 1) // number).bit_length()
 
 
-#: Phase -> what its requests are with one new token each, and with more on average.
+#: Phase -> the kind of batches with one new token for each request, and with more on average.
 _STEPS_OF = {
     Phase.PREFILL: (BatchKind.PREFILL, BatchKind.PREFILL),
     Phase.DECODE: (BatchKind.DECODE, BatchKind.VERIFY),
@@ -86,7 +86,7 @@ _STEPS_OF = {
 
 
 def step_of(phase: Phase, totals: BatchTotals) -> BatchKind:
-    """What requests are that are all in one phase."""
+    """The kind of a batch whose requests are all in one phase."""
     return _STEPS_OF[phase][totals.tokens > totals.requests]
 
 
@@ -99,7 +99,7 @@ def totals_of(batch: AttentionBatch) -> tuple[BatchKind, int, int, int] | None:
     return step, *batch.total
 
 
-#: The fields of a request that a table names: those of `bench.cases.Case`.
+#: The fields of a request that a table states: those of `bench.cases.Case`.
 LAYER_FIELDS = (
     "num_heads",
     "num_kv_heads",
@@ -117,16 +117,16 @@ LAYER_FIELDS = (
 #: The values of LAYER_FIELDS, dtypes by name.
 LayerKey = tuple[Any, ...]
 
-#: Fields that change who can compute a layer, which is judged anyway, and not who is fastest.
+#: Fields that decide which backends support a layer, but not which of them is fastest.
 _WITHOUT_EFFECT = {"cuda_graph": False, "kv_sharing": False, "kv_cache_layout": None}
 
 
 def layer_key(spec: AttentionSpec) -> LayerKey | None:
-    """What a table calls this layer; None if no table can speak of it.
+    """The key of a layer in tables; None if no table has such layers.
 
-    That is so where a field outside of LAYER_FIELDS changes the work (latent attention, masks, a
-    quantized output), where the cache is HND, which is not measured, and with batch_invariant:
-    what is chosen by the batch's size would change a request's bits with its company.
+    That is so if a field outside of LAYER_FIELDS changes the work (latent attention, masks, a
+    quantized output), if the cache is HND, which is not measured, and with batch_invariant: a
+    choice by the batch's size would make a request's bits depend on the rest of the batch.
     """
     if spec.kv_cache_layout == "HND":
         return None
@@ -148,8 +148,8 @@ class Point:
     Attributes:
         step, requests, tokens, keys: as for `bucket_of`.
         times_us: name -> microseconds on the device. A name is a backend's; in a mixed step also
-            "PREFILL+DECODE", two backends that each take their phase.
-        host_us: name -> microseconds for which the call keeps the host, where that was measured.
+            "PREFILL+DECODE", two backends that each serve their phase.
+        host_us: name -> microseconds of host time of the call, where that was measured.
         failed: names that were tried and gave no time, or a wrong result.
     """
 
@@ -162,29 +162,28 @@ class Point:
     failed: tuple[str, ...] = ()
 
     @property
-    def place(self) -> tuple[BatchKind, int, int, int]:
-        """What tells it from the other points of its layer."""
+    def key(self) -> tuple[BatchKind, int, int, int]:
+        """It differs between the points of a layer."""
         return self.step, self.requests, self.tokens, self.keys
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The batch in words."""
         plural = "" if self.requests == 1 else "s"
         tokens, keys = (round(total / self.requests) for total in (self.tokens, self.keys))
         new = "" if self.step is BatchKind.DECODE else f"{tokens} new tokens and "
         return f"{self.step} of {self.requests} request{plural} with {new}{keys} keys each"
 
-    def cost_us(self, name: str, declared: str, *, captured: bool) -> float:
-        """What the batch costs an engine: time on the device, and the host's where that is long.
+    def cost_us(self, name: str, default: str, *, captured: bool) -> float:
+        """The cost of the batch for an engine: device time, and host time that is not hidden.
 
-        Host time that is hidden behind the device's is none, and what `declared`, the first in the
-        order, takes anyway counts for nobody: the host does more than attention, and runs ahead. A
-        graph that is replayed keeps the host for no time worth counting.
+        Host time is hidden up to the device time, and up to the host time of the platform's
+        default: the host does more than attention, and runs ahead. A replayed graph takes no host
+        time.
         """
         device_us = self.times_us[name]
         if captured and self.step in (BatchKind.DECODE, BatchKind.VERIFY):
             return device_us
-        hidden = max(device_us, self.host_us.get(declared, 0.0))
+        hidden = max(device_us, self.host_us.get(default, 0.0))
         return device_us + max(0.0, self.host_us.get(name, 0.0) - hidden)
 
     def asdict(self) -> dict[str, Any]:
@@ -232,7 +231,7 @@ class Machine:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A file of times.
+    """The content of a file of times.
 
     Attributes:
         machine: where they were measured.
