@@ -7,6 +7,7 @@ registry does, by `selection.registry.check_backend_class`, when the backend is 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_dispatch.errors import UnsupportedError
@@ -21,6 +22,7 @@ from attn_dispatch.interface.metadata import (
     BatchMetadata,
     BatchMetadataBuilder,
 )
+from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.detect import detect_device
 
 if TYPE_CHECKING:
@@ -57,6 +59,13 @@ def refuse_spec(
             f"{backend_cls.get_name()} does not compute this layer: "
             f"{'; '.join(map(str, reasons))}. get_attn_backend finds one that does."
         )
+
+
+@functools.lru_cache(maxsize=4096)  # an error is raised again
+def _check_declared(
+    cls: type[AttentionBackend], spec: AttentionSpec, device: DeviceProfile, generation: int
+) -> None:
+    refuse_spec(cls, spec, device)
 
 
 class AttentionBackend:
@@ -164,7 +173,7 @@ class AttentionBackend:
         Raises:
             UnsupportedError: a field's value, or a combination, is not declared.
         """
-        refuse_spec(cls, spec, detect_device(device))
+        _check_declared(cls, spec, detect_device(device), libraries.generation())
 
     @classmethod
     def make_metadata(cls, *args: Any, **kwargs: Any) -> AttentionMetadata:

@@ -293,25 +293,17 @@ class Capabilities:
         self.requires = requires
         self.fields: Mapping[str, Constraint] = dict(fields)
 
-    def accepts_somewhere(self, field: str, value: Any, spec: Any) -> bool:
+    def accepts_somewhere(self, field: str, value: Any, spec: AttentionSpec) -> bool:
         """Whether a known device accepts this value of a field; spec holds the other fields."""
         constraint = self.fields.get(field)
         if constraint is None:
-            return _is_neutral(field, value)
+            return _is_neutral(type(spec).__dataclass_fields__[field], value)
         return any(constraint.admits(value, spec, device) for device in KNOWN_DEVICES.values())
 
 
-def _is_neutral(field: str, value: Any) -> bool:
-    """Whether the field changes nothing at this value."""
-    return field in _NEUTRAL and bool(value == _NEUTRAL[field])
-
-
-#: The value under which a field changes nothing, of those that have one.
-_NEUTRAL = {
-    field.name: field.metadata["neutral"]
-    for field in dataclasses.fields(AttentionSpec)
-    if "neutral" in field.metadata
-}
+def _is_neutral(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether the field of the spec changes nothing at this value."""
+    return "neutral" in field.metadata and bool(value == field.metadata["neutral"])
 
 
 def _check_all(name: str, values: Any, kind: type) -> None:
@@ -367,7 +359,7 @@ def _compare_fields(
         value = getattr(spec, field.name)
         constraint = capabilities.fields.get(field.name)
         if constraint is None:
-            if _is_neutral(field.name, value):
+            if _is_neutral(field, value):
                 continue
             code, allowed = ReasonCode.UNDECLARED, ""
         elif constraint.admits(value, spec, device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -15,7 +17,7 @@ from attn_dispatch.interface.kv_access import write_rows
 from attn_dispatch.interface.kv_cache import split_token_scales
 from attn_dispatch.interface.metadata import AttentionMetadata, T
 from attn_dispatch.interface.quantization import has_token_scales
-from attn_dispatch.interface.spec import plain_value
+from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType
 
 if TYPE_CHECKING:
@@ -96,6 +98,38 @@ def _check_per_head(name: str, values: Any, heads: int) -> None:
         )
 
 
+#: The fields of a spec that an impl states, as `_layer_of` and two more give their values.
+_LAYER_FIELDS = (*IMPL_FIELDS, "alibi", "sinks", "kv_sharing")
+_layer_of = operator.attrgetter(*IMPL_FIELDS, "alibi")
+#: Those that select a feature, and the argument that does.
+_FEATURES = {
+    "kv_cache_dtype": "kv_cache_dtype",
+    "attn_type": "attn_type",
+    "causal": "causal",
+    "sliding_window": "sliding_window",
+    "logits_soft_cap": "logits_soft_cap",
+    "returns_lse": "returns_lse",
+    "alibi": "alibi_slopes",
+    "sinks": "sinks",
+    "kv_sharing": "kv_sharing_target_layer_name",
+}
+
+
+@functools.lru_cache(maxsize=4096)  # an error is raised again
+def _check_declared(backend_cls: Any, layer: tuple[Any, ...]) -> None:
+    """Check that a backend declares the features of an impl, so that it drops no argument."""
+    fields = dict(zip(_LAYER_FIELDS, layer, strict=True))
+    spec = AttentionSpec(dtype=torch.bfloat16, **fields)
+    for field, argument in _FEATURES.items():
+        value = plain_value(getattr(spec, field))
+        if not backend_cls.capabilities.accepts_somewhere(field, value, spec):
+            given = argument if value is True else f"{argument}={value!r}"
+            raise UnsupportedError(
+                f"{backend_cls.get_name()} does not support {given}. get_attn_backend finds one "
+                "that does."
+            )
+
+
 class AttentionImpl(ABC, Generic[T]):
     """Computes one layer's attention. Whether it can was settled by capabilities before.
 
@@ -169,31 +203,8 @@ class AttentionImpl(ABC, Generic[T]):
         if self.alibi and alibi_symmetric:
             self.alibi = "symmetric"
         if self.backend_cls is not None:
-            self._reject_undeclared()
-
-    def _reject_undeclared(self) -> None:
-        """An impl made by hand must not drop an argument that its backend does not declare."""
-        features = {
-            "alibi_slopes": ("alibi", self.alibi),
-            "sinks": ("sinks", self.sinks is not None),
-            "sliding_window": ("sliding_window", self.sliding_window),
-            "kv_cache_dtype": ("kv_cache_dtype", self.kv_cache_dtype),
-            "logits_soft_cap": ("logits_soft_cap", self.logits_soft_cap),
-            "attn_type": ("attn_type", self.attn_type),
-            "causal": ("causal", self.causal),
-            "kv_sharing_target_layer_name": (
-                "kv_sharing",
-                self.kv_sharing_target_layer_name is not None,
-            ),
-            "returns_lse": ("returns_lse", self.returns_lse),
-        }
-        for argument, (field, value) in features.items():
-            if not self.backend_cls.capabilities.accepts_somewhere(field, value, self):
-                given = argument if value is True else f"{argument}={plain_value(value)!r}"
-                raise UnsupportedError(
-                    f"{self.backend_cls.get_name()} does not support {given}. get_attn_backend "
-                    "finds one that does."
-                )
+            is_shared = kv_sharing_target_layer_name is not None
+            _check_declared(self.backend_cls, (*_layer_of(self), sinks is not None, is_shared))
 
     @abstractmethod
     def forward(

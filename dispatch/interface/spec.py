@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIBI_SYMMETRIC",
+    "IMPL_FIELDS",
     "INT8_PER_TOKEN_HEAD",
     "KV_CACHE_DTYPES",
     "LAYER_KINDS",
@@ -63,8 +64,8 @@ _DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
     "causal": lambda spec: spec.attn_type == AttentionType.DECODER,
 }
 
-#: The fields that are arguments of an AttentionImpl's constructor too.
-_IMPL_ARGUMENTS = (
+#: The fields that are arguments and attributes of an AttentionImpl too.
+IMPL_FIELDS = (
     "num_heads",
     "head_size",
     "num_kv_heads",
@@ -274,6 +275,16 @@ class AttentionSpec:
             return str(self.attn_type)
         return "full" if self.sliding_window is None else "sliding_window"
 
+    def __hash__(self) -> int:
+        if "_hash" not in self.__dict__:  # kept: every decision looks the spec up
+            values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+            object.__setattr__(self, "_hash", hash(values))
+        return self.__dict__["_hash"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which differs between processes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     def replace(self, **changes: Any) -> AttentionSpec:
         """A copy with some fields changed; what was derived from them is derived again."""
         derived = {name: None for name in _DERIVED if _is_filled_in(self, name)}
@@ -281,7 +292,7 @@ class AttentionSpec:
 
     def impl_arguments(self) -> dict[str, Any]:
         """What the spec states of the arguments of an AttentionImpl's constructor."""
-        arguments = {name: getattr(self, name) for name in _IMPL_ARGUMENTS}
+        arguments = {name: getattr(self, name) for name in IMPL_FIELDS}
         if self.alibi == ALIBI_SYMMETRIC:  # given only to impls of backends that declare it
             arguments["alibi_symmetric"] = True
         return arguments

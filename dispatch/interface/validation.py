@@ -30,12 +30,12 @@ from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
+from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
     from attn_dispatch.interface.impl import AttentionImpl
     from attn_dispatch.interface.metadata import AttentionMetadata
-    from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = [
     "check_block_size",
@@ -426,19 +426,7 @@ def _check_scale(
 
 
 #: What an impl and the spec of its metadata must have in common.
-_IN_COMMON = (
-    "num_heads",
-    "num_kv_heads",
-    "head_size",
-    "head_size_v",
-    "kv_cache_dtype",
-    "attn_type",
-    "causal",
-    "sliding_window",
-    "logits_soft_cap",
-    "returns_lse",
-)
-_in_common = operator.attrgetter(*_IN_COMMON)
+_in_common = operator.attrgetter(*IMPL_FIELDS)
 
 
 def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted: type) -> None:
@@ -459,7 +447,7 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
     if _in_common(spec) == _in_common(impl) and (spec.alibi, spec.sinks, spec.kv_sharing) == given:
         return
     pairs = [
-        *zip(_IN_COMMON, _in_common(spec), _in_common(impl), strict=True),
+        *zip(IMPL_FIELDS, _in_common(spec), _in_common(impl), strict=True),
         ("alibi", spec.alibi, given[0]),
         ("sinks", spec.sinks, given[1]),
         ("kv_sharing", spec.kv_sharing, given[2]),

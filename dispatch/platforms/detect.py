@@ -103,21 +103,22 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
     """
     settled = resolve_device(device)
     try:
-        hardware = _detect_hardware(settled.type, settled.index)
+        return _profile_of(settled.type, settled.index)
     except _NO_DEVICE as error:
         raise _unusable(device, error) from error
-    return dataclasses.replace(hardware, other_libraries="looked up")
 
 
 @functools.cache
-def _detect_hardware(kind: str, index: int | None) -> DeviceProfile:
+def _profile_of(kind: str, index: int | None) -> DeviceProfile:
     import torch
 
     if kind == "cuda":
-        return _describe_cuda(torch.cuda.get_device_properties(index), torch.version.hip)
-    if kind in ("cpu", "mps", "xpu"):
-        return KNOWN_DEVICES[kind]
-    raise RuntimeError(f"there is no profile for PyTorch devices of type {kind!r}.")
+        hardware = _describe_cuda(torch.cuda.get_device_properties(index), torch.version.hip)
+    elif kind in ("cpu", "mps", "xpu"):
+        hardware = KNOWN_DEVICES[kind]
+    else:
+        raise RuntimeError(f"there is no profile for PyTorch devices of type {kind!r}.")
+    return dataclasses.replace(hardware, other_libraries="looked up")
 
 
 def _bandwidth(properties: Any) -> float | None:

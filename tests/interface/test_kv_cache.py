@@ -36,7 +36,7 @@ from support.cases import (
     FP8,
     INT8,
     dequantized,
-    encoded_rows,
+    encoded_parts,
     int8_rows,
     nan_cache,
     stored_size,
@@ -119,8 +119,8 @@ def test_fp8_is_what_the_device_has():
 
 def put(place, row, scale):
     """Write (heads, size) values into (heads, stored size) of a cache."""
-    stored = encoded_rows(row, scale, place.dtype, place.shape[-1])
-    place[:, : stored.shape[-1]].view(stored.dtype).copy_(stored)
+    for part, content in encoded_parts(row, scale, place.dtype):
+        place.view(content.dtype)[:, part] = content
 
 
 @given(
@@ -486,7 +486,8 @@ def test_scales_are_derived_so_that_the_largest_value_just_fits(kv_scales):
     torch.testing.assert_close(layer._k_scale, scales[0])
     torch.testing.assert_close(layer._v_scale, scales[1])
     stored = [
-        dequantized(t, s, torch.float8_e4m3fn).float() for t, s in zip((key, value), scales, strict=False)
+        dequantized(t, s, torch.float8_e4m3fn).float()
+        for t, s in zip((key, value), scales, strict=False)
     ]
     plain = attention(torch.ones(6, 4, 8), *stored, backend="REFERENCE")
     torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import PlaceholderRange
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.selection.registry import registry
@@ -102,15 +104,23 @@ def batch_elsewhere(call):
     call.change_batch(**{name: getattr(call.batch, name).to("meta") for name in names})
 
 
-def metadata_of(backend, **changes):
-    """Metadata that another layer's builder made."""
+def metadata_for(**changes):
+    """Metadata that the builder of another layer made."""
 
     def spoil(call):
-        cls = registry.candidates()[backend or call.runner.split("=")[-1]].backend_cls
-        builder = cls.get_builder_cls()(call.spec.replace(**changes), torch.device("cpu"))
+        cls = registry.candidates()[call.runner.split("=")[-1]].backend_cls
+        builder = cls.make_builder(call.spec, torch.device("cpu"))
+        builder.spec = call.spec.replace(**changes)
         call.set(attn_metadata=builder.build(call.batch))
 
     return spoil
+
+
+def metadata_of_mla(call):
+    mla = MLADims(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+    spec = AttentionSpec.for_mla(num_heads=4, dtype=torch.float32, mla=mla, block_size=4)
+    builder = ReferenceMLABackend.make_builder(spec, torch.device("cpu"))
+    call.set(attn_metadata=builder.build(call.batch))
 
 
 #: What is wrong -> how it is made wrong, and what the error says.
@@ -191,13 +201,13 @@ BAD_CALLS = {
         lambda c: c.cast("output", FP8),
         "output is torch.float8_e4m3fn",
     ),
-    "metadata of another backend": (metadata_of("REFERENCE_MLA"), "layer.build_metadata"),
-    "metadata for another window": (metadata_of(None, sliding_window=3), "attn_metadata"),
-    "metadata for other heads": (metadata_of(None, num_heads=2), "attn_metadata"),
-    "metadata for ALiBi": (metadata_of(None, alibi=True), "attn_metadata"),
-    "metadata for sinks": (metadata_of(None, sinks=True), "attn_metadata"),
-    "metadata for a sharing layer": (metadata_of(None, kv_sharing=True), "attn_metadata"),
-    "metadata for another cache": (metadata_of(None, kv_cache_dtype="fp8"), "attn_metadata"),
+    "metadata of another backend": (metadata_of_mla, "layer.build_metadata"),
+    "metadata for another window": (metadata_for(sliding_window=3), "attn_metadata"),
+    "metadata for other heads": (metadata_for(num_heads=2), "attn_metadata"),
+    "metadata for ALiBi": (metadata_for(alibi=True), "attn_metadata"),
+    "metadata for sinks": (metadata_for(sinks=True), "attn_metadata"),
+    "metadata for a sharing layer": (metadata_for(kv_sharing=True), "attn_metadata"),
+    "metadata for another cache": (metadata_for(kv_cache_dtype="fp8"), "attn_metadata"),
 }
 
 #: The same for what a batch's tensors hold, which ATTN_DISPATCH_CHECK=1 looks at.
