@@ -1,10 +1,11 @@
-"""Host overhead of attn-dispatch: its import, selecting a backend, routing batches.
+"""Host overhead of attn-dispatch: its import, selecting a backend, making layers, routing batches.
 
     python benchmarks/host_overhead.py [--json] [--rounds N]
 
 Exits with 1 if the import takes more than 60 ms after PyTorch's, a warm call of
-`get_attn_backend` more than 20 µs longer than an empty Python function, or routing a batch more
-than 10 µs in addition to the backend's own builder.
+`get_attn_backend` more than 20 µs longer than an empty Python function, making a layer more than
+0.3 ms after an equal one, or routing a batch more than 10 µs in addition to the backend's own
+builder.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from attn_dispatch.backends.reference.torch_ref import (
     ReferenceMetadata,
 )
 from attn_dispatch.runtime.routing import RoutedBuilder, RoutedImpl, Router
-from attn_dispatch.selection.timings.policy import Side, routes_of
+from attn_dispatch.selection.timings.policy import PhaseCandidates, routes_of
 from attn_dispatch.selection.timings.table import BatchKind, LayerTimes, Point
 
 IMPORT_LIMIT_MS = 60.0
 CALL_LIMIT_US = 20.0
 ROUTING_LIMIT_US = 10.0
 LAYER_LIMIT_US = 3.0
+MAKING_LIMIT_MS = 0.3
 
 #: Code that is timed in a new interpreter, after the import of PyTorch.
 IMPORTS = {
@@ -173,9 +175,11 @@ def _routers() -> dict[str, Router]:
         for (step, tokens, us), n, keys in grid
     )
     times = LayerTimes(points, "a benchmark", "CPU", "2026-01-01")
-    sides = dict.fromkeys(Phase, Side("A", frozenset("AB")))
+    candidates = dict.fromkeys(Phase, PhaseCandidates("A", frozenset("AB")))
     return {
-        "by a table": Router(dict.fromkeys(Phase, "A"), routes_of(times, sides, captured=False)),
+        "by a table": Router(
+            dict.fromkeys(Phase, "A"), routes_of(times, candidates, captured=False)
+        ),
         "by rules": Router({Phase.PREFILL: "A", Phase.DECODE: "B"}),
     }
 
@@ -225,6 +229,16 @@ def layer_times_us(rounds: int, calls: int = 200) -> dict[str, float]:
     )
 
 
+def making_times_ms(rounds: int, layers: int = 60) -> dict[str, float]:
+    """The median time of making one layer of a model, when an equal layer was made before."""
+
+    def make() -> None:
+        attn_dispatch.Attention(32, 128, num_kv_heads=8, dtype=torch.float32, device="cpu")
+
+    times = _medians_us({"Attention(...), after an equal one": make}, rounds, layers)
+    return {name: us / 1e3 for name, us in times.items()}
+
+
 def batch_times_us(rounds: int) -> dict[str, float]:
     """The median time of work that is done once per batch, for all layers."""
     found: dict[str, float] = {}
@@ -266,6 +280,7 @@ def measure(rounds: int) -> dict[str, Any]:
     """All measurements, as data."""
     imports, calls = import_times_ms(rounds), call_times_us(rounds * 4)
     routing, layers = routing_times_us(rounds * 4), layer_times_us(rounds * 4)
+    making = making_times_ms(rounds * 4)
     in_layer = layers["a layer, routed whole"] - layers["a layer, one backend"]
     return {
         "machine": machine(),
@@ -273,12 +288,14 @@ def measure(rounds: int) -> dict[str, Any]:
         "call_us": calls,
         "routing_us": routing,
         "layer_us": layers,
+        "making_ms": making,
         "batch_us": batch_times_us(rounds),
         "import_within_limit": imports["import attn_dispatch"] <= IMPORT_LIMIT_MS,
         "call_within_limit": calls["get_attn_backend(...), warm"] - calls["an empty function"]
         < CALL_LIMIT_US,
         "routing_within_limit": max(routing.values()) < ROUTING_LIMIT_US,
         "layer_within_limit": in_layer < LAYER_LIMIT_US,
+        "making_within_limit": max(making.values()) < MAKING_LIMIT_MS,
     }
 
 
@@ -295,6 +312,7 @@ def table(result: dict[str, Any]) -> str:
     limits = {
         "import attn_dispatch": f"{IMPORT_LIMIT_MS:.0f} ms",
         "get_attn_backend(...), warm": f"{CALL_LIMIT_US:.0f} µs over an empty function",
+        "Attention(...), after an equal one": f"{MAKING_LIMIT_MS:.1f} ms",
         "a layer, routed whole": f"{LAYER_LIMIT_US:.0f} µs over one backend",
     } | dict.fromkeys(result["routing_us"], f"{ROUTING_LIMIT_US:.0f} µs")
     for part, times in result.items():

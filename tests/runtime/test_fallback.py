@@ -1,9 +1,8 @@
-"""A backend that fails at run time: who takes its place, who raises, and that nothing is wrong."""
+"""A backend that fails at run time: which one serves the call, which errors are raised."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
 import warnings
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from attn_dispatch import attention, attention_backend, explain, forward_context, resolve
-from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, ReferenceImpl
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import OneOf, ReasonCode
 from attn_dispatch.interface.types import AttentionType, Phase
@@ -21,6 +19,7 @@ from attn_dispatch.selection.failure_record import BackendFallbackWarning, failu
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.version import version
 from support.cases import FP8, INT8, Case, Step, call, layer_of, layer_spec
+from support.fallback import faulty
 from support.selection import Forbidden, make_backend, registered
 
 MIXED = {"query_lens": (3, 1, 2, 1), "seq_lens": (3, 9, 6, 5)}
@@ -35,58 +34,6 @@ def _no_failures():
     forget_failures()
     yield
     forget_failures()
-
-
-def faulty(where, error=None, *, name="TORCH_SDPA", after=0, phase=None, **fields):
-    """A backend like REFERENCE that fails; the first in a CPU's order by its name.
-
-    Args:
-        where: "impl", "builder", "plan" or "launch".
-        error: what it raises.
-        name: what it is called.
-        after: so many times it does not fail.
-        phase: it fails on batches with such requests alone.
-        **fields: what it declares.
-    """
-    error = error or RuntimeError("no kernel image is available")
-    tries = itertools.count()
-
-    def reach(place, batch=None):
-        if place != where or (phase is not None and phase not in batch.phases):
-            return
-        if next(tries) >= after:
-            raise error
-
-    class Impl(ReferenceImpl):
-        def __init__(self, *args, **named):
-            reach("impl")
-            super().__init__(*args, **named)
-
-        def forward(self, layer, query, key, value, kv_cache, attn_metadata, *more, **named):
-            arguments = (layer, query, key, value, kv_cache, attn_metadata)
-            result = super().forward(*arguments, *more, **named)
-            output = result[0] if self.returns_lse else result
-            try:
-                reach("launch", attn_metadata.batch)
-            except BaseException:
-                output.fill_(torch.nan)  # what it leaves behind must not be seen
-                raise
-            return result
-
-    class Builder(ReferenceBackend.builder_cls):
-        def __init__(self, spec, device):
-            reach("builder")
-            super().__init__(spec, device)
-
-        def build(self, batch):
-            reach("plan", batch)
-            return super().build(batch)
-
-    backend = make_backend(name, **fields)
-    backend.get_impl_cls = staticmethod(lambda: Impl)
-    backend.get_builder_cls = staticmethod(lambda: Builder)
-    backend.tries = tries
-    return backend
 
 
 def names(layer):

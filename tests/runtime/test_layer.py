@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 import threading
 
 import pytest
@@ -266,6 +267,24 @@ def test_a_missing_cache_and_a_name_given_twice_are_errors():
 
 
 # What a layer keeps.
+
+
+def test_making_a_layer_like_an_earlier_one_is_cheap():
+    """Measured in calls of Python functions, since time depends on the machine. It was 2,850."""
+    arguments = {"num_kv_heads": 8, "dtype": torch.float32, "device": "cpu"}
+    Attention(32, 128, **arguments)
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        Attention(32, 128, **arguments)
+    finally:
+        sys.setprofile(None)
+    assert calls < 600
 
 
 def test_the_overrides_that_count_are_those_when_it_was_made():

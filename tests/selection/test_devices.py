@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -112,6 +114,16 @@ def test_a_device_that_cannot_be_used_is_an_error_that_says_what_to_do(name):
         pytest.skip("there is a GPU here")
     with pytest.raises(InvalidInputError, match=f"'{name}' cannot be used here.*doctor"):
         detect_device(name)
+
+
+def test_detecting_a_device_imports_no_backend():
+    code = (
+        "import sys\nfrom attn_dispatch.platforms.detect import detect_device\n"
+        "detect_device('cpu')\n"
+        "print([name for name in sys.modules if name.startswith('attn_dispatch.backends')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_default_device_is_looked_up_for_every_decision(monkeypatch):
