@@ -24,16 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attn_dispatch.serving import tokenizer
 from attn_dispatch.serving.model import (
+    CONFIG_KEY,
     Attend,
     DemoConfig,
     DemoModel,
     load_demo_model,
-    save_demo_model,
 )
 
 MAX_DIGITS = 6
@@ -221,6 +222,18 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50, (1 - step / steps) / 0.75)
 
 
+def save_model(model: DemoModel, path: Path) -> None:
+    """Write a model's parameters as float16, with its config; the file is replaced atomically."""
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    partial = path.with_name(path.name + ".partial")
+    # safetensors' save_file makes a file that only its owner can read; this one is distributed.
+    partial.write_bytes(save(tensors, metadata={CONFIG_KEY: model.config.to_json()}))
+    partial.replace(path)
+
+
 def train(steps: int, out: Path, seed: int, checkpoint_every: int) -> None:
     """Train a model and write it to ``out`` at the end and at every checkpoint."""
     torch.manual_seed(seed)
@@ -274,7 +287,7 @@ def train(steps: int, out: Path, seed: int, checkpoint_every: int) -> None:
                 flush=True,
             )
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-            save_demo_model(model, out)
+            save_model(model, out)
 
 
 # Evaluation ---------------------------------------------------------------------------------------

@@ -91,14 +91,8 @@ def _options(
     pass
 
 
-for _command in (
-    doctor.doctor,
-    explain.explain,
-    bench.bench,
-    tune.tune,
-    verify.verify,
-    demo.demo,
-):
+_COMMANDS = (doctor.doctor, explain.explain, bench.bench, tune.tune, verify.verify, demo.demo)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -27,21 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["SERVING_FIELDS", "LayerGroup", "layers_from_config"]
 
+_CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 #: Fields of AttentionSpec that the engine decides and no config.json contains. Those of the cache
 #: only apply to layers that have one.
 SERVING_FIELDS = (
-    "kv_cache_dtype",
-    "kv_scales",
-    "block_size",
-    "kv_cache_layout",
+    *_CACHE_FIELDS,
     "custom_mask",
     "returns_lse",
     "output_quant",
     "batch_invariant",
     "cuda_graph",
 )
-_CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
-_CACHED = (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 #: More layers than any model has; a larger number is a mistake.
@@ -93,6 +89,8 @@ def layers_from_config(
         >>> groups["sliding_window"].spec.sliding_window
         4096
     """
+    import torch
+
     if not isinstance(config, Mapping):
         raise InvalidInputError(
             f"config is a {type(config).__name__}, not a mapping. Give the content of "
@@ -105,7 +103,7 @@ def layers_from_config(
     if wrapper is not None:
         text, model_type, more = _unwrap(config, model_type, wrapper)
     _require_known(model_type)
-    dtype = dtype or read_dtype(text) or read_dtype(config) or _float32()
+    dtype = dtype or read_dtype(text) or read_dtype(config) or torch.float32
     groups: dict[AttentionSpec, list[int]] = {}
     readers = []
     for stack in FAMILIES[model_type]:
@@ -177,12 +175,6 @@ def _unwrap(
     _check_requires(ConfigReader(text, text_type, {}), wrapper.requires)
     tokens = outer.optional_integer(wrapper.range_tokens) if wrapper.range_tokens else None
     return text, text_type, _Outer(tokens, wrapper.text_defaults.get(text_type, {}))
-
-
-def _float32() -> torch.dtype:
-    import torch
-
-    return torch.float32
 
 
 def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str, Any]]:
@@ -348,7 +340,7 @@ def _not_understood(reader: ConfigReader, key: str, value: Any) -> UnsupportedEr
 
 
 def _spec(fields: dict[str, Any], dtype: torch.dtype, extra: Mapping[str, Any]) -> AttentionSpec:
-    if fields["attn_type"] not in _CACHED:
+    if not fields["attn_type"].has_kv_cache:
         extra = {name: value for name, value in extra.items() if name not in _CACHE_FIELDS}
     fields = {**fields, "dtype": dtype, **extra}
     return AttentionSpec.for_mla(**fields) if "mla" in fields else AttentionSpec(**fields)

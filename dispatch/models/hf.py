@@ -58,7 +58,9 @@ class ConfigReader:
 
     A key is written as in the file, with a dot between the levels of nested objects
     ("attn_config.alibi") and a bar between names for the same thing ("n_head|num_heads"). A key
-    that is null in the file is None; a missing one has its default, or is also None.
+    that is null in the file is None; a missing one has its default, or is also None. All methods
+    raise InvalidInputError if the value is not what they return, or if two names for the same
+    thing have different values.
 
     Args:
         content: the config.
@@ -76,12 +78,7 @@ class ConfigReader:
         self.read: set[str] = set()
 
     def get(self, key: str) -> Any:
-        """The value, unchecked.
-
-        Raises:
-            InvalidInputError: two names for the same thing have different values, or a value that
-                should be a nested object is not one.
-        """
+        """The value, of any type."""
         found = {}
         for name in key.split("|"):
             present, value = self._look_up(name)
@@ -110,11 +107,7 @@ class ConfigReader:
         return True, value
 
     def integer(self, key: str) -> int:
-        """A required size.
-
-        Raises:
-            InvalidInputError: it is missing, or not an integer of 1 or more.
-        """
+        """A required size of 1 or more."""
         value = self.optional_integer(key)
         if value is None:
             raise self.problem(
@@ -124,11 +117,7 @@ class ConfigReader:
         return value
 
     def optional_integer(self, key: str, minimum: int = 1) -> int | None:
-        """A size that may be null or missing.
-
-        Raises:
-            InvalidInputError: it is not an integer of `minimum` or more.
-        """
+        """A size of `minimum` or more, or None if it is null or missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -139,11 +128,7 @@ class ConfigReader:
         return value
 
     def number(self, key: str) -> float | None:
-        """A number that may be null or missing.
-
-        Raises:
-            InvalidInputError: it is not a number.
-        """
+        """A number, or None if it is null or missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -154,22 +139,14 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """A flag; False if it is null or missing.
-
-        Raises:
-            InvalidInputError: it is neither true nor false.
-        """
+        """A flag; False if it is null or missing."""
         value = self.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.problem(f"has {key}={value!r}, neither true nor false.")
         return bool(value)
 
     def names(self, key: str, length: int) -> list[str] | None:
-        """A list with one string for each layer, or None.
-
-        Raises:
-            InvalidInputError: it is not a list of that many strings.
-        """
+        """A list of `length` strings, or None if it is null or missing."""
         value = self.get(key)
         if value is None:
             return None

@@ -13,7 +13,7 @@ from attn_dispatch.selection.report import Report
 from attn_dispatch.serving import tokenizer
 from attn_dispatch.serving.engine import Engine, EngineLimits, EngineStats, Request
 from attn_dispatch.serving.model import DemoModel, load_demo_model
-from attn_dispatch.serving.workload import Workload, score
+from attn_dispatch.serving.workload import Workload
 
 __all__ = ["DemoResult", "check_tokens", "serve"]
 
@@ -28,7 +28,6 @@ class DemoResult:
         questions: the sums to compute.
         answers: the model's answers, in the order of the questions.
         expected: the right answers.
-        score: the fraction of right answers.
         tokens_checked: tokens compared with the dense float64 forward pass.
         tokens_different: this many of them differ.
         smallest_margin: smallest difference between the two largest logits of that pass.
@@ -41,12 +40,21 @@ class DemoResult:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     expected: tuple[str, ...]
-    score: float
     tokens_checked: int
     tokens_different: int
     smallest_margin: float
     seconds: float
     stats: EngineStats
+
+    @property
+    def num_right(self) -> int:
+        """The number of right answers."""
+        return sum(a == e for a, e in zip(self.answers, self.expected, strict=True))
+
+    @property
+    def score(self) -> float:
+        """The fraction of right answers."""
+        return self.num_right / len(self.answers)
 
     @property
     def new_tokens_per_second(self) -> float:
@@ -55,13 +63,11 @@ class DemoResult:
 
     def asdict(self) -> dict[str, Any]:
         """The result as JSON-ready data."""
+        rows = zip(self.questions, self.answers, self.expected, strict=True)
         return {
             "device": self.device,
             "layers": [[report.asdict() for report in layer] for layer in self.picks],
-            "requests": [
-                {"question": q, "answer": a, "expected": e}
-                for q, a, e in zip(self.questions, self.answers, self.expected, strict=True)
-            ],
+            "requests": [{"question": q, "answer": a, "expected": e} for q, a, e in rows],
             "score": self.score,
             "tokens_checked": self.tokens_checked,
             "tokens_different": self.tokens_different,
@@ -118,7 +124,6 @@ def serve(
         questions=tuple(task.question for task in workload.tasks),
         answers=tuple(answers),
         expected=tuple(task.answer for task in workload.tasks),
-        score=score(workload, answers),
         tokens_checked=checked,
         tokens_different=different,
         smallest_margin=margin,

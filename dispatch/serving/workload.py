@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from attn_dispatch.errors import InvalidInputError
 
-__all__ = ["Task", "Workload", "make_workload", "prompt_task", "score"]
+__all__ = ["Task", "Workload", "make_workload", "prompt_task"]
 
 #: Longest operand that the model was trained on.
 MAX_DIGITS = 6
@@ -72,12 +72,6 @@ def prompt_task(prompt: str) -> Task:
     a, b = (int(number) for number in match.groups())
     question = f"{match[1]}+{match[2]}="
     return Task(question, question, str(a + b), 0)
-
-
-def score(workload: Workload, answers: list[str]) -> float:
-    """The fraction of right answers."""
-    right = sum(a == task.answer for a, task in zip(answers, workload.tasks, strict=True))
-    return right / len(answers)
 
 
 def _operand(rng: random.Random) -> int:
