@@ -119,7 +119,7 @@ def aligned(
 def window_sides(
     causal: bool, sliding_window: int | None, largest: int = MAX_WINDOW
 ) -> tuple[int, int]:
-    """(left, right): how many keys a query sees before and after its own; −1 for all."""
+    """(left, right): how many keys the window shows before and after a query's own; −1 for all."""
     if sliding_window is None:
         return -1, -1
     left = min(sliding_window - 1, largest)

@@ -129,11 +129,12 @@ class TorchVarlenImpl(UnquantizedImpl[TorchVarlenMetadata]):
         known = inspect.signature(self._varlen_attn).parameters
         self._reads_pages = "block_table" in known
         shares_heads = self.num_heads != self.num_kv_heads
+        left, _ = window_sides(self.causal, self.sliding_window)
         #: How often each KV head is repeated, if PyTorch needs one for each query head.
         self._copies = 1
         self._options: dict[str, Any] = {
             "scale": max(abs(self.scale), SMALLEST_SCALE),
-            "window_size": window_sides(self.causal, self.sliding_window),
+            "window_size": (left, 0 if self.causal else left),  # there is no flag for causality
         }
         if shares_heads and "enable_gqa" in known:
             self._options["enable_gqa"] = True

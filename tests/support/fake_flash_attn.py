@@ -1,10 +1,10 @@
-"""Stand-ins for the packages that bring FlashAttention, for machines without them or a GPU.
+"""Fakes of the packages that contain FlashAttention, for machines without them or a GPU.
 
 Each function has the signature of the release, checks every argument as the release does, and
 computes in float32 by the release's conventions: bottom-right masks, windows as (left, right),
 ALiBi by distance, sinks that count in the log-sum-exp, +inf for a row without keys in
-FlashAttention 2. What a kernel loads and multiplies by zero is multiplied by zero here too, so that
-NaN in it shows.
+FlashAttention 2. What a kernel loads and multiplies by zero is multiplied by zero here too, so a
+NaN there shows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 
 __all__ = ["MODULES", "Recorder", "installed"]
 
-#: Keys in a tile, which TMA loads whole: as many rows may be loaded behind a request's last key.
+#: Keys in a tile, which TMA loads whole: this many rows after a request's last may be loaded.
 TILE = 192
 
 
 class Recorder:
-    """What was called: (function, arguments) in order."""
+    """The calls made: (function, arguments) in order."""
 
     def __init__(self):
         self.calls = []
@@ -44,7 +44,7 @@ def _check_int32(name, tensor, shape):
 
 
 def _check_vectors(name, tensor):
-    """Heads in one piece, at multiples of 16 bytes: else a kernel faults, or reads the wrong."""
+    """Heads must be contiguous at multiples of 16 bytes: else a kernel faults or reads garbage."""
     _check(tensor.stride(-1) == 1, f"{name} must have contiguous last dimension")
     steps = [tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1])]
     _check(all(step % 16 == 0 for step in steps), f"{name} is not aligned: {tensor.stride()}")
@@ -53,8 +53,8 @@ def _check_vectors(name, tensor):
 def _attend(q, k, v, *, scale, causal, window, softcap, slopes, sinks, behind, empty, by_column):
     """One request: output (tokens, heads, size_v) float32 and lse (heads, tokens).
 
-    `behind` are the rows of v that stand behind the last key and are loaded with it. With
-    `by_column`, ALiBi's bias is the slope times the key's position.
+    `behind` are the rows of v after the last key that are loaded with it. With `by_column`, ALiBi's
+    bias is the slope times the key's position.
     """
     tokens, heads, _ = q.shape
     keys, kv_heads, _ = v.shape
@@ -89,7 +89,7 @@ def _attend(q, k, v, *, scale, causal, window, softcap, slopes, sinks, behind, e
 
 
 def _starts(name, starts, rows, longest):
-    """A cumulative tensor's lengths, after a look at it."""
+    """Check a cumulative tensor, and return its values and lengths."""
     _check(starts.is_contiguous(), f"{name} must be contiguous")
     _check(starts.dtype == torch.int32, f"{name} must have dtype int32")
     values = starts.tolist()
@@ -125,7 +125,7 @@ def _varlen(
     scale, causal, window, softcap, slopes=None, sinks=None, page_multiple=1, largest_page=None,
     head_pairs, past_rows, empty,
 ):  # fmt: skip
-    """All requests: (output, lse (heads, tokens)). What the libraries have in common."""
+    """All requests: (output, lse (heads, tokens)). Shared by all packages."""
     _check(isinstance(causal, bool) and isinstance(scale, float), "causal or scale has no value")
     _check(scale > 0, "the largest score would be the smallest")
     _check(softcap >= 0.0 and all(-1 <= side < 2**31 for side in window), "softcap or window")
@@ -151,18 +151,20 @@ def _varlen(
             lengths = seq_lens.tolist()
     elif by_request:
         _check(len(k) == num_reqs, "batch_size must be equal to batch_size_k")
-        _check(max_k in (None, k.shape[1]), "k has another shape than max_seqlen_k says")
+        _check(max_k in (None, k.shape[1]), "k does not have max_seqlen_k rows")
         _check_int32("seqused_k", seq_lens, (num_reqs,))
         lengths = seq_lens.tolist()
         _check(max(lengths) <= k.shape[1], f"seqused_k is {lengths}, and k has {k.shape[1]} rows")
     else:
-        _check(key_starts is not None and seq_lens is None, "rows need cu_seqlens_k alone")
+        _check(
+            key_starts is not None and seq_lens is None, "rows need cu_seqlens_k and no seqused_k"
+        )
         first_keys, lengths = _starts("cu_seqlens_k", key_starts, len(k), max_k)
-    if max_k is not None and empty == math.inf:  # FlashAttention 2 clamps windows so
+    if max_k is not None and empty == math.inf:  # FlashAttention 2 clamps windows like this
         window = tuple(-1 if side >= max_k else side for side in window)
     lse = torch.full((heads, tokens), math.nan)
     for request, (query_len, keys) in enumerate(zip(query_lens, lengths, strict=True)):
-        if by_request:  # beyond its part of the tensor TMA finds zeros
+        if by_request:  # after a request's part of the tensor TMA finds zeros
             rows, behind = [tensor[request, :keys] for tensor in (k, v)], v[request, keys:]
         elif table is None:
             first = first_keys[request]
@@ -201,7 +203,7 @@ def _pairs_3(size, size_v):
 
 
 def _pairs_4(size, size_v):
-    """With pages, a head must fill the tile."""
+    """Head sizes of FlashAttention 4. With pages, a head must fill the tile."""
     is_usual = 8 <= size <= 128 and 8 <= size_v <= 128 and size % 16 == size_v % 16 == 0
     return is_usual or (size, size_v) == (192, 128)
 
@@ -234,7 +236,7 @@ def _scheduler(recorder):
 
 
 def _check_schedule(recorder, schedule, q, k, v, table, seq_lens, starts, max_q, rest):
-    """The kernel counts on what it was told when the metadata was made."""
+    """The kernel relies on the arguments of get_scheduler_metadata."""
     if schedule is None:
         return
     _check(table is not None, "scheduler_metadata was made for pages")
@@ -269,7 +271,7 @@ def _flash_attn(recorder):
         alibi_slopes=None, num_splits=0, return_softmax_lse=False,
     ):  # fmt: skip
         recorder.calls.append(("flash_attn_with_kvcache", locals()))
-        _check(q.dim() == 4 and q.shape[1] == 1, "this stand-in takes one token a request")
+        _check(q.dim() == 4 and q.shape[1] == 1, "this fake takes one token per request")
         output, lse = _varlen(
             q[:, 0], k_cache, v_cache, starts=torch.arange(len(q) + 1, dtype=torch.int32), max_q=1,
             seq_lens=cache_seqlens, max_k=block_table.shape[1] * k_cache.shape[1],
@@ -397,7 +399,7 @@ def _vllm(recorder):
     return {key: {} for key in names} | {"vllm.vllm_flash_attn": functions}
 
 
-#: The stand-in for each provider's modules, by the provider's name.
+#: The fake modules of each provider, by the provider's name.
 MODULES = {
     "vLLM's FlashAttention 3": _vllm,
     "FlashAttention 3": _flash_attn_interface,
@@ -411,7 +413,7 @@ MODULES = {
 
 @contextlib.contextmanager
 def installed(provider):
-    """Within, a provider's stand-ins are what is imported by its names; what is called of them."""
+    """A context in which imports find a provider's fake modules. Yields a Recorder."""
     recorder = Recorder()
     modules = {}
     for name, functions in MODULES[provider](recorder).items():

@@ -1,8 +1,7 @@
-"""FlashInfer's wrappers in PyTorch: the signatures of 0.7.2, and its conventions.
+"""FlashInfer's wrappers in PyTorch, with the signatures and conventions of 0.7.2.
 
-They are strict where FlashInfer is not: what it would read beyond its bounds, or drop, is an error
-here. And they are no better than they must be: rows that see no key come out as NaN, and a value
-that is masked is multiplied by zero, not left out.
+They raise where FlashInfer would read out of bounds or drop an argument. They have its weaknesses:
+rows that see no key are NaN, and a masked value is multiplied by zero, not left out.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ LOG2E = math.log2(math.e)
 
 
 def require(condition, what):
-    """Raise where FlashInfer is given what it cannot compute, whether it would notice or not."""
+    """Raise on arguments that FlashInfer cannot compute, even if it would not check them."""
     if not condition:
-        raise ValueError(f"the stand-in for FlashInfer: {what}")
+        raise ValueError(f"fake FlashInfer: {what}")
 
 
-#: The wrappers that a test has made.
+#: The wrappers made in a test.
 MADE = []
-#: The kernels for sinks that a process has compiled, by the name that FlashInfer gives them.
+#: The kernels for sinks that the process has compiled, by FlashInfer's name for them.
 COMPILED = {}
 
 
@@ -40,7 +39,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         require(float_workspace_buffer.dtype == torch.uint8, "the workspace has bytes")
         require(float_workspace_buffer.numel() >= 128 << 20, "the workspace has 128 MB or more")
         require(kv_layout in ("NHD", "HND"), f"there is no layout {kv_layout!r}")
-        require(backend in ("fa2", "fa3"), f"backend={backend!r} is not tested or sticks")
+        require(backend in ("fa2", "fa3"), f"backend={backend!r} is not supported here")
         require((jit_args, custom_mask_buf, mask_indptr_buf) == (None,) * 3, "unused here")
         self.kv_layout, self.backend = kv_layout, backend
         self.device = float_workspace_buffer.device
@@ -78,7 +77,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
             "paged_kv_last_page_len": paged_kv_last_page_len,
         }
         for name, tensor in on_host.items():
-            require(tensor.device.type == "cpu", f"{name} is on the host: else plan waits for it")
+            require(tensor.device.type == "cpu", f"{name} is on the host, else plan waits for it")
             require(tensor.dtype == torch.int32 and tensor.is_contiguous(), f"{name} is int32")
         for name, starts in list(on_host.items())[:2]:
             require(len(starts) == size + 1 and int(starts[0]) == 0, f"{name} has a start for each")
@@ -202,7 +201,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):
-    """What is compiled for sinks is found again by three of its properties, as in FlashInfer."""
+    """As in FlashInfer, a compiled kernel for sinks is looked up by three of its properties."""
 
     has_sinks = True
 
@@ -227,7 +226,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         plan = self.planned
         asked = (*plan.dtypes[:2], plan.heads[2], plan.window_left >= 0)
         require(self.settled == asked, "the kernel is the one that was compiled")
-        require(scale == plan.sm_scale, "this kernel has no scales but the one it is given")
+        require(scale == plan.sm_scale, "this kernel has no scale but its argument")
         sinks, scale = args
         require(sinks.shape == (heads,) and sinks.dtype == torch.float32, "sinks are float32")
         require(sinks.is_contiguous(), "sinks are contiguous")
@@ -235,13 +234,13 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
 
 
 def check_loads(tensor):
-    """16 bytes at a time, at multiples of 16."""
+    """Check that 16 bytes can be loaded at a time, at multiples of 16."""
     steps = [step * tensor.element_size() for step in tensor.stride()[:-1]]
     require(tensor.stride(-1) == 1, "a head's elements are next to each other")
     require(not any(step % 16 for step in (tensor.data_ptr(), *steps)), "loads are aligned")
 
 
-#: What `import flashinfer` gives.
+#: The module for `import flashinfer`.
 MODULE = SimpleNamespace(
     BatchPrefillWithPagedKVCacheWrapper=BatchPrefillWithPagedKVCacheWrapper,
     BatchAttentionWithAttentionSinkWrapper=BatchAttentionWithAttentionSinkWrapper,

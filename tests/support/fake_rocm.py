@@ -1,9 +1,8 @@
-"""Stand-ins for flash_attn (its CK build) and aiter: their signatures, their limits, their quirks.
+"""Fakes of flash_attn (its CK build) and aiter: their signatures, limits and quirks.
 
-Each function has the signature of the release that it stands for (flash-attn 2.8.3, AITER 0.1.20),
-asserts what the release checks and what it needs without checking, and computes in PyTorch as the
-release does, also where that is not what anybody wants. What CK computes wrongly or leaves open is
-NaN here, or ends the test.
+Each function has the signature of its release (flash-attn 2.8.3, AITER 0.1.20), asserts what the
+release checks or relies on, and computes in PyTorch as the release does, including its errors.
+Where CK's result is wrong or undefined, the result is NaN here, or the test fails.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from types import ModuleType
 
 import torch
 
-#: Rows that see no key: CK leaves them at 0 and minus infinity, without keys at plus infinity, and
-#: nothing is promised of the assembly. So nobody may count on anything.
+#: Rows that see no key. CK leaves them at 0 and minus infinity, without keys at plus infinity, and
+#: the assembly kernels promise nothing. So no caller may rely on their values.
 JUNK = math.nan
 
 
 class Calls:
-    """What was called, in order: the arguments by name."""
+    """The calls made, in order: their arguments by name."""
 
     def __init__(self):
         self.made = []
@@ -33,7 +32,7 @@ class Calls:
 
 
 def install_flash_attn(monkeypatch, *, runs_triton=False):
-    """Make `flash_attn` the stand-in; returns the calls."""
+    """Install the fake `flash_attn`; returns its calls."""
     calls = Calls()
 
     def flash_attn_varlen_func(
@@ -46,7 +45,7 @@ def install_flash_attn(monkeypatch, *, runs_triton=False):
         assert not deterministic
         assert block_table is None
         assert q.shape[2] == v.shape[2]
-        # The soft cap is taken and not looked at.
+        # The soft cap is accepted and ignored.
         output, lse = _ck(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
             window_size, alibi_slopes,
@@ -65,7 +64,7 @@ def install_flash_attn(monkeypatch, *, runs_triton=False):
 
 
 def install_aiter(monkeypatch, *, has_ck=True):
-    """Make `aiter` the stand-in; returns the calls."""
+    """Install the fake `aiter`; returns its calls."""
     calls = Calls()
 
     def flash_attn_varlen_func(
@@ -130,9 +129,9 @@ def _ck(
 ):  # fmt: skip
     """Output (total_q, num_heads, size_v) and lse (num_heads, total_q), as CK computes them."""
     _check_rows(q, k, v)
-    query_start_list = _check_starts(cu_seqlens_q, len(q), max_seqlen_q)
+    query_starts = _check_starts(cu_seqlens_q, len(q), max_seqlen_q)
     key_starts = _check_starts(cu_seqlens_k, len(k), max_seqlen_k)
-    assert len(query_start_list) == len(key_starts) > 1
+    assert len(query_starts) == len(key_starts) > 1
     assert isinstance(scale, float)
     assert scale >= 0
     assert isinstance(causal, bool)
@@ -154,7 +153,7 @@ def _ck(
     lse = torch.full((num_heads, len(q)), JUNK, dtype=torch.float64)
     group = num_heads // k.shape[1]
     for first, last, begin, end in zip(
-        query_start_list, query_start_list[1:], key_starts, key_starts[1:], strict=False
+        query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False
     ):
         keys = k[begin:end].double().repeat_interleave(group, 1)
         values = v[begin:end].double().repeat_interleave(group, 1)
@@ -163,7 +162,7 @@ def _ck(
             scores = cap * torch.tanh(scores / cap)
         columns = torch.arange(end - begin)
         rows = torch.arange(last - first)[:, None] + (end - begin) - (last - first)
-        if slopes is not None:  # by the key's position alone
+        if slopes is not None:  # by the key's position only
             scores = scores + slopes.double()[:, None, None] * columns
         seen = torch.ones(last - first, end - begin, dtype=torch.bool)
         if left >= 0:
@@ -171,11 +170,11 @@ def _ck(
         if right >= 0:
             seen &= columns <= rows + right
         scores = scores.masked_fill(~seen, -math.inf)
-        sighted = seen.any(1)
+        has_keys = seen.any(1)
         weights = torch.softmax(scores, -1)
         result = torch.einsum("hqk,khd->qhd", weights, values)
-        output[first:last][sighted] = result[sighted]
-        lse[:, first:last][:, sighted] = torch.logsumexp(scores, -1)[:, sighted]
+        output[first:last][has_keys] = result[has_keys]
+        lse[:, first:last][:, has_keys] = torch.logsumexp(scores, -1)[:, has_keys]
     return output.to(q.dtype), lse.float()
 
 
@@ -187,7 +186,7 @@ def _check_rows(q, k, v):
         assert rows.stride(2) == 1
         assert rows.shape[2] % 8 == 0
         assert 0 < rows.shape[2] <= 256
-        # CK loads eight elements at a time and does not check where they begin.
+        # CK loads eight elements at a time and does not check their alignment.
         assert rows.data_ptr() % 16 == 0
         assert all(step > 0 and step % 8 == 0 for step in rows.stride()[:2])
     assert k.shape[:2] == v.shape[:2]

@@ -1,4 +1,4 @@
-"""A layer for every feature, the pairs of features that meet in kernels, and a batch for them."""
+"""A layer for every feature, pairs of features that kernels combine, and a batch for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of FLASH_ATTN share: each provider alone, steps, and what they should give."""
+"""What the tests of FLASH_ATTN share: single providers, steps, and their expected results."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn import providers as flash_attn_providers
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
 from attn_dispatch.backends.cuda.flash_attn.providers import PROVIDERS, rejections
+from attn_dispatch.interface import backend as interface_backend
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library, library_name
 
@@ -24,35 +25,38 @@ BY_NAME = {provider.name: provider for provider in PROVIDERS}
 VLLM_3, OWN_3, SGLANG_3, OWN_4, VLLM_4, OWN_2, VLLM_2 = BY_NAME
 DTYPES = (torch.bfloat16, torch.float16)
 each_provider = pytest.mark.parametrize("name", BY_NAME)
-#: A stand-in for each way in which a call can differ.
+#: One provider for each form of a call.
 each_kind = pytest.mark.parametrize("name", [VLLM_3, OWN_3, OWN_4, OWN_2, VLLM_2])
 
 
 def profile_for(provider):
-    """A device that a provider is for, with the libraries that it needs and no others."""
+    """A device that a provider supports, with the libraries that it needs and no others."""
     device = next(device for device in KNOWN_DEVICES.values() if provider.runs_on(device))
     names = map(library_name, provider.capabilities.requires)
     return device.with_libraries(*(Library(name, "unknown") for name in names))
 
 
 def on_device(profile):
-    """Within, this is what the builder takes the device for."""
-    return mock.patch.object(flash_attn, "detect_device", return_value=profile)
+    """A context in which the builder detects this device."""
+    stack = contextlib.ExitStack()
+    for module in (flash_attn, interface_backend):
+        stack.enter_context(mock.patch.object(module, "detect_device", return_value=profile))
+    return stack
 
 
 def alone(name):
-    """Within, there is no other provider: vLLM brings three."""
+    """A context without other providers: vLLM has three."""
     return mock.patch.object(flash_attn_providers, "PROVIDERS", (BY_NAME[name],))
 
 
 @contextlib.contextmanager
 def provided(name):
-    """This provider's stand-in is what is installed; what is called of it."""
+    """A context in which only this provider's fake is installed. Yields its Recorder."""
     with alone(name), installed(name) as recorder, on_device(profile_for(BY_NAME[name])):
         yield recorder
 
 
-#: What a refused field becomes, so that a request fits.
+#: A supported value for each field that a provider may reject.
 FITTING = {
     "head_size": 64,
     "head_size_v": None,
@@ -67,7 +71,7 @@ FITTING = {
 
 
 def fitted(spec, provider):
-    """The spec with as few fields changed as it takes for the provider to serve it."""
+    """The spec with only those fields changed that the provider rejects."""
     device = profile_for(provider)
     for _ in range(10):
         reasons = rejections(provider, spec, device)
@@ -94,7 +98,7 @@ def check(step, returned, expected=None):
 
 
 def forward(step, metadata=None, **more):
-    """What the backend returns over a copy of the cache."""
+    """The backend's result, over a copy of the cache."""
     impl = FlashAttnImpl(**step.impl_arguments())
     if metadata is None:
         metadata = FlashAttnBackend.get_builder_cls()(step.spec, step.device).build(step.batch)
@@ -124,9 +128,9 @@ FEATURES = {
     },
     "sinks": {"sinks": True, "sliding_window": 9},
     "lse": {"returns_lse": True},
-    "heads of their own": {"num_kv_heads": 4},
-    "one head for all": {"num_kv_heads": 1},
-    "heads first": {"kv_cache_layout": "HND"},
+    "no shared heads": {"num_kv_heads": 4},
+    "one KV head": {"num_kv_heads": 1},
+    "HND": {"kv_cache_layout": "HND"},
     "sharing": {"kv_sharing": True},
     "192 and 128": {"head_size": 192, "head_size_v": 128},
     "64 and 256": {"head_size": 64, "head_size_v": 256},
@@ -136,7 +140,7 @@ FEATURES = {
 
 
 def spec_of(name, dtype=torch.bfloat16, **fields):
-    """A layer's spec with blocks that the provider takes."""
+    """A layer's spec with a block size that the provider supports."""
     block_size = 256 if name == OWN_2 else 16
     sizes = {"head_size": 64, "block_size": block_size, "dtype": dtype}
     return layer_spec(**(sizes | fields))
@@ -151,14 +155,14 @@ def step_of(name, fields, lengths, device="cpu", **more):
 
 
 def supported(name, spec):
-    """Skip what the provider refuses: test_limits says that it does."""
+    """Skip what the provider rejects; test_limits covers that."""
     reasons = rejections(BY_NAME[name], spec, profile_for(BY_NAME[name]))
     if reasons:
         pytest.skip(str(reasons[0]))
 
 
 def nan_step(name, fields, lengths, victim, device="cpu"):
-    """A step of one request that is NaN, with what it should give were it not."""
+    """A step with one request of NaN; `wanted` is the result without the NaN."""
     step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths}, device, padding=5)
     step.wanted = step.expected()[0]
     rows = rows_of(step, victim)
@@ -174,7 +178,7 @@ def rows_of(step, request):
 
 
 def check_all_but(step, output, victim):
-    """Assert that the other requests have what they should."""
+    """Assert that the other requests have the expected results."""
     kept = torch.ones(len(step.wanted), dtype=torch.bool)
     kept[rows_of(step, victim)] = False
     found = output[: len(kept)].double().cpu()[kept]

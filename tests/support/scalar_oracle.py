@@ -1,7 +1,7 @@
-"""An oracle that shares no code with the library: the conventions, one score at a time.
+"""An oracle that shares no code with the library and computes one score at a time.
 
 It is written from the documentation in plain Python floats (which are float64), for a few dozen
-tokens. What REFERENCE computes in float64 is held against it, and is the oracle for larger cases.
+tokens. REFERENCE in float64 is compared with it, and is the oracle for larger cases.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def attention_of_request(
 ):  # fmt: skip
     """Output (num_queries, num_heads, head_size_v) and lse (num_queries, num_heads), float64.
 
-    `query`, `key` and `value` are tensors of one request: (tokens, heads, size). `symmetric` is
-    ALiBi by the distance on either side.
+    `query`, `key` and `value` belong to one request: (tokens, heads, size). With `symmetric`, ALiBi
+    depends on the distance to either side.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: any step that a backend declares it computes."""
+"""Hypothesis strategies for any step that a backend declares."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from support.cases import FP8, INT8, MEMORY, Case, layer_spec
 
 
 def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
-    """Cases that a backend declares it computes on a CPU."""
+    """Cases that a backend declares for a CPU."""
     fields = registry.candidates()[backend].backend_cls.capabilities.fields
 
     def options(name, *values):
-        """Those of the values that the backend declares; the first is the one without effect."""
+        """The values that the backend declares; the first one disables the feature."""
         constraint = fields.get(name)
         if constraint is None:
             return st.just(values[0])
         spec = layer_spec()
-        return st.sampled_from([v for v in values if constraint.admits(v, spec, _CPU)])
+        return st.sampled_from([v for v in values if constraint.accepts(v, spec, _CPU)])
 
     @st.composite
     def build(draw):
@@ -63,7 +63,7 @@ def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
             )
         lens = draw(st.lists(_lengths(max_query, max_past), max_size=5))
         query_lens, seq_lens = [q for q, _ in lens], [q + past for q, past in lens]
-        if is_cross or not has_cache:  # the keys have nothing to do with the queries
+        if is_cross or not has_cache:  # the numbers of keys and queries are independent
             seq_lens = [past for _, past in lens]
         new_lens = None
         if is_cross:
@@ -91,7 +91,7 @@ _CPU = KNOWN_DEVICES["cpu"]
 
 @st.composite
 def _lengths(draw, max_query, max_past):
-    """(query_len, keys before them) of a request: decode, prefill, a chunk of one, nothing."""
+    """(query_len, keys before it) of a request: decode, prefill, a chunk of a prefill, nothing."""
     return draw(
         st.one_of(
             st.tuples(st.just(1), st.integers(0, max_past)),

@@ -1,4 +1,4 @@
-"""Steps over the backends of other packages, and what they are held to."""
+"""Steps over the backends of other packages, and the check of their results."""
 
 from __future__ import annotations
 
