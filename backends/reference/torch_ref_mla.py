@@ -22,7 +22,7 @@ from attn_dispatch.environment import check_mode
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import ANY, GIVEN, Capabilities, OneOf
+from attn_dispatch.interface.capability import ANY, NOT_NONE, Capabilities, OneOf
 from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.impl import AttentionLayer, MLAAttentionImpl
 from attn_dispatch.interface.kv_access import gather_kv, write_mla_cache
@@ -294,7 +294,7 @@ class ReferenceMLABackend(AttentionBackend):
         sliding_window=ANY,
         logits_soft_cap=ANY,
         kv_sharing=OneOf(True, False),
-        mla=GIVEN,
+        mla=NOT_NONE,
         returns_lse=OneOf(True, False),
         output_quant=OneOf(None, "fp8_e4m3"),
     )

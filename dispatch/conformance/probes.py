@@ -1,7 +1,7 @@
-"""What to try of a backend: values of every field of the request, and which of them it declares.
+"""The values of each field of a request to try, and which of them a backend declares.
 
-The tables here are all that decides what is tried. A value that the backend's capabilities accept
-is a claim to be tested; one that they refuse is a refusal to be tested.
+Only the tables here decide what is tried. Both are tested: values that the backend's capabilities
+accept, and values that they refuse.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ __all__ = [
     "unprobed_fields",
 ]
 
-#: What is tried of each field, besides what a backend declares by name; the first that it accepts
-#: is the one that pairs are made of.
+#: Field -> values to try, in addition to those that a backend's declaration names. Pairs use the
+#: first that it accepts.
 VALUES: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     "num_heads": (12,),
@@ -72,22 +72,22 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "cuda_graph": (True,),
 }
 
-#: Fields of which nothing is tried, and why.
+#: Fields without values to try, and why.
 WITHOUT_PROBES = {
     "mla": "the interface leaves the constructor of a latent attention's impl to each backend"
 }
 
-#: So many values of a field take part in pairs, if not one; the dtypes take turns instead.
+#: The number of values of a field in pairs, if it is not one; the dtypes take turns instead.
 _IN_PAIRS = {"dtype": 0, "kv_cache_dtype": 2, "attn_type": 4, "head_size_v": 1, "alibi": 2}
-#: Features that are tried together at most: of more, one would hide what another does.
+#: The most features that are tried together: of more, one would hide the effect of another.
 _TOGETHER = 7
 
-#: Larger sizes that a declaration names cost memory and show nothing more.
+#: Larger sizes, even if declared, cost memory and show nothing more.
 _LARGEST = {"num_heads": 128, "num_kv_heads": 64, "head_size": 576, "head_size_v": 576}
 _LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20}
 
-#: The plain layer that everything is tried on: the first of these that the backend accepts. The
-#: dtypes go from the most precise, in which a small error shows, to the least.
+#: The plain layer, which everything is tried on, is the first of these that the backend accepts.
+#: The most precise dtypes are first: they show a small error.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "dtype": VALUES["dtype"],
     "attn_type": tuple(AttentionType),
@@ -97,10 +97,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "head_size": (32, 64, 128, 16, 96, 256, 80, 48),
 }
 _HEADS = ((4, 2), (4, 1), (4, 4), (8, 1), (16, 1), (32, 8), (32, 1))
-#: So many plain layers are tried: heads and sizes first, then what comes before them above.
+#: The number of plain layers to try: heads and sizes change first, then the fields above them.
 _PLAIN_TRIED = 20_000
 
-#: Where else a value is tried that the plain layer does not go together with.
+#: Changes of the plain layer for a value that the backend refuses with it.
 _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"head_size": 128},
     {"block_size": 256},
@@ -113,18 +113,18 @@ _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
 )
 
-#: A decode, a prompt, drafts to verify, nothing, a chunk, a decode: in no order of phases.
+#: A decode, a prompt, drafts to verify, no tokens, a chunk, a decode: in no order of phases.
 _QUERY_LENS, _SEQ_LENS = (1, 24, 3, 0, 18, 1), (39, 24, 21, 0, 50, 4)
 _RANGES = ((1, 3, 17), (1, 19, 24), (4, 30, 47), (2, 15, 21), (0, 2, 39))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A value of a field, and what else of the request it needs to mean anything.
+    """A value of a field, with the other fields that it needs.
 
     Attributes:
-        field: what it is about.
-        fields: what of the plain layer is changed.
+        field: the field.
+        fields: the changes of the plain layer.
         reasons: why the backend refuses it; empty if it is declared.
     """
 
@@ -139,7 +139,7 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """`sliding_window=5`, or the field alone if it is a switch."""
+        """`sliding_window=5`, or only the field if it is a switch."""
         return self.field if self.value is True else f"{self.field}={plain_value(self.value)}"
 
 
@@ -152,7 +152,7 @@ def refusals(
 
 
 def is_request(spec: AttentionSpec) -> bool:
-    """Whether the fields mean something together: no scales without an fp8 cache, and the like."""
+    """Whether the fields are possible together: no scales without an fp8 cache, for instance."""
     has_cache = spec.block_size is not None
     is_cross = spec.attn_type is AttentionType.ENCODER_DECODER
     of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing)
@@ -162,13 +162,13 @@ def is_request(spec: AttentionSpec) -> bool:
         and (not has_cache or AttentionType(spec.attn_type).has_kv_cache)
         and (spec.kv_scales == "per_tensor" or spec.kv_cache_dtype.startswith("fp8"))
         and not (is_cross and (spec.kv_sharing or spec.bidirectional_ranges))
-        # Without causality or a window there is nothing that ranges could widen.
+        # Without causality or a window, ranges have nothing to widen.
         and not (spec.bidirectional_ranges and not spec.causal and spec.sliding_window is None)
     )
 
 
 def _changed(spec: AttentionSpec, fields: Mapping[str, Any]) -> AttentionSpec | None:
-    """The request with these changes, or None if they make none."""
+    """The request with these changes, or None if they are not possible."""
     try:
         changed = spec.replace(**fields)
     except InvalidInputError:
@@ -177,9 +177,9 @@ def _changed(spec: AttentionSpec, fields: Mapping[str, Any]) -> AttentionSpec | 
 
 
 def _named(constraint: Constraint | None, profile: DeviceProfile) -> Iterator[Any]:
-    """Values that a declaration names: those of a set, the ends of a range."""
+    """The values that a declaration names: those of a set, the ends of a range."""
     if isinstance(constraint, ByDevice):
-        chosen = (c for match, c in constraint.cases if match.admits(profile))
+        chosen = (c for match, c in constraint.cases if match.matches(profile))
         yield from _named(next(chosen, constraint.otherwise), profile)
     elif isinstance(constraint, AnyOf):
         for option in constraint.options:
@@ -203,12 +203,12 @@ def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionS
     """A plain layer that the backend accepts on this device.
 
     Raises:
-        InvalidInputError: it accepts none that is tried; it says why not.
+        InvalidInputError: it accepts none that is tried; the message has the reasons.
     """
     fields = cls.capabilities.fields
-    if "mla" in fields and not fields["mla"].admits(None, _ANY_LAYER, profile):
+    if "mla" in fields and not fields["mla"].accepts(None, _ANY_LAYER, profile):
         raise InvalidInputError(
-            f"{cls.get_name()} computes multi-head latent attention alone, which this suite leaves "
+            f"{cls.get_name()} computes only multi-head latent attention, which this suite leaves "
             f"out: {WITHOUT_PROBES['mla']}. Test it against the float64 oracle by hand."
         )
     options: dict[str, list[Any]] = {}
@@ -217,7 +217,7 @@ def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionS
         admitted = [
             value
             for value in (*values, *_named(constraint, profile))
-            if constraint is None or constraint.admits(value, _ANY_LAYER, profile)
+            if constraint is None or constraint.accepts(value, _ANY_LAYER, profile)
         ]
         options[name] = list(dict.fromkeys(admitted or values))[: 1 if constraint is None else 8]
     heads = itertools.product(
@@ -236,12 +236,12 @@ def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionS
     reasons = "; ".join(map(str, refusals(cls, _ANY_LAYER, profile)))
     raise InvalidInputError(
         f"{cls.get_name()} accepts no plain layer on {profile.name} ({profile.arch}) that could be "
-        f"tried. Of {_ANY_LAYER} it says: {reasons}."
+        f"tried. It refuses {_ANY_LAYER}: {reasons}."
     )
 
 
 def _companions(field: str, value: Any) -> list[dict[str, Any]]:
-    """What else a value may need; the first that the backend accepts with it counts."""
+    """Other fields that a value may need; the first that the backend accepts with it is used."""
     if field == "kv_scales":
         return [{"kv_cache_dtype": name} for name in ("fp8_e4m3", "fp8", *FP8[1:])]
     if field == "attn_type":
@@ -260,7 +260,7 @@ def _companions(field: str, value: Any) -> list[dict[str, Any]]:
 def probes_for(
     cls: type[AttentionBackend], base: AttentionSpec, profile: DeviceProfile
 ) -> list[Probe]:
-    """Every value of every field that makes a request other than the plain one."""
+    """Every value of every field that gives a request other than the plain one."""
 
     def probe(field: str, fields: dict[str, Any]) -> Probe | None:
         spec = _changed(base, fields)
@@ -285,9 +285,10 @@ def covering(
     probes: list[Probe],
     profile: DeviceProfile,
 ) -> list[tuple[Probe, ...]]:
-    """Sets of probes that the backend accepts together, and that among them hold every pair.
+    """Sets of probes that the backend accepts, which together contain every accepted pair.
 
-    Greedy: each set begins with a pair that none has held yet, and takes what adds the most.
+    Greedy: each set begins with a pair that is still missing, and adds the probe that gives the
+    most missing pairs.
     """
     chosen: list[Probe] = []
     for field in VALUES:
@@ -299,7 +300,7 @@ def covering(
         spec = _changed(base, {k: v for probe in row for k, v in probe.fields.items()})
         return len(set(keys)) == len(keys) and spec is not None and not refusals(cls, spec, profile)
 
-    pairs = (pair for pair in itertools.combinations(range(len(chosen)), 2))
+    pairs = itertools.combinations(range(len(chosen)), 2)
     left = dict.fromkeys(pair for pair in pairs if together((chosen[pair[0]], chosen[pair[1]])))
     allowed, rows = set(left), []
     while left:
@@ -323,10 +324,10 @@ def covering(
 
 
 def case_for(spec: AttentionSpec, **changes: Any) -> Case:
-    """A step for a layer: requests of every kind, or what `changes` of Case says.
+    """A step for a layer: requests of every kind, with these fields of Case changed.
 
-    A request that is longer than the layer's window, and one of more than a block, are added
-    where those above are too short.
+    If the requests are too short for the layer's window or for a second block, longer ones are
+    added.
     """
     query_lens: tuple[int, ...] = changes.pop("query_lens", _QUERY_LENS)
     seq_lens: tuple[int, ...] = changes.pop("seq_lens", _SEQ_LENS)
@@ -352,5 +353,5 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
 
 
 def unprobed_fields() -> set[str]:
-    """Fields of the spec that no table here speaks of; a test keeps this empty."""
+    """Fields of the spec that are in no table here; a test keeps this empty."""
     return {field.name for field in dataclasses.fields(AttentionSpec)} - {*VALUES, *WITHOUT_PROBES}

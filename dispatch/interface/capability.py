@@ -24,7 +24,7 @@ from attn_dispatch.platforms.libraries import library_name, requirement_problem
 
 __all__ = [
     "ANY",
-    "GIVEN",
+    "NOT_NONE",
     "ByDevice",
     "Capabilities",
     "Constraint",
@@ -107,7 +107,7 @@ class Constraint(ABC):
     """A set of values that a backend accepts for one field of the spec."""
 
     @abstractmethod
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         """Whether the value is in the set."""
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Constraint(ABC):
 
 @dataclass(frozen=True)
 class _Any(Constraint):
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return True
 
     def describe(self, device: DeviceProfile | None = None) -> str:
@@ -129,16 +129,16 @@ ANY = _Any()
 
 
 @dataclass(frozen=True)
-class _Given(Constraint):
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
+class _NotNone(Constraint):
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return value is not None
 
     def describe(self, device: DeviceProfile | None = None) -> str:
-        return "only where it is given"
+        return "any but None"
 
 
 #: Every value but None is accepted.
-GIVEN = _Given()
+NOT_NONE = _NotNone()
 
 
 class OneOf(Constraint):
@@ -147,7 +147,7 @@ class OneOf(Constraint):
     def __init__(self, *values: Any) -> None:
         self.values = values
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
         return value in self.values
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
@@ -161,7 +161,7 @@ class MultipleOf(Constraint):
     factor: int
     largest: int | None = None
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
         if value is None:
             return False
         return value % self.factor == 0 and (self.largest is None or value <= self.largest)
@@ -178,7 +178,7 @@ class Range(Constraint):
     smallest: float
     largest: float
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
         return value is not None and self.smallest <= value <= self.largest
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
@@ -200,7 +200,7 @@ class SameAs(Constraint):
     def __post_init__(self) -> None:
         _check_known([self.other])
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
         return bool(value == getattr(spec, self.other))
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
@@ -213,8 +213,8 @@ class AnyOf(Constraint):
     def __init__(self, *options: Constraint) -> None:
         self.options = options
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
-        return any(option.admits(value, spec, device) for option in self.options)
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+        return any(option.accepts(value, spec, device) for option in self.options)
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
         return " or ".join(option.describe(device) for option in self.options)
@@ -228,10 +228,10 @@ class ByDevice(Constraint):
         self.otherwise = otherwise
 
     def _pick(self, device: DeviceProfile) -> Constraint:
-        return next((c for match, c in self.cases if match.admits(device)), self.otherwise)
+        return next((c for match, c in self.cases if match.matches(device)), self.otherwise)
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
-        return self._pick(device).admits(value, spec, device)
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+        return self._pick(device).accepts(value, spec, device)
 
     def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
         if device is not None:
@@ -298,7 +298,7 @@ class Capabilities:
         constraint = self.fields.get(field)
         if constraint is None:
             return _is_neutral(type(spec).__dataclass_fields__[field], value)
-        return any(constraint.admits(value, spec, device) for device in KNOWN_DEVICES.values())
+        return any(constraint.accepts(value, spec, device) for device in KNOWN_DEVICES.values())
 
 
 def _is_neutral(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -325,7 +325,7 @@ def compare_availability(capabilities: Capabilities, device: DeviceProfile) -> l
 
 
 def _compare_device(capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
-    if any(match.admits(device) for match in capabilities.devices):
+    if any(match.matches(device) for match in capabilities.devices):
         return []
     allowed = "; ".join(match.describe() for match in capabilities.devices)
     asked = f"{device.name} ({device.arch})"
@@ -362,7 +362,7 @@ def _compare_fields(
             if _is_neutral(field, value):
                 continue
             code, allowed = ReasonCode.UNDECLARED, ""
-        elif constraint.admits(value, spec, device):
+        elif constraint.accepts(value, spec, device):
             continue
         else:
             code, allowed = ReasonCode.VALUE, constraint.describe(device)

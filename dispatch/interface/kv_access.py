@@ -23,7 +23,7 @@ from attn_dispatch.interface.quantization import (
     dequantize,
     dequantize_rows,
     has_token_scales,
-    indexable,
+    as_indexable_bytes,
     is_fp8,
     quantize,
     quantize_rows,
@@ -281,7 +281,7 @@ def _scatter(
     stored = (
         quantize(new, _per_head(scale), cache.dtype) if is_fp8(cache.dtype) else new.to(cache.dtype)
     )
-    indexable(cache)[blocks, offsets] = indexable(stored)
+    as_indexable_bytes(cache)[blocks, offsets] = as_indexable_bytes(stored)
 
 
 def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -336,7 +336,7 @@ def _read_kv_cache(
     cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
     """The same for arguments that were checked."""
-    stored, num_heads, size = indexable(cache), cache.shape[2], cache.shape[3]
+    stored, num_heads, size = as_indexable_bytes(cache), cache.shape[2], cache.shape[3]
     by_block, by_offset, by_head, by_element = stored.stride()
     row = num_heads * size if by_head == size else size
     if by_element != 1 or by_block % row or by_offset % row or (row == size and by_head % row):

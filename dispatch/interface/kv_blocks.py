@@ -13,7 +13,7 @@ from attn_dispatch.interface.aliases import groups_of
 from attn_dispatch.interface.kv_access import check_writable
 from attn_dispatch.interface.kv_cache import INTEGERS, check_tensor
 from attn_dispatch.interface.quantization import (
-    indexable,
+    as_indexable_bytes,
 )
 
 if TYPE_CHECKING:
@@ -121,10 +121,10 @@ def _check_pairs(pairs: object, num_sources: int, num_destinations: int) -> None
 
 def _take(kv_cache: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     """A copy of the source blocks."""
-    return indexable(kv_cache)[pairs[:, 0].to(kv_cache.device, torch.int64)]
+    return as_indexable_bytes(kv_cache)[pairs[:, 0].to(kv_cache.device, torch.int64)]
 
 
 def _put(kv_cache: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
     """Write the destination blocks."""
     destinations = pairs[:, 1].to(kv_cache.device, torch.int64)
-    indexable(kv_cache)[destinations] = blocks.to(kv_cache.device)
+    as_indexable_bytes(kv_cache)[destinations] = blocks.to(kv_cache.device)

@@ -16,7 +16,7 @@ __all__ = [
     "dequantize",
     "dequantize_rows",
     "has_token_scales",
-    "indexable",
+    "as_indexable_bytes",
     "is_e4m3",
     "is_fp8",
     "kv_cache_torch_dtype",
@@ -53,7 +53,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in _FP8.values()
 
 
-def indexable(tensor: torch.Tensor) -> torch.Tensor:
+def as_indexable_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in a type that every device can index: fp8 as bytes, the rest as it is."""
     return tensor.view(torch.uint8) if is_fp8(tensor.dtype) else tensor
 

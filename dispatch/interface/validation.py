@@ -25,7 +25,7 @@ from attn_dispatch.interface.overlap import (
 from attn_dispatch.interface.quantization import (
     GROUP_SIZE,
     has_token_scales,
-    indexable,
+    as_indexable_bytes,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,
@@ -489,7 +489,7 @@ def profiling_output(
     if output is None:
         output = query.new_zeros(shape)
     else:
-        indexable(output).zero_()
+        as_indexable_bytes(output).zero_()
     if output_block_scale is not None:
         output_block_scale.fill_(1.0)  # the scale of a group of zeros
     if not layer.returns_lse:

@@ -77,7 +77,7 @@ class DeviceMatch:
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
 
-    def admits(self, device: DeviceProfile) -> bool:
+    def matches(self, device: DeviceProfile) -> bool:
         """Whether the device is in the set."""
         first, last, capability = self.min_capability, self.max_capability, device.capability
         return (

@@ -12,7 +12,7 @@ import torch
 from attn_dispatch import environment
 from attn_dispatch.errors import BackendFailure
 from attn_dispatch.interface.impl import AttentionImpl
-from attn_dispatch.interface.quantization import indexable
+from attn_dispatch.interface.quantization import as_indexable_bytes
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -123,9 +123,9 @@ class GuardedImpl(AttentionImpl[Any]):
             self._check_tensor("an lse", lse, output.shape[:2], torch.float32, output.device)
         self._check_tensor("an output", found, output.shape, output.dtype, output.device)
         if found.data_ptr() != output.data_ptr():
-            indexable(output).copy_(indexable(found))
+            as_indexable_bytes(output).copy_(as_indexable_bytes(found))
         if batch is not None and len(output) > batch.num_tokens:
-            indexable(output)[batch.num_tokens :] = 0
+            as_indexable_bytes(output)[batch.num_tokens :] = 0
             if lse is not None:
                 lse[batch.num_tokens :] = float("-inf")
         return output if lse is None else (output, lse)

@@ -23,7 +23,7 @@ from attn_dispatch.interface.metadata import (
     AttentionMetadataBuilder,
     BatchMetadata,
 )
-from attn_dispatch.interface.quantization import indexable
+from attn_dispatch.interface.quantization import as_indexable_bytes
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward, check_metadata
@@ -289,7 +289,7 @@ class RoutedImpl:
         if first.returns_lse:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         if len(output) > batch.num_tokens:  # padding belongs to no part
-            indexable(output)[batch.num_tokens :] = 0
+            as_indexable_bytes(output)[batch.num_tokens :] = 0
             if lse is not None:
                 lse[batch.num_tokens :] = float("-inf")
         for impl, part, (part_key, part_value) in work:
@@ -302,7 +302,7 @@ class RoutedImpl:
             if lse is not None:
                 lse[tokens] = result[1]
             if not isinstance(tokens, slice):  # indexing made copies: put them back
-                indexable(output)[tokens] = indexable(part_output)
+                as_indexable_bytes(output)[tokens] = as_indexable_bytes(part_output)
                 if output_block_scale is not None and block_scale is not None:
                     output_block_scale[tokens] = block_scale
         return output if lse is None else (output, lse)

@@ -139,7 +139,7 @@ def backend_order(
     device: DeviceProfile, phase: Phase | None, registered: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Every registered backend in the order to try them: ranked, others, last resort."""
-    platform = next((p for p in PLATFORMS if p.match.admits(device)), None)
+    platform = next((p for p in PLATFORMS if p.match.matches(device)), None)
     ranked = [] if platform is None else [n for n in platform.order(phase) if n in registered]
     resort = [name for name in LAST_RESORT if name in registered]
     others = [name for name in registered if name not in ranked and name not in resort]

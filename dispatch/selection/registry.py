@@ -124,7 +124,7 @@ def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
     spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
     devices = KNOWN_DEVICES.values()
     try:
-        return any(constraint.admits("symmetric", spec, device) for device in devices)
+        return any(constraint.accepts("symmetric", spec, device) for device in devices)
     except Exception:  # a plug-in's constraint may raise anything; selection reports it
         return False
 

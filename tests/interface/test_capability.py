@@ -14,7 +14,7 @@ from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import (
     ANY,
-    GIVEN,
+    NOT_NONE,
     AnyOf,
     ByDevice,
     Capabilities,
@@ -64,7 +64,9 @@ def served(name: str) -> AttentionSpec:
 def home(name: str) -> DeviceProfile:
     """A device that the backend runs on, with every library."""
     matches = BACKENDS[name].capabilities.devices
-    runs_on = (a for a, profile in KNOWN_DEVICES.items() if any(m.admits(profile) for m in matches))
+    runs_on = (
+        a for a, profile in KNOWN_DEVICES.items() if any(m.matches(profile) for m in matches)
+    )
     return explained_device(next(runs_on))
 
 
@@ -125,7 +127,7 @@ def request_with(name: str, field: str, value: Any) -> AttentionSpec | None:
 
 
 def declarations(admitted: bool) -> list[Any]:
-    """Every (backend, field, value, device) where the declaration admits the value, or does not."""
+    """Every (backend, field, value, device) where the declaration accepts the value, or does not."""
     found = []
     for name, cls in BACKENDS.items():
         for field, values in VALUES.items():
@@ -137,10 +139,10 @@ def declarations(admitted: bool) -> list[Any]:
                     continue
                 for device in (CPU, H200, MI300X):
                     if constraint is None:
-                        admits = value == neutral
+                        accepts = value == neutral
                     else:
-                        admits = constraint.admits(value, spec, device)
-                    if admits == admitted:
+                        accepts = constraint.accepts(value, spec, device)
+                    if accepts == admitted:
                         shown = "given" if value is DEEPSEEK else plain_value(value)
                         case = f"{name}-{field}={shown}-{device.arch}"
                         found.append(pytest.param(cls, field, spec, device, id=case))
@@ -152,7 +154,7 @@ def test_values_cover_every_field():
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "admits"),
+    ("name", "device", "accepts"),
     [
         ("REFERENCE", CPU, True),
         ("TORCH_SDPA", CPU, True),
@@ -162,13 +164,13 @@ def test_values_cover_every_field():
         ("FLASHINFER", H200, False),
     ],
 )
-def test_symmetric_alibi_is_for_backends_that_declare_it(name, device, admits):
+def test_symmetric_alibi_is_for_backends_that_declare_it(name, device, accepts):
     spec = AttentionSpec(
         num_heads=8, head_size=64, dtype=torch.float32, causal=False, alibi="symmetric"
     )
     capabilities = registry.candidates()[name].backend_cls.capabilities
     refused = [reason.field for reason in compare(spec, capabilities, device)]
-    assert ("alibi" not in refused) is admits
+    assert ("alibi" not in refused) is accepts
 
 
 def test_symmetric_alibi_of_a_causal_layer_is_signed():
@@ -212,7 +214,7 @@ def test_groups_of_quantized_output_must_come_out_even():
 
 CONSTRAINTS = [
     (ANY, [1, None, "x"], [], "any"),
-    (GIVEN, [1, 0, False, DEEPSEEK], [None], "only where it is given"),
+    (NOT_NONE, [1, 0, False, DEEPSEEK], [None], "any but None"),
     (OneOf(64, 128), [64, 128], [96, None], "64, 128"),
     (OneOf(torch.float16), [torch.float16], [torch.bfloat16, "float16"], "float16"),
     (OneOf(None, AttentionType.DECODER), [None, "decoder"], ["encoder"], "None, decoder"),
@@ -230,8 +232,8 @@ CONSTRAINTS = [
 )
 def test_constraint(constraint, good, bad, words):
     spec = layer(head_size=64)
-    assert all(constraint.admits(value, spec, CPU) for value in good)
-    assert not any(constraint.admits(value, spec, CPU) for value in bad)
+    assert all(constraint.accepts(value, spec, CPU) for value in good)
+    assert not any(constraint.accepts(value, spec, CPU) for value in bad)
     assert constraint.describe() == constraint.describe(CPU) == words
 
 
@@ -243,7 +245,7 @@ BY_DEVICE = ByDevice((HOPPER, ANY), (NVIDIA, Range(1, 256)), otherwise=OneOf(64)
     [("sm90", 512, True), ("sm80", 512, False), ("sm80", 256, True), ("gfx942", 256, False)],
 )
 def test_by_device_counts_the_first_match(device, value, admitted):
-    assert BY_DEVICE.admits(value, layer(), KNOWN_DEVICES[device]) is admitted
+    assert BY_DEVICE.accepts(value, layer(), KNOWN_DEVICES[device]) is admitted
 
 
 def test_by_device_in_words():

@@ -62,7 +62,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 @pytest.mark.parametrize("profile", KNOWN_DEVICES.values(), ids=KNOWN_DEVICES)
 def test_every_known_device_belongs_to_one_platform(profile):
-    assert sum(platform.match.admits(profile) for platform in PLATFORMS) == 1
+    assert sum(platform.match.matches(profile) for platform in PLATFORMS) == 1
 
 
 # --- Detection --------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ MATCHES = {
 
 @pytest.mark.parametrize(("match", "archs"), MATCHES.values(), ids=MATCHES)
 def test_a_set_of_devices(match, archs):
-    assert {arch for arch, profile in KNOWN_DEVICES.items() if match.admits(profile)} == archs
+    assert {arch for arch, profile in KNOWN_DEVICES.items() if match.matches(profile)} == archs
 
 
 @pytest.mark.parametrize("words", MATCHES)

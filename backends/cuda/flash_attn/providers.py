@@ -88,7 +88,7 @@ class Provider:
 
     def runs_on(self, device: DeviceProfile) -> bool:
         """Whether it supports the device."""
-        return any(match.admits(device) for match in self.capabilities.devices)
+        return any(match.matches(device) for match in self.capabilities.devices)
 
     def load(self) -> Functions:
         """Import its functions.
@@ -431,8 +431,8 @@ class _SomeProvider(Constraint):
         neutral = AttentionSpec.__dataclass_fields__[self.field].metadata.get("neutral")
         return [p.capabilities.fields.get(self.field, OneOf(neutral)) for p in here]
 
-    def admits(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
-        return any(option.admits(value, spec, device) for option in self._options(device))
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
+        return any(option.accepts(value, spec, device) for option in self._options(device))
 
     def describe(self, device: DeviceProfile | None = None) -> str:
         every = [part for o in self._options(device) for part in getattr(o, "options", (o,))]

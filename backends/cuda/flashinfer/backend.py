@@ -29,7 +29,7 @@ from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import ANY, GIVEN, Capabilities, OneOf, Reason, SameAs
+from attn_dispatch.interface.capability import ANY, NOT_NONE, Capabilities, OneOf, Reason, SameAs
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
@@ -232,7 +232,7 @@ class FlashInferBackend(AttentionBackend):
         head_size_v=SameAs("head_size"),
         dtype=OneOf(torch.bfloat16, torch.float16),
         kv_cache_dtype=OneOf("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
-        block_size=GIVEN,
+        block_size=NOT_NONE,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         attn_type=OneOf(AttentionType.DECODER, AttentionType.ENCODER_DECODER),
         causal=OneOf(True, False),

@@ -116,7 +116,7 @@ def kernels_for(spec: AttentionSpec, device: DeviceProfile) -> dict[Phase, str]:
 
     Hopper's own take fp8 keys only with fp8 queries, and do not split long requests.
     """
-    suits_hopper = not spec.sinks and not is_fp8(_cache_dtype(spec)) and _HOPPER.admits(device)
+    suits_hopper = not spec.sinks and not is_fp8(_cache_dtype(spec)) and _HOPPER.matches(device)
     return {Phase.PREFILL: "fa3" if suits_hopper else "fa2", Phase.DECODE: "fa2"}
 
 

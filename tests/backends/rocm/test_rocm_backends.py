@@ -594,4 +594,4 @@ def test_every_field_is_declared_as_triton_does_or_narrower(name):
         for field, constraint in fields.items():
             value = getattr(spec, field)
             wider = TritonAttnBackend.capabilities.fields[field]
-            assert wider.admits(value, spec, MI300X) or not constraint.admits(value, spec, MI300X)
+            assert wider.accepts(value, spec, MI300X) or not constraint.accepts(value, spec, MI300X)
