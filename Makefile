@@ -1,9 +1,9 @@
-# `make demo` and `make test` need nothing but Python 3.10+ and a network: they set up .venv first.
+# `make demo` and `make test` need only Python 3.10+ and a network: they set up .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-# Where PyTorch's CPU builds are; elsewhere the default wheel brings several GB of CUDA packages.
-# Empty (`make test TORCH_INDEX=`): pip's own index, which has the CUDA builds on Linux.
+# PyTorch's CPU builds; the default wheel on Linux brings several GB of CUDA packages.
+# Empty (`make test TORCH_INDEX=`): pip's own index, with the CUDA builds on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n auto
 
@@ -44,7 +44,7 @@ docs: $(VENV)/ready
 docs-check: $(VENV)/ready
 	$(BIN)/python docs/generate.py --check
 
-# Builds the wheel, looks into it, and runs it from a virtual environment of its own.
+# Builds the wheel, checks its contents, and runs it from a separate virtual environment.
 wheel-check: $(VENV)/ready
 	rm -rf build/wheel build/lib
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .

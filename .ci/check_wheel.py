@@ -1,8 +1,8 @@
-"""Look into a wheel, install it into a virtual environment of its own, and run it there.
+"""Check a wheel's contents, install it into a separate virtual environment, and run it there.
 
     python .ci/check_wheel.py build/wheel/attn_dispatch-*.whl
 
-The environment has the wheel alone; its dependencies are those of the Python that runs this.
+The environment has only the wheel; its dependencies are those of the Python that runs this.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def check_install(wheel: Path) -> None:
         python = home / "venv" / "bin" / "python"
         options = ("--no-deps", "--no-index", "--disable-pip-version-check", "-q")
         run("-m", "pip", "--python", str(python), "install", *options, str(wheel))
-        # A path in a .pth file is not searched for .pth files in turn, so the editable install
-        # that lies there stays out of it.
+        # Python does not search a path in a .pth file for more .pth files, so the editable install
+        # there has no effect.
         paths = sysconfig.get_paths(vars={"base": str(home / "venv")})
         pth = Path(paths["purelib"]) / "dependencies.pth"
         pth.write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
@@ -87,7 +87,7 @@ def run(*arguments: str) -> None:
 
 
 def main() -> None:
-    """Check the one wheel that is named."""
+    """Check the wheel that the command line names."""
     if len(sys.argv) != 2:
         sys.exit(f"Name one wheel, not {len(sys.argv) - 1}.")
     wheel = Path(sys.argv[1]).resolve()
