@@ -413,6 +413,10 @@ class TritonAttnBackend(AttentionBackend):
     """Triton kernels for NVIDIA's and AMD's GPUs, compiled on the spot, for nearly every layer."""
 
     interface_version = 2
+    name = "TRITON_ATTN"
+    impl_cls = TritonImpl
+    builder_cls = TritonBuilder
+    metadata_cls = TritonMetadata
     capabilities = Capabilities(
         devices=(
             DeviceMatch(vendor="nvidia", min_capability=(8, 0)),
@@ -443,26 +447,6 @@ class TritonAttnBackend(AttentionBackend):
         batch_invariant=OneOf(True, False),
         cuda_graph=OneOf(True, False),
     )
-
-    @staticmethod
-    def get_name() -> str:
-        """TRITON_ATTN."""
-        return "TRITON_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> type[TritonImpl]:
-        """TritonImpl."""
-        return TritonImpl
-
-    @staticmethod
-    def get_metadata_cls() -> type[TritonMetadata]:
-        """TritonMetadata."""
-        return TritonMetadata
-
-    @staticmethod
-    def get_builder_cls() -> type[TritonBuilder]:
-        """TritonBuilder."""
-        return TritonBuilder
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
