@@ -59,12 +59,13 @@ def diagnose() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
+    versions: tuple[Any, ...] = (None, None, None)
     try:
         import torch
 
         versions = (torch.__version__, torch.version.cuda, torch.version.hip)
     except Exception:  # the error is shown with the libraries
-        versions = (None, None, None)
+        pass
     return {
         "attn_dispatch": __version__,
         "python": platform.python_version(),
