@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+import attn_dispatch.interface.spec as spec_module
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface import spec as spec_module
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 
 if TYPE_CHECKING:
