@@ -1,26 +1,17 @@
-"""What several backends share: the frame of `forward`, alignment, windows and offsets."""
+"""What several backends share: alignment, windows and offsets."""
 
 from __future__ import annotations
 
 import itertools
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 
-from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
-from attn_dispatch.interface.metadata import BatchMetadata
-from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 
 __all__ = [
     "MAX_WINDOW",
-    "ForwardArgs",
     "SMALLEST_SCALE",
-    "UnquantizedImpl",
     "aligned",
     "first_visible_keys",
     "index_runs",
@@ -33,70 +24,6 @@ __all__ = [
 MAX_WINDOW = 1 << 30
 #: Computes the same as a scale of 0, for kernels that would multiply −inf by it.
 SMALLEST_SCALE = 1e-30
-
-M = TypeVar("M", bound=BatchMetadata)
-
-
-@dataclass(slots=True, eq=False)
-class ForwardArgs(Generic[M]):
-    """The arguments of AttentionImpl.forward that an impl reads."""
-
-    layer: AttentionLayer
-    query: torch.Tensor
-    key: torch.Tensor | None
-    value: torch.Tensor | None
-    kv_cache: torch.Tensor | None
-    metadata: M
-
-
-class UnquantizedImpl(AttentionImpl[M]):
-    """An impl whose output has the query's dtype: `forward` checks the call, `_attend` computes."""
-
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        attn_metadata: M | None,
-        output: torch.Tensor | None = None,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward."""
-        if attn_metadata is None:
-            return profiling_output(self, query, output, output_scale, output_block_scale)
-        check_metadata(self, attn_metadata, self.backend_cls.get_metadata_cls())
-        if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedError(
-                f"{self.backend_cls.get_name()} does not quantize its output; TRITON_ATTN and "
-                "REFERENCE do."
-            )
-        batch = attn_metadata.batch
-        check_forward(self, query, key, value, kv_cache, batch, output)
-        args = ForwardArgs(layer, query, key, value, kv_cache, attn_metadata)
-        self._check_call(args)
-        if kv_cache is not None and key is not None and value is not None:
-            self.write_kv(layer, key, value, kv_cache, batch)
-        shape, lse = (query.shape[0], self.num_heads, self.head_size_v), None
-        if output is None:
-            output = query.new_empty(shape)
-        if self.returns_lse:
-            lse = query.new_empty(shape[:2], dtype=torch.float32)
-        if shape[0] > batch.num_tokens:  # padding rows
-            output[batch.num_tokens :] = 0
-            if lse is not None:
-                lse[batch.num_tokens :] = -torch.inf
-        self._attend(args, output, lse)
-        return output if lse is None else (output, lse)
-
-    def _check_call(self, args: ForwardArgs[M]) -> None:
-        """Reject what this backend cannot read. Nothing has been written yet."""
-
-    @abstractmethod
-    def _attend(self, args: ForwardArgs[M], output: torch.Tensor, lse: torch.Tensor | None) -> None:
-        """Fill the rows of the batch's tokens in output and lse. The cache holds the new keys."""
 
 
 def is_aligned(tensor: torch.Tensor) -> bool:

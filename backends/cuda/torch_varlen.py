@@ -18,8 +18,6 @@ import torch
 
 from attn_dispatch.backends.common import (
     SMALLEST_SCALE,
-    ForwardArgs,
-    UnquantizedImpl,
     aligned,
     first_visible_keys,
     index_runs,
@@ -45,6 +43,7 @@ from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMeta
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 

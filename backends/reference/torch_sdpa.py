@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from attn_dispatch.backends.common import ForwardArgs, UnquantizedImpl, aligned, is_aligned
+from attn_dispatch.backends.common import aligned, is_aligned
 from attn_dispatch.backends.reference.semantics import (
     compute_dtype,
     split_scale,
@@ -35,6 +35,7 @@ from attn_dispatch.interface.quantization import (
 )
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["MathPathWarning", "SDPABuilder", "SDPAImpl", "SDPAMetadata", "TorchSDPABackend"]

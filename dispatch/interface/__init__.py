@@ -19,6 +19,7 @@ from attn_dispatch.interface.metadata import *
 from attn_dispatch.interface.quantization import *
 from attn_dispatch.interface.spec import *
 from attn_dispatch.interface.types import *
+from attn_dispatch.interface.unquantized import *
 from attn_dispatch.interface.validation import *
 from attn_dispatch.platforms.detect import *
 from attn_dispatch.platforms.device import *

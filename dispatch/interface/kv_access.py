@@ -20,10 +20,10 @@ from attn_dispatch.interface.kv_cache import (
 )
 from attn_dispatch.interface.overlap import overlap, overlaps_itself
 from attn_dispatch.interface.quantization import (
+    as_indexable_bytes,
     dequantize,
     dequantize_rows,
     has_token_scales,
-    as_indexable_bytes,
     is_fp8,
     quantize,
     quantize_rows,

@@ -24,8 +24,8 @@ from attn_dispatch.interface.overlap import (
 )
 from attn_dispatch.interface.quantization import (
     GROUP_SIZE,
-    has_token_scales,
     as_indexable_bytes,
+    has_token_scales,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,

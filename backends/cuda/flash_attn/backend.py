@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.common import ForwardArgs, UnquantizedImpl, aligned
+from attn_dispatch.backends.common import aligned
 from attn_dispatch.backends.cuda.flash_attn.calls import (
     PAGES_OF_ONE,
     FlashCall,
@@ -48,6 +48,7 @@ from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
+from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.interface.validation import check_int32
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile

@@ -13,8 +13,6 @@ import torch
 
 from attn_dispatch.backends.common import (
     SMALLEST_SCALE,
-    ForwardArgs,
-    UnquantizedImpl,
     aligned,
     is_aligned,
 )
@@ -36,6 +34,7 @@ from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMeta
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
