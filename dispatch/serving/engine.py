@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is not finished."""
+        """Whether any request is not finished."""
         return bool(self.waiting or self.running or self.swapped)
 
     def step(self) -> None:
@@ -259,18 +259,15 @@ class Engine:
             if num_tokens == 0 or request not in self.running:  # the loop may have preempted it
                 continue
             while not self._grow(request, num_tokens):
-                victim = self._youngest_but(chunks)
-                self._preempt(victim)
+                scheduled = [each for each, _ in chunks]
+                victim = next(r for r in reversed(self.running) if r not in scheduled)
+                self._preempt(victim)  # the youngest one that is not scheduled
                 if victim is request:
                     break
             if request in self.running:
                 chunks.append((request, num_tokens))
                 budget -= num_tokens
         return chunks
-
-    def _youngest_but(self, chunks: list[tuple[Request, int]]) -> Request:
-        scheduled = {id(request) for request, _ in chunks}
-        return next(r for r in reversed(self.running) if id(r) not in scheduled)
 
     def _preempt(self, request: Request) -> None:
         """Swap a request's own blocks out to the host."""
