@@ -1,45 +1,24 @@
-"""The suite that any backend must pass, ours or not, generated from what it declares.
+"""The suite that any backend must pass, of this package or another, made from what it declares.
 
     report = verify(MyBackend, "cuda")
     assert report.passed, report.failures
 
-The names are imported when they are first used, so that the pytest plugin in here costs nothing
-where nobody asks for it.
+The names are imported when they are first used: the pytest plugin in this package must cost nothing
+unless it is used. `__init__.pyi` has the same names for type checkers.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from attn_dispatch.conformance.check import Check as Check
-    from attn_dispatch.conformance.check import Outcome as Outcome
-    from attn_dispatch.conformance.check import run as run
-    from attn_dispatch.conformance.suite import Conformance as Conformance
-    from attn_dispatch.conformance.suite import backend_named as backend_named
-    from attn_dispatch.conformance.suite import checks_for as checks_for
-    from attn_dispatch.conformance.suite import verify as verify
-
-_HOME_OF = {
-    "Check": "check",
-    "Outcome": "check",
-    "run": "check",
-    "Conformance": "suite",
-    "backend_named": "suite",
-    "checks_for": "suite",
-    "verify": "suite",
+_HOMES = {
+    "check": "Check Outcome run",
+    "suite": "Conformance backend_named checks_for verify",
 }
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = [
-    "Check",
-    "Conformance",
-    "Outcome",
-    "backend_named",
-    "checks_for",
-    "run",
-    "verify",
-]
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Checks of what a forward does with memory that it is given, and with memory that it allocates."""
+"""Checks of padding rows, and of what newly allocated memory holds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.check import BackendUnderTest, Check, Run
-from attn_dispatch.conformance.findings import ErrorBound
+from attn_dispatch.conformance.check import BackendUnderTest, Check
+from attn_dispatch.conformance.tolerance import ErrorBound, worst_of
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["calls"]
@@ -30,7 +30,7 @@ _QUICK = ("mixed", "decodes")
 
 
 def calls(target: BackendUnderTest) -> Iterator[Check]:
-    """Padded steps, whose rows are all written; memory as an allocator may hand it out."""
+    """Padding rows are written, and new memory may hold anything."""
     plain = target.spec_with("returns_lse") or target.base
     layers = {
         "": plain,
@@ -47,14 +47,12 @@ def calls(target: BackendUnderTest) -> Iterator[Check]:
             if spec.block_size is None and "query_lens" in case and spec.causal:
                 case["seq_lens"] = case["query_lens"]
             yield Check(
-                "calls",
                 ", ".join(filter(None, ("padding rows", name, kind))),
                 "Rows that belong to no request are 0, and their lse is −inf.",
                 spec,
                 partial(_padded, target, spec, case),
             )
     yield Check(
-        "calls",
         "memory as it was allocated",
         "Nothing depends on what newly allocated memory holds.",
         plain,
@@ -63,28 +61,25 @@ def calls(target: BackendUnderTest) -> Iterator[Check]:
 
 
 def _padded(target: BackendUnderTest, spec: AttentionSpec, case: Mapping[str, Any]) -> ErrorBound:
-    """The output is given, full of NaN; and made by the backend, of memory full of NaN."""
+    """Once with an output that is full of NaN, once with one that the backend allocates."""
     step = target.step(spec, **case)
     shape = (len(step.query), spec.num_heads, spec.head_size_v)
     output = torch.full(shape, math.nan, dtype=spec.dtype, device=target.device)
-    for tensor in (step.query, step.key, step.value):
-        if tensor is not None:
-            tensor[len(tensor) - step.case.padding :] = math.nan
+    step.fill_padding(math.nan)
     with _new_memory_is_nan():
         given = target.forward(step, output=output)
         made = target.forward(step)
-    found = [target.judge(step, done) for done in (given, made)]
-    return max(found, key=lambda finding: finding.ratio)
+    return worst_of(target.judge(step, done) for done in (given, made))
 
 
 def _over_nan(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
     step = target.step(spec)
     with _new_memory_is_nan():
-        done: Run = target.forward(step)
+        done = target.forward(step)
     return target.judge(step, done)
 
 
-#: What backends make their outputs with.
+#: The functions that backends allocate outputs with.
 _MAKERS = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -96,7 +91,7 @@ _MAKERS = (
 
 @contextlib.contextmanager
 def _new_memory_is_nan() -> Iterator[None]:
-    """Within it torch.empty and its relatives give floating point memory that is full of NaN."""
+    """Within it, torch.empty and its relatives fill floating-point memory with NaN."""
 
     def full_of_nan(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(make)

@@ -1,12 +1,14 @@
-"""Steps of an engine: what one is as data, how its tensors are made, what they should give.
+"""Cases to check backends with: a step of an engine as data, its tensors, and what they give.
 
-A `Case` is plain data, so that a failure prints it in one line and can be made again. A `Step` is
-a case with tensors: a cache whose unused slots hold NaN, a block table whose unused entries hold
-garbage, tensors that lie in memory as an engine's do.
+A `Case` is plain data: a failure prints it in one line, and it can be made again. `CaseTensors` has
+the tensors of a call and computes what the call should return. An `EngineStep` makes them up for a
+case: a cache whose unused slots hold NaN, a block table whose unused entries hold garbage, rows
+that lie in memory as an engine's do.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -19,10 +21,9 @@ from torch.nn import functional as F
 
 from attn_dispatch.conformance import oracle
 from attn_dispatch.conformance.kv_encoding import (
-    as_stored,
-    meant,
+    dequantized,
+    encoded_parts,
     nan_cache,
-    store_int8,
     stored_size,
 )
 from attn_dispatch.interface.backend import AttentionBackend
@@ -32,11 +33,20 @@ from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, AttentionSpec
 from attn_dispatch.interface.types import PlaceholderRange
 
-__all__ = ["FP8", "GARBAGE_BLOCKS", "INT8", "MEMORY", "Case", "Step", "layer_spec"]
+__all__ = [
+    "FP8",
+    "GARBAGE_BLOCKS",
+    "INT8",
+    "MEMORY",
+    "Case",
+    "CaseTensors",
+    "EngineStep",
+    "layer_spec",
+]
 
 _View = Callable[[torch.Tensor], torch.Tensor]
-#: How (tokens, heads, size) may lie in memory: the shape of what is allocated, and the view of it.
-_LYING: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], _View]]] = {
+#: Layouts of (tokens, heads, size) in memory: the shape of the allocation, and the view of it.
+_MEMORY: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], _View]]] = {
     "contiguous": lambda tokens, heads, size: ((tokens, heads, size), lambda t: t),
     "fused": lambda tokens, heads, size: (
         (tokens, 3 + heads * size),
@@ -45,7 +55,7 @@ _LYING: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], _View]]] = {
     "transposed": lambda tokens, heads, size: ((heads, tokens, size), lambda t: t.transpose(0, 1)),
     "strided": lambda tokens, heads, size: ((tokens, heads, 2 * size), lambda t: t[..., ::2]),
 }
-MEMORY = tuple(_LYING)
+MEMORY = tuple(_MEMORY)
 
 #: What an engine may leave in the entries of a block table that no request uses.
 GARBAGE_BLOCKS = (-1, 2**31 - 1, 0, -(2**31), 1_000_000)
@@ -59,17 +69,17 @@ class Case:
     """A step as data.
 
     Attributes:
-        spec: the layer; block_size None for attention without a cache.
+        spec: the layer; block_size is None for attention without a cache.
         query_lens: of each request.
         seq_lens: of each request.
-        new_lens: rows of key and value of each request, where they are not the query's.
+        new_lens: rows of key and value of each request, where they differ from the query's.
         brings_keys: key and value are given; else the cache holds them all.
         memory: one of MEMORY.
         padding: rows of query, key and value beyond the batch's tokens.
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
-        planted: (tensor, request, first, end, number): what element 0 of head 0 is in rows first
-            to end of a request's "query", "key" or "value": NaN or infinity, say.
+        planted: (tensor, request, first, end, number): the value of element 0 of head 0, such as
+            NaN, in rows first to end of a request's "query", "key" or "value".
         seed: of the numbers.
     """
 
@@ -96,7 +106,7 @@ class Case:
 
 
 def layer_spec(**fields: Any) -> AttentionSpec:
-    """A spec with small sizes where none are given."""
+    """A spec, with small sizes by default."""
     sizes: dict[str, Any] = {
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -107,63 +117,170 @@ def layer_spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**(sizes | fields))
 
 
-class Step:
-    """A case with tensors.
+class CaseTensors:
+    """The tensors of a call, and what the call should return.
+
+    Args, which are attributes too:
+        case: the call as data.
+        layer: has the scales of the cache.
+        scale: factor on the scores.
+        query: as the layer gets it, with all of its rows.
+        queries, keys, values: those of each request, on the CPU. Keys and values are float64: the
+            numbers that the cache holds, scales applied.
+        masks: (query_len, seq_len) bool of each request, or None.
+        slopes, sinks: those of the layer, or None.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        layer: Any,
+        scale: float,
+        query: torch.Tensor,
+        queries: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        masks: list[torch.Tensor] | None = None,
+        slopes: list[float] | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.case, self.spec, self.layer, self.scale = case, case.spec, layer, scale
+        self.query, self.queries, self.keys, self.values = query, queries, keys, values
+        self.masks, self.slopes, self.sinks = masks, slopes, sinks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs."""
+        return self.query.device
+
+    def ranges_of(self, request: int) -> list[tuple[int, int]]:
+        """The bidirectional ranges of a request."""
+        return [(start, end) for r, start, end in self.case.ranges if r == request]
+
+    def seen_by(self, request: int, **changes: Any) -> torch.Tensor:
+        """(query_len, seq_len) bool: which key each query of a request sees; see `expected`."""
+        visibility: dict[str, Any] = {
+            "causal": self.spec.causal,
+            "window": self.spec.sliding_window,
+            "ranges": self.ranges_of(request),
+            "mask": None if self.masks is None else self.masks[request],
+        }
+        visibility |= {name: changes[name] for name in visibility.keys() & changes}
+        num_keys = len(self.keys[request])
+        positions = oracle.positions_of(len(self.queries[request]), num_keys)
+        return oracle.sees(positions, num_keys, **visibility)
+
+    def expected(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, lse) of the batch's tokens in float64, by the oracle.
+
+        Args:
+            **changes: what to compute differently: an argument of the oracle (`cap=None`,
+                `window=6`, `mask=None`), or `keys` or `values`, those of each request.
+        """
+        spec = self.spec
+        numbers: dict[str, Any] = {
+            "scale": self.scale,
+            "cap": spec.logits_soft_cap,
+            "slopes": self.slopes,
+            "symmetric": spec.alibi == ALIBI_SYMMETRIC,
+            "sinks": None if self.sinks is None else self.sinks.tolist(),
+        }
+        numbers |= {name: changes[name] for name in numbers.keys() & changes}
+        found = [
+            oracle.attention_of_request(*each, seen=self.seen_by(request, **changes), **numbers)
+            for request, each in enumerate(
+                zip(
+                    self.queries,
+                    changes.get("keys", self.keys),
+                    changes.get("values", self.values),
+                    strict=True,
+                )
+            )
+        ]
+        empty = torch.zeros(0, spec.num_heads, spec.head_size_v, dtype=torch.float64)
+        outputs, lses = zip((empty, empty[..., 0]), *found, strict=True)
+        return torch.cat(outputs), torch.cat(lses)
+
+    def pytorch(self) -> torch.Tensor:
+        """(num_tokens, num_heads, head_size_v): PyTorch's own attention in the layer's dtype.
+
+        Without soft cap, ALiBi and sinks, which it does not have.
+        """
+        spec = self.spec
+        outputs = [torch.zeros(0, spec.num_heads, spec.head_size_v, dtype=spec.dtype)]
+        for request, each in enumerate(zip(self.queries, self.keys, self.values, strict=True)):
+            tensors = (tensor.to(self.device, spec.dtype) for tensor in each)
+            seen = self.seen_by(request).to(self.device)
+            outputs.append(oracle.sdpa_of_request(*tensors, scale=self.scale, seen=seen).cpu())
+        return torch.cat(outputs)
+
+
+class EngineStep(CaseTensors):
+    """A case with tensors that are made up for it.
 
     Args:
         case: the step as data.
         device: where its tensors go.
-        arch: of the device; decides what "fp8" stands for.
+        arch: of the device; decides what "fp8" means.
 
     Attributes:
-        query, key, value: the arguments of a forward.
-        kv_cache, batch, slopes, sinks, scale: the layer's and the step's.
-        layer: carries the scales.
-        queries, keys, values: each request's, float64 on the CPU, as they are meant: what a cache
-            of less precision holds is rounded, and scales are applied.
-        masks: each request's (query_len, seq_len) bool, or None.
+        query, key, value: the arguments of a forward; no key and value if the cache holds them all.
+        kv_cache: None without a cache, as are the batch's block table and slots.
+        batch: as an engine gives it.
+        exact_keys, exact_values: those of each request, before a cache rounded them.
     """
 
+    key: Any = None
+    value: Any = None
+    kv_cache: Any = None
+    _table: Any = None
+    _slots: Any = None
+
     def __init__(self, case: Case, device: torch.device | str = "cpu", arch: str = "") -> None:
-        self.case, self.spec, self.device = case, case.spec, torch.device(device)
+        spec, device = case.spec, torch.device(device)
+        self.case, self.spec = case, spec
         self._random = torch.Generator().manual_seed(case.seed)
-        spec = self.spec
         has_cache = spec.block_size is not None
         self.new_lens = case.new_lens or (case.query_lens if has_cache else case.seq_lens)
-        self.scale = 0.8 * spec.head_size**-0.5
-        self.slopes = [0.7 ** (1 + h) for h in range(spec.num_heads)] if spec.alibi else None
-        self.sinks: torch.Tensor | None = None
-        if spec.sinks:
-            self.sinks = self._normal(spec.num_heads).float().to(device)
-        self._make_scales()
+        slopes = [0.7 ** (1 + h) for h in range(spec.num_heads)] if spec.alibi else None
+        sinks = self._normal(spec.num_heads).float().to(device) if spec.sinks else None
+        shape = (spec.num_kv_heads,) if spec.kv_scales == "per_head" else ()
+        scales = [0.01 + 0.03 * torch.rand(shape, generator=self._random) for _ in range(2)]
+        if not spec.kv_cache_dtype.startswith("fp8"):
+            scales = [torch.ones(())] * 2
 
-        queries = [self._new(n, spec.num_heads, spec.head_size) for n in case.query_lens]
-        keys = [self._new(n, spec.num_kv_heads, spec.head_size) for n in case.seq_lens]
-        values = [self._new(n, spec.num_kv_heads, spec.head_size_v) for n in case.seq_lens]
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        queries = [self._new(n, heads, spec.head_size) for n in case.query_lens]
+        keys = [self._new(n, kv_heads, spec.head_size) for n in case.seq_lens]
+        values = [self._new(n, kv_heads, spec.head_size_v) for n in case.seq_lens]
         own = {"query": queries, "key": keys, "value": values}
         for name, request, first, end, number in case.planted:
             own[name][request][first:end, 0, 0] = number
-        self.query = self._lay(queries, spec.num_heads, spec.head_size)
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        if case.brings_keys:
-            # A layer that shares another's cache must not use what it is given.
-            shown = [self._normal(*k.shape).to(k) for k in keys] if spec.kv_sharing else keys
-            self.key = self._lay(self._last(shown), spec.num_kv_heads, spec.head_size)
-            self.value = self._lay(self._last(values), spec.num_kv_heads, spec.head_size_v)
-        self.kv_cache: torch.Tensor | None = None
-        self._table: torch.Tensor | None = None
-        self._slots: torch.Tensor | None = None
-        #: The keys and values before a cache rounded them.
         self.exact_keys, self.exact_values = keys, values
+        query = self._lay(queries, heads, spec.head_size, device)
+        if case.brings_keys:
+            # A layer that shares another's cache must not use the keys that it is given.
+            shown = [self._normal(*k.shape).to(k) for k in keys] if spec.kv_sharing else keys
+            self.key = self._lay(self._last(shown), kv_heads, spec.head_size, device)
+            self.value = self._lay(self._last(values), kv_heads, spec.head_size_v, device)
         if has_cache:
             dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
-            self.kv_cache = self._make_cache(keys, values, dtype)
-            keys = [meant(k, self.layer._k_scale, dtype) for k in keys]
-            values = [meant(v, self.layer._v_scale, dtype) for v in values]
-        self.queries = [q.double() for q in queries]
-        self.keys, self.values = [k.double() for k in keys], [v.double() for v in values]
-        self.masks = self._make_masks() if spec.custom_mask else None
+            self.kv_cache = self._make_cache((keys, values), scales, dtype).to(device)
+            keys = [dequantized(k, scales[0], dtype) for k in keys]
+            values = [dequantized(v, scales[1], dtype) for v in values]
+        super().__init__(
+            case,
+            layer=_layer_with(scales, device),
+            scale=0.8 * spec.head_size**-0.5,
+            query=query,
+            queries=[q.double() for q in queries],
+            keys=[k.double() for k in keys],
+            values=[v.double() for v in values],
+            masks=self._make_masks() if spec.custom_mask else None,
+            slopes=slopes,
+            sinks=sinks,
+        )
         self.batch = self._make_batch()
 
     def _normal(self, *shape: int) -> torch.Tensor:
@@ -173,40 +290,38 @@ class Step:
         return self._normal(*shape).to(self.spec.dtype)
 
     def _last(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Each request's new rows; zeros where it has none of its own, but pads a graph's batch."""
+        """The new rows of each request; zeros where it has none but pads a graph's batch."""
         return [
             F.pad(tensor, (0, 0, 0, 0, max(0, new - len(tensor)), 0))[max(0, len(tensor) - new) :]
             for tensor, new in zip(tensors, self.new_lens, strict=True)
         ]
 
-    def _lay(self, parts: Sequence[torch.Tensor], heads: int, size: int) -> torch.Tensor:
-        """The requests' rows one after another, padding behind them, in the case's memory."""
+    def _lay(
+        self, parts: Sequence[torch.Tensor], heads: int, size: int, device: torch.device
+    ) -> torch.Tensor:
+        """The requests' rows one after another and padding after them, in the case's memory."""
         rows = torch.cat([*parts, torch.zeros(self.case.padding, heads, size).to(self.spec.dtype)])
-        tokens = len(rows)
-        shape, view = _LYING[self.case.memory](tokens, heads, size)
-        laid = view(torch.full(shape, math.nan, dtype=rows.dtype, device=self.device))
+        shape, view = _MEMORY[self.case.memory](len(rows), heads, size)
+        laid = view(torch.full(shape, math.nan, dtype=rows.dtype, device=device))
         return laid.copy_(rows)
 
-    def _make_scales(self) -> None:
-        spec = self.spec
-        shape = (spec.num_kv_heads,) if spec.kv_scales == "per_head" else ()
-        k, v = (0.01 + 0.03 * torch.rand(shape, generator=self._random) for _ in range(2))
-        if not spec.kv_cache_dtype.startswith("fp8"):
-            k, v = torch.ones(()), torch.ones(())
-        self.set_scales(k, v)
+    def fill_padding(self, number: float) -> None:
+        """Overwrite the rows of query, key and value that belong to no request."""
+        for tensor in (self.query, self.key, self.value):
+            if tensor is not None:
+                tensor[len(tensor) - self.case.padding :] = number
 
     def set_scales(self, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
-        """Give the layer other scales; keys and values stay what they are, see `rescale`."""
-        self.layer: Any = SimpleNamespace(
-            _k_scale=k_scale.to(self.device),
-            _v_scale=v_scale.to(self.device),
-            _k_scale_float=math.nan if k_scale.dim() else float(k_scale),
-            _v_scale_float=math.nan if v_scale.dim() else float(v_scale),
-        )
+        """Give the layer other scales; keys and values stay as they are."""
+        self.layer = _layer_with((k_scale, v_scale), self.device)
 
     def _make_cache(
-        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], dtype: torch.dtype
+        self,
+        tensors: Sequence[Sequence[torch.Tensor]],
+        scales: Sequence[torch.Tensor],
+        dtype: torch.dtype,
     ) -> torch.Tensor:
+        """A cache on the CPU with the keys and values that are older than the step."""
         spec, case, block_size = self.spec, self.case, self.spec.block_size
         assert block_size is not None
         needed = [-(-n // block_size) for n in case.seq_lens]
@@ -214,6 +329,7 @@ class Step:
         size = stored_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
         shape = (num_blocks, 2, block_size, spec.num_kv_heads, size)
         cache = nan_cache(shape, spec.kv_cache_layout or "NHD", dtype)
+        stored = cache.view(torch.uint8) if dtype.itemsize == 1 else cache
         free = torch.randperm(num_blocks, generator=self._random).tolist()
         columns = max(needed, default=0) + 1
         rows, slots = [], []
@@ -221,30 +337,18 @@ class Step:
             blocks = [free.pop() for _ in range(needed[request])]
             garbage = [GARBAGE_BLOCKS[(request + i) % len(GARBAGE_BLOCKS)] for i in range(columns)]
             rows.append((blocks + garbage)[:columns])
-            places = [(blocks[p // block_size], p % block_size) for p in range(seq_len)]
-            written_before = seq_len - new if case.brings_keys and not spec.kv_sharing else seq_len
-            for position in range(written_before):
-                self._store(cache, 0, places[position], keys[request][position])
-                self._store(cache, 1, places[position], values[request][position])
+            own = [blocks[p // block_size] * block_size + p % block_size for p in range(seq_len)]
+            is_written = case.brings_keys and not spec.kv_sharing
+            old = torch.tensor(own[: seq_len - new if is_written else seq_len]).long()
+            for index, each in enumerate(tensors):
+                parts = encoded_parts(each[request][: len(old)], scales[index], dtype)
+                for part, content in parts:
+                    stored[old // block_size, index, old % block_size, :, part] = content
             slots += [-1] * (new - seq_len)  # a request without keys pads a graph's batch
-            slots += [b * block_size + offset for b, offset in places[max(0, seq_len - new) :]]
+            slots += own[max(0, seq_len - new) :]
         self._table = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), columns)
         self._slots = torch.tensor(slots + [-1] * case.padding, dtype=torch.int64)
-        return cache.to(self.device)
-
-    def _store(
-        self, cache: torch.Tensor, index: int, place: tuple[int, int], row: torch.Tensor
-    ) -> None:
-        scale = (self.layer._k_scale, self.layer._v_scale)[index].cpu()
-        block, offset = place
-        if cache.dtype == torch.int8:
-            store_int8(cache[block, index, offset], row)
-            return
-        stored = as_stored(row, scale, cache.dtype)
-        target = cache[block, index, offset, :, : row.shape[-1]]
-        if stored.dtype.itemsize == 1:
-            target, stored = target.view(torch.uint8), stored.view(torch.uint8)
-        target.copy_(stored)
+        return cache
 
     def _make_masks(self) -> list[torch.Tensor]:
         masks = []
@@ -256,10 +360,10 @@ class Step:
 
     def _make_batch(self) -> AttentionBatch:
         case, spec = self.case, self.spec
-        masks = self.masks
         flat = None
-        if masks is not None:
-            flat = torch.cat([torch.zeros(0).bool(), *(mask.reshape(-1) for mask in masks)])
+        if self.masks is not None:
+            flat = torch.cat([torch.zeros(0).bool(), *(mask.reshape(-1) for mask in self.masks)])
+            flat = flat.to(self.device)
         writes = case.brings_keys and not spec.kv_sharing
         ranges = {"image": [PlaceholderRange(*r) for r in case.ranges]} if case.ranges else None
         return AttentionBatch.create(
@@ -268,20 +372,19 @@ class Step:
             block_table=self._table,
             slot_mapping=self._slots if writes else None,
             key_lens=None if self.new_lens == case.query_lens else self.new_lens,
-            custom_mask=None if flat is None else flat.to(self.device),
+            custom_mask=flat,
             multi_modal_placeholder_index_maps=ranges,
             max_decode_query_len=case.max_decode_query_len,
             device=self.device,
         )
 
     def impl_arguments(self) -> dict[str, Any]:
-        """What the impl of this step's layer is constructed with."""
-        spec = self.spec
+        """The arguments of the constructor of an impl of this step's layer."""
         return {
-            **spec.impl_arguments(),
+            **self.spec.impl_arguments(),
             "scale": self.scale,
             "alibi_slopes": self.slopes,
-            "kv_sharing_target_layer_name": "target" if spec.kv_sharing else None,
+            "kv_sharing_target_layer_name": "target" if self.spec.kv_sharing else None,
             "sinks": self.sinks,
         }
 
@@ -296,12 +399,12 @@ class Step:
     def forward(
         self, backend_cls: type[AttentionBackend], kv_cache: torch.Tensor | None, **more: Any
     ) -> Any:
-        """What the backend's forward returns over this cache, which it writes.
+        """What the backend's forward returns; it writes to this cache.
 
         Args:
             backend_cls: the backend.
             kv_cache: its cache, or None.
-            **more: further arguments of the forward; or `impl`, to take that one.
+            **more: further arguments of the forward; or `impl`, an impl to use.
         """
         impl = more.pop("impl", None) or self.impl_of(backend_cls)
         metadata = self.metadata_of(backend_cls)
@@ -309,75 +412,36 @@ class Step:
             self.layer, self.query, self.key, self.value, kv_cache, metadata, **more
         )
 
-    def ranges_of(self, request: int) -> list[tuple[int, int]]:
-        """The ranges of a request."""
-        return [(start, end) for r, start, end in self.case.ranges if r == request]
+    def requests(self, chosen: Sequence[int]) -> EngineStep:
+        """The step with these of its requests, in this order, over the same cache."""
+        case, part = self.case, copy.copy(self)
 
-    def seen_by(self, request: int, **changes: Any) -> torch.Tensor:
-        """(query_len, seq_len) bool: which key each query of a request sees; see `expected`."""
-        visibility: dict[str, Any] = {
-            "causal": self.spec.causal,
-            "window": self.spec.sliding_window,
-            "ranges": self.ranges_of(request),
-            "mask": None if self.masks is None else self.masks[request],
+        def rows(lens: Sequence[int]) -> torch.Tensor:
+            parts = torch.arange(sum(lens)).split(list(lens))
+            return torch.cat([torch.zeros(0).long(), *(parts[request] for request in chosen)])
+
+        lens = {
+            name: tuple(lengths[request] for request in chosen)
+            for name in ("query_lens", "seq_lens", "new_lens")
+            if (lengths := getattr(case, name)) is not None
         }
-        given = {name: value for name, value in changes.items() if name in visibility}
-        sizes = (len(self.queries[request]), len(self.keys[request]))
-        return oracle.sees(*sizes, **(visibility | given))
+        part.case, part.new_lens = case.replace(**lens), tuple(self.new_lens[i] for i in chosen)
+        new = rows(self.new_lens)
+        part.query = self.query[rows(case.query_lens).to(self.device)]
+        if self.key is not None:
+            part.key, part.value = self.key[new.to(self.device)], self.value[new.to(self.device)]
+        if self._table is not None:
+            part._table, part._slots = self._table[list(chosen)], self._slots[new]
+        part.batch = part._make_batch()
+        return part
 
-    def expected(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, lse) of the batch's tokens in float64, by the oracle.
 
-        Args:
-            **changes: what to compute differently: an argument of the oracle (`cap=None`,
-                `window=6`, `mask=None`), or `keys` or `values`, each request's.
-        """
-        spec, outputs, lses = self.spec, [], []
-        keys, values = changes.get("keys", self.keys), changes.get("values", self.values)
-        numbers: dict[str, Any] = {
-            "scale": self.scale,
-            "cap": spec.logits_soft_cap,
-            "slopes": self.slopes,
-            "symmetric": spec.alibi == ALIBI_SYMMETRIC,
-            "sinks": None if self.sinks is None else self.sinks.tolist(),
-        }
-        numbers |= {name: value for name, value in changes.items() if name in numbers}
-        for request, query in enumerate(self.queries):
-            output, lse = oracle.attention_of_request(
-                query,
-                keys[request],
-                values[request],
-                seen=self.seen_by(request, **changes),
-                **numbers,
-            )
-            outputs.append(output)
-            lses.append(lse)
-        empty = torch.zeros(0, spec.num_heads, spec.head_size_v, dtype=torch.float64)
-        return torch.cat([empty, *outputs]), torch.cat([empty[..., 0], *lses])
-
-    def pytorch(self) -> torch.Tensor:
-        """(num_tokens, num_heads, head_size_v): PyTorch's own attention in the layer's dtype.
-
-        Without soft cap, ALiBi and sinks, which it does not have.
-        """
-        spec = self.spec
-        outputs = [torch.zeros(0, spec.num_heads, spec.head_size_v, dtype=spec.dtype)]
-        group = spec.num_heads // spec.num_kv_heads
-        for request, query in enumerate(self.queries):
-            keys, values = self.keys[request], self.values[request]
-            if not len(query) or not len(keys):
-                zeros = torch.zeros(len(query), spec.num_heads, spec.head_size_v)
-                outputs.append(zeros.to(spec.dtype))
-                continue
-            seen = self.seen_by(request)
-            scale = abs(self.scale) or 1.0  # PyTorch gives NaN for one that is not above 0
-            sign = math.copysign(1.0, self.scale) if self.scale else 0.0
-            q, k, v = (
-                t.transpose(0, 1)[None].to(self.device, spec.dtype)
-                for t in (sign * query, *(t.repeat_interleave(group, 1) for t in (keys, values)))
-            )
-            result = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen.to(self.device), scale=scale
-            )[0].cpu()
-            outputs.append(result.masked_fill(~seen.any(-1)[:, None], 0.0).transpose(0, 1))
-        return torch.cat(outputs)
+def _layer_with(scales: Sequence[torch.Tensor], device: torch.device) -> Any:
+    """A layer with the scales of its keys and values."""
+    k_scale, v_scale = (scale.to(device) for scale in scales)
+    return SimpleNamespace(
+        _k_scale=k_scale,
+        _v_scale=v_scale,
+        _k_scale_float=math.nan if k_scale.dim() else float(k_scale),
+        _v_scale_float=math.nan if v_scale.dim() else float(v_scale),
+    )

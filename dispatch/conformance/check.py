@@ -1,4 +1,4 @@
-"""What a check is, what came out of it, and the backend that all checks are about."""
+"""What a check is, its outcome, and the backend under test."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
+from attn_dispatch.conformance.cases import EngineStep
+from attn_dispatch.conformance.comparison import compare_with_oracle, require_returned
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
-from attn_dispatch.conformance.tolerance import compare_with_oracle, require_returned
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.conformance.unchanged import Inputs
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
 from attn_dispatch.interface.backend import AttentionBackend
@@ -24,11 +24,11 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = [
+    "BackendUnderTest",
     "Check",
     "Outcome",
     "Run",
     "Skipped",
-    "BackendUnderTest",
     "checks_of_cases",
     "replaced",
     "run",
@@ -36,9 +36,9 @@ __all__ = [
     "skip_unless",
 ]
 
-#: The scale of a statically quantized output: no value of a step is clamped by it.
+#: The scale of an output that is quantized as a whole: it clamps no value of a step.
 _OUTPUT_SCALE = 0.02
-#: A soft cap shows where scores come near it: they are made this part of it.
+#: A soft cap shows where scores are near it: they are scaled to this part of it.
 _NEAR_CAP = 0.2
 
 
@@ -48,23 +48,23 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to hold a backend to.
+    """One check of a backend.
 
     Attributes:
-        group: the checks that it is listed with.
-        name: what it is, within its group.
+        name: its name within its group.
         shows: what a pass shows, as a sentence.
         spec: the layer.
-        test: does it; returns a ErrorBound where something is measured, raises CheckFailed or Skipped.
+        test: runs it; returns an ErrorBound if it measures an error, raises CheckFailed or Skipped.
         needs: the type of PyTorch device that it needs, or "" for any.
+        group: the group that it is listed in.
     """
 
-    group: str
     name: str
     shows: str
     spec: AttentionSpec
     test: Callable[[], ErrorBound | None] = field(repr=False, compare=False)
     needs: str = ""
+    group: str = ""
 
     @property
     def full_name(self) -> str:
@@ -74,13 +74,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a check.
+    """The outcome of a check.
 
     Attributes:
-        check: which.
+        check: the check.
         status: "passed", "failed" or "skipped".
         message: why it failed or was skipped, as a sentence.
-        finding: the error that was found and the one that is allowed, where one is measured.
+        finding: the error that was found and the one that is allowed, if it measures one.
         seconds: how long it took.
     """
 
@@ -108,7 +108,7 @@ class Outcome:
 
 
 def run(check: Check) -> Outcome:
-    """Do a check. Whatever the backend raises makes the check fail, and nothing else.
+    """Run a check. An exception of the backend, of any type, makes the check fail.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
@@ -129,7 +129,7 @@ def run(check: Check) -> Outcome:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a backend may raise anything at all, SystemExit too
-        return outcome("failed", f"it breaks off with {summary_of(error)}")
+        return outcome("failed", f"it raises {summary_of(error)}")
 
 
 @dataclass(frozen=True)
@@ -138,36 +138,34 @@ class Run:
 
     Attributes:
         returned: what forward returned.
-        cache: the cache afterwards; the step's own is as it was.
+        cache: the cache afterwards, or None; the step's own is unchanged.
         scale: the output's, if it is quantized as a whole.
         block_scale: the output's, if it is quantized by groups.
     """
 
     returned: Any
-    cache: torch.Tensor | None
+    cache: Any
     scale: float = 1.0
     block_scale: torch.Tensor | None = None
 
     @property
     def output(self) -> torch.Tensor:
         """The output without its LSE."""
-        found: torch.Tensor = (
-            self.returned[0] if isinstance(self.returned, tuple) else self.returned
-        )
-        return found
+        found: Any = self.returned[0] if isinstance(self.returned, tuple) else self.returned
+        return found  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class BackendUnderTest:
-    """A backend on a device, and what of it is to be tried.
+    """A backend on a device, and what is tried of it.
 
     Attributes:
         cls: the backend.
-        device: where its tensors are.
-        profile: the device as capabilities see it.
+        device: of its tensors.
+        profile: the device as capabilities describe it.
         base: the plain layer that everything is tried on.
         probes: every value that is tried, declared or refused.
-        quick: less of everything.
+        quick: run fewer checks.
     """
 
     cls: type[AttentionBackend]
@@ -185,7 +183,7 @@ class BackendUnderTest:
         profile: DeviceProfile,
         quick: bool,
     ) -> BackendUnderTest:
-        """The target of a backend.
+        """The backend with the values to try.
 
         Raises:
             InvalidInputError: it accepts no layer here.
@@ -212,7 +210,7 @@ class BackendUnderTest:
 
         Args:
             *names: fields of which any value will do.
-            **fields: others, with the value that is wanted.
+            **fields: fields with a given value.
         """
         changes: dict[str, Any] = {}
         for name in names:
@@ -223,16 +221,16 @@ class BackendUnderTest:
         spec = self.base.replace(**(changes | fields))
         return spec if self.accepts(spec) else None
 
-    def step(self, spec: AttentionSpec, **case: Any) -> Step:
+    def step(self, spec: AttentionSpec, **case: Any) -> EngineStep:
         """A step of this layer; `case` as for `case_for`."""
-        step = Step(case_for(spec, **case), self.device, self.profile.arch)
+        step = EngineStep(case_for(spec, **case), self.device, self.profile.arch)
         if spec.logits_soft_cap:
             step.scale *= max(1.0, _NEAR_CAP * spec.logits_soft_cap)
         return step
 
     def forward(
         self,
-        step: Step,
+        step: EngineStep,
         cache: torch.Tensor | None = None,
         *,
         may_change: tuple[str, ...] = (),
@@ -242,23 +240,24 @@ class BackendUnderTest:
 
         Args:
             step: the step.
-            cache: to write; None for a copy of the step's.
+            cache: to write to; None for a copy of the step's.
             may_change: inputs that are views of the memory that is written: see `Inputs`.
-            **more: as for `Step.forward`.
+            **more: as for `EngineStep.forward`.
 
         Raises:
-            Skipped: it could not be run, and selection refuses it by now.
+            Skipped: it cannot run, and by now the backend refuses the layer.
             CheckFailed: it modified its inputs, or returned what is no result.
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
         scaling, scale, block_scale = {}, 1.0, None
-        if step.spec.output_quant is not None:
-            tokens, row = len(step.query), step.spec.num_heads * step.spec.head_size_v
-            dtype = kv_cache_torch_dtype("fp8", step.spec.dtype, self.profile.arch)
-            shape = (tokens, step.spec.num_heads, step.spec.head_size_v)
+        spec = step.spec
+        if spec.output_quant is not None:
+            tokens, row = len(step.query), spec.num_heads * spec.head_size_v
+            dtype = kv_cache_torch_dtype("fp8", spec.dtype, self.profile.arch)
+            shape = (tokens, spec.num_heads, spec.head_size_v)
             scaling["output"] = torch.empty(shape, dtype=dtype, device=self.device)
-            if step.spec.output_quant == "fp8_e4m3":
+            if spec.output_quant == "fp8_e4m3":
                 scale = _OUTPUT_SCALE
                 scaling["output_scale"] = torch.tensor(scale, device=self.device)
             else:
@@ -268,17 +267,17 @@ class BackendUnderTest:
         try:
             returned = step.forward(self.cls, cache, **scaling, **more)
         except (BackendFailure, UnsupportedError) as error:
-            reasons = refusals(self.cls, step.spec, self.profile)
+            reasons = refusals(self.cls, spec, self.profile)
             if not reasons:
                 raise
-            # It was declared: meanwhile a library that it needs turned out to be broken.
+            # It was declared; since then a library that it needs turned out to be broken.
             raise Skipped(f"not possible on this machine: {reasons[0]}") from error
         inputs.require_unchanged()
         require_returned(step, returned)
         return Run(returned, cache, scale, block_scale)
 
-    def judge(self, step: Step, done: Run) -> ErrorBound:
-        """Hold what was run against the oracle."""
+    def judge(self, step: EngineStep, done: Run) -> ErrorBound:
+        """Compare what was run with the oracle."""
         return compare_with_oracle(
             step,
             done.returned,
@@ -287,10 +286,13 @@ class BackendUnderTest:
             propagates_nan=self.cls.propagates_nan,
         )
 
-    def agrees(self, spec: AttentionSpec, **case: Any) -> ErrorBound:
-        """Run a step of this layer, and hold it against the oracle."""
-        step = self.step(spec, **case)
+    def run_and_judge(self, step: EngineStep) -> ErrorBound:
+        """Run a step and compare it with the oracle."""
         return self.judge(step, self.forward(step))
+
+    def agrees(self, spec: AttentionSpec, **case: Any) -> ErrorBound:
+        """Run a step of this layer and compare it with the oracle."""
+        return self.run_and_judge(self.step(spec, **case))
 
 
 def skip_unless(holds: bool, reason: str) -> None:
@@ -301,31 +303,26 @@ def skip_unless(holds: bool, reason: str) -> None:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold the same bytes."""
-    return one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    first, second = (tensor.contiguous().view(torch.uint8) for tensor in (one, other))
+    return one.shape == other.shape and torch.equal(first, second)
 
 
 def checks_of_cases(
     target: BackendUnderTest,
-    group: str,
     table: Mapping[str, tuple[str, AttentionSpec | None, dict[str, Any]]],
 ) -> list[Check]:
-    """A check for each line of a table: name -> (what it shows, layer, case).
+    """A check for each entry of a table: name -> (what it shows, layer, case).
 
-    Lines without a layer are left out: the backend declares none of the kind.
+    An entry without a layer is left out: the backend declares no such layer.
     """
-
     return [
-        Check(group, name, shows, spec, partial(target.agrees, spec, **case))
+        Check(name, shows, spec, partial(target.agrees, spec, **case))
         for name, (shows, spec, case) in table.items()
         if spec is not None
     ]
 
 
-def replaced(step: Step, **fields: Any) -> None:
-    """Change what a step's layer is; its tensors stay."""
+def replaced(step: EngineStep, **fields: Any) -> None:
+    """Change the layer of a step; its tensors stay."""
     step.spec = step.spec.replace(**fields)
     step.case = dataclasses.replace(step.case, spec=step.spec)

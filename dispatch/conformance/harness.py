@@ -1,11 +1,11 @@
-"""A step through `Attention`, the layer that an engine uses, in place of an impl by hand."""
+"""Runs a step through `Attention`, the layer that an engine uses."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from attn_dispatch.conformance.cases import Step
+from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.layer import Attention
@@ -13,8 +13,8 @@ from attn_dispatch.runtime.layer import Attention
 __all__ = ["call", "layer_of"]
 
 
-def layer_of(step: Step, **more: Any) -> Attention:
-    """The layer that a step is for, bound to a copy of its cache.
+def layer_of(step: EngineStep, **more: Any) -> Attention:
+    """A layer for a step, bound to a copy of its cache.
 
     Args:
         step: the step.
@@ -39,7 +39,7 @@ def layer_of(step: Step, **more: Any) -> Attention:
     return layer
 
 
-def call(layer: Attention, step: Step, **more: Any) -> Any:
+def call(layer: Attention, step: EngineStep, **more: Any) -> Any:
     """What the layer returns for a step; `more` are further arguments of its forward."""
     with forward_context(step.batch):
         return layer(step.query, step.key, step.value, **more)

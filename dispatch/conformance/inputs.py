@@ -1,4 +1,4 @@
-"""Checks that a changed input changes the output; and that nothing else reaches it."""
+"""Checks that a changed input changes the output, and that nothing else does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import MEMORY, Step
+from attn_dispatch.conformance.cases import MEMORY, EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -18,24 +18,24 @@ from attn_dispatch.conformance.check import (
     replaced,
     skip_unless,
 )
+from attn_dispatch.conformance.comparison import allowed_error
 from attn_dispatch.conformance.kv_encoding import as_stored
-from attn_dispatch.conformance.tolerance import ErrorBound, allowed_error, distance, require
+from attn_dispatch.conformance.tolerance import ErrorBound, distance, require, worst_of
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["garbage", "inputs", "memory", "rows"]
 
+_Change = Callable[[EngineStep], None]
 
-def _drop(**fields: Any) -> Callable[[Step], None]:
-    """Take a feature of the layer away, its tensors too."""
 
-    def change(step: Step) -> None:
+def _drop(**fields: Any) -> _Change:
+    """Remove a feature of the layer, and its tensors."""
+
+    def change(step: EngineStep) -> None:
         replaced(step, **fields)
-        if "alibi" in fields:
-            step.slopes = None
-        if "sinks" in fields:
-            step.sinks = None
-        if "custom_mask" in fields:
-            step.masks = None
+        for field, tensor in (("alibi", "slopes"), ("sinks", "sinks"), ("custom_mask", "masks")):
+            if field in fields:
+                setattr(step, tensor, None)
         if "bidirectional_ranges" in fields:
             step.case = step.case.replace(ranges=())
         step.batch = step._make_batch()
@@ -43,67 +43,61 @@ def _drop(**fields: Any) -> Callable[[Step], None]:
     return change
 
 
-def _double_slopes(step: Step) -> None:
+def _double_slopes(step: EngineStep) -> None:
     assert step.slopes is not None
     step.slopes = [2 * slope for slope in step.slopes]
 
 
-def _raise_sinks(step: Step) -> None:
+def _raise_sinks(step: EngineStep) -> None:
     assert step.sinks is not None
     step.sinks.add_(1.5)
 
 
-def _double_scale(step: Step) -> None:
+def _double_scale(step: EngineStep) -> None:
     step.scale *= 2
 
 
-def _flip_masks(step: Step) -> None:
+def _flip_masks(step: EngineStep) -> None:
     assert step.masks is not None
     step.masks = [~mask for mask in step.masks]
     step.batch = step._make_batch()
 
 
-def _move_ranges(step: Step) -> None:
+def _move_ranges(step: EngineStep) -> None:
     moved = tuple((request, start + 2, end) for request, start, end in step.case.ranges)
     step.case = step.case.replace(ranges=moved)
     step.batch = step._make_batch()
 
 
-def _double_cache_scale(index: int) -> Callable[[Step], None]:
-    """What is stored means twice as much; the step brings nothing new, so all of it is stored."""
+def _double_cache_scale(index: int) -> _Change:
+    """Double all keys (0) or values (1) by their scale; the step brings none, so all are cached."""
 
-    def change(step: Step) -> None:
+    def change(step: EngineStep) -> None:
         scales = [step.layer._k_scale, step.layer._v_scale]
         scales[index] = 2 * scales[index]
         step.set_scales(*scales)
-        if index == 0:
-            step.keys = [2 * key for key in step.keys]
-        else:
-            step.values = [2 * value for value in step.values]
+        name = ("keys", "values")[index]
+        setattr(step, name, [2 * each for each in getattr(step, name)])
 
     return change
 
 
-def _change_cached(index: int) -> Callable[[Step], None]:
+def _change_cached(index: int) -> _Change:
     """Another key (0) or value (1) at position 2 of the first request, which has a past."""
 
-    def change(step: Step) -> None:
-        assert step.kv_cache is not None
-        assert step._table is not None
-        assert step.spec.block_size is not None
-        meant = (step.keys, step.values)[index][0]
-        meant[2] = -3 * meant[2]
-        block, offset = int(step._table[0, 2 // step.spec.block_size]), 2 % step.spec.block_size
-        row = as_stored(meant[2], torch.ones(()), step.kv_cache.dtype)
-        step.kv_cache[block, index, offset, :, : row.shape[-1]] = row.to(step.device)
-        meant[2] = row.double()
+    def change(step: EngineStep) -> None:
+        cache, tensor = step.kv_cache, (step.keys, step.values)[index][0]
+        block, offset = int(step._table[0, 2 // cache.shape[2]]), 2 % cache.shape[2]
+        row = as_stored(-3 * tensor[2], torch.ones(()), cache.dtype)
+        cache[block, index, offset, :, : row.shape[-1]] = row.to(step.device)
+        tensor[2] = row.double()
 
     return change
 
 
-#: Input -> the fields that it needs, how it is changed, and whether the impl is made anew for it.
-#: One that is not is kept: nothing of an earlier call may stick to it.
-_INPUTS: dict[str, tuple[tuple[str, ...], Callable[[Step], None], bool]] = {
+#: Input -> the fields that it needs, the change, and whether the impl is made again for it. If not,
+#: the same impl must keep nothing of the earlier call.
+_INPUTS: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
     "logits_soft_cap on and off": (("logits_soft_cap",), _drop(logits_soft_cap=None), True),
     "sliding_window on and off": (("sliding_window",), _drop(sliding_window=None), True),
     "alibi on and off": (("alibi",), _drop(alibi=False), True),
@@ -121,7 +115,7 @@ _INPUTS: dict[str, tuple[tuple[str, ...], Callable[[Step], None], bool]] = {
     "ranges": (("bidirectional_ranges",), _move_ranges, False),
 }
 #: The same for steps that bring no keys, over what the cache holds.
-_CACHED: dict[str, tuple[tuple[str, ...], Callable[[Step], None], bool]] = {
+_CACHED: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
     "cached key": ((), _change_cached(0), False),
     "cached value": ((), _change_cached(1), False),
     "k_scale": (("kv_cache_dtype",), _double_cache_scale(0), False),
@@ -132,26 +126,21 @@ _CACHED: dict[str, tuple[tuple[str, ...], Callable[[Step], None], bool]] = {
 
 
 def inputs(target: BackendUnderTest) -> Iterator[Check]:
-    """Each input that has an effect, changed: the output changes, and is right both times."""
+    """Each input is changed: the output changes, and is right both times."""
     for table, brings_keys in ((_INPUTS, True), (_CACHED, False)):
-        for name, (fields, change, is_anew) in table.items():
+        for name, (fields, change, makes_impl) in table.items():
             spec = _layer_with(target, fields)
             if spec is None or (not brings_keys and spec.block_size is None):
                 continue
             if name.startswith("cached") and spec.kv_cache_dtype != "auto":
                 continue  # another value would have to be stored by a scale
-            make = partial(target.step, spec, brings_keys=brings_keys)
-            yield Check(
-                "inputs",
-                name,
-                f"The output depends on it: {name}.",
-                spec,
-                partial(_has_effect, target, make, change, is_anew),
-            )
+            step = partial(target.step, spec, brings_keys=brings_keys)
+            test = partial(_has_effect, target, step, change, makes_impl)
+            yield Check(name, f"The output depends on it: {name}.", spec, test)
 
 
 def _layer_with(target: BackendUnderTest, fields: tuple[str, ...]) -> AttentionSpec | None:
-    """The plain layer with these fields; of the types of a cache, one that has scales."""
+    """The plain layer with these fields; for the cache's type, one that has scales."""
     if fields != ("kv_cache_dtype",):
         return target.spec_with(*fields)
     probes = (p for p in target.declared(*fields) if p.value.startswith("fp8"))
@@ -160,9 +149,9 @@ def _layer_with(target: BackendUnderTest, fields: tuple[str, ...]) -> AttentionS
 
 def _has_effect(
     target: BackendUnderTest,
-    make: Callable[[], Step],
-    change: Callable[[Step], None],
-    is_anew: bool,
+    make: Callable[[], EngineStep],
+    change: _Change,
+    makes_impl: bool,
 ) -> ErrorBound:
     step = make()
     impl = step.impl_of(target.cls)
@@ -175,138 +164,104 @@ def _has_effect(
         effect > 4 * allowed_error(step),
         f"with the values that are declared the change is too small to be seen ({effect:.3g})",
     )
-    second = target.forward(step, impl=None if is_anew else impl)
+    second = target.forward(step, impl=None if makes_impl else impl)
     after = second.output.double().cpu()
     require(
         distance(after[: len(wanted_before)], before[: len(wanted_before)]) > effect / 4,
         "the input was changed, and the output did not change: it has no effect",
     )
-    again = target.judge(step, second)
-    return max(finding, again, key=lambda found: found.ratio)
+    return worst_of((finding, target.judge(step, second)))
 
 
-# Garbage: what belongs to no request.
+# Garbage: numbers that belong to no request.
 
 
-def _stale(step: Step) -> None:
-    """In place of NaN, what an earlier request may have left: numbers like any other."""
-    assert step.kv_cache is not None
+def _stale(step: EngineStep) -> None:
+    """In place of NaN, ordinary numbers, as an earlier request may leave them."""
     random = torch.Generator().manual_seed(1)
     left = 4 * torch.randn(step.kv_cache.shape, generator=random)
     left = left.to(step.device, step.kv_cache.dtype)
     step.kv_cache = torch.where(step.kv_cache.isnan(), left, step.kv_cache)
 
 
-def _free_what_the_window_passed(step: Step) -> None:
-    spec, cache, table = step.spec, step.kv_cache, step._table
-    assert spec.sliding_window is not None
-    assert spec.block_size is not None
-    assert cache is not None
-    assert table is not None
+def _free_what_the_window_passed(step: EngineStep) -> None:
+    cache, block_size, window = step.kv_cache, step.kv_cache.shape[2], step.spec.sliding_window
+    assert window is not None
     for request, (query, seq) in enumerate(
         zip(step.case.query_lens, step.case.seq_lens, strict=True)
     ):
-        first_seen = max(0, seq - query - spec.sliding_window + 1)
-        cache[table[request, : first_seen // spec.block_size].long().to(cache.device)] = math.nan
-
-
-def _nan_in_padding(step: Step) -> None:
-    for tensor in (step.query, step.key, step.value):
-        if tensor is not None:
-            tensor[len(tensor) - step.case.padding :] = math.nan
-
-
-def _nan_of_another(step: Step) -> None:
-    """The last request's cached values are NaN; what it gives itself is its own affair."""
-    assert step.kv_cache is not None
-    assert step._table is not None
-    assert step.spec.block_size is not None
-    used = -(-step.case.seq_lens[-1] // step.spec.block_size)
-    step.kv_cache[step._table[-1, :used].long().to(step.device), 1] = math.nan
+        first_seen = max(0, seq - query - window + 1)
+        cache[step._table[request, : first_seen // block_size].long().to(cache.device)] = math.nan
 
 
 def garbage(target: BackendUnderTest) -> Iterator[Check]:
-    """What belongs to no request of the step, or not to this one, does not reach its result."""
+    """Numbers of no request, or of another one, do not affect a request's result."""
     base = target.base
-    padded = partial(target.step, base, padding=3)
 
-    def after(make: Callable[[], Step], change: Callable[[Step], None]) -> ErrorBound:
-        step = make()
+    def after(change: _Change, spec: AttentionSpec, **case: Any) -> ErrorBound:
+        step = target.step(spec, **case)
         change(step)
-        return target.judge(step, target.forward(step))
+        return target.run_and_judge(step)
 
-    def check(
-        name: str, shows: str, test: Callable[[], ErrorBound | None], spec: AttentionSpec = base
-    ) -> Check:
-        return Check("garbage", name, shows, spec, test)
-
-    yield check(
+    yield Check(
         "rows past the batch",
         "Rows of query, key and value beyond the batch's tokens may be NaN.",
-        partial(after, padded, _nan_in_padding),
+        base,
+        partial(after, lambda step: step.fill_padding(math.nan), base, padding=3),
     )
     if base.block_size is None:
         return
-    yield check(
+    yield Check(
         "NaN past a request's end",
         "The cache may hold NaN past a request's last key and in free blocks, and the block table "
-        "nonsense past its last block.",
+        "any number past its last block.",
+        base,
         partial(target.agrees, base),
     )
     plain = target.spec_with(kv_cache_dtype="auto")
-    if plain is not None:
-        yield check(
-            "stale keys past a request's end",
-            "Keys that an earlier request left past a request's end are not read.",
-            partial(after, partial(target.step, plain), _stale),
-            plain,
+    if plain is None:
+        return
+    yield Check(
+        "stale keys past a request's end",
+        "Keys that an earlier request left past a request's end are not read.",
+        plain,
+        partial(after, _stale, plain),
+    )
+    yield Check(
+        "NaN of another request",
+        "NaN among the values of one request stays in its rows.",
+        plain,
+        partial(_nan_stays_in_its_request, target, plain),
+    )
+    window = target.spec_with("sliding_window", kv_cache_dtype="auto")
+    if window is not None and window.causal:
+        beyond = (window.sliding_window or 0) + 2 * (window.block_size or 0)
+        case = {"query_lens": (1, 9, 3), "seq_lens": (beyond + 5, beyond + 9, beyond + 14)}
+        yield Check(
+            "freed by the window",
+            "Blocks that a sliding window has passed may hold NaN.",
+            window,
+            partial(after, _free_what_the_window_passed, window, **case),
         )
-        yield check(
-            "NaN of another request",
-            "NaN among the values of one request stays with it.",
-            partial(_keeps_apart, target, plain),
-            plain,
-        )
-        window = target.spec_with("sliding_window", kv_cache_dtype="auto")
-        if window is not None and window.causal:
-            yield check(
-                "freed by the window",
-                "Blocks that a sliding window has passed may hold NaN.",
-                partial(
-                    after,
-                    partial(
-                        target.step, window, query_lens=(1, 9, 3), seq_lens=_past_window(window)
-                    ),
-                    _free_what_the_window_passed,
-                ),
-                window,
-            )
 
 
-def _past_window(spec: AttentionSpec) -> tuple[int, ...]:
-    assert spec.sliding_window is not None
-    assert spec.block_size is not None
-    beyond = spec.sliding_window + 2 * spec.block_size
-    return (beyond + 5, beyond + 9, beyond + 14)
-
-
-def _keeps_apart(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
-    lens = {"query_lens": (1, 9, 2), "seq_lens": (21, 9, 18)}
-    step = target.step(spec, **lens)
-    _nan_of_another(step)
+def _nan_stays_in_its_request(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
+    """All cached values of the last request are NaN, and the other requests are right."""
+    step = target.step(spec, query_lens=(1, 9, 2), seq_lens=(21, 9, 18))
+    used = -(-step.case.seq_lens[-1] // step.kv_cache.shape[2])
+    step.kv_cache[step._table[-1, :used].long().to(step.device), 1] = math.nan
     done = target.forward(step)
     others = step.batch.query_start_list[-2]
-    expected = step.expected()[0][:others]
-    found = distance(done.output[:others].double().cpu(), expected)
+    found = distance(done.output[:others].double().cpu(), step.expected()[0][:others])
     require(math.isfinite(found), "NaN of one request reached the result of another")
     finding = ErrorBound(found, allowed_error(step))
     require(finding.ratio <= 1, "one request's NaN changed the numbers of another")
     return finding
 
 
-def rows(target: BackendUnderTest) -> Iterator[Check]:
+def rows(target: BackendUnderTest) -> list[Check]:
     """Rows without keys, requests without tokens, batches without requests."""
-    base, masked = target.base, target.spec_with("custom_mask")
+    base = target.base
     table: dict[str, Any] = {
         "no new tokens": (
             "A request may bring no tokens.",
@@ -314,67 +269,56 @@ def rows(target: BackendUnderTest) -> Iterator[Check]:
             {"query_lens": (0, 5, 0), "seq_lens": (9, 7, 0)},
         ),
         "no requests": ("A batch may be empty.", base, {"query_lens": (), "seq_lens": ()}),
-        "masked out": ("A row that the mask hides everything from is 0.", masked, {}),
-    }
-    if base.block_size is None:
-        table["more queries than keys"] = (
-            "The first queries see nothing, and are 0.",
-            base,
-            {"query_lens": (5, 3), "seq_lens": (2, 0)},
-        )
-    else:
+        "masked out": (
+            "A row is 0 if the mask hides every key from it.", target.spec_with("custom_mask"), {}
+        ),
+    }  # fmt: skip
+    if base.block_size is not None:
         # A request that pads a graph's batch: one token and no keys.
         table["no keys"] = (
             "A request without keys gives 0, and an lse of −inf.",
             target.spec_with("returns_lse") or base,
             {"query_lens": (1, 1, 1), "seq_lens": (7, 0, 18)},
         )
-        no_cache = target.spec_with(block_size=None)
-        table["more queries than keys"] = (
-            "The first queries see nothing, and are 0.",
-            no_cache,
-            {"query_lens": (5, 3), "seq_lens": (2, 0)},
-        )
-    yield from checks_of_cases(target, "rows", table)
+    table["more queries than keys"] = (
+        "The first queries see nothing, and are 0.",
+        base if base.block_size is None else target.spec_with(block_size=None),
+        {"query_lens": (5, 3), "seq_lens": (2, 0)},
+    )
+    return checks_of_cases(target, table)
 
 
 def memory(target: BackendUnderTest) -> Iterator[Check]:
-    """Queries, keys and values may lie in memory as an engine's do; the output goes where asked."""
+    """Queries, keys and values may be views; the output goes where the caller wants it."""
     base = target.base
-    yield from checks_of_cases(
-        target,
-        "memory",
-        {
-            f"{how} rows": (
-                f"Query, key and value may be {how} views.", base, {"memory": how, "padding": 2}
-            )
-            for how in MEMORY
-            if how != "contiguous"
-        },
-    )  # fmt: skip
-
-    def given(in_part: bool) -> ErrorBound:
-        step = target.step(base)
-        tokens = len(step.query)
-        shape = (tokens + 4 * in_part, base.num_heads, base.head_size_v)
-        whole = torch.full(shape, math.nan, dtype=base.dtype, device=target.device)
-        output = whole[2 : 2 + tokens] if in_part else whole
-        done = target.forward(step, output=output)
-        require(
-            done.output.data_ptr() == output.data_ptr(),
-            "an output was given, and forward returned another tensor",
+    table: dict[str, Any] = {
+        f"{how} rows": (
+            f"Query, key and value may be {how} views.", base, {"memory": how, "padding": 2}
         )
-        if in_part:
-            around = torch.cat([whole[:2], whole[2 + tokens :]])
-            require(bool(around.isnan().all()), "what lies around the output was written")
-        return target.judge(step, dataclasses.replace(done, returned=output))
+        for how in MEMORY
+        if how != "contiguous"
+    }  # fmt: skip
+    yield from checks_of_cases(target, table)
+    if base.returns_lse or base.output_quant is not None:
+        return
+    shows = "The result is written to the output that is given, and nowhere else."
+    for name, is_part in (("output", False), ("part of an output", True)):
+        yield Check(f"{name} given", shows, base, partial(_writes_given, target, is_part))
 
-    if not base.returns_lse and base.output_quant is None:
-        for name, in_part in (("output", False), ("part of an output", True)):
-            yield Check(
-                "memory",
-                f"{name} given",
-                "The result is written to the output that is given, and nowhere else.",
-                base,
-                partial(given, in_part),
-            )
+
+def _writes_given(target: BackendUnderTest, is_part: bool) -> ErrorBound:
+    base = target.base
+    step = target.step(base)
+    tokens = len(step.query)
+    shape = (tokens + 4 * is_part, base.num_heads, base.head_size_v)
+    whole = torch.full(shape, math.nan, dtype=base.dtype, device=target.device)
+    output = whole[2 : 2 + tokens] if is_part else whole
+    done = target.forward(step, output=output)
+    require(
+        done.output.data_ptr() == output.data_ptr(),
+        "an output was given, and forward returned another tensor",
+    )
+    if is_part:
+        around = torch.cat([whole[:2], whole[2 + tokens :]])
+        require(bool(around.isnan().all()), "memory around the output was written")
+    return target.judge(step, dataclasses.replace(done, returned=output))

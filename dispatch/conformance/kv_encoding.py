@@ -1,4 +1,4 @@
-"""What a KV cache holds of some values, by formulas of its own: see docs/numerics.md."""
+"""What a KV cache holds of some values. The formulas are those of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD
 
-__all__ = ["as_stored", "int8_rows", "meant", "nan_cache", "store_int8", "stored_size"]
+__all__ = ["as_stored", "dequantized", "encoded_parts", "int8_rows", "nan_cache", "stored_size"]
 
 
 def nan_cache(
@@ -25,7 +25,7 @@ def nan_cache(
         shape: the logical one.
         layout: "NHD" or "HND".
         dtype: of its elements.
-        device: where.
+        device: of the cache.
     """
     order = STRIDE_ORDERS[layout]
     physical = [shape[dim] for dim in order]
@@ -40,7 +40,7 @@ def nan_cache(
 
 
 def stored_size(kv_cache_dtype: str, size: int) -> int:
-    """Elements that a head of this size takes in a cache."""
+    """Elements of a cache that a head of this size takes."""
     return 16 * math.ceil(size / 16) + 16 if kv_cache_dtype == INT8_PER_TOKEN_HEAD else size
 
 
@@ -56,15 +56,24 @@ def int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(scales.isfinite(), integers, 0.0).to(torch.int8), scales
 
 
-def store_int8(target: torch.Tensor, row: torch.Tensor) -> None:
-    """Put (heads, size) values into (heads, stored size) of an int8 cache, byte by byte."""
-    integers, scales = int8_rows(row.cpu())
-    target[:, : row.shape[-1]] = integers.to(target.device)
-    target[:, -16:-12] = scales.view(torch.int8).to(target.device)
+def encoded_parts(
+    values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> list[tuple[slice, torch.Tensor]]:
+    """The elements of a cache that (..., heads, size) values take: which ones, and their content.
+
+    For types of one byte the content is uint8.
+    """
+    used = slice(0, values.shape[-1])
+    if dtype == torch.int8:
+        integers, scales = int8_rows(values)
+        scale_bytes = scales.flatten().view(torch.uint8).view(*scales.shape[:-1], 4)
+        return [(used, integers.view(torch.uint8)), (slice(-16, -12), scale_bytes)]
+    stored = as_stored(values, scale, dtype)
+    return [(used, stored.view(torch.uint8) if dtype.itemsize == 1 else stored)]
 
 
 def as_stored(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a cache of this dtype, int8 aside, holds of (..., heads, size) values."""
+    """What a cache of this dtype, which is not int8, holds of (..., heads, size) values."""
     if dtype.itemsize > 1:
         return values.to(dtype)
     working = torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -73,8 +82,8 @@ def as_stored(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
     return scaled.clamp(-limit, limit).to(dtype)
 
 
-def meant(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the values are once they were in a cache of this dtype, float64 on the CPU."""
+def dequantized(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values after a cache of this dtype stored them, float64 on the CPU."""
     if dtype == torch.int8:
         integers, scales = int8_rows(values)
         return integers.double() * scales.double()

@@ -1,8 +1,8 @@
-"""Checks of NaN and infinity among the inputs: a row that sees them says so, and no other does.
+"""Checks of NaN and infinity among the inputs: they make the rows that see them NaN, and no other.
 
-The rule is in docs/numerics.md, and in `propagation.free_elements` what is allowed besides. A
-backend that declares `propagates_nan = False` is held to what is left of it: other requests are
-as they would be, and a row that sees no key is 0.
+The rule is in docs/numerics.md, and `propagation.free_elements` has the exceptions. For a backend
+that declares `propagates_nan = False` there are two checks left: other requests are right, and a
+row that sees no key is 0.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
-from attn_dispatch.conformance.findings import ErrorBound, require
+from attn_dispatch.conformance.tolerance import ErrorBound, require
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
 __all__ = ["non_finite"]
 
 _INF, _NAN = math.inf, math.nan
-#: A decode, a prompt, drafts to verify, a chunk over a prefix, and two that nothing is planted in.
+#: A decode, a prompt, drafts to verify, a chunk over a prefix, and two that stay finite.
 _LENS = {"query_lens": (1, 24, 3, 18, 1, 5), "seq_lens": (39, 24, 21, 50, 4, 5)}
 
 _Planted = tuple[tuple[str, int, int, int, float], ...]
@@ -29,9 +29,9 @@ def _each(tensor: str, places: tuple[tuple[int, int, int], ...], number: float) 
     return tuple((tensor, *place, number) for place in places)
 
 
-#: (request, first row, end): one in each phase, of queries and of keys.
+#: (request, first row, end) of queries: one of each kind of request.
 _QUERIES = ((0, 0, 1), (1, 5, 6), (2, 1, 2), (3, 9, 10))
-#: Of the decode a key far back; of prompt and chunk one that only the later rows see.
+#: Of keys: for the decode one far back, for prompt and chunk one that only later rows see.
 _KEYS = ((0, 7, 8), (1, 11, 12), (2, 4, 5), (3, 40, 41))
 #: Keys of the prefix, which are in the cache before the step.
 _PREFIX = ((2, 0, 1), (3, 3, 4))
@@ -39,7 +39,7 @@ _PREFIX = ((2, 0, 1), (3, 3, 4))
 _ALL = ((0, 0, 39), (1, 0, 24), (3, 0, 50))
 _FIRST = ((0, 0, 20), (1, 0, 10), (3, 0, 33))
 
-#: What is planted, by name.
+#: Check -> the numbers that it puts among the inputs.
 _PLANTED: dict[str, _Planted] = {
     "NaN in queries": _each("query", _QUERIES, _NAN),
     "infinite queries": _each("query", _QUERIES, _INF),
@@ -52,7 +52,7 @@ _PLANTED: dict[str, _Planted] = {
     "all keys infinite": _each("key", _ALL, -_INF),
     "the first keys infinite": _each("key", _FIRST, _INF),
 }
-#: What is planted in layers other than the plain one.
+#: The checks of layers other than the plain one.
 _ELSEWHERE = ("NaN in queries", "NaN in keys", "infinite keys", "NaN in values")
 _QUICK = ("NaN in queries", "all keys infinite", "NaN in values")
 
@@ -62,42 +62,34 @@ def non_finite(target: BackendUnderTest) -> Iterator[Check]:
     shows = "A row is NaN if NaN or infinity that it sees makes it so, and no other row is."
     if not target.cls.propagates_nan:
         shows = "NaN and infinity stay in their request."
-        yield Check("non_finite", "declared", "What is declared.", target.base, _declared(target))
+        yield Check("declared", "The declaration.", target.base, partial(_declared, target))
     plain = target.spec_with("returns_lse") or target.base
     for name in _QUICK if target.quick else _PLANTED:
         yield _check(target, name, shows, plain, name)
     for kind, spec in _layers(target):
         for name in _QUICK[:1] + _QUICK[2:] if target.quick else _ELSEWHERE:
             yield _check(target, f"{name}, {kind}", shows, spec, name)
-    yield from _blind(target)
+    yield from _sees_nothing(target)
 
 
-def _declared(target: BackendUnderTest) -> Any:
-    def skip() -> None:
-        raise Skipped(
-            f"{target.name} declares propagates_nan = False: what it makes of NaN is not compared "
-            "with the definition, except that it stays in its request"
-        )
-
-    return skip
+def _declared(target: BackendUnderTest) -> None:
+    raise Skipped(
+        f"{target.name} declares propagates_nan = False: only whether NaN and infinity stay in "
+        "their request is checked"
+    )
 
 
 def _check(
     target: BackendUnderTest, name: str, shows: str, spec: AttentionSpec, planted: str
 ) -> Check:
-    case = {**_lens(spec), "planted": _PLANTED[planted]}
-    return Check("non_finite", name, shows, spec, partial(target.agrees, spec, **case))
-
-
-def _lens(spec: AttentionSpec) -> dict[str, Any]:
-    """Without a cache a request's keys are those that the step brings."""
+    case: dict[str, Any] = {**_LENS, "planted": _PLANTED[planted]}
     if spec.block_size is None and spec.causal:
-        return {**_LENS, "new_lens": _LENS["seq_lens"]}
-    return dict(_LENS)
+        case["new_lens"] = _LENS["seq_lens"]  # without a cache the step brings all keys
+    return Check(name, shows, spec, partial(target.agrees, spec, **case))
 
 
 def _layers(target: BackendUnderTest) -> Iterator[tuple[str, AttentionSpec]]:
-    """Layers whose kernels may hide keys, or read them, in another way; those it declares."""
+    """Declared layers whose kernels may mask or read keys in another way."""
     eight_bits = {
         probe.value: target.base.replace(**probe.fields)
         for probe in target.declared("kv_cache_dtype")
@@ -122,7 +114,7 @@ def _layers(target: BackendUnderTest) -> Iterator[tuple[str, AttentionSpec]]:
             yield kind, spec
 
 
-def _blind(target: BackendUnderTest) -> Iterator[Check]:
+def _sees_nothing(target: BackendUnderTest) -> Iterator[Check]:
     """Rows that see no key, with NaN in their query: 0, and an lse of −inf."""
     base = target.base
     nan_queries: dict[str, tuple[AttentionSpec | None, dict[str, Any]]] = {
@@ -150,16 +142,17 @@ def _blind(target: BackendUnderTest) -> Iterator[Check]:
     for name, (spec, case) in nan_queries.items():
         if spec is not None:
             yield Check(
-                "non_finite",
                 f"NaN in queries that see no key, {name}",
                 "A row that sees no key is 0, whatever its query holds.",
                 spec,
-                partial(_blind_rows, target, spec, case),
+                partial(_rows_without_keys, target, spec, case),
             )
 
 
-def _blind_rows(target: BackendUnderTest, spec: AttentionSpec, case: dict[str, Any]) -> ErrorBound:
+def _rows_without_keys(
+    target: BackendUnderTest, spec: AttentionSpec, case: dict[str, Any]
+) -> ErrorBound:
     step = target.step(spec, **case)
-    blind = step.expected()[1] == -_INF
-    require(bool(blind.any()), "the step has no row that sees no key")
-    return target.judge(step, target.forward(step))
+    sees_nothing = step.expected()[1] == -_INF
+    require(bool(sees_nothing.any()), "the step has no row that sees no key")
+    return target.run_and_judge(step)

@@ -1,4 +1,4 @@
-"""Checks of numbers: every declared value alone, in pairs; and what is not declared is refused."""
+"""Checks of numbers: every declared value by itself and in pairs; undeclared ones are rejected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
-from attn_dispatch.conformance.probes import Probe, covering, refusals
+from attn_dispatch.conformance.probes import Probe, covering
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
 from attn_dispatch.errors import AttnDispatchError
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
@@ -16,11 +16,11 @@ from attn_dispatch.selection.registry import check_backend_class
 
 __all__ = ["declaration", "lse", "numbers", "pairs", "refused"]
 
-#: So many sets of features under `quick`.
+#: The number of sets of features under `quick`.
 _QUICK_SETS = 5
 
-#: Fields that an impl, a builder or a call can be given by hand, past what is declared. Sizes and
-#: dtypes are left out: a kernel that was not made for them may read anywhere.
+#: Fields that an impl, a builder or a call can be given by hand, declared or not. Sizes and dtypes
+#: are left out: a kernel that was not made for them may read anywhere.
 _BY_HAND = (
     "causal",
     "attn_type",
@@ -39,63 +39,51 @@ _BY_HAND = (
 
 
 def declaration(target: BackendUnderTest) -> Iterator[Check]:
-    """What a backend says of itself."""
-    cls, base = target.cls, target.base
-
-    def is_backend() -> None:
-        problems = check_backend_class(cls)
-        require(not problems, "; ".join(problems))
-
-    def has_common_cache() -> None:
-        found = cls.get_kv_cache_shape(3, 16, 2, 64)
-        require(
-            tuple(found) == kv_cache_shape(3, 16, 2, 64),
-            f"get_kv_cache_shape gives {found}, and all backends share one cache of "
-            f"{kv_cache_shape(3, 16, 2, 64)}",
-        )
-        order = tuple(cls.get_kv_cache_stride_order())
-        require(
-            order in STRIDE_ORDERS.values(),
-            f"get_kv_cache_stride_order gives {order}, which is neither NHD nor HND",
-        )
-
-    def says_yes_to_quants() -> None:
-        for probe in target.declared("output_quant"):
-            spec = base.replace(**probe.fields)
-            impl = target.step(spec).impl_of(cls)
-            require(
-                impl.fused_output_quant_supported(probe.value),
-                f"output_quant={probe.value} is declared, and fused_output_quant_supported says no",
-            )
-
-    yield Check("declaration", "is a backend", "The class has all its parts.", base, is_backend)
+    """The class of the backend."""
+    base = target.base
+    yield Check("is a backend", "The class has all its parts.", base, partial(_is_backend, target))
     if base.block_size is not None:
-        yield Check(
-            "declaration",
-            "the common cache",
-            "Its cache is the one that all backends share.",
-            base,
-            has_common_cache,
-        )
+        shows = "Its cache is the one that all backends share."
+        yield Check("the common cache", shows, base, partial(_has_common_cache, target))
     if target.declared("output_quant"):
-        yield Check(
-            "declaration",
-            "quantized outputs",
-            "The impl says yes to the quantized outputs that are declared.",
-            base,
-            says_yes_to_quants,
+        shows = "The impl supports the quantized outputs that are declared."
+        yield Check("quantized outputs", shows, base, partial(_supports_quants, target))
+
+
+def _is_backend(target: BackendUnderTest) -> None:
+    problems = check_backend_class(target.cls)
+    require(not problems, "; ".join(problems))
+
+
+def _has_common_cache(target: BackendUnderTest) -> None:
+    found, wanted = (f(3, 16, 2, 64) for f in (target.cls.get_kv_cache_shape, kv_cache_shape))
+    require(
+        tuple(found) == wanted,
+        f"get_kv_cache_shape gives {found}, and all backends share one cache of {wanted}",
+    )
+    order = tuple(target.cls.get_kv_cache_stride_order())
+    require(
+        order in STRIDE_ORDERS.values(),
+        f"get_kv_cache_stride_order gives {order}, which is neither NHD nor HND",
+    )
+
+
+def _supports_quants(target: BackendUnderTest) -> None:
+    for probe in target.declared("output_quant"):
+        impl = target.step(target.base.replace(**probe.fields)).impl_of(target.cls)
+        require(
+            impl.fused_output_quant_supported(probe.value),
+            f"output_quant={probe.value} is declared, and fused_output_quant_supported says no",
         )
 
 
 def numbers(target: BackendUnderTest) -> Iterator[Check]:
-    """The plain layer, and every declared value alone."""
+    """The plain layer, and every declared value by itself."""
     base = target.base
-    shows = "{} gives what the oracle gives."
 
     def check(name: str, spec: AttentionSpec, **case: Any) -> Check:
-        return Check(
-            "numbers", name, shows.format(name), spec, partial(target.agrees, spec, **case)
-        )
+        test = partial(target.agrees, spec, **case)
+        return Check(name, f"{name} gives the oracle's result.", spec, test)
 
     yield check("plain", base)
     seen: set[str] = set()
@@ -110,47 +98,38 @@ def numbers(target: BackendUnderTest) -> Iterator[Check]:
 
 
 def pairs(target: BackendUnderTest) -> Iterator[Check]:
-    """Sets of features that among them hold every declared pair; the dtypes take turns."""
+    """Sets of features that together contain every declared pair; the dtypes take turns."""
     dtypes = [target.base.dtype, *(probe.value for probe in target.declared("dtype"))]
     rows = covering(target.cls, target.base, list(target.probes), target.profile)
+    shows = "These features together give the oracle's result."
     for index, row in enumerate(rows[:_QUICK_SETS] if target.quick else rows):
         fields = {name: value for probe in row for name, value in probe.fields.items()}
         spec = target.base.replace(**fields)
         other = spec.replace(dtype=dtypes[index % len(dtypes)])
-        if not refusals(target.cls, other, target.profile):
-            spec = other
-        names = [probe.name for probe in row]
-        yield Check(
-            "pairs",
-            "+".join([*names, str(spec.dtype).removeprefix("torch.")]),
-            "These features together give what the oracle gives.",
-            spec,
-            partial(target.agrees, spec),
-        )
+        spec = other if target.accepts(other) else spec
+        names = [*(probe.name for probe in row), str(spec.dtype).removeprefix("torch.")]
+        yield Check("+".join(names), shows, spec, partial(target.agrees, spec))
 
 
 def lse(target: BackendUnderTest) -> Iterator[Check]:
     """The log-sum-exp, where it is declared."""
     table = {
-        "natural logarithm": ("The lse is the natural logarithm.", ("returns_lse",)),
-        "sinks left out": ("The lse leaves sinks out.", ("returns_lse", "sinks")),
+        "natural logarithm": ("The lse is the natural logarithm.", ()),
+        "sinks left out": ("The lse leaves sinks out.", ("sinks",)),
         "after cap and bias": (
-            "The lse is of the scores after soft cap and ALiBi.",
-            ("returns_lse", "logits_soft_cap", "alibi"),
+            "The lse is that of the scores after soft cap and ALiBi.",
+            ("logits_soft_cap", "alibi"),
         ),
-        "blind rows": (
-            "The lse of a row that sees no key is −inf.",
-            ("returns_lse", "custom_mask"),
-        ),
+        "blind rows": ("The lse of a row that sees no key is −inf.", ("custom_mask",)),
     }
     for name, (shows, fields) in table.items():
-        spec = target.spec_with(*fields)
+        spec = target.spec_with("returns_lse", *fields)
         if spec is not None:
-            yield Check("lse", name, shows, spec, partial(target.agrees, spec))
+            yield Check(name, shows, spec, partial(target.agrees, spec))
 
 
 def refused(target: BackendUnderTest) -> Iterator[Check]:
-    """What is not declared, asked for by hand: it is refused, or computed; never dropped."""
+    """Undeclared values, asked for by hand: they are rejected or right, and never dropped."""
     seen: set[str] = set()
     for probe in target.probes:
         if not probe.reasons or probe.field not in _BY_HAND:
@@ -159,24 +138,21 @@ def refused(target: BackendUnderTest) -> Iterator[Check]:
             continue
         seen.add(probe.field)
         yield Check(
-            "refusals",
             probe.name,
-            f"{probe.name}, which is not declared, is refused also by hand, or computed right.",
+            f"{probe.name}, which is not declared, is rejected also by hand, or right.",
             target.base.replace(**probe.fields),
-            partial(_refuses, target, probe),
+            partial(_rejects, target, probe),
         )
 
 
-def _refuses(target: BackendUnderTest, probe: Probe) -> ErrorBound | None:
-    step = target.step(target.base.replace(**probe.fields))
+def _rejects(target: BackendUnderTest, probe: Probe) -> ErrorBound | None:
     try:
-        done = target.forward(step)
-        return target.judge(step, done)
+        return target.agrees(target.base.replace(**probe.fields))
     except (AttnDispatchError, Skipped):
         return None
     except CheckFailed as wrong:
         raise CheckFailed(
-            f"{probe.name} is not declared, and by hand it is neither refused nor right: {wrong}. "
-            "Refuse it where the impl is made (refuse_features), or where the builder is",
+            f"{probe.name} is not declared, and by hand it is neither rejected nor right: {wrong}. "
+            "Reject it in the constructor of the impl or of the builder",
             wrong.finding,
         ) from wrong

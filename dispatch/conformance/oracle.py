@@ -1,7 +1,7 @@
-"""The oracle: attention of one request in float64, by formulas of its own.
+"""The oracle: attention of one request in float64, and PyTorch's own attention to compare with.
 
-Written from docs/numerics.md, and sharing nothing with the backends: a mistake in the reference
-must show too.
+The formulas are those of docs/numerics.md. They share nothing with the backends, so that a mistake
+in the reference shows too. `verify`, the shadow check and the benchmark all use this oracle.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
-__all__ = ["attention_of_request", "sees"]
+__all__ = ["attention_of_request", "positions_of", "sdpa_of_request", "sees"]
+
+#: Scores that are held at a time; more rows are computed in parts.
+_MAX_SCORES = 1 << 24
+
+
+def positions_of(
+    num_queries: int, num_keys: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """(num_queries,) int64: the position of each query among the keys; the last one is last."""
+    return torch.arange(num_keys - num_queries, num_keys, device=device)
 
 
 def sees(
-    num_queries: int,
+    positions: torch.Tensor,
     num_keys: int,
     *,
     causal: bool,
@@ -23,20 +34,20 @@ def sees(
     ranges: Sequence[tuple[int, int]] = (),
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(num_queries, num_keys) bool: which query sees which key; the last query has the last key.
+    """(num_queries, num_keys) bool: which query sees which key.
 
     Args:
-        num_queries: of the request.
+        positions: (num_queries,) int64, of the queries among the keys.
         num_keys: of the request.
         causal: a query sees no later key.
-        window: a query sees the keys closer than this.
-        ranges: [start, end) whose tokens see each other besides.
-        mask: (num_queries, num_keys) bool; False hides a key whatever the above says.
+        window: a query sees only the keys closer than this.
+        ranges: [start, end) whose tokens also see each other.
+        mask: (num_queries, num_keys) bool; False hides a key in any case.
     """
-    keys = torch.arange(num_keys, device="cpu")
-    queries = torch.arange(num_queries, device="cpu")[:, None] + (num_keys - num_queries)
+    keys = torch.arange(num_keys, device=positions.device)
+    queries = positions[:, None]
     distance = keys - queries
-    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device="cpu")
+    allowed = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         allowed &= distance <= 0
     if window is not None:
@@ -54,60 +65,115 @@ def attention_of_request(
     *,
     scale: float,
     seen: torch.Tensor,
+    positions: torch.Tensor | None = None,
     cap: float | None = None,
     slopes: Sequence[float] | None = None,
     symmetric: bool = False,
     sinks: Sequence[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one request.
+    """Attention of one request, or of some of its queries, on the device of its tensors.
 
     Args:
-        query: (num_queries, num_heads, head_size) float64 on the CPU.
+        query: (num_queries, num_heads, head_size) of any dtype.
         key: (num_keys, num_kv_heads, head_size), the same.
         value: (num_keys, num_kv_heads, head_size_v), the same.
         scale: factor on the scores.
-        seen: (num_queries, num_keys) bool, of `sees`.
+        seen: (num_queries, num_keys) bool, from `sees`.
+        positions: as for `sees`; None for the last ones.
         cap: soft cap of the scores, or None.
         slopes: num_heads slopes, or None.
-        symmetric: the slopes count distances, not signed ones.
+        symmetric: the slopes multiply |key − query|, negated, not key − query.
         sinks: num_heads further logits, or None.
 
     Returns:
         output: (num_queries, num_heads, head_size_v) float64; 0 where a query sees no key. It is
             the sum over the keys that a query sees, so a NaN that it does not see adds nothing.
-        lse: (num_queries, num_heads) float64, natural logarithm, sinks left out; −inf where a
+        lse: (num_queries, num_heads) float64, natural logarithm, without sinks; −inf where a
             query sees no key, NaN where all the scores that it sees are −inf.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape
-    output = torch.zeros(num_queries, num_heads, head_size_v, dtype=torch.float64, device="cpu")
-    lse = torch.full((num_queries, num_heads), -math.inf, dtype=torch.float64, device="cpu")
+    output = query.new_zeros(num_queries, num_heads, head_size_v, dtype=torch.float64)
+    lse = query.new_full((num_queries, num_heads), -math.inf, dtype=torch.float64)
     if not num_queries or not num_keys:
         return output, lse
-    first = num_keys - num_queries
-    distance = (torch.arange(num_keys) - torch.arange(first, num_keys)[:, None]).double()
-    if symmetric:
-        distance = -distance.abs()
-    sees_any = seen.any(1)
-    for head in range(num_heads):
-        kv_head = head // (num_heads // num_kv_heads)
-        scores = scale * (query[:, head] @ key[:, kv_head].T)
+    if positions is None:
+        positions = positions_of(num_queries, num_keys, query.device)
+    keys, values = (each.double().transpose(0, 1) for each in (key, value))
+    broken = (~values.isfinite()).any(-1).any(0).nonzero().flatten().tolist()
+    plain = values.nan_to_num(0.0, 0.0, 0.0) if broken else values
+    # Queries are (num_kv_heads, heads of each, rows, head_size), scores the same over the keys.
+    queries = query.double().transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    of_heads = (num_kv_heads, queries.shape[1], 1, 1)
+
+    def per_head(numbers: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=query.device).view(of_heads)
+
+    step = max(1, _MAX_SCORES // (num_heads * num_keys))
+    for start in range(0, num_queries, step):
+        rows = slice(start, start + step)
+        scores = scale * (queries[:, :, rows] @ keys.transpose(1, 2)[:, None])
         if cap is not None:
             scores = cap * (scores / cap).tanh()
         if slopes is not None:
-            scores = scores + slopes[head] * distance
-        scores[~seen] = -math.inf
-        largest = scores.amax(1, keepdim=True).clamp_min(-1e300)  # a row may see nothing
+            distance = torch.arange(num_keys, device=query.device) - positions[rows, None]
+            distance = -distance.abs() if symmetric else distance
+            scores = scores + per_head(slopes) * distance
+        scores = scores.masked_fill(~seen[rows], -math.inf)
+        largest = scores.amax(-1, keepdim=True).clamp_min(-1e300)  # a row may see nothing
         weights = (scores - largest).exp()
-        total = weights.sum(1)
-        lse[:, head] = largest[:, 0] + total.log()
-        lse[sees_any & (total == 0), head] = math.nan
+        total = weights.sum(-1, keepdim=True)
+        sees_any = seen[rows].any(-1)[:, None]
+        found = (largest + total.log()).masked_fill(sees_any & (total == 0), math.nan)
+        lse[rows] = found.flatten(0, 1)[..., 0].T
         if sinks is not None:
-            total = total + (sinks[head] - largest[:, 0]).exp()
-        sums = weights @ value[:, kv_head].nan_to_num(0.0, 0.0, 0.0)
-        broken = ~value[:, kv_head].isfinite()
-        for place in broken.any(1).nonzero().flatten().tolist():
-            part = torch.where(broken[place], value[place, kv_head], 0.0)
-            sums += torch.where(seen[:, place, None], weights[:, place, None] * part, 0.0)
-        output[sees_any, head] = (sums / total[:, None])[sees_any]
+            total = total + (per_head(sinks) - largest).exp()
+        sums = weights @ plain[:, None]
+        for place in broken:
+            value_ = values[:, place, None, None]  # (num_kv_heads, 1, 1, head_size_v)
+            part = weights[..., place, None] * value_.masked_fill(value_.isfinite(), 0.0)
+            sums += torch.where(seen[rows, place, None], part, 0.0)
+        result = (sums / total).masked_fill(~sees_any, 0.0)
+        output[rows] = result.flatten(0, 1).transpose(0, 1)
     return output, lse
+
+
+def sdpa_of_request(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """The same by PyTorch's `scaled_dot_product_attention`, in the dtype of the query.
+
+    It has no soft cap, ALiBi or sinks.
+
+    Returns:
+        (num_queries, num_heads, head_size_v) of the query's dtype; 0 where a query sees no key.
+    """
+    num_queries, num_heads, _ = query.shape
+    num_keys, num_kv_heads, head_size_v = value.shape
+    result = query.new_zeros(num_queries, num_heads, head_size_v)
+    if not num_queries or not num_keys:
+        return result
+    group = num_heads // num_kv_heads
+    keys, values = (each.to(query.dtype).transpose(0, 1)[None] for each in (key, value))
+    sign = (scale > 0) - (scale < 0)  # PyTorch gives NaN for a scale that is not above 0
+    queries = sign * query
+    step = max(1, 4 * _MAX_SCORES // (num_heads * num_keys))
+    for start in range(0, num_queries, step):
+        rows = queries[start : start + step].transpose(0, 1)
+        # The query heads of a KV head become rows of one head, so that no key is repeated.
+        mask = seen[start : start + step].repeat(group, 1)
+        found = F.scaled_dot_product_attention(
+            rows.reshape(1, num_kv_heads, group * rows.shape[1], -1),
+            keys,
+            values,
+            attn_mask=mask,
+            scale=abs(scale) or 1.0,
+        ).masked_fill(~mask.any(-1)[:, None], 0.0)
+        found = found.reshape(num_heads, rows.shape[1], head_size_v)
+        result[start : start + step] = found.transpose(0, 1)
+    return result

@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from attn_dispatch.conformance.cases import Step
+from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
-from attn_dispatch.conformance.findings import ErrorBound, require
+from attn_dispatch.conformance.tolerance import ErrorBound, require
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["overlaps"]
@@ -22,8 +22,8 @@ class _Call:
     """The arguments of a call, some of which share memory; the step's tensors are views too.
 
     Attributes:
-        output: where the result goes.
-        cache: written; None for a copy of the step's.
+        output: the tensor for the result.
+        cache: written to; None for a copy of the step's.
         shared: the names of inputs whose memory is written.
     """
 
@@ -32,10 +32,10 @@ class _Call:
     shared: tuple[str, ...] = ()
 
 
-def _output_over(name: str, shift: int) -> Callable[[Step], _Call]:
+def _output_over(name: str, shift: int) -> Callable[[EngineStep], _Call]:
     """The output begins `shift` elements after an input, in the same memory."""
 
-    def make(step: Step) -> _Call:
+    def make(step: EngineStep) -> _Call:
         tensor: torch.Tensor = getattr(step, name)
         rows, spec = len(step.query), step.spec
         size = rows * spec.num_heads * spec.head_size_v
@@ -49,14 +49,14 @@ def _output_over(name: str, shift: int) -> Callable[[Step], _Call]:
     return make
 
 
-def _expanded_output(step: Step) -> _Call:
+def _expanded_output(step: EngineStep) -> _Call:
     """Every row of the output is the same memory."""
     spec = step.spec
     row = step.query.new_full((1, spec.num_heads, spec.head_size_v), math.nan)
     return _Call(row.expand(len(step.query), -1, -1))
 
 
-def _overlapping_rows(step: Step) -> _Call:
+def _overlapping_rows(step: EngineStep) -> _Call:
     """Each row of the output begins within the one before."""
     rows, spec = len(step.query), step.spec
     width = spec.num_heads * spec.head_size_v
@@ -66,21 +66,18 @@ def _overlapping_rows(step: Step) -> _Call:
     return _Call(memory.as_strided(shape, (stride, spec.head_size_v, 1)))
 
 
-def _expanded_cache(step: Step) -> _Call:
+def _expanded_cache(step: EngineStep) -> _Call:
     """Every block of the cache is the same memory."""
-    assert step.kv_cache is not None
     return _Call(None, step.kv_cache[:1].clone().expand(step.kv_cache.shape))
 
 
-def _keys_over_values(step: Step) -> _Call:
+def _keys_over_values(step: EngineStep) -> _Call:
     """Keys and values of the cache are the same memory."""
-    assert step.kv_cache is not None
     return _Call(None, step.kv_cache[:, :1].clone().expand(step.kv_cache.shape))
 
 
-def _output_in_cache(step: Step) -> _Call:
-    """The output lies in the memory of the cache."""
-    assert step.kv_cache is not None
+def _output_in_cache(step: EngineStep) -> _Call:
+    """The output is in the memory of the cache."""
     cache, spec = step.kv_cache.clone(), step.spec
     shape = (len(step.query), spec.num_heads, spec.head_size_v)
     whole = torch.empty(0, dtype=spec.dtype, device=step.device).set_(cache.untyped_storage())
@@ -94,7 +91,7 @@ def overlaps(target: BackendUnderTest) -> Iterator[Check]:
     if base.returns_lse or base.output_quant is not None:
         return
     row = base.num_heads * base.head_size_v
-    kinds: dict[str, Callable[[Step], _Call]] = {}
+    kinds: dict[str, Callable[[EngineStep], _Call]] = {}
     for name in ("query", "key", "value"):
         kinds[f"output over {name}"] = _output_over(name, 0)
         kinds[f"output over {name}, a row later"] = _output_over(name, row)
@@ -105,38 +102,31 @@ def overlaps(target: BackendUnderTest) -> Iterator[Check]:
         kinds["cache with its keys over its values"] = _keys_over_values
         if base.kv_cache_dtype == "auto":
             kinds["output in the cache"] = _output_in_cache
+    shows = "Overlapping memory gives the right result, or is rejected before anything is written."
     for kind, make in kinds.items():
-        yield Check(
-            "overlaps",
-            kind,
-            "Memory that overlaps is computed right, or rejected before anything is written.",
-            base,
-            partial(_right_or_rejected, target, make),
-        )
+        yield Check(kind, shows, base, partial(_right_or_rejected, target, make))
 
 
 def _right_or_rejected(
-    target: BackendUnderTest, make: Callable[[Step], _Call]
+    target: BackendUnderTest, make: Callable[[EngineStep], _Call]
 ) -> ErrorBound | None:
     step = target.step(target.base)
     call = make(step)
     written = {"output": call.output, "cache": call.cache}
-    before = {name: t.clone() for name, t in written.items() if t is not None}
+    before = {name: (t, t.clone()) for name, t in written.items() if t is not None}
     given = {} if call.output is None else {"output": call.output}
     try:
         done = target.forward(step, call.cache, may_change=call.shared, **given)
     except InvalidInputError:
-        for name, tensor in before.items():
-            now = written[name]
+        for name, (tensor, copy) in before.items():
             require(
-                now is not None and same_bits(now, tensor),
+                same_bits(tensor, copy),
                 f"the call was rejected after the {name} had been written",
             )
         return None
-    apart = target.forward(target.step(target.base)).cache
-    if apart is not None and done.cache is not None:
-        require(
-            same_bits(done.cache, apart),
-            "memory that overlaps was not rejected, and what is written to the cache is wrong",
-        )
+    separate = target.forward(target.step(target.base)).cache
+    require(
+        separate is None or same_bits(done.cache, separate),
+        "memory that overlaps was not rejected, and what is written to the cache is wrong",
+    )
     return target.judge(step, done)

@@ -1,7 +1,7 @@
-"""NaN and infinity: which elements of a result have no number to be compared with, and must not.
+"""NaN and infinity: which elements of a result are not compared as numbers.
 
 The rule of docs/numerics.md: the result is that of the definition in IEEE arithmetic. The oracle
-computes that. This file says what else a backend may do, and what it must not.
+computes that. Here is what else a backend may do.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
+from attn_dispatch.conformance.cases import CaseTensors
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 
 __all__ = ["FreeElements", "free_elements"]
 
@@ -23,7 +23,7 @@ class FreeElements(NamedTuple):
     Attributes:
         output: (num_tokens, num_heads, head_size_v) bool.
         lse: (num_tokens, num_heads) bool.
-        is_needed: whether anything of the step is not finite.
+        is_needed: whether any input of the step is not finite.
     """
 
     output: torch.Tensor
@@ -32,23 +32,23 @@ class FreeElements(NamedTuple):
 
 
 def free_elements(
-    step: Step,
+    step: CaseTensors,
     actual: torch.Tensor,
     lse: torch.Tensor | None,
     expected: torch.Tensor,
     expected_lse: torch.Tensor,
     propagates_nan: bool,
 ) -> FreeElements:
-    """The elements of a result that no number is expected of, after a check that none is there.
+    """The elements of a result that must not be numbers, or need not be the oracle's.
 
     Args:
         step: the step.
         actual: (num_tokens, num_heads, head_size_v) float64 on the CPU, the output.
         lse: (at least num_tokens, num_heads), or None.
-        expected: of the oracle, the shape of `actual`.
-        expected_lse: of the oracle, (num_tokens, num_heads).
-        propagates_nan: as the backend declares it. If not, the requests that have something that
-            is not finite are left out, but for rows that see no key.
+        expected: by the oracle, the shape of `actual`.
+        expected_lse: by the oracle, (num_tokens, num_heads).
+        propagates_nan: as the backend declares it. If False, requests with NaN or infinity among
+            their inputs are left out, except rows that see no key.
 
     Raises:
         CheckFailed: the oracle has NaN or infinity where the result has a number.
@@ -57,12 +57,12 @@ def free_elements(
     if not bool(touched.any()):
         none = torch.zeros_like(expected, dtype=torch.bool)
         return FreeElements(none, touched, is_needed=False)
-    blind = expected_lse == -math.inf
+    sees_nothing = expected_lse == -math.inf
     finite = expected.isfinite()
     # A key that a row does not see has the weight 0 there, and 0 times NaN is NaN.
     spread = spreads[..., None] & finite & ~actual.isfinite()
     if not propagates_nan:
-        touched = touched & ~blind
+        touched = touched & ~sees_nothing
         return FreeElements(touched[..., None] | spread, touched)
     _require_none(
         ~finite & actual.isfinite(), "a row that sees NaN or infinity has numbers as its output"
@@ -72,7 +72,7 @@ def free_elements(
         found = lse[: len(expected_lse)].double().cpu()
         _require_none(
             lost & (found.isfinite() | (found == -math.inf)),
-            "a row whose scores are NaN or infinite has an lse that does not say so",
+            "a row whose scores are NaN or infinite has a number as its lse",
         )
     return FreeElements(~finite | spread, lost)
 
@@ -87,9 +87,9 @@ def _require_none(wrong: torch.Tensor, sentence: str) -> None:
         )
 
 
-def _touched(step: Step, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(num_tokens, num_heads) bool: rows of requests with something that is not finite, and rows
-    that share a request and a KV head with such a value."""
+def _touched(step: CaseTensors, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(num_tokens, num_heads) bool each: rows of requests with an input that is not finite, and
+    rows that share a request and a KV head with such a value."""
     touched = torch.zeros_like(like, dtype=torch.bool)
     spreads = touched.clone()
     group = step.spec.num_heads // step.spec.num_kv_heads

@@ -2,8 +2,8 @@
 
     pytest --attn-dispatch-verify MY_BACKEND
 
-This module is loaded by every pytest of an environment that attn-dispatch is installed in: so it
-imports pytest alone, and the rest once the option is given.
+Every pytest of an environment with attn-dispatch loads this module: so it imports only pytest, and
+the rest when the option is given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def conformance_checks(name: str, device: str | None = None, *, quick: bool = Fa
     Args:
         name: the backend's.
         device: cpu, cuda, cuda:1; None for the default device.
-        quick: less of everything.
+        quick: fewer checks.
 
     Raises:
         UnknownBackendError, BackendFailure: there is no such backend, or it cannot be loaded.
@@ -44,7 +44,7 @@ def conformance_checks(name: str, device: str | None = None, *, quick: bool = Fa
 
 
 def assert_conforms(check: Check) -> None:
-    """Run a check inside of a test, which fails or is skipped as the check is."""
+    """Run a check inside of a test; the test fails or is skipped if the check is."""
     from attn_dispatch.conformance import run
 
     outcome = run(check)
@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Collect the checks that this registered backend must pass; repeatable.",
     )
     group.addoption("--attn-dispatch-device", metavar="DEVICE", help="cpu, cuda or cuda:1.")
-    group.addoption("--attn-dispatch-quick", action="store_true", help="Less of everything.")
+    group.addoption("--attn-dispatch-quick", action="store_true", help="Fewer checks.")
 
 
 class _Checks(pytest.Collector):
@@ -115,12 +115,12 @@ def pytest_collection_modifyitems(
             )
             found = list(collector.collect())
             items += found
-            # As for every other collector, or the terminal counts wrong.
+            # Reported as for every other collector, or the terminal's count is wrong.
             report = pytest.CollectReport(collector.nodeid, "passed", None, [*found])
             config.hook.pytest_collectreport(report=report)
     except AttnDispatchError as error:
         raise pytest.UsageError(f"--attn-dispatch-verify {name}: {error}") from error
     except ImportError as error:
         raise pytest.UsageError(
-            f"--attn-dispatch-verify needs what attn-dispatch depends on: {error}."
+            f"--attn-dispatch-verify needs the packages that attn-dispatch depends on: {error}."
         ) from error

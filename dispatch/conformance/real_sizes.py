@@ -1,9 +1,9 @@
-"""Checks at the sizes of real models: thousands of keys, drawn at random, judged row by row.
+"""Checks at the sizes of real models: thousands of keys, drawn at random, compared row by row.
 
 A kernel may be right for sequences of a few tiles and wrong at the edges of some tile of a long
 one. FlashAttention 3 was, for sliding windows: see docs/vendors.md. So windows here are no
-multiples of a tile, prompts are ragged, and every row counts by itself. The oracle is float64 on
-the device, one head at a time: on a CPU it would take minutes, and the group is skipped.
+multiples of a tile, prompts are ragged, and every row counts by itself. The oracle runs on the
+device: on a CPU it would take minutes, and the group is skipped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from attn_dispatch.conformance import oracle
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
-from attn_dispatch.conformance.findings import CheckFailed, ErrorBound, require
-from attn_dispatch.conformance.tolerance import FLOOR
+from attn_dispatch.conformance.tolerance import (
+    CheckFailed,
+    ErrorBound,
+    allowance,
+    require,
+    row_errors,
+    worst_of,
+)
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.batch_checks import slots_of
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache, kv_cache_shape
 from attn_dispatch.interface.spec import AttentionSpec
 
@@ -42,10 +49,8 @@ _BLOCK_SIZES = (16, 64, 32, 256)
 LONGEST, _IN_ALL = 6000, 9000
 #: The standard deviation of the scores: a row is the sum of some keys, not the mean of all.
 _SPREAD = 2.0
-#: PyTorch's own error counts up to this: more would be a fault of PyTorch's.
-_MOST_EPS = 8
-#: Rows of scores that the oracle computes at once.
-_ROWS = 2048
+#: PyTorch's own error counts up to this many units in the last place: more would be its fault.
+_MOST_EPS = 4
 #: Draws for each head size and ratio; the kinds of batches take turns.
 _DRAWS, _QUICK_DRAWS = 8, 3
 
@@ -68,18 +73,18 @@ class Draw:
 
 
 def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
-    """Each declared head size, with as many query heads to a KV head as models have."""
+    """Each declared head size, with the ratios of query heads to KV heads that models have."""
     if target.device.type != "cuda":
-        shows = "Long requests give what the oracle gives."
-        yield Check("real_sizes", "all", shows, target.base, _skip_without_gpu)
+        shows = "Long requests give the oracle's result."
+        yield Check("all", shows, target.base, _skip_without_gpu)
         return
+    shows = "Long requests with windows of any size give the oracle's result, in each row."
     for head_size, heads in itertools.product(HEAD_SIZES, HEADS):
         found = draws(target, head_size, heads)
         if found:
             yield Check(
-                "real_sizes",
                 f"head_size={head_size}, heads={heads[0]}/{heads[1]}",
-                "Long requests with windows of any size give what the oracle gives, in each row.",
+                shows,
                 found[0].spec,
                 partial(_agree, target, head_size, heads),
             )
@@ -101,7 +106,7 @@ def draws(
         longest: most keys of a request.
 
     Returns:
-        The batches; none where no layer of this head size and these heads is declared.
+        The batches; none if no layer of this head size and these heads is declared.
     """
     source = random.Random(f"{head_size} {heads}")
     windows = [*WINDOWS]
@@ -128,7 +133,7 @@ def _layer(
     source: random.Random,
     index: int,
 ) -> AttentionSpec | None:
-    """A declared layer, with the first of the windows that is; without one if none is."""
+    """A declared layer with the first window that the backend accepts, or without one."""
     sizes = {
         "head_size": head_size,
         "head_size_v": head_size,
@@ -165,7 +170,7 @@ _Lens = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _chunks(source: random.Random, longest: int) -> _Lens:
-    """Chunks of prompts over what is already in the cache."""
+    """Chunks of prompts whose beginning is in the cache."""
     seqs = _within(source, longest, 2)
     return tuple(max(2, source.randint(n // 20, n // 2)) for n in seqs), seqs
 
@@ -205,22 +210,20 @@ def _agree(target: BackendUnderTest, head_size: int, heads: tuple[int, int]) -> 
     chosen = draws(target, head_size, heads)
     while chosen:
         try:
-            found = [judge(target, draw) for draw in chosen]
+            return worst_of([judge(target, draw) for draw in chosen])
         except (BackendFailure, UnsupportedError):
             again = draws(target, head_size, heads)
             if again == chosen:
                 raise
             chosen = again  # a library turned out to be broken, and other layers are accepted now
-        else:
-            return max(found, key=lambda finding: finding.ratio)
     raise Skipped("no layer of these heads is possible on this machine")
 
 
 def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
-    """Run the backend on a draw, and hold each row against the oracle.
+    """Run the backend on a draw, and compare each row with the oracle.
 
     Raises:
-        CheckFailed: a row is further off than is allowed; it says how many are.
+        CheckFailed: a row is further off than is allowed; the message counts such rows.
     """
     spec, device = draw.spec, target.device
     source = torch.Generator(device).manual_seed(draw.seed)
@@ -249,41 +252,29 @@ def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
 def _placed(
     draw: Draw, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor | None, AttentionBatch, tuple[torch.Tensor, torch.Tensor]]:
-    """The cache with what is older than the step, the batch, and the step's keys and values."""
+    """A cache with the keys from before the step, the batch, and the new keys and values."""
     spec, device, block_size = draw.spec, keys.device, draw.spec.block_size
+    lens = (draw.query_lens, draw.seq_lens)
     if block_size is None:
         key_lens = None if draw.query_lens == draw.seq_lens else draw.seq_lens
-        batch = AttentionBatch.create(
-            draw.query_lens, draw.seq_lens, device=device, key_lens=key_lens
-        )
+        batch = AttentionBatch.create(*lens, device=device, key_lens=key_lens)
         return None, batch, (keys, values)
     needed = [-(-n // block_size) for n in draw.seq_lens]
     source = torch.Generator().manual_seed(draw.seed)
-    free = torch.randperm(sum(needed), generator=source)
-    table = torch.zeros(len(needed), max(needed), dtype=torch.int32)
-    slots, is_new = [], []
-    starts = [0, *itertools.accumulate(needed)]
-    for request, (query_len, seq_len) in enumerate(
-        zip(draw.query_lens, draw.seq_lens, strict=True)
-    ):
-        blocks = free[starts[request] : starts[request + 1]]
-        table[request, : len(blocks)] = blocks.int()
-        places = torch.arange(seq_len)
-        slots.append(blocks[places // block_size] * block_size + places % block_size)
-        is_new.append(places >= seq_len - query_len)
-    all_slots, new = (torch.cat(each).to(device) for each in (slots, is_new))
-    shape = kv_cache_shape(len(free), block_size, spec.num_kv_heads, spec.head_size)
+    blocks = torch.randperm(sum(needed), generator=source).int().split(needed)
+    table = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
+    query_lens, seq_lens = (torch.tensor(each, dtype=torch.int32) for each in lens)
+    slots = slots_of(seq_lens, seq_lens, table, block_size).to(device)
+    new_slots = slots_of(query_lens, seq_lens, table, block_size).to(device)
+    new = torch.isin(slots, new_slots)
+    shape = kv_cache_shape(sum(needed), block_size, spec.num_kv_heads, spec.head_size)
     order = STRIDE_ORDERS[spec.kv_cache_layout or "NHD"]
     cache = allocate_kv_cache(shape, order, spec.dtype, device).fill_(math.nan)
-    old = all_slots[~new]
+    old = slots[~new]
     for index, tensor in enumerate((keys, values)):
         cache[old // block_size, index, old % block_size] = tensor[~new]
     batch = AttentionBatch.create(
-        draw.query_lens,
-        draw.seq_lens,
-        block_table=table.to(device),
-        slot_mapping=all_slots[new],
-        device=device,
+        *lens, block_table=table.to(device), slot_mapping=new_slots, device=device
     )
     return cache, batch, (keys[new], values[new])
 
@@ -291,85 +282,31 @@ def _placed(
 def _compare(
     draw: Draw, scale: float, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> ErrorBound:
-    """Hold each row against the oracle; PyTorch's own error is that of all requests."""
+    """Compare each row with the oracle; PyTorch's own error is that of all requests."""
     spec = draw.spec
     query, keys, values = inputs
-    first, first_key, own, found = 0, 0, 0.0, []
-    for query_len, seq_len in zip(draw.query_lens, draw.seq_lens, strict=True):
-        rows, of_request = slice(first, first + query_len), slice(first_key, first_key + seq_len)
-        first, first_key = rows.stop, of_request.stop
-        seen = _seen(query_len, seq_len, spec, query.device)
-        parts = (query[rows], keys[of_request], values[of_request])
-        expected = _exact(*parts, scale, seen)
-        found.append(_row_errors(output[rows].double(), expected))
-        pytorch = _pytorch(*parts, scale, seen).double()
-        own = max(own, float(_row_errors(pytorch, expected).max()))
-    eps = torch.finfo(spec.dtype).eps
-    allowed = max(min(2 * own, _MOST_EPS * eps) + eps, FLOOR.get(spec.dtype, 0.0))
+    outputs = zip(
+        query.split(list(draw.query_lens)), output.split(list(draw.query_lens)), strict=True
+    )
+    tensors = zip(keys.split(list(draw.seq_lens)), values.split(list(draw.seq_lens)), strict=True)
+    own, found = 0.0, []
+    for (queries, actual), (key, value) in zip(outputs, tensors, strict=True):
+        positions = oracle.positions_of(len(queries), len(key), query.device)
+        seen = oracle.sees(positions, len(key), causal=True, window=spec.sliding_window)
+        call: dict[str, Any] = {"scale": scale, "seen": seen}
+        expected, _ = oracle.attention_of_request(queries, key, value, **call)
+        pytorch = oracle.sdpa_of_request(queries, key, value, **call)
+        found.append(row_errors(actual.double(), expected, cancelled=0.0))
+        own = max(own, float(row_errors(pytorch.double(), expected, cancelled=0.0).max()))
+    allowed = allowance(spec.dtype, min(own, _MOST_EPS * torch.finfo(spec.dtype).eps))
     for request, errors in enumerate(found):
-        if float(errors.max()) > allowed:
-            _tell(draw, request, errors, ErrorBound(float(errors.max()), allowed))
+        wrong = (errors > allowed).any(1)
+        if bool(wrong.any()):
+            bound = ErrorBound(float(errors.max()), allowed)
+            raise CheckFailed(
+                f"{int(wrong.sum())} of {len(wrong)} rows of request {request} are wrong, the "
+                f"first is token {int(wrong.nonzero()[0])}: off by {bound.error:.3g} of a row's "
+                f"largest value; {allowed:.3g} is allowed. {draw}",
+                bound,
+            )
     return ErrorBound(max(float(errors.max()) for errors in found), allowed)
-
-
-def _tell(draw: Draw, request: int, errors: torch.Tensor, found: ErrorBound) -> None:
-    wrong = (errors > found.allowed).any(1)
-    first = int(wrong.nonzero()[0])
-    raise CheckFailed(
-        f"{int(wrong.sum())} of {len(wrong)} rows of request {request} are wrong, the first is "
-        f"token {first}: off by {found.error:.3g} of a row's largest value; {found.allowed:.3g} "
-        f"is allowed. {draw}",
-        found,
-    )
-
-
-def _seen(query_len: int, seq_len: int, spec: AttentionSpec, device: torch.device) -> torch.Tensor:
-    """(query_len, seq_len) bool: which key each query sees."""
-    behind = torch.arange(seq_len - query_len, seq_len, device=device)[:, None]
-    behind = behind - torch.arange(seq_len, device=device)
-    seen = behind >= 0
-    return seen if spec.sliding_window is None else seen & (behind < spec.sliding_window)
-
-
-def _exact(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    seen: torch.Tensor,
-) -> torch.Tensor:
-    """(query_len, num_heads, head_size) float64, for these rows, one KV head at a time."""
-    group = query.shape[1] // key.shape[1]
-    result = torch.empty(query.shape, dtype=torch.float64, device=query.device)
-    for head in range(key.shape[1]):
-        heads = slice(head * group, (head + 1) * group)
-        keys, values = key[:, head].double(), value[:, head].double()
-        for start in range(0, len(query), _ROWS):
-            rows = slice(start, start + _ROWS)
-            queries = query[rows, heads].double().transpose(0, 1) * scale
-            scores = (queries @ keys.T).masked_fill_(~seen[rows], -math.inf)
-            result[rows, heads] = (scores.softmax(-1) @ values).transpose(0, 1)
-    return result
-
-
-def _pytorch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    seen: torch.Tensor,
-) -> torch.Tensor:
-    """(query_len, num_heads, head_size): PyTorch's own attention in the layer's dtype."""
-    group = query.shape[1] // key.shape[1]
-    q, k, v = (
-        each.transpose(0, 1)[None]
-        for each in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
-    )
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    return found[0].transpose(0, 1)
-
-
-def _row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """(query_len, num_heads): the largest difference, as a part of the row's largest value."""
-    largest = expected.abs().amax(-1).clamp_min(1e-9)
-    return ((actual - expected).abs().amax(-1) / largest).nan_to_num(nan=math.inf)

@@ -1,4 +1,4 @@
-"""Checks of the factor on the scores: any finite one is right, and no other is accepted."""
+"""Checks of the factor on the scores: any finite one is right, and any other is rejected."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check
-from attn_dispatch.conformance.findings import CheckFailed, ErrorBound
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["scales"]
 
-#: Multiples of head_size ** -0.5. With the last ones a row is nearly the value of one key.
+#: Multiples of head_size ** -0.5. With the large ones a row is nearly the value of one key.
 _FACTORS = {
     "0": 0.0,
     "negative": -0.8,
@@ -26,7 +26,7 @@ _REJECTED = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def scales(target: BackendUnderTest) -> Iterator[Check]:
-    """0, negative, tiny and large scales, on layers whose scores are computed in other ways."""
+    """0, negative, tiny and large scales, with the features that change how scores are computed."""
     layers = {
         "": target.base,
         "soft cap": target.spec_with("logits_soft_cap"),
@@ -42,17 +42,15 @@ def scales(target: BackendUnderTest) -> Iterator[Check]:
             continue
         for name in _QUICK if target.quick or kind else _FACTORS:
             yield Check(
-                "scales",
-                ", ".join(filter(None, (name, kind))),
-                "Any finite scale gives what the oracle gives.",
+                f"{name}, {kind}" if kind else name,
+                "Any finite scale gives the oracle's result.",
                 spec,
                 partial(_agrees, target, spec, _FACTORS[name]),
             )
     for name, scale in _REJECTED.items():
         yield Check(
-            "scales",
             f"{name} is rejected",
-            "A scale that is not finite is rejected where the impl is made.",
+            "The impl's constructor rejects a scale that is not finite.",
             target.base,
             partial(_is_rejected, target, scale),
         )
@@ -61,7 +59,7 @@ def scales(target: BackendUnderTest) -> Iterator[Check]:
 def _agrees(target: BackendUnderTest, spec: AttentionSpec, factor: float) -> ErrorBound:
     step = target.step(spec)
     step.scale = factor * spec.head_size**-0.5
-    return target.judge(step, target.forward(step))
+    return target.run_and_judge(step)
 
 
 def _is_rejected(target: BackendUnderTest, scale: float) -> None:

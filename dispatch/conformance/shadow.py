@@ -1,10 +1,10 @@
-"""The shadow check: on a sample of calls the reference computes the same, and drift is reported.
+"""The shadow check: the reference also computes a sample of calls, and differences are reported.
 
 `ATTN_DISPATCH_CHECK=shadow` compares the first call of each layer and then every 100th,
 `shadow:N` every Nth. The reference works on a copy of the blocks that the batch uses, taken before
-the call, so it writes nothing of the layer's. What looks wrong is judged by the rules of
-`attn-dispatch verify`, which also say what it looks like instead. A compared call waits for the
-device and takes many times as long as another.
+the call, so it writes nothing of the layer's. What differs is judged by the rules of
+`attn-dispatch verify`, which also describe what it looks like instead. A compared call waits for
+the device and takes many times as long as another.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attn_dispatch import environment
-from attn_dispatch.conformance.drift import (
-    FLOOR,
+from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
+from attn_dispatch.conformance.cases import Case, CaseTensors
+from attn_dispatch.conformance.comparison import compare_with_oracle, with_output_scales
+from attn_dispatch.conformance.tolerance import (
     LSE_FLOOR,
-    differ_in_kind,
-    exact,
-    lse_errors,
-    plain_output,
+    CheckFailed,
+    ErrorBound,
+    allowance,
     row_errors,
 )
 from attn_dispatch.errors import InvalidInputError, summary_of
@@ -33,36 +34,38 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv
 from attn_dispatch.interface.kv_cache import view_kv_cache
-from attn_dispatch.interface.types import Phase
 from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.platforms.device_errors import is_capturing, is_device_lost
+from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.routing import RoutedMetadata
+from attn_dispatch.selection.registry import registry
 
-if TYPE_CHECKING:
-    from attn_dispatch.conformance.cases import Step
-    from attn_dispatch.runtime.layer import Attention
+__all__ = ["LayerDrift", "ShadowCall", "ShadowDriftWarning", "begin_shadow", "report", "reset"]
 
-__all__ = ["Compared", "ShadowDriftWarning", "Watch", "report", "reset", "watch"]
+#: Rows of a causal request that are judged.
+_ROWS = 16
+#: Tokens of requests with NaN or infinity that are judged.
+_JUDGED = 4
 
 
 class ShadowDriftWarning(UserWarning):
-    """A layer's output is not what the reference computes."""
+    """A layer's output differs from the reference's."""
 
 
 @dataclass
-class Compared:
-    """What was found of one layer.
+class LayerDrift:
+    """The comparisons of one layer.
 
     Attributes:
-        layer: its prefix, and a number that tells layers of one prefix apart.
-        calls: calls while the check was on, but for those in graphs that were being captured.
+        layer: its prefix, and a number that is different for layers of one prefix.
+        calls: calls while the check was on, except those that a graph captured.
         compared: those that the reference computed too.
         drifted: those of them that were off by more than is allowed.
         error: the largest error of those that drifted, or of all if none did, as a part of a row's
             largest value.
-        allowed: what was allowed there.
+        allowed: the error that was allowed there.
         message: of the first that drifted: the backend, what is wrong, and where; "" if none did.
-        failed: why a call could not be compared, of the last such call; "" if there was none.
+        failed: why the last call that could not be compared failed; "" if there was none.
     """
 
     layer: str
@@ -76,92 +79,91 @@ class Compared:
 
 
 _lock = ForkSafeLock()
-_found: dict[str, Compared] = {}
+_found: dict[str, LayerDrift] = {}
 
 
-def report() -> tuple[Compared, ...]:
-    """What was found of every layer that was called while the check was on."""
+def report() -> tuple[LayerDrift, ...]:
+    """The comparisons of every layer that was called while the check was on."""
     with _lock:
         return tuple(dataclasses.replace(each) for each in _found.values())
 
 
 def reset() -> None:
-    """Forget what was found; each layer's next call counts as its first."""
+    """Forget all comparisons; each layer's next call counts as its first."""
     with _lock:
         _found.clear()
 
 
-def watch(
+def begin_shadow(
     layer: Attention,
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
     kv_cache: torch.Tensor | None,
     batch: AttentionBatch | None,
-) -> Watch | None:
-    """Before a call: what the reference needs to compute it too, or None if it is not its turn."""
+) -> ShadowCall | None:
+    """Copy what the reference needs, before a call; None for a call that is not compared."""
     if is_capturing():
-        return None  # a graph would get the work of the reference, and nobody to look at it
+        return None  # the work of the reference would become a part of the graph
     with _lock:
-        found = _found.setdefault(layer._op_key, Compared(layer._op_key))
-        turn = found.calls % environment.shadow_interval() == 0
+        found = _found.setdefault(layer._op_key, LayerDrift(layer._op_key))
+        is_compared = found.calls % environment.shadow_interval() == 0
         found.calls += 1
-    if not turn:
+    if not is_compared:
         return None
     try:
         if batch is None:
             raise InvalidInputError("the metadata keeps no batch; make it a BatchMetadata")
-        return Watch(found, layer, query, key, value, kv_cache, batch)
+        return ShadowCall(found, layer, query, key, value, kv_cache, batch)
     except Exception as error:
-        _tell_failure(found, error)
+        _note_failure(found, error)
         return None
 
 
-def _note(found: Compared, error: float, allowed: float, wrong: str) -> None:
+def _note(found: LayerDrift, bound: ErrorBound, wrong: str) -> None:
     with _lock:
         first = bool(wrong) and not found.drifted
-        if (bool(wrong), error) >= (bool(found.drifted), found.error):
-            found.error, found.allowed = error, allowed
+        if (bool(wrong), bound.error) >= (bool(found.drifted), found.error):
+            found.error, found.allowed = bound.error, bound.allowed
         found.compared += 1
         found.drifted += bool(wrong)
-        if first:
-            found.message = wrong
+        found.message = wrong if first else found.message
     if first:
-        warnings.warn(
+        _warn(
             f"Layer {found.layer} drifts from the reference. {wrong}. Exclude the backend by an "
-            "override (-NAME), and report it.",
-            ShadowDriftWarning,
-            stacklevel=5,
+            "override (-NAME), and report it."
         )
 
 
-def _tell_failure(found: Compared, error: Exception) -> None:
-    """Say that a call cannot be compared: the check must not break what it checks."""
+def _note_failure(found: LayerDrift, error: Exception) -> None:
+    """Report that a call cannot be compared. The call itself goes on."""
     if is_device_lost(error):
         raise error
     why = summary_of(error)
     with _lock:
         first, found.failed = not found.failed, why
     if first:
-        warnings.warn(
+        _warn(
             f"Layer {found.layer} cannot be compared with the reference: {why}. Set "
-            f"{environment.CHECK.name} to 0 to do without.",
-            ShadowDriftWarning,
-            stacklevel=5,
+            f"{environment.CHECK.name} to 0 to turn the check off."
         )
 
 
-class Watch:
+def _warn(message: str) -> None:
+    warnings.warn(message, ShadowDriftWarning, stacklevel=6)
+
+
+class ShadowCall:
     """One call that is compared: its inputs, with the cache as it was before.
 
     Args:
-        found: the layer's, added to.
+        found: the layer's comparisons, which this one is added to.
         layer, query, key, value, kv_cache, batch: of the call.
     """
 
     def __init__(
         self,
-        found: Compared,
+        found: LayerDrift,
         layer: Attention,
         query: torch.Tensor,
         key: torch.Tensor | None,
@@ -169,11 +171,11 @@ class Watch:
         kv_cache: torch.Tensor | None,
         batch: AttentionBatch,
     ) -> None:
-        self._found, self._layer = found, layer
+        self._found, self._layer, self._spec = found, layer, layer.spec
         self._query, self._key, self._value = query, key, value
-        self._kv_cache, self._batch = kv_cache, batch
         if kv_cache is not None:
-            self._kv_cache, self._batch = _copy_of_blocks(kv_cache, batch)
+            kv_cache, batch = _copy_of_blocks(kv_cache, batch)
+        self._kv_cache, self._batch = kv_cache, batch
 
     def compare(
         self,
@@ -182,187 +184,176 @@ class Watch:
         output_scale: torch.Tensor | None,
         block_scale: torch.Tensor | None,
     ) -> None:
-        """Compute the call by the reference and hold the layer's result against it.
+        """Compute the call by the reference, and compare the layer's result with it.
 
         Args:
             result: what the layer's impl returned.
             metadata: of the call.
             output_scale, block_scale: of a quantized output.
         """
+        self._metadata, self._scales = metadata, (output_scale, block_scale)
+        self._output, self._lse = result if isinstance(result, tuple) else (result, None)
         try:
-            outcome = self._outcome(result, metadata, output_scale, block_scale)
+            outcome = self._outcome()
         except Exception as error:
-            _tell_failure(self._found, error)
+            _note_failure(self._found, error)
         else:
             _note(self._found, *outcome)
 
-    def _outcome(
-        self,
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        metadata: Any,
-        output_scale: torch.Tensor | None,
-        block_scale: torch.Tensor | None,
-    ) -> tuple[float, float, str]:
-        """The error, what is allowed, and what is wrong or ""."""
+    def _outcome(self) -> tuple[ErrorBound, str]:
+        """The error, and what is wrong or ""."""
         rows = slice(self._batch.num_tokens)
-        output, lse = result if isinstance(result, tuple) else (result, None)
-        expected, expected_lse = (exact(each[rows]) for each in self._by_reference())
+        expected, expected_lse = (_to_float64(each[rows]) for each in self._by_reference())
+        scale, block_scale = self._scales
         groups = None if block_scale is None else block_scale[rows]
-        actual = plain_output(output[rows], output_scale, groups)
-        actual_lse = expected_lse if lse is None else exact(lse[rows])
+        actual = with_output_scales(_to_float64(self._output[rows]), scale, groups)
+        actual_lse = expected_lse if self._lse is None else _to_float64(self._lse[rows])
 
-        def judge(token: int) -> tuple[float, float, str]:
-            backend = self._server_of(token, metadata)
-            scales = (output_scale, block_scale)
-            error, allowed, wrong = self._judge(token, output, lse, *scales, backend)
-            return error, allowed, f"{backend}: {wrong}" if wrong else ""
-
-        # What is not finite is no matter of error: a few of the rows are judged by the oracle.
+        # Results that are not finite have no error; the oracle judges a few of their rows.
         other = self._not_finite(actual, expected, actual_lse, expected_lse)
-        # Of a backend that declares to lose NaN, rows without keys are all that is held to a rule.
-        free = self._lost(other, metadata)[:, None] & (expected_lse != -math.inf)
-        differ = differ_in_kind(actual, expected, actual_lse, expected_lse) & ~free
-        for token in _some(other & differ.any(1)):
-            error, allowed, wrong = judge(token)
+        # A backend that declares to lose NaN is judged only by its rows without keys.
+        free = self._may_lose_nan(other)[:, None] & (expected_lse != -math.inf)
+        differ = (actual.isfinite() != expected.isfinite()).any(-1)
+        differ |= actual_lse.isfinite() != expected_lse.isfinite()
+        differ |= (actual_lse == -math.inf) != (expected_lse == -math.inf)
+        for token in _some(other & (differ & ~free).any(1)):
+            bound, wrong = self._judge(token)
             if wrong:
-                return error, allowed, f"{wrong}; in {self._place(token)}"
-        unlike = other[:, None, None] & ~(actual.isfinite() & expected.isfinite())
-        unlike |= free[..., None]
-        actual, expected = (each.masked_fill(unlike, 0.0) for each in (actual, expected))
-        dtype = self._layer.spec.dtype
-        bound = max(torch.finfo(dtype).eps, FLOOR.get(dtype, 0.0))
-        errors = row_errors(actual, expected)
-        found = errors / bound
-        if lse is not None:
-            off = lse_errors(actual_lse, expected_lse)
+                return bound, f"{wrong}; in {self._place(token)}"
+        left_out = other[:, None, None] & ~(actual.isfinite() & expected.isfinite())
+        left_out |= free[..., None]
+        errors = row_errors(*(each.masked_fill(left_out, 0.0) for each in (actual, expected)))
+        allowed = allowance(self._spec.dtype)
+        found = errors / allowed
+        if self._lse is not None:
+            off = (actual_lse - expected_lse).abs() / expected_lse.abs().clamp_min(1.0)
+            off = off.nan_to_num(math.inf, math.inf)
+            off = off.masked_fill(actual_lse == expected_lse, 0.0)  # −inf equals itself
             off = off.masked_fill(free | (other[:, None] & ~actual_lse.isfinite()), 0.0)
-            found = found.maximum(off / max(bound, LSE_FLOOR))
+            found = found.maximum(off / max(allowed, LSE_FLOOR))
+        bound = ErrorBound(float(errors.max()) if errors.numel() else 0.0, allowed)
         if not found.numel() or float(found.max()) <= 1.0:
-            return float(errors.max()) if errors.numel() else 0.0, bound, ""
-        # Too far to be right in any case, so what is allowed in this one must be known.
+            return bound, ""
+        # Larger than is allowed in any case; what is allowed in this case is not known yet.
         token, head = divmod(int(found.argmax()), found.shape[1])
-        error, allowed, wrong = judge(token)
-        if wrong:
-            if not allowed:  # no error was measured: what should be 0 is not, say
-                error, allowed = float(errors.max()), bound
-            wrong = f"{wrong}; worst in {self._place(token)}, head {head}"
-        return error, allowed, wrong
+        judged, wrong = self._judge(token)
+        if not wrong:
+            return judged, ""
+        # Without an allowance no error was measured: a row that should be 0 is not, for instance.
+        judged = judged if judged.allowed else bound
+        return judged, f"{wrong}; worst in {self._place(token)}, head {head}"
+
+    def _rows_of(self, request: int) -> slice:
+        return slice(*self._batch.query_start_list[request : request + 2])
+
+    def _request_of(self, token: int) -> int:
+        return bisect.bisect_right(self._batch.query_start_list, token) - 1
 
     def _place(self, token: int) -> str:
-        request = _request_of(self._batch, token)
+        request = self._request_of(token)
         return f"request {request}, token {token - self._batch.query_start_list[request]}"
 
-    def _server_of(self, token: int, metadata: Any) -> str:
-        phase = self._batch.phases[_request_of(self._batch, token)]
-        return _server(metadata, self._layer, phase)
+    def _backend_of(self, request: int) -> tuple[str, bool]:
+        """The backend that computed a request, and whether it declares to propagate NaN."""
+        phase = self._batch.phases[request]
+        name = next(iter(self._layer.selections.values())).name
+        if isinstance(self._metadata, RoutedMetadata):
+            parts = self._metadata.parts
+            name = next(part.backend for part in parts if part.phase in (None, phase))
+        candidate = registry.candidates().get(name)
+        cls = None if candidate is None else candidate.backend_cls
+        return name, cls is None or cls.propagates_nan
 
-    def _lost(self, rows: torch.Tensor, metadata: Any) -> torch.Tensor:
+    def _may_lose_nan(self, rows: torch.Tensor) -> torch.Tensor:
         """Those of the rows whose backend declares that it does not propagate NaN."""
         if not bool(rows.any()):
             return rows
-        batch, lost = self._batch, torch.zeros_like(rows)
-        for request, phase in enumerate(batch.phases):
-            if not _propagates_nan(_server(metadata, self._layer, phase)):
-                lost[slice(*batch.query_start_list[request : request + 2])] = True
-        return rows & lost
+        found = torch.zeros_like(rows)
+        for request in range(self._batch.num_reqs):
+            found[self._rows_of(request)] = not self._backend_of(request)[1]
+        return rows & found
 
     def _not_finite(self, *results: torch.Tensor) -> torch.Tensor:
         """(num_tokens,) bool: the rows of requests with NaN or infinity among their inputs.
 
-        Only requests are looked at in which one of the results is not finite.
+        Only requests with a result that is not finite are searched.
         """
-        batch = self._batch
-        rows = torch.zeros(batch.num_tokens, dtype=torch.bool, device=results[0].device)
+        rows = torch.zeros(self._batch.num_tokens, dtype=torch.bool, device=results[0].device)
         strange = torch.stack([(~each.isfinite()).flatten(1).any(1) for each in results]).any(0)
-        for request in {
-            _request_of(batch, token) for token in strange.nonzero().flatten().tolist()
-        }:
-            own = slice(*batch.query_start_list[request : request + 2])
+        for request in {self._request_of(token) for token in strange.nonzero().flatten().tolist()}:
+            own = self._rows_of(request)
             inputs = (self._query[own], *self._keys_of(request))
             rows[own] = not all(bool(each.isfinite().all()) for each in inputs)
         return rows
 
     def _by_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) by REFERENCE, which writes to only the copy of the cache."""
-        from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
-
         layer, query = self._layer, self._query
-        spec = layer.spec.replace(output_quant=None, returns_lse=True, cuda_graph=False)
+        spec = self._spec.replace(output_quant=None, returns_lse=True, cuda_graph=False)
         impl = ReferenceBackend.make_impl(spec, **layer._impl_arguments())
         metadata = ReferenceBackend.make_builder(spec, query.device).build(self._batch)
         found = impl.forward(layer, query, self._key, self._value, self._kv_cache, metadata)
         assert isinstance(found, tuple)
         return found
 
-    def _judge(
-        self,
-        token: int,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        output_scale: torch.Tensor | None,
-        block_scale: torch.Tensor | None,
-        backend: str,
-    ) -> tuple[float, float, str]:
-        """Error, what is allowed, and what is wrong or "", of the rows around a token.
+    def _judge(self, token: int) -> tuple[ErrorBound, str]:
+        """The error of the rows around a token, and what is wrong with them or "".
 
-        By the rules of `verify`: the oracle in float64, and PyTorch's own attention beside it.
+        By the rules of `verify`: the oracle in float64, and PyTorch's own attention.
         """
-        from attn_dispatch.conformance.tolerance import CheckFailed, compare_with_oracle
-
-        step, rows = self._step_around(token)
+        backend, propagates_nan = self._backend_of(self._request_of(token))
+        step, rows = self._case_around(token)
+        scale, block_scale = self._scales
+        output, lse = self._output[rows], None if self._lse is None else self._lse[rows]
         try:
-            finding = compare_with_oracle(
+            bound = compare_with_oracle(
                 step,
-                output[rows] if lse is None else (output[rows], lse[rows]),
+                output if lse is None else (output, lse),
                 block_scale=None if block_scale is None else block_scale[rows],
-                scale=1.0 if output_scale is None else float(output_scale),
-                propagates_nan=_propagates_nan(backend),
+                scale=1.0 if scale is None else float(scale),
+                propagates_nan=propagates_nan,
             )
         except CheckFailed as wrong:
-            return wrong.finding.error, wrong.finding.allowed, str(wrong)
-        return finding.error, finding.allowed, ""
+            return wrong.finding, f"{backend}: {wrong}"
+        return bound, ""
 
-    def _step_around(self, token: int) -> tuple[Step, slice]:
-        """The token's request as a step for the judge, and its rows.
+    def _case_around(self, token: int) -> tuple[CaseTensors, slice]:
+        """The token's request as a case, and its rows.
 
-        Where a row sees nothing after itself, so do the rows before it without what follows them:
-        then these few are enough, however long the request is.
+        If no row sees a later one, the rows before the token do not depend on those after it: then
+        a few rows are enough, however long the request is.
         """
-        from attn_dispatch.conformance.cases import Case, Step
-
-        layer, batch = self._layer, self._batch
-        spec, request = layer.spec, _request_of(batch, token)
+        layer, batch, spec = self._layer, self._batch, self._spec
+        request = self._request_of(token)
         first, end = batch.query_start_list[request : request + 2]
         keys, values = self._keys_of(request)
-        ranges = _ranges_of(batch, request) if spec.bidirectional_ranges else ()
+        maps = (batch.multi_modal_placeholder_index_maps or {}) if spec.bidirectional_ranges else {}
+        ranges = tuple(
+            (0, r.start, r.end) for each in maps.values() for r in each if r.request == request
+        )
         if spec.causal and not ranges and not spec.custom_mask:
-            keys, values = (
-                each[: max(0, len(each) - (end - 1 - token))] for each in (keys, values)
-            )
+            num_keys = max(0, len(keys) - (end - 1 - token))
+            keys, values = keys[:num_keys], values[:num_keys]
             first, end = max(first, token + 1 - _ROWS), token + 1
         rows = slice(first, end)
-        case = Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges)
-        slopes, sinks = layer._per_head["alibi_slopes"], layer._per_head["sinks"]
-        step = Step.__new__(Step)  # one that took place, where Step makes one up
-        vars(step).update(
-            case=case,
-            spec=spec,
-            device=self._query.device,
+        slopes = layer._per_head["alibi_slopes"]
+        tensors = CaseTensors(
+            Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
+            layer=layer,
+            scale=layer.scale,
             query=self._query[rows],
             queries=[self._query[rows].cpu().double()],
             keys=[keys],
             values=[values],
             masks=[batch.request_mask(request).cpu()] if spec.custom_mask else None,
-            layer=layer,
-            scale=layer.scale,
             slopes=None if slopes is None else torch.as_tensor(slopes).tolist(),
-            sinks=sinks,
+            sinks=layer._per_head["sinks"],
         )
-        return step, rows
+        return tensors, rows
 
-    def _keys_of(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's keys and values as they are meant, (seq_len, num_kv_heads, size) float64."""
-        spec, batch, cache = self._layer.spec, self._batch, self._kv_cache
+    def _keys_of(self, request: int) -> tuple[torch.Tensor, ...]:
+        """A request's keys and values, scales applied: (seq_len, num_kv_heads, size) float64."""
+        spec, batch, cache = self._spec, self._batch, self._kv_cache
         if cache is None:
             assert self._key is not None
             assert self._value is not None
@@ -372,30 +363,19 @@ class Watch:
         blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
         dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
         views = view_kv_cache(cache, spec.head_size, spec.head_size_v)
-        keys, values = (
+        scales = get_kv_scales(self._layer, cache)
+        return tuple(
             gather_kv(view, blocks, seq_len, scale, dtype).cpu().double()
-            for view, scale in zip(views, get_kv_scales(self._layer, cache), strict=True)
+            for view, scale in zip(views, scales, strict=True)
         )
-        return keys, values
 
 
-#: Rows that are judged of a request that is causal.
-_ROWS = 16
-#: Tokens of requests with NaN or infinity that are judged.
-_JUDGED = 4
-
-
-def _propagates_nan(backend: str) -> bool:
-    """What a backend declares; True of one that is no longer registered."""
-    from attn_dispatch.selection.registry import registry
-
-    candidate = registry.candidates().get(backend)
-    cls = None if candidate is None else candidate.backend_cls
-    return cls is None or cls.propagates_nan
+def _to_float64(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # mps has none
 
 
 def _some(rows: torch.Tensor) -> list[int]:
-    """A few of the rows that are True, the first and the last among them."""
+    """A few of the rows that are True, including the first and the last."""
     found = rows.nonzero().flatten().tolist()
     if len(found) <= _JUDGED:
         return found
@@ -405,7 +385,7 @@ def _some(rows: torch.Tensor) -> list[int]:
 def _copy_of_blocks(
     kv_cache: torch.Tensor, batch: AttentionBatch
 ) -> tuple[torch.Tensor, AttentionBatch]:
-    """A cache of just the blocks that the batch uses, and the batch as it finds them there."""
+    """A cache of only the blocks that the batch uses, and the batch with their new places."""
     table, slots = batch.block_table, batch.slot_mapping
     if table is None:
         raise InvalidInputError("The batch has no block_table. Give it one to use a cache.")
@@ -424,20 +404,3 @@ def _copy_of_blocks(
     stored_bytes = kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache
     copy = stored_bytes[blocks].view(kv_cache.dtype)
     return copy, dataclasses.replace(batch, block_table=table, slot_mapping=slots)
-
-
-def _request_of(batch: AttentionBatch, token: int) -> int:
-    return bisect.bisect_right(batch.query_start_list, token) - 1
-
-
-def _ranges_of(batch: AttentionBatch, request: int) -> tuple[tuple[int, int, int], ...]:
-    """The ranges of a request, as those of a batch of it alone."""
-    maps = (batch.multi_modal_placeholder_index_maps or {}).values()
-    return tuple((0, r.start, r.end) for each in maps for r in each if r.request == request)
-
-
-def _server(metadata: Any, layer: Attention, phase: Phase) -> str:
-    """Who served the requests of a phase."""
-    if isinstance(metadata, RoutedMetadata):
-        return next(part.backend for part in metadata.parts if part.phase in (None, phase))
-    return next(iter(layer.selections.values())).name

@@ -1,8 +1,10 @@
-"""Every check of a backend, made from what it declares; and the report of having run them."""
+"""Every check of a backend, generated from its capabilities; and the report of running them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from attn_dispatch.conformance import (
     scales,
 )
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Outcome, run
+from attn_dispatch.conformance.tolerance import worst_of
 from attn_dispatch.errors import (
     AttnDispatchError,
     BackendFailure,
@@ -36,9 +39,9 @@ from attn_dispatch.selection.registry import registry
 
 __all__ = ["GROUPS", "Conformance", "backend_named", "checks_for", "verify"]
 
-#: The groups of checks, in the order in which they run: refusals last, since a kernel that is
-#: launched for what it does not know may break the device.
-GROUPS: dict[str, Callable[[BackendUnderTest], Iterator[Check]]] = {
+#: The groups of checks, in the order in which they run. Refusals are last: a kernel that is
+#: launched for what it does not support may break the device.
+GROUPS: dict[str, Callable[[BackendUnderTest], Iterable[Check]]] = {
     "declaration": numeric.declaration,
     "numbers": numeric.numbers,
     "pairs": numeric.pairs,
@@ -74,49 +77,44 @@ def checks_for(
         backend_cls: the backend.
         device: where to run; None for the default device.
         quick: one value of each field, few sets of features, no compiler.
-        profile: what the device is taken for, if not for what it is: Triton's interpreter runs
-            on a CPU what is declared for a GPU.
+        profile: the device to test for, if not the real one: Triton's interpreter runs on a CPU
+            what is declared for a GPU.
 
     Raises:
         UnsupportedError: the backend does not run on the device.
         InvalidInputError: it accepts no layer that could be tried.
-        BackendFailure: it cannot say what it supports.
+        BackendFailure: its declaration raises an exception.
     """
     torch_device = resolve_device(device)
     profile = profile or detect_device(torch_device)
     try:
-        found = _make_checks(backend_cls, torch_device, profile, quick)
+        reasons = compare_availability(backend_cls.capabilities, profile)
+        if reasons:
+            raise UnsupportedError(
+                f"{backend_cls.get_name()} cannot be verified here: "
+                f"{'; '.join(map(str, reasons))}. Give a --device that it runs on."
+            )
+        target = BackendUnderTest.of(backend_cls, torch_device, profile, quick)
+        return [
+            dataclasses.replace(check, group=name)
+            for name, group in GROUPS.items()
+            for check in group(target)
+            if check.needs in ("", torch_device.type)
+        ]
     except (AttnDispatchError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the backend is asked what it supports, and may raise anything
+    except BaseException as error:  # the backend's own code runs, and may raise anything
         raise BackendFailure(
-            f"{backend_cls.__qualname__} cannot be verified: asked what it is and what it "
-            f"supports, it breaks off with {summary_of(error)}. Repair its declaration."
+            f"{backend_cls.__qualname__} cannot be verified: its declaration raises "
+            f"{summary_of(error)}. Repair it."
         ) from error
-    return [check for check in found if check.needs in ("", torch_device.type)]
-
-
-def _make_checks(
-    backend_cls: type[AttentionBackend],
-    device: torch.device,
-    profile: DeviceProfile,
-    quick: bool,
-) -> list[Check]:
-    reasons = compare_availability(backend_cls.capabilities, profile)
-    if reasons:
-        raise UnsupportedError(
-            f"{backend_cls.get_name()} cannot be verified here: {'; '.join(map(str, reasons))}. "
-            "Give a --device that it runs on."
-        )
-    target = BackendUnderTest.of(backend_cls, device, profile, quick)
-    return [check for group in GROUPS.values() for check in group(target)]
 
 
 def backend_named(name: str) -> type[AttentionBackend]:
-    """The backend that is registered under a name, in any case of letters.
+    """The backend that is registered under a name, in upper or lower case.
 
     Raises:
-        UnknownBackendError: none is; it says what was probably meant.
+        UnknownBackendError: there is none; the message has similar names.
         InvalidInputError: it is not one name.
         BackendFailure: it cannot be loaded.
     """
@@ -132,7 +130,7 @@ def backend_named(name: str) -> type[AttentionBackend]:
 
 @dataclass
 class Conformance:
-    """What came out of the checks of a backend.
+    """The outcomes of the checks of a backend.
 
     Attributes:
         backend: its name.
@@ -155,29 +153,11 @@ class Conformance:
         return not self.failures and any(o.status == "passed" for o in self.outcomes)
 
     def groups(self) -> list[dict[str, Any]]:
-        """A row for each group: its checks, how they ended, the largest error by its allowance."""
-        rows = []
-        for group in dict.fromkeys(outcome.check.group for outcome in self.outcomes):
-            own = [outcome for outcome in self.outcomes if outcome.check.group == group]
-            found = [o.finding for o in own if o.finding is not None and o.finding.allowed]
-            worst = max(found, key=lambda finding: finding.ratio, default=None)
-            rows.append(
-                {
-                    "group": group,
-                    "checks": len(own),
-                    **{
-                        status: sum(outcome.status == status for outcome in own)
-                        for status in ("passed", "failed", "skipped")
-                    },
-                    "largest_error": None if worst is None else worst.error,
-                    "allowed": None if worst is None else worst.allowed,
-                    "seconds": round(sum(outcome.seconds for outcome in own), 3),
-                }
-            )
-        for row in rows:
-            if row["largest_error"] == float("inf"):
-                row["largest_error"] = None  # there was NaN: no number says how wrong that is
-        return rows
+        """A row for each group: counts of outcomes, and the largest error by its allowance."""
+        return [
+            _summary(name, [o for o in self.outcomes if o.check.group == name])
+            for name in dict.fromkeys(outcome.check.group for outcome in self.outcomes)
+        ]
 
     def asdict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
@@ -188,6 +168,20 @@ class Conformance:
             "groups": self.groups(),
             "outcomes": [outcome.asdict() for outcome in self.outcomes],
         }
+
+
+def _summary(group: str, outcomes: list[Outcome]) -> dict[str, Any]:
+    worst = worst_of(o.finding for o in outcomes if o.finding and o.finding.allowed)
+    statuses = [outcome.status for outcome in outcomes]
+    return {
+        "group": group,
+        "checks": len(outcomes),
+        **{status: statuses.count(status) for status in ("passed", "failed", "skipped")},
+        # Infinity is for NaN: no number says how wrong that is.
+        "largest_error": worst.error if worst.allowed and worst.error < math.inf else None,
+        "allowed": worst.allowed or None,
+        "seconds": round(sum(outcome.seconds for outcome in outcomes), 3),
+    }
 
 
 def verify(
@@ -201,7 +195,7 @@ def verify(
     """Run the checks of a backend.
 
     Args:
-        backend_cls: the backend; it need not be registered, but for the checks of layers.
+        backend_cls: the backend; only the checks of layers need it to be registered.
         device: as for `checks_for`.
         quick: as for `checks_for`.
         only: checks whose `group/name` contains this.

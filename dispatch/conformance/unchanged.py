@@ -1,4 +1,4 @@
-"""Whether a forward leaves its inputs as they are: only the cache and the output are written."""
+"""Whether a forward leaves its inputs unchanged: it may write only the cache and the output."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import Step
-from attn_dispatch.conformance.findings import require
+from attn_dispatch.conformance.cases import EngineStep
+from attn_dispatch.conformance.tolerance import require
 
 __all__ = ["Inputs"]
 
 
 class Inputs:
-    """What a step gives to a backend, as it was when this was made.
-
-    Of a tensor all of its memory is kept, also what lies between its rows.
+    """A copy of the inputs of a step. Of a tensor it has all the memory, gaps between rows too.
 
     Args:
         step: the step.
-        but_for: inputs that may change, by name.
+        may_change: names of inputs that may change.
     """
 
-    def __init__(self, step: Step, but_for: tuple[str, ...] = ()) -> None:
-        self._step, self._but_for = step, but_for
+    def __init__(self, step: EngineStep, may_change: tuple[str, ...] = ()) -> None:
+        self._step, self._may_change = step, may_change
         self._before = {name: _copy(value) for name, value in self._inputs()}
 
     def _inputs(self) -> Iterator[tuple[str, Any]]:
@@ -38,26 +36,21 @@ class Inputs:
         for field in dataclasses.fields(step.batch):
             yield f"batch.{field.name}", getattr(step.batch, field.name)
 
-    @property
-    def changed(self) -> list[str]:
-        """The names of the inputs that are no longer what they were."""
-        return [
-            name
-            for name, now in self._inputs()
-            if name not in self._but_for and not _is_same(self._before[name], now)
-        ]
-
     def require_unchanged(self) -> None:
-        """Check that every input is what it was.
+        """Check that no input was modified.
 
         Raises:
-            CheckFailed: one is not; it says which.
+            CheckFailed: some were; the message names them.
         """
-        changed = self.changed
+        changed = [
+            name
+            for name, now in self._inputs()
+            if name not in self._may_change and not _is_same(self._before[name], now)
+        ]
         require(
             not changed,
-            f"forward modified its inputs: {', '.join(changed)}. It may write the cache and the "
-            "output, and nothing else",
+            f"forward modified its inputs: {', '.join(changed)}. It may write only the cache and "
+            "the output",
         )
 
 

@@ -20,10 +20,10 @@ from attn_dispatch.conformance.cases import FP8, GARBAGE_BLOCKS, INT8, MEMORY, C
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.kv_encoding import (
     as_stored,
+    dequantized,
+    encoded_parts,
     int8_rows,
-    meant,
     nan_cache,
-    store_int8,
     stored_size,
 )
 from attn_dispatch.selection.registry import registry
@@ -38,18 +38,18 @@ __all__ = [
     "Step",
     "as_stored",
     "call",
+    "dequantized",
+    "encoded_parts",
     "fused_on_cpu",
     "int8_rows",
     "layer_of",
     "layer_spec",
-    "meant",
     "nan_cache",
-    "store_int8",
     "stored_size",
 ]
 
 
-class Step(cases.Step):
+class Step(cases.EngineStep):
     """A step that knows backends by name, and what else to hold a result against."""
 
     def run(self, backend, **forward):

@@ -20,6 +20,7 @@ from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, Referen
 from attn_dispatch.cli import app
 from attn_dispatch.conformance import Check, Conformance, checks_for, run, verify
 from attn_dispatch.conformance.check import BackendUnderTest, Skipped
+from attn_dispatch.conformance.comparison import allowed_error, suspects
 from attn_dispatch.conformance.probes import (
     VALUES,
     WITHOUT_PROBES,
@@ -30,13 +31,7 @@ from attn_dispatch.conformance.probes import (
     unprobed_fields,
 )
 from attn_dispatch.conformance.pytest_plugin import assert_conforms
-from attn_dispatch.conformance.tolerance import (
-    CheckFailed,
-    ErrorBound,
-    _suspects,
-    allowed_error,
-    distance,
-)
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, distance
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import (
     AnyOf,
@@ -212,7 +207,7 @@ CAUGHT = {
     "scales the query in place": ("numbers/plain", "modified its inputs: query"),
     "returns nothing": ("numbers/plain", "and returned NoneType"),
     "clears the output first": ("overlaps/output over query", "the output is off by"),
-    "exits": ("numbers/plain", "it breaks off with SystemExit: no kernel for this GPU"),
+    "exits": ("numbers/plain", "it raises SystemExit: no kernel for this GPU"),
 }
 
 
@@ -351,9 +346,10 @@ def test_a_feature_whose_library_turns_out_broken_is_skipped_if_selection_refuse
 def test_a_feature_that_is_not_declared_and_dropped_by_hand_is_caught():
     impl = wrong.wrong_backend("drops the soft cap").get_impl_cls()
     cls = changed(impl=impl, logits_soft_cap=None)
+    cls.check_declared = classmethod(lambda cls, spec, device: None)  # accepts everything
     failed = {o.check.full_name: o.message for o in verify(cls, "cpu", quick=True).failures}
     assert failed.keys() == {"refusals/logits_soft_cap=1.5"}
-    assert "neither refused nor right" in failed["refusals/logits_soft_cap=1.5"]
+    assert "neither rejected nor right" in failed["refusals/logits_soft_cap=1.5"]
     assert "no soft cap: it is dropped" in failed["refusals/logits_soft_cap=1.5"]
 
 
@@ -417,9 +413,9 @@ def test_what_is_dropped_would_be_seen_in_every_set_of_features(name):
             continue
         step = target.step(check.spec)
         expected, allowed = step.expected()[0], allowed_error(step)
-        for suspect in _suspects(step):
-            effect = distance(suspect.output(step), expected)
-            assert effect > 2 * allowed, f"{check.full_name}: {suspect.sentence}"
+        for sentence, changes in suspects(step):
+            effect = distance(step.expected(**changes)[0], expected)
+            assert effect > 2 * allowed, f"{check.full_name}: {sentence}"
 
 
 DECLARATIONS = {
@@ -487,7 +483,7 @@ LAYER = AttentionSpec(num_heads=1, head_size=8, dtype=torch.float32)
 
 
 def check_that(test):
-    return Check("group", "name", "It shows.", LAYER, test)
+    return Check("name", "It shows.", LAYER, test, group="group")
 
 
 def _fail():
@@ -509,7 +505,7 @@ def _break():
         (lambda: None, "passed", ""),
         (_fail, "failed", "it is wrong."),
         (_skip, "skipped", "there is none"),
-        (_break, "failed", "it breaks off with OSError: no such kernel"),
+        (_break, "failed", "it raises OSError: no such kernel"),
     ],
 )
 def test_a_check_ends_in_an_outcome(test, status, message):
@@ -583,7 +579,7 @@ def test_the_command_tells_failures_as_sentences():
         (["-TORCH_SDPA"], ""),
         (["TORCH_SDPA,REFERENCE"], "requires both"),
         (["decode=REFERENCE"], "not the name of one backend"),
-        (["REFERENCE_MLA", "--device", "cpu"], "multi-head latent attention alone"),
+        (["REFERENCE_MLA", "--device", "cpu"], "only multi-head latent attention"),
         (["REFERENCE", "--device", "cpu", "--only", "no such"], "The groups are: declaration"),
         (["REFERENCE", "--json", "/no/such/folder/x.json"], "there is no folder"),
     ],
@@ -631,7 +627,7 @@ def test_the_plugin_costs_nothing_and_needs_no_torch_until_it_is_asked(tmp_path)
     assert "1 passed" in done.stdout
     done = run_python("-c", WITHOUT_TORCH, *options, "--attn-dispatch-verify", "REFERENCE", **ALONE)
     assert done.returncode == 4
-    assert "--attn-dispatch-verify needs what attn-dispatch depends on" in done.stderr
+    assert "--attn-dispatch-verify needs the packages that attn-dispatch depends on" in done.stderr
 
 
 #: A conftest that registers a backend, as that of a third party's tests may.

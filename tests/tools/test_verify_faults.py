@@ -112,7 +112,7 @@ def test_whatever_a_backend_raises_fails_the_check_and_not_the_suite(error):
 
     report = verify(backend(forward), "cpu", quick=True, only="numbers/")
     assert len(report.failures) == len(report.outcomes) > 5
-    assert report.failures[0].message == f"it breaks off with {summary_of(error)}"
+    assert report.failures[0].message == f"it raises {summary_of(error)}"
 
 
 def test_an_interrupt_ends_the_suite():
@@ -148,7 +148,7 @@ def test_the_command_survives_a_backend_that_exits():
         command = ["verify", "FAULTY", "--device", "cpu", "--quick", "--only", "numbers/"]
         done = CliRunner().invoke(app, command)
     assert done.exit_code == 1
-    assert "it breaks off with SystemExit" in " ".join(done.stdout.split())
+    assert "it raises SystemExit" in " ".join(done.stdout.split())
 
 
 # --- Inputs are left as they are ---------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_rows_beyond_the_tokens_of_a_graph_are_looked_at(rows):
         expected = "failed" if is_wrong and "more rows" in name else "passed"
         assert (found.status, name) == (expected, name), found.message
         if expected == "failed":
-            assert "only pad the graph's batch have a result other than 0" in found.message
+            assert "padding rows of the graph's batch have a result other than 0" in found.message
 
 
 # --- Real sizes --------------------------------------------------------------------------------
@@ -589,6 +589,6 @@ def test_a_row_of_nan_is_caught():
 
 
 def test_a_finding_is_kept_with_the_outcome():
-    check = Check("group", "name", "It shows.", LAYER, lambda: ErrorBound(0.25, 0.5))
+    check = Check("name", "It shows.", LAYER, lambda: ErrorBound(0.25, 0.5))
     assert run(check).finding == ErrorBound(0.25, 0.5)
     assert make_backend("X").propagates_nan

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: absorbed, expanded and the naive oracle are one function."""
+"""Multi-head latent attention: absorbed, expanded and the scalar oracle agree."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend, 
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.types import Phase
 from support import scalar_oracle
-from support.cases import FP8, as_stored, meant
+from support.cases import FP8, as_stored, dequantized
 
 DIMS = MLADims(kv_lora_rank=6, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
 HEADS, LATENT, BLOCK_SIZE = 3, 10, 4
-#: Decodes, prompts and a chunk: one after another, in both phases.
+#: Decodes, prompts and a chunk of a prefill, in mixed order.
 QUERY_LENS, SEQ_LENS = (1, 5, 0, 3, 1), (9, 5, 4, 7, 3)
 
 
@@ -53,7 +53,7 @@ class Step:
         self.latents, self.rotated = tail.split([6, 4], dim=-1)
         dtype = kv_cache_torch_dtype(self.spec.kv_cache_dtype, self.spec.dtype)
         self._make_cache(stored, dtype, random)
-        self.meant = [meant(s[:, None], self.layer._k_scale, dtype)[:, 0] for s in stored]
+        self.meant = [dequantized(s[:, None], self.layer._k_scale, dtype)[:, 0] for s in stored]
 
     def _make_cache(self, stored, dtype, random):
         needed = [-(-n // BLOCK_SIZE) for n in self.seq_lens]
@@ -154,7 +154,7 @@ class Step:
     ],
     ids=lambda fields: "+".join(map(str, fields.values())) or "plain",
 )
-def test_it_agrees_with_the_oracle_over_both_phases(fields):
+def test_both_phases_agree_with_the_oracle(fields):
     step = Step(**fields)
     assert set(step.batch.phases) == set(Phase)
     step.check(step.run())
@@ -171,7 +171,7 @@ def test_any_step_agrees_with_the_oracle(lens, seed, padding):
     step.check(step.run())
 
 
-def test_decodes_multiply_the_query_and_prefills_the_keys(monkeypatch):
+def test_decode_is_absorbed_and_prefill_is_expanded(monkeypatch):
     """A decode that expanded its keys would project the whole cache for one token."""
     calls = []
     for name in ("_absorbed", "_expanded"):
@@ -182,7 +182,7 @@ def test_decodes_multiply_the_query_and_prefills_the_keys(monkeypatch):
     assert calls == ["_absorbed", "_expanded", "_expanded", "_absorbed"]
 
 
-def test_absorbed_is_expanded(monkeypatch):
+def test_absorbed_and_expanded_agree(monkeypatch):
     step = Step()
     usual = step.run()
     absorbed, expanded = ReferenceMLAImpl._absorbed, ReferenceMLAImpl._expanded
@@ -191,7 +191,7 @@ def test_absorbed_is_expanded(monkeypatch):
     torch.testing.assert_close(step.run(), usual, rtol=0, atol=1e-12)
 
 
-def test_the_log_sum_exp_comes_with_the_output():
+def test_returns_lse_adds_the_log_sum_exp():
     step = Step(returns_lse=True)
     output, lse = step.run()
     step.check(output)
@@ -203,21 +203,21 @@ def test_an_empty_batch_gives_an_empty_result():
     assert step.run().shape == (0, HEADS, 3)
 
 
-def test_the_default_device_and_dtype_have_no_say(misleading_defaults):
+def test_default_device_and_dtype_are_ignored(misleading_defaults):
     step = Step(kv_cache_dtype="fp8", returns_lse=True)
     with misleading_defaults():
         output, _ = step.run()
     step.check(output)
 
 
-def test_queries_and_keys_may_have_their_heads_flattened_or_not():
+def test_queries_and_keys_may_be_flattened():
     step = Step()
     flat = step.run(query=step.query.flatten(1))
     step.rotated = step.rotated[:, None]
     torch.testing.assert_close(step.run(), flat, rtol=0, atol=0)
 
 
-def test_queries_may_be_projected():
+def test_q_proj_makes_the_queries():
     step = Step()
     hidden = torch.randn(len(step.query), 7, dtype=torch.float64)
     project = nn.Linear(7, HEADS * 9, bias=False, dtype=torch.float64).requires_grad_(False)
@@ -225,7 +225,7 @@ def test_queries_may_be_projected():
     step.check(step.run(step.impl(q_proj=project), query=hidden))
 
 
-def test_the_projection_may_be_a_module():
+def test_kv_b_proj_may_be_a_module():
     step = Step()
     module = nn.Linear(6, HEADS * 8, bias=False, dtype=torch.float64).requires_grad_(False)
     impl = step.impl(kv_b_proj=module)
@@ -233,7 +233,7 @@ def test_the_projection_may_be_a_module():
     step.check(step.run(impl))
 
 
-def test_a_sharing_layer_reads_and_does_not_write():
+def test_a_layer_that_shares_a_cache_does_not_write_it():
     step = Step(kv_sharing=True)
     wanted = Step()
     expected = wanted.run()
@@ -253,7 +253,7 @@ def test_the_output_may_be_quantized(dtype):
     assert torch.equal(output.view(torch.uint8), wanted.view(torch.uint8))
 
 
-def test_selection_finds_it():
+def test_selection_picks_the_backend():
     assert resolve(Step().spec, "cpu").name == "REFERENCE_MLA"
     with pytest.raises(UnsupportedError, match=r"REFERENCE_MLA: .*sinks=True"):
         resolve(Step(sinks=True).spec, "cpu")
@@ -262,7 +262,7 @@ def test_selection_finds_it():
 @pytest.mark.parametrize(
     "feature", [{"alibi_slopes": [1.0] * HEADS}, {"sinks": torch.zeros(HEADS)}], ids=list
 )
-def test_an_impl_made_by_hand_refuses_what_the_backend_does_not_declare(feature):
+def test_impl_rejects_undeclared_features(feature):
     with pytest.raises(UnsupportedError, match="REFERENCE_MLA does not support"):
         Step().impl(**feature)
 
@@ -275,12 +275,12 @@ def test_an_impl_made_by_hand_refuses_what_the_backend_does_not_declare(feature)
     ],
     ids=["shape", "bias"],
 )
-def test_a_projection_that_does_not_fit_is_refused(changes, message):
+def test_invalid_kv_b_proj_is_rejected(changes, message):
     with pytest.raises(InvalidInputError, match=message):
         Step().impl(**changes)
 
 
-def test_sizes_that_are_not_the_latent_caches_are_refused():
+def test_sizes_of_another_cache_are_rejected():
     with pytest.raises(
         InvalidInputError, match=r"give kv_lora_rank \+ qk_rope_head_dim = 10 and 1"
     ):
@@ -322,7 +322,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_a_bad_argument_is_refused_before_anything_is_written(what):
+def test_invalid_arguments_are_rejected_before_anything_is_written(what):
     change, message = BAD_CALLS[what]
     step = Step()
     cache, output = step.cache, torch.full((10, HEADS, 3), 7.0, dtype=torch.float64)

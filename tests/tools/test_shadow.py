@@ -357,7 +357,7 @@ def test_how_often_must_be_a_number(value, monkeypatch):
 @pytest.mark.parametrize("value", ["0", "1", ""])
 def test_nothing_is_compared_or_copied_while_it_is_off(value, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
-    monkeypatch.setattr(shadow, "watch", None)
+    monkeypatch.setattr(shadow, "begin_shadow", None)
     step = Step(Case(spec=layer_spec(), **MIXED))
     step.check(call(layer_of(step), step))
     assert report() == ()
