@@ -1,20 +1,14 @@
-"""The demo model: a small decoder that adds numbers, with its attention left to the caller.
+"""The demo model: a small decoder that adds numbers. The caller computes its attention.
 
-The decoder is of the usual kind: token embedding, then blocks of pre-norm (RMSNorm) grouped-query
-attention with rotary position embedding (RoPE) and a pre-norm SwiGLU MLP, then a final RMSNorm and
-a linear head. One layer has a sliding window, another a logits soft cap; ``DemoConfig.layers`` says
-which. Two ways through it compute the same function:
+The decoder consists of a token embedding, blocks of pre-norm (RMSNorm) grouped-query attention
+with rotary position embedding (RoPE) and a pre-norm SwiGLU MLP, a final RMSNorm and a linear head.
+One layer has a sliding window and one a logits soft cap; see ``DemoConfig.layers``. Two methods
+compute the same function:
 
-* ``DemoModel.forward`` hands each layer's query, key and value to a callable of the caller, which
-  is where a paged cache and a batch of requests in different states come in.
-* ``DemoModel.dense_logits`` is the reference: whole sequences, plain dense causal attention
-  (``dense_attention``), in whatever dtype the parameters have.
-
-What attention means here: ``score = head_size**-0.5 * (query . key)``; then the soft cap,
-``cap * tanh(score / cap)``; then the mask, under which a query at position p sees the keys at
-positions ``(p - W, p]`` (W tokens, itself included) for a sliding window of W, and ``[0, p]``
-without one; then softmax and the weighted sum of the values. Query head h uses key and value head
-``h // (num_heads // num_kv_heads)``.
+* ``DemoModel.forward`` passes each layer's query, key and value to a callable, which can use a
+  paged cache and a batch of requests in different states.
+* ``DemoModel.dense_logits`` is the reference: whole sequences, with the dense causal attention of
+  the conformance suite's float64 oracle.
 """
 
 from __future__ import annotations
@@ -27,28 +21,29 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import RMSNorm, functional
 
+from attn_dispatch.conformance.oracle import attention_of_request, positions_of, sees
 from attn_dispatch.serving import tokenizer
 
 WEIGHTS_PATH = Path(__file__).with_name("weights.safetensors")
-"""The trained weights that ship with the package: float16, the config in their metadata."""
+"""The trained weights of the package: float16, with the config in the metadata."""
 
 CONFIG_KEY = "demo_config"
-"""Key of the safetensors metadata under which the config lies as JSON."""
+"""Key of the config, as JSON, in the safetensors metadata."""
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer_index, query, key, value) -> output``: causal attention of one layer.
 
 query: ``(num_tokens, num_heads, head_size)``; key, value: ``(num_tokens, num_kv_heads,
-head_size)``; output: as query. RoPE has been applied to query and key; scale, sliding window and
-soft cap are the callable's to apply, as are the keys and values of earlier tokens.
+head_size)``; output: as query. RoPE is already applied to query and key. The callable applies
+scale, sliding window and soft cap, and adds the keys and values of earlier tokens.
 """
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What sets one layer's attention apart from plain causal attention.
+    """How one layer's attention differs from plain causal attention.
 
     Attributes:
         sliding_window: number of tokens a query sees, itself included; None: all of them.
@@ -71,10 +66,10 @@ class DemoConfig:
         num_kv_heads: key and value heads per layer; divides ``num_heads``.
         head_size: size of one head; even, for RoPE.
         layers: one record per layer, first layer first.
-        rope_base: base of the RoPE frequencies, ``rope_base ** (-2 i / head_size)``. Far below
-            the customary 10000, since contexts are short and exact positions matter.
+        rope_base: base of the RoPE frequencies, ``rope_base ** (-2 i / head_size)``. It is far
+            below the usual 10000, because contexts are short and exact positions matter.
         rms_norm_eps: added to the mean square in RMSNorm.
-        max_context: longest sequence that was trained, in tokens, BOS included.
+        max_context: longest sequence in training, in tokens, BOS included.
     """
 
     vocab_size: int = tokenizer.VOCAB_SIZE
@@ -103,11 +98,6 @@ class DemoConfig:
             raise ValueError(f"head_size ({self.head_size}) must be even for RoPE")
 
     @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
-
-    @property
     def scale(self) -> float:
         """Factor on query . key, ``head_size ** -0.5``."""
         return float(self.head_size**-0.5)
@@ -125,16 +115,11 @@ class DemoConfig:
 
 
 def rope_tables(positions: Tensor, config: DemoConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that rotate the queries and keys at some positions.
+    """Cosines and sines of the angles of RoPE (arXiv:2104.09864).
 
-    Args:
-        positions: ``(..., num_tokens)``, integer; a token's index in its own sequence.
-        config: gives ``head_size`` and ``rope_base``.
-        dtype: dtype of the results.
-
-    Returns:
-        cos and sin, each ``(..., num_tokens, 1, head_size // 2)``. The angles are computed in
-        float64 whatever ``dtype`` is, so that models of different dtypes rotate alike.
+    positions: ``(..., num_tokens)``, integer; a token's index in its own sequence. Both results:
+    ``(..., num_tokens, 1, head_size // 2)``. The angles are computed in float64 for every dtype,
+    so that models of different dtypes use the same angles.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64, device=positions.device)
     frequencies = config.rope_base ** (-exponents / config.head_size)
@@ -145,63 +130,10 @@ def rope_tables(positions: Tensor, config: DemoConfig, dtype: torch.dtype) -> tu
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + head_size // 2]) of a head by its position's angle.
 
-    Args:
-        x: ``(..., num_tokens, heads, head_size)``.
-        cos, sin: ``(..., num_tokens, 1, head_size // 2)``, of ``rope_tables``.
-
-    Returns:
-        Shape and dtype of ``x``.
+    x: ``(..., num_tokens, heads, head_size)``; cos, sin: from ``rope_tables``; result: as x.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, layer: LayerConfig
-) -> Tensor:
-    """Causal attention of whole sequences, every score written out: the reference.
-
-    Args:
-        query: ``(batch, length, num_heads, head_size)``.
-        key, value: ``(batch, length, num_kv_heads, head_size)``.
-        scale: factor on query . key.
-        layer: the layer's sliding window and soft cap.
-
-    Returns:
-        ``(batch, length, num_heads, head_size)``, dtype of ``query``; nothing is computed in
-        another dtype than that.
-    """
-    length, num_heads, num_kv_heads = query.shape[1], query.shape[2], key.shape[2]
-    key = key.repeat_interleave(num_heads // num_kv_heads, dim=2)
-    value = value.repeat_interleave(num_heads // num_kv_heads, dim=2)
-
-    scores = scale * torch.einsum("bqhd,bkhd->bhqk", query, key)
-    if layer.logits_soft_cap is not None:
-        scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
-
-    position = torch.arange(length, device=query.device)
-    visible = position[None, :] <= position[:, None]
-    if layer.sliding_window is not None:
-        visible &= position[None, :] > position[:, None] - layer.sliding_window
-    scores = scores.masked_fill(~visible, float("-inf"))
-
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: ``(..., size)``; the result has its shape and dtype."""
-        # Squares of half-precision numbers overflow or lose too much; float64 stays float64.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
 
 
 class DemoBlock(nn.Module):
@@ -225,7 +157,7 @@ class DemoBlock(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer_index: int, attend: Attend
     ) -> Tensor:
-        """x: ``(..., num_tokens, hidden_size)``; cos, sin: of ``rope_tables``; result: as x."""
+        """x: ``(..., num_tokens, hidden_size)``; cos, sin: from ``rope_tables``; result: as x."""
         h = self.attention_norm(x)
         query = apply_rope(self.query(h).unflatten(-1, (-1, self.head_size)), cos, sin)
         key = apply_rope(self.key(h).unflatten(-1, (-1, self.head_size)), cos, sin)
@@ -237,10 +169,9 @@ class DemoBlock(nn.Module):
 
 
 class DemoModel(nn.Module):
-    """The decoder; see the module's docstring.
+    """The decoder, see the module's docstring; ``load_demo_model`` returns the trained one.
 
-    A fresh one has random parameters (drawn from torch's global generator), which is what the
-    training script starts from; ``load_demo_model`` gives the trained one.
+    A new model has random parameters, drawn from torch's global generator.
     """
 
     def __init__(self, config: DemoConfig) -> None:
@@ -252,21 +183,20 @@ class DemoModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Logits of some tokens, the attention of every layer done by ``attend``.
+        """Logits of some tokens, with the attention of every layer computed by ``attend``.
 
-        The tokens may belong to any number of sequences and be any part of them: the model looks
-        across tokens nowhere else than in ``attend``.
+        The tokens may be parts of any number of sequences: only ``attend`` combines tokens.
 
         Args:
             token_ids: ``(num_tokens,)``, integer.
-            positions: ``(num_tokens,)``, integer; each token's index in its own sequence, the
-                BOS token being at 0.
-            attend: called once per layer, in order; see ``Attend``. (Where token_ids and
-                positions have leading dimensions, such as a batch's, so have its tensors.)
+            positions: ``(num_tokens,)``, integer; each token's index in its own sequence, 0 for
+                BOS.
+            attend: called once per layer, in order; see ``Attend``. If token_ids and positions
+                have leading dimensions, such as a batch's, its tensors have them too.
 
         Returns:
-            ``(num_tokens, vocab_size)``, dtype of the parameters: for each token, the logits of
-            the one that follows.
+            ``(num_tokens, vocab_size)``, dtype of the parameters: the logits of the token after
+            each one.
         """
         x: Tensor = self.embedding(token_ids)
         cos, sin = rope_tables(positions, self.config, x.dtype)
@@ -276,39 +206,28 @@ class DemoModel(nn.Module):
         return logits
 
     def dense_logits(self, token_ids: Tensor) -> Tensor:
-        """Logits of whole sequences through ``dense_attention``: the reference.
+        """Logits of whole sequences, with attention in float64: the reference.
 
         Args:
-            token_ids: ``(batch, length)``, integer, each row a sequence from its BOS on. Padding
-                may follow a sequence: attention is causal, so nothing before it changes.
+            token_ids: ``(batch, length)``, integer; each row is a sequence from its BOS on,
+                optionally followed by padding, which causal attention does not see.
 
         Returns:
             ``(batch, length, vocab_size)``, dtype of the parameters.
         """
+        scale, length = self.config.scale, token_ids.shape[1]
+        positions = positions_of(length, length, token_ids.device)
 
-        def attend(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(layer_index: int, *qkv: Tensor) -> Tensor:
             layer = self.config.layers[layer_index]
-            return dense_attention(query, key, value, self.config.scale, layer)
+            seen = sees(positions, length, causal=True, window=layer.sliding_window)
+            outputs = [
+                attention_of_request(*row, scale=scale, seen=seen, cap=layer.logits_soft_cap)[0]
+                for row in zip(*qkv, strict=True)
+            ]
+            return torch.stack(outputs).to(qkv[0].dtype)
 
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         return self.forward(token_ids, positions.expand_as(token_ids), attend)
-
-
-def save_demo_model(model: DemoModel, path: Path) -> None:
-    """Write a model's parameters as float16, and its config as JSON in the metadata.
-
-    The file is replaced as a whole, so a reader never sees half of one.
-    """
-    from safetensors.torch import save
-
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    partial = path.with_name(path.name + ".partial")
-    # safetensors' own save_file makes a file that only its owner may read; this one is shipped.
-    partial.write_bytes(save(tensors, metadata={CONFIG_KEY: model.config.to_json()}))
-    partial.replace(path)
 
 
 def load_demo_model(
@@ -316,25 +235,20 @@ def load_demo_model(
     device: torch.device | str = "cpu",
     path: Path = WEIGHTS_PATH,
 ) -> DemoModel:
-    """The trained model that ships with the package, ready for inference.
+    """The trained model of the package, in eval mode and without gradients.
 
     Args:
-        dtype: dtype of the parameters, and so of the computation. The file holds float16, so
-            float32 and float64 models have exactly the same parameters.
-        device: where the parameters are put.
-        path: another file written by ``save_demo_model``.
-
-    Returns:
-        The model in eval mode, its parameters not requiring gradients.
+        dtype: of the parameters and the computation. The file contains float16, so models in
+            float32 and float64 have exactly the same parameters.
+        device: of the parameters.
+        path: of another file that examples/train_demo_model.py wrote.
     """
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
         metadata: dict[str, str] = file.metadata() or {}
         if CONFIG_KEY not in metadata:
-            raise ValueError(
-                f"{path} has no {CONFIG_KEY!r} metadata: not weights of the demo model"
-            )
+            raise ValueError(f"{path} has no {CONFIG_KEY!r} metadata, so it is not the demo model")
         config = DemoConfig.from_json(metadata[CONFIG_KEY])
         names: list[str] = file.keys()
         tensors = {name: file.get_tensor(name).to(dtype) for name in names}
