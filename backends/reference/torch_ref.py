@@ -9,7 +9,6 @@ import torch
 
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype, without_autocast
 from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import (
     ANY,
     ByDevice,
@@ -18,9 +17,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
 )
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, get_kv_scales
-from attn_dispatch.interface.kv_access import gather_kv
-from attn_dispatch.interface.kv_cache import view_kv_cache
+from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
 from attn_dispatch.interface.spec import (
@@ -30,6 +27,7 @@ from attn_dispatch.interface.spec import (
     AttentionSpec,
 )
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.unquantized import ForwardArgs
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
@@ -71,6 +69,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         check_forward(self, query, key, value, kv_cache, batch, output, *scales)
         if kv_cache is not None and key is not None and value is not None:
             self.write_kv(layer, key, value, kv_cache, batch)
+        args = ForwardArgs(layer, query, key, value, kv_cache, attn_metadata)
         dtype = compute_dtype(query.dtype)
         shape = (query.shape[0], self.num_heads, self.head_size_v)
         result = torch.zeros(shape, dtype=dtype, device=query.device)
@@ -81,7 +80,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
             if query_len == 0 or batch.seq_lens_list[request] == 0:
                 continue
             rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
-            keys, values = self._kv_of(request, layer, key, value, kv_cache, batch, dtype)
+            keys, values = args.request_kv(request, dtype)
             result[rows], lse[rows] = attend(
                 query[rows].to(dtype),
                 keys,
@@ -100,31 +99,6 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
             output = torch.empty_like(result, dtype=query.dtype)
         store_output(result, output, *scales)
         return (output, lse) if self.returns_lse else output
-
-    def _kv_of(
-        self,
-        request: int,
-        layer: AttentionLayer,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        batch: AttentionBatch,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's keys and values, (seq_len, num_kv_heads, size), from cache or arguments."""
-        if kv_cache is None:
-            assert key is not None
-            assert value is not None
-            rows = slice(batch.key_starts[request], batch.key_starts[request + 1])
-            return key[rows].to(dtype), value[rows].to(dtype)
-        assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
-        views = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        keys, values = (
-            gather_kv(view, blocks, seq_len, scale, dtype)
-            for view, scale in zip(views, get_kv_scales(layer, kv_cache), strict=True)
-        )
-        return keys, values
 
 
 def _on(device: torch.device, values: object, dtype: torch.dtype) -> torch.Tensor | None:
