@@ -1,4 +1,4 @@
-"""FLASH_ATTN over stand-ins: its numbers, how batches are cut into calls, and NaN of others."""
+"""FLASH_ATTN over fakes: its results, how batches are split into calls, and NaN."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from support.flash_attn_cases import (
 )
 from support.strategies import cases
 
-# --- Numbers ----------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------
 
 
 @each_provider
@@ -60,8 +60,8 @@ def test_any_step_agrees_with_the_reference(name, case):
 
 @each_kind
 @given(case=cases("FLASH_ATTN", dtypes=DTYPES))
-def test_any_step_agrees_however_it_is_cut(name, case):
-    """Prompts of four tokens on go alone, and many calls are allowed."""
+def test_any_step_agrees_with_many_calls(name, case):
+    """Prompts of four tokens or more get their own calls, and many calls are allowed."""
     spec = fitted(case.spec, BY_NAME[name])
     cut = mock.patch.multiple(flash_attn, _OWN_CALL_QUERY_LEN=4, _MAX_CALLS=100)
     with provided(name), cut:
@@ -81,7 +81,7 @@ def test_a_feature_agrees(name, feature, lengths):
 
 @pytest.mark.parametrize("name", [VLLM_3, VLLM_2])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_feature_agrees_with_one_score_at_a_time(name, feature):
+def test_a_feature_agrees_with_the_scalar_oracle(name, feature):
     lengths = {"query_lens": (1, 5, 0, 3, 4), "seq_lens": (9, 5, 4, 18, 2)}
     with provided(name):
         step = step_of(name, {"head_size": 16} | FEATURES[feature], lengths)
@@ -104,7 +104,7 @@ def test_a_feature_has_an_effect(name, feature):
 @each_provider
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("block_size", [16, None])
-def test_tensors_may_lie_in_memory_as_they_like(name, memory, block_size):
+def test_any_memory_layout_is_read(name, memory, block_size):
     with provided(name):
         fields = {} if block_size and name == OWN_2 else {"block_size": block_size}
         step = step_of(name, fields, MIXED, memory=memory, padding=3)
@@ -113,7 +113,7 @@ def test_tensors_may_lie_in_memory_as_they_like(name, memory, block_size):
 
 @each_kind
 @pytest.mark.parametrize("strided", [False, True])
-def test_the_output_goes_where_it_is_wanted(name, strided):
+def test_the_given_output_is_filled(name, strided):
     with provided(name):
         step = step_of(name, {}, MIXED)
         shape = (len(step.query), step.spec.num_heads, 2 * step.spec.head_size)
@@ -127,8 +127,8 @@ def test_the_output_goes_where_it_is_wanted(name, strided):
 @pytest.mark.parametrize("block_size", [16, None])
 @pytest.mark.parametrize("is_given", [True, False])
 @pytest.mark.parametrize("lengths", [MIXED, {"query_lens": (0, 0), "seq_lens": (0, 0)}])
-def test_rows_of_padding_hold_nothing(name, block_size, is_given, lengths):
-    """Rows that are no request's are 0 with an lse of −inf, whatever output held before."""
+def test_padding_rows_are_zero(name, block_size, is_given, lengths):
+    """Rows of no request are 0 with an lse of −inf, whatever output held before."""
     block_size = 256 if block_size and name == OWN_2 else block_size
     with provided(name):
         fields = {"block_size": block_size, "returns_lse": True}
@@ -159,7 +159,7 @@ def test_a_scale_may_be_zero_or_negative(name, factor):
     ("causal", "window", "block_size"),
     list(itertools.product([True, False], [None, 1, 7, 36, 10_000], [16, None])),
 )
-def test_more_queries_than_keys_leave_the_first_queries_blind(name, causal, window, block_size):
+def test_queries_before_the_first_key_are_zero(name, causal, window, block_size):
     spec = spec_of(name, causal=causal, sliding_window=window, returns_lse=True)
     spec = spec if block_size else spec.replace(block_size=None)
     case = Case(spec=spec, query_lens=(5, 50, 3, 20), seq_lens=(3, 33, 0, 0))
@@ -194,12 +194,12 @@ def test_metadata_of_pages_serves_a_call_without_a_cache():
     assert [call["k"].data_ptr() for call in calls_of(recorder)] == [step.key.data_ptr()]
 
 
-# --- What belongs to nobody -------------------------------------------------------------------
+# --- NaN of other requests and freed blocks ----------------------------------------------------
 
 
 @each_kind
 @pytest.mark.parametrize("graph", [False, True])
-def test_blocks_that_the_window_has_passed_may_hold_anything(name, graph):
+def test_nan_before_the_window_does_not_reach_the_output(name, graph):
     fields = {"sliding_window": 20, "cuda_graph": graph}
     with provided(name):
         spec = spec_of(name, **fields)
@@ -214,12 +214,12 @@ def test_blocks_that_the_window_has_passed_may_hold_anything(name, graph):
 
 
 @each_kind
-@pytest.mark.parametrize("alone_from", [8, 10_000])
-def test_a_neighbour_that_is_nan_is_nan_alone(name, alone_from):
-    """Prompts read as rows: what stands behind them is another's, or padding."""
+@pytest.mark.parametrize("own_call_query_len", [8, 10_000])
+def test_nan_stays_in_its_request(name, own_call_query_len):
+    """Prompts read as rows are followed by rows of another request, or padding."""
     lengths = {"query_lens": (30, 1, 20, 7), "seq_lens": (30, 40, 20, 7)}
     for fields in ({}, {"block_size": None}):
-        cut = mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", alone_from)
+        cut = mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", own_call_query_len)
         with provided(name), cut:
             step = step_of(name, fields, lengths, padding=50)
             expected = step.expected()[0]
@@ -233,20 +233,20 @@ def test_a_neighbour_that_is_nan_is_nan_alone(name, alone_from):
             )
 
 
-#: Lengths of an encoder's requests, which are called for together where that keeps them apart.
+#: Lengths of an encoder's requests, which share a call if that keeps them separate.
 APART = {
     "even": (20, 20, 20),
     "ragged": (30, 1, 20, 7),
     "a tile, even": (TILE, TILE),
     "a tile, ragged": (TILE, 5, 2 * TILE),
-    "with one of nothing": (9, 0, 9),
+    "with an empty one": (9, 0, 9),
 }
 
 
 @each_kind
 @pytest.mark.parametrize("lengths", APART)
 @pytest.mark.parametrize("causal", [True, False])
-def test_an_encoders_request_that_is_nan_is_nan_alone(name, lengths, causal):
+def test_nan_stays_in_its_request_without_a_cache(name, lengths, causal):
     fields = {"block_size": None, "causal": causal}
     for victim in range(len(APART[lengths])):
         with provided(name):
@@ -255,8 +255,8 @@ def test_an_encoders_request_that_is_nan_is_nan_alone(name, lengths, causal):
 
 
 @pytest.mark.parametrize("generation", [3, 4])
-def test_the_stand_in_reads_past_a_requests_rows(generation):
-    """Or the tests above could not fail: one call over all rows lets NaN through."""
+def test_the_fake_reads_past_a_requests_rows(generation):
+    """Otherwise the tests above could not fail: one call over all rows lets NaN through."""
     name = {3: VLLM_3, 4: VLLM_4}[generation]
     starts = torch.tensor([0, 8, 16], dtype=torch.int32)
     rows = torch.ones(16, 2, 64, dtype=torch.bfloat16)
@@ -280,7 +280,7 @@ def test_the_stand_in_reads_past_a_requests_rows(generation):
     assert apart[8:].isnan().all()
 
 
-# --- How a batch is cut -----------------------------------------------------------------------
+# --- How a batch is split into calls -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_the_stand_in_reads_past_a_requests_rows(generation):
         (OWN_2, (9, 8, 50), [67]),
     ],
 )
-def test_an_encoder_takes_as_few_calls_as_keep_its_requests_apart(name, lengths, queries):
-    """FlashAttention 4 of even ones, the others of all; long ones alone where that is faster."""
+def test_an_encoder_makes_few_calls_that_separate_its_requests(name, lengths, queries):
+    """FlashAttention 4 joins equal lengths, the others any. Long prompts may get their own."""
     fields = {"block_size": None, "causal": False, "returns_lse": True}
     with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, fields, {"query_lens": lengths, "seq_lens": lengths})
@@ -308,7 +308,7 @@ def test_an_encoder_takes_as_few_calls_as_keep_its_requests_apart(name, lengths,
     assert [len(call["q"]) for call in calls_of(recorder)] == queries
 
 
-def test_what_layers_have_in_common_is_made_once():
+def test_layers_share_the_arguments_of_a_batch():
     lengths = {"query_lens": (1, 1, 9), "seq_lens": (5, 40, 20)}
     with provided(VLLM_3) as recorder:
         step = step_of(VLLM_3, {"sliding_window": 9}, lengths)
@@ -320,8 +320,8 @@ def test_what_layers_have_in_common_is_made_once():
 
 
 @each_kind
-def test_flash_attention_4_runs_with_the_tensors_device_as_the_current_one(name):
-    """The functions of the others see to it themselves."""
+def test_flash_attention_4_runs_on_the_tensors_device(name):
+    """The other packages select the device themselves."""
     inside = []
 
     @contextlib.contextmanager
@@ -337,7 +337,7 @@ def test_flash_attention_4_runs_with_the_tensors_device_as_the_current_one(name)
     assert all(len(tensor) == 3 for tensor, _ in inside)
 
 
-def test_a_cache_is_remembered_until_another_comes():
+def test_another_cache_replaces_the_remembered_one():
     with provided(VLLM_3):
         step = step_of(VLLM_3, {"kv_sharing": True}, MIXED)
         metadata = FlashAttnBackend.get_builder_cls()(step.spec, step.device).build(step.batch)
@@ -358,7 +358,7 @@ def test_decodes_and_prompts_are_two_calls():
     assert [call["max_seqlen_q"] for call in calls_of(recorder)] == [1, 9]
 
 
-def test_phases_in_any_order_are_one_call_and_not_many():
+def test_alternating_phases_are_one_call():
     lengths = {"query_lens": (1, 9) * 5, "seq_lens": (20, 20) * 5}
     with provided(VLLM_3) as recorder:
         step = step_of(VLLM_3, {}, lengths)
@@ -377,7 +377,9 @@ def test_phases_in_any_order_are_one_call_and_not_many():
         (OWN_2, 100, True, ["pages"]),
     ],
 )
-def test_a_long_prompt_is_alone_over_rows_where_that_is_faster(name, past, brings_keys, reads):
+def test_a_long_prompt_gets_its_own_call_over_rows_where_that_is_faster(
+    name, past, brings_keys, reads
+):
     lengths = {"query_lens": (50, 3), "seq_lens": (50 + past, 30)}
     with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, {"sliding_window": 70}, lengths, brings_keys=brings_keys)
@@ -392,7 +394,7 @@ def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
     with provided(name) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         step = step_of(name, {}, lengths)
         expected = step.expected()[0]
-        step.key[50:100], step.value[50:100] = torch.nan, torch.nan  # the second's own affair
+        step.key[50:100], step.value[50:100] = torch.nan, torch.nan  # the second request's own
         output = forward(step)
     kept = torch.tensor([*range(50), *range(100, 213)])
     torch.testing.assert_close(output[kept].double(), expected[kept], rtol=0, atol=0.02)
@@ -400,7 +402,7 @@ def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
     assert ["rows" if table is None else "pages" for table in tables] == ["rows", "rows", "pages"]
 
 
-def test_rows_that_do_not_fit_stay_in_their_pages():
+def test_prompts_too_large_to_gather_read_pages():
     lengths = {"query_lens": (50,), "seq_lens": (150,)}
     cut = mock.patch.multiple(flash_attn, _OWN_CALL_QUERY_LEN=50, MAX_GATHERED_BYTES=1000)
     with provided(VLLM_3) as recorder, cut:
@@ -408,7 +410,7 @@ def test_rows_that_do_not_fit_stay_in_their_pages():
     assert calls_of(recorder)[0]["block_table"] is not None
 
 
-def test_a_gathered_window_copies_only_the_blocks_that_it_reaches():
+def test_gathering_copies_only_the_blocks_in_the_window():
     lengths = {"query_lens": (50,), "seq_lens": (450,)}
     with provided(VLLM_3) as recorder, mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50):
         forward(step_of(VLLM_3, {"sliding_window": 20}, lengths))
@@ -416,7 +418,7 @@ def test_a_gathered_window_copies_only_the_blocks_that_it_reaches():
 
 
 @pytest.mark.parametrize("name", [VLLM_3, OWN_3])
-def test_flash_attention_3s_schedule_is_made_once_a_batch_for_all_layers(name):
+def test_flash_attention_3_makes_one_schedule_per_batch(name):
     with provided(name) as recorder:
         step = step_of(name, {"logits_soft_cap": 5.0, "sliding_window": 9}, MIXED)
         builder = FlashAttnBackend.get_builder_cls()(step.spec, step.device)
@@ -429,7 +431,7 @@ def test_flash_attention_3s_schedule_is_made_once_a_batch_for_all_layers(name):
     assert sum(schedule is not None for schedule in used) == 3 * made
 
 
-def test_flash_attention_2_splits_decodes_by_the_function_for_them():
+def test_flash_attention_2_decodes_by_the_kvcache_function():
     with provided(OWN_2) as recorder:
         forward(step_of(OWN_2, {}, DECODES))
     assert recorder.names() == ["flash_attn_with_kvcache"]
@@ -437,7 +439,7 @@ def test_flash_attention_2_splits_decodes_by_the_function_for_them():
 
 @pytest.mark.parametrize("name", [OWN_2, VLLM_2])
 @pytest.mark.parametrize("block_size", [256, None])
-def test_flash_attention_2_does_not_count_on_a_token_where_there_is_none(name, block_size):
+def test_flash_attention_2_computes_requests_without_tokens(name, block_size):
     lengths = {"query_lens": (1, 0, 1), "seq_lens": (30, 9, 20)}
     with provided(name):
         step = step_of(name, {"block_size": block_size}, lengths)
@@ -458,8 +460,8 @@ def test_without_keys_nothing_is_called(name):
 
 @pytest.mark.parametrize("name", [VLLM_3, OWN_3, SGLANG_3, OWN_2, VLLM_2])
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 20}], ids=["plain", "window"])
-def test_metadata_of_a_graph_serves_what_its_buffers_hold_later(name, fields):
-    """What is captured derives everything from the buffers, also from one that pads the batch."""
+def test_graph_metadata_reads_the_current_buffers(name, fields):
+    """The captured call derives everything from the buffers, also for padding requests."""
     fields = fields | {"cuda_graph": True}
     with provided(name) as recorder:
         captured = step_of(name, fields, {"query_lens": (1,) * 4, "seq_lens": (1,) * 4})

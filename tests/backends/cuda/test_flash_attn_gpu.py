@@ -1,4 +1,4 @@
-"""FLASH_ATTN on a GPU, by the packages that are installed: numbers, NaN of others, and graphs."""
+"""FLASH_ATTN on a GPU, with the installed packages: results, NaN, and graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from support.strategies import cases
 
 @contextlib.contextmanager
 def real(name):
-    """The provider as it is installed, on this GPU; else the test is skipped."""
+    """A context with the installed provider on this GPU; skips the test if there is none."""
     provider = BY_NAME[name]
     profile = detect_device("cuda")
     if not provider.runs_on(profile):
@@ -53,7 +53,7 @@ def real(name):
         yield
 
 
-@pytest.fixture(scope="module")  # hypothesis refuses one that is made for each test
+@pytest.fixture(scope="module")  # hypothesis rejects one that is made for each test
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
@@ -64,7 +64,7 @@ GPU_MIXED = {
     "query_lens": (1, 1, 3, 700, 300, 0, 129, 5),
     "seq_lens": (1000, 1, 70, 700, 1300, 0, 600, 3),
 }
-#: Prompts that are called for alone where that is faster, one with a past to be gathered.
+#: Prompts that get their own calls where that is faster, one with a past to be gathered.
 GPU_LONG = {"query_lens": (2100, 1, 2060), "seq_lens": (2100, 900, 2500)}
 GPU_DECODES = {"query_lens": (1,) * 6, "seq_lens": (3000, 1, 300, 17, 4097, 128)}
 GPU_FEATURES = {
@@ -115,7 +115,7 @@ def test_any_step_of_the_installed_package_agrees(cuda, name, case):
 @pytest.mark.gpu
 @each_provider
 @pytest.mark.parametrize("block_size", [None, 16])
-def test_nan_stays_out_of_what_the_installed_package_returns(cuda, name, block_size):
+def test_nan_stays_in_its_request_with_the_installed_package(cuda, name, block_size):
     with real(name):
         fields = {"block_size": None} if block_size is None else {}
         lengths = {"query_lens": (2100, 1, 300, 7), "seq_lens": (2100, 40, 300, 7)}
@@ -154,7 +154,7 @@ def test_an_encoder_of_the_installed_package_agrees(cuda, name, feature, lengths
 @pytest.mark.parametrize("lengths", GPU_APART)
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_request_that_is_nan_is_nan_alone_in_the_installed_package(
+def test_nan_stays_in_its_request_without_a_cache_with_the_installed_package(
     cuda, name, causal, head_size, lengths
 ):
     with real(name):
@@ -203,7 +203,7 @@ def test_a_graph_of_the_installed_package_serves_later_steps(cuda, name, window)
 
 
 def keys_counted(attend, spec, query_len, seq_len, paged):
-    """(query_len, num_heads) how many keys each row saw: of equal weights, exp(lse)."""
+    """(query_len, num_heads): how many keys each row saw, which is exp(lse) for equal weights."""
     new = {"dtype": spec.dtype, "device": "cuda"}
     query = torch.zeros(query_len, spec.num_heads, spec.head_size, **new)
     keys = torch.zeros(seq_len, spec.num_kv_heads, spec.head_size, **new)
@@ -237,9 +237,7 @@ def keys_counted(attend, spec, query_len, seq_len, paged):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("group", [1, 4, 5, 8])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 160, 192, 224, 256])
-def test_vllms_kernel_sees_the_keys_that_it_should_of_windows_that_are_allowed(
-    head_size, group, causal, cuda
-):
+def test_vllms_kernel_sees_the_right_keys_of_accepted_windows(head_size, group, causal, cuda):
     """Prompts, chunks over a prefix and drafts, around the edges of the kernel's tiles."""
     with real(VLLM_3):
         attend = BY_NAME[VLLM_3].load()["flash_attn_varlen_func"]

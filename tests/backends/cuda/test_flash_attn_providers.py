@@ -1,4 +1,4 @@
-"""FLASH_ATTN's providers: which one serves what, what each refuses, and broken packages."""
+"""FLASH_ATTN's providers: which one serves what, what each rejects, and broken packages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from support.flash_attn_cases import (
     step_of,
 )
 
-# --- Who serves what --------------------------------------------------------------------------
+# --- Which serves what ------------------------------------------------------------------------
 
 
 def all_on(arch):
@@ -64,13 +64,13 @@ def all_on(arch):
         ("sm80", {"block_size": None}, OWN_2),
     ],
 )
-def test_the_first_that_can_is_picked(arch, fields, picked):
+def test_the_first_supporting_provider_is_picked(arch, fields, picked):
     provider = pick_provider(spec_of(VLLM_3, **fields), all_on(arch))
     assert isinstance(provider, Provider)
     assert provider.name == picked
 
 
-#: (provider, what it refuses, the sentence)
+#: (provider, what it rejects, the message)
 LIMITS = [
     (OWN_2, {"block_size": 16}, "block_size=16 .* multiples of 256"),
     (VLLM_2, {"block_size": 8}, "block_size=8 .* multiples of 16"),
@@ -108,7 +108,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("name", "fields", "sentence"), LIMITS)
 def test_limits(name, fields, sentence):
-    """By selection, and by the builder of those who do without one."""
+    """Selection and the builder reject the same."""
     spec = spec_of(name, **fields)
     with provided(name), pytest.raises(UnsupportedError, match=sentence):
         FlashAttnBackend.get_builder_cls()(spec, torch.device("cpu"))
@@ -118,23 +118,23 @@ def test_limits(name, fields, sentence):
     assert next(verdict for verdict in verdicts if verdict.name == "FLASH_ATTN").reasons
 
 
-def test_an_installation_that_would_help_is_named():
+def test_a_missing_package_that_would_help_is_named():
     device = known_device("H200")
     reasons = pick_provider(spec_of(VLLM_3), device)
     assert {reason.code for reason in reasons} == {ReasonCode.LIBRARY}
     assert "needs vllm>=0.11 for vLLM's FlashAttention 3: vllm is not installed" in str(reasons[0])
     only = pick_provider(spec_of(VLLM_3, alibi=True), device)
-    assert {reason.field for reason in only} == {"vllm"}  # flash_attn's pages are larger
+    assert {reason.field for reason in only} == {"vllm"}  # flash_attn needs larger pages
 
 
-def test_what_is_installed_and_cannot_is_told_by_name():
+def test_reasons_name_the_installed_provider():
     device = known_device("H200").with_libraries(Library("flash_attn", "2.8.3"))
     reasons = pick_provider(spec_of(VLLM_3), device)
     assert "block_size=16 with FlashAttention 2 is not supported" in " ".join(map(str, reasons))
 
 
 @pytest.mark.parametrize(("version", "picked"), [("2.8.3", OWN_2), ("2.5", None), ("4.0", None)])
-def test_versions_count(version, picked):
+def test_only_supported_versions_are_picked(version, picked):
     device = known_device("A100").with_libraries(Library("flash_attn", version))
     found = pick_provider(spec_of(OWN_2), device)
     assert (found.name if isinstance(found, Provider) else None) == picked
@@ -152,7 +152,7 @@ def test_selection_imports_nothing():
         assert names.isdisjoint(sys.modules)
 
 
-def test_a_package_that_is_there_and_broken_is_told_of():
+def test_a_broken_package_is_reported():
     spec, device = spec_of(VLLM_3), torch.device("cpu")
     profile = profile_for(BY_NAME[OWN_3])
     with (
@@ -165,8 +165,8 @@ def test_a_package_that_is_there_and_broken_is_told_of():
         assert list(libraries._broken) == ["flash_attn_interface"]
 
 
-def test_one_generation_that_was_not_built_leaves_the_others():
-    """vLLM's package has all three, each with kernels of its own."""
+def test_a_missing_generation_leaves_the_others():
+    """vLLM's package has three generations, each with its own kernels."""
     kernels = "vllm.vllm_flash_attn._vllm_fa2_C"
     device = torch.device("cpu")
     with (
@@ -184,7 +184,7 @@ def test_one_generation_that_was_not_built_leaves_the_others():
         build(spec_of(VLLM_3), device)
 
 
-def test_vllm_is_told_of_as_many_keys_as_its_schedule_was_made_for():
+def test_vllms_max_seqlen_k_matches_its_schedule():
     with provided(VLLM_3) as recorder:
         step = step_of(VLLM_3, {"sliding_window": 5}, {"query_lens": (1, 1), "seq_lens": (5, 60)})
         forward(step)
@@ -193,7 +193,7 @@ def test_vllm_is_told_of_as_many_keys_as_its_schedule_was_made_for():
     assert call["max_seqlen_k"] == 16 * call["block_table"].shape[1]
 
 
-def test_a_package_without_its_function_is_told_of():
+def test_a_package_without_its_function_is_reported():
     with provided(OWN_3):
         del sys.modules["flash_attn_interface"].flash_attn_with_kvcache
         with pytest.raises(BackendFailure, match="has no flash_attn_with_kvcache"):
@@ -204,8 +204,8 @@ def test_a_package_without_its_function_is_told_of():
 
 
 @pytest.mark.parametrize("is_known", [False, True])
-def test_a_cache_of_other_blocks_is_refused(is_known):
-    """Also one that the layer has been computed from."""
+def test_a_cache_of_another_block_size_is_rejected(is_known):
+    """Also a cache that the layer has used before."""
     with provided(VLLM_3):
         step = step_of(VLLM_3, {}, MIXED)
         build = FlashAttnBackend.get_builder_cls()
@@ -220,7 +220,7 @@ def test_a_cache_of_other_blocks_is_refused(is_known):
             impl.forward(*arguments, metadata)
 
 
-def test_a_cache_that_is_not_aligned_is_refused():
+def test_an_unaligned_cache_is_rejected():
     with provided(VLLM_3):
         step = step_of(VLLM_3, {}, MIXED)
         memory = torch.zeros(step.kv_cache.numel() + 1, dtype=step.spec.dtype)
@@ -231,7 +231,7 @@ def test_a_cache_that_is_not_aligned_is_refused():
             impl.forward(step.layer, step.query, step.key, step.value, cache, metadata)
 
 
-def test_a_quantized_output_is_refused():
+def test_quantized_output_is_rejected():
     with provided(VLLM_3):
         step = step_of(VLLM_3, {}, MIXED)
         output = torch.empty(step.query.shape, dtype=torch.float8_e4m3fn)
@@ -239,7 +239,7 @@ def test_a_quantized_output_is_refused():
             forward(step, output=output, output_scale=torch.ones(()))
 
 
-def test_indices_of_64_bits_are_refused():
+def test_int64_block_tables_are_rejected():
     with provided(VLLM_3):
         step = step_of(VLLM_3, {}, MIXED)
         batch = dataclasses.replace(step.batch, block_table=step.batch.block_table.long())
@@ -249,7 +249,7 @@ def test_indices_of_64_bits_are_refused():
 
 
 @each_kind
-def test_a_batch_of_nothing(name):
+def test_an_empty_batch_makes_no_call(name):
     with provided(name) as recorder:
         step = step_of(name, {"returns_lse": True}, {"query_lens": (), "seq_lens": ()})
         output, lse = forward(step)
@@ -258,7 +258,7 @@ def test_a_batch_of_nothing(name):
     assert recorder.calls == []
 
 
-def test_new_keys_are_written_once_and_shared_caches_never():
+def test_new_keys_are_written_except_to_a_shared_cache():
     for fields in ({}, {"kv_sharing": True}):
         with provided(VLLM_3):
             step = step_of(VLLM_3, fields, MIXED)

@@ -1,4 +1,4 @@
-"""Sliding windows of FlashAttention 3: which ones its tiles compute right, and what is refused."""
+"""Sliding windows of FlashAttention 3: which ones are computed correctly, the others rejected."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def window_spec(head_size, window, group, **fields):
     return spec_of(VLLM_3, sliding_window=window, **sizes | fields)
 
 
-#: What vLLM 0.23.0's kernel was seen to compute wrong and right on an H200, by the keys that each
-#: row saw: (head_size, query heads of a KV head, windows that are wrong, windows that are right).
+#: Measured with vLLM 0.23.0's kernel on an H200, by the keys that each row saw:
+#: (head_size, query heads per KV head, wrong windows, right windows).
 SEEN = [
     (64, 1, (), (17, 129, 300, 511, 512, 1023, 2047, 4095)),
     (64, 8, (), (129, 300, 511, 1023, 2047)),
@@ -62,7 +62,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("head_size", "group", "window", "is_right"), CASES)
-def test_a_window_is_refused_where_it_was_seen_to_be_wrong(head_size, group, window, is_right):
+def test_windows_that_were_wrong_are_rejected(head_size, group, window, is_right):
     spec = window_spec(head_size, window, group)
     assert computes_window(spec) is is_right
     for name in GENERATION_3:
@@ -78,11 +78,11 @@ def test_a_window_is_refused_where_it_was_seen_to_be_wrong(head_size, group, win
 
 
 def keys_that_rows_see(spec, query_len, seq_len):
-    """For each row of a KV head: the keys that the kernel takes, and those that it should take.
+    """For each row of a KV head: the keys that the kernel uses, and those that it should use.
 
-    The loops of FlashAttention 3's kernel, one key tile after another: the first one is masked,
-    and those that reach over the diagonal or the window's edge as the loops' limits have it, which
-    are computed from the whole length. The keys are counted from the first that the tile sees.
+    A model of the loops in FlashAttention 3's kernel. The first key tile is masked, and so are the
+    tiles that cross the diagonal or the window's edge according to the loops' limits, which are
+    computed from the whole length. Keys are counted from the first one that the query tile sees.
     """
     rows, keys = tile_of(spec.head_size)
     group = spec.num_heads // spec.num_kv_heads
@@ -109,8 +109,8 @@ def keys_that_rows_see(spec, query_len, seq_len):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("head_size", [72, 96, 128, 160, 192, 256])
-def test_what_is_allowed_sees_what_it_should_in_a_model_of_the_kernel(head_size, group, causal):
-    """Over windows around the edges of tiles; and something that is refused is wrong somewhere."""
+def test_accepted_windows_are_right_in_a_model_of_the_kernel(head_size, group, causal):
+    """Windows around the edges of tiles. Some are right, else the test would be empty."""
     keys = tile_of(head_size).keys
     windows = {keys * n // 2 + d for n in range(1, 9) for d in (-1, 0, 1)}
     lengths = [(30, past) for past in range(0, 1200, 173)] + [(450, 0), (270, 333)]
@@ -128,22 +128,22 @@ def test_what_is_allowed_sees_what_it_should_in_a_model_of_the_kernel(head_size,
 
 
 @pytest.mark.parametrize("head_size", [72, 96, 112, 128, 160, 192, 224, 256])
-def test_a_decode_of_one_token_is_right_in_the_model_whatever_the_window(head_size):
+def test_decodes_are_right_in_the_model_for_any_window(head_size):
     for window in (100, 257, 511, 512):
         spec = window_spec(head_size, window, 4)
         for past in range(0, 1300, 77):
             assert all(taken == seen for taken, seen in keys_that_rows_see(spec, 1, past + 1))
 
 
-def test_phi_3_mini_has_as_many_wrong_rows_in_the_model_as_were_seen():
+def test_the_model_reproduces_the_wrong_rows_of_phi_3_mini():
     spec = spec_of(VLLM_3, head_size=96, num_heads=32, num_kv_heads=32, sliding_window=2047)
     wrong = [taken != seen for taken, seen in keys_that_rows_see(spec, 4000, 4000)]
     assert sum(wrong) == 1162
     assert wrong.index(True) == 2112
 
 
-def test_another_backend_serves_a_window_that_is_refused():
-    """Phi-3-mini's layers, where vLLM's FlashAttention 3 is what is installed."""
+def test_another_backend_serves_a_rejected_window():
+    """Phi-3-mini's layers, with vLLM's FlashAttention 3 installed."""
     spec = spec_of(VLLM_3, head_size=96, num_heads=32, num_kv_heads=32, sliding_window=2047)
     device = profile_for(BY_NAME[VLLM_3]).with_libraries(
         Library("triton", "3.6"), Library("vllm", "0.24.0")
@@ -161,13 +161,13 @@ def test_another_backend_serves_a_window_that_is_refused():
         assert whole.name == "FLASH_ATTN"
 
 
-def test_the_builder_refuses_too():
+def test_the_builder_rejects_a_wrong_window():
     with provided(VLLM_3), pytest.raises(UnsupportedError, match="sliding_window=2047"):
         FlashAttnBackend.get_builder_cls()(window_spec(96, 2047, 1), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("head_size", [264, 512])
-def test_heads_without_a_kernel_are_refused_by_their_size(head_size):
+def test_heads_without_a_kernel_are_rejected_by_size(head_size):
     spec = window_spec(head_size, 300, 1)
     device = profile_for(BY_NAME[VLLM_3])
     fields = {reason.field for reason in rejections(BY_NAME[VLLM_3], spec, device)}

@@ -1,7 +1,7 @@
-"""FLASHINFER: what FlashInfer is given, and what comes of it.
+"""FLASHINFER: the arguments of FlashInfer, and the results.
 
-Without FlashInfer and a GPU a stand-in with its signatures and conventions computes in PyTorch, and
-refuses what FlashInfer would read out of bounds or drop. On a GPU FlashInfer itself is run.
+Without FlashInfer and a GPU, a fake with its signatures and conventions computes in PyTorch, and
+rejects what FlashInfer would read out of bounds or drop. On a GPU, FlashInfer itself runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support import fake_flashinfer as standin
+from support import fake_flashinfer as fake
 from support import vendor_cases
 from support.cases import MEMORY, Case, Step
 from support.vendor_cases import BRAIN, HALF, spec_of
@@ -50,13 +50,13 @@ DECODES = {"query_lens": (1, 1, 1), "seq_lens": (19, 40, 2)}
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch, request):
-    """FlashInfer itself on a GPU, else the stand-in; no wrapper is left of another test."""
+    """FlashInfer itself on a GPU, else the fake; no wrapper is left from another test."""
     for cached in (flashinfer_plan._pool, flashinfer_plan._workspace):
         cached.cache_clear()
-    standin.MADE.clear()
-    standin.COMPILED.clear()
+    fake.MADE.clear()
+    fake.COMPILED.clear()
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setitem(sys.modules, "flashinfer", standin.MODULE)
+        monkeypatch.setitem(sys.modules, "flashinfer", fake.MODULE)
         if HAS_GPU:  # then Triton's kernels, which write the cache, are not interpreted
             monkeypatch.setattr(FlashInferImpl, "write_kv", AttentionImpl.write_kv)
 
@@ -73,7 +73,7 @@ def check(step, found=None, expected=None):
     vendor_cases.check(step, found or run(step), expected)
 
 
-# What it computes.
+# Results.
 
 FEATURES = {
     "plain": {},
@@ -91,7 +91,7 @@ FEATURES = {
     "no shared heads": {"num_kv_heads": 4},
     "heads of 128": {"head_size": 128},
     "heads of 256": {"head_size": 256, "num_kv_heads": 1},
-    "heads first": {"kv_cache_layout": "HND"},
+    "HND": {"kv_cache_layout": "HND"},
     "blocks of 1": {"block_size": 1, "sliding_window": 6},
     "blocks of 5": {"block_size": 5},
     "blocks of 64": {"block_size": 64},
@@ -99,7 +99,7 @@ FEATURES = {
     "e4m3 cache": {"head_size": 128, "kv_cache_dtype": "fp8_e4m3", "returns_lse": True},
     "e5m2 cache": {"head_size": 128, "kv_cache_dtype": "fp8_e5m2", "kv_cache_layout": "HND"},
     "fp8 cache, soft cap": {"head_size": 128, "kv_cache_dtype": "fp8", "logits_soft_cap": 3.0},
-    "cache called by its dtype": {"kv_cache_dtype": "float16"},
+    "cache with a named dtype": {"kv_cache_dtype": "float16"},
 }
 
 
@@ -175,10 +175,10 @@ def test_layers_of_one_plan_may_differ_in_scale():
         impl, cache = each.impl_of(FlashInferBackend), each.kv_cache.clone()
         arguments = (each.layer, each.query, each.key, each.value, cache, metadata)
         check(each, (impl.forward(*arguments), None))
-    assert len(standin.MADE) == len(metadata.calls)
+    assert len(fake.MADE) == len(metadata.calls)
 
 
-def test_the_log_sum_exp_is_of_base_e_and_leaves_nothing_out():
+def test_the_log_sum_exp_has_base_e_and_includes_every_key():
     step = step_of({"returns_lse": True, "causal": False}, DECODES)
     lse = run(step)[1]
     scores = torch.einsum("qhd,khd->qhk", step.queries[0], step.keys[0].repeat_interleave(2, 1))
@@ -186,11 +186,11 @@ def test_the_log_sum_exp_is_of_base_e_and_leaves_nothing_out():
     torch.testing.assert_close(lse[0], wanted, rtol=1e-3, atol=1e-3)
 
 
-# What must not reach a result.
+# What must not reach a result: NaN, freed blocks, padding.
 
 
-def test_rows_that_see_nothing_are_zero_and_minus_infinity():
-    """A request without keys, and queries that stand before the first key."""
+def test_rows_without_keys_are_zero_and_minus_infinity():
+    """A request without keys, and queries before the first key."""
     batch = {"query_lens": (2, 6, 1), "seq_lens": (0, 3, 9), "brings_keys": False}
     step = step_of({"returns_lse": True, "kv_sharing": True}, batch)
     output, lse = run(step)
@@ -203,18 +203,18 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity():
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"), [((1, 2), (0, 0)), ((), ()), ((0, 0), (5, 0))], ids=str
 )
-def test_a_batch_of_nothing_asks_nothing_of_flashinfer(query_lens, seq_lens):
+def test_flashinfer_is_not_called_without_keys(query_lens, seq_lens):
     batch = {"query_lens": query_lens, "seq_lens": seq_lens}
     step = step_of({"returns_lse": True}, batch, brings_keys=False, padding=2)
     output, lse = run(step)
     assert not output.any()
     assert bool((lse == -torch.inf).all())
-    assert not standin.MADE
+    assert not fake.MADE
 
 
 @pytest.mark.parametrize("garbage", [-1, 2**31 - 1, 0])
 def test_blocks_that_the_window_has_passed_are_not_read(garbage):
-    """They may be freed: another's, NaN, or no block at all."""
+    """They may be freed: used by another request, NaN, or no block at all."""
     step = step_of({"sliding_window": 3}, {"query_lens": (2, 1), "seq_lens": (12, 13)})
     expected = step.expected()
     for request in (0, 1):
@@ -223,7 +223,7 @@ def test_blocks_that_the_window_has_passed_are_not_read(garbage):
     check(step, expected=expected)
 
 
-def test_padding_holds_nothing():
+def test_padding_rows_are_zero():
     step = step_of({"returns_lse": True}, padding=4)
     output, lse = run(step, output=torch.full(step.query.shape, torch.nan, dtype=HALF))
     assert not output[-4:].any()
@@ -237,7 +237,7 @@ def test_a_layer_that_shares_a_cache_does_not_write_it():
     assert torch.equal(before.view(torch.int16), step.kv_cache.view(torch.int16))
 
 
-def test_an_output_that_flashinfer_cannot_write_is_filled_all_the_same():
+def test_a_strided_output_is_filled():
     step = step_of()
     output = torch.empty(17, 4, 128, dtype=HALF)[..., ::2]
     assert run(step, output=output)[0] is output
@@ -247,8 +247,8 @@ def test_an_output_that_flashinfer_cannot_write_is_filled_all_the_same():
 # Plans.
 
 
-def test_a_plan_is_not_disturbed_by_the_next_one():
-    """What a wrapper was planned with stays in it; two batches may be alive."""
+def test_plans_of_two_batches_do_not_interfere():
+    """A wrapper keeps its plan, and two batches may be alive."""
     steps = [step_of(), step_of({}, DECODES), step_of({}, MIXED | {"seq_lens": (30, 5, 0, 7, 3)})]
     built = [step.metadata_of(FlashInferBackend) for step in steps]
     for metadata in built:
@@ -258,34 +258,34 @@ def test_a_plan_is_not_disturbed_by_the_next_one():
         check(step, (step.impl_of(FlashInferBackend).forward(*arguments), None))
 
 
-def test_a_wrapper_is_used_again_once_its_plan_is_dropped():
+def test_a_wrapper_is_reused_after_its_plan_is_dropped():
     for _ in range(5):
         run(step_of({}, DECODES))
         gc.collect()
-    assert len(standin.MADE) == 1
+    assert len(fake.MADE) == 1
     run(step_of({"sinks": True}, DECODES))
     run(step_of({"sinks": True, "sliding_window": 4}, DECODES))
-    assert len(standin.MADE) == 3
+    assert len(fake.MADE) == 3
 
 
-def test_a_wrapper_is_not_used_again_before_its_plan_was_copied(monkeypatch):
+def test_a_wrapper_is_not_reused_before_its_plan_is_copied(monkeypatch):
     copied = SimpleNamespace(query=lambda: False)
     monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: copied)
     for number in (1, 2):
         run(step_of({}, DECODES))
         gc.collect()
-        assert len(standin.MADE) == number
+        assert len(fake.MADE) == number
     copied.query = lambda: True
     run(step_of({}, DECODES))
-    assert len(standin.MADE) == 2
+    assert len(fake.MADE) == 2
 
 
 @pytest.mark.parametrize(("fields", "prefill"), [({}, "fa3"), ({"sinks": True}, "fa2"),
     ({"head_size": 128, "kv_cache_dtype": "fp8"}, "fa2")], ids=str)  # fmt: skip
-def test_kernels_for_prefills_on_hopper_are_its_own(monkeypatch, fields, prefill):
+def test_prefills_on_hopper_use_fa3(monkeypatch, fields, prefill):
     monkeypatch.setattr(flashinfer_attn, "detect_device", lambda device: KNOWN_DEVICES["sm90"])
     check(step_of(fields))
-    assert {wrapper.backend for wrapper in standin.MADE} == {prefill, "fa2"}
+    assert {wrapper.backend for wrapper in fake.MADE} == {prefill, "fa2"}
     for name in ("sm80", "sm100", "sm120"):
         profile = KNOWN_DEVICES[name]
         monkeypatch.setattr(flashinfer_attn, "detect_device", lambda device, at=profile: at)
@@ -294,8 +294,8 @@ def test_kernels_for_prefills_on_hopper_are_its_own(monkeypatch, fields, prefill
 
 
 @pytest.mark.skipif(HAS_GPU, reason="needs Triton's interpreter")
-def test_phases_may_go_to_two_backends():
-    """Decodes here, prefills by Triton; each writes what is its own."""
+def test_each_phase_may_have_its_own_backend():
+    """Decodes by FlashInfer, prefills by Triton; each writes its own part."""
     step = step_of()
     classes = {Phase.PREFILL: TritonAttnBackend, Phase.DECODE: FlashInferBackend}
     impls = {phase: step.impl_of(cls) for phase, cls in classes.items()}
@@ -328,7 +328,7 @@ def state_of(spec, size, device="cpu", builder=None):
 
 
 def padded(step, size):
-    """The step's rows, followed by what a graph's other requests bring."""
+    """The step's rows, followed by those of a graph's padding requests."""
     for name in ("query", "key", "value"):
         rows = getattr(step, name)
         filled = torch.full((size, *rows.shape[1:]), 3.0, dtype=rows.dtype, device=rows.device)
@@ -342,8 +342,8 @@ GRAPHS = [{}, {"sliding_window": 5, "returns_lse": True}, {"sinks": True}, {"log
 
 @pytest.mark.parametrize("fields", GRAPHS, ids=str)
 @pytest.mark.parametrize("size", [4, 8])
-def test_a_replay_plans_into_the_buffers_of_the_capture(fields, size, monkeypatch):
-    """A smaller step after a larger one; the stand-in reads the buffers when it runs."""
+def test_a_replay_plans_into_the_captured_buffers(fields, size, monkeypatch):
+    """A smaller step after a larger one; the fake reads the buffers when it runs."""
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # a copy, as it is of a GPU's
     spec = spec_of(cuda_graph=True, **fields)
     state = state_of(spec, 8).graph_clone(8)
@@ -366,10 +366,10 @@ def test_a_replay_plans_into_the_buffers_of_the_capture(fields, size, monkeypatc
             assert bool((lse[len(seq_lens) :] == -torch.inf).all())
     wrapper = captured.graph.call.wrapper
     assert addresses == [buffer.data_ptr() for buffer in wrapper.buffers]
-    assert len(standin.MADE) == 1  # the steps' own metadata planned nothing
+    assert len(fake.MADE) == 1  # the steps' own metadata planned nothing
 
 
-def test_a_replay_waits_until_the_last_plan_was_copied(monkeypatch):
+def test_a_replay_waits_until_the_last_plan_is_copied(monkeypatch):
     waited = []
     event = SimpleNamespace(synchronize=lambda: waited.append(True))
     monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: event)
@@ -383,7 +383,7 @@ def test_a_replay_waits_until_the_last_plan_was_copied(monkeypatch):
     assert waited == [True]
 
 
-def test_graphs_of_one_backend_for_each_phase():
+def test_graphs_with_a_backend_for_each_phase():
     """The state finds its own part of the metadata."""
     spec, device = spec_of(cuda_graph=True), torch.device("cpu")
     builders = {
@@ -401,9 +401,9 @@ def test_graphs_of_one_backend_for_each_phase():
     check(step, (found, None), expected)
 
 
-# Refusals.
+# Rejections.
 
-REFUSED = {
+REJECTED = {
     "window both ways": ({"sliding_window": 4, "causal": False}, "sliding_window"),
     "another dtype": ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
     "fp8 heads of 64": ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype"),
@@ -418,9 +418,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_combinations_are_refused_by_selection_and_by_the_builder(case):
-    fields, field = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_selection_and_builder_reject_combinations(case):
+    fields, field = REJECTED[case]
     spec = spec_of(**fields)
     assert not compare(spec, FlashInferBackend.capabilities, GPU)
     assert [reason.field for reason in FlashInferBackend.check_combination(spec, GPU)] == [field]
@@ -445,19 +445,19 @@ UNDECLARED = {
 
 
 @pytest.mark.parametrize("field", UNDECLARED)
-def test_what_is_not_declared_is_refused(field):
+def test_undeclared_fields_are_rejected(field):
     reasons = compare(spec_of(**UNDECLARED[field]), FlashInferBackend.capabilities, GPU)
     assert [reason.field for reason in reasons] == [field]
     with pytest.raises(UnsupportedError, match=f"FLASHINFER does not compute this layer: {field}="):
         FlashInferBackend.get_builder_cls()(spec_of(**UNDECLARED[field]), torch.device("cpu"))
 
 
-def test_an_impl_made_by_hand_refuses_slopes():
+def test_impl_rejects_alibi_slopes():
     with pytest.raises(UnsupportedError, match="FLASHINFER does not support alibi_slopes"):
         FlashInferImpl(4, 64, 1.0, alibi_slopes=[1.0] * 4)
 
 
-def test_a_broken_flashinfer_is_told_of(monkeypatch):
+def test_a_broken_flashinfer_is_reported(monkeypatch):
     monkeypatch.setattr(libraries, "_broken", {})
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(BackendFailure, match="flashinfer cannot be imported here"):
@@ -465,7 +465,7 @@ def test_a_broken_flashinfer_is_told_of(monkeypatch):
     assert list(libraries._broken) == ["flashinfer"]
 
 
-def test_a_quantized_output_is_refused():
+def test_quantized_output_is_rejected():
     output = torch.empty(17, 4, 64, dtype=torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="does not quantize its output"):
         run(step_of(), output=output, output_scale=torch.ones(()))
@@ -502,7 +502,7 @@ def crooked_cache(step):
         (crooked_cache, {}, "Make the cache by allocate_kv_cache"),
     ],
 )
-def test_what_the_plan_was_not_made_for_is_refused(change, fields, message):
+def test_tensors_that_do_not_match_the_plan_are_rejected(change, fields, message):
     step = step_of(fields)
     change(step)
     before = step.kv_cache.clone()
@@ -511,37 +511,37 @@ def test_what_the_plan_was_not_made_for_is_refused(change, fields, message):
     assert torch.equal(before.view(torch.uint8), step.kv_cache.view(torch.uint8))
 
 
-def test_scales_per_head_are_refused():
+def test_scales_per_head_are_rejected():
     step = step_of({"head_size": 128, "kv_cache_dtype": "fp8"})
     step.layer._k_scale_float = float("nan")
     with pytest.raises(UnsupportedError, match="scales per head"):
         run(step)
 
 
-def test_a_call_without_a_cache_is_refused():
+def test_a_call_without_a_cache_is_rejected():
     step = step_of({}, {"query_lens": (3,), "seq_lens": (3,)})
     with pytest.raises(UnsupportedError, match="reads a paged cache"):
         step.forward(FlashInferBackend, None)
 
 
-def test_a_batch_without_a_block_table_is_refused():
+def test_a_batch_without_a_block_table_is_rejected():
     batch = AttentionBatch.create([3], [3])
     with pytest.raises(InvalidInputError, match="has no block_table, and FLASHINFER"):
         FlashInferBackend.get_builder_cls()(spec_of(), torch.device("cpu")).build(batch)
 
 
-def test_the_suite_that_any_backend_must_pass():
+def test_verify_passes():
     report = verify(FlashInferBackend, "cpu", quick=True, profile=GPU)
     assert report.passed, report.failures
 
 
-# FlashInfer itself. It compiles each kernel when it is first asked for, some 20 seconds long.
+# FlashInfer itself. It compiles each kernel on first use, which takes about 20 seconds.
 
 #: Long enough for several tiles, and for requests to be split.
 LONG = {"query_lens": (1, 300, 1, 129, 3), "seq_lens": (700, 300, 0, 600, 70)}
 ON_GPU = {
     "plain": {"returns_lse": True},
-    "heads first": {"kv_cache_layout": "HND", "returns_lse": True},
+    "HND": {"kv_cache_layout": "HND", "returns_lse": True},
     "window": {"sliding_window": 70, "returns_lse": True},
     "soft cap": {"logits_soft_cap": 5.0},
     "sinks, window": {"sinks": True, "head_size": 64, "sliding_window": 70},
@@ -579,7 +579,7 @@ def test_flashinfer_reads_queries_of_any_strides(memory):
 
 
 @gpu
-def test_flashinfer_reads_nothing_that_the_window_has_passed():
+def test_flashinfer_does_not_read_before_the_window():
     step = long_step({"sliding_window": 70, "returns_lse": True})
     expected = step.expected()
     for request, (query, seq) in enumerate(zip(*LONG.values(), strict=True)):
@@ -638,9 +638,9 @@ def test_flashinfer_in_a_graph_replays_what_eager_computes(fields):
 
 
 @gpu
-def test_the_stand_in_has_the_signatures_of_flashinfer():
+def test_the_fake_has_the_signatures_of_flashinfer():
     flashinfer = pytest.importorskip("flashinfer", minversion="0.7.2")
-    for name, mine in vars(standin.MODULE).items():
+    for name, mine in vars(fake.MODULE).items():
         theirs = getattr(flashinfer, name)
         for method in ("__init__", "plan", "run"):
             ours, real = (

@@ -1,7 +1,7 @@
-"""TORCH_VARLEN: what PyTorch is given, and what comes of it.
+"""TORCH_VARLEN: the arguments of PyTorch's varlen_attn, and the results.
 
-Without a GPU stand-ins compute: with the signature of PyTorch 2.13, and with that of 2.11, which
-knows neither pages nor shared heads. On a GPU the same steps run with the PyTorch that is there.
+Without a GPU, fakes compute: with the signature of PyTorch 2.13, and with that of 2.11, which has
+neither pages nor shared heads. On a GPU the same steps run with the installed PyTorch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from support.cases import MEMORY, Case, Step
 from support.vendor_cases import BRAIN, HALF, spec_of
 
 GPU = KNOWN_DEVICES["sm90"].with_libraries(Library("torch", version="2.13.0"))
-#: Some with a past, and one that pads the batch.
+#: Requests with a past, without one, and one that pads the batch.
 MIXED = {"query_lens": (1, 5, 1, 7, 3), "seq_lens": (19, 5, 0, 23, 9)}
 PROMPTS = {"query_lens": (4, 1, 9), "seq_lens": (4, 1, 9)}
 DECODES = {"query_lens": (1, 1), "seq_lens": (30, 2)}
@@ -49,17 +49,17 @@ class AuxRequest(NamedTuple):
 
 
 def require(condition, what):
-    """Raise where PyTorch is given what it cannot compute, whether it would notice or not."""
+    """Raise on arguments that PyTorch cannot compute, even if it would not check them."""
     if not condition:
-        raise ValueError(f"the stand-in for varlen_attn: {what}")
+        raise ValueError(f"fake varlen_attn: {what}")
 
 
 def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size,
            seqused_k=None, block_table=None):  # fmt: skip
-    """FlashAttention 2: what is masked is multiplied by zero; rows without keys have lse +inf."""
+    """FlashAttention 2: masked values are multiplied by zero; rows without keys have lse +inf."""
     CALLS.append("pages" if block_table is not None else "rows")
     for rows in (query, key, value):
-        require(rows.dtype in (HALF, BRAIN) and rows.dtype == query.dtype, "16 bits, all alike")
+        require(rows.dtype in (HALF, BRAIN) and rows.dtype == query.dtype, "16 bits, all the same")
         steps = (step * rows.element_size() for step in rows.stride()[:-1])
         require(rows.stride(-1) == 1, "a head's elements are next to each other")
         require(not any(s % 16 for s in (rows.data_ptr(), *steps)), "loads are aligned")
@@ -127,7 +127,7 @@ def check_starts(name, starts, total, longest):
 
 
 def pages_of(pages, table, length, first):
-    """A request's keys, zeros for those of tiles of 256 that its window has passed."""
+    """A request's keys, with zeros for the tiles of 256 before its window."""
     first = first // 256 * 256
     blocks = table[first // pages.shape[1] : -(-length // pages.shape[1])].long()
     require(not len(blocks) or 0 <= int(blocks.min()) <= int(blocks.max()) < len(pages), "blocks")
@@ -141,7 +141,7 @@ def varlen_attn_2_13(
     window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     heads = key.shape[-2]
-    require(enable_gqa or query.shape[1] == heads, "heads are shared, and nobody said so")
+    require(enable_gqa or query.shape[1] == heads, "heads are shared without enable_gqa")
     require(query.shape[1] % heads == 0 and num_splits is None, "heads")
     return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale,
                   window_size, seqused_k, block_table)  # fmt: skip
@@ -161,7 +161,7 @@ VERSIONS = {"2.11": varlen_attn_2_11, "2.13": varlen_attn_2_13}
 
 @pytest.fixture(params=VERSIONS)
 def version(request, monkeypatch):
-    """A PyTorch of this version, as far as its varlen_attn goes."""
+    """Installs the varlen_attn of a PyTorch version."""
     install(monkeypatch, request.param)
     return request.param
 
@@ -197,13 +197,13 @@ FEATURES = {
     "no shared heads": {"num_kv_heads": 4, "returns_lse": True},
     "heads of 40": {"head_size": 40},
     "heads of 256": {"head_size": 256, "num_kv_heads": 1},
-    "heads first": {"kv_cache_layout": "HND"},
+    "HND": {"kv_cache_layout": "HND"},
     "blocks of 1": {"block_size": 1},
     "blocks of 256": {"block_size": 256, "sliding_window": 6, "returns_lse": True},
-    "blocks of 512, heads first": {"block_size": 512, "kv_cache_layout": "HND"},
+    "blocks of 512, HND": {"block_size": 512, "kv_cache_layout": "HND"},
     "blocks of 384": {"block_size": 384},
     "sharing": {"kv_sharing": True},
-    "cache called by its dtype": {"kv_cache_dtype": "float16"},
+    "cache with a named dtype": {"kv_cache_dtype": "float16"},
 }
 
 
@@ -277,7 +277,7 @@ def test_a_scale_need_not_be_positive(version, scale):
     check(step, expected=expected.expected())
 
 
-def test_prompts_are_read_as_they_come(version, monkeypatch):
+def test_prompts_read_the_given_rows(version, monkeypatch):
     def never(*_):
         raise AssertionError("the cache is read")
 
@@ -289,14 +289,14 @@ def test_prompts_are_read_as_they_come(version, monkeypatch):
         run(step_of({"kv_sharing": True}, PROMPTS))
 
 
-def test_pages_are_read_in_place_where_pytorch_does(version, monkeypatch):
+def test_pages_are_read_in_place_where_pytorch_can(version, monkeypatch):
     for block_size in (256, 512, 128):
         run(step_of({"block_size": block_size}))
     can = version == "2.13"
     assert CALLS == ["pages", "pages", "rows"] if can else ["rows"] * 3
 
 
-def test_a_cache_that_pages_cannot_be_loaded_from_is_gathered(monkeypatch):
+def test_an_unaligned_cache_is_gathered(monkeypatch):
     install(monkeypatch, "2.13")
     step = step_of({"block_size": 256})
     flat = torch.full((step.kv_cache.numel() + 1,), torch.nan, dtype=HALF)
@@ -319,7 +319,7 @@ def test_blocks_that_the_window_has_passed_are_not_read(version, fields, garbage
     check(step, expected=expected)
 
 
-def test_rows_that_see_nothing_are_zero_and_minus_infinity(version):
+def test_rows_without_keys_are_zero_and_minus_infinity(version):
     batch = {"query_lens": (2, 6, 1), "seq_lens": (0, 3, 9), "brings_keys": False}
     step = step_of({"returns_lse": True, "kv_sharing": True}, batch)
     output, lse = run(step)
@@ -332,7 +332,7 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity(version):
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"), [((1, 2), (0, 0)), ((), ()), ((0, 0), (5, 0))], ids=str
 )
-def test_a_batch_of_nothing_asks_nothing_of_pytorch(version, query_lens, seq_lens):
+def test_pytorch_is_not_called_without_keys(version, query_lens, seq_lens):
     batch = {"query_lens": query_lens, "seq_lens": seq_lens}
     output, lse = run(step_of({"returns_lse": True}, batch, brings_keys=False, padding=2))
     assert not output.any()
@@ -340,7 +340,7 @@ def test_a_batch_of_nothing_asks_nothing_of_pytorch(version, query_lens, seq_len
     assert not CALLS
 
 
-def test_padding_holds_nothing(version):
+def test_padding_rows_are_zero(version):
     step = step_of({"returns_lse": True}, padding=4)
     step.key[-4:], step.value[-4:] = torch.nan, torch.nan
     output, lse = run(step, output=torch.full(step.query.shape, torch.nan, dtype=HALF))
@@ -356,22 +356,22 @@ def test_a_layer_that_shares_a_cache_does_not_write_it(version):
     assert torch.equal(before.view(torch.int16), step.kv_cache.view(torch.int16))
 
 
-def test_what_is_brought_is_written(version):
-    """By all that is read later: the cache afterwards is that of a step that brought nothing."""
+def test_new_keys_are_written_to_the_cache(version):
+    """The cache then equals that of a step whose keys were already stored."""
     step = step_of()
     complete = Step(step.case.replace(brings_keys=False)).kv_cache
     step.forward(TorchVarlenBackend, step.kv_cache)
     assert torch.equal(complete.nan_to_num(7), step.kv_cache.nan_to_num(7))
 
 
-def test_runs_of_integers():
+def test_index_runs():
     requests, integers = index_runs([3, 0, 5, 9], [2, 0, 3, 1], torch.device("cpu"))
     assert requests.tolist() == [0, 0, 2, 2, 2, 3]
     assert integers.tolist() == [3, 4, 5, 6, 7, 9]
     assert [len(found) for found in index_runs([], [], torch.device("cpu"))] == [0, 0]
 
 
-# Refusals.
+# Rejections.
 
 UNDECLARED = {
     "head_size": {"head_size": 20},
@@ -390,14 +390,14 @@ UNDECLARED = {
 
 
 @pytest.mark.parametrize("field", UNDECLARED)
-def test_what_is_not_declared_is_refused(field):
+def test_undeclared_fields_are_rejected(field):
     reasons = compare(spec_of(**UNDECLARED[field]), TorchVarlenBackend.capabilities, GPU)
     assert [reason.field for reason in reasons] == [field]
     with pytest.raises(UnsupportedError, match=f"does not compute this layer: {field}="):
         TorchVarlenBackend.get_builder_cls()(spec_of(**UNDECLARED[field]), torch.device("cpu"))
 
 
-def test_a_cache_of_another_dtype_is_refused(version):
+def test_a_cache_of_another_dtype_is_rejected(version):
     spec = spec_of(kv_cache_dtype="bfloat16")
     assert not compare(spec, TorchVarlenBackend.capabilities, GPU)
     [reason] = TorchVarlenBackend.check_combination(spec, GPU)
@@ -406,7 +406,7 @@ def test_a_cache_of_another_dtype_is_refused(version):
         TorchVarlenBackend.get_builder_cls()(spec, torch.device("cpu"))
 
 
-def test_queries_of_another_dtype_than_the_cache_are_refused(version):
+def test_queries_of_another_dtype_than_the_cache_are_rejected(version):
     step = step_of({"kv_cache_dtype": "float16"})
     step.query, step.key, step.value = (t.bfloat16() for t in (step.query, step.key, step.value))
     before = step.kv_cache.clone()
@@ -420,26 +420,26 @@ def test_queries_of_another_dtype_than_the_cache_are_refused(version):
     [{"logits_soft_cap": 3.0}, {"sinks": torch.zeros(4)}, {"alibi_slopes": [1.0] * 4}],
     ids=lambda feature: next(iter(feature)),
 )
-def test_an_impl_made_by_hand_refuses_what_is_not_declared(feature):
+def test_impl_rejects_undeclared_features(feature):
     name = next(iter(feature))
     with pytest.raises(UnsupportedError, match=f"TORCH_VARLEN does not support {name}"):
         TorchVarlenImpl(4, 64, 1.0, **feature)
 
 
-def test_a_quantized_output_is_refused(version):
+def test_quantized_output_is_rejected(version):
     output = torch.empty(17, 4, 64, dtype=torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="does not quantize its output"):
         run(step_of(), output=output, output_scale=torch.ones(()))
 
 
-def test_a_pytorch_without_it_is_told_of(monkeypatch):
+def test_a_pytorch_without_varlen_attn_is_reported(monkeypatch):
     monkeypatch.setattr(libraries, "_broken", {})
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     with pytest.raises(BackendFailure, match="cannot be imported here"):
         TorchVarlenImpl(4, 64, 1.0)
 
 
-def test_the_suite_that_any_backend_must_pass(version):
+def test_verify_passes(version):
     report = verify(TorchVarlenBackend, "cpu", quick=True, profile=GPU)
     assert report.passed, report.failures
 
@@ -448,7 +448,7 @@ def test_the_suite_that_any_backend_must_pass(version):
 
 
 @pytest.mark.skipif(Version(torch.__version__).release[:2] != (2, 13), reason="is not 2.13")
-def test_the_stand_in_has_the_signature_of_pytorch():
+def test_the_fake_has_the_signature_of_pytorch():
     ours, theirs = (
         inspect.signature(function).parameters
         for function in (varlen_attn_2_13, varlen.varlen_attn)
@@ -468,7 +468,7 @@ ON_GPU = {
     "window": ({"sliding_window": 70, "returns_lse": True}, LONG),
     "window both ways": ({"causal": False, "sliding_window": 70}, LONG),
     "not causal": ({"causal": False, "returns_lse": True}, LONG),
-    "heads first": ({"kv_cache_layout": "HND"}, LONG),
+    "HND": ({"kv_cache_layout": "HND"}, LONG),
     "pages of 256": ({"block_size": 256, "returns_lse": True}, LONG),
     "sharing": ({"kv_sharing": True}, LONG),
     "heads of 256": ({"head_size": 256, "dtype": HALF}, LONG),
@@ -505,7 +505,7 @@ def test_pytorch_reads_rows_of_any_strides(memory, batch):
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("block_size", [16, 256])
-def test_pytorch_reads_nothing_that_the_window_has_passed(block_size):
+def test_pytorch_does_not_read_before_the_window(block_size):
     step = long_step({"sliding_window": 70, "returns_lse": True, "block_size": block_size})
     expected = step.expected()
     for request, (query, seq) in enumerate(zip(*LONG.values(), strict=True)):

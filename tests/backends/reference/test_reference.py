@@ -1,4 +1,4 @@
-"""REFERENCE in float64 is what the independent oracle computes, over every feature and pair."""
+"""REFERENCE in float64 agrees with the independent oracle, for every feature and pair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENCODER_TYPES = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 
 
 def assert_is_naive(step, returned):
-    """Output and lse, if it is returned, are those of the naive oracle."""
+    """Assert that output and lse, if it is returned, are those of the scalar oracle."""
     expected, expected_lse = step.naive()
     output, lse = returned if step.spec.returns_lse else (returned, None)
     torch.testing.assert_close(output[: len(expected)], expected, rtol=0, atol=1e-12)
@@ -65,7 +65,7 @@ def test_encoders_see_both_ways(attn_type, window):
     assert_is_naive(step, step.run("REFERENCE"))
 
 
-def test_cross_attention_sees_the_encoders_keys_new_and_cached():
+def test_cross_attention_reads_new_and_cached_keys():
     spec = layer_spec(attn_type=AttentionType.ENCODER_DECODER)
     step = Step(Case(spec=spec, query_lens=(3, 1, 2), seq_lens=(7, 5, 0), new_lens=(7, 0, 0)))
     assert_is_naive(step, step.run("REFERENCE"))
@@ -78,7 +78,7 @@ def test_cross_attention_decodes_without_new_keys():
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_tensors_may_lie_in_memory_as_they_like(memory):
+def test_any_memory_layout_is_read(memory):
     step = Step(case_of().replace(memory=memory, padding=2))
     assert_is_naive(step, step.run("REFERENCE"))
 
@@ -90,7 +90,7 @@ def test_an_empty_batch_gives_an_empty_result():
     assert lse.shape == (0, 4)
 
 
-def test_more_queries_than_keys_leave_the_first_queries_blind():
+def test_queries_before_the_first_key_are_zero():
     spec = layer_spec(block_size=None, returns_lse=True)
     step = Step(Case(spec=spec, query_lens=(5, 3), seq_lens=(2, 0)))
     output, lse = step.run("REFERENCE")
@@ -99,7 +99,7 @@ def test_more_queries_than_keys_leave_the_first_queries_blind():
     assert bool((lse[5:] == -torch.inf).all())
 
 
-def test_long_queries_are_worked_off_in_pieces(monkeypatch):
+def test_long_queries_are_computed_in_pieces(monkeypatch):
     step = Step(case_of("mask", "alibi").replace(query_lens=(30,), seq_lens=(40,)))
     whole = step.run("REFERENCE")
     monkeypatch.setattr("attn_dispatch.backends.reference.semantics._MAX_SCORES", 4 * 40 * 7)
@@ -119,7 +119,7 @@ def test_large_scores_do_not_overflow(backend, dtype):
 
 
 @pytest.mark.parametrize(("sink", "same_as"), [(-torch.inf, "none"), (1e30, "nothing")])
-def test_a_sink_may_be_nothing_or_all(sink, same_as):
+def test_infinite_and_dominant_sinks(sink, same_as):
     step = Step(case_of("sinks", "mask"))
     step.sinks.fill_(sink)
     output = step.run("REFERENCE")
@@ -132,8 +132,8 @@ def test_a_sink_may_be_nothing_or_all(sink, same_as):
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "nan"), [("auto", torch.nan), (INT8, -1)])
-def test_a_key_that_nobody_sees_may_hold_anything(kv_cache_dtype, nan):
-    """What a sliding window has passed is freed, and another request's NaN may lie there."""
+def test_nan_before_the_window_does_not_reach_the_output(kv_cache_dtype, nan):
+    """Blocks before the window may be freed, and hold NaN of another request."""
     spec = layer_spec(sliding_window=3, kv_cache_dtype=kv_cache_dtype)
     step = Step(Case(spec=spec, query_lens=(2,), seq_lens=(12,)))
     expected = step.run("REFERENCE")
@@ -146,7 +146,7 @@ def test_a_key_that_nobody_sees_may_hold_anything(kv_cache_dtype, nan):
 @pytest.mark.parametrize(
     "feature", ["not_causal", "soft_cap", "alibi", "sinks", "fp8_cache", "int8_cache"]
 )
-def test_less_precise_types_are_as_near_as_they_can_be(dtype, feature):
+def test_lower_precision_agrees_up_to_rounding(dtype, feature):
     case = case_of(feature)
     step = Step(case.replace(spec=case.spec.replace(dtype=dtype)))
     output = step.run("REFERENCE")
@@ -154,7 +154,7 @@ def test_less_precise_types_are_as_near_as_they_can_be(dtype, feature):
     step.check(output)
 
 
-def test_a_request_has_the_same_bits_alone_and_in_company():
+def test_result_does_not_depend_on_the_batch():
     case = case_of("alibi").replace(query_lens=(1, 5, 3), seq_lens=(9, 5, 8))
     case = case.replace(spec=case.spec.replace(dtype=torch.bfloat16, batch_invariant=True))
     step = Step(case)

@@ -1,4 +1,4 @@
-"""TORCH_SDPA computes what REFERENCE computes in float64, and never by PyTorch's slow path."""
+"""TORCH_SDPA agrees with REFERENCE in float64, and never uses PyTorch's slow path."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run_fused(step):
-    """The output of TORCH_SDPA, on a CPU with nothing but the fused kernel to run on."""
+    """The output of TORCH_SDPA; on a CPU only the fused kernel is allowed."""
     with fused_on_cpu(step.device):
         return step.run("TORCH_SDPA")
 
 
 def without_alibi_on_gpus(case, device):
-    """TORCH_SDPA declares ALiBi for CPUs alone."""
+    """TORCH_SDPA declares ALiBi only for CPUs."""
     return case if device.type == "cpu" else case.replace(spec=case.spec.replace(alibi=False))
 
 
@@ -56,9 +56,9 @@ def test_any_step_agrees_to_float64(case):
     ids=lambda fields: "+".join(fields) or "plain",
 )
 def test_prefills_longer_than_a_piece(device, dtype, fields):
-    """Queries of more than 256 rows that need a mask are worked off in pieces."""
+    """Queries of more than 256 rows that need a mask are computed in pieces."""
     if device.type != "cpu" and (fields.get("alibi") or dtype == torch.float64):
-        pytest.skip("TORCH_SDPA declares this for CPUs alone")
+        pytest.skip("TORCH_SDPA declares this only for CPUs")
     spec = layer_spec(dtype=dtype, num_heads=2, block_size=16, **fields)
     ranges = ((0, 200, 330), (1, 100, 420)) if spec.bidirectional_ranges else ()
     case = Case(spec=spec, query_lens=(340, 300, 1), seq_lens=(340, 420, 50), ranges=ranges)
@@ -87,15 +87,15 @@ def test_query_heads_per_kv_head(device, group, num_kv_heads):
 @pytest.mark.parametrize("head_size", [1, 2, 3, 40, 96, 512])
 @pytest.mark.parametrize("head_size_v", [1, 5, 64])
 @pytest.mark.parametrize("memory", MEMORY)
-def test_head_sizes_however_they_lie_in_memory(device, head_size, head_size_v, memory):
+def test_head_sizes_in_any_memory_layout(device, head_size, head_size_v, memory):
     spec = layer_spec(dtype=torch.float32, head_size=head_size, head_size_v=head_size_v)
     case = Case(spec=spec, query_lens=(1, 4, 6), seq_lens=(9, 11, 6), memory=memory)
     step = Step(case, device)
     step.check(run_fused(step))
 
 
-def test_one_element_with_a_stride_of_its_own_is_fused_too():
-    """PyTorch looks at the last stride even where it means nothing."""
+def test_strided_heads_of_one_element_use_the_fused_kernel():
+    """PyTorch checks the last stride even if the dimension has one element."""
     spec = layer_spec(num_heads=1, num_kv_heads=1, head_size=1, block_size=None)
     step = Step(Case(spec=spec, query_lens=(1,), seq_lens=(4,), memory="strided"))
     assert step.query.stride(-1) == 2
@@ -135,26 +135,26 @@ def test_a_mask_may_hide_every_key():
     assert bool((output[1] == 0).all())
 
 
-def test_many_alike_decodes_share_a_call():
+def test_decodes_of_similar_length_share_a_call():
     step = Step(Case(spec=layer_spec(), query_lens=(1,) * 6, seq_lens=(30, 29, 30, 28, 30, 27)))
     builder = _builder(step)
     assert len(builder.build(step.batch).groups) == 1
 
 
 def test_decodes_of_very_different_length_do_not_share_a_call():
-    """Else the short ones would be read as far as the longest goes."""
+    """Else the short ones would read as many keys as the longest."""
     step = Step(Case(spec=layer_spec(), query_lens=(1,) * 4, seq_lens=(200, 3, 3, 3)))
     assert len(_builder(step).build(step.batch).groups) == 2
 
 
-def test_a_window_bounds_what_is_read():
+def test_keys_before_the_window_are_not_read():
     step = Step(Case(spec=layer_spec(sliding_window=8), query_lens=(1, 3), seq_lens=(200, 200)))
     groups = _builder(step).build(step.batch).groups
     assert sorted(group.positions.shape[1] for group in groups) == [8, 10]
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "nan"), [("auto", torch.nan), (INT8, -1)])
-def test_a_key_that_the_window_has_passed_may_hold_anything(kv_cache_dtype, nan):
+def test_nan_before_the_window_does_not_reach_the_output(kv_cache_dtype, nan):
     spec = layer_spec(sliding_window=3, kv_cache_dtype=kv_cache_dtype)
     step = Step(Case(spec=spec, query_lens=(2, 1), seq_lens=(12, 13)))
     expected = step.expected()[0]
@@ -163,7 +163,7 @@ def test_a_key_that_the_window_has_passed_may_hold_anything(kv_cache_dtype, nan)
     step.check(run_fused(step), expected)
 
 
-def test_ranges_in_a_window_widen_what_is_read_by_as_much_as_they_need():
+def test_ranges_extend_the_window_by_as_much_as_needed():
     spec = layer_spec(sliding_window=3, bidirectional_ranges=True)
     ranges = ((0, 2, 5), (1, 7, 12))
     step = Step(Case(spec=spec, query_lens=(2, 2), seq_lens=(12, 12), ranges=ranges))
@@ -175,13 +175,13 @@ def test_ranges_in_a_window_widen_what_is_read_by_as_much_as_they_need():
     step.check(run_fused(step), expected)
 
 
-def test_a_prompt_without_a_past_reads_no_cache():
-    """Its keys are the ones that it brings; nothing is gathered."""
+def test_a_prompt_without_a_past_does_not_read_the_cache():
+    """Its keys are the given rows; nothing is gathered."""
     step = Step(Case(spec=layer_spec(), query_lens=(6,), seq_lens=(6,)))
     assert _builder(step).build(step.batch).groups[0].key_rows == slice(0, 6)
 
 
-def test_the_math_path_is_told_of(monkeypatch):
+def test_the_math_path_is_warned_of(monkeypatch):
     step = Step(Case(spec=layer_spec(), query_lens=(1, 4), seq_lens=(9, 4)))
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.MATH.value)
     with pytest.warns(MathPathWarning, match="no fused kernel for .* torch.float64 queries on cpu"):
@@ -191,21 +191,21 @@ def test_the_math_path_is_told_of(monkeypatch):
 @pytest.mark.parametrize(
     "feature", [{"logits_soft_cap": 30.0}, {"sinks": torch.zeros(4)}, {"returns_lse": True}]
 )
-def test_an_impl_made_by_hand_refuses_what_the_backend_does_not_declare(feature):
+def test_impl_rejects_undeclared_features(feature):
     with pytest.raises(
         UnsupportedError, match=f"TORCH_SDPA does not support {next(iter(feature))}"
     ):
         SDPAImpl(4, 8, 1.0, **feature)
 
 
-def test_quantized_output_is_refused():
+def test_quantized_output_is_rejected():
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(3,)))
     output = torch.empty(1, 4, 8, dtype=torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="does not quantize its output"):
         step.run("TORCH_SDPA", output=output, output_scale=torch.ones(()))
 
 
-def test_scales_per_head_are_refused():
+def test_scales_per_head_are_rejected():
     spec = layer_spec(kv_cache_dtype="fp8_e4m3")
     step = Step(Case(spec=spec, query_lens=(1,), seq_lens=(3,)))
     step.layer._k_scale_float = float("nan")

@@ -1,4 +1,4 @@
-"""ROCM_AITER and ROCM_FLASH_ATTN: with stand-ins anywhere, with the libraries on an AMD GPU."""
+"""ROCM_AITER and ROCM_FLASH_ATTN: with fakes on any machine, with the libraries on an AMD GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ INSTALLED = (
 
 #: Decodes, a short chunk, prompts, a chunk with a past, nothing.
 BATCH = {"query_lens": (1, 18, 3, 0, 17, 20), "seq_lens": (30, 18, 9, 0, 40, 20)}
-RANGES = ((1, 2, 16), (5, 3, 9))
 PROMPTS = {"query_lens": (17, 20), "seq_lens": (17, 20)}
 
 
@@ -58,7 +57,7 @@ def name(request):
 
 @pytest.fixture
 def calls(name, monkeypatch):
-    """The calls of the backend's stand-in, which is installed."""
+    """Installs the backend's fake library. The value is its calls."""
     monkeypatch.setattr(libraries, "_broken", {})
     return INSTALL[name](monkeypatch)
 
@@ -83,8 +82,8 @@ def run(name, step, *, metadata=None, cache=None, output=None):
 MI300X = known_device("gfx942").with_libraries(*INSTALLED)
 
 
-def refusals(name, spec, device=MI300X):
-    """The fields for which a backend refuses a layer on a device."""
+def rejections(name, spec, device=MI300X):
+    """The fields for which a backend rejects a layer on a device."""
     cls = BACKENDS[name]
     reasons = compare(spec, cls.capabilities, device) or cls.check_combination(spec, device)
     return [reason.field for reason in reasons]
@@ -92,7 +91,7 @@ def refusals(name, spec, device=MI300X):
 
 # --- Results ----------------------------------------------------------------------------------
 
-#: What is changed of the layer, and of the batch.
+#: Changes of the layer, and of the batch.
 VARIANTS = {
     "plain": ({}, {}),
     "not causal": ({"causal": False}, {}),
@@ -106,7 +105,7 @@ VARIANTS = {
     "lse, not causal": ({"returns_lse": True, "causal": False}, {}),
     **{name: ({"kv_cache_dtype": name}, {}) for name in (*FP8, INT8, "float32")},
     "scales per head": ({"kv_cache_dtype": "fp8_e4m3", "kv_scales": "per_head"}, {}),
-    "heads first": ({"kv_cache_layout": "HND", "block_size": 16}, {}),
+    "HND": ({"kv_cache_layout": "HND", "block_size": 16}, {}),
     "blocks of three": ({"block_size": 3}, {}),
     "blocks of one": ({"block_size": 1}, {}),
     "sharing": ({"kv_sharing": True}, {}),
@@ -144,7 +143,7 @@ EVERY = [
 def test_a_step_agrees_with_the_reference(name, variant, calls):
     fields, batch = (VARIANTS | OF_AITER)[variant]
     step = step_of(fields, batch)
-    assert refusals(name, step.spec) == []
+    assert rejections(name, step.spec) == []
     check(step, run(name, step))
     assert len(calls) == 1
 
@@ -154,7 +153,7 @@ def test_a_step_agrees_with_the_reference(name, variant, calls):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "variant"), EVERY, ids=str)
 def test_a_step_agrees_with_the_reference_on_a_gpu(name, variant, dtype):
-    """By the library itself, and shapes that fill its tiles."""
+    """With the library itself, and shapes that fill its tiles."""
     fields, batch = (VARIANTS | OF_AITER)[variant]
     larger = {
         field: tuple(1 if n == 1 and field == "query_lens" else 23 * n for n in lengths)
@@ -163,8 +162,8 @@ def test_a_step_agrees_with_the_reference_on_a_gpu(name, variant, dtype):
     }
     sizes = {"head_size": 128, "num_heads": 16} | fields | {"dtype": dtype}
     step = step_of(sizes, batch | larger, "cuda")
-    if refused := refusals(name, step.spec, detect_device("cuda")):
-        pytest.skip(f"is refused here: {refused}")
+    if refused := rejections(name, step.spec, detect_device("cuda")):
+        pytest.skip(f"rejected here: {refused}")
     check(step, run(name, step))
 
 
@@ -204,7 +203,7 @@ def random_cases(draw, name):
         fields["kv_cache_layout"] = draw(st.sampled_from([None, "NHD", "HND"]))
         fields["kv_sharing"] = draw(st.booleans())
     spec = layer_spec(**fields)
-    assume(refusals(name, spec) == [])
+    assume(rejections(name, spec) == [])
     lens = draw(
         st.lists(
             st.tuples(st.sampled_from([0, 1, 5, 17, 20]), st.sampled_from([0, 0, 3, 21])),
@@ -229,22 +228,20 @@ def random_cases(draw, name):
     [{"custom_mask": True}, {"bidirectional_ranges": True}, {"batch_invariant": True}],
     ids=in_words,
 )
-def test_what_is_laid_out_by_hand_for_a_feature_that_is_not_declared_is_triton_s(
-    name, fields, calls
-):
-    step = step_of(fields, {"ranges": RANGES if "bidirectional_ranges" in fields else ()})
-    check(step, run(name, step))
-    assert len(calls) == 0
+def test_the_builder_rejects_undeclared_features(name, fields):
+    step = step_of(fields)
+    with pytest.raises(UnsupportedError, match=f"{name} does not compute this layer"):
+        built(name, step)
 
 
-def test_a_quantized_output_is_refused_before_anything_is_written(name, calls):
+def test_quantized_output_is_rejected_before_anything_is_written(name, calls):
     step = step_of()
     output = torch.empty(step.query.shape, dtype=torch.float8_e4m3fn)
     impl = BACKENDS[name].get_impl_cls()(**step.impl_arguments())
     cache = step.kv_cache.clone()
     arguments = (step.layer, step.query, step.key, step.value, cache, built(name, step))
     for scales in ((torch.ones(()), None), (None, torch.ones(len(output), 1))):
-        with pytest.raises(UnsupportedError, match="TRITON_ATTN does"):
+        with pytest.raises(UnsupportedError, match="REFERENCE does"):
             impl.forward(*arguments, output, *scales)
     assert torch.equal(cache.view(torch.int16), step.kv_cache.view(torch.int16))
     assert not impl.fused_output_quant_supported("fp8_e4m3")
@@ -261,7 +258,7 @@ def test_any_step_agrees_with_the_oracle(backend, data):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((0, 1, 4, 5)))[1::5], ids=str)
-def test_requests_may_stand_in_any_order(name, order, calls):
+def test_requests_may_be_in_any_order(name, order, calls):
     step = reordered(step_of({"returns_lse": True}), order)
     check(step, run(name, step))
     assert len(calls) == 1
@@ -285,10 +282,10 @@ def test_a_layer_that_shares_a_cache_never_writes(name, calls):
     assert torch.equal(cache.view(torch.int16), step.kv_cache.view(torch.int16))
 
 
-# --- What is called ---------------------------------------------------------------------------
+# --- Calls of the library ---------------------------------------------------------------------
 
 
-def test_prompts_are_read_as_they_come(name, calls):
+def test_prompts_read_the_given_rows(name, calls):
     step = step_of({}, PROMPTS)
     run(name, step)
     (call,) = calls.made
@@ -306,7 +303,7 @@ def test_prompts_are_read_as_they_come(name, calls):
     ],
     ids=["a past", "fp8", "sharing", "no keys"],
 )
-def test_what_is_not_what_the_cache_keeps_is_gathered(name, fields, batch, calls):
+def test_keys_are_gathered_unless_the_rows_hold_them_all(name, fields, batch, calls):
     step = step_of(fields, batch)
     check(step, run(name, step))
     (call,) = calls.made
@@ -314,20 +311,20 @@ def test_what_is_not_what_the_cache_keeps_is_gathered(name, fields, batch, calls
     assert step.key is None or call["k"].data_ptr() != step.key.data_ptr()
 
 
-def test_decodes_call_nothing(name, calls):
+def test_decodes_do_not_call_the_library(name, calls):
     step = step_of({}, {"query_lens": (1, 4, 1), "seq_lens": (9, 20, 0)})
     check(step, run(name, step))
     assert len(calls) == 0
 
 
-def test_copies_that_are_too_large_are_left_to_triton(name, calls, monkeypatch):
+def test_prefills_too_large_to_gather_use_triton(name, calls, monkeypatch):
     monkeypatch.setattr(triton_plan, "MAX_GATHERED_BYTES", 1000)
     step = step_of({"returns_lse": True})
     check(step, run(name, step))
     assert len(calls) == 0
 
 
-def test_layers_share_the_memory_of_copies(name, calls):
+def test_layers_share_the_memory_of_gathered_keys(name, calls):
     step = step_of()
     metadata = built(name, step)
     for _ in range(2):
@@ -339,7 +336,7 @@ def test_layers_share_the_memory_of_copies(name, calls):
 @pytest.mark.parametrize("fields", [{}, {"causal": False}], ids=in_words)
 @pytest.mark.parametrize("window", [4, 5, 22, 23, 100])
 def test_windows_as_long_as_the_keys(name, fields, window, calls):
-    """The libraries take such a window for none, and more queries than keys look farther."""
+    """The libraries treat such a window as none, which is wrong with more queries than keys."""
     step = step_of(
         {"block_size": None, "sliding_window": window, "returns_lse": True, **fields},
         {"query_lens": (22, 17), "seq_lens": (4, 3)},
@@ -347,8 +344,8 @@ def test_windows_as_long_as_the_keys(name, fields, window, calls):
     check(step, run(name, step))
 
 
-def test_metadata_may_go_to_triton_and_come_from_there(name, calls):
-    """Layers of two backends in one model, and an engine that takes one for the other."""
+def test_metadata_is_interchangeable_with_triton(name, calls):
+    """For a model with layers of two backends, and an engine that mixes up their metadata."""
     step = step_of({"returns_lse": True})
     impl = TritonAttnBackend.get_impl_cls()(**step.impl_arguments())
     arguments = (step.layer, step.query, step.key, step.value)
@@ -360,12 +357,12 @@ def test_metadata_may_go_to_triton_and_come_from_there(name, calls):
     assert len(calls) == 0
 
 
-# --- Rows without keys, and keys that are nobody's --------------------------------------------
+# --- Rows without keys, NaN, and padding ------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [{}, {"causal": False}, {"causal": False, "sliding_window": 3}])
 @pytest.mark.parametrize("seq_lens", [(0,), (5,), (5, 0, 30), (0, 0)], ids=str)
-def test_rows_that_see_no_key(name, fields, seq_lens, calls):
+def test_rows_without_keys_are_zero_and_minus_infinity(name, fields, seq_lens, calls):
     """Queries before the keys, and requests without any: output 0, log-sum-exp minus infinity."""
     step = step_of(
         {"block_size": None, "returns_lse": True, **fields},
@@ -388,7 +385,7 @@ def test_a_batch_with_nothing_to_compute(name, calls):
     assert len(calls) == 0
 
 
-def test_what_a_window_has_passed_may_hold_anything(name, calls):
+def test_nan_before_the_window_does_not_reach_the_output(name, calls):
     step = step_of({"sliding_window": 5}, {"query_lens": (1, 18), "seq_lens": (30, 50)})
     expected = step.expected()
     for request, first_seen in enumerate((25, 28)):
@@ -396,7 +393,7 @@ def test_what_a_window_has_passed_may_hold_anything(name, calls):
     check(step, run(name, step), expected)
 
 
-def test_what_lies_behind_a_prompt_does_not_reach_it(name, calls):
+def test_nan_after_a_prompt_does_not_reach_it(name, calls):
     step = step_of({}, {"query_lens": (18, 17, 1), "seq_lens": (18, 17, 9), "padding": 4})
     expected = step.expected()[0]
     step.key[18:] = step.value[18:] = torch.nan
@@ -405,8 +402,8 @@ def test_what_lies_behind_a_prompt_does_not_reach_it(name, calls):
 
 
 @pytest.mark.parametrize("lengths", [BATCH, PROMPTS], ids=["mixed", "prompts"])
-def test_rows_of_padding_hold_nothing(name, lengths, calls):
-    """Rows that are no request's are 0 with an lse of −inf, whatever output held before."""
+def test_padding_rows_are_zero(name, lengths, calls):
+    """Rows of no request are 0 with an lse of −inf, whatever output held before."""
     step = step_of({"returns_lse": True}, {**lengths, "padding": 5})
     output = torch.full_like(step.query, torch.nan)
     found, lse = run(name, step, output=output)
@@ -416,9 +413,9 @@ def test_rows_of_padding_hold_nothing(name, lengths, calls):
     assert (lse[num_tokens:] == -torch.inf).all()
 
 
-# --- Refusals ---------------------------------------------------------------------------------
+# --- Rejections -------------------------------------------------------------------------------
 
-REFUSED = {
+REJECTED = {
     "head_size": [{"head_size": 20}, {"head_size": 264}],
     "head_size_v": [{"head_size_v": 64}],
     "dtype": [{"dtype": torch.float32}],
@@ -441,24 +438,24 @@ def bf16_layer(**fields):
 
 
 @pytest.mark.parametrize(
-    ("field", "fields"), [(field, f) for field, every in REFUSED.items() for f in every], ids=str
+    ("field", "fields"), [(field, f) for field, every in REJECTED.items() for f in every], ids=str
 )
-def test_what_is_not_computed_exactly_is_refused(name, field, fields):
-    assert refusals(name, bf16_layer()) == []
-    assert field in refusals(name, bf16_layer(**fields))
+def test_unsupported_fields_are_rejected(name, field, fields):
+    assert rejections(name, bf16_layer()) == []
+    assert field in rejections(name, bf16_layer(**fields))
 
 
-def test_a_soft_cap_goes_to_aiter_alone_and_without_alibi_and_lse():
-    assert refusals("ROCM_AITER", bf16_layer(logits_soft_cap=30.0)) == []
-    assert refusals("ROCM_FLASH_ATTN", bf16_layer(logits_soft_cap=30.0)) == ["logits_soft_cap"]
-    assert refusals("ROCM_AITER", bf16_layer(logits_soft_cap=30.0, alibi=True)) == ["alibi"]
+def test_only_aiter_supports_a_soft_cap_without_alibi_and_lse():
+    assert rejections("ROCM_AITER", bf16_layer(logits_soft_cap=30.0)) == []
+    assert rejections("ROCM_FLASH_ATTN", bf16_layer(logits_soft_cap=30.0)) == ["logits_soft_cap"]
+    assert rejections("ROCM_AITER", bf16_layer(logits_soft_cap=30.0, alibi=True)) == ["alibi"]
     both = bf16_layer(logits_soft_cap=30.0, returns_lse=True)
-    assert refusals("ROCM_AITER", both) == ["returns_lse"]
+    assert rejections("ROCM_AITER", both) == ["returns_lse"]
 
 
-def test_windows_of_one_token_go_to_flash_attn_alone(monkeypatch):
-    assert refusals("ROCM_AITER", bf16_layer(sliding_window=1)) == ["sliding_window"]
-    assert refusals("ROCM_FLASH_ATTN", bf16_layer(sliding_window=1)) == []
+def test_only_flash_attn_supports_windows_of_one_token(monkeypatch):
+    assert rejections("ROCM_AITER", bf16_layer(sliding_window=1)) == ["sliding_window"]
+    assert rejections("ROCM_FLASH_ATTN", bf16_layer(sliding_window=1)) == []
     install_flash_attn(monkeypatch)
     step = step_of({"sliding_window": 1})
     check(step, run("ROCM_FLASH_ATTN", step))
@@ -468,8 +465,8 @@ def test_windows_of_one_token_go_to_flash_attn_alone(monkeypatch):
 def test_sizes_of_heads_that_differ(sizes):
     spec = bf16_layer(head_size=sizes[0], head_size_v=sizes[1])
     is_known = sizes[0] == sizes[1] or sizes == (192, 128)
-    assert refusals("ROCM_AITER", spec) == ([] if is_known else ["head_size_v"])
-    assert (refusals("ROCM_FLASH_ATTN", spec) == []) is (sizes[0] == sizes[1])
+    assert rejections("ROCM_AITER", spec) == ([] if is_known else ["head_size_v"])
+    assert (rejections("ROCM_FLASH_ATTN", spec) == []) is (sizes[0] == sizes[1])
 
 
 @pytest.mark.parametrize(
@@ -483,12 +480,12 @@ def test_sizes_of_heads_that_differ(sizes):
     ],
     ids=in_words,
 )
-def test_an_impl_made_by_hand_refuses_what_the_backend_does_not_declare(name, arguments, calls):
+def test_impl_rejects_undeclared_features(name, arguments, calls):
     with pytest.raises(UnsupportedError, match=f"{name} does not support"):
         BACKENDS[name].get_impl_cls()(4, 16, 1.0, **arguments)
 
 
-def test_an_impl_made_by_hand_refuses_what_one_of_them_does_not_declare(monkeypatch):
+def test_impl_rejects_what_its_own_backend_does_not_declare(monkeypatch):
     install_aiter(monkeypatch)
     install_flash_attn(monkeypatch)
     with pytest.raises(UnsupportedError, match="ROCM_FLASH_ATTN does not support logits_soft_cap"):
@@ -497,7 +494,7 @@ def test_an_impl_made_by_hand_refuses_what_one_of_them_does_not_declare(monkeypa
         AiterImpl(4, 16, 1.0, sliding_window=1)
 
 
-def test_metadata_of_another_layer_is_refused(name, calls):
+def test_metadata_of_another_layer_is_rejected(name, calls):
     step, other = step_of(), step_of({"sliding_window": 9})
     with pytest.raises(InvalidInputError, match="sliding_window"):
         run(name, step, metadata=built(name, other))
@@ -520,7 +517,7 @@ def test_metadata_of_another_layer_is_refused(name, calls):
 )
 def test_where_they_run(arch, runs):
     device = known_device(arch).with_libraries(*INSTALLED)
-    assert {name for name in BACKENDS if refusals(name, bf16_layer(), device) == []} == runs
+    assert {name for name in BACKENDS if rejections(name, bf16_layer(), device) == []} == runs
 
 
 def test_an_override_picks_it(name):
@@ -544,13 +541,13 @@ def test_an_override_picks_it(name):
     ids=str,
 )
 def test_libraries_that_are_missing_too_old_or_broken(name, library):
-    assert refusals(name, bf16_layer(), MI300X.with_libraries(library)) == [library.name]
+    assert rejections(name, bf16_layer(), MI300X.with_libraries(library)) == [library.name]
 
 
 @pytest.mark.parametrize("version", ["0.1.10.post3", "0.1.20.post1", "0.1.21.dev3+g1234567"])
 def test_releases_of_aiter_that_are_known(version):
     device = MI300X.with_libraries(Library("aiter", version))
-    assert refusals("ROCM_AITER", bf16_layer(), device) == []
+    assert rejections("ROCM_AITER", bf16_layer(), device) == []
 
 
 def test_a_broken_library_is_remembered(name, monkeypatch):
@@ -564,19 +561,19 @@ def test_a_broken_library_is_remembered(name, monkeypatch):
     assert list(libraries._broken) == [MODULES[name]]
 
 
-def test_a_flash_attn_that_runs_triton_is_refused(monkeypatch):
+def test_the_triton_build_of_flash_attn_is_rejected(monkeypatch):
     install_flash_attn(monkeypatch, runs_triton=True)
     with pytest.raises(BackendFailure, match="Unset FLASH_ATTENTION_TRITON_AMD_ENABLE"):
         FlashAttnImpl(4, 16, 1.0)
 
 
-def test_an_aiter_without_ck_is_refused(monkeypatch):
+def test_aiter_without_ck_is_rejected(monkeypatch):
     install_aiter(monkeypatch, has_ck=False)
     with pytest.raises(BackendFailure, match="Unset ENABLE_CK"):
         AiterImpl(4, 16, 1.0)
 
 
-def test_a_refusal_says_what_would_do(name):
+def test_a_reason_names_the_alternative(name):
     spec = bf16_layer(alibi=True, sliding_window=9)
     (reason,) = BACKENDS[name].check_combination(spec, MI300X)
     assert str(reason) == (
@@ -584,8 +581,8 @@ def test_a_refusal_says_what_would_do(name):
     )
 
 
-def test_every_field_is_declared_as_triton_does_or_narrower(name):
-    """No field of the request is forgotten, and none is wider than what decodes compute."""
+def test_declared_fields_are_within_those_of_triton(name):
+    """Every field is declared, and none is wider than what TRITON_ATTN computes for decodes."""
     fields = BACKENDS[name].capabilities.fields
     assert fields.keys() == TritonAttnBackend.capabilities.fields.keys()
     some = [{"head_size": size} for size in (8, 256, 264)] + [{"sliding_window": 2**40}]
