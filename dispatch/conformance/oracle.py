@@ -112,7 +112,9 @@ def attention_of_request(
     step = max(1, _MAX_SCORES // (num_heads * num_keys))
     for start in range(0, num_queries, step):
         rows = slice(start, start + step)
-        scores = scale * (queries[:, :, rows] @ keys.transpose(1, 2)[:, None])
+        # The query heads of a KV head become rows of one head, so that no key is repeated.
+        products = queries[:, :, rows].flatten(1, 2) @ keys.transpose(1, 2)
+        scores = scale * products.unflatten(1, (of_heads[1], -1))
         if cap is not None:
             scores = cap * (scores / cap).tanh()
         if slopes is not None:
@@ -128,7 +130,7 @@ def attention_of_request(
         lse[rows] = found.flatten(0, 1)[..., 0].T
         if sinks is not None:
             total = total + (per_head(sinks) - largest).exp()
-        sums = weights @ plain[:, None]
+        sums = (weights.flatten(1, 2) @ plain).unflatten(1, (of_heads[1], -1))
         for place in broken:
             value_ = values[:, place, None, None]  # (num_kv_heads, 1, 1, head_size_v)
             part = weights[..., place, None] * value_.masked_fill(value_.isfinite(), 0.0)
@@ -165,7 +167,6 @@ def sdpa_of_request(
     step = max(1, 4 * _MAX_SCORES // (num_heads * num_keys))
     for start in range(0, num_queries, step):
         rows = queries[start : start + step].transpose(0, 1)
-        # The query heads of a KV head become rows of one head, so that no key is repeated.
         mask = seen[start : start + step].repeat(group, 1)
         found = F.scaled_dot_product_attention(
             rows.reshape(1, num_kv_heads, group * rows.shape[1], -1),
