@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from attn_dispatch.backends import common
 from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
+from attn_dispatch.interface import unquantized
 from attn_dispatch.interface.types import AttentionType
 from support.cases import MEMORY, Case, Step
 from support.fake_flash_attn import TILE, installed
@@ -477,6 +477,6 @@ def test_graph_metadata_reads_the_current_buffers(name, fields):
         table[:, :columns].copy_(step.batch.block_table[:, :columns])
         captured.batch.seq_lens.copy_(step.batch.seq_lens)
         captured.batch.slot_mapping.copy_(step.batch.slot_mapping)
-        with mock.patch.object(common, "check_forward"):  # a replay checks nothing
+        with mock.patch.object(unquantized, "check_forward"):  # a replay checks nothing
             check(step, forward(step, metadata))
     assert "get_scheduler_metadata" not in recorder.names()
