@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper import backend as hopper_attn
-from attn_dispatch.backends.cuda.hopper.backend import DecodeRow, HopperAttnBackend
+from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
+from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, DecodeLaunches
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.plan import Launches
@@ -72,7 +72,7 @@ class Case:
     archs: tuple[str, ...] | None = None
     odd_rows: bool = False
     only: str = ""
-    decode_row: DecodeRow | None = None
+    decode_row: DecodeLaunch | None = None
 
 
 LAYER: dict[str, Any] = {
@@ -180,7 +180,7 @@ _DECODES = tuple(
         lens=lens,
         decode_row=row,
     )
-    for size, rows in hopper_attn._DECODES.items()
+    for size, rows in DECODES.items()
     for row in dict.fromkeys(rows)
     for which in [[name for name, other in rows._asdict().items() if other == row]]
     for more, fields, lens in (("", {}, FRESH), (", all features", _ALL, DRAFTS))
@@ -283,9 +283,9 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         )
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
         kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
-    row, rows = case.decode_row, hopper_attn._DECODES
-    chosen = {} if row is None else {spec.head_size: hopper_attn.DecodeRows(row, row, row)}
-    with recorded() as launches, mock.patch.dict(rows, chosen):
+    row = case.decode_row
+    chosen = {} if row is None else {spec.head_size: DecodeLaunches(row, row, row)}
+    with recorded() as launches, mock.patch.dict(DECODES, chosen):
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)
         )

@@ -237,7 +237,7 @@ def report_on(case: Case, launch: Launch, arch: str) -> Report:
         matrix=next((name for name in _MATRIX if name in assembly), ""),
     )
     is_persistent = launch.name == "hopper_decode"
-    multiplies = is_persistent or "BLOCK_N" in launch.constants
+    multiplies = launch.name.startswith("hopper") or "BLOCK_N" in launch.constants
     is_half = getattr(launch.args[0], "dtype", None) != torch.float32
     return judged(
         report,

@@ -19,7 +19,6 @@ METADATA = [
     "counters_ptr",
     "requests_ptr",
     "tiles_ptr",
-    "pieces_ptr",
     "query_start_loc_ptr",
     "seq_lens_ptr",
     "key_start_loc_ptr",

@@ -1,4 +1,4 @@
-"""What the tests of HOPPER_ATTN share: where they run, steps, and what was launched."""
+"""Shared by the tests of HOPPER_ATTN: where they run, steps, and what was launched."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = [
     "PORTABLE",
     "PROMPTS",
     "check",
-    "laid",
+    "decode_launches",
+    "in_layout",
     "launched",
     "lens",
     "on_gpu",
-    "rows_of",
     "step_of",
 ]
 
@@ -29,10 +29,10 @@ _IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() ==
 _on_hopper = pytest.mark.skipif(not _IS_HOPPER, reason="needs a Hopper GPU")
 on_gpu = lambda test: pytest.mark.gpu(_on_hopper(test))
 
-#: Decodes, a short chunk, a prompt, and a chunk whose past does not end where a tile does.
+#: Decodes, a short chunk, a prompt, and a chunk whose past ends inside a tile.
 BATCH = {"query_lens": (1, 20, 300, 129, 3), "seq_lens": (200, 20, 300, 600, 70)}
 
-#: Keys of requests: few of them by the launch table, and many. One has none: it pads the batch.
+#: Numbers of keys of few requests and of many. A request without keys pads the batch.
 FEW = (300, 2, 64, 129, 0, 700)
 MANY = tuple(37 * i * i % 331 for i in range(40))
 #: A prompt, and a chunk with a past: (query_len, seq_len).
@@ -40,7 +40,7 @@ PROMPTS = ((300, 300), (129, 600))
 
 
 def lens(seq_lens, drafts=1, prompts=()):
-    """A batch of decodes of up to so many tokens each, prompts in the middle of them."""
+    """A batch of decodes of up to `drafts` tokens each, with prompts in the middle of them."""
     requests = [(min(1 + -(i + 1) % drafts, max(1, n)), n) for i, n in enumerate(seq_lens)]
     middle = len(requests) // 2
     requests[middle:middle] = prompts
@@ -48,7 +48,7 @@ def lens(seq_lens, drafts=1, prompts=()):
     return {"query_lens": query_lens, "seq_lens": seq_lens}
 
 
-#: A layer and a batch that are the portable kernel's.
+#: Layers and batches whose decodes the portable kernel runs.
 PORTABLE = {
     "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, lens(MANY)),
     "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, lens(MANY)),
@@ -60,14 +60,14 @@ PORTABLE = {
 
 
 def step_of(fields, batch, device):
-    """A step of a layer with two KV heads of 128 in blocks of 16, and of BATCH, but for these."""
+    """A step of a layer with two KV heads of 128 in blocks of 16, and of BATCH, with changes."""
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "block_size": 16}
     spec = layer_spec(**(sizes | {"dtype": torch.bfloat16} | fields))
     return Step(Case(spec=spec, **(BATCH | batch)), device)
 
 
 def check(step, returned):
-    """Assert that output and lse, if it is returned, are the reference's."""
+    """Assert that the output, and lse if it is returned, agree with the reference."""
     output, lse = returned if step.spec.returns_lse else (returned, None)
     expected, expected_lse = step.expected()
     step.check(output, expected)
@@ -76,8 +76,8 @@ def check(step, returned):
         torch.testing.assert_close(lse, expected_lse.float(), rtol=3e-3, atol=3e-3)
 
 
-#: How (blocks, 2, tokens, heads, size) may lie in memory: what is allocated, the view of it, and
-#: whether TMA reads it as a matrix of tokens.
+#: Memory layouts of (blocks, 2, tokens, heads, size): what is allocated, the view of it, and
+#: whether TMA can read it as a matrix of tokens.
 CACHES = {
     "blocks apart": (lambda n, b, h, d: (2 * n, 2, b, h, d), lambda t: t[::2], True),
     "values apart": (lambda n, b, h, d: (2, n, b, h, d), lambda t: t.transpose(0, 1), True),
@@ -93,13 +93,13 @@ CACHES = {
         lambda t: t.permute(1, 2, 3, 0, 4),
         True,
     ),
-    "values beside keys": (lambda n, b, h, d: (n, b, 2, h, d), lambda t: t.transpose(1, 2), False),
+    "values next to keys": (lambda n, b, h, d: (n, b, 2, h, d), lambda t: t.transpose(1, 2), False),
     "elements apart": (lambda n, b, h, d: (n, 2, b, h, 2 * d), lambda t: t[..., ::2], False),
 }
 
 
-def laid(cache, name):
-    """The same cache in other memory, with NaN around it."""
+def in_layout(cache, name):
+    """The same cache in another layout, with NaN around it."""
     shape_of, view, _ = CACHES[name]
     blocks, _, *sizes = cache.shape
     memory = torch.full(shape_of(blocks, *sizes), torch.nan, dtype=cache.dtype, device=cache.device)
@@ -107,10 +107,10 @@ def laid(cache, name):
 
 
 def launched(impl):
-    """The kernels that an impl launched."""
+    """The names of the kernels that an impl launched."""
     return {name[0] for name in impl._launchers}
 
 
-def rows_of(impl):
-    """The rows of the launch table by which it launched Hopper's decode kernel."""
+def decode_launches(impl):
+    """The DecodeLaunches of the Hopper decode kernel that an impl used."""
     return [name[3] for name in impl._launchers if name[0] == "hopper decode"]

@@ -1,18 +1,28 @@
-"""HOPPER_ATTN: TRITON_ATTN with kernels of Hopper's own, in Gluon, for prefill and for decode.
+"""HOPPER_ATTN: TRITON_ATTN with Gluon kernels for Hopper, `prefill.py` and `decode.py`.
 
-The kernels are in `prefill.py` and `decode.py`. What they do not take is the portable ones'.
+The portable Triton kernels do what these do not support.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_M,
+    BLOCK_N,
+    DECODES,
+    FEW_KV_HEADS_PER_SM,
+    MAX_DECODE_ROWS,
+    DecodeConfig,
+    DecodeLaunch,
+    PrefillConfig,
+)
 from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
-from attn_dispatch.backends.cuda.hopper.sm_partition import Shares, share_sms, side_stream
+from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
 from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, OutputBuffers, fills_tiles
 from attn_dispatch.backends.triton.plan import (
@@ -22,161 +32,87 @@ from attn_dispatch.backends.triton.plan import (
     TritonMetadata,
     plan_rows,
 )
-from attn_dispatch.interface.backend import refuse_spec
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
 from attn_dispatch.interface.impl import AttentionLayer
-from attn_dispatch.interface.spec import AttentionSpec
-from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceMatch
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
 
-#: Query tokens in a tile, half of them for each warp group.
-_BLOCK_M = 128
-#: Head size -> keys in a tile: what two stages of keys and values leave room for.
-_BLOCK_N = {64: 128, 128: 128, 256: 64}
-#: Stages of the ring; registers of each thread that computes.
-_STAGES, _REGISTERS = 2, 240
-
-
-@dataclass(frozen=True)
-class DecodeRow:
-    """How the decode kernel is launched.
-
-    Attributes:
-        keys: in a tile.
-        stages: of a program's ring; one less where a tile has more than `full_rows` rows.
-        min_tiles: a program that works gets so many tiles of keys at least.
-        programs: that share a block of threads.
-        blocks: on an SM.
-    """
-
-    keys: int
-    stages: int
-    min_tiles: int = 3
-    programs: int = 1
-    blocks: int = 1
-    full_rows: int = 16
-
-    def stages_for(self, rows: int) -> int:
-        """Stages for which shared memory has room beside so many rows."""
-        return self.stages - (rows > self.full_rows)
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What the compiler takes: several blocks, of 8 warps each, share an SM's registers."""
-        return {"num_warps": 4} | ({"maxnreg": 256 // self.blocks} if self.blocks > 1 else {})
-
-
-class DecodeRows(NamedTuple):
-    """Launches for many requests, for few, and beside a prefill, where a block has the SM."""
-
-    many: DecodeRow
-    few: DecodeRow
-    beside: DecodeRow
-
-
-#: By head size. A plan has room for the parts of as many programs as the portable kernel has.
-_DECODES = {
-    64: DecodeRows(
-        many=DecodeRow(64, 3, blocks=4, full_rows=8),
-        few=DecodeRow(128, 6, min_tiles=2),
-        beside=DecodeRow(128, 3, min_tiles=2, programs=2),
-    ),
-    128: DecodeRows(
-        many=DecodeRow(64, 3, blocks=2),
-        few=DecodeRow(128, 3, min_tiles=2),
-        beside=DecodeRow(64, 3, programs=2),
-    ),
-    256: DecodeRows(many=DecodeRow(64, 3), few=DecodeRow(64, 3), beside=DecodeRow(64, 3)),
-}
-#: Rows of a tile, at most. More are the portable kernel's.
-_DECODE_ROWS = 32
-#: Lengths of requests that a program reads at a time.
-_LENGTHS = 128
-#: For each SM so many KV heads, over all requests, are few.
-_FEW = 0.25
-
 
 @dataclass
 class HopperPlan(PrefillPlan):
-    """A plan whose tiles are this kernel's: tokens of one query head.
+    """A plan whose tiles are the Hopper kernel's work tiles, of tokens of one query head.
 
     Attributes:
-        fresh_end: where the rows of `key` end that are these requests'.
-        shares: how SMs are shared with decodes at the same time; None if these come before.
-        descriptors: of gathered keys and values, which stay where they are for all layers.
+        fresh_end: where these requests' rows of `key` end.
+        shares: how the SMs are shared with concurrent decodes; None if decodes run first.
+        descriptors: of gathered keys and values, which are at the same address for all layers.
     """
 
     fresh_end: int = 0
-    shares: Shares | None = None
+    shares: SMShares | None = None
     descriptors: tuple[Any, Any] | None = None
 
-    def described(self, source: KVSource, describe: Any, block_n: int) -> tuple[Any, Any]:
+    def describe(self, source: KVSource, make_descriptor: Any, block_n: int) -> tuple[Any, Any]:
         """Descriptors of keys and values."""
         is_gathered = self.gathered is not None and source.k is self.gathered[0]
         if is_gathered and self.descriptors is not None:
             return self.descriptors
         end = self.gathered_rows if is_gathered else self.fresh_end
-        k, v = (_as_matrix(rows[:end]) for rows in (source.k, source.v))
-        made = describe(k, block_n), describe(v, block_n)
+        k, v = (make_descriptor(_as_matrix(rows[:end]), block_n) for rows in (source.k, source.v))
         if is_gathered:
-            self.descriptors = made
-        return made
+            self.descriptors = k, v
+        return k, v
 
 
 class HopperBuilder(TritonBuilder):
-    """Lays out prefills for this kernel, unless their keys are too many to be gathered."""
-
-    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
-        refuse_spec(HopperAttnBackend, spec, detect_device(device))
+    """Plans prefills for the Hopper kernel, unless there are too many keys to gather."""
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         metadata = super().build(batch)
         plan = metadata.prefill
         if isinstance(plan, HopperPlan) and metadata.decode is not None:
-            few = self._few_tokens(batch)
-            assert few is not None  # there are both kinds
-            num_pieces = len(plan.tiles) * self.spec.num_heads
-            plan.shares = share_sms(self.spec, batch, few, num_pieces, self.launches.num_sms)
+            is_decode = self._few_tokens(batch)
+            assert is_decode is not None  # the batch has both kinds
+            num_tiles = len(plan.tiles) * self.spec.num_heads
+            plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
-        block_n = _BLOCK_N[self.spec.head_size]
+        block_n = BLOCK_N[self.spec.head_size]
         rows = plan_rows(batch, chosen, block_n)
         has_pages = batch.block_table is not None
-        # The last tile of a request's new keys must not reach into those of the next: times a
-        # weight of zero NaN is NaN. Behind the last request's TMA finds zeros.
+        # The last tile of a request's new keys must not reach into those of the next: 0 * NaN is
+        # NaN. TMA reads zeros behind the last request.
         ends = [batch.key_starts[i + 1] - batch.key_starts[i] for i in chosen[:-1]]
         ends_with_tile = not any(length % block_n for length in ends)
         if not (self._has_room(rows) if has_pages else ends_with_tile):
             return super()._prefill(batch, chosen)
-        pieces = _pieces(batch, self._tiles(rows, _BLOCK_M, 1))
-        plan = self._plan(batch, rows, pieces, has_pages, HopperPlan)
+        tiles = _work_tiles(batch, self._tiles(rows, BLOCK_M, 1))
+        plan = self._plan(batch, rows, tiles, has_pages, HopperPlan)
         assert isinstance(plan, HopperPlan)
         plan.is_fresh = plan.is_fresh and ends_with_tile
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
         return plan
 
 
-def _pieces(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
-    """(num_tiles, 8) int32 on the host: what prefill.py wants to know of each tile."""
+def _work_tiles(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
+    """(num_tiles, 8) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
     requests, first_tokens = tiles.long().unbind(1)
-    starts = batch.query_start_loc_cpu
-    queries = starts[1:] - starts[:-1]
-    pieces = torch.zeros(len(tiles), 8, dtype=torch.int32, device="cpu")
-    columns = (starts[requests], queries[requests], first_tokens, batch.seq_lens_cpu[requests])
-    for place, column in enumerate((*columns, requests)):
-        pieces[:, place] = column
-    return pieces
+    starts, seq_lens = batch.query_start_loc_cpu, batch.seq_lens_cpu
+    firsts = starts[requests]
+    lengths = starts[requests + 1] - firsts
+    work_tiles = torch.zeros(len(tiles), 8, dtype=torch.int32, device="cpu")
+    columns = (firsts, lengths, first_tokens, seq_lens[requests], requests)
+    work_tiles[:, : len(columns)] = torch.stack(columns, 1)
+    return work_tiles
 
 
 class HopperImpl(TritonImpl):
-    """Launches Hopper's kernels, and the portable ones for what these do not take."""
+    """Launches the Hopper kernels, and the portable ones for what these do not support."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -188,7 +124,7 @@ class HopperImpl(TritonImpl):
         self._last_pages: tuple[KVSource, PageMatrix | None] | None = None
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """No: Hopper's kernels do not quantize."""
+        """False: the Hopper kernels do not quantize."""
         return False
 
     def _attend(
@@ -215,9 +151,9 @@ class HopperImpl(TritonImpl):
                 source = self._source(layer, metadata, prefill, cache, key, value)
                 main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(prefill, query, source, out, shares.prefill)
-            row = _DECODES[self.head_size].beside
+            row = DECODES[self.head_size].mixed
             self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
-        finally:  # whatever comes next may write the same output
+        finally:  # the next work may write the same output
             main.wait_stream(side)
 
     def _prefill(
@@ -242,29 +178,24 @@ class HopperImpl(TritonImpl):
         out: OutputBuffers,
         num_sms: int,
     ) -> None:
-        """Launch Hopper's prefill kernel on so many SMs."""
+        """Launch the Hopper prefill kernel on this many SMs."""
         if not len(plan.tiles):
             return
-        block_n, num_pieces = _BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
+        block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
-        describe = _descriptors(self.head_size, query.dtype)
+        make_descriptor = _descriptor_maker(self.head_size, query.dtype)
         launch = self._launchers.find(
             ("hopper", query.dtype, sinks.dtype),
             self._hopper_kernel,
-            lambda: {
-                **self._compiled_for(),
-                "BLOCK_N": block_n,
-                "STAGES": _STAGES,
-                "REGISTERS": _REGISTERS,
-            },
+            lambda: {"CONFIG": PrefillConfig(**self._layer_constants(), BLOCK_N=block_n)},
             {"num_warps": 4},
         )
         assert source.starts is not None
         launch(
-            (min(num_pieces, num_sms), 1, 1),
-            describe(_as_matrix(query), _BLOCK_M // 2),
-            *plan.described(source, describe, block_n),
-            out.values, out.lse, plan.tiles, source.starts, slopes, sinks, num_pieces,
+            (min(num_tiles, num_sms), 1, 1),
+            make_descriptor(_as_matrix(query), BLOCK_M // 2),
+            *plan.describe(source, make_descriptor, block_n),
+            out.values, out.lse, plan.tiles, source.starts, slopes, sinks, num_tiles,
             *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
 
@@ -282,17 +213,17 @@ class HopperImpl(TritonImpl):
             super()._decode(layer, metadata, plan, query, cache, out)
             return
         num_sms = metadata.launches.num_sms
-        is_few = plan.num_reqs * self.num_kv_heads < _FEW * num_sms
-        rows = _DECODES[self.head_size]
+        is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
+        rows = DECODES[self.head_size]
         row = rows.few if is_few else rows.many
         self._launch_decode(metadata, plan, query, pages, out, row, num_sms)
 
     def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
-        """The cache as Hopper's decode kernel reads it; None where the portable one serves.
+        """The cache as the Hopper decode kernel reads it; None where the portable one must.
 
-        The last cache's is remembered.
+        The last result is kept.
         """
-        is_long = plan.longest * self.num_heads > _DECODE_ROWS * self.num_kv_heads
+        is_long = plan.longest * self.num_heads > MAX_DECODE_ROWS * self.num_kv_heads
         if is_long or cache.k.dtype != dtype:
             return None
         if self._last_pages is None or self._last_pages[0] is not cache:
@@ -306,10 +237,10 @@ class HopperImpl(TritonImpl):
         query: torch.Tensor,
         pages: PageMatrix,
         out: OutputBuffers,
-        row: DecodeRow,
+        row: DecodeLaunch,
         num_sms: int,
     ) -> None:
-        """Launch Hopper's decode kernel on so many SMs."""
+        """Launch the Hopper decode kernel on this many SMs."""
         batch, requests = metadata.batch, plan.requests
         table = batch.block_table
         assert table is not None
@@ -321,15 +252,16 @@ class HopperImpl(TritonImpl):
             ("hopper decode", dtypes, rows, row, pages.block_size, requests is None),
             self._hopper_decode_kernel,
             lambda: {
-                **self._compiled_for(),
-                "ROWS": rows,
-                "KEYS": row.keys,
-                "BLOCK_SIZE": pages.block_size,
-                "STAGES": row.stages_for(rows),
-                "PROGRAMS": row.programs,
-                "HAS_REQUEST_LIST": requests is not None,
-                "CHUNK": _LENGTHS,
-                "MIN_TILES": row.min_tiles,
+                "CONFIG": DecodeConfig(
+                    **self._layer_constants(),
+                    ROWS=rows,
+                    KEYS=row.keys,
+                    BLOCK_SIZE=pages.block_size,
+                    STAGES=row.stages_for(rows),
+                    PROGRAMS=row.programs,
+                    HAS_REQUEST_LIST=requests is not None,
+                    MIN_TILES=row.min_tiles,
+                )
             },
             row.options,
         )
@@ -343,8 +275,8 @@ class HopperImpl(TritonImpl):
             table.stride(0), *self._numbers,
         )  # fmt: skip
 
-    def _compiled_for(self) -> dict[str, Any]:
-        """What both kernels are compiled for."""
+    def _layer_constants(self) -> dict[str, Any]:
+        """The layer's constants, in the config of both kernels."""
         return {
             "NUM_HEADS": self.num_heads,
             "GROUP": self.num_heads // self.num_kv_heads,
@@ -359,15 +291,15 @@ class HopperImpl(TritonImpl):
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, size) as (tokens, heads * size), copied where TMA could not read it."""
+    """(tokens, heads, size) as (tokens, heads * size), copied if TMA cannot read it."""
     if not fills_tiles(tensor, tensor.shape[2]):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.flatten(1)
 
 
 @functools.cache
-def _descriptors(head_size: int, dtype: torch.dtype) -> Any:
-    """Makes a descriptor with blocks of so many rows by one head."""
+def _descriptor_maker(head_size: int, dtype: torch.dtype) -> Any:
+    """A function of a matrix and a number of rows: a descriptor in blocks of these by one head."""
     gluon = import_library("triton.experimental.gluon.language")
     hopper = import_library("triton.experimental.gluon.nvidia.hopper")
     element = {torch.bfloat16: gluon.bfloat16, torch.float16: gluon.float16}[dtype]
@@ -376,26 +308,29 @@ def _descriptors(head_size: int, dtype: torch.dtype) -> Any:
     def layout(rows: int) -> Any:
         return gluon.NVMMASharedLayout.get_default_for([rows, head_size], element)
 
-    def describe(matrix: torch.Tensor, rows: int) -> Any:
+    def make_descriptor(matrix: torch.Tensor, rows: int) -> Any:
         return hopper.TensorDescriptor.from_tensor(matrix, [rows, head_size], layout(rows))
 
-    return describe
+    return make_descriptor
 
 
 class HopperAttnBackend(TritonAttnBackend):
     """TRITON_ATTN with kernels for Hopper: wgmma, TMA and specialized warps, in Gluon."""
 
     interface_version = 2
+    name = "HOPPER_ATTN"
+    impl_cls = HopperImpl
+    builder_cls = HopperBuilder
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0)),),
-        # Gluon changes between releases; of these 3.6 to 3.9 were compiled.
+        # Gluon changes between releases. The kernels compile with 3.6 to 3.9.
         requires=("triton>=3.6,<3.10",),
         **{
             **TritonAttnBackend.capabilities.fields,
-            "head_size": OneOf(*_BLOCK_N),
+            "head_size": OneOf(*BLOCK_N),
             "head_size_v": SameAs("head_size"),
             "dtype": OneOf(torch.bfloat16, torch.float16),
-            "alibi": OneOf(True, False),  # prefill takes the distance apart by rows and columns
+            "alibi": OneOf(True, False),  # prefill splits the distance by rows and columns
             "custom_mask": OneOf(False),
             "bidirectional_ranges": OneOf(False),
             "output_quant": OneOf(None),

@@ -1,165 +1,194 @@
-"""Where the decode kernel's results go (`hopper_decode.py`), and how parts are merged: in Gluon."""
+"""How the Hopper kernels store their results, and how parts of a work unit are merged: in Gluon."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attn_dispatch.backends.cuda.hopper.prefill import LN2, LOG2E, sees_nothing
-from attn_dispatch.backends.cuda.hopper.stream_k import LINE, request_of
+from attn_dispatch.backends.cuda.hopper.scores import no_score
+from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
+from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate, barrier, row_layout
+from attn_dispatch.backends.triton.kernels.epilogue import LN2, LOG2E
 
-__all__ = ["lanes", "merge", "store", "store_empty", "store_padding"]
-
-
-@gluon.constexpr_function
-def lanes(d):
-    """(rows, d) in 4 warps: each thread has 8 neighbours of a row, 16 bytes of 16-bit values."""
-    across = min(32, d // 8)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+__all__ = ["Output", "Parts"]
 
 
 @gluon.constexpr_function
-def _merged(d):
+def _merge_layout(d):
     """(parts, rows, d) float32: a row is a warp's."""
-    across = min(32, d // 4)
-    return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, 4, 1], [2, 1, 0])
+    lanes = min(32, d // 4)
+    return gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0])
 
 
-@gluon.jit
-def _factor(
-    m_i, total, nothing, tokens, heads, ok, lse_ptr, sinks_ptr,
-    NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
-):  # fmt: skip
-    """Store each row's lse, and return what its sum of values is to be multiplied by."""
-    low = m_i <= -1.0e29  # no score above −inf
-    m_use = gl.where(low, 0.0, m_i)
-    if LSE:
-        lse = gl.where(low, float("nan"), (m_use + gl.log2(total)) * LN2)
-        lse = gl.where(nothing, float("-inf"), lse)
-        gl.store(lse_ptr + tokens * NUM_HEADS + heads, lse, mask=ok)
-    if SINKS:
-        sinks = gl.load(sinks_ptr + heads, mask=ok, other=0.0).to(gl.float32) * LOG2E
-        total += gl.exp2(sinks - m_use)
-    return 1.0 / total
+@aggregate
+class Output:
+    """Output and log-sum-exp of tokens and heads, and the sinks, which take part at the end."""
 
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    sinks_ptr: gl.tensor
+    stride_t: gl.tensor
+    stride_h: gl.tensor
+    config: gl.constexpr
 
-@gluon.jit
-def store(
-    acc, m_i, total, nothing, q_start, packed, ok, heads, out_ptr, lse_ptr, sinks_ptr,
-    out_stride_t, out_stride_h,
-    GROUP: gl.constexpr, NUM_HEADS: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
-    dtype: gl.constexpr,
-):  # fmt: skip
-    """Store the rows of a state, acc being (head_size, rows); `nothing` sees no key."""
-    D: gl.constexpr = acc.shape[0]
-    LOADED: gl.constexpr = lanes(D)
-    tokens = (q_start + packed // GROUP).to(gl.int64)
-    factor = _factor(
-        m_i, total, nothing, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
-    )
-    out = gl.where(nothing[None, :], 0.0, acc * factor[None, :]).to(dtype)
-    out = gl.convert_layout(gl.permute(out, (1, 0)), LOADED)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
-    tokens = gl.convert_layout(q_start + packed // GROUP, BY_ROW).to(gl.int64)
-    rows = tokens * out_stride_t + gl.convert_layout(heads, BY_ROW).to(gl.int64) * out_stride_h
-    d = gl.arange(0, D, gl.SliceLayout(0, LOADED))
-    gl.store(out_ptr + rows[:, None] + d[None, :], out, mask=gl.convert_layout(ok, BY_ROW)[:, None])
+    @gluon.jit
+    def normalizer(self, m_log2, has_no_score, total, sees_no_key, sinks, lse_ptrs, ok):
+        """Store the log-sum-exp of rows; return what their sums of values are multiplied by.
 
+        Args:
+            m_log2: running maxima, in units of log2; 0 where has_no_score.
+            total: sums of weights. A NaN among a row's scores is in there; no maximum shows it.
+        """
+        if self.config.LSE:
+            lse = gl.where(has_no_score, float("nan"), (m_log2 + gl.log2(total)) * LN2)
+            lse = gl.where(sees_no_key, float("-inf"), lse)
+            gl.store(lse_ptrs, lse, mask=ok)
+        if self.config.SINKS:
+            total += gl.exp2(sinks.to(gl.float32) * LOG2E - m_log2)
+        return 1.0 / total
 
-@gluon.jit
-def merge(
-    first, parts, part_out_ptr, part_lse_ptr, q_start, first_packed, end_packed, past, seq_len,
-    window, kv_head, out_ptr, lse_ptr, sinks_ptr, out_stride_t, out_stride_h,
-    D: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, NUM_HEADS: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
-    dtype: gl.constexpr,
-):  # fmt: skip
-    """Merge the parts of a split and store the rows."""
-    AT_ONCE: gl.constexpr = max(1, 64 // ROWS)
-    LAYOUT: gl.constexpr = _merged(D)
-    BY_PART: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, BY_PART)
-    d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    rows = gl.arange(0, ROWS, BY_ROW)
-    m_i = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
-    l_i = gl.zeros([ROWS], gl.float32, BY_ROW)
-    acc = gl.zeros([ROWS, D], gl.float32, OUT)
-    for begin in range(0, parts, AT_ONCE):
-        part = begin + gl.arange(0, AT_ONCE, gl.SliceLayout(1, BY_PART))
-        slot = (first + part).to(gl.int64) * 2 + (part == 0).to(gl.int64)
-        at = slot[:, None] * ROWS + rows[None, :]
-        ok = (part < parts)[:, None] & (rows >= 0)[None, :]
-        lse = gl.load(part_lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        offsets = gl.expand_dims(at, 2) * D + gl.expand_dims(gl.expand_dims(d, 0), 0)
-        out = gl.load(
-            part_out_ptr + offsets, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg"
+    @gluon.jit
+    def _decode_factor(self, m_i, total, queries, rows):
+        """`normalizer` for the rows of a decode."""
+        ok, heads = queries.has(rows), queries.heads(rows)
+        sinks = total
+        if self.config.SINKS:
+            sinks = gl.load(self.sinks_ptr + heads, mask=ok, other=0.0)
+        low = no_score(m_i)
+        lse_ptrs = self.lse_ptr + queries.tokens(rows).to(gl.int64) * self.config.NUM_HEADS + heads
+        return self.normalizer(
+            gl.where(low, 0.0, m_i), low, total, queries.sees_no_key(rows), sinks, lse_ptrs, ok
         )
-        m_new = gl.maximum(m_i, gl.max(lse, 0))
-        m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = gl.exp2(lse - m_use[None, :])
-        alpha = gl.exp2(m_i - m_use)
-        l_i = l_i * alpha + gl.sum(weight, 0)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
-        acc += gl.sum(out * gl.expand_dims(weight, 2), 0)
-        m_i = m_new
-    packed = first_packed + rows
-    ok = packed < end_packed
-    heads = kv_head * GROUP + packed % GROUP
-    tokens = (q_start + packed // GROUP).to(gl.int64)
-    nothing = sees_nothing(past + packed // GROUP, seq_len, window, CAUSAL, WINDOW)
-    factor = _factor(
-        m_i, l_i, nothing, tokens, heads, ok, lse_ptr, sinks_ptr, NUM_HEADS, SINKS, LSE
-    )
-    TO: gl.constexpr = gl.SliceLayout(1, OUT)
-    hidden = gl.convert_layout(nothing.to(gl.int32), TO) != 0
-    out = acc * gl.convert_layout(factor, TO)[:, None]
-    out = gl.where(hidden[:, None], 0.0, out).to(dtype)
-    at = gl.convert_layout(tokens * out_stride_t + heads.to(gl.int64) * out_stride_h, TO)
-    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))
-    gl.store(out_ptr + at[:, None] + columns[None, :], out, mask=gl.convert_layout(ok, TO)[:, None])
+
+    @gluon.jit
+    def offsets(self, tokens, heads):
+        """Where the outputs of tokens and heads begin."""
+        return tokens.to(gl.int64) * self.stride_t + heads.to(gl.int64) * self.stride_h
+
+    @gluon.jit
+    def store_transposed(self, acc, m_i, total, queries):
+        """Store the rows of a state whose acc is (D, ROWS)."""
+        D: gl.constexpr = acc.shape[0]
+        LAYOUT: gl.constexpr = row_layout(D)
+        rows = queries.rows(gl.SliceLayout(0, acc.type.layout))
+        factor = self._decode_factor(m_i, total, queries, rows)
+        hidden = queries.sees_no_key(rows)
+        out = gl.where(hidden[None, :], 0.0, acc * factor[None, :])
+        out = out.to(self.out_ptr.dtype.element_ty)
+        out = gl.convert_layout(gl.permute(out, (1, 0)), LAYOUT)
+        rows = queries.rows(gl.SliceLayout(1, LAYOUT))
+        at = self.offsets(queries.tokens(rows), queries.heads(rows))
+        d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+        gl.store(self.out_ptr + at[:, None] + d[None, :], out, mask=queries.has(rows)[:, None])
+
+    @gluon.jit
+    def _store_no_keys(self, first, last, step):
+        """Store rows that see no key, token * NUM_HEADS + head: 0, and an lse of −inf."""
+        D: gl.constexpr = self.config.D
+        zeros = gl.zeros([D], self.out_ptr.dtype.element_ty, VECTOR)
+        d = gl.arange(0, D, VECTOR)
+        for row in range(first, last, step):
+            at = self.offsets(row // self.config.NUM_HEADS, row % self.config.NUM_HEADS)
+            gl.store(self.out_ptr + at + d, zeros)
+            if self.config.LSE:
+                gl.store(self.lse_ptr + row, float("-inf"))
+
+    @gluon.jit
+    def store_empty(self, space):
+        """Store the rows of requests without keys."""
+        for i in range(gl.program_id(0), space.num_reqs, gl.num_programs(0)):
+            request = space.request(i)
+            if gl.load(space.seq_lens_ptr + request) == 0:
+                first = gl.load(space.query_start_loc_ptr + request)
+                last = gl.load(space.query_start_loc_ptr + request + 1)
+                self._store_no_keys(first * self.config.NUM_HEADS, last * self.config.NUM_HEADS, 1)
+
+    @gluon.jit
+    def store_padding(self, first, last):
+        """Store the tokens [first, last) behind the last request, each program some."""
+        self._store_no_keys(
+            first * self.config.NUM_HEADS + gl.program_id(0), last * self.config.NUM_HEADS,
+            gl.num_programs(0),
+        )  # fmt: skip
 
 
-@gluon.jit
-def _store_nothing(
-    first, last, step, out_ptr, lse_ptr, out_stride_t, out_stride_h,
-    NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
-):  # fmt: skip
-    """Store rows that see no key, token * NUM_HEADS + head: 0, and an lse of −inf."""
-    d = gl.arange(0, D, LINE)
-    for row in range(first, last, step):
-        token = (row // NUM_HEADS).to(gl.int64)
-        head = (row % NUM_HEADS).to(gl.int64)
-        at = out_ptr + token * out_stride_t + head * out_stride_h
-        gl.store(at + d, gl.zeros([D], dtype, LINE))
-        if LSE:
-            gl.store(lse_ptr + row, float("-inf"))
+@aggregate
+class Parts:
+    """Room for parts of work units: normalized outputs, with their log2 sums, and counters.
 
+    A program has two slots: one for the unit that it begins with and that another program began,
+    and one for the unit that begins with it.
+    """
 
-@gluon.jit
-def store_empty(
-    num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_stride_t,
-    out_stride_h,
-    HAS_REQUEST_LIST: gl.constexpr, NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr,
-    dtype: gl.constexpr,
-):  # fmt: skip
-    """Store the rows of requests without keys."""
-    for i in range(gl.program_id(0), num_reqs, gl.num_programs(0)):
-        request = request_of(requests_ptr, i, HAS_REQUEST_LIST)
-        if gl.load(seq_lens_ptr + request) == 0:
-            first = gl.load(query_start_loc_ptr + request) * NUM_HEADS
-            last = gl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
-            _store_nothing(
-                first, last, 1, out_ptr, lse_ptr, out_stride_t, out_stride_h, NUM_HEADS, D, LSE,
-                dtype,
-            )  # fmt: skip
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    counters_ptr: gl.tensor
 
+    @gluon.jit
+    def store(self, acc, m_i, total, work, program, output, queries):
+        """Store a part whose acc is (D, ROWS). If it is the last to arrive, merge all of them."""
+        D: gl.constexpr = acc.shape[0]
+        ROWS: gl.constexpr = acc.shape[1]
+        LAYOUT: gl.constexpr = row_layout(D)
+        first = work.first_program
+        slot = program.to(gl.int64) * 2 + (program == first).to(gl.int64)
+        empty = total == 0.0  # no score above −inf; a NaN is in the sum
+        some = gl.where(empty, 1.0, total)
+        rows = gl.arange(0, ROWS, gl.SliceLayout(0, acc.type.layout))
+        lse = gl.where(empty, float("-inf"), m_i + gl.log2(some))
+        gl.store(self.lse_ptr + slot * ROWS + rows, lse)
+        part = gl.convert_layout(gl.permute(acc / some[None, :], (1, 0)), LAYOUT)
+        at = slot * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+        gl.store(self.out_ptr + at[:, None] * D + d[None, :], part)
+        # All threads' stores come before the one thread's release, and its acquire before
+        # their loads, which bypass the first-level cache.
+        barrier()
+        arrived = gl.atomic_add(self.counters_ptr + 2 * first, 1, sem="acq_rel", scope="gpu")
+        if arrived == work.num_parts - 1:
+            barrier()
+            self._merge(first, work.num_parts, output, queries)
+            gl.store(self.counters_ptr + 2 * first, 0)  # for the next launch
 
-@gluon.jit
-def store_padding(
-    end, num_rows, out_ptr, lse_ptr, out_stride_t, out_stride_h,
-    NUM_HEADS: gl.constexpr, D: gl.constexpr, LSE: gl.constexpr, dtype: gl.constexpr,
-):  # fmt: skip
-    """Store the rows behind those of the last request, `end` to `num_rows`, each program some."""
-    _store_nothing(
-        end * NUM_HEADS + gl.program_id(0), num_rows * NUM_HEADS, gl.num_programs(0), out_ptr,
-        lse_ptr, out_stride_t, out_stride_h, NUM_HEADS, D, LSE, dtype,
-    )  # fmt: skip
+    @gluon.jit
+    def _merge(self, first, num_parts, output, queries):
+        """Merge the parts of a unit and store its rows."""
+        D: gl.constexpr = output.config.D
+        ROWS: gl.constexpr = output.config.ROWS
+        AT_ONCE: gl.constexpr = max(1, 64 // ROWS)
+        LAYOUT: gl.constexpr = _merge_layout(D)
+        BY_PART: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+        OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+        BY_ROW: gl.constexpr = gl.SliceLayout(0, BY_PART)
+        d = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+        rows = gl.arange(0, ROWS, BY_ROW)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
+        l_i = gl.zeros([ROWS], gl.float32, BY_ROW)
+        acc = gl.zeros([ROWS, D], gl.float32, OUT)
+        for begin in range(0, num_parts, AT_ONCE):
+            part = begin + gl.arange(0, AT_ONCE, gl.SliceLayout(1, BY_PART))
+            slot = (first + part).to(gl.int64) * 2 + (part == 0).to(gl.int64)
+            at = slot[:, None] * ROWS + rows[None, :]
+            ok = (part < num_parts)[:, None] & (rows >= 0)[None, :]
+            lse = gl.load(self.lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            offsets = gl.expand_dims(at, 2) * D + gl.expand_dims(gl.expand_dims(d, 0), 0)
+            out = gl.load(
+                self.out_ptr + offsets, mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg"
+            )
+            m_new = gl.maximum(m_i, gl.max(lse, 0))
+            m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
+            weight = gl.exp2(lse - m_use[None, :])
+            alpha = gl.exp2(m_i - m_use)
+            l_i = l_i * alpha + gl.sum(weight, 0)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
+            acc += gl.sum(out * gl.expand_dims(weight, 2), 0)
+            m_i = m_new
+        rows = queries.rows(BY_ROW)
+        factor = output._decode_factor(m_i, l_i, queries, rows)
+        TO: gl.constexpr = gl.SliceLayout(1, OUT)
+        hidden = gl.convert_layout(queries.sees_no_key(rows).to(gl.int32), TO) != 0
+        out = acc * gl.convert_layout(factor, TO)[:, None]
+        out = gl.where(hidden[:, None], 0.0, out).to(output.out_ptr.dtype.element_ty)
+        at = output.offsets(queries.tokens(rows), queries.heads(rows))
+        at = gl.convert_layout(at, TO)
+        d = gl.arange(0, D, gl.SliceLayout(0, OUT))
+        ok = gl.convert_layout(queries.has(rows), TO)
+        gl.store(output.out_ptr + at[:, None] + d[None, :], out, mask=ok[:, None])

@@ -1,4 +1,4 @@
-"""The paged cache as TMA reads it for decodes: one matrix, of which a page is a block of rows."""
+"""The paged cache as TMA reads it for decodes: one matrix, in which a page is a block of rows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["PageMatrix"]
 
-#: Columns of a block of the matrix: 128 bytes, as many as shared memory swizzles.
+#: Columns of a box: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
-#: Rows of a block are tokens of one page, so many at most, and a power of two.
+#: Rows of a box: tokens of one page, a power of two up to this.
 _ROWS = 64
 
 
 @dataclass(frozen=True)
 class PageMatrix:
-    """A cache as a matrix whose rows follow each other as the tokens of a block do.
+    """A cache as a matrix whose rows are the tokens of a block, one after the other.
 
     Attributes:
         block_size: tokens of a block.
-        descriptor: of the matrix, in blocks of 16, 32 or 64 rows by 64 columns.
-        block_rows, value_rows, head_rows, head_columns: how far the next block, the values, and the
-            next KV head lie from a block, its keys and a head.
+        descriptor: of the matrix, in boxes of 16, 32 or 64 rows by 64 columns.
+        block_rows, value_rows, head_rows, head_columns: rows or columns of the matrix between one
+            block and the next, keys and values, one KV head and the next.
     """
 
     block_size: int
@@ -39,7 +39,7 @@ class PageMatrix:
 
     @classmethod
     def of(cls, cache: KVSource) -> PageMatrix | None:
-        """The matrix of a cache of 16-bit values; None for one that is none, or not for TMA."""
+        """The matrix; None if values are not 16-bit or strides do not meet TMA's requirements."""
         rows = math.gcd(cache.block_size, _ROWS)
         num_blocks, _, num_heads, size = cache.k.shape
         block, token, head = cache.k_strides
@@ -59,7 +59,7 @@ class PageMatrix:
         gluon = import_library("triton.experimental.gluon.language")
         hopper = import_library("triton.experimental.gluon.nvidia.hopper")
         tile = [rows, _COLUMNS]
-        # Of the element type the layout wants only the width.
+        # The layout depends only on the width of the element type.
         layout = gluon.NVMMASharedLayout.get_default_for(tile, gluon.float16)
         shape = [last + cache.block_size, columns]
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's, and TMA's

@@ -1,9 +1,9 @@
-"""How a prefill and the decodes of the same batch share a Hopper GPU's SMs.
+"""How a prefill and the decodes of the same batch share the SMs of a Hopper GPU.
 
 One after the other, the tensor cores wait while the decodes read, and memory waits while the
-prefill computes; beside each other both are busy. POD-Attention (arXiv:2410.18038) has both in each
-SM; here each has SMs of its own. How many follows from what an SM does in a second; the figures are
-an H200's, and only their ratios count.
+prefill computes. At the same time, both are busy. POD-Attention (arXiv:2410.18038) runs both on
+each SM; here each has its own SMs. How many follows from the throughput of an SM. The figures are
+an H200's, and only their ratios matter.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["Shares", "share_sms", "side_stream"]
+__all__ = ["SMShares", "share_sms", "side_stream"]
 
-#: Head size -> multiplications and additions of the prefill kernel, a second and SM.
+#: Head size -> floating-point operations of the prefill kernel, per second and SM.
 _FLOPS = {64: 3.4e12, 128: 5.4e12, 256: 5.4e12}
-#: Head size -> bytes that decodes read on one SM beside a prefill, a second.
+#: Head size -> bytes that decodes read on one SM next to a prefill, per second.
 _BYTES = {64: 60e9, 128: 80e9, 256: 80e9}
-#: And on all SMs alone.
+#: And on all SMs together.
 _ALL_BYTES = 4.1e12
-#: What must be saved at least, as a share of the time one after the other; and that time in
-#: seconds, since two streams take the host longer.
-_SAVED, _WORTH = 0.05, 150e-6
+#: The least saving that is worth it, as a part of the time one after the other; and the least such
+#: time in seconds, since two streams take the host longer.
+_MIN_SAVING, _MIN_SECONDS = 0.05, 150e-6
 
 
 @dataclass(frozen=True)
-class Shares:
-    """SMs for the prefill and for the decodes beside it."""
+class SMShares:
+    """How many SMs the prefill and the decodes have."""
 
     prefill: int
     decode: int
@@ -43,25 +43,26 @@ def share_sms(
     spec: AttentionSpec,
     batch: AttentionBatch,
     is_decode: list[bool],
-    num_pieces: int,
+    num_tiles: int,
     num_sms: int,
-) -> Shares | None:
+) -> SMShares | None:
     """How to share the SMs; None if one after the other is about as fast.
 
     Args:
         spec: the layers.
         batch: the requests.
-        is_decode: for each of them, whether it is the decode kernel's.
-        num_pieces: of work, of all heads, into which the prefills are cut.
+        is_decode: for each of them, whether the decode kernel takes it.
+        num_tiles: work tiles of the prefills, of all heads.
         num_sms: of the device.
     """
     if kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype) != spec.dtype:
-        return None  # decodes are the portable kernel's, whose blocks do not have an SM each
+        return None  # the portable kernel does the decodes; its blocks share SMs
     window = spec.sliding_window or batch.max_seq_len
-    read = 0  # keys, by the decodes
-    seen = 0.0  # pairs of query and key, by the prefills
-    for few, queries, keys in zip(is_decode, batch.query_lens, batch.seq_lens_list, strict=True):
-        if few:
+    read = 0  # keys of the decodes
+    seen = 0.0  # pairs of query and key of the prefills
+    lens = zip(is_decode, batch.query_lens, batch.seq_lens_list, strict=True)
+    for only_reads, queries, keys in lens:
+        if only_reads:
             read += min(keys, window + queries)
         else:
             seen += queries * max(0.0, min(keys - spec.causal * queries / 2, window))
@@ -69,27 +70,27 @@ def share_sms(
     if not (seen and num_bytes):
         return None
     work = 4 * seen * spec.head_size * spec.num_heads / _FLOPS[spec.head_size]
-    piece, speed = work / num_pieces, _BYTES[spec.head_size]
+    tile_time, speed = work / num_tiles, _BYTES[spec.head_size]
 
-    # All pieces take about the same, so that SMs pay in whole rounds of them.
-    alone = -(-num_pieces // num_sms) * piece + num_bytes / _ALL_BYTES
-    if alone < _WORTH:
+    # All work tiles take about the same time, so the prefill takes a whole number of waves.
+    in_turn = -(-num_tiles // num_sms) * tile_time + num_bytes / _ALL_BYTES
+    if in_turn < _MIN_SECONDS:
         return None
-    even = num_sms * work / (work + num_bytes / speed)
-    best, best_time = None, (1 - _SAVED) * alone
-    rounds = int(num_pieces / even)
-    for count in (rounds, rounds + 1):
-        prefill = -(-num_pieces // count) if count else num_sms
+    balanced = num_sms * work / (work + num_bytes / speed)  # SMs of the prefill
+    best, best_time = None, (1 - _MIN_SAVING) * in_turn
+    waves = int(num_tiles / balanced)
+    for count in (waves, waves + 1):
+        prefill = -(-num_tiles // count) if count else num_sms
         if prefill >= num_sms:
             continue
         decode = num_sms - prefill
-        time = max(count * piece, num_bytes / min(speed * decode, _ALL_BYTES))
+        time = max(count * tile_time, num_bytes / min(speed * decode, _ALL_BYTES))
         if time < best_time:
-            best, best_time = Shares(prefill, decode), time
+            best, best_time = SMShares(prefill, decode), time
     return best
 
 
 @functools.cache
 def side_stream(device: torch.device) -> Any:
-    """A stream whose kernels are placed first: the prefill's, which have an SM each."""
+    """A stream of higher priority, for the prefill, whose programs have an SM each."""
     return torch.cuda.Stream(device, priority=-1)

@@ -1,4 +1,4 @@
-"""HOPPER_ATTN: its plans anywhere, its prefill kernel on a Hopper GPU."""
+"""HOPPER_ATTN: its plans on any machine, its prefill kernel on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedE
 from attn_dispatch.platforms import libraries
 from support.hopper_cases import BATCH, check, on_gpu, step_of
 
-ALONE = {"query_lens": (300,), "seq_lens": (300,)}
+SINGLE = {"query_lens": (300,), "seq_lens": (300,)}
 
-#: What is changed of a layer with a KV cache of two heads of 128, and of the batch.
+#: Changes to a layer with a KV cache of two heads of 128, and to the batch.
 VARIANTS = {
     "plain": ({}, {}),
     "not causal": ({"causal": False}, {}),
@@ -40,16 +40,16 @@ VARIANTS = {
     "fused qkv": ({}, {"memory": "fused", "padding": 3}),
     "strided": ({}, {"memory": "strided"}),
     "keys in the cache": ({}, {"brings_keys": False}),
-    "fresh": ({"dtype": torch.float16}, ALONE),
-    "fresh, fused": ({}, ALONE | {"memory": "fused", "padding": 60}),
-    "without a cache": ({"block_size": None}, ALONE),
+    "fresh": ({"dtype": torch.float16}, SINGLE),
+    "fresh, fused": ({}, SINGLE | {"memory": "fused", "padding": 60}),
+    "without a cache": ({"block_size": None}, SINGLE),
     "several without a cache": ({"block_size": None}, {"seq_lens": BATCH["query_lens"]}),
     "several fresh": ({}, {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)}),
     "several without a cache, whole tiles": (
         {"block_size": None, "returns_lse": True},
         {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)},
     ),
-    "blind": ({"block_size": None, "returns_lse": True}, ALONE | {"seq_lens": (200,)}),
+    "without keys": ({"block_size": None, "returns_lse": True}, SINGLE | {"seq_lens": (200,)}),
 }
 
 
@@ -62,8 +62,8 @@ def test_a_step_agrees_with_the_reference(variant):
 
 @on_gpu
 @pytest.mark.parametrize("keys_are", ["new", "in the cache"])
-def test_what_lies_behind_a_prompt_does_not_reach_it(keys_are):
-    """A decode of the same step, and padding, whose keys and values are NaN."""
+def test_nan_behind_a_prompt_does_not_reach_it(keys_are):
+    """NaN in the keys and values of a decode in the same step, and of padding."""
     batch = {"query_lens": (300, 1), "seq_lens": (300, 50), "padding": 90}
     step = step_of({}, batch | {"brings_keys": keys_are == "new"}, "cuda")
     expected = step.expected()[0]
@@ -76,8 +76,8 @@ def test_what_lies_behind_a_prompt_does_not_reach_it(keys_are):
 
 
 @on_gpu
-def test_many_pieces_and_few_agree():
-    """More and fewer pieces of work than programs, and a number that is no multiple of it."""
+def test_any_number_of_work_tiles_agrees_with_the_reference():
+    """Fewer and more work tiles than programs, and a number that is not a multiple."""
     for query_lens in ((17,), (2000,), (500, 700, 129, 128, 900)):
         step = step_of({}, {"query_lens": query_lens, "seq_lens": query_lens}, "cuda")
         step.check(step.run("HOPPER_ATTN"))
@@ -88,7 +88,7 @@ def plan_of(fields, batch):
     return HopperBuilder(step.spec, step.device).build(step.batch)
 
 
-def test_pieces_cover_every_token_of_a_prefill_once():
+def test_work_tiles_cover_every_token_of_a_prefill_once():
     plan = plan_of({}, {}).prefill
     assert isinstance(plan, HopperPlan)
     covered = []
@@ -98,7 +98,7 @@ def test_pieces_cover_every_token_of_a_prefill_once():
     assert sorted(covered) == list(range(1, 450))  # requests 1, 2 and 3
 
 
-def test_requests_start_at_multiples_of_a_tile_once_gathered():
+def test_gathered_requests_start_at_multiples_of_a_tile():
     plan = plan_of({}, {}).prefill
     starts = plan.gathered_start_loc.tolist()
     assert [starts[i] for i in (1, 2, 3)] == [0, 128, 512]
@@ -108,7 +108,7 @@ def test_requests_start_at_multiples_of_a_tile_once_gathered():
 @pytest.mark.parametrize(
     ("fields", "batch", "is_fresh"),
     [
-        ({}, ALONE, True),
+        ({}, SINGLE, True),
         ({}, {"query_lens": (300, 1), "seq_lens": (300, 50)}, True),
         ({}, {"query_lens": (44, 256), "seq_lens": (44, 256)}, False),
         ({}, {"query_lens": (256, 44), "seq_lens": (256, 44)}, True),
@@ -117,13 +117,13 @@ def test_requests_start_at_multiples_of_a_tile_once_gathered():
         ({}, {"query_lens": (300,), "seq_lens": (400,)}, False),
     ],
 )
-def test_prompts_are_read_as_they_come_where_they_end_with_a_tile(fields, batch, is_fresh):
+def test_new_prompts_that_end_with_a_tile_are_not_gathered(fields, batch, is_fresh):
     plan = plan_of(fields, batch).prefill
     assert plan.is_fresh is is_fresh
     assert plan.fresh_end == 300
 
 
-def test_requests_without_pages_that_end_inside_a_tile_are_the_portable_kernels():
+def test_the_portable_kernel_runs_requests_without_pages_that_end_inside_a_tile():
     plan = plan_of({"block_size": None}, {"seq_lens": BATCH["query_lens"]}).prefill
     assert type(plan) is PrefillPlan
     lengths = (128, 256, 70)
@@ -131,8 +131,8 @@ def test_requests_without_pages_that_end_inside_a_tile_are_the_portable_kernels(
     assert type(plan) is HopperPlan
 
 
-def test_the_portable_kernels_refuse_what_was_laid_out_for_this_one():
-    step = step_of({"block_size": None, "dtype": torch.float16}, ALONE, "cpu")
+def test_the_portable_kernel_rejects_a_hopper_plan():
+    step = step_of({"block_size": None, "dtype": torch.float16}, SINGLE, "cpu")
     metadata = HopperBuilder(step.spec, step.device).build(step.batch)
     impl = TritonImpl(**step.impl_arguments())
     with pytest.raises(InvalidInputError, match="laid out by a HopperBuilder"):
@@ -140,13 +140,13 @@ def test_the_portable_kernels_refuse_what_was_laid_out_for_this_one():
 
 
 @pytest.mark.parametrize("fields", [{"custom_mask": True}, {"head_size": 96}])
-def test_a_builder_made_by_hand_refuses_what_the_kernel_would_drop(fields):
+def test_a_builder_rejects_undeclared_features(fields):
     with pytest.raises(UnsupportedError, match="HOPPER_ATTN does not compute this layer"):
         plan_of(fields, {})
 
 
-def test_a_triton_without_gluon_is_told_of_as_broken(monkeypatch):
-    """So that selection goes on without it, instead of trying again."""
+def test_a_triton_without_gluon_counts_as_broken(monkeypatch):
+    """Selection then continues without it."""
     monkeypatch.setattr(libraries, "_broken", {})
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
     with pytest.raises(BackendFailure, match="cannot be imported here"):

@@ -1,4 +1,4 @@
-"""HOPPER_ATTN's decode kernel on a Hopper GPU, alone, beside a prefill, and in graphs."""
+"""HOPPER_ATTN's decode kernel on a Hopper GPU: by itself, next to a prefill, and in graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from attn_dispatch.backends.cuda.hopper import backend as hopper_attn
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
-from attn_dispatch.backends.cuda.hopper.sm_partition import Shares
+from attn_dispatch.backends.cuda.hopper.launch import DECODES
+from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
@@ -24,11 +25,11 @@ from support.hopper_cases import (
     PORTABLE,
     PROMPTS,
     check,
-    laid,
+    decode_launches,
+    in_layout,
     launched,
     lens,
     on_gpu,
-    rows_of,
     step_of,
 )
 from support.triton_cases import counters_are_zero, same_bits
@@ -44,7 +45,7 @@ HALF = {"dtype": torch.float16}
 CROSS = {"attn_type": "encoder_decoder", "returns_lse": True}
 SHORT = {"query_lens": (8, 3, 5, 2), "seq_lens": (3, 40, 0, 100), "new_lens": (0, 0, 0, 0)}
 
-#: What is changed of a layer with two KV heads of 128, in blocks of 16, and the batch.
+#: Changes to a layer with two KV heads of 128 in blocks of 16, and to the batch.
 VARIANTS = {
     "many": ({}, lens(MANY)),
     "few": ({}, lens(FEW)),
@@ -90,7 +91,7 @@ VARIANTS = {
     "one in many parts, few": (ALL | {"sliding_window": 8000}, lens((9000, 1), 4)),
     "more queries than keys": (CROSS, SHORT),
     "more queries than keys, window": (CROSS | {"sliding_window": 2}, SHORT),
-    "nobody has keys": ({"returns_lse": True}, lens((0,) * 40)),
+    "no request has keys": ({"returns_lse": True}, lens((0,) * 40)),
     "among prompts": ({}, lens(MANY, prompts=PROMPTS)),
     "few among prompts": ({}, lens(FEW, 8, PROMPTS)),
     "heads of 64, among prompts": ({"head_size": 64}, lens(MANY, prompts=PROMPTS)),
@@ -104,7 +105,7 @@ VARIANTS = {
 
 
 def run(step, cache=None):
-    """What forward returns over a copy of the step's cache, or over this one; and the impl."""
+    """What forward returns over this cache, or a copy of the step's; and the impl."""
     impl = step.impl_of(HopperAttnBackend)
     cache = step.kv_cache.clone() if cache is None else cache
     return step.forward(HopperAttnBackend, cache, impl=impl), impl
@@ -124,15 +125,15 @@ def test_decodes_agree_with_the_reference(variant):
 @settings(max_examples=40)
 @given(st.data())
 def test_any_batch_agrees_with_the_reference(data):
-    """Of a layer of one kind, so that five kernels serve: few and many, among prompts, beside."""
+    """Of one layer, so that there are five kernels: few, many, among prompts, next to a prefill."""
     decode = st.tuples(st.integers(1, 2), st.integers(0, 300))
     prompt = st.tuples(st.integers(17, 200), st.integers(0, 200))
     requests = data.draw(st.lists(decode, max_size=40)) + data.draw(st.lists(prompt, max_size=2))
     requests = data.draw(st.permutations(requests))
     query_lens = tuple(q for q, _ in requests)
-    # One in so many has no keys, and pads the batch.
+    # Some have no keys; they pad the batch.
     seq_lens = tuple(0 if q == 1 and past % 9 == 0 else q + past for q, past in requests)
-    shares = data.draw(st.sampled_from([None, Shares(100, 32), Shares(131, 1)]))
+    shares = data.draw(st.sampled_from([None, SMShares(100, 32), SMShares(131, 1)]))
     step = step_of(
         {"sliding_window": 250, "returns_lse": True},
         {"query_lens": query_lens, "seq_lens": seq_lens, "seed": data.draw(st.integers(0, 99))},
@@ -145,7 +146,7 @@ def test_any_batch_agrees_with_the_reference(data):
 
 @on_gpu
 @pytest.mark.parametrize("drafts", [1, 4])
-def test_blocks_that_the_window_has_passed_may_be_anyones(drafts):
+def test_blocks_before_the_window_are_not_read(drafts):
     window, size = 70, 16
     step = step_of({"sliding_window": window}, lens((700, 90, 333, 70), drafts), "cuda")
     num_passed = 0
@@ -169,12 +170,12 @@ def test_blocks_that_the_window_has_passed_may_be_anyones(drafts):
         (lens((9000, *MANY)), None),
         (lens((9000, 1), 4), None),
         (lens(MANY, prompts=PROMPTS), None),
-        (lens((9000, *MANY), prompts=PROMPTS), Shares(100, 32)),
+        (lens((9000, *MANY), prompts=PROMPTS), SMShares(100, 32)),
     ],
-    ids=["many", "one in parts", "few", "before prompts", "beside"],
+    ids=["many", "one in parts", "few", "before prompts", "next to prompts"],
 )
 def test_the_same_call_gives_the_same_bits(batch, shares, monkeypatch):
-    """Though parts of a split come in any order; also, nobody runs ahead of another's data."""
+    """Parts of a split arrive in any order; no warp reads data before it is there."""
     monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: shares)
     step = step_of({"returns_lse": True}, batch, "cuda")
     impl, metadata = step.impl_of(HopperAttnBackend), step.metadata_of(HopperAttnBackend)
@@ -185,13 +186,13 @@ def test_the_same_call_gives_the_same_bits(batch, shares, monkeypatch):
     assert counters_are_zero(metadata)
 
 
-# Where it does not run.
+# Cases of the portable kernel.
 
 
 @on_gpu
-@pytest.mark.parametrize("shares", [None, Shares(100, 32)], ids=["alone", "beside"])
+@pytest.mark.parametrize("shares", [None, SMShares(100, 32)], ids=["in turn", "concurrent"])
 @pytest.mark.parametrize("variant", PORTABLE)
-def test_the_portable_kernel_serves_the_rest(variant, shares, monkeypatch):
+def test_the_portable_kernel_runs_unsupported_decodes(variant, shares, monkeypatch):
     monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: shares)
     fields, batch = PORTABLE[variant]
     if shares is not None:
@@ -205,12 +206,12 @@ def test_the_portable_kernel_serves_the_rest(variant, shares, monkeypatch):
 
 
 @on_gpu
-@pytest.mark.parametrize("lies", [name for name in CACHES if name != "elements apart"])
-def test_a_cache_may_lie_in_memory_as_it_likes(lies):
+@pytest.mark.parametrize("layout", [name for name in CACHES if name != "elements apart"])
+def test_a_cache_may_have_any_layout(layout):
     step = step_of({}, lens(MANY), "cuda")
-    returned, impl = run(step, laid(step.kv_cache, lies))
+    returned, impl = run(step, in_layout(step.kv_cache, layout))
     check(step, returned)
-    assert ("hopper decode" in launched(impl)) is CACHES[lies][2]
+    assert ("hopper decode" in launched(impl)) is CACHES[layout][2]
 
 
 @on_gpu
@@ -222,7 +223,7 @@ def test_caches_beyond_2_to_the_31_elements(layout):
     small, per_block = step.kv_cache, step.kv_cache[0].numel()
     num_blocks = 2**31 // per_block + 2 * len(small)
     if torch.cuda.mem_get_info()[0] < 2 * num_blocks * per_block * small.element_size():
-        pytest.skip("there is too little memory")
+        pytest.skip("not enough memory")
     shape = (num_blocks, *small.shape[1:])
     big = allocate_kv_cache(shape, STRIDE_ORDERS[layout], small.dtype, "cuda")
     first = num_blocks - len(small)
@@ -235,9 +236,9 @@ def test_caches_beyond_2_to_the_31_elements(layout):
     assert "hopper decode" in launched(impl)
 
 
-# Beside a prefill.
+# Next to a prefill.
 
-BESIDE = {
+MIXED = {
     "plain": ({}, lens(MANY, prompts=PROMPTS)),
     "new keys": ({}, lens(MANY, 4, PROMPTS[:1])),
     "new keys, fused": ({}, lens(MANY, prompts=PROMPTS[:1]) | {"memory": "fused", "padding": 3}),
@@ -254,17 +255,17 @@ BESIDE = {
 
 
 @on_gpu
-@pytest.mark.parametrize("variant", BESIDE)
-def test_decodes_beside_a_prefill_agree_with_the_reference(variant, monkeypatch):
-    monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: Shares(100, 32))
-    step = step_of(*BESIDE[variant], "cuda")
+@pytest.mark.parametrize("variant", MIXED)
+def test_decodes_next_to_a_prefill_agree_with_the_reference(variant, monkeypatch):
+    monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: SMShares(100, 32))
+    step = step_of(*MIXED[variant], "cuda")
     own = torch.cuda.Stream()  # the engine's
     own.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(own):
         returned, impl = run(step)
     torch.cuda.synchronize()
     check(step, returned)
-    assert rows_of(impl) == [hopper_attn._DECODES[step.spec.head_size].beside]
+    assert decode_launches(impl) == [DECODES[step.spec.head_size].mixed]
     assert {"hopper", "hopper decode"} <= launched(impl)
     assert ("gather" in launched(impl)) is (not variant.startswith("new keys"))
 
@@ -273,7 +274,7 @@ def test_decodes_beside_a_prefill_agree_with_the_reference(variant, monkeypatch)
 
 
 def captured(forward):
-    """A graph of a call that ran before, and what the call returns in it."""
+    """A graph of a call, which runs once before, and what the call returns in it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -287,9 +288,9 @@ def captured(forward):
 
 @on_gpu
 @pytest.mark.parametrize("variant", ["plain", "new keys", "all"])
-def test_a_graph_of_decodes_beside_a_prefill_replays_them(variant, monkeypatch):
-    monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: Shares(100, 32))
-    step = step_of(*BESIDE[variant], "cuda")
+def test_a_graph_replays_decodes_next_to_a_prefill(variant, monkeypatch):
+    monkeypatch.setattr(hopper_attn, "share_sms", lambda *_: SMShares(100, 32))
+    step = step_of(*MIXED[variant], "cuda")
     impl, metadata = step.impl_of(HopperAttnBackend), step.metadata_of(HopperAttnBackend)
     arguments = (step.layer, step.query, step.key, step.value, step.kv_cache, metadata)
     graph, returned = captured(lambda: impl.forward(*arguments))
@@ -305,7 +306,7 @@ def test_a_graph_of_decodes_beside_a_prefill_replays_them(variant, monkeypatch):
 @pytest.mark.parametrize("fields", [{}, ALL | {"returns_lse": False}], ids=["plain", "all"])
 @pytest.mark.parametrize("size", [4, 40])
 def test_a_graph_replays_other_lengths_and_fewer_requests(size, fields):
-    """What the portable kernel computes of them."""
+    """With the results of the portable kernel."""
     blocks, longest, device = 40, 640, torch.device("cuda")
     spec = layer_spec(
         num_heads=8, head_size=128, block_size=16, dtype=torch.bfloat16, cuda_graph=True, **fields

@@ -1,6 +1,6 @@
-"""How HOPPER_ATTN launches its decode kernel, on any machine: over what, when, and on how many SMs.
+"""How HOPPER_ATTN launches its decode kernel: on which caches, when, and on how many SMs.
 
-What the compiler makes of it is looked at by benchmarks/compile_matrix.py.
+No GPU is needed. benchmarks/compile_matrix.py checks the compiled kernels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_dispatch.backends.cuda.hopper import backend as hopper_attn
-from attn_dispatch.backends.cuda.hopper import paged_tma as hopper_pages
+from attn_dispatch.backends.cuda.hopper import paged_tma
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
+from attn_dispatch.backends.cuda.hopper.launch import DECODES
 from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
 from attn_dispatch.backends.cuda.hopper.sm_partition import share_sms
 from attn_dispatch.backends.triton.configs.nvidia import HOPPER
@@ -28,7 +28,16 @@ from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
-from support.hopper_cases import CACHES, FEW, PORTABLE, laid, launched, lens, rows_of, step_of
+from support.hopper_cases import (
+    CACHES,
+    FEW,
+    PORTABLE,
+    decode_launches,
+    in_layout,
+    launched,
+    lens,
+    step_of,
+)
 from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -44,11 +53,11 @@ def matrix_of(cache):
 
 
 def assert_reads(cache, pages):
-    """Rows and columns of the matrix are the cache's own elements, and nothing beyond them."""
+    """The rows and columns of the matrix are the elements of the cache, and no others."""
     rows, columns = pages.descriptor.block_shape
     assert (rows, columns) == (math.gcd(cache.shape[2], 64), 64)
     assert pages.descriptor.base.data_ptr() == cache.data_ptr()
-    # Each element's place in memory, in place of its value.
+    # Each element's place in memory instead of its value.
     places = torch.arange(cache.untyped_storage().nbytes() // cache.element_size())
     first = cache.storage_offset()
     cells = places.as_strided(pages.descriptor.shape, pages.descriptor.strides, first)
@@ -68,12 +77,12 @@ def assert_reads(cache, pages):
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("block_size", [16, 48, 64, 128])
-@pytest.mark.parametrize("lies", ["plain", *CACHES])
-def test_rows_of_the_matrix_are_the_caches_tokens(lies, block_size, heads, size):
+@pytest.mark.parametrize("layout", ["plain", *CACHES])
+def test_matrix_rows_are_the_tokens_of_the_cache(layout, block_size, heads, size):
     cache = torch.zeros(5, 2, block_size, heads, size, dtype=torch.bfloat16)
-    if lies != "plain":
-        cache = laid(cache, lies)
-        if not CACHES[lies][2]:
+    if layout != "plain":
+        cache = in_layout(cache, layout)
+        if not CACHES[layout][2]:
             assert matrix_of(cache) is None
             return
     assert_reads(cache, matrix_of(cache))
@@ -81,8 +90,8 @@ def test_rows_of_the_matrix_are_the_caches_tokens(lies, block_size, heads, size)
 
 @settings(max_examples=200)
 @given(st.data())
-def test_a_cache_is_read_right_or_not_by_tma(data):
-    """Whatever lies between its tokens, heads, values and blocks, and in whatever order."""
+def test_a_matrix_has_the_elements_of_its_cache(data):
+    """For any gaps between tokens, heads, values and blocks, and any order of them."""
     sizes = [data.draw(st.integers(1, 3)), 2, 16, data.draw(st.integers(1, 3)), 64]
     strides, step = [0, 0, 0, 0, 1], 64
     for dim in data.draw(st.permutations(range(4))):
@@ -109,14 +118,14 @@ def test_a_cache_is_read_right_or_not_by_tma(data):
         (16, torch.bfloat16, 4),
     ],
 )
-def test_what_tma_cannot_read_is_the_portable_kernels(block_size, dtype, first):
+def test_a_cache_that_tma_cannot_read_has_no_matrix(block_size, dtype, first):
     shape = (3, 2, block_size, 2, 64)
     cache = torch.zeros(first + math.prod(shape), dtype=dtype)[first:].view(shape)
     assert matrix_of(cache) is None
 
 
-def test_a_matrix_of_more_rows_than_32_bits_count_is_none():
-    """Blocks that lie far apart in memory, which need not be there."""
+def test_a_cache_of_2_to_the_31_rows_has_no_matrix():
+    """Blocks far apart; the memory is not allocated."""
     strides = (2 * 16 * 2 * 64, 16 * 2 * 64, 64, 16 * 64, 1)
     for blocks, is_matrix in ((1 << 21, True), (1 << 26, False)):
         source = mock.Mock(spec=KVSource, block_size=16, k_strides=(strides[0], *strides[2:4]))
@@ -124,7 +133,7 @@ def test_a_matrix_of_more_rows_than_32_bits_count_is_none():
         source.k.element_size.return_value = 2
         source.k.data_ptr.return_value, source.v = 0, mock.Mock()
         source.v.data_ptr.return_value = 2 * strides[1]
-        with mock.patch.object(hopper_pages, "suits_tma", return_value=True):
+        with mock.patch.object(paged_tma, "suits_tma", return_value=True):
             assert (PageMatrix.of(source) is not None) is is_matrix
 
 
@@ -136,7 +145,7 @@ def test_an_empty_cache_has_no_matrix():
 
 
 def on_an_h200(step, *kv_caches):
-    """What an impl launches there over one cache after the other, and the impl; nothing runs."""
+    """What an impl launches on an H200 over each cache, and the impl; nothing runs."""
     builder = HopperBuilder(step.spec, step.device)
     builder.launches = Launches.of(step.spec, KNOWN_DEVICES["sm90"])
     impl, metadata = step.impl_of(HopperAttnBackend), builder.build(step.batch)
@@ -147,7 +156,7 @@ def on_an_h200(step, *kv_caches):
 
 
 @pytest.mark.parametrize("variant", PORTABLE)
-def test_what_is_not_for_it_is_launched_by_the_portable_kernel(variant):
+def test_the_portable_kernel_runs_unsupported_decodes(variant):
     step = step_of(*PORTABLE[variant], "cpu")
     _, impl = on_an_h200(step, step.kv_cache)
     assert "decode" in launched(impl)
@@ -158,13 +167,13 @@ FEW_AND_MANY = [(1, "few"), (16, "few"), (17, "many"), (200, "many")]
 
 
 @pytest.mark.parametrize(("number", "which"), FEW_AND_MANY)
-def test_few_requests_have_a_launch_of_their_own(number, which):
+def test_few_requests_have_their_own_launch(number, which):
     step = step_of({}, lens((20,) * number), "cpu")
     _, impl = on_an_h200(step, step.kv_cache)
-    assert rows_of(impl) == [getattr(hopper_attn._DECODES[128], which)]
+    assert decode_launches(impl) == [getattr(DECODES[128], which)]
 
 
-def test_each_cache_is_described_by_its_own_matrix():
+def test_each_cache_has_its_own_matrix():
     step = step_of({"kv_sharing": True}, lens(FEW), "cpu")
     caches = [step.kv_cache.clone() for _ in range(2)]
     launches, _ = on_an_h200(step, *caches, *caches, caches[1])
@@ -173,19 +182,19 @@ def test_each_cache_is_described_by_its_own_matrix():
     assert described == [first, second, first, second, second]
 
 
-# How launches share the device.
+# Room on an SM, and how kernels share the SMs.
 
-#: Each launch of the decode kernel, by head size, name, and rows of a tile.
+#: Each launch of the decode kernel: head size, launch, rows of a tile.
 LAUNCHES = [
     pytest.param(size, row, rows, id=f"{size}-{name}-{rows}")
-    for size, table in hopper_attn._DECODES.items()
-    for name, row in zip(("many", "few", "beside"), table, strict=True)
+    for size, table in DECODES.items()
+    for name, row in zip(("many", "few", "mixed"), table, strict=True)
     for rows in (8, 16, 32)
 ]
 
 
 def shared_bytes(size, row, rows):
-    """What the kernel asks for: its ring, queries, weights, room to turn an output, barriers."""
+    """Of the kernel: its rings, queries, weights, the transposed output, barriers."""
     stages = row.stages_for(rows)
     ring = 2 * stages * row.keys * size * 2
     return row.programs * (ring + rows * size * 2 + 2 * rows * row.keys * 2 + rows * size * 4 + 256)
@@ -198,7 +207,7 @@ def test_an_sm_has_room_for_the_blocks_of_a_launch(size, row, rows):
     assert shared_bytes(size, row, rows) <= each
 
 
-def test_an_sm_without_room_for_them_fails_the_compile_matrix():
+def test_the_compile_matrix_reports_an_sm_without_room():
     report = matrix.Report(case="", arch="sm90", kernel="hopper_decode", programs=3)
     assert matrix.judged(report, has_matrix=False, at_once=3).problems == ()
     (problem,) = matrix.judged(report, has_matrix=False, at_once=4).problems
@@ -210,35 +219,35 @@ def test_the_compile_matrix_has_every_launch():
     for case in (case for case in cases.HOPPER if case.decode_row is not None):
         (launch,) = cases.launches_of(case, KNOWN_DEVICES["sm90"])
         size, row = case.fields["head_size"], case.decode_row
-        found.setdefault((size, row), set()).add(launch.constants["ROWS"])
+        found.setdefault((size, row), set()).add(launch.constants["CONFIG"].ROWS)
         assert launch.programs == 132 * row.blocks
-        assert launch.constants["KEYS"] == row.keys
-    every = {(size, row) for size, table in hopper_attn._DECODES.items() for row in table}
+        assert row.keys == launch.constants["CONFIG"].KEYS
+    every = {(size, row) for size, table in DECODES.items() for row in table}
     assert found == {launch: {8, 32} for launch in every}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Hopper, 64, many", "Hopper, 128, beside, all features"])
-def test_the_compiler_takes_as_much_shared_memory_as_that(name):
+@pytest.mark.parametrize("name", ["Hopper, 64, many", "Hopper, 128, mixed, all features"])
+def test_the_compiled_kernel_uses_that_much_shared_memory(name):
     (case,) = (case for case in cases.HOPPER if case.name == name)
     (launch,) = cases.launches_of(case, KNOWN_DEVICES["sm90"])
-    with mock.patch.dict(os.environ):  # what `run` changes there is put back
+    with mock.patch.dict(os.environ):  # undoes the changes of `run`
         (report,) = matrix.run([(case, "sm90")], 1)
     assert report.problems == ()
-    most = shared_bytes(case.fields["head_size"], case.decode_row, launch.constants["ROWS"])
+    most = shared_bytes(case.fields["head_size"], case.decode_row, launch.constants["CONFIG"].ROWS)
     assert 0 <= most - report.shared_bytes < 512
 
 
 @pytest.mark.parametrize(("size", "row", "rows"), LAUNCHES)
 def test_a_plan_has_room_for_the_parts_of_every_launch(size, row, rows):
-    """Which the plan makes for the portable kernel."""
+    """The plan allocates them for the portable kernel."""
     portable = [HOPPER.decode_for(size, 2, is_few) for is_few in (False, True)]
     assert row.blocks * row.programs <= min(each.programs_per_sm for each in portable)
     assert rows <= min(each.max_rows for each in portable)
 
 
 def shared(num_decodes, size=128, keys=4096, prompt=(2048, 8192), **fields):
-    """How 132 SMs are shared between a chunk and so many decodes of 4 query heads to one."""
+    """How a chunk and this many decodes, of 4 query heads for a KV head, share 132 SMs."""
     spec = AttentionSpec(
         num_heads=32,
         num_kv_heads=8,
@@ -250,11 +259,11 @@ def shared(num_decodes, size=128, keys=4096, prompt=(2048, 8192), **fields):
     requests = [prompt] * bool(prompt) + [(1, keys)] * num_decodes
     query_lens, seq_lens = zip(*requests, strict=True)
     is_decode = [query_len == 1 for query_len in query_lens]
-    pieces = -(-prompt[0] // 128) * 32 if prompt else 0
-    return share_sms(spec, AttentionBatch.create(query_lens, seq_lens), is_decode, pieces, 132)
+    num_tiles = -(-prompt[0] // 128) * 32 if prompt else 0
+    return share_sms(spec, AttentionBatch.create(query_lens, seq_lens), is_decode, num_tiles, 132)
 
 
-def test_a_batch_of_the_benchmarks_is_shared():
+def test_a_mixed_batch_of_the_benchmarks_shares_the_sms():
     lines = (ROOT / "benchmarks" / "cases.json").read_text().splitlines()
     (case,) = (json.loads(line.rstrip(",")) for line in lines if "mixed/1x2k+63-decode" in line)
     spec = AttentionSpec(
@@ -284,7 +293,7 @@ def test_more_decodes_get_no_fewer_sms(size):
     assert taken[-1] > taken[0]
 
 
-def test_what_is_alone_or_little_is_not_shared():
+def test_batches_of_one_kind_or_little_work_do_not_share():
     assert shared(63) is not None
     assert shared(63, prompt=()) is None
     assert shared(0) is None
@@ -295,7 +304,7 @@ def test_what_is_alone_or_little_is_not_shared():
 def test_a_window_leaves_less_to_read():
     assert shared(63, sliding_window=128) is None
     assert shared(63, sliding_window=8192) == shared(63)
-    # A short prompt and long decodes, of which the window leaves the prompt's share.
+    # With long decodes and a short prompt, the window cuts only what the decodes read.
     some, all_ = (
         shared(200, prompt=(2048, 2048), sliding_window=window) for window in (2048, None)
     )
@@ -310,7 +319,7 @@ def test_a_window_leaves_less_to_read():
     st.booleans(),
     st.sampled_from([64, 128, 256]),
 )
-def test_there_are_never_more_sms_than_there_are(requests, pieces, sms, window, causal, size):
+def test_shares_add_up_to_all_sms(requests, num_tiles, sms, window, causal, size):
     spec = AttentionSpec(
         num_heads=8,
         num_kv_heads=2,
@@ -321,7 +330,7 @@ def test_there_are_never_more_sms_than_there_are(requests, pieces, sms, window, 
         causal=causal,
     )
     batch = AttentionBatch.create([q for q, _ in requests], [keys for _, keys in requests])
-    shares = share_sms(spec, batch, [q <= 16 for q, _ in requests], pieces, sms)
+    shares = share_sms(spec, batch, [q <= 16 for q, _ in requests], num_tiles, sms)
     if shares is not None:
         assert min(shares.prefill, shares.decode) >= 1
         assert shares.prefill + shares.decode == sms

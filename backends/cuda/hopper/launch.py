@@ -1,0 +1,147 @@
+"""How the Hopper kernels are launched, and what they are compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = [
+    "BLOCK_M",
+    "BLOCK_N",
+    "DECODES",
+    "FEW_KV_HEADS_PER_SM",
+    "LENGTHS_PER_LOAD",
+    "MAX_DECODE_ROWS",
+    "REGISTERS",
+    "STAGES",
+    "DecodeConfig",
+    "DecodeLaunch",
+    "DecodeLaunches",
+    "PrefillConfig",
+]
+
+#: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
+BLOCK_M = 128
+#: Head size -> keys in a tile: two stages of keys and values fill shared memory.
+BLOCK_N = {64: 128, 128: 128, 256: 64}
+#: Stages of the rings; registers of each thread that computes.
+STAGES, REGISTERS = 2, 240
+
+#: The decode kernel's row tiles have at most this many rows; the portable kernel takes more.
+MAX_DECODE_ROWS = 32
+#: Lengths of requests that a program reads at a time.
+LENGTHS_PER_LOAD = 128
+#: A batch with fewer KV heads for each SM, over all requests, has few.
+FEW_KV_HEADS_PER_SM = 0.25
+
+
+@dataclass(frozen=True)
+class _Config:
+    """A layer's constants, in both kernels.
+
+    A dataclass: Triton 3.8 and 3.9 would turn a constexpr NamedTuple into a tuple of constants.
+    """
+
+    NUM_HEADS: int
+    GROUP: int
+    D: int
+    CAUSAL: bool
+    WINDOW: bool
+    CAP: bool
+    ALIBI: bool
+    SINKS: bool
+    LSE: bool
+
+    @property
+    def NUM_KV_HEADS(self) -> int:
+        return self.NUM_HEADS // self.GROUP
+
+
+@dataclass(frozen=True)
+class PrefillConfig(_Config):
+    """What the prefill kernel is compiled for: BLOCK_N keys in a tile, STAGES of the rings.
+
+    REGISTERS is for each thread of the two warp groups that compute.
+    """
+
+    BLOCK_N: int
+    STAGES: int = STAGES
+    REGISTERS: int = REGISTERS
+
+
+@dataclass(frozen=True)
+class DecodeConfig(_Config):
+    """What the decode kernel is compiled for.
+
+    Attributes:
+        ROWS: query tokens times query heads of a KV head in a row tile, a multiple of 8.
+        KEYS: in a key tile, a multiple of 64.
+        BLOCK_SIZE: tokens in a block of the cache.
+        STAGES: of a program's rings.
+        PROGRAMS: 1, or 2 that share a thread block and nothing else.
+        HAS_REQUEST_LIST: the launch takes some of the batch's requests.
+        MIN_TILES: a program that works has at least this many key tiles.
+        LENGTHS_PER_LOAD: lengths that are read at a time.
+    """
+
+    ROWS: int
+    KEYS: int
+    BLOCK_SIZE: int
+    STAGES: int
+    PROGRAMS: int
+    HAS_REQUEST_LIST: bool
+    MIN_TILES: int
+    LENGTHS_PER_LOAD: int = LENGTHS_PER_LOAD
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How the decode kernel is launched.
+
+    Attributes:
+        keys: in a tile.
+        stages: of a program's rings; one less where a row tile has more than `full_rows` rows.
+        min_tiles: a program that works gets at least this many key tiles.
+        programs: that share a thread block.
+        blocks: on an SM.
+    """
+
+    keys: int
+    stages: int
+    min_tiles: int = 3
+    programs: int = 1
+    blocks: int = 1
+    full_rows: int = 16
+
+    def stages_for(self, rows: int) -> int:
+        """Stages that fit into shared memory with this many rows."""
+        return self.stages - (rows > self.full_rows)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options: several blocks, of 8 warps each, share an SM's registers."""
+        return {"num_warps": 4} | ({"maxnreg": 256 // self.blocks} if self.blocks > 1 else {})
+
+
+class DecodeLaunches(NamedTuple):
+    """Launches for many requests, for few, and for SMs next to those of a prefill."""
+
+    many: DecodeLaunch
+    few: DecodeLaunch
+    mixed: DecodeLaunch
+
+
+#: By head size. A plan has room for the parts of as many programs as the portable kernel has.
+DECODES = {
+    64: DecodeLaunches(
+        many=DecodeLaunch(64, 3, blocks=4, full_rows=8),
+        few=DecodeLaunch(128, 6, min_tiles=2),
+        mixed=DecodeLaunch(128, 3, min_tiles=2, programs=2),
+    ),
+    128: DecodeLaunches(
+        many=DecodeLaunch(64, 3, blocks=2),
+        few=DecodeLaunch(128, 3, min_tiles=2),
+        mixed=DecodeLaunch(64, 3, programs=2),
+    ),
+    256: DecodeLaunches(*[DecodeLaunch(64, 3)] * 3),
+}

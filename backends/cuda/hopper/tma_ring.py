@@ -1,0 +1,105 @@
+"""The ring of tiles between the warp that loads by TMA and the warp groups that compute, in Gluon.
+
+Also the layouts of both kernels, and the names that differ between Triton 3.6 and 3.9.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language import core
+
+__all__ = [
+    "TmaRing",
+    "aggregate",
+    "barrier",
+    "load_tile",
+    "make_ring",
+    "mma_layout",
+    "reinterpret",
+    "row_layout",
+]
+
+# These names changed after Triton 3.6, 3.6 and 3.8.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+_descriptor = gl.shared_memory_descriptor
+reinterpret = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
+
+
+def aggregate(cls):
+    """`gluon.aggregate`, which came with Triton 3.8; until then a class needs an `__init__`."""
+    if hasattr(gluon, "aggregate"):
+        return gluon.aggregate(cls)
+
+    def init(self, *values):
+        for name, value in zip(cls.__annotations__, values, strict=True):
+            setattr(self, name, value)
+
+    init.__triton_builtin__ = True
+    cls.__init__ = init
+    return core._aggregate(cls)
+
+
+@aggregate
+class TmaRing:
+    """STAGES places in shared memory; tile number n has place n % STAGES.
+
+    `full` and `empty` hold a barrier for each place. A barrier's phase flips each time that its
+    place is filled or emptied, so tile n waits for the parity of n // STAGES.
+    """
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    TILE_BYTES: gl.constexpr
+
+    @gluon.jit
+    def acquire(self, n):
+        """For the producer: wait until tile n's place is empty; its loads go to `full`."""
+        stage = n % self.STAGES
+        mbarrier.wait(self.empty.index(stage), ((n // self.STAGES) & 1) ^ 1)
+        mbarrier.expect(self.full.index(stage), self.TILE_BYTES)
+        return stage
+
+    @gluon.jit
+    def load(self, n, desc, place):
+        """For the producer: load a whole tile as tile n."""
+        stage = self.acquire(n)
+        load_tile(desc, place, self.full.index(stage), self.tiles.index(stage))
+
+    @gluon.jit
+    def wait(self, n):
+        """For a consumer: wait until tile n is there, and return its place."""
+        stage = n % self.STAGES
+        mbarrier.wait(self.full.index(stage), (n // self.STAGES) & 1)
+        return stage
+
+    @gluon.jit
+    def release(self, stage):
+        """For a consumer: it is done with this place."""
+        mbarrier.arrive(self.empty.index(stage))
+
+
+@gluon.jit
+def make_ring(tiles, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring with its barriers; a fence must follow before the warps part."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return TmaRing(tiles, full, empty, STAGES, TILE_BYTES)
+
+
+@gluon.constexpr_function
+def mma_layout(n):
+    """The layout of a warp group's product with n columns."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, n, 16])
+
+
+@gluon.constexpr_function
+def row_layout(n):
+    """(rows, n) over 4 warps: a thread has 8 neighbours of a row, 16 bytes of 16-bit values."""
+    lanes = min(32, n // 8)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
