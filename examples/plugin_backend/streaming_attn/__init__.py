@@ -1,1 +1,1 @@
-"""STREAMING_ATTN, a backend for attn-dispatch. Nothing is imported before it is asked for."""
+"""STREAMING_ATTN, a backend for attn-dispatch. Importing this package imports no module of it."""
