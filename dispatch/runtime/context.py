@@ -1,7 +1,7 @@
-"""How a step's batch reaches the layers: a context that the engine opens around the forward.
+"""The context that an engine opens around a forward pass: it gives layers the step's batch.
 
-A dataclass cannot pass through a custom op, so the layers look their metadata up here. It is made
-once per batch for all layers that are alike, when the first of them asks.
+A dataclass cannot pass through a custom op, so layers look their metadata up here. It is built once
+per batch for all layers with the same spec.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ForwardContext", "current_context", "forward_context"]
 
 
 class ForwardContext:
-    """The batch of a step, or one for each layer by name, and the metadata made from it so far."""
+    """The batch of a step, or one for each layer by name, and the metadata built so far."""
 
     def __init__(self, batch: AttentionBatch | Mapping[str, AttentionBatch] | None) -> None:
         by_name = batch.values() if isinstance(batch, Mapping) else (batch,)
@@ -35,10 +35,10 @@ class ForwardContext:
         self._metadata: dict[Hashable, Any] = {}
 
     def batch_for(self, layer_name: str) -> AttentionBatch | None:
-        """The batch that a layer works on; None in a profiling run.
+        """The batch of a layer; None in a profiling run.
 
         Raises:
-            InvalidInputError: the context has batches by name, and none for this one.
+            InvalidInputError: the context has batches by name, and none for this layer.
         """
         if not isinstance(self._batch, Mapping):
             return self._batch
@@ -52,14 +52,12 @@ class ForwardContext:
     def metadata(
         self, layer_name: str, key: Hashable, build: Callable[[AttentionBatch], Any]
     ) -> Any:
-        """The metadata of the layer's batch, made by `build` unless an alike layer asked before.
-
-        None in a profiling run.
+        """The metadata of the layer's batch; None in a profiling run.
 
         Args:
-            layer_name: whose batch.
+            layer_name: the layer.
             key: equal for layers that can share metadata.
-            build: makes it.
+            build: builds it, if no layer with the same key did.
         """
         batch = self.batch_for(layer_name)
         if batch is None:
@@ -77,7 +75,7 @@ _current: ContextVar[ForwardContext | None] = ContextVar("attn_dispatch_forward"
 def forward_context(
     batch: AttentionBatch | Mapping[str, AttentionBatch] | None,
 ) -> Iterator[ForwardContext]:
-    """Open the context of one forward pass; for this thread and asyncio task alone.
+    """Open the context of one forward pass, for this thread and asyncio task only.
 
     Args:
         batch: the step's batch; or layer name -> batch, where layers have block tables of their
@@ -91,10 +89,9 @@ def forward_context(
         >>> with forward_context(batch):
         ...     logits = model(token_ids, positions)
     """
-    token = _current.set(ForwardContext(batch))
+    context = ForwardContext(batch)
+    token = _current.set(context)
     try:
-        context = _current.get()
-        assert context is not None
         yield context
     finally:
         _current.reset(token)
@@ -104,7 +101,7 @@ def current_context() -> ForwardContext:
     """The context that is open.
 
     Raises:
-        InvalidInputError: none is.
+        InvalidInputError: no context is open.
     """
     context = _current.get()
     if context is None:

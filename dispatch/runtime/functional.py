@@ -1,4 +1,4 @@
-"""attention(): the function, for those who want no classes; and merge_states()."""
+"""attention(): the layer as a function; and merge_states()."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def attention(
 
     Raises:
         UnsupportedError: no backend, or not the required one, computes exactly this here.
-        InvalidInputError: an argument does not fit; nothing has been written then.
+        InvalidInputError: an argument does not fit; nothing is written then.
 
     Example:
         >>> query = torch.randn(5, 8, 64)
@@ -181,7 +181,7 @@ def attention(
 def _is_one_request(query_lens: Any) -> bool:
     try:
         return len(query_lens) == 1
-    except TypeError:  # AttentionBatch.create says what is wrong with it
+    except TypeError:  # AttentionBatch.create rejects it
         return False
 
 
@@ -209,8 +209,8 @@ def _check_arguments(
             found = "None" if tensor is None else tuple(tensor.shape)
             raise InvalidInputError(
                 f"{name} must be a tensor of {rank} dimensions, not {found}. Queries, keys and "
-                "values are (num_tokens, num_heads, head_size) without a batch dimension; tell "
-                "requests apart by query_lens."
+                "values are (num_tokens, num_heads, head_size) without a batch dimension; "
+                "query_lens separates the requests."
             )
     if (kv_cache is None) != (block_table is None):
         raise InvalidInputError("kv_cache and block_table go together: give both, or neither.")
@@ -231,12 +231,12 @@ def _check_scales(
         if kv_cache is not None and has_token_scales(kv_cache.dtype):
             found = "this int8 one has its own for each token and head"
         raise InvalidInputError(
-            f"k_scale and v_scale are of an fp8 kv_cache, and {found}; leave them out."
+            f"k_scale and v_scale are for an fp8 kv_cache, and {found}; leave them out."
         )
 
 
 def _name_of(cache_dtype: torch.dtype, dtype: torch.dtype) -> str:
-    """The kv_cache_dtype that a cache tensor stands for."""
+    """The kv_cache_dtype of a cache tensor."""
     if cache_dtype == dtype:
         return "auto"
     for name in KV_CACHE_DTYPES:
@@ -259,17 +259,16 @@ def merge_states(
 
     Args:
         outputs: (num_tokens, num_heads, head_size_v) each, over disjoint sets of keys.
-        lses: (num_tokens, num_heads) each, natural log, float32 or float64. Of a row that saw no
-            key in its part it is −inf, or +inf, as FlashAttention 2 has it; what the output holds
-            there does not matter.
-        sinks: (num_heads,) logits that join once, here; the parts were computed without them.
+        lses: (num_tokens, num_heads) each, natural log, float32 or float64. It is −inf for a row
+            without a key in its part, or +inf, as in FlashAttention 2; the row's output is ignored.
+        sinks: (num_heads,) logits that are added here; the parts were computed without them.
 
     Returns:
         The merged output, in the dtype of the first, and its lse in float32 (float64 if the
-        lses are), sinks left out. Rows that saw no key in any part are 0 and −inf.
+        lses are), without the sinks. Rows without a key in any part are 0 and −inf.
 
     Raises:
-        InvalidInputError: there is no part, or the parts or the sinks are no tensors that fit each
+        InvalidInputError: there is no part, or the parts or the sinks are not tensors that fit each
             other in shape, dtype and device.
     """
     _check_states(outputs, lses, sinks)
@@ -281,22 +280,22 @@ def merge_states(
         logits = torch.cat([stacked, sinks.to(dtype).expand(1, *stacked.shape[1:])])
     largest = logits.amax(dim=0)
     weights = torch.exp(logits - largest.masked_fill(largest == float("-inf"), 0.0))
-    weights = weights / weights.sum(dim=0)  # so that they add up to 1, however large the lses are
+    weights = weights / weights.sum(dim=0)  # normalized first: the lses may be large
     merged = torch.zeros_like(outputs[0], dtype=dtype)
     for output, weight, part in zip(outputs, weights, stacked, strict=False):
-        # A part without keys may hold anything; any other NaN is an error that must show.
+        # A part without keys may hold anything; any other NaN must stay visible.
         empty = (part == float("-inf"))[..., None]
         merged += torch.where(empty, 0.0, weight[..., None] * output.to(dtype))
     return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)
 
 
 def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
-    """Check the arguments of merge_states; what they hold is not read."""
+    """Check the arguments of merge_states, but not their values."""
     for name, parts in (("outputs", outputs), ("lses", lses)):
         if not isinstance(parts, (list, tuple)):
             raise InvalidInputError(
                 f"{name} is a {type(parts).__name__}; give a list with a tensor for each part. "
-                "Those that are stacked into one are taken apart by .unbind(0)."
+                "Split stacked parts by .unbind(0)."
             )
         for index, part in enumerate(parts):
             check_tensors(**{f"{name}[{index}]": part})

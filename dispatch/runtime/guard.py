@@ -1,6 +1,6 @@
-"""Checks around the impls of other packages: what they return, and what they leave behind.
+"""Checks around the impls of other packages: their results and their effects on the inputs.
 
-This package's own backends are held to the same by its tests, and are called without a guard.
+The tests check the same of this package's backends, which are called without a guard.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class InputsModified(BackendFailure):
 
 
 class GuardedImpl(AttentionImpl[Any]):
-    """The impl of a backend from another package; every other attribute is that impl's.
+    """The impl of a backend from another package, which has all other attributes.
 
     Until the first call that succeeds, and always on a CPU, the inputs are copied before a call and
     put back if it raises. On other devices later calls rely on the tensors' version counters.
 
     Args:
-        name: the backend's.
+        name: of the backend.
         impl: its impl.
     """
 
     def __init__(self, name: str, impl: AttentionImpl[Any]) -> None:
-        # No super().__init__(): what it would set is looked up in the impl.
+        # No super().__init__(): its attributes are looked up in the impl.
         self._name, self._impl, self._has_worked = name, impl, False
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_impl", "_name", "_has_worked"):  # while it is being unpickled
+        if name in ("_impl", "_name", "_has_worked"):  # during unpickling
             raise AttributeError(name)
         return getattr(self._impl, name)
 
@@ -63,8 +63,8 @@ class GuardedImpl(AttentionImpl[Any]):
         """See AttentionImpl.forward.
 
         Raises:
-            BackendFailure: forward returned something else than an output, or did not write it.
-            InputsModified: it raised, and its inputs are not what they were.
+            BackendFailure: forward did not return an output, or did not write it.
+            InputsModified: it raised, and had modified its inputs.
         """
         if output is None:
             shape = (len(query), self._impl.num_heads, self._impl.head_size_v)
@@ -114,7 +114,7 @@ class GuardedImpl(AttentionImpl[Any]):
     def _checked(
         self, returned: Any, output: torch.Tensor, batch: AttentionBatch | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The result, in `output`, rows that belong to no request set to 0."""
+        """The result, in `output`, with padding rows set to 0."""
         found, lse = returned, None
         if self._impl.returns_lse:
             if not isinstance(returned, (tuple, list)) or len(returned) != 2:
@@ -149,7 +149,7 @@ class GuardedImpl(AttentionImpl[Any]):
 
 
 class _Inputs:
-    """The inputs of a call, to be compared or put back after it.
+    """The inputs of a call, which can be restored or compared after it.
 
     Args:
         tensors: query, key and value.
@@ -171,13 +171,13 @@ class _Inputs:
         self._versions = [(tensor, tensor._version) for tensor in counted]
 
     def restore(self, backend: str, error: Exception) -> None:
-        """Put the copies back.
+        """Restore the inputs from the copies.
 
         Raises:
-            InputsModified: there are none, and an input was modified.
+            InputsModified: there are no copies, and an input was modified.
         """
         if self._copies is not None:
-            with torch.inference_mode():  # where tensors of either kind may be written
+            with torch.inference_mode():  # where both kinds of tensors may be written
                 for tensor, copy in self._copies:
                     tensor.copy_(copy)
         elif any(tensor._version != version for tensor, version in self._versions):
@@ -213,6 +213,6 @@ def _mark_unwritten(output: torch.Tensor) -> None:
 
 
 def _is_unwritten(output: torch.Tensor) -> bool:
-    """Whether an element still has the mark. Bytes have none: each of their values may be meant."""
+    """Whether an element still has the mark. Bytes have none: each of their values is valid."""
     size = output.element_size()
     return size in _INTEGERS and bool((output.view(_INTEGERS[size]) == _UNWRITTEN[size]).any())

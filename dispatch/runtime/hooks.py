@@ -1,8 +1,4 @@
-"""Observers of a layer's calls. The layer runs them, and knows no more of them than this file.
-
-An observer is named here and imported when the environment asks for it, so that nothing in the
-layers below depends on it.
-"""
+"""Observers of a layer's calls. An observer is imported when the environment enables it."""
 
 from __future__ import annotations
 
@@ -33,14 +29,14 @@ class Observation(Protocol):
         output_scale: torch.Tensor | None,
         output_block_scale: torch.Tensor | None,
     ) -> None:
-        """Look at what the call returned. It raises nothing."""
+        """Examine the result of the call. It raises nothing."""
 
 
 def observer() -> Callable[..., Observation | None] | None:
-    """The observer that the environment asks for now, or None.
+    """The observer that the environment enables now, or None.
 
     It is called before a layer's call with the layer, query, key, value, cache and batch, and
-    returns None for a call that it leaves out.
+    returns None for a call that it skips.
     """
     return _load(*_SHADOW) if environment.shadow_interval() else None
 

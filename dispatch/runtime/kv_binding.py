@@ -11,14 +11,8 @@ from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_cache import layout_of
 from attn_dispatch.interface.overlap import overlaps_itself
-from attn_dispatch.interface.quantization import (
-    is_e4m3,
-    kv_cache_torch_dtype,
-    stored_head_size,
-)
-from attn_dispatch.interface.spec import (
-    AttentionSpec,
-)
+from attn_dispatch.interface.quantization import is_e4m3, kv_cache_torch_dtype, stored_head_size
+from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.interface.validation import check_tensors
 from attn_dispatch.runtime.layer import Attention
@@ -29,11 +23,10 @@ __all__ = ["bind_kv_caches"]
 def bind_kv_caches(
     layers: nn.Module | Mapping[str, Attention], caches: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give each layer its cache, by name; a layer that shares another's gets that one's.
+    """Give each layer its cache, by name; a sharing layer gets the cache of its target.
 
-    A layer that left its block size open takes that of its cache, and backends are picked for it
-    again; layers of encoders have no cache. With the cache come its scales: what is set for one of
-    the layers that share it holds for all.
+    A layer that left its block size open takes that of its cache, and its backends are picked
+    again. Layers of encoders have no cache. Layers that share a cache also share its scales.
 
     Args:
         layers: a model, whose Attention layers are named by their prefix; or layers by name.
@@ -41,7 +34,7 @@ def bind_kv_caches(
 
     Raises:
         InvalidInputError: a layer that needs a cache has none in `caches`, or one that does not
-            fit it; or two layers of the model have the same prefix. No cache has been bound then.
+            fit it; or two layers of the model have the same prefix. No cache is bound then.
         UnsupportedError: no backend, or not the required one, takes blocks of the cache's size.
     """
     named = _attention_layers(layers) if isinstance(layers, nn.Module) else _by_name(layers)
@@ -72,7 +65,7 @@ def bind_kv_caches(
 
 
 def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> AttentionSpec:
-    """A layer's spec, with the block size and layout of a cache where it left the first open.
+    """A layer's spec; if it left its block size open, with the cache's block size and layout.
 
     Raises:
         InvalidInputError: the cache does not fit the layer.

@@ -1,4 +1,4 @@
-"""Planning a model's KV caches: one layout and block size that suits every layer's backends."""
+"""Planning a model's KV caches: one layout and block size that every layer's backends accept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class KVCachePlan:
-    """One layout and block size for a model's caches, and what each layer needs of them.
+    """One layout and block size for a model's caches, and the shape of each layer's cache.
 
     Attributes:
         layout: "NHD" or "HND".
@@ -57,16 +57,16 @@ class KVCachePlan:
 
     @property
     def bytes_per_block(self) -> int:
-        """Memory that one block takes over all layers."""
+        """The memory of one block over all layers."""
         return sum(
             math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
         )
 
     def num_blocks(self, memory_bytes: int) -> int:
-        """Blocks that fit into this much memory.
+        """The number of blocks that fit into this much memory.
 
         Raises:
-            InvalidInputError: memory_bytes is no integer, or negative.
+            InvalidInputError: memory_bytes is not an integer, or negative.
         """
         memory_bytes = as_int("memory_bytes", memory_bytes, 0)
         return memory_bytes // self.bytes_per_block if self.shapes else 0
@@ -103,19 +103,19 @@ def plan_kv_cache(
 ) -> KVCachePlan:
     """One layout and block size that every layer's backends accept, in every phase.
 
-    Of those that all accept, the one under which the layers get the backends that stand highest
-    in this device's order.
+    If several are accepted, the one with which the layers get the backends that are highest in
+    this device's order.
 
     Args:
-        layers: layer name -> spec. A spec that leaves block_size or kv_cache_layout None takes
-            what suits all; one that sets it insists.
+        layers: layer name -> spec. A block_size or kv_cache_layout of None is chosen by the plan;
+            any other value is kept.
         device: as for `resolve`.
         shared: layer name -> the layer whose cache it reads, for layers with kv_sharing.
         backend: as for `resolve`.
 
     Raises:
-        UnsupportedError: no layout and block size suits all; it names the smallest set of layers
-            that conflict, with what each accepts. Or a layer has no backend at all.
+        UnsupportedError: no layout and block size is accepted by all; the message names the
+            smallest set of layers that conflict, with what each accepts. Or a layer has no backend.
         InvalidInputError: a sharing layer's target is missing or does not fit, or an argument is
             of another type.
     """
@@ -126,7 +126,7 @@ def plan_kv_cache(
     }
     for name in shared:
         if name not in cached:
-            raise InvalidInputError(f"shared= names {name!r}, which is no layer with a cache.")
+            raise InvalidInputError(f"shared= names {name!r}, which is not a layer with a cache.")
     for name, spec in cached.items():
         _check_sharing(name, spec, cached, shared)
     # Without tables: they compare backends over one cache, and not block sizes or layouts. What
@@ -211,14 +211,14 @@ def _check_sharing(
             )
 
 
-#: What is open: (block size, layout).
+#: (block size, layout).
 _Choice = tuple[int, str]
 
 
 def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _Choice:
     """The best block size and layout that every layer's backends accept, in every phase."""
-    insisted = sorted({spec.block_size for spec in layers.values() if spec.block_size})
-    sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *insisted]))
+    fixed = sorted({spec.block_size for spec in layers.values() if spec.block_size})
+    sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *fixed]))
     ranks: dict[AttentionSpec, dict[Phase, dict[_Choice, tuple[int, int]]]] = {}
     for name, spec in layers.items():
         try:
@@ -283,20 +283,20 @@ def _picked_cls(context: SelectionContext, report: Report) -> type[AttentionBack
 
 
 def _conflict(accepted: Mapping[str, Mapping[Phase, Iterable[_Choice]]]) -> str:
-    """The smallest set of layers that conflict, in words."""
-    alike: dict[frozenset[_Choice], str] = {}
+    """A message with the smallest set of layers that conflict."""
+    named: dict[frozenset[_Choice], str] = {}
     for name, phases in accepted.items():
         differ = len(set(map(frozenset, phases.values()))) > 1
         for phase, choices in phases.items():
-            alike.setdefault(frozenset(choices), f"{name} in {phase}" if differ else name)
-    for size in range(2, len(alike) + 1):
-        for group in itertools.combinations(alike, size):
+            named.setdefault(frozenset(choices), f"{name} in {phase}" if differ else name)
+    for size in range(2, len(named) + 1):
+        for group in itertools.combinations(named, size):
             if not frozenset.intersection(*group):
-                lines = [f"  {alike[c]}: {_choices_in_words(c)}" for c in group]
+                lines = [f"  {named[c]}: {_choices_in_words(c)}" for c in group]
                 return (
-                    "No block size and layout suits these layers together:\n"
+                    "No block size and layout is accepted by all of these layers:\n"
                     + "\n".join(lines)
-                    + "\nExclude the backend that is choosy (an override such as kind=-NAME), or "
+                    + "\nExclude the backend that accepts few (an override such as kind=-NAME), or "
                     "set the block size that the others accept."
                 )
     raise AssertionError("there is no conflict")

@@ -166,7 +166,7 @@ class Attention(LayerScales, nn.Module):
 
     @property
     def selections(self) -> dict[Phase, Selection]:
-        """Which backend serves each phase, and why; empty until the layer is on a device."""
+        """The backend of each phase, and why; empty until the layer is on a device."""
         return {} if self._binding is None else self._binding.selections
 
     def _require_binding(self) -> LayerBinding:
@@ -221,13 +221,10 @@ class Attention(LayerScales, nn.Module):
             raise
 
     def _refresh(self) -> None:
-        """Bind again if a backend failed in a layer with the same spec, or failures were forgotten.
-
-        Nothing is built while a graph is captured.
-        """
+        """Bind again if a backend failed in an equal layer, or failures were forgotten."""
         binding, latest = self._binding, version()
         if binding is None or self._device is None or is_capturing():
-            return
+            return  # nothing is built while a graph is captured
         context = SelectionContext.current(self._device, rules=self._rules)
         if context.failures_of(self.spec) == binding.failures:
             self._version = latest
@@ -268,10 +265,7 @@ class Attention(LayerScales, nn.Module):
     def _plan(
         self, binding: LayerBinding, metadata: Any, batch: AttentionBatch | None = None
     ) -> Any:
-        """The metadata for these backends: of the batch, as given, or from the context.
-
-        Metadata that was built before the layer changed backends is built again.
-        """
+        """The metadata for these backends, built again if it is for the layer's earlier ones."""
         build = binding.builder.build
         try:
             if batch is not None:

@@ -1,4 +1,4 @@
-"""The custom op behind the layer, so that torch.compile sees one opaque call with known effects."""
+"""The custom op of a layer: for torch.compile, one opaque call with known effects."""
 
 # No `from __future__ import annotations`: the op's schema is inferred from real annotations.
 
@@ -11,7 +11,7 @@ from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["attention_op", "layers_by_key"]
 
-#: The layers that are alive, by the key that their op call carries.
+#: The layers that exist, by the key in their op call.
 layers_by_key: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 
 
@@ -31,16 +31,16 @@ def attention_op(
 ) -> None:
     """Run a layer's attention: output, lse and output_block_scale are written.
 
-    The layer's KV cache is written too. It is no argument, because functionalization would then
-    be free to copy gigabytes. `cache_token`, one element that layers with a common cache share,
-    stands for it: a mutated input keeps the compiler from dropping a layer whose output nobody
-    uses, and keeps those that write and read one cache in their order.
+    The layer's KV cache is written too. It is not an argument, because functionalization might then
+    copy gigabytes. `cache_token` represents it, one element that layers with a common cache share:
+    a mutated input keeps the compiler from dropping a layer whose output is not used, and keeps
+    the layers that write and read one cache in order.
     """
     layer = layers_by_key.get(layer_key)
     if layer is None:
         raise InvalidInputError(
-            f"The attention layer {layer_key!r} that this graph was compiled for is gone. Compile "
-            "the model that is in use."
+            f"The attention layer {layer_key!r} that this graph was compiled for no longer exists. "
+            "Compile the model that is in use."
         )
     layer._run(query, key, value, output, lse, output_scale, output_block_scale)
 
@@ -57,4 +57,4 @@ def _(
     cache_token: torch.Tensor,
     layer_key: str,
 ) -> None:
-    """Nothing is returned, so there is nothing to describe."""
+    """The op returns nothing."""

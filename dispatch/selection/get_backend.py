@@ -1,4 +1,4 @@
-"""vLLM's entry point: the backend class for a layer that is described by keyword."""
+"""vLLM's entry point: the backend class for a layer that is described by keywords."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from attn_dispatch.interface.backend import AttentionBackend
 
-
 __all__ = ["get_attn_backend"]
 
 
@@ -29,11 +28,8 @@ def _make_spec(**fields: Any) -> AttentionSpec:
 #: (num_heads, num_kv_heads) of a layer whose head counts are left open: those of many models.
 _OPEN_HEADS = (32, 8)
 
-
 #: The same for multi-head latent attention: those of DeepSeek-V3.
 _OPEN_MLA_HEADS = 128
-
-
 _OPEN_MLA = {"qk_nope_head_dim": 128, "v_head_dim": 128}
 
 
@@ -54,23 +50,23 @@ def get_attn_backend(
     backend: str | None = None,
     **fields: Any,
 ) -> type[AttentionBackend]:
-    """The backend class for a layer: vLLM 0.10.2's front door, where every feature can be named.
+    """The backend class for a layer: vLLM 0.10.2's function, extended by every feature.
 
     Args:
         head_size: elements per query and key head; with use_mla, kv_lora_rank + qk_rope_head_dim.
         dtype: dtype of queries, keys and values.
         kv_cache_dtype: element type of the cache; None or "auto" for that of dtype.
         block_size: tokens per block of the cache; None without one.
-        is_attention_free: the model has no attention layer. The answer is a backend that computes
-            nothing, whatever else is asked.
-        use_mla: multi-head latent attention. Unless `mla` gives its sizes, those of DeepSeek-V3
-            are taken: 64 elements of head_size (half of them, if it is less than 128) are the
-            rotated part, and the rest is the latent.
+        is_attention_free: the model has no attention layer. The result is a backend that computes
+            nothing, whatever the other arguments are.
+        use_mla: multi-head latent attention. Without `mla`, the sizes of DeepSeek-V3 are used: 64
+            elements of head_size (half of them, if it is less than 128) are the rotated part, and
+            the rest is the latent.
         has_sink: the same as sinks=True.
         is_blocksparse: no backend computes block-sparse attention, so True is rejected.
-        num_heads: query heads. None, as in vLLM, leaves the counts open: the answer is for 32 query
-            heads and 8 KV heads (128 and 1 with use_mla), and for 4 query heads for each KV head
-            if num_kv_heads is given. A backend may be limited to certain counts: its builder
+        num_heads: query heads. None, as in vLLM, leaves the counts open: selection uses 32 query
+            heads and 8 KV heads (128 and 1 with use_mla), or 4 query heads for each KV head if
+            num_kv_heads is given. A backend may be limited to certain counts: its builder
             rejects layers that it cannot compute.
         num_kv_heads: key and value heads; None for num_heads.
         device: as for `resolve`.
@@ -125,7 +121,7 @@ def get_attn_backend(
             **fields,
         )
     except TypeError as error:
-        raise InvalidInputError(f"This is no AttentionSpec: {error}.") from error
+        raise InvalidInputError(f"This is not an AttentionSpec: {error}.") from error
     return resolve(spec, device, phase=phase, backend=backend).backend_cls
 
 

@@ -1,11 +1,11 @@
-"""Overrides: what a user demands of the selection, where it came from, and how it ranks.
+"""Overrides: what a user demands of selection, where it came from, and how it ranks.
 
     override := item ("," item)*
     item     := [scope "="] (NAME | NAME "?" | "-" NAME)
     scope    := phase | kind | kind "." phase
 
 `NAME` is required, `NAME?` preferred, `-NAME` excluded; `prefill=NAME`, `sliding_window=NAME` and
-`sliding_window.decode=NAME` hold for that phase or kind of layer alone.
+`sliding_window.decode=NAME` hold only for that phase or kind of layer.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError
 from attn_dispatch.interface.spec import LAYER_KINDS
 from attn_dispatch.interface.types import Phase
+from attn_dispatch.selection.registry import registry
 
 __all__ = [
     "FailureExclusion",
@@ -38,7 +39,7 @@ __all__ = [
 
 
 class Mode(str, Enum):
-    """What an override says of a backend."""
+    """What an override demands of a backend."""
 
     REQUIRE = "require"
     PREFER = "prefer"
@@ -74,7 +75,7 @@ class Rule:
     text: str = field(default="", compare=False)
 
     def applies(self, phase: Phase | None, kind: str) -> bool:
-        """Whether the rule speaks of this phase of this kind of layer."""
+        """Whether the rule is for this phase of this kind of layer."""
         return self.phase in (None, phase) and self.kind in (None, kind)
 
     @property
@@ -88,7 +89,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class FailureExclusion(Rule):
-    """An exclusion that a failure demands; its text says why."""
+    """An exclusion of a backend that failed; its text is the reason."""
 
     def __str__(self) -> str:
         return self.text
@@ -103,8 +104,8 @@ _ORIGINS = {
     Source.PLATFORM: "the platform's order",
 }
 
-#: vLLM's names for what has another name here. Its names that are the same need no entry, and
-#: what is nothing like ours has none: ROCM_AITER_UNIFIED_ATTN is a kernel that ROCM_AITER avoids.
+#: vLLM's names for backends that have another name here. A vLLM backend without a counterpart has
+#: no entry: ROCM_AITER_UNIFIED_ATTN is a kernel that ROCM_AITER avoids.
 VLLM_NAMES: dict[str, str] = {
     "TORCH_SDPA_VLLM_V1": "TORCH_SDPA",
     "CPU_ATTN": "TORCH_SDPA",
@@ -123,7 +124,7 @@ def parse_override(text: str, source: Source, names: frozenset[str]) -> tuple[Ru
 
     Args:
         text: in the grammar above; empty for no rules.
-        source: where the text came from.
+        source: its origin.
         names: the backends that are registered.
 
     Raises:
@@ -152,8 +153,8 @@ def _parse_item(item: str, text: str, source: Source, names: frozenset[str]) -> 
     if not value.replace("_", "").isalnum():
         raise InvalidInputError(
             f"{_ORIGINS[source]} {text!r} is malformed at {item.strip()!r}. Write NAME, NAME? "
-            "(prefer) or -NAME (exclude), each behind prefill=, decode= or a kind of layer if it "
-            "is for that alone, separated by commas."
+            "(prefer) or -NAME (exclude), each after prefill=, decode= or a kind of layer if it "
+            "is only for that, separated by commas."
         )
     return Rule(mode, _backend_name(value, source, names), phase, kind, source, text)
 
@@ -189,8 +190,7 @@ def _backend_name(value: str, source: Source, names: frozenset[str]) -> str:
 
 
 _VLLM_REMEDY = (
-    f" If it is meant for vLLM alone, set {environment.BACKEND.name} to what is meant here, which "
-    "outranks it, or unset it."
+    f" If it is only for vLLM, set {environment.BACKEND.name}, which outranks it, or unset it."
 )
 
 
@@ -208,14 +208,14 @@ def _check_consistent(rules: tuple[Rule, ...], text: str, source: Source) -> Non
                 f"{_ORIGINS[source]} {text!r} requires both {required[scope]} and {rule.name}. "
                 f"Require one; or prefer them in order: {required[scope]}?,{rule.name}?"
             )
-    # By phase and by kind count the same: what is said of either must agree where both apply.
+    # Phase and kind have the same rank, so rules for them must agree where both apply.
     by_phase = [(phase, name) for (phase, kind), name in required.items() if phase and not kind]
     by_kind = [(kind, name) for (phase, kind), name in required.items() if kind and not phase]
     for (phase, one), (kind, other) in itertools.product(by_phase, by_kind):
         if one != other and (phase, kind) not in required:
             raise InvalidInputError(
                 f"{_ORIGINS[source]} {text!r} requires both {one} and {other} for the {phase} of "
-                f"{kind} layers. Add {kind}.{phase}=NAME to say which one is meant there."
+                f"{kind} layers. Add {kind}.{phase}=NAME to choose one."
             )
     for rule in rules:
         opposed = (
@@ -235,8 +235,8 @@ _context: ContextVar[tuple[str, ...]] = ContextVar("attn_dispatch_overrides", de
 def attention_backend(override: str) -> Iterator[None]:
     """Apply an override to every selection made inside the context.
 
-    It holds for the current thread and asyncio task alone, and contexts nest: the inner one
-    outranks the outer.
+    It holds only for the current thread and asyncio task. Contexts nest: the inner one outranks the
+    outer.
 
     Args:
         override: in the grammar of this module, e.g. "REFERENCE", "decode=TORCH_SDPA" or
@@ -250,9 +250,7 @@ def attention_backend(override: str) -> Iterator[None]:
         >>> with attention_backend("REFERENCE"):
         ...     output = attention(query, key, value)
     """
-    from attn_dispatch.selection.registry import registry
-
-    parse_override(override, Source.CONTEXT, registry.names())  # a mistake shows here, not later
+    parse_override(override, Source.CONTEXT, registry.names())  # raises here, not later
     token = _context.set((override, *_context.get()))
     try:
         yield
@@ -261,7 +259,7 @@ def attention_backend(override: str) -> Iterator[None]:
 
 
 def current_texts() -> tuple[tuple[str, ...], str, str]:
-    """The overrides in force here and now, as written: contexts, environment, vLLM's variable."""
+    """The overrides in force now, as written: contexts, environment, vLLM's variable."""
     return _context.get(), environment.backend_override(), environment.vllm_backend_override()
 
 
@@ -279,19 +277,26 @@ def check_override(argument: object) -> None:
 
 
 def current_rules(argument: str | None, names: frozenset[str]) -> tuple[Rule, ...]:
-    """Every rule in force here and now, most authoritative first.
+    """Every rule in force now, most authoritative first.
 
-    The argument ranks first; then what is said for a phase or kind; then what is said in general.
-    Within each: contexts from the innermost out, then ATTN_DISPATCH_BACKEND, then vLLM's variable.
+    The argument ranks first; then rules for a phase or kind; then general rules. Within each:
+    contexts from the innermost out, then ATTN_DISPATCH_BACKEND, then vLLM's variable.
     """
     check_override(argument)
-    contexts, env, vllm_env = current_texts()
+    return _ranked(argument or "", *current_texts(), names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranked(
+    argument: str, contexts: tuple[str, ...], env: str, vllm_env: str, names: frozenset[str]
+) -> tuple[Rule, ...]:
     rules = [
-        *parse_override(argument or "", Source.ARGUMENT, names),
+        *parse_override(argument, Source.ARGUMENT, names),
         *(rule for text in contexts for rule in parse_override(text, Source.CONTEXT, names)),
         *parse_override(env, Source.ENVIRONMENT, names),
     ]
-    # What is meant for vLLM may name what is not here; where something else has the say, let it.
+    # vLLM's variable may name what is not registered here, so a general requirement outranks it
+    # before it is parsed.
     if not any(rule.mode is Mode.REQUIRE and rule.scopes == 0 for rule in rules):
         rules += parse_override(vllm_env, Source.VLLM_ENVIRONMENT, names)
     return tuple(sorted(rules, key=lambda rule: (rule.source is not Source.ARGUMENT, -rule.scopes)))

@@ -1,4 +1,4 @@
-"""The record of a decision: what was asked, what was picked and why, and every refusal."""
+"""The record of a decision: the request, the pick and its reason, and every rejection."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Verdict:
 
     @property
     def supported(self) -> bool:
-        """Whether the candidate computes exactly what was asked, here."""
+        """Whether the candidate computes exactly the request on this device."""
         return not self.reasons
 
     def asdict(self) -> dict[str, Any]:
@@ -41,18 +41,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """A decision as data; `str` makes it text for people.
+    """A decision as data; `str` formats it for people.
 
     Attributes:
         spec: the request.
         device: where.
         phase: prefill or decode; None for a decision that serves both.
-        picked: the backend's name, or None if nothing could be picked.
+        picked: the backend's name, or None if no backend could be picked.
         source: what decided, or None.
-        because: one sentence on what decided.
+        because: the reason, as one sentence.
         full_cls_name: (module, class) of the backend, or None.
         verdicts: one for every registered backend, in the order in which they were considered.
-        measured: what a table of times says; None if none does, or if an override had the say.
+        measured: the evidence of a table of times; None without one, or if an override decided.
     """
 
     spec: AttentionSpec
@@ -67,12 +67,12 @@ class Report:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Who could serve the request too, in the order in which they would be tried."""
+        """The other backends that support the request, in the order in which they are tried."""
         return tuple(v.name for v in self.verdicts if v.supported and v.name != self.picked)
 
     @property
     def evidence(self) -> str:
-        """What decided, in a few words for the log."""
+        """What decided, in a few words."""
         best = self.measured and self.measured.best
         if self.source is Source.MEASURED and best:
             return f"measured {best.picked_us:.1f} us vs {best.default_us:.1f} us"
@@ -96,7 +96,7 @@ class Report:
         }
 
     def refusals(self) -> str:
-        """A line for every reason of every refused candidate."""
+        """A line for every reason of every rejected candidate."""
         return "\n".join(
             f"  {verdict.name}: {reason}" for verdict in self.verdicts for reason in verdict.reasons
         )

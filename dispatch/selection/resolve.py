@@ -92,8 +92,8 @@ class SelectionContext:
         tuning = environment.tuning()
         folder = "" if tuning else environment.cache_folder()
         now = version()
-        texts = tuple(rule.text for rule in rules)  # rules are equal whatever their texts
-        key = (device, rules, texts, tuning, folder, now)
+        texts = [rule.text for rule in rules]  # which do not count when rules are compared
+        key = (device, rules, *texts, tuning, folder, now)
         context = _contexts.get(key)
         if context is None:
             profile = device if isinstance(device, DeviceProfile) else detect_device(device)

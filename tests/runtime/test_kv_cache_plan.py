@@ -187,7 +187,7 @@ SHARING_MISTAKES = {
         {"b": "a"},
         "kv_scales differ: per_head and per_tensor",
     ),
-    "a layer that is not there": ({}, {"z": "a"}, "names 'z', which is no layer with a cache"),
+    "a layer that is not there": ({}, {"z": "a"}, "names 'z', which is not a layer with a cache"),
 }
 
 
@@ -257,10 +257,10 @@ def test_two_layers_that_insist_on_different_sizes_are_named_and_no_third():
         "b": layer(block_size=32, num_heads=4),
     }
     assert conflict(layers) == (
-        "No block size and layout suits these layers together:\n"
+        "No block size and layout is accepted by all of these layers:\n"
         "  a: block_size 16 in NHD or HND\n"
         "  b: block_size 32 in NHD or HND\n"
-        "Exclude the backend that is choosy (an override such as kind=-NAME), or set the block "
+        "Exclude the backend that accepts few (an override such as kind=-NAME), or set the block "
         "size that the others accept."
     )
 

@@ -102,7 +102,7 @@ PLACES = list(places_in(good_data()))
 
 @given(JSON)
 def test_any_json_is_a_table_or_refused_with_words(data):
-    with pytest.raises(InvalidInputError, match="is no table of times: "):
+    with pytest.raises(InvalidInputError, match="is not a table of times: "):
         parse_table(data, "it")
 
 
@@ -117,7 +117,7 @@ def test_a_table_with_one_wrong_value_is_read_or_refused(place, value):
         for times in table.layers.values():
             assert all(0 < us < 1e11 for p in times.points for us in p.times_us.values())
         return
-    assert refusal.startswith("it is no table of times: ")
+    assert refusal.startswith("it is not a table of times: ")
     assert len(refusal) < 500
 
 
@@ -159,7 +159,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_refused(wrong):
-    with pytest.raises(InvalidInputError, match="is no table of times"):
+    with pytest.raises(InvalidInputError, match="is not a table of times"):
         parse_table(changed(good_data(), *WRONG[wrong]), "it")
 
 

@@ -1,14 +1,14 @@
-"""Reading a table of times: a file that anyone may have written, so every value is checked.
+"""Reading a table of times: a file of unknown origin, so every value is checked.
 
-`docs/tuning.md` has the schema. Whatever is not exactly of that form is refused as a whole. Names
-are compared with those of registered backends, and nothing is ever imported or run by them.
+`docs/tuning.md` has the schema. A file that differs from it is rejected as a whole. Names are only
+compared with those of registered backends; they never import or run anything.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from attn_dispatch.selection.timings.table import (
 
 __all__ = ["parse_table", "parse_text", "read_table"]
 
-#: What a file may take at most: a table of a few models takes some hundred kilobytes.
+#: Limits of a file: a table of a few models takes some hundred kilobytes.
 _MAX_BYTES = 4 << 20
 _MAX_LAYERS, _MAX_POINTS, _MAX_NAMES = 256, 1024, 64
 _MAX_COUNT, _MAX_US, _MAX_TEXT = 1 << 40, 1e10, 256
@@ -39,20 +39,20 @@ def read_table(path: Path, origin: str | None = None) -> Table:
 
     Args:
         path: of the file.
-        origin: what messages call it; its path if None.
+        origin: its name in messages; the path if None.
 
     Raises:
-        InvalidInputError: it cannot be read, is too large, or is no such table.
+        InvalidInputError: it cannot be read, is too large, or is not a table.
     """
     origin = str(path) if origin is None else origin
     return parse_text(read_file(path, _MAX_BYTES, origin=origin), origin)
 
 
 def parse_text(text: bytes, origin: str) -> Table:
-    """A table out of a file's content.
+    """The table in a file's content.
 
     Raises:
-        InvalidInputError: it is too large, or no such table.
+        InvalidInputError: it is too large, or not a table.
     """
     if len(text) > _MAX_BYTES:
         raise InvalidInputError(f"{origin} has more than {_MAX_BYTES >> 20} MiB.")
@@ -60,19 +60,19 @@ def parse_text(text: bytes, origin: str) -> Table:
 
 
 def parse_table(data: Any, origin: str) -> Table:
-    """A table out of parsed JSON; every value is checked.
+    """The table in parsed JSON; every value is checked.
 
     Raises:
-        InvalidInputError: something is not as it should be; it says what and where.
+        InvalidInputError: a value differs from the schema; the message states which and how.
     """
     try:
         return _parse(data, origin)
     except _Flaw as flaw:
-        raise InvalidInputError(f"{origin} is no table of times: {flaw}.") from flaw
+        raise InvalidInputError(f"{origin} is not a table of times: {flaw}.") from flaw
 
 
 class _Flaw(Exception):
-    """What is wrong in a table."""
+    """A value that differs from the schema."""
 
 
 def _parse(data: Any, origin: str) -> Table:
@@ -82,13 +82,9 @@ def _parse(data: Any, origin: str) -> Table:
     fields = _object(data, "it", ("version", "measured", "device", "versions", "layers"))
     device = _object(fields["device"], "device", ("name", "arch", "driver"))
     driver = None if device["driver"] is None else _text(device["driver"], "driver")
-    versions = fields["versions"]
-    if not isinstance(versions, dict) or len(versions) > _MAX_NAMES:
-        raise _Flaw("versions is not an object of a few texts")
-    pairs = sorted((_text(k, "a library"), _text(v, k)) for k, v in versions.items())
-    machine = Machine(
-        _text(device["name"], "name"), _text(device["arch"], "arch"), driver, tuple(pairs)
-    )
+    versions = _mapping(fields["versions"], "versions", _text, _text)
+    name, arch = (_text(device[key], key) for key in ("name", "arch"))
+    machine = Machine(name, arch, driver, tuple(sorted(versions.items())))
     measured = _time(fields["measured"])
     layers: dict[LayerKey, LayerTimes] = {}
     for index, each in enumerate(_list(fields["layers"], "layers", _MAX_LAYERS)):
@@ -99,8 +95,9 @@ def _parse(data: Any, origin: str) -> Table:
             raise _Flaw(f"{where} is there twice")
         given = _list(layer["points"], f"{where}.points", _MAX_POINTS)
         points = tuple(_point(p, f"{where}.points[{i}]") for i, p in enumerate(given))
-        kernel_provider = _served_by(layer.get("kernel_provider", {}), f"{where}.kernel_provider")
-        layers[key] = LayerTimes(points, origin, machine.device, measured, kernel_provider)
+        given = layer.get("kernel_provider", {})
+        providers = _mapping(given, f"{where}.kernel_provider", _name, _text)
+        layers[key] = LayerTimes(points, origin, machine.device, measured, providers)
     return Table(machine, measured, layers, origin)
 
 
@@ -129,36 +126,38 @@ def _point(data: Any, where: str) -> Point:
     if not isinstance(fields["step"], str) or fields["step"] not in steps:
         raise _Flaw(f"{where}.step is not one of {', '.join(steps)}")
     step = steps[fields["step"]]
+    name = _route if step is BatchKind.MIXED else _name
     failed = _list(fields.get("failed", []), f"{where}.failed", _MAX_NAMES)
     return Point(
         step,
         _count(fields["requests"], f"{where}.requests", 1),
         _count(fields["tokens"], f"{where}.tokens", 0),
         _count(fields["keys"], f"{where}.keys", 0),
-        _times(fields["times_us"], step, f"{where}.times_us"),
-        _times(fields.get("host_us", {}), step, f"{where}.host_us"),
-        tuple(_name(name, step, f"{where}.failed") for name in failed),
+        _mapping(fields["times_us"], f"{where}.times_us", name, _number),
+        _mapping(fields.get("host_us", {}), f"{where}.host_us", name, _number),
+        tuple(name(each, f"{where}.failed") for each in failed),
     )
 
 
-def _times(data: Any, step: BatchKind, where: str) -> dict[str, float]:
+def _mapping(
+    data: Any, where: str, key: Callable[[Any, str], str], check: Callable[[Any, str], Any]
+) -> dict[str, Any]:
     if not isinstance(data, dict) or len(data) > _MAX_NAMES:
-        raise _Flaw(f"{where} is not an object of a few times")
-    return {_name(name, step, where): _number(us, f"{where}.{name}") for name, us in data.items()}
+        raise _Flaw(f"{where} is not an object of at most {_MAX_NAMES} values")
+    return {key(name, where): check(value, f"{where}.{name}") for name, value in data.items()}
 
 
-def _served_by(data: Any, where: str) -> dict[str, str]:
-    if not isinstance(data, dict) or len(data) > _MAX_NAMES:
-        raise _Flaw(f"{where} is not an object of a few texts")
-    return {_name(k, BatchKind.DECODE, where): _text(v, f"{where}.{k}") for k, v in data.items()}
+_NAME = "[A-Z][A-Z0-9_]*"
 
 
-def _name(value: Any, step: BatchKind, where: str) -> str:
-    form = "[A-Z][A-Z0-9_]*"
-    form = f"{form}(\\+{form})?" if step is BatchKind.MIXED else form
+def _name(value: Any, where: str, form: str = _NAME) -> str:
     if not re.fullmatch(form, _text(value, where)):
         raise _Flaw(f"{where} has {value!r}, which is not the name of a backend")
     return str(value)
+
+
+def _route(value: Any, where: str) -> str:
+    return _name(value, where, rf"{_NAME}(\+{_NAME})?")
 
 
 def _object(
@@ -204,6 +203,6 @@ def _count(value: Any, where: str, least: int) -> int:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _Flaw(f"{where[:80]} is not a number")
-    if not 0 < value <= _MAX_US:  # no NaN is
+    if not 0 < value <= _MAX_US:  # also rejects NaN
         raise _Flaw(f"{where[:80]} is not above 0 and at most {_MAX_US:g}")
     return float(value)

@@ -1,4 +1,4 @@
-"""Where tables are, and which of them count here: those of this device and these versions."""
+"""The files of tables, and which of them apply here: those of this device and these versions."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ __all__ = [
 
 _SHIPPED = Path(__file__).with_name("tables")
 
-#: A library that computes no attention here; which version of it is installed changes no time.
+#: Libraries that compute no attention here, so that their versions change no time.
 _WITHOUT_EFFECT = {"transformers"}
 
 #: Of the digest in a file's name.
 _DIGITS = 12
 
-#: Where the kernel's drivers tell their version, by vendor.
+#: Files with the version of the driver, by vendor.
 _DRIVER_FILES = {"nvidia": "/proc/driver/nvidia/version", "amd": "/sys/module/amdgpu/version"}
 
 
@@ -52,7 +52,7 @@ class TuningWarning(UserWarning):
 
 
 def driver_version(vendor: str) -> str | None:
-    """The version of the kernel's driver, where the system tells it."""
+    """The version of the kernel's driver, or None if the system does not state it."""
     try:
         text = Path(_DRIVER_FILES[vendor]).read_text(encoding="utf-8", errors="replace")
     except (KeyError, OSError):
@@ -62,13 +62,13 @@ def driver_version(vendor: str) -> str | None:
 
 
 def machine_of(device: DeviceProfile) -> Machine:
-    """What times that are measured here and now depend on."""
+    """Everything that times measured on this device depend on."""
     versions = {
         name: version
         for name in registry.library_names()
         if name not in _WITHOUT_EFFECT and (version := device.library(name).version) is not None
     } | {"attn_dispatch": __version__}
-    if device.vendor == "cpu":  # its profile says no more than that it is one
+    if device.vendor == "cpu":  # its profile is the same for all CPUs
         versions["cpu"] = f"{_cpu_model()}, {os.cpu_count()} processors"
     pairs = tuple(sorted(versions.items()))
     return Machine(device.name, device.arch, driver_version(device.vendor), pairs)
@@ -84,7 +84,7 @@ def _cpu_model() -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what is measured on this machine.
+    """The folder for the tables that are measured on this machine.
 
     Raises:
         InvalidInputError: this user has none: there is no home directory.
@@ -96,15 +96,14 @@ def cache_folder() -> Path:
         import platformdirs
 
         folder = Path(platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
-    except Exception as error:  # it asks the system in many ways
-        raise InvalidInputError(f"{_NO_FOLDER} ({summary_of(error)}). {_NAME_ONE}") from error
-    if not folder.is_absolute():  # "~" without a home stays "~"
-        raise InvalidInputError(f"{_NO_FOLDER} ({folder} is not a full path). {_NAME_ONE}")
+        if not folder.is_absolute():  # "~" without a home stays "~"
+            raise ValueError(f"{folder} is not a full path")
+    except Exception as error:  # platformdirs may raise anything
+        raise InvalidInputError(
+            f"This user has no cache folder ({summary_of(error)}). Set "
+            f"{environment.CACHE_FOLDER.name} to a folder."
+        ) from error
     return folder
-
-
-_NO_FOLDER = "This user has no cache folder"
-_NAME_ONE = f"Set {environment.CACHE_FOLDER.name} to a folder."
 
 
 def _stem(machine: Machine) -> str:
@@ -112,7 +111,7 @@ def _stem(machine: Machine) -> str:
 
 
 def table_path(machine: Machine) -> Path:
-    """The file in the cache for what is measured on such a machine.
+    """The file in the cache for times that are measured on such a machine.
 
     Raises:
         InvalidInputError: as for `cache_folder`.
@@ -123,15 +122,15 @@ def table_path(machine: Machine) -> Path:
 
 
 def shipped_path(machine: Machine) -> Path:
-    """The file that the package brings for a device, if it brings one."""
+    """The file in this package for a device; it may not exist."""
     return _SHIPPED / f"{_stem(machine)}.json"
 
 
 def conflict_with(table: Table, machine: Machine, *, shipped: bool = False) -> str:
-    """Why a table does not hold on a machine, or "".
+    """The reason why a table does not apply to a machine, or "".
 
-    A table of this machine holds for exactly its versions and its driver. A shipped one holds for
-    the same minor release of every library that is there, whatever the driver.
+    A table of this machine applies to exactly its versions and its driver. A shipped one applies
+    to the same minor release of every library that is installed, and to any driver.
     """
     own = table.machine
     if (own.device, own.arch) != (machine.device, machine.arch):
@@ -155,10 +154,10 @@ def _minor(version: str) -> str:
 
 
 def tables_for(device: DeviceProfile) -> tuple[Table, ...]:
-    """The tables that count for a device here and now, the most telling first.
+    """The tables that apply to a device now, in the order in which they are consulted.
 
-    ATTN_DISPATCH_TUNING names the only one, or says `off`. Else it is what was measured on this
-    machine, and then what the package brings. Each file is read once in a process. One that is
+    ATTN_DISPATCH_TUNING names the only table, or is `off`. Otherwise: the table that was measured
+    on this machine, then the one of this package. Each file is read once in a process. One that is
     corrupt, of another device or stale is set aside, with a TuningWarning.
     """
     setting = environment.tuning()
@@ -169,7 +168,7 @@ def tables_for(device: DeviceProfile) -> tuple[Table, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _tables_for(device: DeviceProfile, named: str, _folder: str) -> tuple[Table, ...]:
-    """As above; `_folder` is what `cache_folder` goes by."""
+    """As above; `cache_folder` depends on `_folder`."""
     machine = machine_of(device)
     if named:
         return _usable(Path(named), machine)
@@ -180,14 +179,16 @@ def _tables_for(device: DeviceProfile, named: str, _folder: str) -> tuple[Table,
 
 
 def _measured_here(machine: Machine) -> tuple[Table, ...]:
-    """The table in the cache. A folder that is missing or may not be looked into holds none."""
+    """The table in the cache; none if the folder is missing or cannot be read."""
     try:
         own = table_path(machine)
     except InvalidInputError:
         return ()
-    found = _usable(own, machine) if os.path.isfile(own) else ()  # unlike Path's, raises nothing
+    found = (
+        _usable(own, machine) if os.path.isfile(own) else ()
+    )  # unlike Path.is_file, it never raises
     if not found:
-        _tell_of_stale(own, machine)
+        _warn_of_stale(own, machine)
     return found
 
 
@@ -198,18 +199,18 @@ def _usable(path: Path, machine: Machine, *, shipped: bool = False) -> tuple[Tab
         _warn(f"{error} It is set aside. {_REMEDY}")
         return ()
     problem = conflict_with(table, machine, shipped=shipped)
-    if problem and not shipped:  # that versions have moved on is no mistake of the user's
-        _warn(f"The table {path} does not hold here: {problem}. It is set aside. {_REMEDY}")
+    if problem and not shipped:  # newer versions than the shipped ones are no mistake
+        _warn(f"The table {path} does not apply here: {problem}. It is set aside. {_REMEDY}")
     return () if problem else (table,)
 
 
-_REMEDY = "Measure anew by `attn-dispatch tune`, or set ATTN_DISPATCH_TUNING=off."
+_REMEDY = "Measure again by `attn-dispatch tune`, or set ATTN_DISPATCH_TUNING=off."
 
 
-def _tell_of_stale(own: Path, machine: Machine) -> None:
-    """Say so if this device was measured once, but not as it is now."""
+def _warn_of_stale(own: Path, machine: Machine) -> None:
+    """Warn if this device was measured with other versions only."""
     if dict(machine.versions).get("torch", "unknown") == "unknown":
-        return  # a device that is described, and not here
+        return  # a device that is not in this machine
     form = re.compile(f"{re.escape(_stem(machine))}-[0-9a-f]{{{_DIGITS}}}\\.json")
     try:
         names = sorted(filter(form.fullmatch, os.listdir(own.parent)))
@@ -248,14 +249,14 @@ def write_table(table: Table, path: Path) -> None:
 
 
 def _text_of(table: Table) -> str:
-    """JSON with a point on a line: that is what a person compares."""
+    """JSON with one point on a line, so that people can compare files."""
     data = table.asdict()
     layers = data.pop("layers")
     head = json.dumps(data, indent=1, allow_nan=False).removesuffix("\n}")
     texts = []
     for layer in layers:
         points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
-        told = {name: value for name, value in layer.items() if name != "points"}
-        head_of = json.dumps(told, allow_nan=False).removesuffix("}")
-        texts.append(f'{head_of},\n "points": [\n  {points}]}}')
+        rest = {name: value for name, value in layer.items() if name != "points"}
+        rest_text = json.dumps(rest, allow_nan=False).removesuffix("}")
+        texts.append(f'{rest_text},\n "points": [\n  {points}]}}')
     return f'{head},\n "layers": [{", ".join(texts)}]\n}}\n'

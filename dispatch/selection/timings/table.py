@@ -1,4 +1,4 @@
-"""A table as data: how long each backend takes for a layer, at some points, on one device."""
+"""A table as data: the times of each backend for a layer, at some points, on one device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "totals_of",
 ]
 
-#: Of the file; goes up when an older reader would misunderstand it.
+#: Of the file; it increases when an older reader would misunderstand it.
 VERSION = 1
 
 
@@ -216,7 +216,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where times hold: device, driver, and versions of what they depend on."""
+    """What times depend on: the device, its driver, and versions of libraries."""
 
     device: str
     arch: str
@@ -237,7 +237,7 @@ class Table:
         machine: where they were measured.
         measured: when, ISO 8601.
         layers: by LayerKey.
-        origin: what messages call the table.
+        origin: its name in messages.
     """
 
     machine: Machine
@@ -254,13 +254,10 @@ class Table:
             "layers": [
                 {
                     "layer": dict(zip(LAYER_FIELDS, key, strict=True)),
-                    **(
-                        {"kernel_provider": dict(times.kernel_provider)}
-                        if times.kernel_provider
-                        else {}
-                    ),
+                    **({"kernel_provider": dict(providers)} if providers else {}),
                     "points": [point.asdict() for point in times.points],
                 }
                 for key, times in self.layers.items()
+                for providers in [times.kernel_provider]
             ],
         }
