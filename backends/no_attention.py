@@ -55,5 +55,5 @@ class NoAttentionBackend(AttentionBackend):
     impl_cls = NoAttentionImpl
     # Any layer may be built, so that an engine can do its profiling run.
     capabilities = Capabilities(
-        devices=(), **dict.fromkeys(AttentionSpec.__dataclass_fields__, ANY)
+        devices=(), requires=(), **dict.fromkeys(AttentionSpec.__dataclass_fields__, ANY)
     )

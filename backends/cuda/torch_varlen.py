@@ -1,9 +1,9 @@
 """TORCH_VARLEN: PyTorch's own `torch.nn.attention.varlen` on CUDA; it needs no other package.
 
-Prompts without a past read the key and value rows that the step brings. If any request has a past,
-the keys of all requests are first gathered from their pages into rows. From PyTorch 2.13 on its
-kernel reads pages directly, of multiples of 256 tokens; that path has been tested by its
-signature, and not on a GPU.
+Prompts without a past read the given rows of key and value. If any request has a past, the keys of
+all requests are first gathered from their pages into rows. From PyTorch 2.13 on its kernel reads
+pages directly, of multiples of 256 tokens; that path has been tested by its signature, and not on a
+GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TorchVarlenMetadata(BatchMetadata):
     """The batch, and where the keys of its requests are.
 
     Attributes:
-        is_fresh: no request has a past, so the step brings all keys and values.
+        is_fresh: no request has a past, so the rows of key and value hold all keys.
         first_keys: for each request, the first key that is read from the cache.
         key_lens: for each request, how many keys are read from there.
     """

@@ -1,7 +1,7 @@
 """ROCM_AITER: TRITON_ATTN with AITER's prefill, on AMD Instinct GPUs from MI300 on.
 
 This has not run on an AMD GPU here. It is written from the sources of AITER 0.1.20, whose function
-has had these arguments since 0.1.10, and tested with a stand-in that checks each argument and
+has had these arguments since 0.1.10, and tested with a fake that checks each argument and
 computes by AITER's conventions. AITER compiles a kernel on its first call, which takes minutes.
 
 A prefill is one call of `flash_attn_varlen_func`, AITER's assembly or CK kernels, over contiguous
@@ -11,8 +11,8 @@ Not used of AITER:
 - its paged decode (`paged_attention_v1`, `paged_attention_ragged`, `pa_fwd_asm`): it needs a cache
   whose heads are split into pieces of 16 bytes, which no other backend could share;
 - `unified_attention`, which reads this cache: where a tile is a block, it reads a request's last
-  block to its end and multiplies the rest by a weight of zero, and NaN times zero is NaN. It does
-  the same with keys before the window. It returns no log-sum-exp;
+  block to its end and multiplies the remainder by zero, and NaN times zero is NaN. It does the same
+  with keys before the window. It returns no log-sum-exp;
 - its sinks: the assembly kernels, which run for bfloat16 heads of 128, do not receive them.
 """
 

@@ -1,12 +1,12 @@
 """ROCM_FLASH_ATTN: TRITON_ATTN with the prefill of flash-attn's CK build, on AMD Instinct GPUs.
 
 This has not run on an AMD GPU here. It is written from the sources of flash-attn 2.8.3, and tested
-with a stand-in that checks each argument and computes by flash-attn's conventions.
+with a fake that checks each argument and computes by flash-attn's conventions.
 
-A prefill is one call of `flash_attn_varlen_func` over contiguous keys and values: the rows that the
-step brings if no request has a past, else copies gathered from the pages, in the layer's dtype. So
-any block size, both layouts and quantized caches work, and the kernel cannot read beyond a
-request's last key or before its window. TRITON_ATTN writes, gathers and decodes.
+A prefill is one call of `flash_attn_varlen_func` over contiguous keys and values: the given rows if
+no request has a past, else copies gathered from the pages, in the layer's dtype. So any block size,
+both layouts and quantized caches work, and the kernel cannot read beyond a request's last key or
+before its window. TRITON_ATTN writes, gathers and decodes.
 
 Not used of flash-attn:
 - its own paged prefill, which takes only block sizes that are multiples of 128;

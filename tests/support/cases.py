@@ -1,7 +1,7 @@
-"""Steps of an engine to test with, and how near to the oracle a result must be.
+"""Engine steps for tests, and how close to the oracle a result must be.
 
-What a step is and how its tensors are made stands in attn_dispatch.conformance, which tests any
-backend with them; here is what the tests of this repository add.
+attn_dispatch.conformance defines the steps and makes their tensors, and tests any backend with
+them. This module adds what only this repository's tests need.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ __all__ = [
 
 
 class Step(cases.EngineStep):
-    """A step that knows backends by name, and what else to hold a result against."""
+    """A step that runs backends by name, with further oracles."""
 
     def run(self, backend, **forward):
-        """What the backend's forward returns, over a copy of the cache."""
+        """The result of the backend's forward, over a copy of the cache."""
         cls = registry.candidates()[backend].backend_cls
         cache = None if self.kv_cache is None else self.kv_cache.clone()
         return self.forward(cls, cache, **forward)
@@ -107,12 +107,12 @@ class Step(cases.EngineStep):
             result = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias[None].to(self.device, spec.dtype), scale=self.scale
             )
-            blind = (bias == -math.inf).all(-1)[..., None]
-            outputs.append(result[0].cpu().masked_fill(blind, 0.0).transpose(0, 1))
+            without_keys = (bias == -math.inf).all(-1)[..., None]
+            outputs.append(result[0].cpu().masked_fill(without_keys, 0.0).transpose(0, 1))
         return _joined(outputs, spec, spec.dtype)
 
     def _bias(self, request):
-        """(num_heads, query_len, seq_len) float64: what PyTorch takes as a mask."""
+        """(num_heads, query_len, seq_len) float64: the mask and ALiBi bias for PyTorch."""
         num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
         distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
         if self.spec.alibi == "symmetric":
@@ -121,7 +121,7 @@ class Step(cases.EngineStep):
         return (slopes[:, None, None] * distance).masked_fill(~self.seen_by(request), -math.inf)
 
     def check(self, output, expected=None):
-        """Assert that an output is as near to `expected` as the layer's dtype allows.
+        """Assert that an output is as close to `expected` as the layer's dtype allows.
 
         float64 and float32: to a few roundings. The 16-bit types: at most twice the error that
         PyTorch's own attention has in that dtype, plus one unit in the last place.
@@ -143,7 +143,7 @@ class Step(cases.EngineStep):
 
 @contextlib.contextmanager
 def fused_on_cpu(device):
-    """On a CPU PyTorch has its fused kernel and no other; elsewhere shapes may need another."""
+    """On a CPU, allow only PyTorch's fused kernel; on other devices a shape may need another."""
     if device.type != "cpu":
         yield
         return

@@ -44,7 +44,7 @@ def on_device(profile):
     return stack
 
 
-def alone(name):
+def only(name):
     """A context without other providers: vLLM has three."""
     return mock.patch.object(flash_attn_providers, "PROVIDERS", (BY_NAME[name],))
 
@@ -52,7 +52,7 @@ def alone(name):
 @contextlib.contextmanager
 def provided(name):
     """A context in which only this provider's fake is installed. Yields its Recorder."""
-    with alone(name), installed(name) as recorder, on_device(profile_for(BY_NAME[name])):
+    with only(name), installed(name) as recorder, on_device(profile_for(BY_NAME[name])):
         yield recorder
 
 

@@ -76,7 +76,7 @@ class FlashAttnMetadata(BatchMetadata):
 
     @functools.cached_property
     def without_pages(self) -> FlashAttnMetadata:
-        """The same for a call without a cache, whose keys are the rows that it brings."""
+        """The same for a call without a cache, whose keys are the given rows."""
         batch = dataclasses.replace(self.batch, block_table=None)
         metadata: FlashAttnMetadata = self.builder.build(batch)
         return metadata

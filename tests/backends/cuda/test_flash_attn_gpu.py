@@ -20,7 +20,6 @@ from support.flash_attn_cases import (
     DTYPES,
     FEATURES,
     VLLM_3,
-    alone,
     check,
     check_all_but,
     each_provider,
@@ -28,6 +27,7 @@ from support.flash_attn_cases import (
     forward,
     nan_step,
     on_device,
+    only,
     spec_of,
     step_of,
     supported,
@@ -49,7 +49,7 @@ def real(name):
             pytest.skip(f"{module}: {error}")
     needed = (library_name(each) for each in provider.capabilities.requires)
     here = profile.with_libraries(*(Library(each, "unknown") for each in needed))
-    with alone(name), on_device(here):
+    with only(name), on_device(here):
         yield
 
 

@@ -26,11 +26,11 @@ from support.flash_attn_cases import (
     OWN_4,
     VLLM_2,
     VLLM_3,
-    alone,
     calls_of,
     each_kind,
     forward,
     on_device,
+    only,
     profile_for,
     provided,
     spec_of,
@@ -112,7 +112,7 @@ def test_limits(name, fields, sentence):
     spec = spec_of(name, **fields)
     with provided(name), pytest.raises(UnsupportedError, match=sentence):
         FlashAttnBackend.get_builder_cls()(spec, torch.device("cpu"))
-    with alone(name):
+    with only(name):
         device = profile_for(BY_NAME[name]).with_libraries(Library("triton", "3.6"))
         verdicts = explain(spec, device)[0].verdicts
     assert next(verdict for verdict in verdicts if verdict.name == "FLASH_ATTN").reasons

@@ -19,7 +19,7 @@ from support.flash_attn_cases import (
     SGLANG_3,
     VLLM_2,
     VLLM_3,
-    alone,
+    only,
     profile_for,
     provided,
     spec_of,
@@ -148,7 +148,7 @@ def test_another_backend_serves_a_rejected_window():
     device = profile_for(BY_NAME[VLLM_3]).with_libraries(
         Library("triton", "3.6"), Library("vllm", "0.24.0")
     )
-    with alone(VLLM_3):
+    with only(VLLM_3):
         for phase in Phase:
             selection = select(spec, device, phase=phase)
             verdict = next(each for each in selection.verdicts if each.name == "FLASH_ATTN")

@@ -159,12 +159,12 @@ def test_result_does_not_depend_on_the_batch():
     case = case.replace(spec=case.spec.replace(dtype=torch.bfloat16, batch_invariant=True))
     step = Step(case)
     together = step.run("REFERENCE")
-    alone = Step(case.replace(query_lens=(1,), seq_lens=(9,)))
-    alone.query, alone.key, alone.value = step.query[:1], step.key[:1], step.value[:1]
-    alone.kv_cache = step.kv_cache
-    alone._table, alone._slots = step._table[:1], step._slots[:1]
-    alone.batch = alone._make_batch()
-    assert torch.equal(alone.run("REFERENCE"), together[:1])
+    single = Step(case.replace(query_lens=(1,), seq_lens=(9,)))
+    single.query, single.key, single.value = step.query[:1], step.key[:1], step.value[:1]
+    single.kv_cache = step.kv_cache
+    single._table, single._slots = step._table[:1], step._slots[:1]
+    single.batch = single._make_batch()
+    assert torch.equal(single.run("REFERENCE"), together[:1])
 
 
 @given(case=cases("REFERENCE", dtypes=(torch.float64,), max_query=5, max_past=9))

@@ -162,8 +162,8 @@ def test_a_step_agrees_with_the_reference_on_a_gpu(name, variant, dtype):
     }
     sizes = {"head_size": 128, "num_heads": 16} | fields | {"dtype": dtype}
     step = step_of(sizes, batch | larger, "cuda")
-    if refused := rejections(name, step.spec, detect_device("cuda")):
-        pytest.skip(f"rejected here: {refused}")
+    if rejected := rejections(name, step.spec, detect_device("cuda")):
+        pytest.skip(f"rejected here: {rejected}")
     check(step, run(name, step))
 
 
@@ -371,9 +371,9 @@ def test_rows_without_keys_are_zero_and_minus_infinity(name, fields, seq_lens, c
     output, lse = run(name, step)
     expected = step.expected()
     check(step, (output, lse), expected)
-    blind = expected[1] == -torch.inf
-    assert bool((lse[blind] == -torch.inf).all())
-    assert bool((output[blind] == 0).all())
+    without_keys = expected[1] == -torch.inf
+    assert bool((lse[without_keys] == -torch.inf).all())
+    assert bool((output[without_keys] == 0).all())
 
 
 def test_a_batch_with_nothing_to_compute(name, calls):
