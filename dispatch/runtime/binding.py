@@ -60,13 +60,7 @@ class LayerBinding:
         context: SelectionContext,
         arguments: Mapping[str, Any],
     ) -> LayerBinding:
-        """Select backends, and build their impls and builders.
-
-        Args:
-            spec: the layer.
-            device: where it runs.
-            context: of the selections.
-            arguments: of `AttentionBackend.make_impl`.
+        """Select backends, and build their builders and, with these arguments, their impls.
 
         Raises:
             UnsupportedError: the required backend, or every backend, is rejected.

@@ -54,10 +54,7 @@ class ForwardContext:
     ) -> Any:
         """The metadata of the layer's batch; None in a profiling run.
 
-        Args:
-            layer_name: the layer.
-            key: equal for layers that can share metadata.
-            build: builds it, if no layer with the same key did.
+        It is built once for layers with equal keys.
         """
         batch = self.batch_for(layer_name)
         if batch is None:

@@ -306,7 +306,7 @@ def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
             f"Give one lse for each output: there are {len(outputs)} outputs and {len(lses)} lses."
         )
     output, lse = outputs[0], lses[0]
-    if output.dim() != 3 or not output.dtype.is_floating_point or output.dtype.itemsize < 2:
+    if output.dim() != 3 or not _is_float(output):
         raise InvalidInputError(
             f"outputs[0] is {tuple(output.shape)} {output.dtype}; it must be "
             "(num_tokens, num_heads, head_size_v), floating point of 16 bits or more."
@@ -315,23 +315,28 @@ def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
         raise InvalidInputError(
             f"lses[0] is {lse.dtype}; attention returns its lse in float32 or float64."
         )
-    for name, parts, first, shape in (
-        ("outputs", outputs, output, output.shape),
-        ("lses", lses, lse, output.shape[:2]),
+    for name, parts, shape in (
+        ("outputs", outputs, output.shape),
+        ("lses", lses, output.shape[:2]),
     ):
         for index, part in enumerate(parts):
-            if part.shape != shape or part.dtype != first.dtype or part.device != output.device:
+            dtype = parts[0].dtype
+            if (part.shape, part.dtype, part.device) != (shape, dtype, output.device):
                 raise InvalidInputError(
                     f"The parts differ: {name}[{index}] is {tuple(part.shape)} {part.dtype} on "
                     f"{part.device}; with outputs[0] of {tuple(output.shape)} on {output.device} "
-                    f"it must be {tuple(shape)} {first.dtype}."
+                    f"it must be {tuple(shape)} {dtype}."
                 )
     if sinks is None:
         return
     check_tensors(sinks=sinks)
-    is_number = sinks.dtype.is_floating_point and sinks.dtype.itemsize > 1
-    if sinks.shape != output.shape[1:2] or not is_number or sinks.device != output.device:
+    fits = sinks.shape == output.shape[1:2] and sinks.device == output.device
+    if not fits or not _is_float(sinks):
         raise InvalidInputError(
             f"sinks is {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; it must have one "
             f"floating-point logit for each of the {output.shape[1]} heads, on {output.device}."
         )
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1

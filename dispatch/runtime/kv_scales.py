@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 
 from attn_dispatch.errors import InvalidInputError
@@ -32,6 +35,10 @@ class CacheState(KVScales):
             self.token = self.token.to(device)
 
 
+def _of_cache(name: str) -> Any:
+    return property(operator.attrgetter(f"_cache_state.{name}"))
+
+
 class LayerScales:
     """The scales of a layer's cache, under the names of AttentionLayer: a base of `Attention`."""
 
@@ -41,29 +48,12 @@ class LayerScales:
     _cache_state: CacheState
     _device: torch.device | None
 
-    @property
-    def _q_scale(self) -> torch.Tensor:
-        return self._cache_state._q_scale
-
-    @property
-    def _prob_scale(self) -> torch.Tensor:
-        return self._cache_state._prob_scale
-
-    @property
-    def _k_scale(self) -> torch.Tensor:
-        return self._cache_state._k_scale
-
-    @property
-    def _v_scale(self) -> torch.Tensor:
-        return self._cache_state._v_scale
-
-    @property
-    def _k_scale_float(self) -> float:
-        return self._cache_state._k_scale_float
-
-    @property
-    def _v_scale_float(self) -> float:
-        return self._cache_state._v_scale_float
+    _q_scale: torch.Tensor = _of_cache("_q_scale")
+    _prob_scale: torch.Tensor = _of_cache("_prob_scale")
+    _k_scale: torch.Tensor = _of_cache("_k_scale")
+    _v_scale: torch.Tensor = _of_cache("_v_scale")
+    _k_scale_float: float = _of_cache("_k_scale_float")
+    _v_scale_float: float = _of_cache("_v_scale_float")
 
     def set_kv_scales(self, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor) -> None:
         """Set the scales of an fp8 cache.

@@ -205,7 +205,9 @@ class Attention(LayerScales, nn.Module):
         self._device = device
         if logger.isEnabledFor(logging.INFO):
             for phase, each in binding.selections.items():
-                logger.info("layer %s: %s %s, %s", self.prefix, phase, each.name, each.evidence)
+                logger.info(
+                    "layer %s: %s %s, %s", self.prefix, phase, each.name, each.report.evidence
+                )
         return result
 
     def _follow_cache(self, spec: AttentionSpec) -> None:

@@ -39,22 +39,12 @@ def attention_op(
     layer = layers_by_key.get(layer_key)
     if layer is None:
         raise InvalidInputError(
-            f"The attention layer {layer_key!r} that this graph was compiled for no longer exists. "
-            "Compile the model that is in use."
+            f"The attention layer {layer_key!r} that this graph was compiled for is gone. Compile "
+            "the model that is in use."
         )
     layer._run(query, key, value, output, lse, output_scale, output_block_scale)
 
 
 @attention_op.register_fake
-def _(
-    query: torch.Tensor,
-    key: Optional[torch.Tensor],  # noqa: UP045
-    value: Optional[torch.Tensor],  # noqa: UP045
-    output: torch.Tensor,
-    lse: Optional[torch.Tensor],  # noqa: UP045
-    output_scale: Optional[torch.Tensor],  # noqa: UP045
-    output_block_scale: Optional[torch.Tensor],  # noqa: UP045
-    cache_token: torch.Tensor,
-    layer_key: str,
-) -> None:
+def _(*arguments: Any) -> None:
     """The op returns nothing."""

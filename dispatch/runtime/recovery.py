@@ -67,10 +67,7 @@ class AttemptFailed(Exception):
 def raise_attempt_failed(
     error: Exception, backend: str, phase: Phase | None, doing: str, version: tuple[int, int]
 ) -> NoReturn:
-    """Raise AttemptFailed from an exception, or the exception itself if no backend may try again.
-
-    The arguments are those of AttemptFailed. An AttemptFailed is raised as it is.
-    """
+    """Raise AttemptFailed from an exception; if no backend may try again, the exception itself."""
     if isinstance(error, AttemptFailed) or _is_final(error):
         raise error
     raise AttemptFailed(backend, phase, doing, version) from error
@@ -92,8 +89,8 @@ def with_fallback(
     Args:
         spec: the layer.
         context: its device and overrides.
-        attempt: selects backends in the context that it is given, which excludes the failed ones,
-            and runs them. It raises AttemptFailed for what they raise.
+        attempt: selects backends in the context that it gets, which excludes the failed ones, and
+            runs them. It raises AttemptFailed for what they raise.
         failed: how an earlier attempt ended.
         phase: the only phase of the call; None for all phases of the layer.
 

@@ -133,12 +133,7 @@ def _router(
 
 
 class PartFailed(Exception):
-    """The backend of one part of a batch raised; `__cause__` is what it raised.
-
-    Attributes:
-        backend: its name.
-        batch: the part.
-    """
+    """The backend of a part of a batch raised; `__cause__` is what it raised."""
 
     def __init__(self, backend: str, batch: AttentionBatch) -> None:
         super().__init__(backend)
@@ -146,10 +141,7 @@ class PartFailed(Exception):
 
 
 class RoutedPart(NamedTuple):
-    """Requests of a batch, their backend, and its metadata.
-
-    `phase` is None for all requests of the batch.
-    """
+    """Requests of a batch, their backend, and its metadata; phase None for the whole batch."""
 
     backend: str
     phase: Phase | None
@@ -158,12 +150,7 @@ class RoutedPart(NamedTuple):
 
 
 def _call(part: RoutedPart, method: Callable[..., T], *arguments: Any) -> T:
-    """Call a method of the backend that serves a part.
-
-    Raises:
-        InvalidInputError, UnsupportedError: as the method raised them.
-        PartFailed: it raised anything else.
-    """
+    """Call a method of the backend that serves a part; PartFailed if the backend is at fault."""
     try:
         return method(*arguments)
     except (InvalidInputError, UnsupportedError):

@@ -133,11 +133,6 @@ class Selection:
         return self.report.source
 
     @property
-    def evidence(self) -> str:
-        """What decided, in a few words."""
-        return self.report.evidence
-
-    @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """One for every registered backend."""
         return self.report.verdicts

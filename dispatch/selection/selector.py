@@ -152,13 +152,8 @@ def compatible_substitutes(
     Block size and heads are in the request, which all of `able` support. The layout may be open: a
     substitute must take every layout that the first takes, since the cache was planned for the
     first. The buffers of captured graphs are made by the first's state class: a substitute must
-    have the same one, and it must be the common one, which holds only batches.
-
-    Args:
-        able: names of backends that support the request, in the platform's order.
-        candidates: all backends by name.
-        spec: the request.
-        device: where.
+    have the same one, and it must be the common one, which holds only batches. `able` are the
+    backends that support the request, in the platform's order.
     """
     first, *others = able
     layouts = () if spec.kv_cache_layout else STRIDE_ORDERS

@@ -161,7 +161,7 @@ BAD_CALLS = {
     "heads that do not divide": ((Q, K[:, [0, 0, 0]], K[:, [0, 0, 0]]), {}, "not a multiple"),
     "a mask of the wrong size": ((Q, K, K), {"custom_mask": torch.ones(24).bool()}, "custom_mask"),
     "slopes for other heads": ((Q, K, K), {"alibi_slopes": [1.0]}, "alibi_slopes has shape"),
-    "a scale without fp8": ((Q, K, K), {"k_scale": 0.5}, "of an fp8 kv_cache, and there is none"),
+    "a scale without fp8": ((Q, K, K), {"k_scale": 0.5}, "for an fp8 kv_cache, and there is none"),
     "a scale of another shape": (
         (Q, K, K),
         {"kv_cache": CACHE.to(torch.float8_e5m2), "block_table": TABLE, "k_scale": torch.ones(3)},

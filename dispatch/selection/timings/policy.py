@@ -226,10 +226,9 @@ class TimingEvidence:
             "picked": self.pick,
             "points": [
                 {
-                    "step": str(each.point.step),
-                    "requests": each.point.requests,
-                    "tokens": each.point.tokens,
-                    "keys": each.point.keys,
+                    **dict(
+                        zip(("step", "requests", "tokens", "keys"), each.point.key, strict=True)
+                    ),
                     "picked": each.picked,
                     "picked_us": each.picked_us,
                     "declared": each.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -36,14 +37,10 @@ VERSION = 1
 class BatchKind(str, Enum):
     """The kinds of batches that are timed separately."""
 
-    PREFILL = "prefill"
-    """Prompts, or chunks of prompts."""
-    DECODE = "decode"
-    """One new token for each request."""
-    VERIFY = "verify"
-    """Decode with several new tokens for a request: drafts are verified."""
-    MIXED = "mixed"
-    """Requests of both phases."""
+    PREFILL = "prefill"  # prompts, or chunks of prompts
+    DECODE = "decode"  # one new token for each request
+    VERIFY = "verify"  # decode with several new tokens for a request: drafts are verified
+    MIXED = "mixed"  # requests of both phases
 
     def __str__(self) -> str:
         return str(self.value)
@@ -188,15 +185,8 @@ class Point:
 
     def asdict(self) -> dict[str, Any]:
         """The point in the form of the file."""
-        data: dict[str, Any] = {
-            "step": str(self.step),
-            "requests": self.requests,
-            "tokens": self.tokens,
-            "keys": self.keys,
-            "times_us": dict(self.times_us),
-        }
-        more = {"host_us": dict(self.host_us), "failed": list(self.failed)}
-        return data | {name: value for name, value in more.items() if value}
+        data = dataclasses.asdict(self) | {"step": str(self.step), "failed": list(self.failed)}
+        return {n: value for n, value in data.items() if value or n not in ("host_us", "failed")}
 
 
 @dataclass(frozen=True, eq=False)
