@@ -8,8 +8,8 @@
 
 Queries are at the end of the keys: the last query has the position of the last key.
 
-Scaled dot-product attention: arXiv:1706.03762. Shared KV heads: arXiv:2305.13245. ALiBi:
-arXiv:2108.12409. Sinks: arXiv:2309.17453.
+Scaled dot-product attention: arXiv:1706.03762. Shared KV heads: arXiv:2305.13245. Sliding window:
+arXiv:2004.05150. Soft cap: arXiv:2408.00118. ALiBi: arXiv:2108.12409. Sinks: arXiv:2309.17453.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def test_a_missing_package_that_would_help_is_named():
     reasons = pick_provider(spec_of(VLLM_3), device)
     assert {reason.code for reason in reasons} == {ReasonCode.LIBRARY}
     assert "needs vllm>=0.11 for vLLM's FlashAttention 3: vllm is not installed" in str(reasons[0])
-    only = pick_provider(spec_of(VLLM_3, alibi=True), device)
-    assert {reason.field for reason in only} == {"vllm"}  # flash_attn needs larger pages
+    missing = pick_provider(spec_of(VLLM_3, alibi=True), device)
+    assert {reason.field for reason in missing} == {"vllm"}  # flash_attn needs larger pages
 
 
 def test_reasons_name_the_installed_provider():
