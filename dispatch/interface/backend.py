@@ -33,39 +33,24 @@ if TYPE_CHECKING:
     from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.platforms.device import DeviceProfile
 
-__all__ = ["INTERFACE_VERSION", "AttentionBackend", "refuse_spec"]
+__all__ = ["INTERFACE_VERSION", "AttentionBackend"]
 
 #: Version of the contract in this file. A backend states the one that it was written for.
 INTERFACE_VERSION = 2
-
-
-def refuse_spec(
-    backend_cls: type[AttentionBackend], spec: AttentionSpec, device: DeviceProfile
-) -> None:
-    """For a builder's constructor: refuse layers that the backend does not declare.
-
-    Selection never lets such layers through; this is for a builder that is made by hand. Every call
-    needs metadata, so nothing is dropped in silence. Other devices than the declared ones will do.
-
-    Raises:
-        UnsupportedError: a field's value, or a combination, is not declared.
-    """
-    by_field = compare(spec, backend_cls.capabilities, device)
-    of_layer = (ReasonCode.VALUE, ReasonCode.UNDECLARED)
-    reasons = [reason for reason in by_field if reason.code in of_layer]
-    reasons = reasons or backend_cls.check_combination(spec, device)
-    if reasons:
-        raise UnsupportedError(
-            f"{backend_cls.get_name()} does not compute this layer: "
-            f"{'; '.join(map(str, reasons))}. get_attn_backend finds one that does."
-        )
 
 
 @functools.lru_cache(maxsize=4096)  # an error is raised again
 def _check_declared(
     cls: type[AttentionBackend], spec: AttentionSpec, device: DeviceProfile, generation: int
 ) -> None:
-    refuse_spec(cls, spec, device)
+    codes = (ReasonCode.VALUE, ReasonCode.UNDECLARED)
+    reasons = [reason for reason in compare(spec, cls.capabilities, device) if reason.code in codes]
+    reasons = reasons or cls.check_combination(spec, device)
+    if reasons:
+        raise UnsupportedError(
+            f"{cls.get_name()} does not compute this layer: {'; '.join(map(str, reasons))}. "
+            "get_attn_backend finds one that does."
+        )
 
 
 class AttentionBackend:

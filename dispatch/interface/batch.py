@@ -15,9 +15,7 @@ import torch
 from attn_dispatch.arguments import INT32_MAX, as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch_checks import (
-    INTEGERS,
     check_block_ids,
-    check_dense,
     check_placeholders,
     check_room,
     check_same_requests,
@@ -28,6 +26,7 @@ from attn_dispatch.interface.batch_checks import (
     rows_of,
     start_locs,
 )
+from attn_dispatch.interface.tensors import INTEGERS, check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
 
@@ -170,7 +169,7 @@ class AttentionBatch:
             slot_mapping = compute_slots(queries, seqs, block_table, block_size).to(device)
         mask = more.get("custom_mask")
         if mask is not None:
-            check_dense("custom_mask", mask, "a bool tensor of one dimension")
+            check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)
             more["custom_mask"] = mask.to(device)
         batch = cls._of_lengths(
             queries,
@@ -434,7 +433,7 @@ class AttentionBatch:
             tensor = getattr(self, name)
             if tensor is None and name == "key_start_loc_cpu":
                 continue
-            check_dense(name, tensor, "an int32 tensor with a value for each request")
+            check_dense(name, tensor, "an int32 tensor with a value for each request", meta=True)
             if tensor.dim() != 1 or tensor.dtype not in INTEGERS:
                 raise InvalidInputError(
                     f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it must be "
@@ -443,7 +442,9 @@ class AttentionBatch:
             if name.endswith("_cpu") and tensor.device.type != "cpu":
                 raise InvalidInputError(f"{name} is on {tensor.device}; it must be on the host.")
         if self.custom_mask is not None:
-            check_dense("custom_mask", self.custom_mask, "a bool tensor of one dimension")
+            check_dense(
+                "custom_mask", self.custom_mask, "a bool tensor of one dimension", meta=True
+            )
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= INT32_MAX:

@@ -12,12 +12,10 @@ import torch
 from attn_dispatch import environment
 from attn_dispatch.arguments import INT32_MAX, as_int, shown
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 from attn_dispatch.interface.types import PlaceholderRange
 
 __all__ = ["slots_of"]
-
-
-INTEGERS = (torch.int32, torch.int64)
 
 
 def slots_of(
@@ -25,7 +23,7 @@ def slots_of(
 ) -> torch.Tensor:
     """(num_tokens,) int64, the slots of each request's last query_len positions, row by row.
 
-    A row that stands before the first position has slot −1.
+    A row before the first position has slot −1.
 
     Args:
         query_lens: (num_reqs,) integers on the host.
@@ -34,8 +32,8 @@ def slots_of(
         block_size: tokens per block.
 
     Raises:
-        InvalidInputError: an argument is of another type or out of range, or they contradict each
-            other. What a table on a device holds is not read unless under ATTN_DISPATCH_CHECK=1.
+        InvalidInputError: an argument has another type or is out of range, or they contradict each
+            other. A table on a device is read only under ATTN_DISPATCH_CHECK=1.
     """
     queries, _ = checked_lengths("query_lens", query_lens)
     seqs, max_seq_len = checked_lengths("seq_lens", seq_lens)
@@ -43,14 +41,14 @@ def slots_of(
     block_size = as_int("block_size", block_size, 1, INT32_MAX)
     check_table(block_table, len(seqs))
     check_block_ids(block_table, seqs, block_size)
-    _check_columns(block_table, max_seq_len, block_size)
+    check_columns(block_table, max_seq_len, block_size)
     return compute_slots(queries, seqs, block_table, block_size)
 
 
 def compute_slots(
     query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """The same for arguments that were checked but for the blocks of the new tokens."""
+    """The same for checked arguments; the blocks of the new tokens are checked here."""
     requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
     ends = torch.cumsum(query_lens, 0).long()
     positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
@@ -67,15 +65,8 @@ def compute_slots(
     return torch.where(positions < 0, -1, blocks * block_size + positions % block_size)
 
 
-def check_dense(name: str, value: object, wanted: str) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be {wanted}.")
-    if value.layout is not torch.strided or value.is_nested:
-        raise InvalidInputError(f"{name} is sparse or nested; it must be {wanted}.")
-
-
 def checked_lengths(name: str, values: Any) -> tuple[torch.Tensor, int]:
-    """(num_reqs,) int32 on the host, lengths as they were given, and the largest; 0 of none."""
+    """(num_reqs,) int32 on the host, and the largest; 0 without requests."""
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         values = list(values)
         if set(map(type, values)) - {int}:
@@ -98,14 +89,12 @@ def _check_length(name: str, least: int, most: int) -> None:
 
 
 def _length(name: str, value: Any) -> int:
-    """A length that is no plain int: a NumPy integer, say."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidInputError(
-            f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
-        )
+    """A length that is not a plain int, e.g. a NumPy integer."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of other than one integer
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of two integers, too
         raise InvalidInputError(
             f"{name} is not a list of integers, one for each request: it holds {shown(value)}."
         ) from error
@@ -113,24 +102,16 @@ def _length(name: str, value: Any) -> int:
 
 def _lengths_of_array(name: str, values: Any) -> torch.Tensor:
     """An array or a tensor as int64 on the host."""
+    wanted = "a list of integers, one for each request"
     try:
         lengths = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InvalidInputError(
-            f"{name} is a {type(values).__name__}, not a list of integers, one for each request."
-        ) from error
-    check_dense(name, lengths, "a list of integers, one for each request")
-    is_integer = not (
-        lengths.is_floating_point()
-        or lengths.is_complex()
-        or lengths.is_quantized
-        or lengths.dtype == torch.bool
-    )
-    if lengths.dim() != 1 or lengths.device.type == "meta" or not (is_integer or not len(lengths)):
-        raise InvalidInputError(
-            f"{name} is not a list of integers, one for each request: it has shape "
-            f"{tuple(lengths.shape)} and dtype {lengths.dtype} on {lengths.device}."
-        )
+        raise InvalidInputError(f"{name} is a {type(values).__name__}, not {wanted}.") from error
+    check_dense(name, lengths, wanted)
+    is_other = lengths.is_floating_point() or lengths.is_complex() or lengths.is_quantized
+    is_integer = not is_other and lengths.dtype != torch.bool
+    if lengths.dim() != 1 or not (is_integer or not len(lengths)):
+        raise wrong_form(name, lengths, wanted)
     if lengths.dtype in INTEGERS:
         return lengths.cpu()
     return lengths.to("cpu", torch.int64)  # uint64 beyond int64 becomes negative, and is rejected
@@ -156,27 +137,22 @@ def start_locs(name: str, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def check_table(block_table: torch.Tensor, num_reqs: int) -> None:
-    """Check that it is a table for these requests, whatever it holds."""
-    check_dense("block_table", block_table, "a tensor of (num_reqs, max_blocks), int32 or int64")
-    if (
-        block_table.dim() != 2
-        or block_table.shape[0] != num_reqs
-        or block_table.dtype not in INTEGERS
-    ):
-        raise InvalidInputError(
-            f"block_table has shape {tuple(block_table.shape)} and dtype {block_table.dtype}; it "
-            f"must be (num_reqs, max_blocks) with num_reqs={num_reqs}, int32 or int64."
-        )
+    """Check the table's shape and dtype."""
+    wanted = f"(num_reqs, max_blocks) with num_reqs={num_reqs}, int32 or int64"
+    check_dense("block_table", block_table, wanted, meta=True)
+    is_integer = block_table.dtype in INTEGERS
+    if block_table.dim() != 2 or block_table.shape[0] != num_reqs or not is_integer:
+        raise wrong_form("block_table", block_table, wanted)
 
 
 def check_block_ids(
     block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int | None
 ) -> None:
-    """Check that the ids of blocks that requests have fit int32.
+    """Check that the ids of blocks that requests use fit int32.
 
-    A table on a device is read under ATTN_DISPATCH_CHECK=1 only, since that waits for the device.
-    Without a block size all entries count. An id below 0 may stand for a block that was freed
-    because the layers' window has passed it.
+    A table on a device is read only under ATTN_DISPATCH_CHECK=1, because that waits for the device.
+    Without a block size all entries count. An id below 0 may be a block that was freed because the
+    layers' window has passed it.
     """
     if block_table.dtype == torch.int32 or not block_table.numel() or not _is_readable(block_table):
         return
@@ -198,14 +174,11 @@ def check_block_ids(
 
 
 def check_slot_tensor(slots: torch.Tensor) -> None:
-    """Check that it is a list of slots; what it holds, under the conditions of block ids."""
-    wanted = "a tensor of (num_key_tokens,), int64"
-    check_dense("slot_mapping", slots, wanted)
+    """Check shape and dtype, and the slots where `_is_readable`."""
+    wanted = "(num_key_tokens,) int64: block * block_size + offset for each new key, or −1"
+    check_dense("slot_mapping", slots, wanted, meta=True)
     if slots.dim() != 1 or slots.dtype not in INTEGERS:
-        raise InvalidInputError(
-            f"slot_mapping is {tuple(slots.shape)} {slots.dtype} and must be (num_key_tokens,) "
-            "int64: block * block_size + offset for each new key, or −1 for padding."
-        )
+        raise wrong_form("slot_mapping", slots, wanted)
     if _is_readable(slots) and slots.numel() and int(slots.min()) < -1:
         raise InvalidInputError(
             f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; slots are 0 or "
@@ -214,7 +187,7 @@ def check_slot_tensor(slots: torch.Tensor) -> None:
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether what a tensor holds may be looked at here."""
+    """Whether a tensor's contents may be read: on a GPU that waits for the device."""
     kind = tensor.device.type
     return kind == "cpu" or (kind != "meta" and environment.check_mode())
 
@@ -234,22 +207,22 @@ def check_room(
             f"Request {request} has {int(queries[request])} new tokens and {int(seqs[request])} "
             "keys. seq_lens counts the new ones too."
         )
-    _check_columns(block_table, longest, block_size)
+    check_columns(block_table, longest, block_size)
 
 
-def _check_columns(block_table: torch.Tensor, longest: int, block_size: int) -> None:
+def check_columns(block_table: torch.Tensor, longest: int, block_size: int) -> None:
+    """Check that the block table has room for the longest request."""
     if longest > block_table.shape[1] * block_size:
         raise InvalidInputError(
             f"block_table has {block_table.shape[1]} blocks of {block_size} tokens for a request, "
-            f"and the longest has {longest} keys. Give it "
-            f"{-(-longest // block_size)} columns."
+            f"and the longest has {longest} keys. Give it {-(-longest // block_size)} columns."
         )
 
 
 def rows_of(
     requests: list[int], starts: list[int], device: torch.device
 ) -> tuple[torch.Tensor, list[int]]:
-    """Which rows are these requests', and how many each has."""
+    """The rows of these requests, and the number of each one's rows."""
     lens = [starts[i + 1] - starts[i] for i in requests]
     before = itertools.accumulate(lens, initial=0)
     pairs = zip(requests, before, strict=False)  # the last of `before` is the number of rows
@@ -270,9 +243,9 @@ def check_placeholders(maps: object, num_reqs: int) -> None:
         if not is_sequence or not all(isinstance(each, PlaceholderRange) for each in ranges):
             raise InvalidInputError(
                 f"multi_modal_placeholder_index_maps has a {type(ranges).__name__} for "
-                f"{modality!r}; give a sequence of PlaceholderRange(request, start, end), which "
-                "names the positions [start, end) of one request. vLLM's IndexMap does not say "
-                "which request an item belongs to, so it cannot be converted."
+                f"{modality!r}; give a sequence of PlaceholderRange(request, start, end), with "
+                "positions [start, end) of one request. vLLM's IndexMap does not name the request "
+                "of an item, so it cannot be converted."
             )
         for each in ranges:
             if not all(type(number) is int for number in each):

@@ -28,7 +28,6 @@ __all__ = [
     "AttentionLayer",
     "MLAAttentionImpl",
     "get_kv_scales",
-    "refuse_features",
     "store_new_kv",
 ]
 
@@ -268,21 +267,6 @@ class AttentionImpl(ABC, Generic[T]):
                 of vLLM, is False.
         """
         return False
-
-
-def refuse_features(impl: AttentionImpl[Any], backend: str, *features: str) -> None:
-    """For an impl's constructor: refuse what the backend does not declare, instead of dropping it.
-
-    Selection never lets such a request through; this is for an impl that is constructed by hand.
-
-    Raises:
-        UnsupportedError: one of these attributes of the impl is set.
-    """
-    for feature in features:
-        if getattr(impl, feature) is not None and getattr(impl, feature) is not False:
-            raise UnsupportedError(
-                f"{backend} does not support {feature}. get_attn_backend finds one that does."
-            )
 
 
 class MLAAttentionImpl(AttentionImpl[T]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,12 +12,7 @@ from attn_dispatch import environment
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.contents import check_slots
-from attn_dispatch.interface.kv_cache import (
-    INTEGERS,
-    check_tensor,
-    split_token_scales,
-    view_kv_cache,
-)
+from attn_dispatch.interface.kv_cache import split_token_scales, view_kv_cache
 from attn_dispatch.interface.overlap import overlap, overlaps_itself
 from attn_dispatch.interface.quantization import (
     as_indexable_bytes,
@@ -30,10 +25,7 @@ from attn_dispatch.interface.quantization import (
     stored_head_size,
 )
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD
-
-if TYPE_CHECKING:
-    pass
-
+from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 
 __all__ = ["gather_kv", "read_kv_cache", "write_kv_cache", "write_mla_cache"]
 
@@ -46,7 +38,7 @@ def write_kv_cache(
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
 ) -> None:
-    """Store new keys and values in their slots; what has slot −1 is skipped.
+    """Store new keys and values in their slots; rows with slot −1 are skipped.
 
     Args:
         key: (num_tokens, num_kv_heads, head_size).
@@ -58,20 +50,21 @@ def write_kv_cache(
         v_scale: the same for values.
 
     Raises:
-        InvalidInputError: an argument does not fit, and nothing has been written. What slots on a
-            device hold is not checked unless under ATTN_DISPATCH_CHECK=1.
+        InvalidInputError: an argument does not fit, and nothing has been written. Slots on a
+            device are read only under ATTN_DISPATCH_CHECK=1.
     """
-    _check_cache("kv_cache", kv_cache)
+    check_dense("kv_cache", kv_cache)
+    is_int8 = has_token_scales(kv_cache.dtype)
+    is_cache = kv_cache.dim() == 5 and kv_cache.shape[1] == 2
+    if not is_cache or not (kv_cache.dtype.is_floating_point or is_int8):
+        wanted = "(num_blocks, 2, block_size, num_kv_heads, head_size), floating point or int8"
+        raise wrong_form("kv_cache", kv_cache, wanted)
     heads = int(kv_cache.shape[3])
     for name, rows in (("key", key), ("value", value)):
         _check_rows(name, rows, 3, kv_cache)
         if rows.shape[1] != heads or not rows.shape[2]:
-            raise InvalidInputError(
-                f"{name} has shape {tuple(rows.shape)}; a cache of {heads} heads takes "
-                f"(num_tokens, {heads}, head_size)."
-            )
+            raise wrong_form(name, rows, f"(num_tokens, {heads}, head_size) for this cache")
     size = max(key.shape[2], value.shape[2])
-    is_int8 = has_token_scales(kv_cache.dtype)
     stored = stored_head_size(INT8_PER_TOKEN_HEAD, size) if is_int8 else size
     if kv_cache.shape[4] != stored:
         raise InvalidInputError(
@@ -115,7 +108,7 @@ def write_mla_cache(
     slot_mapping: torch.Tensor,
     scale: float | torch.Tensor = 1.0,
 ) -> None:
-    """Store new latents in their slots; what has slot −1 is skipped.
+    """Store new latents in their slots; rows with slot −1 are skipped.
 
     Args:
         kv_c_normed: (num_tokens, kv_lora_rank).
@@ -128,16 +121,14 @@ def write_mla_cache(
         InvalidInputError: as for write_kv_cache; or the cache is int8, whose rows have no place
             for a scale here.
     """
-    check_tensor("kv_cache", kv_cache)
+    check_dense("kv_cache", kv_cache)
     if has_token_scales(kv_cache.dtype):
         raise InvalidInputError(
             "A cache of latents cannot be int8. Give it the layer's dtype, or an fp8 type."
         )
     if kv_cache.dim() != 3 or not kv_cache.dtype.is_floating_point:
-        raise InvalidInputError(
-            f"kv_cache is {tuple(kv_cache.shape)} {kv_cache.dtype}; a cache of latents is "
-            "(num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), floating point."
-        )
+        wanted = "(num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), floating point"
+        raise wrong_form("kv_cache", kv_cache, wanted)
     new = {"kv_c_normed": kv_c_normed, "k_pe": k_pe}
     for name, rows in new.items():
         _check_rows(name, rows, 2, kv_cache)
@@ -157,52 +148,24 @@ def write_mla_cache(
     _scatter(latents[:, None], kv_cache[:, :, None], slot_mapping.long(), scale)
 
 
-def _check_cache(name: str, kv_cache: object) -> None:
-    """Check that it is a cache in the logical shape, of a type that caches have."""
-    check_tensor(name, kv_cache)
-    assert isinstance(kv_cache, torch.Tensor)
-    if kv_cache.dim() != 5 or kv_cache.shape[1] != 2:
-        raise InvalidInputError(
-            f"{name} has shape {tuple(kv_cache.shape)}; a cache is "
-            "(num_blocks, 2, block_size, num_kv_heads, head_size)."
-        )
-    if not (kv_cache.dtype.is_floating_point or has_token_scales(kv_cache.dtype)):
-        raise InvalidInputError(
-            f"{name} is {kv_cache.dtype}; it must be a floating-point type, or torch.int8 with a "
-            "scale for each token and head."
-        )
-
-
-def _check_rows(name: str, rows: object, rank: int, kv_cache: torch.Tensor) -> None:
-    """Check new rows of a cache: dimensions, dtype and device."""
-    check_tensor(name, rows)
-    assert isinstance(rows, torch.Tensor)
+def _check_rows(name: str, rows: torch.Tensor, rank: int, kv_cache: torch.Tensor) -> None:
+    check_dense(name, rows)
     is_number = rows.dtype.is_floating_point and rows.dtype.itemsize > 1
     if rows.dim() != rank or not is_number or rows.device != kv_cache.device:
-        raise InvalidInputError(
-            f"{name} is {tuple(rows.shape)} {rows.dtype} on {rows.device}; it must have {rank} "
-            f"dimensions, be floating point of 16 bits or more, and on {kv_cache.device}, where "
-            "the cache is."
-        )
+        wanted = f"floating point of 16 bits or more with {rank} dimensions on {kv_cache.device}"
+        raise wrong_form(name, rows, wanted)
 
 
 def _check_written(
-    kv_cache: torch.Tensor, slot_mapping: object, num_slots: int, **new: torch.Tensor
+    kv_cache: torch.Tensor, slot_mapping: torch.Tensor, num_slots: int, **new: torch.Tensor
 ) -> None:
     """Check where new rows go: the slots, and that the cache can be written."""
-    rows = next(iter(new.values()))
-    check_tensor("slot_mapping", slot_mapping)
-    assert isinstance(slot_mapping, torch.Tensor)
-    if (
-        slot_mapping.shape != (len(rows),)
-        or slot_mapping.dtype not in INTEGERS
-        or slot_mapping.device != kv_cache.device
-    ):
-        raise InvalidInputError(
-            f"slot_mapping is {tuple(slot_mapping.shape)} {slot_mapping.dtype} on "
-            f"{slot_mapping.device}; it must be ({len(rows)},) int64 on {kv_cache.device}: a slot "
-            "for each row, or −1 for one that is not written."
-        )
+    num_rows = len(next(iter(new.values())))
+    check_dense("slot_mapping", slot_mapping)
+    is_integer, on_device = slot_mapping.dtype in INTEGERS, slot_mapping.device == kv_cache.device
+    if slot_mapping.shape != (num_rows,) or not is_integer or not on_device:
+        wanted = f"({num_rows},) int64 on {kv_cache.device}"
+        raise wrong_form("slot_mapping", slot_mapping, wanted, "−1 is for a row without a slot.")
     check_writable("kv_cache", kv_cache)
     for name, tensor in new.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
@@ -238,7 +201,7 @@ def check_writable(name: str, kv_cache: torch.Tensor) -> None:
 def _checked_scale(
     name: str, scale: Any, shapes: tuple[tuple[int, ...], ...], kv_cache: torch.Tensor
 ) -> torch.Tensor:
-    """A scale of a cache as a float32 tensor; a tensor on a device is not read."""
+    """A scale of a cache as a float32 tensor; one on a device is not read."""
     if not isinstance(scale, torch.Tensor):
         is_number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
         try:
@@ -250,16 +213,11 @@ def _checked_scale(
                 f"{name}={shown(scale)} is not a finite number above 0, nor a tensor."
             )
         return torch.tensor(value, dtype=torch.float32, device=kv_cache.device)
-    check_tensor(name, scale)
-    if (
-        tuple(scale.shape) not in shapes
-        or scale.dtype != torch.float32
-        or scale.device != kv_cache.device
-    ):
-        raise InvalidInputError(
-            f"{name} is {tuple(scale.shape)} {scale.dtype} on {scale.device}; it must be "
-            f"{' or '.join(map(str, shapes))} torch.float32 on {kv_cache.device}."
-        )
+    check_dense(name, scale)
+    is_float32 = scale.dtype == torch.float32
+    if tuple(scale.shape) not in shapes or not is_float32 or scale.device != kv_cache.device:
+        wanted = f"{' or '.join(map(str, shapes))} torch.float32 on {kv_cache.device}"
+        raise wrong_form(name, scale, wanted)
     if scale.device.type == "cpu" and not bool((scale.isfinite() & (scale > 0)).all()):
         raise InvalidInputError(f"{name} is {scale.tolist()}; scales are finite and above 0.")
     return scale
@@ -270,7 +228,7 @@ def _scatter(
 ) -> None:
     """Write (num_tokens, heads, size) rows into a (num_blocks, block_size, heads, size) view.
 
-    Of an int8 cache, `scale` are its own, (num_blocks, block_size, heads), and written too.
+    The scales of an int8 cache, (num_blocks, block_size, heads), are written too.
     """
     kept = (slots >= 0).nonzero().squeeze(1)
     slots, new = slots[kept], new[kept]
@@ -308,7 +266,7 @@ def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
 
 def _check_places(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> None:
     for name, tensor in (("cache", cache), ("blocks", blocks), ("offsets", offsets)):
-        check_tensor(name, tensor)
+        check_dense(name, tensor)
     if cache.dim() != 4 or blocks.shape != offsets.shape:
         raise InvalidInputError(
             f"cache has shape {tuple(cache.shape)}, blocks {tuple(blocks.shape)} and offsets "
@@ -320,10 +278,7 @@ def _check_places(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
         ("offsets", offsets, cache.shape[1]),
     ):
         if tensor.dtype != torch.int64 or tensor.device != cache.device:
-            raise InvalidInputError(
-                f"{name} are {tensor.dtype} on {tensor.device}; they must be int64 on "
-                f"{cache.device}, where the cache is."
-            )
+            raise wrong_form(name, tensor, f"int64 on {cache.device}")
         if tensor.device.type == "cpu" and tensor.numel():
             least, most = (int(end) for end in tensor.aminmax())
             if least < 0 or most >= limit:
@@ -358,7 +313,7 @@ def gather_kv(
     scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One request's entries of one view of `view_kv_cache`, times their scale if it has 8 bits.
+    """One request's entries of a view of `view_kv_cache`, times their scale if they have 8 bits.
 
     Args:
         cache: (num_blocks, block_size, num_kv_heads, size).
@@ -371,11 +326,11 @@ def gather_kv(
         (seq_len, num_kv_heads, size)
 
     Raises:
-        InvalidInputError: an argument does not fit, the row has too few blocks or on the host one
-            that does not exist; or the cache is int8, and the scale is not the cache's own.
+        InvalidInputError: an argument does not fit, the row has too few blocks or, on the host,
+            one that does not exist; or the cache is int8 and the scale is not its own.
     """
     for name, tensor in (("cache", cache), ("block_table_row", block_table_row)):
-        check_tensor(name, tensor)
+        check_dense(name, tensor)
     seq_len = as_int("seq_len", seq_len, 0)
     if cache.dim() != 4 or block_table_row.dim() != 1 or block_table_row.dtype not in INTEGERS:
         raise InvalidInputError(
@@ -395,7 +350,7 @@ def gather_kv(
     offsets = positions % cache.shape[1]
     _check_places(cache, blocks, offsets)
     if has_token_scales(cache.dtype) or is_fp8(cache.dtype):
-        check_tensor("scale", scale)
+        check_dense("scale", scale)
     stored = _read_kv_cache(cache, blocks, offsets)
     if has_token_scales(cache.dtype):
         if scale.shape != cache.shape[:-1]:

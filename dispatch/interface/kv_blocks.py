@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,20 +10,14 @@ from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.aliases import groups_of
 from attn_dispatch.interface.kv_access import check_writable
-from attn_dispatch.interface.kv_cache import INTEGERS, check_tensor
-from attn_dispatch.interface.quantization import (
-    as_indexable_bytes,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from attn_dispatch.interface.quantization import as_indexable_bytes
+from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 
 __all__ = ["copy_blocks", "swap_blocks"]
 
 
 def copy_blocks(kv_caches: Iterable[torch.Tensor], src_to_dists: torch.Tensor) -> None:
-    """Copy blocks within each cache: for a prefix that requests share, say.
+    """Copy blocks within each cache, e.g. for a prefix that requests share.
 
     All sources are read before anything is written, so pairs may overlap. Caches may share memory,
     as those of layers that share one: each pair is applied once to each piece of memory.
@@ -35,9 +28,8 @@ def copy_blocks(kv_caches: Iterable[torch.Tensor], src_to_dists: torch.Tensor) -
 
     Raises:
         InvalidInputError: the caches cannot be written, or a block of one overlaps another block
-            of another; the pairs are not such a tensor, or name blocks that do not exist. Nothing
-            has been written then. Pairs on a device are not read unless under
-            ATTN_DISPATCH_CHECK=1.
+            of another; or the pairs do not fit. Nothing has been written then. Pairs on a device
+            are read only under ATTN_DISPATCH_CHECK=1.
     """
     if isinstance(kv_caches, (str, Mapping, torch.Tensor)) or not isinstance(kv_caches, Iterable):
         raise InvalidInputError(
@@ -84,25 +76,18 @@ def swap_blocks(
     _put(dst_kv_cache, src_to_dst, _take(src_kv_cache, src_to_dst))
 
 
-def _check_blocks(name: str, kv_cache: object) -> None:
-    """Check that it is a cache of blocks, of keys and values or of latents."""
-    check_tensor(name, kv_cache)
-    assert isinstance(kv_cache, torch.Tensor)
+def _check_blocks(name: str, kv_cache: torch.Tensor) -> None:
+    """Check that it is a cache, of keys and values or of latents."""
+    check_dense(name, kv_cache)
     if kv_cache.dim() < 2 or kv_cache.is_complex() or kv_cache.is_quantized:
-        raise InvalidInputError(
-            f"{name} is {tuple(kv_cache.shape)} {kv_cache.dtype}; a cache has its blocks along the "
-            "first dimension and what they hold along others."
-        )
+        raise wrong_form(name, kv_cache, "a cache, with blocks along the first dimension")
 
 
-def _check_pairs(pairs: object, num_sources: int, num_destinations: int) -> None:
-    check_tensor("The pairs of blocks", pairs)
-    assert isinstance(pairs, torch.Tensor)
+def _check_pairs(pairs: torch.Tensor, num_sources: int, num_destinations: int) -> None:
+    name = "The tensor of block pairs"
+    check_dense(name, pairs)
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype not in INTEGERS:
-        raise InvalidInputError(
-            f"Pairs of blocks have shape {tuple(pairs.shape)} and dtype {pairs.dtype}; give "
-            "(num_pairs, 2) of int32 or int64: source and destination."
-        )
+        raise wrong_form(name, pairs, "(num_pairs, 2) int32 or int64: source and destination")
     if not len(pairs) or (pairs.device.type != "cpu" and not environment.check_mode()):
         return  # reading them would wait for the device
     sources, destinations = pairs[:, 0], pairs[:, 1]
@@ -116,15 +101,13 @@ def _check_pairs(pairs: object, num_sources: int, num_destinations: int) -> None
                 f"{int(blocks.max())}, and the cache has {limit}."
             )
     if len(destinations.unique()) != len(destinations):
-        raise InvalidInputError("A destination block is named twice; its content would be chance.")
+        raise InvalidInputError("A destination block is named twice. Name each one once.")
 
 
 def _take(kv_cache: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """A copy of the source blocks."""
     return as_indexable_bytes(kv_cache)[pairs[:, 0].to(kv_cache.device, torch.int64)]
 
 
 def _put(kv_cache: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
-    """Write the destination blocks."""
     destinations = pairs[:, 1].to(kv_cache.device, torch.int64)
     as_indexable_bytes(kv_cache)[destinations] = blocks.to(kv_cache.device)

@@ -4,26 +4,21 @@ Logically a cache is (num_blocks, 2, block_size, num_kv_heads, head_size), keys 
 values at 1 of the second dimension; multi-head latent attention's is (num_blocks, block_size,
 kv_lora_rank + qk_rope_head_dim). A block is one contiguous piece of memory in either layout.
 Where key and value heads differ in size, a head takes the larger of the two. A head of an int8
-cache takes more, since its scale stands beside it: quantization.stored_head_size says how much.
+cache takes more, because its scale is stored after it: see quantization.stored_head_size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attn_dispatch.arguments import INT64_MAX, as_int, shown
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.quantization import (
-    token_scales,
-)
+from attn_dispatch.interface.quantization import token_scales
 from attn_dispatch.platforms.detect import usable_device
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "STRIDE_ORDERS",
@@ -36,8 +31,6 @@ __all__ = [
 
 #: The order of the logical dimensions in memory: tokens before heads, or heads before tokens.
 STRIDE_ORDERS: dict[str, tuple[int, ...]] = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 1, 3, 2, 4)}
-
-INTEGERS = (torch.int32, torch.int64)
 
 
 def kv_cache_shape(
@@ -90,8 +83,8 @@ def allocate_kv_cache(
         device: where; None for the default device.
 
     Raises:
-        InvalidInputError: an argument is of another type or out of range, or the host has not
-            this much memory. On a GPU that is PyTorch's OutOfMemoryError.
+        InvalidInputError: an argument has another type or is out of range, or the host lacks
+            memory. On a GPU that is PyTorch's OutOfMemoryError.
     """
     sizes = [as_int(f"shape[{dim}]", size, 0) for dim, size in enumerate(_listed("shape", shape))]
     order = [as_int("stride_order", dim, 0) for dim in _listed("stride_order", stride_order)]
@@ -119,7 +112,7 @@ def allocate_kv_cache(
             *physical[:-1], physical[-1] * dtype.itemsize, dtype=torch.uint8, device=device
         )
     except torch.OutOfMemoryError:
-        raise  # engines know it
+        raise  # engines handle it
     except RuntimeError as error:
         raise InvalidInputError(
             f"A cache of {num_bytes} bytes cannot be allocated on {device}: "
@@ -140,12 +133,12 @@ def view_kv_cache(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size).
 
-    Of an int8 cache they are the integers alone; `split_token_scales` has the scales.
+    Of an int8 cache they are the integers; `split_token_scales` returns the scales.
 
     Raises:
         InvalidInputError: the cache has another shape, or smaller heads.
     """
-    try:  # every layer's call goes through here: what is wrong is found out afterwards
+    try:  # on every layer's call, so an error is explained only after it happened
         keys, values = kv_cache.unbind(1)
         fits = keys.dim() == 4 and 0 < head_size <= keys.shape[-1]
         if fits and 0 < head_size_v <= keys.shape[-1]:
@@ -194,13 +187,3 @@ def _has_no_scales(kv_cache: Any) -> InvalidInputError:
         "num_kv_heads, stored_head_size), in rows without gaps whose sizes and addresses are "
         "multiples of 4 bytes. Make the cache by allocate_kv_cache."
     )
-
-
-def check_tensor(name: str, value: object) -> None:
-    """Check that it is a tensor with memory of its own."""
-    if not isinstance(value, torch.Tensor):
-        raise InvalidInputError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor.")
-    if value.layout is not torch.strided or value.is_nested or value.is_meta:
-        raise InvalidInputError(
-            f"{name} is sparse, nested or on the meta device; it must be a dense tensor with data."
-        )

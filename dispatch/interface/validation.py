@@ -1,8 +1,8 @@
-"""What is checked before a call writes anything.
+"""The checks of a call before it writes anything.
 
-Shapes, dtypes, devices and shared memory are checked on every call, at host cost only. Contents
-(block ids, slots, lengths) are always checked if they are on the host, as on a CPU; on another
-device only under ATTN_DISPATCH_CHECK=1, because reading them waits for the device.
+Shapes, dtypes, devices and shared memory are checked on every call, without waiting for the device.
+Contents (block ids, slots, lengths) are checked on a CPU; on another device only under
+ATTN_DISPATCH_CHECK=1, because reading them waits for the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch_checks import check_columns
 from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.overlap import (
     check_shared_memory,
@@ -31,6 +32,7 @@ from attn_dispatch.interface.quantization import (
     stored_head_size,
 )
 from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
+from attn_dispatch.interface.tensors import wrong_form
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -73,14 +75,14 @@ def check_forward(
     What passed for one layer of a batch is not checked again for other layers with the same shape.
 
     Raises:
-        InvalidInputError: an argument does not fit; it says which, and what would.
+        InvalidInputError: an argument does not fit.
     """
     if torch.is_grad_enabled():
         check_no_grad(query, key, value, kv_cache, output, impl.sinks, impl.alibi_slopes)
     if forward_ad._current_level >= 0 or _functorch_level() is not None:
         check_no_transform(query, key, value)
     try:
-        signature = (  # each by itself, not by a loop: every layer's call waits for this
+        signature = (  # no loop: this is on every layer's call
             impl.__dict__.get("_checked_as") or _checked_as(impl),
             _form(query),
             None if key is None else _form(key),
@@ -117,7 +119,7 @@ def check_tensors(**tensors: Any) -> None:
     """Check that each argument is a strided tensor with data, or None.
 
     Raises:
-        InvalidInputError: it names the first that is not.
+        InvalidInputError: names the first that is not.
     """
     for name, tensor in tensors.items():
         if tensor is None:
@@ -138,13 +140,13 @@ _shape_of_layer = operator.attrgetter(
 
 
 def _checked_as(impl: AttentionImpl[Any]) -> str:
-    """What the checks below look at, of an impl; kept with it, since a string is hashed once."""
+    """What the checks below read of an impl; kept there as a string, which is hashed once."""
     name = repr((_shape_of_layer(impl), impl.kv_sharing_target_layer_name is None))
     impl.__dict__["_checked_as"] = name
     return name
 
 
-#: All that the checks below look at, of a tensor; of a cache they also ask where its rows lie.
+#: What the checks below read of a tensor; of a cache also the strides.
 _form = operator.attrgetter("shape", "dtype", "device")
 
 
@@ -188,7 +190,7 @@ def _check_forms(
 
 
 def check_no_grad(*values: object) -> None:
-    """Check that no gradient is expected to flow through these values; only tensors have one.
+    """Check that autograd does not record these values.
 
     Raises:
         InvalidInputError: autograd is recording one of these tensors.
@@ -201,13 +203,12 @@ def check_no_grad(*values: object) -> None:
 
 
 def check_no_transform(*values: object) -> None:
-    """Check that these values are plain, for PyTorch's other ways to differentiate or transform.
+    """Check that no transform of torch.func is active and no value carries a forward-mode tangent.
 
     torch.compile cannot trace this.
 
     Raises:
-        InvalidInputError: one carries a tangent of forward-mode differentiation, or the call is
-            inside of a transform of torch.func.
+        InvalidInputError: one is, or does.
     """
     if forward_ad._current_level >= 0 and any(
         isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
@@ -228,15 +229,9 @@ def _check_rows(
     name: str, tensor: torch.Tensor, heads: tuple[int, int], query: torch.Tensor
 ) -> None:
     if tensor.dim() != 3 or tensor.shape[1:] != heads:
-        raise InvalidInputError(
-            f"{name} has shape {tuple(tensor.shape)}; the layer takes "
-            f"(num_tokens, {heads[0]}, {heads[1]}): tokens, heads, elements per head."
-        )
+        raise wrong_form(name, tensor, f"(num_tokens, {heads[0]}, {heads[1]}) for this layer")
     if tensor.dtype != query.dtype or tensor.device != query.device:
-        raise InvalidInputError(
-            f"{name} is {tensor.dtype} on {tensor.device}, and query is {query.dtype} on "
-            f"{query.device}. Give both in the same dtype, on the same device."
-        )
+        raise wrong_form(name, tensor, f"{query.dtype} on {query.device}, as query is")
     if not tensor.dtype.is_floating_point:
         raise InvalidInputError(f"{name} is {tensor.dtype}; attention needs floating point.")
 
@@ -290,13 +285,11 @@ def _check_with_cache(
 
 def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
     """Check the device and element type of a cache, and that the scales in it can be read."""
-    wanted = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
+    dtype = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
     either = kv_cache_dtype == "fp8" and is_fp8(kv_cache.dtype)
-    if (kv_cache.dtype != wanted and not either) or kv_cache.device != query.device:
-        raise InvalidInputError(
-            f"kv_cache is {kv_cache.dtype} on {kv_cache.device}; the layer takes {wanted} on "
-            f"{query.device} (kv_cache_dtype={kv_cache_dtype!r})."
-        )
+    if (kv_cache.dtype != dtype and not either) or kv_cache.device != query.device:
+        wanted = f"{dtype} on {query.device}, as the layer's kv_cache_dtype={kv_cache_dtype!r}"
+        raise wrong_form("kv_cache", kv_cache, wanted)
     if overlaps_itself(kv_cache):
         raise InvalidInputError(
             f"kv_cache overlaps itself: shape {tuple(kv_cache.shape)}, strides "
@@ -305,9 +298,9 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch
         )
     if has_token_scales(kv_cache.dtype) and not _is_aligned(kv_cache):
         raise InvalidInputError(
-            f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on; "
-            "the float32 scales in an int8 cache need rows without gaps that start at multiples "
-            "of 4 bytes. Make the cache by allocate_kv_cache."
+            f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on. "
+            "The float32 scales in an int8 cache need dense rows that start at multiples of 4 "
+            "bytes. Make the cache by allocate_kv_cache."
         )
 
 
@@ -318,7 +311,7 @@ def _is_aligned(int8_cache: torch.Tensor) -> bool:
 
 
 def check_block_size(batch: AttentionBatch, block_size: int) -> None:
-    """Check that the batch's block table counts blocks of the cache's size."""
+    """Check that the batch was made for the cache's block size."""
     if batch.block_size not in (None, block_size):
         raise InvalidInputError(
             f"The batch was made for blocks of {batch.block_size} tokens, and kv_cache has blocks "
@@ -327,40 +320,27 @@ def check_block_size(batch: AttentionBatch, block_size: int) -> None:
 
 
 def check_block_table(batch: AttentionBatch, block_size: int, device: torch.device) -> None:
-    """Check that there is a block table, where the cache is, with room for the longest request."""
+    """Check that the batch has a block table on this device, with room for the longest request."""
     table = batch.block_table
     if table is None:
         raise InvalidInputError(
             "The batch has no block_table, and the layer has a kv_cache. Give "
             "AttentionBatch.create the requests' block_table."
         )
-    if batch.max_seq_len > table.shape[1] * block_size:
-        raise InvalidInputError(
-            f"block_table has {table.shape[1]} blocks of {block_size} tokens for a request, and "
-            f"the longest has {batch.max_seq_len} keys. Give it "
-            f"{-(-batch.max_seq_len // block_size)} columns."
-        )
+    check_columns(table, batch.max_seq_len, block_size)
     _check_device("block_table", table, device)
 
 
 def check_slot_mapping(batch: AttentionBatch, num_keys: int, device: torch.device) -> None:
-    """Check that the new keys have slots to go to."""
-    slots = batch.slot_mapping
-    if (
-        slots is None
-        or slots.dim() != 1
-        or slots.dtype != torch.int64
-        or not batch.key_starts[-1] <= len(slots) <= num_keys
-    ):
-        found = (
-            "no slot_mapping"
-            if slots is None
-            else f"slot_mapping {tuple(slots.shape)} {slots.dtype}"
-        )
+    """Check that there is a slot for each new key."""
+    slots, least = batch.slot_mapping, batch.key_starts[-1]
+    if slots is None:
         raise InvalidInputError(
-            f"The batch has {found} for {batch.key_starts[-1]} new keys ({num_keys} rows). Give a "
-            "slot for each, int64: block * block_size + offset, or −1 for padding."
+            f"The batch has no slot_mapping for {least} new keys. Give AttentionBatch.create one."
         )
+    if slots.dim() != 1 or slots.dtype != torch.int64 or not least <= len(slots) <= num_keys:
+        wanted = f"int64, with a slot for each of {least} new keys and at most {num_keys}"
+        raise wrong_form("slot_mapping", slots, wanted, "−1 is for padding.")
     _check_device("slot_mapping", slots, device)
 
 
@@ -379,7 +359,7 @@ def check_output(
     output_scale: torch.Tensor | None,
     output_block_scale: torch.Tensor | None,
 ) -> None:
-    """Check where the result goes: shape, dtype, device, and the scales of a quantized one."""
+    """Check the output's shape, dtype and device, and the scales of a quantized one."""
     if output_scale is not None and output_block_scale is not None:
         raise InvalidInputError("Give output_scale or output_block_scale, not both.")
     quantized = output_scale is not None or output_block_scale is not None
@@ -388,10 +368,7 @@ def check_output(
             raise InvalidInputError("A scale of the output needs an fp8 output to go with it.")
         return
     if tuple(output.shape) != shape or output.device != query.device:
-        raise InvalidInputError(
-            f"output has shape {tuple(output.shape)} on {output.device}; it must be {shape} on "
-            f"{query.device}."
-        )
+        raise wrong_form("output", output, f"{shape} on {query.device}")
     if overlaps_itself(output):
         raise InvalidInputError(
             f"output overlaps itself: shape {tuple(output.shape)}, strides {output.stride()}. "
@@ -408,8 +385,8 @@ def check_output(
         row = shape[1] * shape[2]
         if row % GROUP_SIZE:
             raise InvalidInputError(
-                f"A row of the output has num_heads * head_size_v = {row} values, which is no "
-                f"multiple of {GROUP_SIZE}; use output_scale."
+                f"A row of the output has num_heads * head_size_v = {row} values, and that is not "
+                f"a multiple of {GROUP_SIZE}; use output_scale."
             )
         groups = (shape[0], row // GROUP_SIZE)
         _check_scale("output_block_scale", output_block_scale, groups, query)
@@ -419,10 +396,7 @@ def _check_scale(
     name: str, scale: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
 ) -> None:
     if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.device != query.device:
-        raise InvalidInputError(
-            f"{name} is {tuple(scale.shape)} {scale.dtype} on {scale.device}; it must be {shape} "
-            f"torch.float32 on {query.device}."
-        )
+        raise wrong_form(name, scale, f"{shape} torch.float32 on {query.device}")
 
 
 #: What an impl and the spec of its metadata must have in common.
@@ -468,10 +442,10 @@ def profiling_output(
     *,
     head_size_v: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """What forward returns when it is given no metadata, as in vLLM: zeros, and an LSE of −inf.
+    """What forward returns without metadata, as in vLLM: zeros, and an LSE of −inf.
 
-    An engine runs the model so before it has a cache, to find out how much memory is left for
-    one. No key is read, and nothing but the output is written.
+    An engine runs the model this way before it has a cache, to find out how much memory is left
+    for one. No key is read, and only the output is written.
 
     Args:
         layer: the impl that was called, or the spec of its layer.
@@ -498,10 +472,10 @@ def profiling_output(
 
 
 def check_int32(batch: AttentionBatch) -> None:
-    """Check that kernels can read the batch's lengths and blocks as they are.
+    """Check that kernels can read the batch's lengths and blocks.
 
     Raises:
-        InvalidInputError: one of these tensors has another dtype, or gaps.
+        InvalidInputError: a tensor has another dtype, or gaps.
     """
     for name in ("query_start_loc", "seq_lens", "block_table"):
         tensor = getattr(batch, name)
