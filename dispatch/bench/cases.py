@@ -1,8 +1,9 @@
-"""Benchmark cases: batches of requests over one layer, read from JSON or made for a sweep."""
+"""Benchmark cases: batches of requests for one layer, read from JSON or made for a sweep."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import parse_json, read_file
 from attn_dispatch.interface.quantization import (
@@ -31,20 +33,20 @@ __all__ = [
     "sweep_cases",
 ]
 
-#: A batch whose requests all bring this many new tokens or fewer is read-bound: decode, and the
-#: verification of draft tokens.
+#: A batch whose requests all bring this many new tokens or fewer is bound by reading: decode, and
+#: the verification of draft tokens.
 DECODE_QUERY_LEN = 16
 
-#: What a file of cases may have at most: bytes, cases, requests of one, and a length of a request
-#: or a size of the layer. More is a mistake, and would fill the memory before anything is checked.
+#: Limits of a file of cases: bytes, cases, requests of one, and a length of a request or a size of
+#: the layer. More is a mistake, and would fill the memory before anything is checked.
 _MAX_BYTES, _MAX_CASES, _MAX_REQUESTS, _MAX_INTEGER = 16 << 20, 4096, 1 << 16, 1 << 27
-#: New tokens, and keys, of all requests of a case.
+#: The same: new tokens, and keys, of all requests of a case.
 _MAX_TOKENS, _MAX_KEYS = 1 << 24, 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One batch over one layer, as data.
+    """One batch for one layer, as data.
 
     Attributes:
         name: family/detail.
@@ -56,7 +58,7 @@ class Case:
         attn_type: one of AttentionType.
         sliding_window: tokens a query sees, itself included, or None.
         logits_soft_cap: cap of the scores, or None.
-        alibi: as AttentionSpec has it: False, True or "symmetric".
+        alibi: False, True or "symmetric", as in AttentionSpec.
         sinks: whether the layer has them.
     """
 
@@ -83,7 +85,7 @@ class Case:
 
     @property
     def has_kv_cache(self) -> bool:
-        """Whether the keys lie in a cache; else they are given with the call."""
+        """Whether the keys are in a cache; else they are given with the call."""
         return AttentionType(self.attn_type).has_kv_cache
 
     @property
@@ -93,23 +95,23 @@ class Case:
 
     @property
     def has_past(self) -> bool:
-        """Whether some request has keys that it does not bring with it."""
+        """Whether some request has keys from before the step."""
         return self.query_lens != self.seq_lens
 
     @property
     def brings_keys(self) -> bool:
-        """Whether the call brings the new keys beside the cache, as an engine's prefill does.
+        """Whether the call brings the new keys in addition to the cache, as an engine's prefill.
 
-        It does where some request has no past, and the cache keeps keys as they are: such a
-        request's keys need not be read from their pages.
+        It does if some request has no past, and the cache does not change keys: that request's
+        keys need not be read from their pages.
         """
         fresh = any(q == s for q, s in zip(self.query_lens, self.seq_lens, strict=True))
-        as_they_are = self.stored_dtype == self.torch_dtype
-        return self.has_kv_cache and self.causal and self.kind != "decode" and fresh and as_they_are
+        is_exact = self.stored_dtype == self.torch_dtype
+        return self.has_kv_cache and self.causal and self.kind != "decode" and fresh and is_exact
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of keys and values as they are stored; with "fp8", of its usual form."""
+        """Of stored keys and values; for "fp8", its usual form."""
         if not self.has_kv_cache:
             return self.torch_dtype
         return kv_cache_torch_dtype(self.kv_cache_dtype, self.torch_dtype)
@@ -121,7 +123,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What bounds it: memory ("decode"), arithmetic ("prefill"), or both ("mixed")."""
+        """The bound on its time: memory ("decode"), arithmetic ("prefill"), or both ("mixed")."""
         if max(self.query_lens) <= DECODE_QUERY_LEN:
             return "decode"
         return "prefill" if min(self.query_lens) > DECODE_QUERY_LEN else "mixed"
@@ -137,7 +139,7 @@ class Case:
         return sum(self.query_lens)
 
     def spec(self) -> AttentionSpec:
-        """The request that selection judges."""
+        """The layer."""
         return AttentionSpec(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -167,7 +169,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of both products, for the pairs that are visible alone."""
+        """Multiplications and additions of both products, for only the visible pairs."""
         pairs = 0
         for request in range(len(self.query_lens)):
             first, end = self.key_ranges(request)
@@ -176,7 +178,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """What must be moved at least: keys and values that are seen, queries and output, once."""
+        """The least traffic: keys and values that some query sees, queries and output, once."""
         seen = 0
         for request in range(len(self.query_lens)):
             first, end = self.key_ranges(request)
@@ -208,14 +210,14 @@ def load_cases(path: Path) -> list[Case]:
     """The cases of a file.
 
     Raises:
-        InvalidInputError: the file cannot be read, or a case is wrong; it says which key of which.
+        InvalidInputError: the file cannot be read, or a case is wrong; the message names the key.
     """
     content = read_file(path, _MAX_BYTES)
     return parse_cases(parse_json(content, origin=str(path), unique_keys=True), str(path))
 
 
 def parse_cases(data: Any, source: str = "the list of cases") -> list[Case]:
-    """Cases out of a parsed JSON list; `source` is what messages call it.
+    """Cases from a parsed JSON list; `source` is its name in messages.
 
     Raises:
         InvalidInputError: as for `load_cases`.
@@ -240,11 +242,11 @@ def parse_cases(data: Any, source: str = "the list of cases") -> list[Case]:
 
 def _parse(fields: Any) -> Case:
     if not isinstance(fields, dict):
-        raise InvalidInputError(f"{_shown(fields)} is not an object with the keys of a case.")
+        raise InvalidInputError(f"{shown(fields)} is not an object with the keys of a case.")
     known = {field.name: field for field in dataclasses.fields(Case)}
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise InvalidInputError(f"unknown key {_shown(unknown[0])}. Known are: {', '.join(known)}.")
+        raise InvalidInputError(f"unknown key {shown(unknown[0])}. Known are: {', '.join(known)}.")
     for name, field in known.items():
         if name in fields:
             _CHECKS[name](name, fields[name])
@@ -252,7 +254,7 @@ def _parse(fields: Any) -> Case:
             raise InvalidInputError(f"the key {name!r} is missing.")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     case = Case(**values)
-    case.spec()  # says what of the layer contradicts what
+    case.spec()  # rejects contradictions of the layer
     _check_lengths(case)
     return case
 
@@ -282,24 +284,12 @@ def _check_lengths(case: Case) -> None:
             )
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: its first characters are enough."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _check_name(key: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
-        raise InvalidInputError(f"{key}={_shown(value)} is not a name.")
+        raise InvalidInputError(f"{key}={shown(value)} is not a name.")
 
 
-def _check_int(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInputError(f"{key}={_shown(value)} is not an integer of 1 or more.")
-    if value > _MAX_INTEGER:
-        raise InvalidInputError(
-            f"{key}={value} is more than {_MAX_INTEGER}, the most there may be."
-        )
+_check_int = functools.partial(as_int, minimum=1, maximum=_MAX_INTEGER)
 
 
 def _check_lens(key: str, value: Any) -> None:
@@ -311,35 +301,27 @@ def _check_lens(key: str, value: Any) -> None:
         _check_int(f"a length in {key}", each)
 
 
-def _check_bool(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InvalidInputError(f"{key}={_shown(value)} is not true or false.")
-
-
-def _check_alibi(key: str, value: Any) -> None:
-    if not isinstance(value, bool) and value != ALIBI_SYMMETRIC:
-        raise InvalidInputError(f"{key}={_shown(value)} is not true, false or {ALIBI_SYMMETRIC!r}.")
-
-
 def _check_number(key: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
-        raise InvalidInputError(f"{key}={_shown(value)} is not a number above 0, or null.")
+        raise InvalidInputError(f"{key}={shown(value)} is not a number above 0, or null.")
 
 
-def _one_of(*allowed: str) -> Callable[[str, Any], None]:
+def _one_of(*allowed: bool | str) -> Callable[[str, Any], None]:
     def check(key: str, value: Any) -> None:
-        if value not in allowed:
-            raise InvalidInputError(f"{key}={_shown(value)} is not one of: {', '.join(allowed)}.")
+        if (type(value), value) not in [(type(each), each) for each in allowed]:  # 1 is not True
+            texts = (each if isinstance(each, str) else str(each).lower() for each in allowed)
+            raise InvalidInputError(f"{key}={shown(value)} is not one of: {', '.join(texts)}.")
 
     return check
 
 
-def _or_null(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+def _or_null(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda key, value: None if value is None else check(key, value)
 
 
-_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+#: Key -> the check of its value in JSON.
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "name": _check_name,
     "query_lens": _check_lens,
     "seq_lens": _check_lens,
@@ -352,41 +334,29 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "attn_type": _one_of(*(str(each) for each in AttentionType)),
     "sliding_window": _or_null(_check_int),
     "logits_soft_cap": _or_null(_check_number),
-    "alibi": _check_alibi,
-    "sinks": _check_bool,
+    "alibi": _one_of(True, False, ALIBI_SYMMETRIC),
+    "sinks": _one_of(True, False),
 }
-
-#: Context of a sweep over batch sizes.
-_SWEEP_CONTEXT = 4096
-
-
-def _context(exponent: int) -> tuple[int, int]:
-    return 1, 1 << exponent
-
-
-def _batch(exponent: int) -> tuple[int, int]:
-    return 1 << exponent, _SWEEP_CONTEXT
-
 
 #: Sweep -> (requests, keys of each) of its points: 1k to 1M keys, and 1 to 1024 requests.
 SWEEPS: dict[str, list[tuple[int, int]]] = {
-    "context": [_context(exponent) for exponent in range(10, 21)],
-    "batch": [_batch(exponent) for exponent in range(11)],
+    "context": [(1, 1 << exponent) for exponent in range(10, 21)],
+    "batch": [(1 << exponent, 4096) for exponent in range(11)],
 }
 
 
 def sweep_cases(sweep: str, layer: Case) -> list[Case]:
-    """Decode steps of alike requests, the context or the batch growing in powers of two.
+    """Decode steps of equal requests, whose context or number grows in powers of two.
 
     Args:
         sweep: a key of SWEEPS.
-        layer: the case whose layer is used; its requests and its name are not.
+        layer: the case whose layer is used, without its requests and its name.
 
     Raises:
         InvalidInputError: there is no such sweep, or the layer is no decoder's.
     """
     if sweep not in SWEEPS:
-        raise InvalidInputError(f"--sweep {sweep}: there are {' and '.join(SWEEPS)}.")
+        raise InvalidInputError(f"--sweep {sweep}: the sweeps are {' and '.join(SWEEPS)}.")
     if not layer.causal:
         raise InvalidInputError(
             f"A sweep decodes, and {layer.name!r} has attn_type={layer.attn_type!r}. Pick a "

@@ -1,9 +1,10 @@
-"""The tensors of a case: queries, keys and values, and a cache whose blocks lie scattered."""
+"""The tensors of a case: queries, keys and values, and a cache with its blocks in random order."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,17 +26,15 @@ from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
-from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.detect import detect_device
 
 __all__ = ["Inputs", "alibi_slopes"]
 
-#: New tokens that are made and written at a time.
+#: Tokens whose keys are made and written at a time.
 _CHUNK_TOKENS = 1 << 16
 
-#: The largest value that an fp8 cache can hold, in standard deviations of keys and of values:
-#: what calibration on such numbers would find. They differ, so that exchanging the scales shows.
+#: The largest value that an fp8 cache can hold, in standard deviations of keys and of values, as
+#: calibration on such numbers would find. They differ, so that exchanged scales show.
 _K_RANGE, _V_RANGE = 6.0, 5.0
 
 
@@ -43,33 +42,34 @@ class Inputs:
     """A case with tensors, made from a seed; the same on every run on the same device.
 
     Attributes:
-        case, spec, device: what they are for.
+        case, spec, device: of the tensors.
         query: (num_tokens, num_heads, head_size).
-        key, value: (num_tokens, num_kv_heads, head_size), the new ones; None if the cache has them
-            and the case does not bring them too. It has them in any case: their slots are −1.
+        key, value: (num_tokens, num_kv_heads, head_size), the new ones; None if only the cache has
+            them. A cache always has them: their slots are −1.
         kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored head size), NHD, or None.
         block_table: (num_reqs, max_blocks) int32, or None.
         query_start_loc: (num_reqs + 1,) int32.
         seq_lens: (num_reqs,) int32.
-        batch: all of it as an engine would give it.
-        layer: carries the scales of the cache.
+        batch: as an engine would give it.
+        layer: has the scales of the cache.
         slopes: (num_heads,) float32, or None.
-        sinks: (num_heads,) float32, or None; of bfloat16's precision, which some kernels want.
+        sinks: (num_heads,) float32, or None; of bfloat16's precision, which some kernels need.
     """
+
+    key: Any = None
+    value: Any = None
+    kv_cache: Any = None
+    block_table: Any = None
+    sinks: torch.Tensor | None = None
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.spec, self.device = case, case.spec(), device
         self._host = torch.Generator("cpu").manual_seed(seed)
         self._random = torch.Generator(device).manual_seed(seed)
         self.query = self._normal(case.num_tokens, case.num_heads)
-        self.key: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self.kv_cache: torch.Tensor | None = None
-        self.block_table: torch.Tensor | None = None
         self.layer = KVScales()
         self.layer.to(device)
         self.slopes = alibi_slopes(case.num_heads).to(device) if case.alibi else None
-        self.sinks = None
         if case.sinks:
             sinks = torch.randn(case.num_heads, generator=self._host, device="cpu")
             self.sinks = sinks.bfloat16().float().to(device)
@@ -134,7 +134,7 @@ class Inputs:
         """Some of a request's keys and values as the cache holds them, scales applied.
 
         Args:
-            request: which.
+            request: its number.
             keys: from a multiple of block_size, to any end.
             heads: of the KV heads.
             dtype: of the result.
@@ -144,12 +144,9 @@ class Inputs:
         """
         case = self.case
         if self.kv_cache is None:
-            assert self.key is not None
-            assert self.value is not None
             start = self.batch.query_start_list[request]
             rows = slice(start + keys.start, start + keys.stop)
             return self.key[rows, heads].to(dtype), self.value[rows, heads].to(dtype)
-        assert self.block_table is not None
         blocks = self.block_table[request, keys.start // case.block_size :]
         stored = view_kv_cache(self.kv_cache, case.head_size, case.head_size)
         found = []
@@ -162,21 +159,17 @@ class Inputs:
     def ragged_keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values without a cache, (sum of seq_lens, num_kv_heads, head_size) each."""
         if self.kv_cache is None:
-            assert self.key is not None
-            assert self.value is not None
             return self.key, self.value
         return self._rows(self.case.seq_lens)
 
     def _rows(self, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last keys and values of each request, so many, one request after another."""
-        every = [
-            self.keys_and_values(r, slice(0, n), slice(None), self.case.torch_dtype)
-            for r, n in enumerate(self.case.seq_lens)
-        ]
-        some = [
-            (k[len(k) - n :], v[len(v) - n :]) for (k, v), n in zip(every, lengths, strict=True)
-        ]
-        keys, values = zip(*some, strict=True)
+        """The last keys and values of each request, this many, one request after another."""
+        keys, values = [], []
+        for request, (count, num_keys) in enumerate(zip(lengths, self.case.seq_lens, strict=True)):
+            whole = (slice(0, num_keys), slice(None), self.case.torch_dtype)
+            key, value = self.keys_and_values(request, *whole)
+            keys.append(key[num_keys - count :])
+            values.append(value[num_keys - count :])
         return torch.cat(keys), torch.cat(values)
 
     def key_start_loc(self) -> torch.Tensor:
@@ -184,34 +177,16 @@ class Inputs:
         starts = [0, *itertools.accumulate(self.case.seq_lens)]
         return torch.tensor(starts, dtype=torch.int32, device=self.device)
 
-    def impl_arguments(self) -> dict[str, object]:
-        """What an impl of the case's layer is constructed with."""
-        case = self.case
-        symmetric = {"alibi_symmetric": True} if case.alibi == ALIBI_SYMMETRIC else {}
-        return {
-            **symmetric,
-            "num_heads": case.num_heads,
-            "head_size": case.head_size,
-            "scale": case.scale,
-            "num_kv_heads": case.num_kv_heads,
-            "alibi_slopes": self.slopes,
-            "sliding_window": case.sliding_window,
-            "kv_cache_dtype": self.spec.kv_cache_dtype,
-            "logits_soft_cap": case.logits_soft_cap,
-            "attn_type": AttentionType(case.attn_type),
-            "sinks": self.sinks,
-        }
-
     def empty_output(self) -> torch.Tensor:
-        """An output full of NaN, so that what is not written shows."""
+        """An output full of NaN, so that elements that are not written show."""
         return torch.full_like(self.query, float("nan"))
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """(num_heads,) float32: the slopes of the paper, arXiv:2108.12409, on the host.
+    """(num_heads,) float32 on the host: the slopes of the ALiBi paper, arXiv:2108.12409.
 
-    2^(-8/n), its square, and so on, for n heads, n a power of two; the heads beyond it take every
-    second slope of 2n heads.
+    2^(-8/n), its square, and so on, for n heads, n a power of two; further heads have every second
+    slope of 2n heads.
     """
     whole = 1 << (num_heads.bit_length() - 1)
     slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]

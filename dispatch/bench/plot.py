@@ -1,4 +1,4 @@
-"""The run as a picture: bars for each case, or lines over a sweep."""
+"""A chart of a run: bars for each case, or lines over a sweep."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["check_format", "load_pyplot", "plot_report"]
 
-#: Okabe and Ito's colours, which colour-blind readers tell apart, with a mark each for lines.
+#: Okabe and Ito's colours, which colour-blind readers can distinguish, and a mark each for lines.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = ("", "//", "\\\\", "..", "xx", "--", "++", "oo")
 
-#: More make their labels small.
+#: With more, the labels would be small.
 _CASES_IN_A_ROW = 9
 
 _TITLES = {
     "decode": "Decode: share of the read bandwidth measured in the same run",
     "prefill": "Prefill: share of the matmul throughput measured in the same run",
-    "mixed": "Mixed: share of what the two ceilings allow",
+    "mixed": "Mixed: share of the larger of the two ceilings",
 }
 
 
@@ -50,7 +50,7 @@ def load_pyplot() -> ModuleType:
 
 
 def check_format(path: Path) -> None:
-    """Before the run: whether a chart can have the format that the file's ending says.
+    """Check, before the run, that a chart can have the format of the file's ending.
 
     Raises:
         InvalidInputError: matplotlib is not installed, or does not know the format.
@@ -71,7 +71,7 @@ def plot_report(report: BenchReport, path: Path, sweep: str | None = None) -> No
 
     Args:
         report: with at least one case that was run.
-        path: where; its ending says which format.
+        path: the file; its ending is the format.
         sweep: "context" or "batch" if the cases are those of a sweep: lines instead of bars.
 
     Raises:
@@ -114,7 +114,7 @@ def _bars(pyplot: Any, report: BenchReport, results: list[CaseResult]) -> Any:
 
 
 def _in_rows(results: list[CaseResult]) -> list[list[CaseResult]]:
-    """The cases of one kind in as few rows as have room for them, all about as long."""
+    """The cases of one kind in as few rows as possible, of about the same length."""
     rows = max(1, -(-len(results) // _CASES_IN_A_ROW))
     length = max(1, -(-len(results) // rows))
     return [results[start : start + length] for start in range(0, len(results), length)]
@@ -123,16 +123,15 @@ def _in_rows(results: list[CaseResult]) -> list[list[CaseResult]]:
 def _draw_bars(axis: Any, report: BenchReport, own: list[CaseResult], names: list[str]) -> None:
     each = 0.84 / max(1, len(names))
     for index, name in enumerate(names):
-        rows = [(place, result, result.best(name)) for place, result in enumerate(own)]
-        shares = [
-            (place, 100 * (result.share(row, report.ceilings) or 0.0))
-            for place, result, row in rows
-            if row is not None and row.timing is not None
-        ]
         offset = (index - (len(names) - 1) / 2) * each
+        shares = {
+            place + offset: 100 * (result.share(row, report.ceilings) or 0.0)
+            for place, result in enumerate(own)
+            if (row := result.best(name)) is not None and row.timing is not None
+        }
         axis.bar(
-            [place + offset for place, _ in shares],
-            [share for _, share in shares],
+            list(shares),
+            list(shares.values()),
             each,
             label=name,
             color=_COLOURS[index % len(_COLOURS)],
@@ -156,32 +155,31 @@ def _lines(pyplot: Any, report: BenchReport, results: list[CaseResult], sweep: s
         return result.case.seq_lens[0] if sweep == "context" else len(result.case.seq_lens)
 
     for index, name in enumerate(_timed_names(report)):
-        rows = [(at(result), result.best(name)) for result in results]
-        points = [
-            (x, row.timing.median_us)
-            for x, row in rows
-            if row is not None and row.timing is not None
-        ]
+        points = {
+            at(result): row.timing.median_us
+            for result in results
+            if (row := result.best(name)) is not None and row.timing is not None
+        }
         axis.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
+            list(points),
+            list(points.values()),
             label=name,
             color=_COLOURS[index % len(_COLOURS)],
             marker=_MARKS[index % len(_MARKS)],
             linewidth=2.5,
             markersize=9,
         )
-    floor = [(at(r), r.case.bytes / report.ceilings.read_tb_s / 1e6) for r in results]
+    floor = {at(r): r.case.bytes / report.ceilings.read_tb_s / 1e6 for r in results}
     axis.plot(
-        [x for x, _ in floor],
-        [y for _, y in floor],
+        list(floor),
+        list(floor.values()),
         color="grey",
         linestyle=":",
-        label="reading the keys and values alone",
+        label="reading only the keys and values",
     )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks([x for x, _ in floor], [short_number(x) for x, _ in floor])
+    axis.set_xticks(list(floor), [short_number(x) for x in floor])
     axis.minorticks_off()
     axis.set_xlabel("keys of the one request" if sweep == "context" else "requests of 4096 keys")
     axis.set_ylabel("time of one layer, µs")

@@ -1,4 +1,4 @@
-"""What a run found: as data, and as text."""
+"""The results of a run, as data and as text."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchReport", "describe_machine", "print_report", "rate_of"]
 
-#: Of the JSON that `asdict` makes; goes up when a reader would break.
+#: Version of the JSON that `asdict` makes; raised when a change would break a reader.
 FORMAT_VERSION = 1
 
 
 @dataclass
 class BenchReport:
-    """A run.
+    """The results of a run.
 
     Attributes:
         machine: see `describe_machine`.
-        ceilings: of the device, from this run.
-        peers: name -> where it was found and in which version.
+        ceilings: of the device, measured in this run.
+        peers: name -> the module it was found in, and its version.
         missing: peer -> why it is not measured.
         results: one for each case so far.
-        planned: how many cases there are to be.
+        planned: the number of cases.
     """
 
     machine: dict[str, Any]
@@ -51,14 +51,14 @@ class BenchReport:
 
     @property
     def names(self) -> list[str]:
-        """The contestants of all cases, each once, backends first."""
+        """The implementations of all cases, each once, backends first."""
         rows = [row for result in self.results for row in result.rows]
-        rows.sort(key=lambda row: row.kind)  # "backend", "peer"; the order is kept otherwise
+        rows.sort(key=lambda row: row.kind)  # "backend" before "peer"; the sort is stable
         return list(dict.fromkeys(row.name for row in rows))
 
     @property
     def failed(self) -> list[tuple[str, Row]]:
-        """(case, row) of backends that said they compute a case, and did not."""
+        """(case, row) of backends that declare a case, and do not compute it right."""
         return [(result.case.name, row) for result in self.results for row in result.failed]
 
     def asdict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _driver(vendor: str) -> str | None:
-    """The version of NVIDIA's driver, if its tool is there to tell."""
+    """The version of NVIDIA's driver, if nvidia-smi is installed."""
     if vendor != "nvidia":
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -121,14 +121,11 @@ def _cpu() -> str:
 
 
 def rate_of(result: CaseResult, row: Row) -> str:
-    """What bounds the case, per second: bytes for decode, else arithmetic."""
+    """Bytes per second for decode, arithmetic operations per second for the rest."""
     if row.timing is None:
         return ""
-    amount, unit = (
-        (result.case.bytes, "B/s")
-        if result.case.kind == "decode"
-        else (result.case.flops, "FLOP/s")
-    )
+    case = result.case
+    amount, unit = (case.bytes, "B/s") if case.kind == "decode" else (case.flops, "FLOP/s")
     per_s = amount / row.timing.median_us * 1e6
     return f"{per_s / 1e12:.2f} T{unit}" if per_s >= 1e11 else f"{per_s / 1e9:.3g} G{unit}"
 
@@ -140,13 +137,17 @@ def _time(microseconds: float) -> str:
 
 
 def print_report(console: Console, report: BenchReport) -> None:
-    """Print ceilings, a table of all cases, and what is not in it, with reasons."""
+    """Print ceilings, a table of all cases, and the reasons why others are not in it."""
     machine, ceilings = report.machine, report.ceilings
+    copy, read = (
+        f"{tb_s:.2f} TB/s" if tb_s >= 0.1 else f"{tb_s * 1e3:.1f} GB/s"
+        for tb_s in (ceilings.copy_tb_s, ceilings.read_tb_s)
+    )
+    tflops = ceilings.matmul_tflops
+    matmul = f"{tflops:.0f} TFLOP/s" if tflops >= 10 else f"{tflops * 1e3:.0f} GFLOP/s"
     console.print(
-        f"{machine['device']}, torch {machine['torch']}; in this run: copy "
-        f"{_bandwidth(ceilings.copy_tb_s)} (read and written), read "
-        f"{_bandwidth(ceilings.read_tb_s)}, {ceilings.matmul_dtype} "
-        f"{ceilings.matmul_size}³ matmul {_arithmetic(ceilings.matmul_tflops)}"
+        f"{machine['device']}, torch {machine['torch']}; in this run: copy {copy} (read and "
+        f"written), read {read}, {ceilings.matmul_dtype} {ceilings.matmul_size}³ matmul {matmul}"
     )
     console.print()
     table = _table()
@@ -156,14 +157,6 @@ def print_report(console: Console, report: BenchReport) -> None:
     console.print(table)
     _print_summary(console, report)
     _print_notes(console, report)
-
-
-def _bandwidth(tb_s: float) -> str:
-    return f"{tb_s:.2f} TB/s" if tb_s >= 0.1 else f"{tb_s * 1e3:.1f} GB/s"
-
-
-def _arithmetic(tflops: float) -> str:
-    return f"{tflops:.0f} TFLOP/s" if tflops >= 10 else f"{tflops * 1e3:.0f} GFLOP/s"
 
 
 def _table() -> Table:
@@ -181,30 +174,25 @@ def _add_rows(table: Table, result: CaseResult, ceilings: Ceilings) -> None:
     if result.skipped:
         table.add_row("  skipped", *["-"] * 6)
         return
-    best = [row for name in result.names if (row := result.best(name)) is not None]
-    times = [row.timing.median_us for row in best if row.timing is not None]
-    fastest = min(times, default=0.0)
-    picked = result.best(result.picked_row) if result.picked_row else None
-    for row in best:
-        table.add_row(
-            f"  {_label(row)}", *_cells(result, row, ceilings, fastest), style=_style(row)
-        )
+    styles = {"ok": "", "refused": "dim", "wrong": "red", "error": "red"}
+    for name in result.names:
+        row = result.best(name)
+        assert row is not None
+        label = _name_of(row) if row.status == "ok" else row.name
+        table.add_row(f"  {label}", *_cells(result, row, ceilings), style=styles[row.status])
+    picked = result.best(result.picked_row)
     if picked is None:
         table.add_row("  picked: none", *["-"] * 6)
     else:
-        cells = _cells(result, picked, ceilings, fastest)
-        table.add_row(f"  picked: {picked.name}", *cells, style=_style(picked) or "green")
+        style = styles[picked.status] or "green"
+        table.add_row(f"  picked: {picked.name}", *_cells(result, picked, ceilings), style=style)
 
 
-def _label(row: Row) -> str:
-    return f"{row.name} ({row.variant})" if row.variant and row.status == "ok" else row.name
+def _name_of(row: Row) -> str:
+    return f"{row.name} ({row.variant})" if row.variant else row.name
 
 
-def _style(row: Row) -> str:
-    return {"ok": "", "refused": "dim"}.get(row.status, "red")
-
-
-def _cells(result: CaseResult, row: Row, ceilings: Ceilings, fastest: float) -> list[str]:
+def _cells(result: CaseResult, row: Row, ceilings: Ceilings) -> list[str]:
     if row.timing is None:
         shown = {"refused": "-", "wrong": "WRONG", "error": "error"}[row.status]
         error = "-" if row.error is None else f"{row.error:.1e}"
@@ -214,23 +202,22 @@ def _cells(result: CaseResult, row: Row, ceilings: Ceilings, fastest: float) -> 
         _time(row.timing.median_us),
         rate_of(result, row),
         "" if share is None else f"{share:.0%}",
-        f"{row.timing.median_us / fastest:.2f}",
+        f"{row.timing.median_us / result.fastest_us:.2f}",
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.host_us is None else _time(row.host_us),
     ]
 
 
 def _print_summary(console: Console, report: BenchReport) -> None:
-    """How good the picks were."""
-    ratios = []
-    for result in report.results:
-        timings = [row.timing.median_us for row in result.rows if row.timing is not None]
-        picked = result.best(result.picked_row)
-        if picked is not None and picked.timing is not None:
-            ratios.append(picked.timing.median_us / min(timings))
+    """The times of the picks, relative to the fastest implementations."""
+    ratios = [
+        picked.timing.median_us / result.fastest_us
+        for result in report.results
+        if (picked := result.best(result.picked_row)) is not None and picked.timing is not None
+    ]
     if ratios:
         console.print(
-            f"\nWhat is picked is the fastest, or within 2% of it, in "
+            f"\nThe pick is the fastest, or within 2% of it, in "
             f"{sum(ratio <= 1.02 for ratio in ratios)} of {len(ratios)} cases; at worst it takes "
             f"{max(ratios):.2f} times as long."
         )
@@ -245,8 +232,8 @@ def _print_notes(console: Console, report: BenchReport) -> None:
             notes.setdefault(("skipped", "", result.skipped), []).append(result.case.name)
         for row in result.rows:
             if row.status != "ok":
-                name = f"{row.name} ({row.variant})" if row.variant else row.name
-                notes.setdefault((row.status, name, row.detail), []).append(result.case.name)
+                key = (row.status, _name_of(row), row.detail)
+                notes.setdefault(key, []).append(result.case.name)
     words = {"refused": "does not compute", "wrong": "is WRONG on", "error": "fails on"}
     for (status, name, detail), cases in sorted(notes.items(), key=lambda item: item[0][0]):
         where = ", ".join(cases) if len(cases) <= 6 else f"{', '.join(cases[:5])} and others"

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured in the same run: what times are held against."""
+"""The bandwidth and arithmetic of the device, measured in the same run, to compare times with."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Ceilings:
         copy_tb_s: of a copy, bytes read plus bytes written.
         read_tb_s: of the fastest of some reductions.
         matmul_tflops: of a square product.
-        matmul_dtype, matmul_size: which.
-        read_by: the reduction that was the fastest.
+        matmul_dtype, matmul_size: of that product.
+        read_by: the fastest reduction.
     """
 
     copy_tb_s: float
@@ -46,15 +46,15 @@ def measure_ceilings(
     Elsewhere the product is the faster of bfloat16's and float32's.
 
     Args:
-        device: where.
+        device: the device.
         clock: its clock.
         seconds: about how long for each measurement.
-        small: the smaller sizes; None for what the device's kind says.
+        small: use the smaller sizes; by default, on devices other than GPUs.
     """
     small = device.type != "cuda" if small is None else small
     num_bytes, size = (64 << 20, 1024) if small else (1 << 30, 8192)
     bandwidth_us = _bandwidth_us(device, clock, seconds, num_bytes)
-    # What runs on a GPU's matrix cores; on a CPU whichever is faster, for attention may use either.
+    # A GPU has matrix cores for bfloat16; on a CPU attention may use either dtype.
     dtypes = (torch.bfloat16, torch.float32) if small else (torch.bfloat16,)
     product_us = _product_us(device, clock, seconds, size, dtypes)
     dtype = min(dtypes, key=lambda each: product_us[str(each)])

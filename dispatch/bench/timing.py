@@ -1,7 +1,7 @@
 """Clocks: how long a call takes on its device, and how long it keeps the host.
 
-On a GPU a call is timed by events, after its L2 cache was overwritten. Contestants take turns call
-by call, so that a drift of the device's clocks hits all of them alike.
+On a GPU a call is timed by events, after its L2 cache was overwritten. Implementations take turns
+call by call, so that a drift of the device's clocks affects all of them equally.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 
 __all__ = ["CpuClock", "CudaClock", "Timing", "clock_for", "host_time_us", "measure"]
 
-#: Calls of each contestant: at least, and at most.
+#: The least and the most calls of each implementation.
 MIN_CALLS, MAX_CALLS = 3, 300
 
-#: What is written between two calls, unless twice the L2 cache is more.
+#: Bytes that are overwritten between two calls, unless twice the L2 cache is more.
 _FLUSH_BYTES = 256 << 20
 
 #: The longest time for which a device waits for the host.
 _MAX_HEAD_START_US = 5000.0
 
-#: Cycles per microsecond, where a device does not tell its clock rate.
+#: Cycles per microsecond, if the device's clock rate is not known.
 _CYCLES_PER_US = 2000.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The calls of one contestant: the median, a fifth from below and from above, microseconds."""
+    """Calls of one implementation, in microseconds: median, and a fifth from either end."""
 
     median_us: float
     low_us: float
@@ -53,19 +53,19 @@ class Clock(Protocol):
         """Microseconds that the call takes on its device.
 
         Args:
-            call: what is timed.
+            call: the call.
             host_us: about how long it keeps the host.
         """
 
     def wait(self) -> None:
-        """Wait until the device has done all that it was told."""
+        """Wait until the device has finished all work."""
 
     def now(self) -> float:
         """Seconds on the host."""
 
 
 class CpuClock:
-    """Wall-clock time of calls that are done when they return."""
+    """Wall-clock time of calls that are finished when they return."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -77,15 +77,15 @@ class CpuClock:
         return (self.now() - start) * 1e6
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """There is nothing to wait for."""
 
 
 class CudaClock:
-    """Events on the current stream, on a GPU whose L2 cache holds nothing of the call's.
+    """Events on the current stream, on a GPU whose L2 cache has no data of the call.
 
     Args:
         device: a CUDA or ROCm device.
-        cuda: torch.cuda, or a stand-in for it.
+        cuda: torch.cuda, or a fake of it.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -101,8 +101,8 @@ class CudaClock:
         start = self._cuda.Event(enable_timing=True)
         end = self._cuda.Event(enable_timing=True)
         self._flush.zero_()
-        # The device waits until the host has said all of it, or it would wait in between. A busy
-        # host takes twice as long now and then.
+        # The device starts when the host has launched everything, or it would wait in between. A
+        # busy host sometimes takes twice as long.
         head_start_us = min(3 * host_us + 50, _MAX_HEAD_START_US)
         self._cuda._sleep(int(head_start_us * self._cycles_per_us))
         start.record()
@@ -112,7 +112,7 @@ class CudaClock:
         return float(start.elapsed_time(end)) * 1e3
 
     def wait(self) -> None:
-        """Wait for the device, and raise what went wrong on it."""
+        """Wait for the device, and raise its errors."""
         self._cuda.synchronize(self._device)
 
 
@@ -124,10 +124,10 @@ def clock_for(device: torch.device) -> Clock:
 def host_time_us(
     call: Callable[[], object], clock: Clock, seconds: float = 0.1, batch: int = 10
 ) -> float:
-    """Microseconds for which a call keeps the host, the device's work not waited for.
+    """Microseconds for which a call keeps the host, without waiting for the device.
 
     The median over batches of calls; the device is idle before each, so that no queue fills up. A
-    call that takes long on the device stands alone in its batch.
+    call that takes long on the device is a batch of its own.
     """
     samples: list[float] = []
     clock.wait()
@@ -153,36 +153,36 @@ def measure(
     rounds: int | None = None,
     host_us: Mapping[str, float] | None = None,
 ) -> dict[str, Timing | Exception]:
-    """Time several calls by turns.
+    """Time several calls in turn.
 
     Args:
-        calls: by name; each has run before.
+        calls: name -> a call that has run before.
         clock: of their device.
         budget_s: about how long to spend on each.
-        rounds: so many calls of each instead.
-        host_us: by name, see Clock.time_us.
+        rounds: this many calls of each instead.
+        host_us: name -> see Clock.time_us.
 
     Returns:
-        By name: the timing, or what the call raised.
+        Name -> the timing, or the exception of the call.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     failed: dict[str, Exception] = {}
 
-    def wants_more(name: str) -> bool:
+    def needs_more(name: str) -> bool:
         taken = len(samples[name])
         if name in failed:
             return False
         if rounds is not None:
             return taken < rounds
-        # A call that takes the whole budget is believed at once.
+        # One sample is enough of a call that takes the whole budget.
         enough = 1 if spent[name] > budget_s * MIN_CALLS else MIN_CALLS
         return taken < enough or (spent[name] < budget_s and taken < MAX_CALLS)
 
     turn = 0
     names = list(calls)
     while names:
-        shift = turn % len(names)  # who follows whom changes, too
+        shift = turn % len(names)  # the order changes, too
         for name in names[shift:] + names[:shift]:
             start = clock.now()
             try:
@@ -190,6 +190,6 @@ def measure(
             except Exception as error:  # a peer's kernel may raise anything
                 failed[name] = error
             spent[name] += clock.now() - start
-        names = [name for name in names if wants_more(name)]
+        names = [name for name in names if needs_more(name)]
         turn += 1
     return {name: failed.get(name) or Timing.of(samples[name]) for name in calls}

@@ -1,4 +1,4 @@
-"""Measuring: the grid, its cases, and a table that is filled and kept point by point."""
+"""Tuning: a grid of batches, its cases, and a table that is filled and stored point by point."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from pathlib import Path
 import torch
 
 from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
-from attn_dispatch.bench.runner import (
-    Bench,
-    CaseResult,
-    Implementation,
-    Row,
-    Split,
+from attn_dispatch.bench.implementations import (
+    BackendImplementation,
+    check_registered,
     class_of,
     verdicts_of,
 )
+from attn_dispatch.bench.runner import Bench, CaseResult, Row
 from attn_dispatch.bench.timing import Clock, clock_for
-from attn_dispatch.errors import InvalidInputError, UnknownBackendError, UnsupportedError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.files import check_writable, locked
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.selection.priorities import LAST_RESORT
-from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.selector import phases_of, select
 from attn_dispatch.selection.timings.policy import Comparison, compare_points
 from attn_dispatch.selection.timings.reader import read_table
@@ -49,7 +46,7 @@ __all__ = ["Grid", "Measured", "Task", "Tuner", "cases_of", "place_of"]
 #: New tokens of a request that verifies drafts; of a chunk of a prompt; of a mixed step.
 _DRAFTS, _CHUNK, _MIXED = 4, 1024, 2048
 
-#: What a point takes at most: new tokens, and keys, of all requests.
+#: The limits of a point: new tokens, and keys, of all requests.
 _MAX_TOKENS, _MAX_KEYS = 1 << 16, 1 << 22
 
 #: Numbers in one list of a grid.
@@ -63,11 +60,11 @@ _SECONDS = 0.1
 class Grid:
     """The batches to measure: every step, with every number of requests, with every length.
 
-    A power of four apart, so that each bucket of the table has a measured one beside it.
+    They are a power of four apart, so that a measured bucket is next to each bucket of the table.
 
     Raises:
-        InvalidInputError: a number is not an integer of 1 or more, is so large that no batch has
-            it, or there are too many of them.
+        InvalidInputError: a number is not an integer of 1 or more, is too large for a batch, or
+            there are too many numbers.
     """
 
     steps: tuple[BatchKind, ...] = tuple(BatchKind)
@@ -99,14 +96,14 @@ def _verify(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]
 
 
 def _prefill(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    if length > DECODE_QUERY_LEN:  # else the benchmark takes it for decode
+    if length > DECODE_QUERY_LEN:  # else it counts as decode
         yield [length] * requests, [length] * requests
     if length > _CHUNK:
         yield [_CHUNK] * requests, [length] * requests
 
 
 def _mixed(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """One prompt beside decodes, as many tokens as an engine takes into a step."""
+    """One prompt together with decodes: as many tokens as an engine has in a step."""
     prompt = min(length, _MIXED) - (requests - 1)
     if requests > 1 and prompt > DECODE_QUERY_LEN:
         yield [1] * (requests - 1) + [prompt], [length] * (requests - 1) + [prompt]
@@ -126,8 +123,8 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
 
     Args:
         name: of the layer.
-        spec: the layer; `layer_key` must know it.
-        grid: what to measure.
+        spec: the layer, of which `layer_key` gives a key.
+        grid: the batches.
     """
     fields = dict(zip(LAYER_FIELDS, layer_key(spec) or (), strict=True))
     fields = {key: value for key, value in fields.items() if value is not None}
@@ -142,9 +139,9 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
             for queries, keys in batches(requests, length):
                 if sum(queries) > _MAX_TOKENS:
                     continue
-                told = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
+                sizes = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
                 case = Case(
-                    name=f"{name}/{step}/{told}",
+                    name=f"{name}/{step}/{sizes}",
                     query_lens=tuple(queries),
                     seq_lens=tuple(keys),
                     **fields,
@@ -157,7 +154,7 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
 
 
 def place_of(case: Case) -> tuple[BatchKind, int, int, int]:
-    """Where a case is in the grid: (step, requests, new tokens, keys)."""
+    """The place of a case in the grid: (step, requests, new tokens, keys)."""
     longest = max(case.query_lens) if case.kind == "decode" else 1
     batch = AttentionBatch.create(case.query_lens, case.seq_lens, max_decode_query_len=longest)
     totals = totals_of(batch)
@@ -167,7 +164,7 @@ def place_of(case: Case) -> tuple[BatchKind, int, int, int]:
 
 @dataclass(frozen=True)
 class Task:
-    """One point to measure: a case, its place, and who takes part."""
+    """One point to measure: a case, its place, and the backends."""
 
     case: Case
     key: LayerKey
@@ -176,7 +173,7 @@ class Task:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """Everything that is timed: in a mixed step also who could split it."""
+        """Everything that is timed: in a mixed step also pairs of backends that split it."""
         if self.place[0] is not BatchKind.MIXED:
             return self.names
         return self.names + tuple("+".join(pair) for pair in itertools.permutations(self.names, 2))
@@ -184,7 +181,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came of a task: a point, or the reason why there is none; and who failed."""
+    """The result of a task: a point, or the reason why there is none; and backends that failed."""
 
     task: Task
     point: Point | None
@@ -198,20 +195,20 @@ _Points = dict[LayerKey, dict[tuple[BatchKind, int, int, int], Point]]
 
 @dataclass
 class Tuner:
-    """Fills a table, one point after another; each is kept in the file as soon as it is there.
+    """Fills a table, one point after another; each is written to the file at once.
 
     Several tuners, in one process or in several, may fill the same file: before a point is written,
-    what the others have written is read, under a lock.
+    the file is read again, under a lock.
 
     Args:
-        device: where.
-        path: the file; what it has already is kept, and not measured again.
-        backends: who takes part; None for all who compute the layer, but for the references.
-        fresh: measure the layers again: their points in the file go with the first new one.
-            A table of another device or other versions is replaced.
-        clock: of the device; made if None.
-        rounds: so many calls of each at a point, instead of a tenth of a second.
-        replaces_unreadable: the file is the cache's own: one that cannot be read is replaced.
+        device: to measure.
+        path: the file; its points are kept, and not measured again.
+        backends: the backends to time; None for all that compute the layer, except the references.
+        fresh: measure the layers again: the first new point of a layer removes its old ones. A
+            table of another device or other versions is replaced.
+        clock: of the device; by default, a new one.
+        rounds: this many calls of each at a point, instead of a tenth of a second.
+        replaces_unreadable: a file that cannot be read is replaced, because it is the cache's own.
 
     Raises:
         UnknownBackendError: a backend is not registered.
@@ -226,21 +223,16 @@ class Tuner:
     clock: Clock | None = None
     rounds: int | None = None
     replaces_unreadable: bool = False
-    #: What is known: the file's points, and this tuner's own in place of them.
+    #: The file's points, replaced by this tuner's own.
     _points: _Points = field(default_factory=dict, init=False)
     _own: _Points = field(default_factory=dict, init=False)
-    #: With `fresh`, what the file had at the start.
+    #: With `fresh`, the file's points at the start.
     _old: _Points = field(default_factory=dict, init=False)
-    _served_by: dict[LayerKey, dict[str, str]] = field(default_factory=dict, init=False)
+    _providers: dict[LayerKey, dict[str, str]] = field(default_factory=dict, init=False)
     _has_written: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.backends or ()) - registry.names())
-        if unknown:
-            raise UnknownBackendError(
-                f"There is no backend {unknown[0]!r}. Registered are: "
-                f"{', '.join(sorted(registry.names()))}."
-            )
+        check_registered(self.backends or ())
         self._profile = detect_device(self.device)
         self.machine = machine_of(self._profile)
         check_writable(self.path)
@@ -249,18 +241,18 @@ class Tuner:
             self._old = self._points
 
     def _merge_file(self) -> None:
-        """Read the file; what this tuner measured, or is to measure again, is not taken from it."""
+        """Read the file, except points that this tuner measured or is going to measure again."""
         self._points = {}
         for key, times in self._layers_in_file().items():
             old = self._old.get(key, {}) if key in self._own else {}
             left = (point for point in times.points if old.get(point.key) != point)
             self._points[key] = {point.key: point for point in left}
-            self._served_by[key] = {**times.kernel_provider, **self._served_by.get(key, {})}
+            self._providers[key] = {**times.kernel_provider, **self._providers.get(key, {})}
         for key, own in self._own.items():
             self._points.setdefault(key, {}).update(own)
 
     def _layers_in_file(self) -> Mapping[LayerKey, LayerTimes]:
-        """The file's layers; none if there is no file, or one that is to be replaced.
+        """The file's layers; none if there is no file, or it will be replaced.
 
         Raises:
             InvalidInputError: it is not a table, or not one of this machine.
@@ -284,28 +276,28 @@ class Tuner:
         )
 
     def tasks(self, cases: Sequence[Case]) -> tuple[list[Task], list[str]]:
-        """What is left to do for these cases, and what nothing can be done for, as sentences."""
-        found, told = [], {}
+        """The tasks that are left of these cases; and a sentence for each layer without a task."""
+        found, nothing = [], {}
         for case in cases:
             key = layer_key(case.spec())
             verdicts = verdicts_of(case, self.device).values()
             names = tuple(v.name for v in verdicts if v.supported and self._takes_part(v.name))
             assert key is not None  # a case has no other fields
             if len(names) < 2:
-                able = f"{names[0]} alone" if names else "none of those that may take part"
-                told[key] = f"Nothing to compare for {case.spec()}: {able} computes it here."
+                able = f"only {names[0]}" if names else "none of the backends to time"
+                nothing[key] = f"Nothing to compare for {case.spec()}: {able} computes it here."
                 continue
             task = Task(case, key, place_of(case), names)
             known = (self._own if self.fresh else self._points).get(key, {}).get(task.place)
             if known is None or not {*known.times_us, *known.failed} >= set(task.entries):
                 found.append(task)
-        return found, list(told.values())
+        return found, list(nothing.values())
 
     def _takes_part(self, name: str) -> bool:
         return name not in LAST_RESORT if self.backends is None else name in self.backends
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Measured]:
-        """Measure, and keep; stop whenever you like.
+        """Measure the tasks and store their points; the caller may stop at any time.
 
         Raises:
             InvalidInputError: the file cannot be written.
@@ -315,13 +307,11 @@ class Tuner:
             yield self._measure(task, clock)
 
     def _measure(self, task: Task, clock: Clock) -> Measured:
-        splits: list[Implementation] = [
-            Split(*entry.split("+")) for entry in task.entries if "+" in entry
-        ]
+        splits = [entry for entry in task.entries if "+" in entry]
         bench = Bench(
             self.device,
             backends=task.names,
-            peers=splits,
+            peers=[BackendImplementation(entry, self.device) for entry in splits],
             clock=clock,
             budget_s=_SECONDS,
             rounds=self.rounds,
@@ -331,17 +321,18 @@ class Tuner:
             return Measured(task, None, result.skipped)
         point = _point_of(task, result)
         problems = tuple(row for row in result.failed if row.name in task.entries)
-        if not point.times_us:  # a device that is gone, say: to be tried again
-            return Measured(task, None, "nobody has a result", problems)
+        if not point.times_us:  # a lost device, for instance: to be tried again
+            return Measured(task, None, "no backend has a result", problems)
         self._keep(task, point)
         return Measured(task, point, "", problems)
 
     def _keep(self, task: Task, point: Point) -> None:
-        """Write a point into the file, with what others have written there meanwhile."""
-        told = (
-            (n, class_of(n).kernel_provider(task.case.spec(), self._profile)) for n in task.names
-        )
-        self._served_by.setdefault(task.key, {}).update({name: who for name, who in told if who})
+        """Write a point into the file, and keep the points of other tuners there."""
+        providers = self._providers.setdefault(task.key, {})
+        for name in task.names:
+            provider = class_of(name).kernel_provider(task.case.spec(), self._profile)
+            if provider:
+                providers[name] = provider
         self._own.setdefault(task.key, {})[task.place] = point
         with locked(self.path):
             self._merge_file()
@@ -349,7 +340,7 @@ class Tuner:
         self._has_written = True
 
     def table(self) -> Table:
-        """What there is so far."""
+        """The points so far."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         layers: Mapping[LayerKey, LayerTimes] = {
             key: LayerTimes(
@@ -357,7 +348,7 @@ class Tuner:
                 str(self.path),
                 self.machine.device,
                 now,
-                self._served_by.get(key, {}),
+                self._providers.get(key, {}),
             )
             for key, points in self._points.items()
         }
@@ -365,9 +356,9 @@ class Tuner:
 
 
 def _point_of(task: Task, result: CaseResult) -> Point:
-    """Only what was held against the oracle, before and after it was timed, has a time.
+    """The times of backends whose results were right before and after they were timed.
 
-    A fifth of its calls were shorter than that: whatever else a machine does only adds to them.
+    A fifth of the calls were shorter: other work of the machine only makes calls longer.
     """
     timed = {
         row.name: row for row in result.rows if row.timing is not None and row.name in task.entries
@@ -381,17 +372,17 @@ def _point_of(task: Task, result: CaseResult) -> Point:
 
 
 def _rounded(us: float) -> float:
-    """To five digits, which is more than is true of it."""
+    """To five digits, which is more than the measurement gives."""
     return float(f"{us:.5g}")
 
 
 def chosen_in(
     table: Table, device: torch.device
 ) -> Iterator[tuple[AttentionSpec, tuple[Comparison, ...]]]:
-    """Each layer of a table, and who is chosen at its points.
+    """Each layer of a table, and the backends that are chosen at its points.
 
-    By this table alone, no override being in force. Layers that nothing computes here are left
-    out, and so are fields that no request has.
+    By only this table, without overrides. Layers that no backend computes here are left out, as
+    are fields that no request has.
     """
     profile = detect_device(device)
     for key, times in table.layers.items():
@@ -403,12 +394,12 @@ def chosen_in(
             }
         except (InvalidInputError, UnsupportedError):
             continue
-        sides = {
+        candidates = {
             phase: selection.report.measured.candidates
             for phase, selection in selections.items()
             if selection.report.measured is not None
         }
-        yield spec, compare_points(times, sides, captured=False)
+        yield spec, compare_points(times, candidates, captured=False)
 
 
 _DTYPES = {str(each).removeprefix("torch."): each for each in (

@@ -163,7 +163,7 @@ def runner_verdicts(one):
 
 
 class FakePeer:
-    """A peer with two ways, one of them wrong, which are as fast as is said."""
+    """A peer with three variants: one is right, one is wrong, one is broken."""
 
     name, kind = "Fake", "peer"
 

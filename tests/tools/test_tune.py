@@ -275,7 +275,7 @@ def test_a_point_without_any_result_is_tried_again(contestants, tmp_path):
             cls.get_impl_cls = staticmethod(lambda: BrokenImpl)
         tuner = Tuner(CPU, path, ["BROKEN_A", "BROKEN_B"], rounds=1)
         (done,) = tuner.run(tuner.tasks(cases)[0])
-        assert (done.point, done.skipped) == (None, "nobody has a result")
+        assert (done.point, done.skipped) == (None, "no backend has a result")
         assert [row.status for row in done.problems] == ["error", "error"]
         assert len(tuner.tasks(cases)[0]) == 1
     assert not path.exists()
@@ -297,7 +297,7 @@ def test_where_one_alone_computes_the_layer_there_is_nothing_to_compare(tmp_path
     tuner = Tuner(CPU, tmp_path / "table.json", ["REFERENCE"])
     tasks, notes = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
     assert tasks == []
-    assert ["REFERENCE alone" in note for note in notes] == [True]
+    assert ["only REFERENCE" in note for note in notes] == [True]
 
 
 # --- The command --------------------------------------------------------------------------------

@@ -1,23 +1,26 @@
-"""What the peers share: the interface of one, and the words that their functions have in common."""
+"""The interface of a peer, and the arguments that the functions of several peers share."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.implementations import Call, Implementation
 from attn_dispatch.bench.inputs import Inputs
+from attn_dispatch.errors import summary_of
 
 __all__ = [
-    "Call",
     "Peer",
     "PeerMissing",
+    "call_of",
+    "features_of",
     "first_of",
     "lengths_of",
     "only_known",
@@ -25,23 +28,19 @@ __all__ = [
     "window_of",
 ]
 
-Call = Callable[[], torch.Tensor]
-
 
 class PeerMissing(Exception):
     """The peer cannot be imported here; the message says what is missing."""
 
 
-class Peer(ABC):
+class Peer(Implementation):
     """Another package's attention.
 
     Attributes:
-        name: how it is listed.
         provider: the module that it was found in, once loaded.
         version: of its package, once loaded.
     """
 
-    name: str
     kind = "peer"
 
     def __init__(self) -> None:
@@ -52,20 +51,8 @@ class Peer(ABC):
         """Import it.
 
         Raises:
-            PeerMissing: it is not there, or broken.
+            PeerMissing: it is not installed, or broken.
         """
-
-    @abstractmethod
-    def supports(self, case: Case) -> str | None:
-        """Why it does not compute the case, or None if it says that it does."""
-
-    def variants(self, case: Case) -> Sequence[str]:
-        """Ways to compute the case, of which the fastest is shown; "" where there is one."""
-        return ("",)
-
-    @abstractmethod
-    def prepare(self, inputs: Inputs, variant: str = "") -> Call:
-        """Do what an engine does once per batch; the call then returns the output."""
 
     def _find(self, *names: str) -> Any:
         """The first of some "module:attribute" that can be imported; sets provider and version."""
@@ -77,8 +64,7 @@ class Peer(ABC):
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # a broken package raises anything at all
-                text = (str(error).splitlines() or [""])[0]
-                problems.append(f"{module_name}: {type(error).__name__}: {text}")
+                problems.append(f"{module_name}: {summary_of(error)}")
                 continue
             self.provider = module_name
             self.version = _version_of(module_name)
@@ -96,7 +82,7 @@ def _version_of(module_name: str) -> str:
 
 
 def refusal_of(case: Case, *computes: str) -> str | None:
-    """The first feature of the case that is not among those that a peer computes."""
+    """The reason why a peer that computes only these features does not compute the case."""
     asked = {
         "alibi": bool(case.alibi),
         "symmetric alibi": case.alibi == "symmetric" and not case.causal,
@@ -112,13 +98,13 @@ def refusal_of(case: Case, *computes: str) -> str | None:
 
 
 def window_of(case: Case) -> tuple[int, int]:
-    """(left, right): how many keys a query sees beside its own, −1 for all."""
+    """(left, right): the number of keys that a query sees on either side of its own; −1 for all."""
     left = -1 if case.sliding_window is None else case.sliding_window - 1
     return left, 0 if case.causal and left >= 0 else left
 
 
 def only_known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a function takes: releases differ in those that do not change numbers."""
+    """The arguments that a function has; releases differ in some that do not change the result."""
     known = inspect.signature(function).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
         return arguments
@@ -126,13 +112,30 @@ def only_known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[
 
 
 def first_of(result: Any) -> torch.Tensor:
-    """The output of a function that returns it alone or with its log-sum-exp."""
+    """The output of a function that may also return its log-sum-exp."""
     output: torch.Tensor = result[0] if isinstance(result, (tuple, list)) else result
     return output
 
 
+def call_of(function: Callable[..., Any], arguments: dict[str, Any]) -> Call:
+    """A call of a function that returns its output."""
+    return lambda: first_of(function(**arguments))
+
+
+def features_of(inputs: Inputs) -> dict[str, Any]:
+    """The queries and the features of the layer, under FlashAttention's names."""
+    case = inputs.case
+    return {
+        "q": inputs.query,
+        "softmax_scale": case.scale,
+        "causal": case.causal,
+        "window_size": window_of(case),
+        "softcap": case.logits_soft_cap or 0.0,
+    }
+
+
 def lengths_of(inputs: Inputs) -> dict[str, Any]:
-    """What FlashAttention calls the batch's lengths."""
+    """The lengths of the batch, under FlashAttention's names."""
     return {
         "cu_seqlens_q": inputs.query_start_loc,
         "max_seqlen_q": max(inputs.case.query_lens),

@@ -7,40 +7,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.implementations import Call
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers.base import (
-    Call,
     Peer,
     PeerMissing,
-    first_of,
+    call_of,
+    features_of,
     lengths_of,
     only_known,
     refusal_of,
-    window_of,
 )
 
 __all__ = ["FlashAttention2", "FlashAttention3", "FlashAttention4"]
 
-#: Variants of a prefill without a past: keys are read from their pages, or as they came.
+#: Variants of a prefill without a past: the keys in their pages, or those that the call brings.
 _PAGES, _NEW_KEYS = "pages", "new keys"
 
 
 def _rows(inputs: Inputs) -> dict[str, Any]:
-    """The keys as they came, one request after another."""
+    """The keys that the call brings, one request after another."""
     return {"k": inputs.key, "v": inputs.value, "cu_seqlens_k": inputs.key_start_loc()}
 
 
 def _pages(inputs: Inputs, table: str) -> dict[str, Any]:
-    """The keys in their pages; `table` is what the function calls the block table."""
-    assert inputs.kv_cache is not None
+    """The keys in their pages; `table` is the function's name of the block table."""
     key, value = inputs.kv_cache.unbind(1)
     return {"k": key, "v": value, "seqused_k": inputs.seq_lens, table: inputs.block_table}
 
 
 class _FlashAttention(Peer):
-    """What the versions of FlashAttention share."""
+    """A version of FlashAttention."""
 
-    #: Where the version is found: its own package, and vLLM's build of it.
+    #: The version's own package, and its number in vLLM's build.
     own: str
     vllm_version: int
     computes: tuple[str, ...] = ("logits_soft_cap", "sliding_window", "no causality over a cache")
@@ -83,26 +82,20 @@ class _FlashAttention(Peer):
         raise NotImplementedError
 
     def _prepare_vllm(self, inputs: Inputs, paged: bool) -> Call:
-        case, output = inputs.case, inputs.empty_output()
-        arguments = {
-            "q": inputs.query,
-            **lengths_of(inputs),
-            "softmax_scale": case.scale,
-            "causal": case.causal,
-            "window_size": list(window_of(case)),
-            "softcap": case.logits_soft_cap or 0.0,
+        arguments = {**features_of(inputs), **lengths_of(inputs)}
+        arguments |= _pages(inputs, "block_table") if paged else _rows(inputs)
+        arguments |= {
+            "window_size": list(arguments["window_size"]),
             "alibi_slopes": inputs.slopes,
             "s_aux": None if inputs.sinks is None else inputs.sinks.bfloat16(),
-            "out": output,
+            "out": inputs.empty_output(),
             "fa_version": self.vllm_version,
         }
-        arguments |= _pages(inputs, "block_table") if paged else _rows(inputs)
-        function = self._function
-        return lambda: first_of(function(**arguments))
+        return call_of(self._function, arguments)
 
 
 class FlashAttention2(_FlashAttention):
-    """flash_attn, or vLLM's build of it; ragged where the cache's blocks are too small for it."""
+    """flash_attn, or vLLM's build of it; ragged keys if the cache's blocks are too small for it."""
 
     name = "FlashAttention 2"
     own = "flash_attn:flash_attn_varlen_func"
@@ -120,7 +113,7 @@ class FlashAttention2(_FlashAttention):
 
     @staticmethod
     def _needs_pages(case: Case) -> bool:
-        """Whether contiguous keys would be another task; they are given where there is no past."""
+        """Whether keys must be read from pages. Without a past contiguous keys are no easier."""
         return case.has_kv_cache and (case.has_past or case.block_size % 256 == 0)
 
     def variants(self, case: Case) -> Sequence[str]:
@@ -129,31 +122,22 @@ class FlashAttention2(_FlashAttention):
         return (_NEW_KEYS,) if ragged else super().variants(case)
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
-        case, function = inputs.case, self._function
-        paged = paged and self._needs_pages(case)
-        if paged:
-            assert inputs.kv_cache is not None
-            key, value = inputs.kv_cache.unbind(1)
-        else:
-            key, value = inputs.ragged_keys_and_values()
+        paged = paged and self._needs_pages(inputs.case)
+        key, value = inputs.kv_cache.unbind(1) if paged else inputs.ragged_keys_and_values()
         arguments = {
-            "q": inputs.query,
+            **features_of(inputs),
+            **lengths_of(inputs),
             "k": key,
             "v": value,
-            **lengths_of(inputs),
             "cu_seqlens_k": inputs.key_start_loc(),
-            "softmax_scale": case.scale,
-            "causal": case.causal,
-            "window_size": window_of(case),
-            "softcap": case.logits_soft_cap or 0.0,
             "alibi_slopes": inputs.slopes,
             "block_table": inputs.block_table if paged else None,
         }
-        return lambda: first_of(function(**arguments))
+        return call_of(self._function, arguments)
 
 
 class FlashAttention3(_FlashAttention):
-    """flash_attn_interface, or vLLM's build of it, which has sinks too."""
+    """flash_attn_interface, or vLLM's build of it, which also has sinks."""
 
     name = "FlashAttention 3"
     own = "flash_attn_interface:flash_attn_varlen_func"
@@ -166,29 +150,20 @@ class FlashAttention3(_FlashAttention):
         return super().supports(case)
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
-        case, function = inputs.case, self._function
-        arguments = {
-            "q": inputs.query,
-            "softmax_scale": case.scale,
-            "causal": case.causal,
-            "window_size": window_of(case),
-            "softcap": case.logits_soft_cap or 0.0,
-        }
+        features, lengths = features_of(inputs), lengths_of(inputs)
         if not paged:
-            arguments |= {**_rows(inputs), **lengths_of(inputs)}
-        else:
-            function = importlib.import_module(self.provider).flash_attn_with_kvcache
-            assert inputs.kv_cache is not None
-            key, value = inputs.kv_cache.unbind(1)
-            arguments |= {
-                "k_cache": key,
-                "v_cache": value,
-                "cache_seqlens": inputs.seq_lens,
-                "page_table": inputs.block_table,
-                "cu_seqlens_q": inputs.query_start_loc,
-                "max_seqlen_q": max(case.query_lens),
-            }
-        return lambda: first_of(function(**arguments))
+            return call_of(self._function, {**features, **lengths, **_rows(inputs)})
+        key, value = inputs.kv_cache.unbind(1)
+        del lengths["max_seqlen_k"]
+        arguments = {
+            **features,
+            **lengths,
+            "k_cache": key,
+            "v_cache": value,
+            "cache_seqlens": inputs.seq_lens,
+            "page_table": inputs.block_table,
+        }
+        return call_of(importlib.import_module(self.provider).flash_attn_with_kvcache, arguments)
 
 
 class FlashAttention4(_FlashAttention):
@@ -202,25 +177,16 @@ class FlashAttention4(_FlashAttention):
     def load(self) -> None:
         """See Peer."""
         super().load()
-        if self._is_vllm:  # which imports its kernels no sooner than they are called
+        if self._is_vllm:  # it imports its kernels when they are called
             self._find("vllm.vllm_flash_attn.cute.interface:_flash_attn_fwd")
             self.provider = "vllm.vllm_flash_attn"
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
-        case, function = inputs.case, self._function
-        left, right = window_of(case)
-        arguments = {
-            "q": inputs.query,
-            **lengths_of(inputs),
-            "softmax_scale": case.scale,
-            "causal": case.causal,
-            "softcap": case.logits_soft_cap or 0.0,
-        }
-        if case.sliding_window is not None:
-            arguments["window_size"] = (left, right)
+        arguments, lengths = features_of(inputs), lengths_of(inputs)
+        if inputs.case.sliding_window is None:
+            del arguments["window_size"]
         if inputs.sinks is not None:
             arguments["learnable_sink"] = inputs.sinks.bfloat16()
         arguments |= _pages(inputs, "page_table") if paged else _rows(inputs)
-        spare = {name: arguments.pop(name) for name in ("max_seqlen_q", "max_seqlen_k")}
-        arguments |= only_known(function, spare)
-        return lambda: first_of(function(**arguments))
+        arguments["cu_seqlens_q"] = lengths.pop("cu_seqlens_q")
+        return call_of(self._function, arguments | only_known(self._function, lengths))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.implementations import Call
 from attn_dispatch.bench.inputs import Inputs
-from attn_dispatch.bench.peers.base import Call, Peer, first_of, refusal_of, window_of
+from attn_dispatch.bench.peers.base import Peer, first_of, refusal_of, window_of
 
 __all__ = ["FlashInfer"]
 
@@ -19,7 +21,7 @@ _FLASHINFER_WORKSPACE_BYTES = 256 << 20
 
 
 class FlashInfer(Peer):
-    """FlashInfer's wrappers; planning, as an engine does once per batch, is not timed."""
+    """FlashInfer's wrappers. Planning is not timed: an engine does it once per batch."""
 
     name = "FlashInfer"
 
@@ -33,7 +35,7 @@ class FlashInfer(Peer):
         """See Peer."""
         computes = ["sliding_window", "logits_soft_cap", "sinks", "no causality over a cache"]
         if case.num_heads & (case.num_heads - 1) == 0:
-            computes.append("alibi")  # it has the slopes of the paper, and takes no others
+            computes.append("alibi")  # it has the slopes of the paper, and no others
         if case.stored_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             computes.append("a cache of eight bits")
         if not case.causal and case.sliding_window is not None:
@@ -41,7 +43,7 @@ class FlashInfer(Peer):
         if case.sinks and (
             not case.has_kv_cache or case.alibi or case.logits_soft_cap or case.is_quantized
         ):
-            return "its sinks go with paged keys, and with no other feature"
+            return "its sinks need paged keys and exclude other features"
         return refusal_of(case, *computes)
 
     def variants(self, case: Case) -> Sequence[str]:
@@ -91,27 +93,20 @@ class FlashInfer(Peer):
     def _pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where each request's pages start, the pages, and the tokens in each last one, int32."""
         case, table = inputs.case, inputs.block_table
-        assert table is not None
         counts = [-(-n // case.block_size) for n in case.seq_lens]
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
         pages = torch.cat([table[request, :count] for request, count in enumerate(counts)])
         last = [(n - 1) % case.block_size + 1 for n in case.seq_lens]
-        return (
-            torch.tensor(starts, dtype=torch.int32, device=inputs.device),
-            pages,
-            torch.tensor(last, dtype=torch.int32, device=inputs.device),
+        starts, lengths = (
+            torch.tensor(numbers, dtype=torch.int32, device=inputs.device)
+            for numbers in ([0, *itertools.accumulate(counts)], last)
         )
+        return starts, pages, lengths
 
     def _plan_paged(self, wrapper: Any, inputs: Inputs) -> None:
         case = inputs.case
-        starts, pages, last = self._pages(inputs)
         wrapper.plan(
             inputs.query_start_loc,
-            starts,
-            pages,
-            last,
+            *self._pages(inputs),
             case.num_heads,
             case.num_kv_heads,
             case.head_size,

@@ -1,7 +1,7 @@
 """The peers: other packages' attention over the same tensors, each in a small class.
 
-A peer is imported only when it is asked for. It refuses what it does not compute with a reason, and
-what it raises is shown in its place. Whether its numbers are right is measured, not believed.
+A peer is imported only when it is used. It gives a reason for a case that it does not compute, and
+its exceptions are shown in its row. Its numbers are compared with the oracle like any other.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.implementations import Call
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers.base import (
-    Call,
     Peer,
     PeerMissing,
+    features_of,
     first_of,
     lengths_of,
     refusal_of,
@@ -43,8 +44,8 @@ __all__ = [
     "VllmTriton",
 ]
 
-#: What vLLM's engine gives its Triton kernel to split long requests: segments, and how many
-#: programs it takes without splitting.
+#: The arguments of vLLM's engine for splitting long requests: segments, and the number of programs
+#: that are not split.
 _VLLM_SEGMENTS, _VLLM_PROGRAMS = 16, 128
 
 
@@ -72,23 +73,18 @@ class VllmTriton(Peer):
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """See Peer."""
         case, function, output = inputs.case, self._function, inputs.empty_output()
-        assert inputs.kv_cache is not None
         key, value = inputs.kv_cache.unbind(1)
         padded = 1 << (case.head_size - 1).bit_length()
         segments = (case.num_tokens, case.num_heads, _VLLM_SEGMENTS)
         buffer: dict[str, Any] = {"dtype": torch.float32, "device": inputs.device}
         arguments: dict[str, Any] = {
-            "q": inputs.query,
+            **features_of(inputs),
+            **lengths_of(inputs),
             "k": key,
             "v": value,
             "out": output,
-            **lengths_of(inputs),
             "seqused_k": inputs.seq_lens,
-            "softmax_scale": case.scale,
-            "causal": True,
-            "window_size": window_of(case),
             "block_table": inputs.block_table,
-            "softcap": case.logits_soft_cap or 0.0,
             "q_descale": None,
             "k_descale": None,
             "v_descale": None,
@@ -133,7 +129,7 @@ class TorchVarlen(Peer):
         if "window_size" in self._known:
             computes.append("sliding_window")
         if case.num_heads != case.num_kv_heads and "enable_gqa" not in self._known:
-            return f"that of torch {self.version} has no KV heads that are shared"
+            return f"that of torch {self.version} has no shared KV heads"
         if case.has_kv_cache and case.has_past and "block_table" not in self._known:
             return f"that of torch {self.version} has no paged cache"
         return refusal_of(case, *computes)
@@ -166,7 +162,7 @@ class TorchVarlen(Peer):
         return lambda: first_of(function(inputs.query, key, value, *starts, *longest, **options))
 
 
-#: In the order in which they are listed.
+#: In the order of the list.
 PEERS: tuple[type[Peer], ...] = (
     FlashAttention2,
     FlashAttention3,
