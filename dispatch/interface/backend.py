@@ -1,8 +1,7 @@
 """The interface of a backend: vLLM's `vllm.attention.backends.abstract`, standalone and strict.
 
-A backend is one `AttentionBackend` subclass with its impl, its metadata and its builder. Nobody
-instantiates the backend class, so Python never checks that its abstract members exist: the
-registry does, by `selection.registry.check_backend_class`, when the backend is registered.
+A backend is a subclass of `AttentionBackend` with its impl, metadata and builder. The class is
+never instantiated; `selection.registry.check_backend_class` checks it when it is registered.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.interface import kv_blocks, kv_cache
 from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode, compare
 from attn_dispatch.interface.graphs import AttentionState, CommonAttentionState
 from attn_dispatch.interface.impl import AttentionImpl
-from attn_dispatch.interface.kv_blocks import copy_blocks, swap_blocks
-from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -26,8 +24,6 @@ from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.detect import detect_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from attn_dispatch.interface.spec import AttentionSpec
@@ -35,11 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERFACE_VERSION", "AttentionBackend"]
 
-#: Version of the contract in this file. A backend states the one that it was written for.
+#: Version of this interface. A backend states the version that it was written for.
 INTERFACE_VERSION = 2
 
 
-@functools.lru_cache(maxsize=4096)  # an error is raised again
+@functools.lru_cache(maxsize=4096)  # for layers that pass; an error is not cached
 def _check_declared(
     cls: type[AttentionBackend], spec: AttentionSpec, device: DeviceProfile, generation: int
 ) -> None:
@@ -81,13 +77,14 @@ class AttentionBackend:
     propagates_nan: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the backend an impl and a builder class of its own, which check its capabilities."""
+        """Give the backend its own impl and builder classes, which check its capabilities."""
         super().__init_subclass__(**kwargs)
         for attribute in ("impl_cls", "builder_cls"):
             part: Any = getattr(cls, attribute, None)
             if not isinstance(part, type):
                 continue  # the registry reports it
-            if attribute not in vars(cls) or "backend_cls" in vars(part):  # another backend's
+            if attribute not in vars(cls) or "backend_cls" in vars(part):
+                # It is the default, or another backend's.
                 names = {
                     "__module__": cls.__module__,
                     "__qualname__": f"{cls.__qualname__}.{attribute}",
@@ -165,42 +162,25 @@ class AttentionBackend:
         """An instance of the metadata class."""
         return cls.get_metadata_cls()(*args, **kwargs)
 
-    @staticmethod
-    def get_kv_cache_shape(
-        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
-    ) -> tuple[int, ...]:
-        """The logical shape of the cache, the same for every backend that is not MLA.
-
-        head_size is that of a stored head: `stored_head_size` of the larger of key's and value's.
-        """
-        return kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+    #: The logical shape of the cache; the same for every backend that is not MLA.
+    get_kv_cache_shape = staticmethod(kv_cache.kv_cache_shape)
+    swap_blocks = staticmethod(kv_blocks.swap_blocks)
+    copy_blocks = staticmethod(kv_blocks.copy_blocks)
 
     @staticmethod
     def get_kv_cache_stride_order() -> tuple[int, ...]:
-        """The order of the logical dimensions in memory that the backend likes best."""
-        return STRIDE_ORDERS["NHD"]
-
-    @staticmethod
-    def swap_blocks(
-        src_kv_cache: torch.Tensor, dst_kv_cache: torch.Tensor, src_to_dst: torch.Tensor
-    ) -> None:
-        """Copy blocks from one cache to another, e.g. to the host: see kv_cache.swap_blocks."""
-        swap_blocks(src_kv_cache, dst_kv_cache, src_to_dst)
-
-    @staticmethod
-    def copy_blocks(kv_caches: Sequence[torch.Tensor], src_to_dists: torch.Tensor) -> None:
-        """Copy blocks within each cache, for all layers: see kv_cache.copy_blocks."""
-        copy_blocks(kv_caches, src_to_dists)
+        """The order of the logical dimensions in memory that the backend prefers."""
+        return kv_cache.STRIDE_ORDERS["NHD"]
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """Why this combination of fields cannot be computed, beyond what each field says."""
+        """Why this combination of values cannot be computed, if each value can."""
         return []
 
     @classmethod
     def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
-        """Whose kernels compute such a layer there, where that depends on what is installed.
+        """Name of the package whose kernels would run, if that depends on what is installed.
 
-        Times that were measured with one are not believed of another. "" if there is no choice.
+        Timings that were recorded for a different package are ignored. "" if there is no choice.
         """
         return ""

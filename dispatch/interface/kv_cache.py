@@ -35,7 +35,7 @@ STRIDE_ORDERS: dict[str, tuple[int, ...]] = {"NHD": (0, 1, 2, 3, 4), "HND": (0, 
 
 def kv_cache_shape(
     num_blocks: int, block_size: int, num_kv_heads: int, head_size: int
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, ...]:
     """The logical shape of a cache.
 
     Args:
