@@ -25,7 +25,7 @@ from support.selection import Forbidden, make_backend, registered
 MIXED = {"query_lens": (3, 1, 2, 1), "seq_lens": (3, 9, 6, 5)}
 PREFILL = {"query_lens": (3, 5), "seq_lens": (3, 9)}
 DECODE = {"query_lens": (1, 1), "seq_lens": (4, 9)}
-#: Where a backend may fail when it is made, and on a call.
+#: Places where a backend may fail: when it is built, and on a call.
 MADE, CALLED = ("impl", "builder"), ("plan", "launch")
 
 
@@ -44,18 +44,18 @@ def tries(backend):
     return next(copy.copy(backend.tries))
 
 
-def moved_on(text="TORCH_SDPA failed"):
+def falls_back(text="TORCH_SDPA failed"):
     return pytest.warns(BackendFallbackWarning, match=text)
 
 
-# --- The next one takes its place --------------------------------------------------------------
+# --- Fallback ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lens", [MIXED, PREFILL, DECODE], ids=["mixed", "prefill", "decode"])
 @pytest.mark.parametrize("where", MADE + CALLED)
 def test_the_next_backend_computes_the_same(where, lens):
     step = Step(Case(spec=layer_spec(returns_lse=True), **lens))
-    with registered(faulty(where)), moved_on():
+    with registered(faulty(where)), falls_back():
         layer = layer_of(step)
         output, lse = call(layer, step)
         again, _ = call(layer, step)
@@ -67,17 +67,17 @@ def test_the_next_backend_computes_the_same(where, lens):
 
 @pytest.mark.parametrize("where", CALLED)
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", FP8[0], INT8])
-def test_the_cache_is_what_it_would_have_been(where, kv_cache_dtype):
+def test_fallback_writes_the_same_cache(where, kv_cache_dtype):
     step = Step(Case(spec=layer_spec(dtype=torch.float32, kv_cache_dtype=kv_cache_dtype), **MIXED))
     right = layer_of(step, backend="REFERENCE")
     call(right, step)
-    with registered(faulty(where)), moved_on():
+    with registered(faulty(where)), falls_back():
         layer = layer_of(step)
         step.check(call(layer, step))
     assert torch.equal(layer.kv_cache.view(torch.uint8), right.kv_cache.view(torch.uint8))
 
 
-def test_scales_that_the_layer_derives_are_derived_once():
+def test_derived_scales_are_derived_once():
     step = Step(Case(spec=layer_spec(dtype=torch.float32, kv_cache_dtype="fp8_e4m3"), **PREFILL))
     object.__setattr__(step.batch, "enable_kv_scales_calculation", True)
     layers = []
@@ -94,7 +94,7 @@ def test_scales_that_the_layer_derives_are_derived_once():
     assert torch.equal(*(each.kv_cache.view(torch.uint8) for each in layers))
 
 
-def test_a_failure_on_the_third_call_moves_on_there():
+def test_a_failure_on_a_later_call_falls_back_there():
     step = Step(Case(spec=layer_spec(), **DECODE))
     with registered(faulty("launch", after=2)):
         layer = layer_of(step)
@@ -102,7 +102,7 @@ def test_a_failure_on_the_third_call_moves_on_there():
             warnings.simplefilter("error")
             before = [call(layer, step), call(layer, step)]
         assert names(layer)["decode"] == "TORCH_SDPA"
-        with moved_on("at its launch: RuntimeError: no kernel image"):
+        with falls_back("at its launch: RuntimeError: no kernel image"):
             after = call(layer, step)
         assert names(layer)["decode"] == "REFERENCE"
     for output in (*before, after):
@@ -116,7 +116,7 @@ def test_a_backend_that_fails_in_one_phase_serves_the_other():
     )
     with registered(backend):
         layer = layer_of(prefill)
-        with moved_on("REFERENCE serves its layers in prefill"):
+        with falls_back("REFERENCE serves its layers in prefill"):
             prefill.check(call(layer, prefill))
         assert names(layer) == {"prefill": "REFERENCE", "decode": "TORCH_SDPA"}
         assert isinstance(layer._binding.impl, RoutedImpl)
@@ -126,18 +126,18 @@ def test_a_backend_that_fails_in_one_phase_serves_the_other():
     assert [failure.phase for failure in failures()] == [Phase.PREFILL]
 
 
-def test_of_a_batch_in_parts_only_the_part_that_failed_moves():
+def test_only_the_failed_part_of_a_batch_falls_back():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with (
         registered(faulty("launch", phase=Phase.DECODE), make_backend("SECOND")),
-        moved_on("SECOND serves its layers in decode"),
+        falls_back("SECOND serves its layers in decode"),
     ):
         layer = layer_of(step, backend="prefill=REFERENCE")
         step.check(call(layer, step))
     assert names(layer) == {"prefill": "REFERENCE", "decode": "SECOND"}
 
 
-def test_one_after_another_until_one_works():
+def test_fallback_continues_until_a_backend_works():
     step = Step(Case(spec=layer_spec(), **MIXED))
     others = [faulty("impl"), faulty("plan", name="SECOND"), faulty("launch", name="THIRD")]
     with registered(*others), warnings.catch_warnings(record=True) as told:
@@ -152,22 +152,22 @@ def test_one_after_another_until_one_works():
     ]
 
 
-def test_an_encoder_moves_on_too():
+def test_an_encoder_falls_back():
     case = Case(
         spec=layer_spec(attn_type=AttentionType.ENCODER_ONLY, block_size=None),
         query_lens=(3, 1),
         seq_lens=(3, 1),
     )
     step = Step(case)
-    with registered(faulty("launch")), moved_on():
+    with registered(faulty("launch")), falls_back():
         layer = layer_of(step)
         step.check(call(layer, step))
     assert names(layer) == {"prefill": "REFERENCE"}
 
 
-def test_a_preferred_backend_is_not_a_required_one():
+def test_a_preferred_backend_falls_back():
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("launch", name="OWN")), moved_on("OWN failed at its launch"):
+    with registered(faulty("launch", name="OWN")), falls_back("OWN failed at its launch"):
         layer = layer_of(step, backend="OWN?")
         assert names(layer)["prefill"] == "OWN"
         step.check(call(layer, step))
@@ -175,9 +175,9 @@ def test_a_preferred_backend_is_not_a_required_one():
 
 
 @pytest.mark.parametrize("given", ["before", "after"])
-def test_metadata_that_was_given_is_made_anew(given):
+def test_given_metadata_is_built_again_after_a_fallback(given):
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("launch", after=1)), moved_on():
+    with registered(faulty("launch", after=1)), falls_back():
         layer = layer_of(step)
         metadata = layer.build_metadata(step.batch)
         step.check(layer(step.query, step.key, step.value, attn_metadata=metadata))
@@ -187,32 +187,32 @@ def test_metadata_that_was_given_is_made_anew(given):
             step.check(layer(step.query, step.key, step.value, attn_metadata=metadata))
 
 
-def test_a_plan_that_fails_by_hand_is_made_by_the_next():
+def test_build_metadata_falls_back():
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("plan")), moved_on("failed when it planned a batch"):
+    with registered(faulty("plan")), falls_back("failed when it planned a batch"):
         layer = layer_of(step)
         metadata = layer.build_metadata(step.batch)
         step.check(layer(step.query, step.key, step.value, attn_metadata=metadata))
 
 
-def test_who_takes_its_place_takes_the_same_caches():
+def test_a_substitute_accepts_the_same_caches():
     """The cache may have been planned for the first, in a layout that SECOND does not take."""
     second = make_backend("SECOND", kv_cache_layout=OneOf(None, "HND"))
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("impl"), second), moved_on("From now on REFERENCE"):
+    with registered(faulty("impl"), second), falls_back("From now on REFERENCE"):
         layer = layer_of(step)
     refused = next(v for v in layer.selections[Phase.DECODE].verdicts if v.name == "SECOND")
     assert "TORCH_SDPA, which failed, has another layout" in str(refused.reasons[0])
 
 
-# --- What is told ------------------------------------------------------------------------------
+# --- Warnings and reports ----------------------------------------------------------------------
 
 
-def test_later_layers_do_not_try_again_and_say_why():
+def test_later_layers_exclude_a_failed_backend_with_the_reason():
     step = Step(Case(spec=layer_spec(), **MIXED))
     backend = faulty("impl")
     with registered(backend):
-        with moved_on():
+        with falls_back():
             layer_of(step)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -225,10 +225,10 @@ def test_later_layers_do_not_try_again_and_say_why():
         assert told in str(later.selections[Phase.DECODE])
 
 
-def test_a_layer_that_was_made_before_does_not_try_either():
+def test_earlier_layers_exclude_a_failed_backend():
     step = Step(Case(spec=layer_spec(), **MIXED))
     backend = faulty("launch")
-    with registered(backend), moved_on():
+    with registered(backend), falls_back():
         first, second = layer_of(step), layer_of(step)
         for layer in (first, second):
             step.check(call(layer, step))
@@ -236,15 +236,15 @@ def test_a_layer_that_was_made_before_does_not_try_either():
     assert names(first) == names(second)
 
 
-def test_another_kind_of_layer_is_not_judged_by_it():
+def test_a_failure_does_not_affect_another_spec():
     step = Step(Case(spec=layer_spec(), **MIXED))
     other = Step(Case(spec=layer_spec(head_size=16), **MIXED))
-    with registered(faulty("launch", after=0)) as _, moved_on():
+    with registered(faulty("launch", after=0)) as _, falls_back():
         call(layer_of(step), step)
         assert names(layer_of(other))["decode"] == "TORCH_SDPA"
 
 
-def test_a_failure_is_told_once_for_each_backend_and_cause():
+def test_a_failure_warns_once_for_each_backend_and_cause():
     steps = [Step(Case(spec=layer_spec(head_size=size), **MIXED)) for size in (8, 16, 24)]
     with registered(faulty("launch")), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -261,22 +261,22 @@ def test_a_failure_is_told_once_for_each_backend_and_cause():
         assert part in text
 
 
-def test_what_is_forgotten_is_tried_again_by_layers_that_moved_on():
+def test_forgotten_failures_are_tried_again():
     step = Step(Case(spec=layer_spec(), **MIXED))
     backend = faulty("launch")
     with registered(backend):
         layer = layer_of(step)
-        with moved_on():
+        with falls_back():
             call(layer, step)
         before = version()
         forget_failures()
         assert version() != before
-        with moved_on():
+        with falls_back():
             step.check(call(layer, step))
     assert tries(backend) == 2
 
 
-# --- Who raises --------------------------------------------------------------------------------
+# --- Errors ------------------------------------------------------------------------------------
 
 REQUIRED = {
     "argument": lambda make: make(backend="TORCH_SDPA"),
@@ -302,7 +302,7 @@ def test_a_required_backend_raises_with_its_cause(where, how):
 
 
 @pytest.mark.parametrize("how", ["context", "environment"])
-def test_so_does_one_that_the_context_or_the_environment_requires(how, monkeypatch):
+def test_a_backend_required_by_context_or_environment_raises(how, monkeypatch):
     step = Step(Case(spec=layer_spec(), **PREFILL))
     if how == "environment":
         monkeypatch.setenv("ATTN_DISPATCH_BACKEND", "TORCH_SDPA")
@@ -314,10 +314,10 @@ def test_so_does_one_that_the_context_or_the_environment_requires(how, monkeypat
             call(layer, step)
 
 
-def test_a_required_backend_is_tried_although_it_failed_elsewhere():
+def test_a_required_backend_is_tried_after_it_failed_in_another_layer():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with registered(faulty("launch", phase=Phase.PREFILL)):
-        with moved_on():
+        with falls_back():
             call(layer_of(step), step)
         required = layer_of(step, backend="TORCH_SDPA")
         assert names(required)["decode"] == "TORCH_SDPA"
@@ -325,7 +325,7 @@ def test_a_required_backend_is_tried_although_it_failed_elsewhere():
             call(required, step)
 
 
-def test_nobody_left_is_an_error_that_lists_why():
+def test_no_remaining_backend_is_an_error_with_the_reasons():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with (
         registered(faulty("launch")),
@@ -356,7 +356,7 @@ SEEN = [
 
 @pytest.mark.parametrize("error", SEEN, ids=lambda error: f"{type(error).__name__}-{error}"[:40])
 @pytest.mark.parametrize("where", MADE + CALLED)
-def test_what_is_no_fault_of_the_backend_is_raised_as_it_is(where, error):
+def test_errors_that_no_backend_can_prevent_are_raised_unchanged(where, error):
     step = Step(Case(spec=layer_spec(), **MIXED))
     with registered(faulty(where, error)), pytest.raises(type(error)) as told:
         call(layer_of(step), step)
@@ -376,13 +376,13 @@ OWN = [
 
 
 @pytest.mark.parametrize("error", OWN, ids=lambda error: f"{type(error).__name__}-{error}"[:40])
-def test_what_is_a_fault_of_the_backend_is_not(error):
+def test_errors_of_the_backend_fall_back(error):
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("launch", error)), moved_on(type(error).__name__):
+    with registered(faulty("launch", error)), falls_back(type(error).__name__):
         step.check(call(layer_of(step), step))
 
 
-def test_a_lost_device_shows_through_what_a_library_makes_of_it():
+def test_a_lost_device_is_found_in_the_cause_of_an_error():
     wrapped = RuntimeError("the kernel failed")
     wrapped.__cause__ = RuntimeError("CUDA error: an illegal memory access was encountered")
     step = Step(Case(spec=layer_spec(), **MIXED))
@@ -391,7 +391,7 @@ def test_a_lost_device_shows_through_what_a_library_makes_of_it():
 
 
 @pytest.mark.parametrize("how", ["torch.compiler.is_compiling", "torch.cuda"])
-def test_nobody_takes_over_in_a_graph(how, monkeypatch):
+def test_no_fallback_during_capture(how, monkeypatch):
     step = Step(Case(spec=layer_spec(), **MIXED))
     with registered(faulty("launch")):
         layer = layer_of(step)
@@ -410,18 +410,18 @@ def test_nobody_takes_over_in_a_graph(how, monkeypatch):
     assert failures() == ()
 
 
-def test_a_call_of_the_compiled_op_moves_on():
+def test_a_call_of_the_compiled_op_falls_back():
     step = Step(Case(spec=layer_spec(), **MIXED))
     output = torch.empty_like(step.query)
     with registered(faulty("launch")):
         layer = layer_of(step)
         arguments = (step.query, step.key, step.value, output, None, None, None)
-        with forward_context(step.batch), moved_on():
+        with forward_context(step.batch), falls_back():
             torch.ops.attn_dispatch.attention(*arguments, layer._cache_state.token, layer._op_key)
     step.check(output)
 
 
-def test_a_backend_that_is_selected_again_after_it_failed_is_no_endless_loop():
+def test_selecting_a_failed_backend_again_is_an_error():
     """Selection never does that; an attempt of this test does."""
 
     def attempt(context):
@@ -438,7 +438,7 @@ def test_a_backend_that_is_selected_again_after_it_failed_is_no_endless_loop():
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one layer", "a layer each"])
-def test_threads_move_on_together(shared):
+def test_threads_fall_back_with_one_warning(shared):
     step = Step(Case(spec=layer_spec(block_size=None), query_lens=(3, 5), seq_lens=(3, 5)))
     outputs, errors, start = [], [], threading.Barrier(6)
     with registered(faulty("launch")):
@@ -467,9 +467,9 @@ def test_threads_move_on_together(shared):
     assert [each.category for each in told].count(BackendFallbackWarning) == 1
 
 
-def test_a_copy_of_a_layer_that_moved_on_works():
+def test_a_copy_of_a_layer_works_after_a_fallback():
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty("launch")), moved_on():
+    with registered(faulty("launch")), falls_back():
         layer = layer_of(step)
         call(layer, step)
         twin = copy.deepcopy(layer)
@@ -478,12 +478,12 @@ def test_a_copy_of_a_layer_that_moved_on_works():
 
 
 @pytest.mark.parametrize("where", MADE + CALLED)
-def test_the_function_moves_on_once(where):
+def test_the_function_falls_back_once(where):
     backend = faulty(where)
     query = torch.randn(5, 4, 8, dtype=torch.float64)
     expected = attention(query, query, query, query_lens=[2, 3], backend="REFERENCE")
     with registered(backend):
-        with moved_on("REFERENCE serves"):
+        with falls_back("REFERENCE serves"):
             output = attention(query, query, query, query_lens=[2, 3])
         again = attention(query, query, query, query_lens=[2, 3])
     torch.testing.assert_close(output, expected)
@@ -492,7 +492,7 @@ def test_the_function_moves_on_once(where):
 
 
 @pytest.mark.parametrize("where", MADE + CALLED)
-def test_the_function_raises_what_is_required(where):
+def test_the_function_raises_for_a_required_backend(where):
     query = torch.randn(5, 4, 8)
     with registered(faulty(where)), pytest.raises(BackendFailure, match="is required by") as told:
         attention(query, query, query, backend="TORCH_SDPA")
@@ -500,7 +500,7 @@ def test_the_function_raises_what_is_required(where):
 
 
 @pytest.mark.parametrize("error", SEEN, ids=lambda error: f"{type(error).__name__}-{error}"[:40])
-def test_the_function_raises_what_is_no_fault_of_the_backend(error):
+def test_the_function_raises_errors_that_no_backend_can_prevent(error):
     query = torch.randn(5, 4, 8)
     with registered(faulty("launch", error)), pytest.raises(type(error)) as told:
         attention(query, query, query)
@@ -514,20 +514,20 @@ def test_a_call_selects_nothing_while_no_backend_fails(monkeypatch):
     step.check(call(layer, step))
 
 
-def test_on_this_device_another_takes_over(device):
+def test_fallback_on_this_device(device):
     fields = {"dtype": torch.bfloat16, "num_heads": 8, "head_size": 64, "block_size": 16}
     step = Step(Case(spec=layer_spec(**fields), **MIXED), device)
-    with registered(faulty("launch", name="OWN")), moved_on("OWN failed at its launch"):
+    with registered(faulty("launch", name="OWN")), falls_back("OWN failed at its launch"):
         layer = layer_of(step, backend="OWN?")
         step.check(call(layer, step))
     assert "OWN" not in names(layer).values()
 
 
-def test_explain_and_resolve_see_it_too():
+def test_explain_and_resolve_exclude_a_failed_backend():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with registered(faulty("launch", phase=Phase.PREFILL)):
         assert resolve(step.spec, "cpu", phase=Phase.PREFILL).name == "TORCH_SDPA"
-        with moved_on():
+        with falls_back():
             call(layer_of(step, backend="decode=REFERENCE"), step)
         assert resolve(step.spec, "cpu", phase=Phase.PREFILL).name == "REFERENCE"
         prefill, decode = explain(step.spec, "cpu")

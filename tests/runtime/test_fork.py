@@ -23,7 +23,7 @@ from support.selection import make_backend
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 _POOL = _Pool()
-#: Where a lock is -> the lock, and what needs it.
+#: Place -> its lock, and a function that needs it.
 USES = {
     "registry": (
         lambda: registry.registry._lock,

@@ -78,13 +78,13 @@ def test_one_request_needs_no_lengths():
     step.check(attention(step.query, step.key, step.value, scale=step.scale))
 
 
-def test_lengths_of_queries_are_those_of_keys_unless_they_are_given():
+def test_seq_lens_default_to_query_lens():
     step = Step(Case(spec=layer_spec(block_size=None), query_lens=(3, 4), seq_lens=(3, 4)))
     output = attention(step.query, step.key, step.value, query_lens=[3, 4], scale=step.scale)
     step.check(output)
 
 
-def test_slots_follow_from_the_block_table():
+def test_slots_default_to_the_block_table():
     step = Step(Case(spec=layer_spec(), **LENS))
     output = attention(
         step.query, step.key, step.value, **LENS, kv_cache=step.kv_cache,
@@ -100,7 +100,7 @@ def test_the_scale_is_one_over_the_root_of_the_head_size():
     )
 
 
-def test_the_output_goes_where_it_is_wanted():
+def test_the_output_is_written_to_the_given_tensor():
     step = Step(Case(spec=layer_spec(), **LENS))
     out = torch.empty(9, 4, 8, dtype=torch.float64)
     assert call(step, out=out) is out
@@ -113,13 +113,13 @@ def test_a_cache_that_holds_everything_needs_no_new_keys():
 
 
 @pytest.mark.parametrize("brings_keys", [True, False])
-def test_an_int8_cache_is_known_by_its_dtype(brings_keys):
+def test_an_int8_cache_is_recognized_by_its_dtype(brings_keys):
     spec = layer_spec(kv_cache_dtype=INT8, head_size_v=40 if brings_keys else 8)
     step = Step(Case(spec=spec, **LENS, brings_keys=brings_keys))
     step.check(call(step))
 
 
-def test_values_of_another_size_in_a_cache_are_taken_whole():
+def test_a_cache_with_values_of_another_size():
     """Without new values nothing says how wide they are but the cache: as wide as the keys."""
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(5,), brings_keys=False))
     assert call(step).shape == (1, 4, 8)
@@ -131,7 +131,7 @@ def test_the_backend_may_be_named(backend):
     step.check(call(step, backend=backend))
 
 
-def test_a_backend_that_cannot_is_refused():
+def test_a_backend_without_support_is_rejected():
     query, key, value = torch.randn(3, 5, 4, 16)
     with pytest.raises(UnsupportedError, match=r"logits_soft_cap=30\.0 is not supported"):
         attention(query, key, value, logits_soft_cap=30.0, backend="TORCH_SDPA")
@@ -187,7 +187,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
-def test_a_bad_call_is_refused(what):
+def test_an_invalid_call_is_rejected(what):
     arguments, more, message = BAD_CALLS[what]
     with pytest.raises(InvalidInputError, match=message):
         attention(*arguments, **more)
@@ -209,7 +209,7 @@ def test_every_argument_is_documented():
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", INT8])
-def test_the_default_device_and_dtype_have_no_say(backend, kv_cache_dtype, misleading_defaults):
+def test_the_default_device_and_dtype_are_ignored(backend, kv_cache_dtype, misleading_defaults):
     spec = layer_spec(dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     step = Step(Case(spec=spec, **LENS))
     expected = step.expected()[0]
@@ -218,7 +218,7 @@ def test_the_default_device_and_dtype_have_no_say(backend, kv_cache_dtype, misle
     step.check(output, expected)
 
 
-def test_merging_knows_no_default_device(misleading_defaults):
+def test_merging_ignores_the_default_device(misleading_defaults):
     output, lse = torch.randn(3, 2, 4), torch.randn(3, 2)
     with misleading_defaults():
         merged, _ = merge_states([output, output], [lse, lse], torch.full((2,), -1e9, device="cpu"))
@@ -257,7 +257,7 @@ def test_parts_merge_into_the_whole(cuts, with_sinks, soft_cap):
     torch.testing.assert_close(lse, whole_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_merging_may_go_on_in_steps():
+def test_merged_states_can_be_merged_again():
     query, key, value = torch.randn(3, 6, 4, 8)
     outputs, lses = in_parts(query, key, value, [(0, 1), (1, 4), (4, 6)])
     first, first_lse = merge_states(outputs[:2], lses[:2])
@@ -267,7 +267,7 @@ def test_merging_may_go_on_in_steps():
     torch.testing.assert_close(lse, lse_at_once)
 
 
-def test_what_a_part_without_keys_holds_is_not_read():
+def test_the_output_of_a_part_without_keys_is_ignored():
     """A kernel may leave anything in the output of a row that it did not compute."""
     output, lse = torch.randn(2, 1, 4), torch.tensor([[0.5], [-torch.inf]])
     garbage = torch.full_like(output, torch.nan)
@@ -277,13 +277,13 @@ def test_what_a_part_without_keys_holds_is_not_read():
     assert torch.equal(merged_lse, lse)
 
 
-def test_a_nan_that_counts_shows():
+def test_a_nan_of_a_part_with_keys_stays():
     output, lse = torch.randn(2, 1, 4), torch.zeros(2, 1)
     merged, _ = merge_states([output, torch.full_like(output, torch.nan)], [lse, lse - 500])
     assert bool(merged.isnan().all())
 
 
-def test_large_scores_lose_nothing():
+def test_large_scores_do_not_overflow():
     output = torch.randn(2, 1, 1, 4)
     merged, lse = merge_states(list(output), [torch.full((1, 1), 1e4), torch.full((1, 1), 1e4)])
     torch.testing.assert_close(merged, output.mean(0))
@@ -309,6 +309,6 @@ def test_the_merged_output_has_the_dtype_of_the_parts(dtype):
         ([torch.zeros(3, 2, 4), torch.zeros(3, 2, 5)], [torch.zeros(3, 2)] * 2, "The parts differ"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(outputs, lses, message):
+def test_parts_that_do_not_fit_are_rejected(outputs, lses, message):
     with pytest.raises(InvalidInputError, match=message):
         merge_states(outputs, lses)

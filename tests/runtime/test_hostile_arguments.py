@@ -344,13 +344,13 @@ def tensors_in(value):
 
 
 @pytest.mark.parametrize("helper", HELPERS)
-def test_the_arguments_that_are_replaced_below_work(helper):
+def test_the_valid_arguments_work(helper):
     call, make = HELPERS[helper]
     call(**make())
 
 
 @pytest.mark.parametrize(("helper", "name"), PARAMETERS, ids=lambda value: value)
-def test_any_value_is_taken_or_refused_with_one_clear_error(helper, name):
+def test_any_value_is_accepted_or_rejected_with_one_clear_error(helper, name):
     call, make = HELPERS[helper]
     for kind, value in VALUES.items():
         arguments = {**make(), name: value()}
@@ -411,7 +411,7 @@ def test_numpy_integers_become_plain_ones():
     assert type(batch.block_size) is int
 
 
-def test_a_window_of_63_bits_sees_all():
+def test_a_window_of_63_bits_covers_all_keys():
     query = torch.randn(5, 4, 8)
     wide = ad.attention(query, query, query, sliding_window=2**63 - 1)
     torch.testing.assert_close(wide, ad.attention(query, query, query))

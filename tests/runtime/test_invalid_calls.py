@@ -230,7 +230,7 @@ FUNCTION_NAMES = [
 @pytest.mark.parametrize("index", range(len(FUNCTION_VALUES)))
 @pytest.mark.parametrize("is_paged", [True, False], ids=["paged", "ragged"])
 @pytest.mark.parametrize("name", FUNCTION_NAMES)
-def test_attention_accepts_a_value_or_says_what_is_wrong(name, is_paged, index):
+def test_attention_accepts_a_value_or_rejects_it_with_the_reason(name, is_paged, index):
     cache = make_cache()
     arguments = make_inputs()
     if is_paged:
@@ -260,7 +260,7 @@ LAYER_NAMES = [
 
 @pytest.mark.parametrize("index", range(len(FUNCTION_VALUES)))
 @pytest.mark.parametrize("name", LAYER_NAMES)
-def test_a_layer_accepts_a_value_or_says_what_is_wrong(name, index):
+def test_a_layer_accepts_a_value_or_rejects_it_with_the_reason(name, index):
     options = {**HEADS, "dtype": torch.float32, "device": "cpu"}
     with contextlib.suppress(AttnDispatchError):
         Attention(**(options | {name: FUNCTION_VALUES[index]}))
@@ -314,7 +314,7 @@ def test_slices_of_one_fused_buffer_that_do_not_overlap_are_accepted(backend):
     torch.testing.assert_close(result, expected)
 
 
-def test_keys_that_lie_in_the_cache_they_are_written_to_are_rejected():
+def test_keys_inside_their_cache_are_rejected():
     cache = make_cache(block_size=8)
     inputs = make_inputs() | {"key": cache[0, 0, :TOKENS]}
     with pytest.raises(InvalidInputError, match="kv_cache shares memory with key"):
@@ -421,7 +421,7 @@ def test_the_record_of_failures_is_bounded():
     assert failures()[-1].spec.head_size == 2 * MAX_FAILURES - 1
 
 
-def test_forgetting_while_others_record_is_free_of_races():
+def test_forgetting_and_recording_from_threads():
     start, errors = threading.Barrier(5), []
 
     def work(index):
@@ -514,7 +514,7 @@ def foreign_backend(forward, name="TORCH_SDPA"):
 
 @pytest.mark.parametrize("is_layer", [True, False], ids=["layer", "function"])
 @pytest.mark.parametrize("what", FAULTS)
-def test_what_a_foreign_backend_returns_is_checked(what, is_layer):
+def test_results_of_other_packages_are_checked(what, is_layer):
     forward, text = FAULTS[what]
     with registered(foreign_backend(forward)):
         if is_layer:
@@ -528,7 +528,7 @@ def test_what_a_foreign_backend_returns_is_checked(what, is_layer):
     torch.testing.assert_close(result, attention(**make_inputs(), backend="REFERENCE"))
 
 
-def test_a_result_in_a_tensor_of_its_own_is_copied_to_the_output():
+def test_a_result_in_another_tensor_is_copied_to_the_output():
     def forward(self, *args, **named):
         return ReferenceImpl.forward(self, *args[:6])
 
@@ -541,7 +541,7 @@ def test_a_result_in_a_tensor_of_its_own_is_copied_to_the_output():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("is_layer", [True, False], ids=["layer", "function"])
-def test_inputs_that_a_failing_backend_modified_are_put_back(is_layer, mode):
+def test_inputs_modified_by_a_failing_backend_are_restored(is_layer, mode):
     expected = attention(**make_inputs(), backend="REFERENCE")
     with registered(foreign_backend(_modified_then_raises)), mode():
         inputs, cache = make_inputs(), make_cache()

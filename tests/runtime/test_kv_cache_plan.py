@@ -1,4 +1,4 @@
-"""plan_kv_cache: one block size and layout for a whole model, or who stands in the way."""
+"""plan_kv_cache: one block size and layout for a whole model, or the layers that conflict."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_mixed_model_gets_one_block_size_and_layout():
     }
 
 
-def test_a_plan_changes_nothing_else_of_a_layer():
+def test_a_plan_changes_only_block_size_and_layout():
     spec = open_layer(logits_soft_cap=50.0, kv_cache_dtype="fp8")
     planned = plan_kv_cache({"a": spec}, CPU).specs["a"]
     assert planned.replace(block_size=None, kv_cache_layout=None) == spec
 
 
-def test_mla_and_dense_layers_go_together():
+def test_mla_and_dense_layers_in_one_plan():
     plan = plan_kv_cache({"mla": mla_layer(block_size=None), "dense": open_layer()}, CPU)
     assert plan.shapes == {"mla": (16, 576), "dense": (2, 16, 2, 64)}
     caches = plan.allocate(4)
@@ -76,16 +76,16 @@ def test_a_model_of_encoders_has_no_blocks():
     assert (plan.bytes_per_block, plan.num_blocks(1 << 30), plan.allocate(8)) == (0, 0, {})
 
 
-def test_an_empty_model_is_no_error():
+def test_an_empty_model_has_an_empty_plan():
     assert plan_kv_cache({}, CPU).specs == {}
 
 
-def test_values_that_are_wider_than_keys_fit():
+def test_values_wider_than_keys_fit():
     plan = plan_kv_cache({"a": open_layer(head_size=64, head_size_v=128)}, CPU)
     assert plan.shapes["a"] == (2, 16, 2, 128)
 
 
-def test_a_plan_is_made_in_silence():
+def test_a_plan_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan_kv_cache({"a": open_layer(sinks=True)}, known_device("H200"))
@@ -109,7 +109,7 @@ def test_the_element_type_is_that_of_the_cache(name, device, dtype):
     assert plan.dtypes["a"] == plan.allocate(1)["a"].dtype == dtype
 
 
-def test_memory_becomes_blocks():
+def test_num_blocks_for_memory():
     plan = plan_kv_cache(
         {"bf16": open_layer(), "fp8": open_layer(kv_cache_dtype="fp8"), "mla": mla_layer()}, CPU
     )
@@ -122,7 +122,7 @@ def test_memory_becomes_blocks():
 @pytest.mark.parametrize(
     ("sizes", "stored"), [((64, 64), 80), ((64, 128), 144), ((65, 1), 96), ((7, 16), 32)], ids=str
 )
-def test_an_int8_head_takes_its_scale_along(sizes, stored):
+def test_an_int8_head_includes_its_scale(sizes, stored):
     head_size, head_size_v = sizes
     spec = open_layer(head_size=head_size, head_size_v=head_size_v, kv_cache_dtype=INT8)
     plan = plan_kv_cache({"a": spec}, CPU)
@@ -136,7 +136,7 @@ def test_latents_have_no_int8_cache():
         plan_kv_cache({"mla": mla_layer(kv_cache_dtype=INT8)}, CPU)
 
 
-def test_what_is_allocated_is_what_was_counted():
+def test_allocated_bytes_equal_the_plan():
     layers = {"a": open_layer(), "mla": mla_layer(), "int8": open_layer(kv_cache_dtype=INT8)}
     plan = plan_kv_cache(layers, CPU)
     caches = plan.allocate(5).values()
@@ -194,39 +194,39 @@ SHARING_MISTAKES = {
 @pytest.mark.parametrize(
     ("layers", "shared", "message"), SHARING_MISTAKES.values(), ids=SHARING_MISTAKES
 )
-def test_a_mistake_in_sharing_is_named(layers, shared, message):
+def test_a_mistake_in_sharing_is_rejected(layers, shared, message):
     with pytest.raises(InvalidInputError, match=message):
         plan_kv_cache({"a": open_layer(), **layers}, CPU, shared=shared)
 
 
-# --- Who decides ------------------------------------------------------------------------------
+# --- Choosing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 48, 256])
-def test_a_layer_may_insist_on_a_block_size(size):
+def test_a_fixed_block_size_is_kept(size):
     plan = plan_kv_cache({"open": open_layer(), "insists": layer(block_size=size)}, CPU)
     assert plan.block_size == plan.specs["open"].block_size == size
 
 
-def test_a_layer_may_insist_on_a_layout():
+def test_a_fixed_layout_is_kept():
     layers = {"open": open_layer(), "insists": open_layer(kv_cache_layout="HND")}
     assert plan_kv_cache(layers, CPU).layout == "HND"
 
 
-def test_the_plan_is_the_one_with_which_layers_get_the_better_backend():
+def test_the_plan_gives_layers_the_best_backends():
     with registered(make_backend("TORCH_SDPA", block_size=MultipleOf(64))):
         plan = plan_kv_cache({"a": open_layer(), "b": open_layer(num_heads=4)}, CPU)
         assert plan.block_size == 64
 
 
-def test_the_layout_is_the_one_that_the_backends_like():
+def test_the_plan_has_the_layout_that_backends_prefer():
     likes_hnd = make_backend("TORCH_SDPA")
     likes_hnd.get_kv_cache_stride_order = staticmethod(lambda: (0, 1, 3, 2, 4))
     with registered(likes_hnd):
         assert plan_kv_cache({"a": open_layer()}, CPU).layout == "HND"
 
 
-def test_more_layers_outvote_fewer():
+def test_the_plan_follows_the_majority_of_layers():
     only_64 = make_backend("MAJORITY", block_size=blocks(64), sinks=OneOf(True))
     only_32 = make_backend("MINORITY", block_size=blocks(32), returns_lse=OneOf(True))
     layers = {f"sinks {n}": open_layer(sinks=True) for n in range(3)}
@@ -241,7 +241,7 @@ def test_an_override_for_one_phase_counts():
     assert plan.block_size == 128
 
 
-# --- Who stands in the way --------------------------------------------------------------------
+# --- Conflicts --------------------------------------------------------------------------------
 
 
 def conflict(layers, **kwargs) -> str:
@@ -250,7 +250,7 @@ def conflict(layers, **kwargs) -> str:
     return str(error.value)
 
 
-def test_two_layers_that_insist_on_different_sizes_are_named_and_no_third():
+def test_a_conflict_names_only_the_layers_in_it():
     layers = {
         "a": layer(block_size=16),
         "bystander": open_layer(),
@@ -265,7 +265,7 @@ def test_two_layers_that_insist_on_different_sizes_are_named_and_no_third():
     )
 
 
-def test_three_layers_of_which_each_two_agree():
+def test_a_conflict_of_three_layers():
     # 16 and 32, 32 and 64, 64 and 16: every pair has one in common, all three have none.
     kinds = {"sliding_window": (16, 32), "full": (32, 64), "encoder_decoder": (64, 16)}
     choosy = [make_backend(f"FOR_{k}".upper(), block_size=blocks(*s)) for k, s in kinds.items()]
@@ -292,7 +292,7 @@ def test_three_layers_of_which_each_two_agree():
     ]
 
 
-def test_layers_that_disagree_about_the_layout():
+def test_a_conflict_about_the_layout():
     nhd = make_backend("ONLY_NHD", kv_cache_layout=OneOf(None, "NHD"), block_size=blocks(16))
     layers = {"a": open_layer(), "b": open_layer(kv_cache_layout="HND", sliding_window=8)}
     with registered(nhd):
@@ -301,7 +301,7 @@ def test_layers_that_disagree_about_the_layout():
     assert f"  b: block_size {', '.join(map(str, sorted(BLOCK_SIZES)))} in HND\n" in message
 
 
-def test_the_phases_of_one_layer_that_disagree_are_named():
+def test_a_conflict_between_phases_of_one_layer():
     with registered(
         make_backend("ONLY_16", block_size=AnyOf(OneOf(None), OneOf(16))),
         make_backend("ONLY_32", block_size=AnyOf(OneOf(None), OneOf(32))),
@@ -311,7 +311,7 @@ def test_the_phases_of_one_layer_that_disagree_are_named():
     assert "  a in decode: block_size 32 in NHD or HND\n" in message
 
 
-def test_a_layer_that_nothing_can_serve_is_named_with_the_reasons():
+def test_a_layer_without_a_backend_is_named_with_the_reasons():
     layers = {"fine": open_layer(), "hopeless": open_layer(sinks=True)}
     message = conflict(layers, backend="TORCH_SDPA")
     assert message.startswith("Layer 'hopeless': ")

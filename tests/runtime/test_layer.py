@@ -59,7 +59,7 @@ def test_any_step_may_be_split_by_phase(device, route, case):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 @pytest.mark.parametrize("route", ROUTES)
-def test_requests_stand_in_any_order(route, order):
+def test_requests_in_any_order(route, order):
     query_lens, seq_lens = zip(*(REQUESTS[i] for i in order), strict=True)
     step = Step(CASE.replace(query_lens=query_lens, seq_lens=seq_lens, padding=3))
     output = call(layer_of(step, backend=route), step)
@@ -73,7 +73,7 @@ def test_both_phases_may_have_one_backend():
     assert layer.selections.keys() == {Phase.PREFILL, Phase.DECODE}
 
 
-def test_an_encoder_has_a_prefill_alone():
+def test_an_encoder_has_only_prefill():
     layer = Attention(4, 8, attn_type=AttentionType.ENCODER_ONLY, device="cpu")
     assert layer.selections.keys() == {Phase.PREFILL}
     assert layer.spec.block_size is None
@@ -89,13 +89,13 @@ def test_heads_and_elements_may_be_one_dimension(flat):
     step.check(output.view(-1, 4, 8))
 
 
-def test_a_flat_tensor_of_another_width_is_refused():
+def test_a_flat_tensor_of_another_width_is_rejected():
     layer = layer_of(Step(CASE), prefix="model.layers.3.attn")
     with pytest.raises(InvalidInputError, match=r"layer 'model.layers.3.attn' takes .*, 4, 8\)"):
         layer(torch.zeros(3, 31, dtype=torch.float64))
 
 
-def test_the_output_goes_where_it_is_wanted():
+def test_the_output_is_written_to_the_given_tensor():
     step = Step(CASE)
     output = torch.full((2, 9, 4, 8), torch.nan, dtype=torch.float64)[1]
     assert call(layer_of(step), step, output=output) is output
@@ -110,13 +110,13 @@ def test_cache_and_metadata_may_be_given():
     step.check(layer(step.query, step.key, step.value, kv_cache=cache, attn_metadata=metadata))
 
 
-def test_a_layer_without_a_batch_says_where_to_get_one():
+def test_a_layer_outside_of_a_context_is_an_error_with_a_remedy():
     step = Step(CASE)
     with pytest.raises(InvalidInputError, match=r"outside of forward_context. Open"):
         layer_of(step)(step.query, step.key, step.value)
 
 
-def test_a_layer_keeps_to_its_dtype():
+def test_a_query_of_another_dtype_is_rejected():
     step = Step(CASE)
     layer, step.query = layer_of(step), step.query.float()
     with pytest.raises(InvalidInputError, match=r"query is torch.float32; layer .* torch.float64"):
@@ -156,12 +156,12 @@ def count_builds(monkeypatch):
     return built
 
 
-def test_alike_layers_share_metadata_and_others_do_not(monkeypatch):
+def test_equal_layers_share_metadata_and_others_do_not(monkeypatch):
     built, step = count_builds(monkeypatch), Step(CASE)
-    alike = [layer_of(step, prefix=str(i)) for i in range(4)]
+    equal = [layer_of(step, prefix=str(i)) for i in range(4)]
     windowed = layer_of(Step(CASE.replace(spec=layer_spec(sliding_window=3))))
     with forward_context(step.batch):
-        for layer in [*alike, windowed, *alike]:
+        for layer in [*equal, windowed, *equal]:
             layer(step.query, step.key, step.value)
     assert len(built) == 2
 
@@ -234,7 +234,7 @@ class Model(nn.Module):
         )
 
 
-def test_caches_are_bound_by_name_and_shared_where_layers_share():
+def test_caches_are_bound_by_name_and_shared_between_sharing_layers():
     model = Model()
     caches = {f"layers.{i}": torch.zeros(5, 2, 4, 2, 8) for i in range(2)}
     bind_kv_caches(model, caches)
@@ -257,7 +257,7 @@ def test_a_sharing_layer_attends_to_what_its_target_wrote():
     assert torch.equal(step.kv_cache.nan_to_num(7), written.nan_to_num(7))
 
 
-def test_a_missing_cache_and_a_name_given_twice_are_errors():
+def test_a_missing_cache_and_a_duplicate_name_are_errors():
     model = Model()
     with pytest.raises(InvalidInputError, match=r"no cache for layer 'layers.1'"):
         bind_kv_caches(model, {"layers.0": torch.zeros(5, 2, 4, 2, 8)})
@@ -287,7 +287,7 @@ def test_making_a_layer_like_an_earlier_one_is_cheap():
     assert calls < 600
 
 
-def test_the_overrides_that_count_are_those_when_it_was_made():
+def test_a_layer_keeps_the_overrides_under_which_it_was_made():
     with attention_backend("REFERENCE"):
         layer = Attention(4, 8, device="meta")
     layer._bind(torch.device("cpu"))
@@ -317,7 +317,7 @@ def test_a_layer_made_on_meta_runs_where_its_queries_are():
     ],
     ids=lambda fields: str(*fields.values()) or "plain",
 )
-def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_defaults):
+def test_the_default_device_and_dtype_are_ignored(backend, fields, misleading_defaults):
     step = Step(CASE.replace(spec=layer_spec(dtype=torch.float32, **fields)))
     expected, table = step.expected()[0], step._table
     lens = (step.case.query_lens, step.case.seq_lens)
@@ -329,7 +329,7 @@ def test_the_default_device_and_dtype_have_no_say(backend, fields, misleading_de
     step.check(output, expected)
 
 
-def test_a_layer_that_nothing_can_serve_is_not_made():
+def test_a_layer_without_a_backend_is_not_made():
     with pytest.raises(UnsupportedError, match="TORCH_SDPA"):
         Attention(4, 8, logits_soft_cap=30.0, backend="TORCH_SDPA", device="cpu")
 
@@ -340,7 +340,7 @@ def test_a_layer_that_nothing_can_serve_is_not_made():
     [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
     ids=["deepcopy", "pickle"],
 )
-def test_a_copy_is_a_layer_of_its_own(duplicate, backend):
+def test_a_copy_is_a_separate_layer(duplicate, backend):
     step = Step(CASE.replace(spec=layer_spec(dtype=torch.float32, kv_cache_dtype="fp8_e4m3")))
     layer = layer_of(step, backend=backend)
     other = duplicate(layer)
@@ -371,8 +371,8 @@ def test_casting_the_model_leaves_the_scales_float32(cast):
     assert model.layers[0]._k_scale_float == pytest.approx(0.1)
 
 
-def test_sinks_stay_the_parameter_of_the_model():
-    """Not one of the layer as well: checkpoints name them once, and what is loaded counts."""
+def test_sinks_stay_a_parameter_of_the_model():
+    """They are not a parameter of the layer too: a checkpoint names them once."""
     step = Step(CASE.replace(spec=layer_spec(sinks=True)))
     wanted, step.sinks = step.sinks, nn.Parameter(torch.zeros(4), requires_grad=False)
     model = nn.Module()
@@ -389,8 +389,8 @@ def test_a_layer_with_an_int8_cache_takes_no_scales():
 
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA", *ROUTES])
-def test_an_int8_cache_is_what_the_plan_made(backend):
-    """From the plan to the layer and back out, nothing but the name of the dtype is given."""
+def test_a_layer_runs_with_a_planned_int8_cache(backend):
+    """From the plan to the layer, only the name of the dtype is given."""
     step = Step(CASE.replace(spec=layer_spec(kv_cache_dtype=INT8, head_size_v=33)))
     plan = plan_kv_cache({"a": step.spec}, "cpu")
     layer = layer_of(step, prefix="a", backend=backend)
@@ -455,14 +455,14 @@ def test_a_group_of_zeros_has_a_scale_of_one():
     ],
     ids=["no scale", "wrong scale", "other wrong scale", "float output", "e5m2", "not described"],
 )
-def test_the_output_is_quantized_as_described_or_not_at_all(quant, given):
+def test_output_quantization_that_differs_from_the_spec_is_rejected(quant, given):
     step, _ = quantized(quant)
     with pytest.raises(InvalidInputError, match=f"made with output_quant={quant!r}"):
         call(layer_of(step), step, **given)
 
 
 @pytest.mark.filterwarnings("ignore::attn_dispatch.selection.resolve.ReferenceFallbackWarning")
-def test_fp8_outputs_take_the_form_that_the_device_computes_with(monkeypatch):
+def test_fp8_outputs_have_the_fp8_type_of_the_device(monkeypatch):
     monkeypatch.setattr(
         "attn_dispatch.selection.resolve.detect_device", lambda device: known_device("gfx942")
     )

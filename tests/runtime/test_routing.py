@@ -1,4 +1,4 @@
-"""Prefill and decode on different backends: what is split, and that nobody notices."""
+"""Prefill and decode on different backends: what is split, and that the results are the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ E4M3 = torch.float8_e4m3fn
 
 #: Requests whose phases alternate, so that neither phase's rows are a slice.
 MIXED = {"query_lens": (1, 5, 1, 3), "seq_lens": (9, 5, 4, 8)}
-#: Prompts first, as the seed has it; decodes first, as vLLM V1 has it; and mixed.
+#: Prompts first, as in the seed; decodes first, as in vLLM V1; and mixed.
 ORDERS = {
     "prefills first": {"query_lens": (5, 3, 1, 1), "seq_lens": (5, 8, 9, 4)},
     "decodes first": {"query_lens": (1, 1, 5, 3), "seq_lens": (9, 4, 5, 8)},
@@ -67,7 +67,7 @@ def twin():
     ],
     ids=lambda fields: "+".join(fields) or "plain",
 )
-def test_a_split_batch_gives_what_a_whole_one_gives(route, order, fields):
+def test_a_split_batch_equals_a_whole_one(route, order, fields):
     spec = layer_spec(**fields)
     case = Case(spec=spec, **ORDERS[order], padding=2)
     if spec.bidirectional_ranges:
@@ -81,7 +81,7 @@ def test_a_split_batch_gives_what_a_whole_one_gives(route, order, fields):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_keys_need_not_be_padded_where_queries_are(route, order):
+def test_keys_may_be_unpadded_while_queries_are_padded(route, order):
     """The rows of a phase are found by the batch, and not by comparing the tensors' lengths."""
     step = Step(Case(spec=layer_spec(), **ORDERS[order], padding=3))
     tokens = step.batch.num_tokens
@@ -93,7 +93,7 @@ def test_keys_need_not_be_padded_where_queries_are(route, order):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("reader", ["decode", "prefill"])
-def test_a_request_may_read_what_another_writes_in_the_same_step(route, reader):
+def test_a_request_reads_a_prefix_written_in_the_same_step(route, reader):
     """Prefix caching: a block counts as cached from the step on that computes it."""
     # The writer's 4 tokens fill a block, which is also the first block of the reader.
     writer, reading = ((4, 4), (1, 5)) if reader == "decode" else ((1, 4), (3, 7))
@@ -115,7 +115,7 @@ def test_a_request_may_read_what_another_writes_in_the_same_step(route, reader):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("new_lens", [(7, 5), (0, 5), None], ids=str)
-def test_cross_attention_is_split_too(route, new_lens):
+def test_cross_attention_is_split(route, new_lens):
     spec = layer_spec(attn_type=AttentionType.ENCODER_DECODER)
     case = Case(
         spec=spec,
@@ -129,7 +129,7 @@ def test_cross_attention_is_split_too(route, new_lens):
     step.check(call(layer_of(step, backend=route), step))
 
 
-def test_cross_attention_keeps_all_keys_though_there_are_as_many_as_queries():
+def test_cross_attention_keeps_all_keys_if_there_are_as_many_as_queries():
     spec = layer_spec(attn_type=AttentionType.ENCODER_DECODER)
     case = Case(spec=spec, query_lens=(3, 1), seq_lens=(4, 3), new_lens=(4, 3))
     step = Step(case)
@@ -139,7 +139,7 @@ def test_cross_attention_keeps_all_keys_though_there_are_as_many_as_queries():
 
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_log_sum_exp_is_put_together(twin, order, padding):
+def test_the_log_sum_exp_of_parts_is_assembled(twin, order, padding):
     step = Step(Case(spec=layer_spec(returns_lse=True), **ORDERS[order], padding=padding))
     output, lse = call(layer_of(step, backend=twin), step)
     expected, expected_lse = step.expected()
@@ -151,7 +151,7 @@ def test_the_log_sum_exp_is_put_together(twin, order, padding):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("quant", ["fp8_e4m3", "fp8_e4m3_group128"])
-def test_quantized_output_is_put_together(twin, order, quant):
+def test_the_quantized_output_of_parts_is_assembled(twin, order, quant):
     spec = layer_spec(head_size_v=64, output_quant=quant)
     step = Step(Case(spec=spec, **ORDERS[order]))
     tokens, results = len(step.query), []
@@ -168,7 +168,7 @@ def test_quantized_output_is_put_together(twin, order, quant):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_the_parts_know_their_phase(route):
+def test_the_parts_have_their_phase(route):
     step = Step(Case(spec=layer_spec(), **MIXED))
     layer = layer_of(step, backend=route)
     metadata = layer.build_metadata(step.batch)
@@ -186,7 +186,7 @@ def test_the_parts_know_their_phase(route):
     assert names == wanted
 
 
-def test_requests_that_stand_together_are_not_gathered():
+def test_adjacent_requests_are_not_gathered():
     for order, phases in (("prefills first", (0, 8)), ("decodes first", (0, 2))):
         batch = AttentionBatch.create(**ORDERS[order])
         rows = [part.tokens for part in batch.parts.values()]
@@ -200,7 +200,7 @@ def test_requests_that_stand_together_are_not_gathered():
     lens=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=6),
     longest_decode=st.integers(1, 3),
 )
-def test_the_parts_of_a_batch_are_the_batch(lens, longest_decode):
+def test_the_parts_of_a_batch_cover_the_batch(lens, longest_decode):
     """Every request is in one part, with its tokens, slots, blocks, mask and ranges."""
     query_lens, seq_lens = [q for q, _ in lens], [q + past for q, past in lens]
     tokens, pairs = sum(query_lens), sum(q * s for q, s in zip(query_lens, seq_lens, strict=True))
@@ -255,14 +255,14 @@ def test_the_phase_of_a_request(query_len, seq_len, longest, phase):
     assert batch.phases == [phase]
 
 
-def test_a_backend_that_refuses_a_phase_is_named():
+def test_a_backend_that_rejects_a_phase_is_named():
     with pytest.raises(UnsupportedError, match="TORCH_SDPA"):
         layer_of(Step(Case(spec=layer_spec(sinks=True), **MIXED)), backend=ROUTES[0])
 
 
 @pytest.mark.parametrize("order", ["prefills first", "decodes alone"])
-def test_a_batch_that_contradicts_itself_is_the_callers_mistake(order):
-    """It is refused before anyone is asked to serve it, and no backend is blamed."""
+def test_a_contradictory_batch_is_an_invalid_input(order):
+    """It is rejected before a backend gets it, and no failure is recorded."""
     step = Step(Case(spec=layer_spec(), **ORDERS[order]))
     layer = layer_of(step, backend=ROUTES[0])
     short = dataclasses.replace(step.batch, seq_lens_cpu=step.batch.seq_lens_cpu[:1])
@@ -270,7 +270,7 @@ def test_a_batch_that_contradicts_itself_is_the_callers_mistake(order):
         step.batch, query_start_loc_cpu=step.batch.query_start_loc_cpu.flip(0)
     )
     for wrong in (short, falling):
-        for _ in range(2):  # what is refused once is refused again
+        for _ in range(2):  # it is rejected again
             with pytest.raises(InvalidInputError, match=r"for [24] requests it takes"):
                 layer.build_metadata(wrong)
     assert {phase: s.name for phase, s in layer.selections.items()} == {

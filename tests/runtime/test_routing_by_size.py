@@ -40,8 +40,8 @@ WHOLE, SPLIT = [("REFERENCE", None)], [("REFERENCE", "prefill"), ("TORCH_SDPA", 
 SIZES = {
     "one decode": ((1,), (7,), [("REFERENCE", None)]),
     "four decodes": ((1,) * 4, (7, 9, 5, 8), [("TORCH_SDPA", None)]),
-    "a size that nobody measured": ((1,) * 9, (7,) * 9, [("TORCH_SDPA", None)]),
-    "a length that nobody measured": ((1,), (70,), [("TORCH_SDPA", None)]),
+    "a size that was not measured": ((1,) * 9, (7,) * 9, [("TORCH_SDPA", None)]),
+    "a length that was not measured": ((1,), (70,), [("TORCH_SDPA", None)]),
     "one prompt": ((4,), (4,), [("REFERENCE", None)]),
     "four prompts": ((4, 3, 4, 4), (4, 3, 4, 4), [("TORCH_SDPA", None)]),
     "a prompt and a decode": ((1, 4), (7, 4), WHOLE),
@@ -53,7 +53,7 @@ SIZES = {
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A function that makes points count for the layers that are made from now on."""
+    """A function that puts points in force for layers that are made later."""
     names = (tmp_path / f"table-{i}.json" for i in itertools.count())
 
     def put(points, *specs):
@@ -75,7 +75,7 @@ def route_of(layer, step):
     ids=lambda fields: "+".join(fields) or "plain",
 )
 @pytest.mark.parametrize("size", SIZES)
-def test_each_batch_goes_to_who_was_measured_to_be_fastest(size, fields, measured):
+def test_each_batch_goes_to_the_fastest_measured_backend(size, fields, measured):
     query_lens, seq_lens, expected = SIZES[size]
     spec = layer_spec(**fields)
     measured(BY_SIZE, spec)
@@ -87,7 +87,7 @@ def test_each_batch_goes_to_who_was_measured_to_be_fastest(size, fields, measure
     assert not output[sum(query_lens) :].any()
 
 
-def test_drafts_are_verified_by_who_is_fastest_at_that(measured):
+def test_drafts_go_to_the_fastest_backend_for_verify(measured):
     measured([*BY_SIZE, point("decode", 1, 1, 16, REFERENCE=20, TORCH_SDPA=15)])
     step = Step(Case(spec=layer_spec(), query_lens=(2,), seq_lens=(8,)))
     step.batch = AttentionBatch.create(
@@ -108,7 +108,7 @@ def test_drafts_are_verified_by_who_is_fastest_at_that(measured):
     ],
     ids=str,
 )
-def test_a_mixed_batch_stays_whole_or_is_split_as_measured(times, expected, measured):
+def test_a_mixed_batch_is_split_only_if_that_was_faster(times, expected, measured):
     query_lens, seq_lens, _ = SIZES["a prompt and four decodes"]
     measured([*BY_SIZE, point("mixed", 5, 2, 7, **times)])
     step = Step(Case(spec=layer_spec(), query_lens=query_lens, seq_lens=seq_lens, padding=2))
@@ -143,10 +143,8 @@ def test_a_router_serves_every_request_once(lens, names):
     together=st.booleans(),
     captured=st.booleans(),
 )
-def test_each_phase_of_a_mixed_batch_goes_where_it_would_go_alone(
-    lens, longest, together, captured
-):
-    """The totals of a phase are those of its requests, wherever they stand in the batch."""
+def test_an_unmeasured_mixed_batch_is_split_by_phase(lens, longest, together, captured):
+    """The totals of a phase are those of its requests, wherever they are in the batch."""
     lens = sorted(lens) if together else lens
     batch = AttentionBatch.create(
         [q for q, _ in lens], [q + past for q, past in lens], max_decode_query_len=longest
@@ -167,7 +165,7 @@ def test_without_a_measurement_there_is_no_router():
     assert not isinstance(layer._binding.impl, RoutedImpl)
 
 
-def test_where_one_wins_everywhere_there_is_no_router_either(measured):
+def test_one_fastest_backend_needs_no_router(measured):
     points = [
         point(each.step, each.requests, each.tokens // each.requests, 8, REFERENCE=1, TORCH_SDPA=2)
         for each in BY_SIZE
@@ -178,7 +176,7 @@ def test_where_one_wins_everywhere_there_is_no_router_either(measured):
     assert {selection.name for selection in layer.selections.values()} == {"REFERENCE"}
 
 
-def test_what_is_required_is_not_routed_by_size(measured):
+def test_required_backends_are_not_routed_by_size(measured):
     mixed = point("mixed", 5, 2, 7, REFERENCE=1, TORCH_SDPA=20, TORCH_SDPA__REFERENCE=2)
     measured([*BY_SIZE, mixed])
     query_lens, seq_lens, _ = SIZES["a prompt and four decodes"]
@@ -200,7 +198,7 @@ def test_batch_invariant_layers_are_not_routed_by_size(measured):
         assert not isinstance(layer_of(Step(Case(spec=spec, **MIXED)))._binding.impl, RoutedImpl)
 
 
-def test_alike_layers_share_metadata_and_others_do_not(measured):
+def test_equal_layers_share_metadata_and_others_do_not(measured):
     measured(BY_SIZE)
     step = Step(Case(spec=layer_spec(), **MIXED))
     layers = [layer_of(step), layer_of(step)]
@@ -214,8 +212,8 @@ def test_alike_layers_share_metadata_and_others_do_not(measured):
         assert len(context._metadata) == 2
 
 
-def test_another_table_or_override_decides_anew(measured):
-    """What was decided for a layer and a batch is not remembered beyond what decided it."""
+def test_later_layers_follow_another_table_or_override(measured):
+    """Decisions for a layer and a batch are not reused after their reasons change."""
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(7,)))
     measured(BY_SIZE)
     before = layer_of(step)
@@ -234,7 +232,7 @@ def test_another_table_or_override_decides_anew(measured):
     assert route_of(layer_of(step), step) == [("REFERENCE", None)]
 
 
-def test_metadata_of_a_layer_with_other_backends_is_refused(measured):
+def test_metadata_of_a_layer_with_other_backends_is_rejected(measured):
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(7,)))
     measured(BY_SIZE)
     metadata = layer_of(step).build_metadata(step.batch)
@@ -248,7 +246,7 @@ def test_metadata_of_a_layer_with_other_backends_is_refused(measured):
             other(step.query, step.key, step.value, attn_metadata=metadata)
 
 
-def test_a_whole_batch_knows_its_phases(measured):
+def test_metadata_of_a_whole_batch_has_both_phases(measured):
     mixed = point("mixed", 5, 2, 7, REFERENCE=1, TORCH_SDPA=2)
     measured([*BY_SIZE, mixed])
     query_lens, seq_lens, _ = SIZES["a prompt and four decodes"]
@@ -261,7 +259,7 @@ def test_a_whole_batch_knows_its_phases(measured):
     assert alone.decode_metadata.batch.query_lens == [1]
 
 
-def test_an_encoder_is_routed_by_size_too(measured):
+def test_an_encoder_is_routed_by_size(measured):
     spec = layer_spec(attn_type=AttentionType.ENCODER_ONLY, block_size=None)
     measured(BY_SIZE, spec)
     for size in ("one prompt", "four prompts"):
@@ -274,8 +272,8 @@ def test_an_encoder_is_routed_by_size_too(measured):
     empty.check(call(layer_of(empty), empty))
 
 
-def test_under_graphs_the_size_alone_counts_and_replay_agrees_with_eager(measured):
-    """What is captured for a size serves every step of up to that size, whatever its lengths."""
+def test_graphs_are_routed_by_size_only_and_replay_equals_eager(measured):
+    """A graph that is captured for a size serves every step up to that size, of any lengths."""
     spec = layer_spec(cuda_graph=True)
     first, second = make_backend("FIRST"), make_backend("SECOND")
     points = [
@@ -321,7 +319,7 @@ def test_under_graphs_the_size_alone_counts_and_replay_agrees_with_eager(measure
         step.check(output[:3])
 
 
-def test_under_graphs_a_backend_with_a_state_of_its_own_is_not_routed(measured):
+def test_graphs_do_not_route_to_a_backend_with_another_state_class(measured):
     class OwnState(CommonAttentionState):
         """Buffers of a backend's own."""
 
@@ -351,8 +349,8 @@ def test_a_compiled_layer_is_routed_batch_by_batch(measured):
             step.check(compiled(step.query, step.key, step.value))
 
 
-def test_a_bucket_of_a_batch_is_that_of_its_point():
-    """What is measured and what is served are told by the same numbers."""
+def test_a_batch_and_its_point_have_the_same_bucket():
+    """Measured and served batches are described by the same numbers."""
     batch = AttentionBatch.create([1, 1, 4], [9, 9, 4])
     router = Router(
         {Phase.PREFILL: "A", Phase.DECODE: "A"},

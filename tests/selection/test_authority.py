@@ -1,4 +1,4 @@
-"""Who outranks whom among overrides, and who sees which: contexts, threads, tasks, environment."""
+"""Precedence of overrides, and where they apply: contexts, threads, tasks, environment."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OURS, VLLM = "ATTN_DISPATCH_BACKEND", "VLLM_ATTENTION_BACKEND"
 
 
 def pick(**ask) -> str:
-    """The name of what an ordinary layer with a window gets on the CPU, here and now."""
+    """The name of what an ordinary layer with a window gets on the CPU now."""
     return resolve(layer(sliding_window=128), CPU, **ask).name
 
 
-# --- Who outranks whom ------------------------------------------------------------------------
+# --- Precedence -------------------------------------------------------------------------------
 
 #: From the highest authority to the lowest.
 LEVELS = [
@@ -114,7 +114,7 @@ def test_contexts_nest_and_end():
     assert pick() == PLATFORM_PICK
 
 
-def test_a_context_ends_with_an_exception_too():
+def test_a_context_ends_with_an_exception():
     with contextlib.suppress(ZeroDivisionError), attention_backend("REFERENCE"):
         raise ZeroDivisionError
     assert pick() == PLATFORM_PICK
@@ -130,7 +130,7 @@ def test_an_inner_context_adds_to_the_outer_one():
 
 
 @pytest.mark.parametrize("override", ["NO_SUCH_BACKEND", "prefil=REFERENCE", "-"])
-def test_a_mistake_shows_where_the_context_is_entered(override):
+def test_an_invalid_override_raises_when_the_context_is_entered(override):
     with (
         pytest.raises((InvalidInputError, UnknownBackendError), match=r"attention_backend\(\)"),
         attention_backend(override),
@@ -138,7 +138,7 @@ def test_a_mistake_shows_where_the_context_is_entered(override):
         pytest.fail("the context was entered")
 
 
-def test_a_context_reaches_the_front_that_looks_like_vllms():
+def test_a_context_applies_to_get_attn_backend():
     with attention_backend("REFERENCE"):
         cls = get_attn_backend(64, torch.float32, num_heads=8, device="cpu")
     assert cls.get_name() == "REFERENCE"
@@ -191,7 +191,7 @@ def test_two_tasks_do_not_see_each_others_overrides():
     assert asyncio.run(interleave()) == [[name] * 5 + [PLATFORM_PICK] for name in PAIR]
 
 
-def test_work_handed_to_a_thread_by_asyncio_takes_its_override_along():
+def test_asyncio_to_thread_keeps_the_override():
     async def work() -> tuple[str, str]:
         with attention_backend("REFERENCE"):
             inside = await asyncio.to_thread(pick)
@@ -251,7 +251,7 @@ def test_vllms_names_for_its_triton_kernels_are_understood(name, device, monkeyp
 
 
 @pytest.mark.parametrize("name", VLLM_NAMES)
-def test_every_translation_is_honoured_or_refused(name, monkeypatch):
+def test_every_translation_is_applied_or_rejected(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     if VLLM_NAMES[name] in registry.names():
         # There the platform's order picks none of them.
@@ -263,7 +263,7 @@ def test_every_translation_is_honoured_or_refused(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "FLASHINFER"])
-def test_vllms_names_that_are_ours_too_need_no_translation(name, monkeypatch):
+def test_shared_names_need_no_translation(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     assert name not in VLLM_NAMES
     selection = resolve(layer(), explained_device("H200"))
@@ -274,20 +274,20 @@ UNKNOWN_HERE = ["XFORMERS", "FLASHMLA", "PALLAS", "ROCM_AITER_UNIFIED_ATTN", "NO
 
 
 @pytest.mark.parametrize("name", UNKNOWN_HERE)
-def test_vllms_name_without_a_counterpart_is_refused_and_never_ignored(name, monkeypatch):
+def test_vllms_name_without_a_counterpart_is_rejected(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     with pytest.raises(UnknownBackendError, match=f"{VLLM} names the backend '{name}'"):
         ask()
 
 
 @pytest.mark.parametrize("name", ["TORCH_SDPA", "FLASHMLA"])
-def test_vllms_variable_is_outranked_by_ours_whatever_it_names(name, monkeypatch):
+def test_our_variable_outranks_vllms_even_with_an_unknown_name(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     monkeypatch.setenv(OURS, "REFERENCE")
     assert ask() == "REFERENCE"
 
 
-def test_vllms_variable_is_not_ignored_where_ours_speaks_of_another_kind(monkeypatch):
+def test_vllms_variable_counts_if_ours_is_for_another_kind(monkeypatch):
     monkeypatch.setenv(VLLM, "FLASHMLA")
     monkeypatch.setenv(OURS, "mla=REFERENCE_MLA")
     with pytest.raises(UnknownBackendError, match=VLLM):

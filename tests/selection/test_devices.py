@@ -51,11 +51,11 @@ def test_a_known_device_is_found_by_product(alias):
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx_4090", "Rtx4090"])
-def test_products_may_be_spelled_as_people_do(name):
+def test_spellings_of_a_product(name):
     assert known_device(name).arch == "sm89"
 
 
-def test_an_unknown_device_is_refused_with_those_that_are_known():
+def test_an_unknown_device_is_rejected_with_the_known_ones():
     with pytest.raises(InvalidInputError, match=r"'sm75' is not known.*sm80.*gfx942.*cpu.*h200"):
         known_device("sm75")
 
@@ -97,7 +97,7 @@ def test_the_profile_of_an_amd_gpu():
     assert (profile.shared_memory_bytes, profile.l2_bytes) == (None, None)  # this PyTorch is silent
 
 
-def test_a_gpu_that_nobody_has_listed_gets_a_profile_too():
+def test_an_unlisted_gpu_gets_a_profile():
     properties = SimpleNamespace(name="NVIDIA T4", major=7, minor=5, multi_processor_count=40)
     profile = _describe_cuda(properties, hip_version=None)
     assert (profile.arch, profile.memory_bandwidth) == ("sm75", None)
@@ -109,7 +109,7 @@ def test_detection_adds_the_libraries():
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99", "nonsense", "meta", "cpu:x"])
-def test_a_device_that_cannot_be_used_is_an_error_that_says_what_to_do(name):
+def test_an_unusable_device_is_an_error_with_a_remedy(name):
     if name.startswith("cuda") and torch.cuda.is_available() and name != "cuda:99":
         pytest.skip("there is a GPU here")
     with pytest.raises(InvalidInputError, match=f"'{name}' cannot be used here.*doctor"):
@@ -193,7 +193,7 @@ def test_every_backend_is_considered_everywhere_and_the_last_resort_last(profile
 
 
 @pytest.mark.parametrize("profile", UNLISTED, ids=lambda p: p.arch)
-def test_a_device_that_nobody_has_listed_is_not_left_with_the_last_resort(profile):
+def test_an_unlisted_device_is_not_left_with_the_last_resort(profile):
     assert select(layer(), profile).name == "TORCH_SDPA"
 
 
@@ -216,14 +216,14 @@ def test_explaining_an_unknown_device_is_an_error():
         explain(layer(), "sm75")
 
 
-def test_a_profile_is_taken_as_it_is():
+def test_a_profile_is_used_unchanged():
     bare = known_device("H200")
     assert select(layer(), bare).name == "TORCH_SDPA"
     assert explain(layer(), bare)[0].picked == "TORCH_SDPA"
     assert explain(layer(), "H200")[0].picked == "HOPPER_ATTN"
 
 
-def test_a_device_elsewhere_is_assumed_to_have_what_plugins_require():
+def test_a_device_elsewhere_is_assumed_to_have_the_libraries_of_plugins():
     spec = layer(dtype=torch.float64)  # which no backend of ours computes on a GPU but the last
     needy = make_backend("NEEDY", requires=("no_such_library>=2",), dtype=OneOf(torch.float64))
     with registered(needy):
@@ -243,7 +243,7 @@ def test_a_device_elsewhere_may_be_explained_without_a_library():
 # --- The warning ------------------------------------------------------------------------------
 
 
-def test_the_last_resort_on_a_gpu_warns_with_what_stood_in_the_way():
+def test_the_last_resort_on_a_gpu_warns_with_the_reasons():
     with pytest.warns(ReferenceFallbackWarning) as caught:
         resolve(layer(sinks=True), known_device("H200"))
     no_triton, no_flashinfer, no_torch = (
@@ -264,7 +264,7 @@ def test_the_last_resort_on_a_gpu_warns_with_what_stood_in_the_way():
     )
 
 
-def test_the_warning_comes_once_for_a_cause_however_many_layers_it_is_about():
+def test_the_last_resort_warns_once_for_each_cause():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for phase in attn_dispatch.Phase:
@@ -276,7 +276,7 @@ def test_the_warning_comes_once_for_a_cause_however_many_layers_it_is_about():
         assert len(caught) == 2
 
 
-def test_the_last_resort_for_mla_warns_too():
+def test_the_last_resort_for_mla_warns():
     with pytest.warns(ReferenceFallbackWarning, match="REFERENCE_MLA serves this layer on"):
         resolve(mla_layer(), known_device("MI300X"))
 
@@ -290,7 +290,7 @@ def test_the_last_resort_for_mla_warns_too():
     ],
     ids=["on a CPU", "asked for", "not the last resort"],
 )
-def test_no_warning(spec, device, backend):
+def test_the_last_resort_gives_no_warning_if_expected(spec, device, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve(spec, known_device(device), backend=backend)

@@ -1,4 +1,4 @@
-"""Optional libraries: missing, old, oddly versioned or broken; selection works all the same."""
+"""Optional libraries: missing, old, oddly versioned or broken; selection works in each case."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def needing(library: str):
     return make_backend("TORCH_SDPA", requires=(library,))
 
 
-# --- What is there ----------------------------------------------------------------------------
+# --- Installed libraries ----------------------------------------------------------------------
 
 
 def test_presence_and_version_are_found_without_an_import(site):
@@ -60,7 +60,7 @@ def test_presence_and_version_are_found_without_an_import(site):
     assert found["aiter"] == Library("aiter")
 
 
-def test_a_record_without_a_version_is_a_library_all_the_same(site):
+def test_a_record_without_a_version_counts_as_installed(site):
     site.install("triton", version="3.9")
     (record,) = site.path.glob("*.dist-info/METADATA")
     record.write_text("Name: triton\n")
@@ -84,7 +84,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", OPTIONAL)
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_broken_library_harms_nobody_who_does_not_use_it(site, name, error):
+def test_a_broken_library_does_not_affect_other_backends(site, name, error):
     site.install(name, ERRORS[error])
     spec = layer()
     (prefill, decode) = attn_dispatch.explain(spec, "cpu")
@@ -93,7 +93,7 @@ def test_a_broken_library_harms_nobody_who_does_not_use_it(site, name, error):
 
 @pytest.mark.parametrize("name", OPTIONAL)
 @pytest.mark.parametrize("error", ERRORS)
-def test_selection_moves_on_once_a_library_has_turned_out_broken(site, name, error):
+def test_selection_excludes_backends_of_a_broken_library(site, name, error):
     site.install(name, ERRORS[error])
     with registered(needing(name)):
         assert resolve(layer(), "cpu").name == "TORCH_SDPA"
@@ -107,7 +107,7 @@ def test_selection_moves_on_once_a_library_has_turned_out_broken(site, name, err
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_a_missing_library_is_refused_with_the_way_to_get_it(site, name):
+def test_a_missing_library_is_a_reason_with_a_remedy(site, name):
     site.remove(name)
     with registered(needing(f"{name}>=1")):
         (report, _) = attn_dispatch.explain(layer(), "cpu")
@@ -117,7 +117,7 @@ def test_a_missing_library_is_refused_with_the_way_to_get_it(site, name):
     assert str(reason) == f"needs {name}>=1: {name} is not installed ({remedy})"
 
 
-def test_a_missing_library_fails_on_import_too(site):
+def test_a_missing_library_fails_on_import(site):
     site.remove("aiter")
     with pytest.raises(BackendFailure, match="aiter cannot be imported here: ModuleNotFoundError"):
         import_library("aiter")
@@ -149,7 +149,7 @@ def importing(library: str):
     return backend
 
 
-def test_a_layer_goes_on_without_a_library_that_turns_out_broken(site):
+def test_a_layer_falls_back_from_a_broken_library(site):
     site.install("flash_attn", ERRORS["OSError"])
     with (
         registered(importing("flash_attn")),
@@ -160,7 +160,7 @@ def test_a_layer_goes_on_without_a_library_that_turns_out_broken(site):
     assert "installed but broken" in str(made.selections[Phase.DECODE])
 
 
-def test_the_function_goes_on_too(site):
+def test_the_function_falls_back_from_a_broken_library(site):
     site.install("flash_attn", ERRORS["OSError"])
     query = torch.randn(3, 2, 8)
     with registered(importing("flash_attn")), pytest.warns(BrokenLibraryWarning):
@@ -168,7 +168,7 @@ def test_the_function_goes_on_too(site):
     torch.testing.assert_close(output, attention(query, query, query, backend="REFERENCE"))
 
 
-def test_what_is_required_is_an_error_that_names_the_broken_library(site):
+def test_a_required_backend_with_a_broken_library_is_an_error(site):
     site.install("flash_attn", ERRORS["OSError"])
     with (
         registered(importing("flash_attn")),
@@ -218,7 +218,7 @@ def test_a_version_that_falls_short(requirement, version):
 
 
 @given(st.text())
-def test_no_version_that_a_package_may_carry_breaks_selection(version):
+def test_selection_accepts_any_version_text(version):
     backend = make_backend("NEEDS_TRITON", requires=("triton>=3.6",))
     device = known_device("cpu").with_libraries(Library("triton", version))
     with registered(backend):
@@ -240,7 +240,7 @@ def test_a_requirement_may_name_the_module_or_the_package(requirement, module):
     assert library_name(requirement) == module
 
 
-def test_a_device_elsewhere_is_taken_to_have_every_library():
+def test_a_device_elsewhere_is_assumed_to_have_every_library():
     with registered(make_backend("NEEDY", requires=("triton>=3.6", "own-kernels>=2"))):
         (report, _) = attn_dispatch.explain(layer(), "gfx942", backend="NEEDY")
     assert report.picked == "NEEDY"

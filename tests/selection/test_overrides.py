@@ -1,4 +1,4 @@
-"""Overrides: their grammar, what they do to a decision, who outranks whom, and who sees them."""
+"""Overrides: their grammar, and what they do to a decision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse(text: str) -> tuple[Rule, ...]:
 
 
 def pick(spec=None, *, phase=None, backend=None) -> str:
-    """The name of what an ordinary layer gets on the CPU, here and now."""
+    """The name of what an ordinary layer gets on the CPU now."""
     return resolve(spec or layer(), CPU, phase=phase, backend=backend).name
 
 
@@ -51,7 +51,7 @@ ITEMS = [
 
 
 @pytest.mark.parametrize(("text", "rule"), ITEMS, ids=[text for text, _ in ITEMS])
-def test_an_item(text, rule):
+def test_an_item_of_an_override(text, rule):
     (parsed,) = parse(text)
     assert (parsed.mode, parsed.name, parsed.phase, parsed.kind) == (
         rule.mode,
@@ -76,7 +76,7 @@ AFFIXES = {Mode.REQUIRE: ("", ""), Mode.PREFER: ("", "?"), Mode.EXCLUDE: ("-", "
 @given(
     st.lists(st.tuples(st.sampled_from(SCOPES), st.sampled_from(Mode)), unique_by=lambda i: i[0])
 )
-def test_what_is_written_is_what_is_read(items):
+def test_written_rules_are_parsed_back(items):
     # One backend in every item, so that nothing contradicts.
     text = ",".join(f"{scope}{AFFIXES[mode][0]}FA3{AFFIXES[mode][1]}" for scope, mode in items)
     read = [
@@ -105,7 +105,7 @@ def test_malformed_text_is_quoted_with_the_right_form(text):
 
 
 @pytest.mark.parametrize("text", ["", "   "])
-def test_an_empty_override_says_nothing(text):
+def test_an_empty_override_has_no_rules(text):
     assert parse(text) == ()
 
 
@@ -119,7 +119,7 @@ def test_an_empty_override_says_nothing(text):
         ("prefill=decode=FA3", "unknown scope 'prefill=decode'"),
     ],
 )
-def test_an_unknown_scope_is_refused_with_those_that_exist(text, meant):
+def test_an_unknown_scope_is_rejected_with_the_known_ones(text, meant):
     with pytest.raises(InvalidInputError) as error:
         parse(text)
     assert meant in str(error.value)
@@ -144,7 +144,7 @@ def test_an_unknown_backend_gets_a_suggestion_and_the_list():
         ("mla=FA3,decode=REFERENCE", "for the decode of mla layers. Add mla.decode=NAME"),
     ],
 )
-def test_a_contradiction_is_refused(text, message):
+def test_a_contradiction_is_rejected(text, message):
     with pytest.raises(InvalidInputError, match=message):
         parse(text)
 
@@ -160,11 +160,11 @@ def test_a_contradiction_is_refused(text, message):
         "mla=FA3,decode=FA3",
     ],
 )
-def test_an_exception_to_a_rule_is_no_contradiction(text):
+def test_an_exception_to_a_rule_is_accepted(text):
     assert len(parse(text)) == text.count(",") + 1
 
 
-def test_an_override_that_is_no_text_is_refused():
+def test_an_override_that_is_not_a_string_is_rejected():
     with pytest.raises(InvalidInputError, match="Give the name of a backend"):
         resolve(layer(), CPU, backend=make_backend("MINE"))
 
@@ -172,13 +172,13 @@ def test_an_override_that_is_no_text_is_refused():
 # --- What overrides do ------------------------------------------------------------------------
 
 
-def test_a_required_backend_is_picked_and_said_to_be():
+def test_a_required_backend_is_picked_and_reported():
     selection = resolve(layer(), CPU, backend="REFERENCE")
     assert (selection.name, selection.source) == ("REFERENCE", Source.ARGUMENT)
     assert selection.report.because == "the argument 'REFERENCE' asks for it"
 
 
-def test_a_required_backend_that_is_refused_is_an_error_with_the_reasons_and_a_remedy():
+def test_a_rejected_required_backend_is_an_error_with_reasons_and_a_remedy():
     with pytest.raises(UnsupportedError) as error:
         resolve(layer(sinks=True), CPU, backend="TORCH_SDPA")
     text = str(error.value)
@@ -191,16 +191,16 @@ def test_a_required_backend_that_is_refused_is_an_error_with_the_reasons_and_a_r
     assert error.value.report.source is Source.ARGUMENT
 
 
-def test_a_required_backend_is_not_blamed_for_what_nobody_could():
+def test_a_required_backend_and_a_request_that_no_backend_supports():
     with pytest.raises(UnsupportedError, match="No other backend can either: change the request"):
         resolve(layer(cuda_graph=True), CPU, backend="REFERENCE")
 
 
-def test_a_preferred_backend_is_picked_where_it_can():
+def test_a_preferred_backend_is_picked_if_supported():
     assert pick(backend="REFERENCE?") == "REFERENCE"
 
 
-def test_a_preferred_backend_that_is_refused_is_passed_over_and_said_to_be():
+def test_a_rejected_preferred_backend_is_reported():
     report = resolve(layer(sinks=True), CPU, backend="TORCH_SDPA?").report
     assert (report.picked, report.source) == ("REFERENCE", Source.PLATFORM)
     assert "the argument 'TORCH_SDPA?' prefers TORCH_SDPA, which is rejected" in report.because
@@ -211,7 +211,7 @@ def test_several_preferences_count_in_order():
     assert pick(backend="REFERENCE?,TORCH_SDPA?") == "REFERENCE"
 
 
-def test_an_excluded_backend_is_refused_with_who_excluded_it():
+def test_an_excluded_backend_is_rejected_with_the_override():
     selection = resolve(layer(), CPU, backend="-TORCH_SDPA")
     assert selection.name == "REFERENCE"
     (reason,) = selection.verdicts[0].reasons
@@ -234,7 +234,7 @@ def test_excluding_all_is_an_error_with_every_reason():
         assert str(reason) in str(error.value)
 
 
-def test_a_requirement_for_what_is_no_candidate_is_not_ignored():
+def test_a_requirement_for_a_missing_candidate_is_not_ignored():
     few = {"REFERENCE": registry.candidates()["REFERENCE"]}
     with pytest.raises(UnsupportedError, match="requires TORCH_SDPA, which cannot"):
         select(layer(), CPU, rules=rules("TORCH_SDPA"), candidates=few)
@@ -264,13 +264,13 @@ def test_an_override_by_kind_and_phase_holds_for_both():
     assert [r.picked for r in explain(layer(), CPU, backend=override)] == ["TORCH_SDPA"] * 2
 
 
-def test_one_backend_for_both_phases_cannot_be_named_if_overrides_differ_by_phase():
+def test_overrides_that_differ_by_phase_need_a_phase():
     with pytest.raises(InvalidInputError) as error:
         pick(backend="decode=REFERENCE")
     assert "pick TORCH_SDPA for prefill and REFERENCE for decode. Pass phase=" in str(error.value)
 
 
-def test_one_backend_for_both_phases_can_be_named_if_the_phases_agree():
+def test_overrides_that_agree_need_no_phase():
     assert pick(backend="prefill=REFERENCE,decode=REFERENCE") == "REFERENCE"
     assert pick(layer(sinks=True), backend="decode=REFERENCE") == "REFERENCE"
 
@@ -287,6 +287,6 @@ def test_a_phase_may_be_given_as_text():
 
 
 @pytest.mark.parametrize("ask", [resolve, select, explain], ids=lambda f: f.__name__)
-def test_a_phase_that_does_not_exist_is_refused(ask):
+def test_an_unknown_phase_is_rejected(ask):
     with pytest.raises(InvalidInputError, match="phase='chunked' is neither"):
         ask(layer(), CPU, phase="chunked")

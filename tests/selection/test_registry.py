@@ -1,4 +1,4 @@
-"""The registry: what counts as a backend, how names lead to classes, and what plugins may do."""
+"""The registry: valid backend classes, names of classes, plug-ins."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _raise(*args):
     raise OSError("libkernels.so: cannot open shared object file")
 
 
-#: What is wrong with a class that is a good backend but for these members, and what is said of it.
+#: Members that make a valid backend class invalid, and the message.
 NOT_BACKENDS = {
     "old version": ({"interface_version": 0}, "interface_version is 0, and this attn-dispatch has"),
     "no capabilities": ({"capabilities": {"sinks": True}}, "capabilities is not a Capabilities"),
@@ -84,7 +84,7 @@ NOT_BACKENDS = {
 
 
 @pytest.mark.parametrize(("members", "message"), NOT_BACKENDS.values(), ids=NOT_BACKENDS)
-def test_a_class_that_is_no_backend_is_refused_with_what_is_wrong(members, message):
+def test_an_invalid_backend_class_is_rejected_with_the_reason(members, message):
     members = {k: staticmethod(v) if callable(v) else v for k, v in members.items()}
     cls = type("BadBackend", (ReferenceBackend,), members)
     with pytest.raises(InvalidInputError, match=message):
@@ -101,13 +101,13 @@ def test_missing_members_are_all_named():
 
 
 @pytest.mark.parametrize("what", [None, "REFERENCE", object, ReferenceImpl], ids=str)
-def test_what_is_no_backend_class_at_all_is_refused(what):
+def test_an_object_that_is_not_a_backend_class_is_rejected(what):
     (problem,) = check_backend_class(what)
     assert "is not a subclass of attn_dispatch.AttentionBackend" in problem
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_our_own_backends_are_backends(name):
+def test_builtin_backends_are_valid(name):
     assert check_backend_class(resolve_full_cls_name(BUILTIN[name].target)) == []
 
 
@@ -115,7 +115,7 @@ def test_our_own_backends_are_backends(name):
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_full_cls_name_leads_back_to_the_class(name):
+def test_full_cls_name_resolves_to_the_class(name):
     cls = registry.candidates()[name].backend_cls
     assert cls.get_name() == name
     assert resolve_full_cls_name(cls.full_cls_name()) is cls
@@ -127,14 +127,14 @@ def test_a_full_class_name_may_be_text(separator):
     assert resolve_full_cls_name(text) is ReferenceBackend
 
 
-def test_a_nested_class_has_a_full_name_too():
+def test_a_nested_class_has_a_full_name():
     nested = Outer.NestedBackend
     assert nested.full_cls_name() == (__name__, "Outer.NestedBackend")
     assert resolve_full_cls_name(nested.full_cls_name()) is nested
 
 
 @pytest.mark.parametrize("name", ["", "ReferenceBackend", ":X", "a:", ("a",), ("a", ""), 5, None])
-def test_a_full_class_name_of_another_form_is_refused(name):
+def test_a_malformed_full_class_name_is_rejected(name):
     with pytest.raises(InvalidInputError, match=r"not of the form 'package\.module:Class'"):
         resolve_full_cls_name(name)
 
@@ -147,7 +147,7 @@ def test_a_full_class_name_of_another_form_is_refused(name):
         ("attn_dispatch.selection.registry:Registry", "is not a backend"),
     ],
 )
-def test_a_full_class_name_that_leads_nowhere_is_a_failure(name, message):
+def test_a_full_class_name_that_cannot_be_resolved_is_a_failure(name, message):
     with pytest.raises(BackendFailure, match=message):
         resolve_full_cls_name(name)
 
@@ -155,7 +155,7 @@ def test_a_full_class_name_that_leads_nowhere_is_a_failure(name, message):
 # --- Registering ------------------------------------------------------------------------------
 
 
-def test_register_is_a_decorator_and_can_be_taken_back():
+def test_register_is_a_decorator_and_can_be_undone():
     cls = make_backend("MINE")
     assert register_backend(cls) is cls
     assert select(layer(), CPU, rules=rules("mine")).backend_cls is cls
@@ -163,7 +163,7 @@ def test_register_is_a_decorator_and_can_be_taken_back():
     assert "MINE" not in registry.names()
 
 
-def test_what_was_not_registered_cannot_be_taken_back():
+def test_an_unregistered_name_cannot_be_unregistered():
     with pytest.raises(InvalidInputError, match="'REFERENCE' was not registered"):
         registry.unregister("REFERENCE")
 
@@ -175,14 +175,14 @@ def test_registering_a_name_again_replaces_the_class():
         assert resolve(layer(), "cpu", backend="MINE").backend_cls is second
 
 
-def test_a_builtin_backend_is_replaced_until_the_replacement_is_taken_back():
+def test_a_builtin_backend_is_replaced_until_the_replacement_is_unregistered():
     mine = make_backend("TORCH_SDPA")
     with registered(mine):
         assert resolve(layer(), "cpu").backend_cls is mine
     assert resolve(layer(), "cpu").backend_cls is not mine
 
 
-def test_a_decision_that_was_remembered_does_not_outlive_a_registration():
+def test_a_registration_invalidates_cached_decisions():
     spec = layer(sinks=True)
     before = resolve(spec, "cpu").name
     with registered(make_backend("WITH_SINKS")):
@@ -238,7 +238,7 @@ BROKEN_PLUGINS = {
 
 
 @pytest.mark.parametrize(("code", "message"), BROKEN_PLUGINS.values(), ids=BROKEN_PLUGINS)
-def test_a_broken_plugin_is_refused_and_all_else_works(site, code, message):
+def test_a_broken_plugin_is_rejected_and_others_work(site, code, message):
     candidates = with_plugin(site, code).candidates()
     selection = select(layer(), CPU, candidates=candidates)
     assert selection.name == "TORCH_SDPA"
@@ -256,7 +256,7 @@ def test_a_broken_plugin_that_is_required_is_an_error_with_the_cause(site):
         select(layer(), CPU, rules=[rule], candidates=broken.candidates())
 
 
-def test_a_plugin_whose_import_does_not_end_is_left_alone(site, monkeypatch):
+def test_a_plugin_whose_import_hangs_is_rejected(site, monkeypatch):
     monkeypatch.setattr("attn_dispatch.selection.registry._PLUGIN_SECONDS", 0.2)
     waiting = with_plugin(site, "import threading; threading.Event().wait(20)")
     start = time.perf_counter()
@@ -292,7 +292,7 @@ def test_an_entry_point_cannot_take_the_name_of_a_builtin_backend(site):
 @pytest.mark.parametrize(
     "check", [_raise, lambda *_: None, lambda *_: 1], ids=["raises", "gives None", "gives a number"]
 )
-def test_a_plugin_whose_own_check_breaks_is_refused_and_all_else_works(check):
+def test_a_plugin_whose_check_raises_is_rejected_and_others_work(check):
     with registered(make_backend("FRAGILE", check=check)):
         selection = select(layer(), CPU)
         (reason,) = next(v.reasons for v in selection.verdicts if v.name == "FRAGILE")
@@ -301,7 +301,7 @@ def test_a_plugin_whose_own_check_breaks_is_refused_and_all_else_works(check):
     assert "its check of the request raises" in str(reason)
 
 
-def test_records_that_cannot_be_read_cost_the_plugins_and_nothing_else(site):
+def test_unreadable_records_disable_only_plugins(site):
     site.install("garbage", version="1.0", entry_points="[attn_dispatch.backends]\nno equals sign")
     with pytest.warns(UserWarning, match="entry points cannot be read"):
         assert Registry(BUILTIN).names() == set(BUILTIN)
@@ -346,7 +346,7 @@ def test_two_threads_that_import_a_plugin_and_select_do_not_wait_for_each_other(
     assert {"PLUGIN", "LATE"} <= set(plugins.candidates())
 
 
-def test_what_a_plugin_requires_beyond_the_usual_libraries_is_looked_for(site):
+def test_other_libraries_that_a_plugin_requires_are_looked_up(site):
     site.install("own_kernels", distribution="own-kernels", version="2.1.post3")
     needy = make_backend("NEEDY", requires=("own-kernels>=2",), sinks=OneOf(True))
     with registered(needy):

@@ -1,4 +1,4 @@
-"""The decision: what is picked everywhere, of what it depends on, and how it explains itself."""
+"""The decision: what is picked on each device, what it depends on, and how it is explained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HOPPER = DeviceMatch(archs=("sm90",))
 # --- What is picked ---------------------------------------------------------------------------
 
 
-def test_every_decision_is_the_one_in_the_golden_table():
+def test_decisions_equal_the_golden_table():
     known, now = PATH.read_text(encoding="utf-8"), render(SPECS)
     difference = "\n".join(
         line for line in difflib.ndiff(known.splitlines(), now.splitlines()) if line[0] in "+-"
@@ -50,8 +50,8 @@ def test_every_decision_is_the_one_in_the_golden_table():
     )
 
 
-#: What is installed beside Triton and PyTorch on an A100 -> the block size of a plan that leaves it
-#: open, and who serves prefill and decode. flash-attn's pages are multiples of 256 tokens.
+#: Libraries on an A100 in addition to Triton and PyTorch -> the block size of a plan that leaves it
+#: open, and the backends of prefill and decode. flash-attn's pages are multiples of 256 tokens.
 ON_AN_A100 = {
     (): (16, ["TRITON_ATTN", "TRITON_ATTN"]),
     ("vllm",): (16, ["FLASH_ATTN", "TRITON_ATTN"]),
@@ -60,7 +60,7 @@ ON_AN_A100 = {
 
 
 @pytest.mark.parametrize("installed", ON_AN_A100, ids=lambda names: "+".join(names) or "nothing")
-def test_a_plan_lets_the_phases_have_the_first_of_their_orders(installed):
+def test_a_plan_gives_each_phase_the_first_of_its_order(installed):
     names = ("torch", "triton", *installed)
     device = known_device("A100").with_libraries(*(Library(name, "unknown") for name in names))
     plan = plan_kv_cache({"0": layer(block_size=None)}, device)
@@ -68,7 +68,7 @@ def test_a_plan_lets_the_phases_have_the_first_of_their_orders(installed):
     assert (plan.block_size, picks) == ON_AN_A100[installed]
 
 
-def test_a_block_size_that_is_asked_for_stays_and_the_next_backend_serves_it():
+def test_a_fixed_block_size_stays_and_the_next_backend_serves_it():
     names = ("torch", "triton", "flash_attn")
     device = known_device("A100").with_libraries(*(Library(name, "unknown") for name in names))
     plan = plan_kv_cache({"0": layer(block_size=16)}, device)
@@ -76,7 +76,7 @@ def test_a_block_size_that_is_asked_for_stays_and_the_next_backend_serves_it():
     assert select(plan.specs["0"], device, phase=Phase.PREFILL).name == "TRITON_ATTN"
 
 
-def test_the_platforms_order_decides_among_those_that_can():
+def test_the_platforms_order_decides_among_supported_backends():
     with registered(make_backend("NEWCOMER")):
         assert select(layer(), CPU).name == "TORCH_SDPA"
         assert select(layer(sinks=True), CPU).name == "NEWCOMER"
@@ -91,7 +91,7 @@ def test_a_backend_is_picked_only_where_it_runs():
     assert {arch for arch, pick in picks.items() if pick == "ON_HOPPER"} == {"sm90"}
 
 
-def test_a_combination_is_asked_about_only_if_every_field_is_fine():
+def test_combinations_are_checked_only_if_every_field_is_supported():
     asked = []
 
     def check(cls, spec, device):
@@ -106,13 +106,13 @@ def test_a_combination_is_asked_about_only_if_every_field_is_fine():
 
 
 @given(st.sampled_from(sorted(SPECS)), st.sampled_from(sorted(KNOWN_DEVICES)))
-def test_what_is_picked_is_supported_and_first_among_those(name, arch):
+def test_the_pick_is_the_first_supported_backend(name, arch):
     for report in explain(SPECS[name], KNOWN_DEVICES[arch]):
         able = [verdict.name for verdict in report.verdicts if verdict.supported]
         assert report.picked == (able[0] if able else None)
 
 
-# --- Of what it depends on --------------------------------------------------------------------
+# --- What it depends on -----------------------------------------------------------------------
 
 
 def test_select_reads_nothing_but_its_arguments(monkeypatch):
@@ -135,11 +135,11 @@ def test_select_ignores_the_overrides_that_are_in_force(monkeypatch):
         assert select(layer(), CPU).name == "TORCH_SDPA"
 
 
-def test_a_remembered_decision_is_found_again():
+def test_equal_requests_share_a_decision():
     assert resolve(layer(), "cpu") is resolve(layer(), torch.device("cpu"))
 
 
-def test_remembering_decisions_has_a_limit(monkeypatch):
+def test_the_cache_of_decisions_is_bounded(monkeypatch):
     monkeypatch.setattr(selection_resolve, "_MAX_SELECTIONS", 8)
     monkeypatch.setattr(selection_resolve, "_MAX_CONTEXTS", 4)
     monkeypatch.setattr(selection_resolve, "_contexts", {})
@@ -151,7 +151,7 @@ def test_remembering_decisions_has_a_limit(monkeypatch):
         assert 1 <= len(selection_resolve._contexts) <= 4
 
 
-def test_a_failure_is_not_remembered():
+def test_a_rejected_request_is_not_cached():
     spec = layer(cuda_graph=True)
     with pytest.raises(UnsupportedError):
         resolve(spec, CPU)
@@ -159,11 +159,11 @@ def test_a_failure_is_not_remembered():
         assert resolve(spec, CPU).name == "CAPTURES"
 
 
-# --- How it explains itself -------------------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_every_candidate_has_a_verdict_with_reasons_if_refused(spec):
+def test_every_candidate_has_a_verdict_with_reasons_if_rejected(spec):
     for report in explain(spec, "H200"):
         assert {v.name for v in report.verdicts} == registry.names()
         assert all(verdict.supported == (not verdict.reasons) for verdict in report.verdicts)
@@ -189,7 +189,7 @@ def test_a_report_is_data(name):
     assert all(r["message"] for v in data["verdicts"] for r in v["reasons"])
 
 
-def test_a_selection_tells_where_the_class_is():
+def test_a_selection_has_the_name_of_the_class():
     selection = resolve(layer(), CPU)
     assert selection.source is Source.PLATFORM
     assert selection.full_cls_name == selection.backend_cls.full_cls_name()
@@ -216,17 +216,17 @@ def test_explain_does_not_raise_where_select_does():
     ],
     ids=str,
 )
-def test_a_layer_is_explained_for_the_phases_that_it_goes_through(attn_type, phases):
+def test_explain_covers_the_phases_of_a_layer(attn_type, phases):
     spec = layer(attn_type=attn_type)
     assert [str(report.phase) for report in explain(spec, CPU)] == phases
     assert [str(phase) for phase in phases_of(spec)] == phases
 
 
-def test_explain_may_be_asked_about_one_phase():
+def test_explain_for_one_phase():
     assert [r.phase for r in explain(layer(), CPU, phase=Phase.DECODE)] == [Phase.DECODE]
 
 
-# --- The front that looks like vLLM's ---------------------------------------------------------
+# --- get_attn_backend -------------------------------------------------------------------------
 
 
 def test_get_attn_backend_takes_vllms_arguments_in_vllms_order():
@@ -255,7 +255,7 @@ def test_get_attn_backend_finds_mla():
     assert cls.get_name() == "REFERENCE_MLA"
 
 
-def test_get_attn_backend_refuses_what_is_no_request():
+def test_get_attn_backend_rejects_an_invalid_request():
     with pytest.raises(InvalidInputError, match="head_size=0"):
         get_attn_backend(0, torch.float32, num_heads=8, device="cpu")
 
@@ -277,6 +277,6 @@ def test_a_warm_call_costs_less_than_30_reads_of_a_variable():
         return (time.perf_counter() - start) / 100
 
     call()
-    # The least of many short runs: others on the machine only ever make it longer.
+    # The least of many short runs: other programs only make a run longer.
     calls, reads = (min(mean_of(each) for _ in range(50)) for each in (call, read))
     assert calls < 30 * reads

@@ -1,4 +1,4 @@
-"""Files of times: what is read, what is refused, which of them count, how one is written."""
+"""Files of times: reading, rejecting, choosing and writing them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from support.selection import layer
 from support.timing_tables import FAST_REFERENCE, H200, MEASURED, in_force, point, table_of
 
 SPEC = layer(dtype=torch.float32)
-#: The tables that the package brings.
+#: The tables of this package.
 BROUGHT = sorted(store._SHIPPED.glob("*.json"))
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, nothing shipped, and warnings that nobody has had yet."""
+    """A separate cache, no shipped tables, and no warnings so far."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(store, "_SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("ATTN_DISPATCH_TUNING", raising=False)
@@ -101,13 +101,13 @@ PLACES = list(places_in(good_data()))
 
 
 @given(JSON)
-def test_any_json_is_a_table_or_refused_with_words(data):
+def test_any_other_json_is_rejected_with_a_message(data):
     with pytest.raises(InvalidInputError, match="is not a table of times: "):
         parse_table(data, "it")
 
 
 @given(st.sampled_from(PLACES), JSON)
-def test_a_table_with_one_wrong_value_is_read_or_refused(place, value):
+def test_a_table_with_one_changed_value_is_read_or_rejected(place, value):
     data = changed(json.loads(json.dumps(good_data())), place, value)
     try:
         table = parse_table(data, "it")
@@ -122,7 +122,7 @@ def test_a_table_with_one_wrong_value_is_read_or_refused(place, value):
 
 
 @given(st.sampled_from([place for place in PLACES if place]))
-def test_nothing_may_be_missing_or_added(place):
+def test_missing_and_unknown_keys_are_rejected(place):
     *outer, name = place
     if isinstance(name, int) or outer[-1:] in (["times_us"], ["host_us"], ["versions"]):
         return  # a list may be shorter, and names are the measurer's
@@ -158,12 +158,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_refused(wrong):
+def test_wrong_values_are_rejected(wrong):
     with pytest.raises(InvalidInputError, match="is not a table of times"):
         parse_table(changed(good_data(), *WRONG[wrong]), "it")
 
 
-def test_a_table_survives_being_written(tmp_path):
+def test_a_written_table_is_read_back(tmp_path):
     table = parse_table(good_data(), "it")
     write_table(table, tmp_path / "new folder" / "table.json")
     again = read_table(tmp_path / "new folder" / "table.json")
@@ -214,7 +214,7 @@ HOSTILE = {
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs os.mkfifo")
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("where", ["named", "in the cache", "in the cache, of other versions"])
-def test_selection_waits_for_nothing_whatever_a_table_is(kind, where, tmp_path, monkeypatch):
+def test_selection_does_not_wait_for_a_special_file(kind, where, tmp_path, monkeypatch):
     path = store.table_path(machine_of(detect_device("cpu")))
     if where == "named":
         path = tmp_path / "table.json"
@@ -334,7 +334,7 @@ def test_selection_works_whatever_the_file_holds(content):
     ],
     ids=str,
 )
-def test_whether_a_table_holds(change, problem, problem_of_a_shipped_one):
+def test_conflicts_of_a_table_with_a_machine(change, problem, problem_of_a_shipped_one):
     table = table_of({SPEC: FAST_REFERENCE}, H200)
     now = dataclasses.replace(H200, **change)
     for found, expected in (
@@ -344,7 +344,7 @@ def test_whether_a_table_holds(change, problem, problem_of_a_shipped_one):
         assert (expected in found) if expected else (found == "")
 
 
-def test_what_was_measured_here_counts_until_a_version_changes(monkeypatch):
+def test_a_table_of_this_machine_applies_until_a_version_changes(monkeypatch):
     machine = machine_of(detect_device("cpu"))
     write_table(table_of({SPEC: FAST_REFERENCE}), store.table_path(machine))
     assert resolve(SPEC, "cpu", phase=Phase.DECODE).source is Source.MEASURED
@@ -352,7 +352,7 @@ def test_what_was_measured_here_counts_until_a_version_changes(monkeypatch):
     with pytest.warns(TuningWarning, match=r"measured with torch .*here is 99\.0") as caught:
         assert resolve(SPEC, newer, phase=Phase.DECODE).source is Source.PLATFORM
     assert len(caught) == 1
-    with warnings.catch_warnings():  # a device that is elsewhere is nobody's mistake
+    with warnings.catch_warnings():  # for a device elsewhere, it gives no warning
         warnings.simplefilter("error")
         assert explain(SPEC, "H200")[1].source is Source.PLATFORM
 
@@ -386,7 +386,7 @@ def test_a_device_with_a_longer_name_is_another_device(cache):
         assert store.tables_for(h200) == ()
 
 
-def test_a_shipped_table_counts_where_nothing_was_measured(tmp_path, monkeypatch):
+def test_a_shipped_table_applies_without_one_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_SHIPPED", tmp_path)
     h200 = known_device("H200").with_libraries(Library("torch", "2.11.3"), Library("triton", "3.6"))
     in_order = [v.name for v in select(SPEC, h200).verdicts if v.supported]
@@ -400,7 +400,7 @@ def test_a_shipped_table_counts_where_nothing_was_measured(tmp_path, monkeypatch
         warnings.simplefilter("error")
         store.forget_tables()
         assert resolve(SPEC, other, phase=Phase.DECODE).source is Source.PLATFORM
-    # What was measured here has the say.
+    # The table of this machine decides.
     own = [point("decode", 4, 1, 64, **{in_order[0]: 20, in_order[1]: 30})]
     machine = machine_of(h200)
     write_table(table_of({SPEC: own}, machine), store.table_path(machine))
@@ -409,7 +409,7 @@ def test_a_shipped_table_counts_where_nothing_was_measured(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("path", BROUGHT, ids=lambda path: path.name)
-def test_what_the_package_brings_can_be_read_and_names_backends_that_there_are(path):
+def test_shipped_tables_are_valid_and_name_builtin_backends(path):
     table = read_table(path)
     assert store.shipped_path(table.machine).name == path.name
     points = [point for times in table.layers.values() for point in times.points]
@@ -419,14 +419,14 @@ def test_what_the_package_brings_can_be_read_and_names_backends_that_there_are(p
     )
 
 
-def test_a_table_of_another_device_is_foreign(tmp_path, monkeypatch):
+def test_a_table_of_another_device_is_set_aside(tmp_path, monkeypatch):
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: FAST_REFERENCE}, H200)
     with pytest.warns(TuningWarning, match="it is of NVIDIA H200"):
         assert resolve(SPEC, "cpu", phase=Phase.DECODE).source is Source.PLATFORM
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_file_is_written_as_a_whole_or_not_at_all(fails, tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(fails, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     write_table(table_of({SPEC: FAST_REFERENCE}), path)
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Measured selection: what a table speaks of, what is chosen by it, and what that costs."""
+"""Measured selection: the keys of tables, what is picked by them, and what that costs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SPEC = layer(dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, nothing shipped, and warnings that nobody has had yet."""
+    """A separate cache, no shipped tables, and no warnings so far."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(store, "_SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("ATTN_DISPATCH_TUNING", raising=False)
@@ -97,9 +97,9 @@ def test_buckets_are_powers_of_two_of_averages():
     assert bucket(17, 17, 17 * 4096)[1] == 5
     assert bucket(16, 16, 16 * 4096 + 1)[3] == 13
     assert bucket(1, 0, 0) == (BatchKind.DECODE, 0, 0, 0)
-    # One long request among short ones costs what the sum says.
+    # One long request among short ones counts by the sum.
     assert bucket(4, 4, 4 * 1024) == bucket(4, 4, 3 + 4093)
-    # What a graph does not know does not count; for a prompt, which no graph holds, it does.
+    # The keys of a captured decode do not count; those of a prompt, which is not captured, do.
     assert bucket(16, 16, 16, captured=True) == bucket(16, 16, 1 << 20, captured=True)
     prompts = [bucket_of(BatchKind.PREFILL, 1, n, n, captured=True) for n in (64, 4096)]
     assert prompts[0] != prompts[1]
@@ -121,12 +121,12 @@ def test_buckets_are_powers_of_two_of_averages():
     ],
     ids=str,
 )
-def test_no_table_speaks_of_what_was_not_measured(change):
+def test_unmeasured_features_have_no_key(change):
     assert layer_key(layer(**change)) is None
     assert layer_key(mla_layer()) is None
 
 
-def test_a_layer_is_found_by_what_makes_its_work():
+def test_the_key_of_a_layer_has_the_fields_that_change_its_time():
     same = [{}, {"cuda_graph": True}, {"kv_sharing": True}, {"kv_cache_layout": "NHD"}]
     assert {layer_key(layer(**change)) for change in same} == {layer_key(layer())}
     assert layer_key(layer(kv_cache_dtype="bfloat16")) == layer_key(layer())
@@ -147,7 +147,7 @@ SIDES = {phase: PhaseCandidates("A", frozenset("ABC")) for phase in Phase}
 
 
 def chosen(*points, sides=SIDES, captured=False, at):
-    """Who serves the batches of a point's bucket."""
+    """The backend for the batches of a point's bucket."""
     routes = routes_of(times_of(*points), sides, captured=captured)
     return routes.get(bucket_of(*at.key, captured=captured))
 
@@ -160,24 +160,24 @@ def chosen(*points, sides=SIDES, captured=False, at):
         ({"A": 100, "B": 100 / (1 + MARGIN) - 0.01}, "B"),
         ({"A": 100, "B": 90, "C": 80}, "C"),
         ({"A": 100, "B": 120}, "A"),
-        ({"A": 100, "D": 1}, "A"),  # selection does not admit it now
+        ({"A": 100, "D": 1}, "A"),  # it is not eligible
         ({"A": 100}, "A"),
-        ({"B": 90, "C": 80}, None),  # nothing is known of the first in the order
+        ({"B": 90, "C": 80}, None),  # the default was not timed
     ],
     ids=str,
 )
-def test_the_fastest_counts_if_it_beats_the_first_by_the_margin(times, expected):
+def test_the_fastest_is_picked_if_it_beats_the_default_by_the_margin(times, expected):
     measured = point("decode", 4, 1, 64, **times)
     assert chosen(measured, at=measured) == expected
 
 
-def test_host_time_counts_where_no_graph_hides_it():
+def test_host_time_counts_without_a_graph():
     slow_host = point("decode", 4, 1, 64, {"A": 5.0, "B": 50.0}, A=20, B=10)
     assert chosen(slow_host, at=slow_host) == "A"
     assert chosen(slow_host, captured=True, at=slow_host) == "B"
 
 
-def test_host_time_that_the_first_in_the_order_takes_anyway_counts_for_nobody():
+def test_host_time_up_to_the_defaults_is_ignored():
     hiccup = point("prefill", 1, 4096, 4096, {"A": 400.0, "B": 90.0}, A=270, B=360)
     assert chosen(hiccup, at=hiccup) == "A"
     both_long = point("prefill", 1, 512, 512, {"A": 98.0, "B": 96.0}, A=23, B=19)
@@ -188,7 +188,7 @@ def test_host_time_that_the_first_in_the_order_takes_anyway_counts_for_nobody():
     assert chosen(prompt, captured=True, at=prompt) == "A"  # prompts are not captured
 
 
-def test_every_point_near_a_bucket_must_agree():
+def test_all_points_near_a_bucket_must_agree():
     short, long = point("decode", 4, 1, 64, A=20, B=10), point("decode", 4, 1, 256, A=10, B=20)
     between, beyond = point("decode", 4, 1, 128), point("decode", 4, 1, 512)
     assert chosen(short, long, at=short) == "B"
@@ -203,18 +203,18 @@ def test_every_point_near_a_bucket_must_agree():
     assert chosen(short, gap, at=between) == "A"  # neither beats A at both
 
 
-def test_between_two_that_are_alike_the_one_that_serves_shorter_batches_stays():
+def test_equal_backends_keep_the_one_of_shorter_batches():
     first = point("decode", 4, 1, 64, A=20, B=10, C=10.2)
     second = point("decode", 4, 1, 128, A=20, B=10.2, C=10.1)
     third = point("decode", 4, 1, 512, A=20, B=10.1, C=10)
     fourth = point("decode", 4, 1, 2048, A=20, B=12, C=10)
     measured = (first, second, third, fourth)
     assert [chosen(*measured, at=each) for each in measured] == ["B", "B", "B", "C"]
-    # Without those before it, it would have been another.
+    # Without the shorter points, another is picked.
     assert chosen(third, at=third) == "C"
 
 
-def test_a_captured_batch_is_served_by_one_whatever_its_length():
+def test_captured_batches_of_all_lengths_share_a_backend():
     short, long = point("decode", 4, 1, 64, A=20, B=10), point("decode", 4, 1, 4096, A=10, B=20)
     both = point("decode", 16, 1, 64, A=20, B=10), point("decode", 16, 1, 4096, A=20, B=15)
     for each in (short, long):
@@ -223,7 +223,7 @@ def test_a_captured_batch_is_served_by_one_whatever_its_length():
         assert chosen(short, long, *both, captured=True, at=each) == "B"
 
 
-def test_steps_do_not_speak_of_each_other():
+def test_points_apply_only_to_their_kind_of_batch():
     decode = point("decode", 4, 1, 64, A=20, B=10)
     for step, tokens in (("verify", 2), ("prefill", 64), ("mixed", 8)):
         assert chosen(decode, at=point(step, 4, tokens, 64)) is None
@@ -242,7 +242,7 @@ def test_steps_do_not_speak_of_each_other():
     ],
     ids=str,
 )
-def test_a_mixed_batch_is_split_or_kept_whole_by_measurement(prefill, decode, times, expected):
+def test_times_decide_whether_a_mixed_batch_is_split(prefill, decode, times, expected):
     mixed = point("mixed", 4, 16, 64, **times)
     everyone = frozenset("ABC")
     sides = {
@@ -282,7 +282,7 @@ def test_no_table_makes_a_measured_point_slower(points, captured, declared, admi
 # --- Selection ----------------------------------------------------------------------------------
 
 
-def test_a_measurement_decides_and_says_so_with_numbers(tmp_path, monkeypatch):
+def test_a_measurement_decides_and_is_reported_with_numbers(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     in_force(monkeypatch, path, {SPEC: FAST_REFERENCE})
     prefill, decode = explain(SPEC, "cpu")
@@ -314,7 +314,7 @@ def test_a_measurement_decides_and_says_so_with_numbers(tmp_path, monkeypatch):
     assert "10.0 us instead of 20.0 us" in " ".join(shown.output.split())
 
 
-def test_where_the_points_disagree_the_order_decides_and_tells_of_the_points(tmp_path, monkeypatch):
+def test_the_order_decides_if_points_disagree(tmp_path, monkeypatch):
     points = [*FAST_REFERENCE, point("decode", 64, 1, 64, REFERENCE=30, TORCH_SDPA=20)]
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: points})
     (report,) = explain(SPEC, "cpu", phase=Phase.DECODE)
@@ -332,7 +332,7 @@ def test_one_backend_for_both_phases_must_be_faster_in_both(tmp_path, monkeypatc
     assert resolve(SPEC, "cpu", phase=Phase.DECODE).name == "REFERENCE"
 
 
-def test_everything_said_by_a_person_outranks_the_table(tmp_path, monkeypatch):
+def test_overrides_outrank_the_table(tmp_path, monkeypatch):
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: FAST_REFERENCE})
 
     def pick(**arguments):
@@ -354,14 +354,14 @@ def test_everything_said_by_a_person_outranks_the_table(tmp_path, monkeypatch):
         assert pick() == ("TORCH_SDPA", Source.PLATFORM)
 
 
-def test_no_table_makes_a_question_ambiguous(tmp_path, monkeypatch):
-    """Somebody spoke of a phase, and one backend is asked for: times must not split the answer."""
+def test_a_table_does_not_make_a_request_ambiguous(tmp_path, monkeypatch):
+    """With a rule for one phase and a request for one backend, times must not split the pick."""
     slow = point("prefill", 4, 64, 64, REFERENCE=30, TORCH_SDPA=20)
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: [*FAST_REFERENCE, slow]})
     assert resolve(SPEC, "cpu", backend="decode=-REFERENCE_MLA").name == "TORCH_SDPA"
 
 
-def test_only_who_computes_the_request_now_is_chosen(tmp_path, monkeypatch):
+def test_only_supported_backends_are_picked(tmp_path, monkeypatch):
     points = [point("decode", 4, 1, 64, NO_SUCH=1, NARROW=2, REFERENCE=10, TORCH_SDPA=20)]
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: points})
     assert resolve(SPEC, "cpu", phase=Phase.DECODE).name == "REFERENCE"
@@ -371,7 +371,7 @@ def test_only_who_computes_the_request_now_is_chosen(tmp_path, monkeypatch):
         assert resolve(SPEC, "cpu", phase=Phase.DECODE).name == "NARROW"
 
 
-def test_a_stand_in_takes_the_cache_that_was_planned_for_the_first():
+def test_a_substitute_accepts_the_planned_cache():
     points = [point("decode", 4, 1, 64, CHOOSY=2, TORCH_SDPA=20)]
     tables = (table_of({SPEC: points}),)
     cpu = detect_device("cpu")
@@ -381,14 +381,14 @@ def test_a_stand_in_takes_the_cache_that_was_planned_for_the_first():
         assert select(nhd, cpu, phase=Phase.DECODE, tables=tables).name == "CHOOSY"
 
 
-def test_the_cache_is_planned_for_the_first_in_the_order(tmp_path, monkeypatch):
+def test_a_plan_ignores_the_table(tmp_path, monkeypatch):
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: FAST_REFERENCE})
     with_table = plan_kv_cache({"layer": SPEC.replace(block_size=None)}, "cpu")
     monkeypatch.setenv("ATTN_DISPATCH_TUNING", "off")
     assert with_table == plan_kv_cache({"layer": SPEC.replace(block_size=None)}, "cpu")
 
 
-def test_select_knows_no_table_but_those_that_it_is_given(tmp_path, monkeypatch):
+def test_select_uses_only_the_given_tables(tmp_path, monkeypatch):
     in_force(monkeypatch, tmp_path / "table.json", {SPEC: FAST_REFERENCE})
     cpu = detect_device("cpu")
     assert select(SPEC, cpu, phase=Phase.DECODE).name == "TORCH_SDPA"
@@ -427,7 +427,7 @@ def test_choosing_takes_microseconds():
     assert min(mean_us() for _ in range(50)) < 50
 
 
-# --- Whose kernels were timed --------------------------------------------------------------------
+# --- Kernels of other packages -------------------------------------------------------------------
 
 
 def table_served_by(who):
@@ -437,7 +437,7 @@ def table_served_by(who):
 
 
 @pytest.mark.parametrize(("who", "picked"), [("ours", "REFERENCE"), ("others", "TORCH_SDPA")])
-def test_times_of_another_packages_kernels_are_not_believed(who, picked, monkeypatch):
+def test_times_of_another_packages_kernels_are_ignored(who, picked, monkeypatch):
     reference = registry.candidates()["REFERENCE"].backend_cls
     monkeypatch.setattr(reference, "kernel_provider", classmethod(lambda *_: "ours"))
     selection = select(
@@ -446,7 +446,7 @@ def test_times_of_another_packages_kernels_are_not_believed(who, picked, monkeyp
     assert selection.name == picked
 
 
-def test_a_backend_that_cannot_say_whose_kernels_it_calls_is_not_chosen(monkeypatch):
+def test_a_backend_whose_kernel_provider_raises_is_not_picked(monkeypatch):
     def fail(*_):
         raise RuntimeError("who knows")
 
@@ -458,7 +458,7 @@ def test_a_backend_that_cannot_say_whose_kernels_it_calls_is_not_chosen(monkeypa
     )
 
 
-def test_without_the_measured_flash_attention_another_one_has_no_times():
+def test_times_apply_only_to_the_measured_flash_attention_package():
     """The table of the H200 was measured with vLLM's build of version 3."""
     spec = AttentionSpec(
         num_heads=64, num_kv_heads=8, head_size=64, dtype=torch.bfloat16, block_size=16

@@ -74,7 +74,7 @@ def rules(text: str, source: Source = Source.ARGUMENT) -> tuple[Rule, ...]:
 
 
 class Forbidden:
-    """Stands where something must not be touched: any use of it fails the test."""
+    """Replaces something that must not be used: any use of it fails the test."""
 
     def __init__(self, what: str) -> None:
         object.__setattr__(self, "_what", what)

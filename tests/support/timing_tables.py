@@ -20,7 +20,7 @@ H200 = Machine("NVIDIA H200", "sm90", "570.1", (("torch", "2.11.0+cu130"), ("tri
 
 
 def point(step, requests, tokens, keys, host_us=(), failed=(), **times_us):
-    """Of alike requests: so many, new tokens of each, keys of each. A_B is the name "A+B"."""
+    """A batch of equal requests: their number, new tokens and keys of each. A__B names "A+B"."""
     times = {name.replace("__", "+"): float(us) for name, us in times_us.items()}
     return Point(
         BatchKind(step), requests, requests * tokens, requests * keys, times, dict(host_us), failed
