@@ -16,10 +16,9 @@ from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMeta
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceProfile
-from attn_dispatch.runtime.guard import GuardedImpl
+from attn_dispatch.runtime.guard import make_impl
 from attn_dispatch.runtime.recovery import raise_attempt_failed, single_phase
 from attn_dispatch.runtime.routing import PartFailed, RoutedBuilder, RoutedImpl, Router
-from attn_dispatch.selection.registry import is_builtin
 from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
@@ -69,14 +68,13 @@ class LayerBinding:
         selections = {phase: context.select(spec, phase) for phase in phases_of(spec)}
         router = Router.of(spec, selections)
         classes: dict[str, type[AttentionBackend]] = {}
-        impls: dict[str, AttentionImpl[Any]] = {}
+        impls: dict[str, Any] = {}
         builders: dict[str, AttentionMetadataBuilder[Any]] = {}
         for name in router.backends:
             backend_cls = classes[name] = context.candidates[name].loaded_cls
             try:
-                impl = backend_cls.make_impl(spec, **arguments)
-                _check_output_quant(name, impl, spec)
-                impls[name] = impl if is_builtin(backend_cls) else GuardedImpl(name, impl)
+                impls[name] = make_impl(backend_cls, spec, **arguments)
+                _check_output_quant(name, impls[name], spec)
                 builders[name] = backend_cls.make_builder(spec, device)
             except Exception as error:
                 raise_attempt_failed(error, name, None, "when it was built", context.version)

@@ -10,7 +10,6 @@ import torch
 from attn_dispatch.arguments import checked_scale
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.quantization import (
     KVScales,
     has_token_scales,
@@ -20,9 +19,8 @@ from attn_dispatch.interface.quantization import (
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_tensors
-from attn_dispatch.runtime.guard import GuardedImpl
+from attn_dispatch.runtime.guard import make_impl
 from attn_dispatch.runtime.recovery import AttemptFailed, raise_attempt_failed, with_fallback
-from attn_dispatch.selection.registry import is_builtin
 from attn_dispatch.selection.resolve import SelectionContext
 
 __all__ = ["attention", "merge_states"]
@@ -159,15 +157,15 @@ def attention(
         selection = context.select(spec, phase)
         backend_cls, doing = selection.backend_cls, "when it was built"
         try:
-            impl: AttentionImpl[Any] = backend_cls.make_impl(
-                spec, scale=factor, alibi_slopes=alibi_slopes, sinks=sinks
+            impl = make_impl(
+                backend_cls, spec, scale=factor, alibi_slopes=alibi_slopes, sinks=sinks
             )
             builder = backend_cls.make_builder(spec, query.device)
-            if not is_builtin(backend_cls):
-                impl = GuardedImpl(selection.name, impl)
             doing = "when it was called"
             metadata = builder.build(batch)
-            return impl.forward(scales, query, key, value, kv_cache, metadata, output)
+            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+            result = impl.forward(scales, query, key, value, kv_cache, metadata, output)
+            return result
         except Exception as error:
             raise_attempt_failed(error, selection.name, phase, doing, context.version)
 

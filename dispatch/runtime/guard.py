@@ -13,11 +13,14 @@ from attn_dispatch import environment
 from attn_dispatch.errors import BackendFailure
 from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.quantization import as_indexable_bytes
+from attn_dispatch.selection.registry import is_builtin
 
 if TYPE_CHECKING:
+    from attn_dispatch.interface.backend import AttentionBackend
     from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["GuardedImpl", "InputsModified"]
+__all__ = ["GuardedImpl", "InputsModified", "make_impl"]
 
 #: Element size -> an integer whose bits are a NaN that no computation produces.
 _UNWRITTEN = {2: 0x7FD3, 4: 0x7FD3A5C1, 8: 0x7FFDA5C17FD3A5C1}
@@ -28,19 +31,20 @@ class InputsModified(BackendFailure):
     """A backend modified its inputs and raised, so no other backend can serve the call."""
 
 
-class GuardedImpl(AttentionImpl[Any]):
+def make_impl(backend_cls: type[AttentionBackend], spec: AttentionSpec, **arguments: Any) -> Any:
+    """The impl of a backend, with a guard if the backend is from another package."""
+    impl = backend_cls.make_impl(spec, **arguments)
+    return impl if is_builtin(backend_cls) else GuardedImpl(backend_cls.get_name(), impl)
+
+
+class GuardedImpl:
     """The impl of a backend from another package, which has all other attributes.
 
     Until the first call that succeeds, and always on a CPU, the inputs are copied before a call and
-    put back if it raises. On other devices later calls rely on the tensors' version counters.
-
-    Args:
-        name: of the backend.
-        impl: its impl.
+    restored if it raises. On other devices later calls rely on the tensors' version counters.
     """
 
     def __init__(self, name: str, impl: AttentionImpl[Any]) -> None:
-        # No super().__init__(): its attributes are looked up in the impl.
         self._name, self._impl, self._has_worked = name, impl, False
 
     def __getattr__(self, name: str) -> Any:
@@ -71,20 +75,16 @@ class GuardedImpl(AttentionImpl[Any]):
             output = torch.empty(shape, dtype=query.dtype, device=query.device)
         batch: AttentionBatch | None = getattr(attn_metadata, "batch", None)
         scales = (output_scale, output_block_scale)
+        arguments = (layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         if torch.compiler.is_compiling() or _is_capturing(query):
-            arguments = (layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return self._checked(self._impl.forward(*arguments), output, batch)
-        reads_contents = query.device.type == "cpu" or environment.check_mode()
-        inputs = _Inputs(
-            (query, key, value), batch, copies=query.device.type == "cpu" or not self._has_worked
-        )
+        on_cpu = query.device.type == "cpu"
+        reads_contents = on_cpu or environment.check_mode()
+        inputs = _Inputs((query, key, value), batch, copies=on_cpu or not self._has_worked)
         if reads_contents:
             _mark_unwritten(output)
         try:
-            returned = self._impl.forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
-            result = self._checked(returned, output, batch)
+            result = self._checked(self._impl.forward(*arguments), output, batch)
             if reads_contents and _is_unwritten(output):
                 raise BackendFailure(
                     f"{self._name} did not write all rows of the output. That is a bug of the "
@@ -95,21 +95,6 @@ class GuardedImpl(AttentionImpl[Any]):
             raise
         self._has_worked = True
         return result
-
-    def write_kv(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: AttentionBatch,
-    ) -> None:
-        """See AttentionImpl.write_kv."""
-        self._impl.write_kv(layer, key, value, kv_cache, batch)
-
-    def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """See AttentionImpl.fused_output_quant_supported."""
-        return self._impl.fused_output_quant_supported(quant_key)
 
     def _checked(
         self, returned: Any, output: torch.Tensor, batch: AttentionBatch | None
@@ -149,19 +134,10 @@ class GuardedImpl(AttentionImpl[Any]):
 
 
 class _Inputs:
-    """The inputs of a call, which can be restored or compared after it.
-
-    Args:
-        tensors: query, key and value.
-        batch: its tensors are inputs too.
-        copies: keep copies; else only version counters.
-    """
+    """The tensors of a call and of its batch, kept as copies or only by version counters."""
 
     def __init__(
-        self,
-        tensors: tuple[torch.Tensor | None, ...],
-        batch: AttentionBatch | None,
-        copies: bool,
+        self, tensors: tuple[torch.Tensor | None, ...], batch: AttentionBatch | None, copies: bool
     ) -> None:
         own = () if batch is None else (getattr(batch, name) for name in _OF_BATCH)
         given = [tensor for tensor in (*tensors, *own) if tensor is not None]

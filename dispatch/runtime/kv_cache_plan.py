@@ -133,12 +133,8 @@ def plan_kv_cache(
     # they pick for a batch must take the cache that is planned here.
     context = dataclasses.replace(SelectionContext.current(device, backend), tables=())
     block_size, layout = _choose(cached, context)
-    specs = {
-        name: spec.replace(block_size=block_size, kv_cache_layout=layout)
-        if name in cached
-        else spec
-        for name, spec in layers.items()
-    }
+    choice = {"block_size": block_size, "kv_cache_layout": layout}
+    specs = dict(layers) | {name: spec.replace(**choice) for name, spec in cached.items()}
     shapes, orders, dtypes = {}, {}, {}
     for name in cached:
         if name in shared:

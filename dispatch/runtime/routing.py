@@ -98,13 +98,13 @@ class Router:
 
     def __call__(self, batch: AttentionBatch) -> Route:
         """The backends for this batch."""
-        totals = batch.totals
+        totals = batch.totals_by_phase
         if not totals:
             return ()
         if len(totals) == 1:
             ((phase, own),) = totals.items()
             return ((self._pick(phase, own), None),)
-        name = self.routes.get(bucket_of(_MIXED, *batch.total, captured=self.captured))
+        name = self.routes.get(bucket_of(_MIXED, *batch.totals, captured=self.captured))
         if name is None:
             prefill, decode = (self._pick(each, totals[each]) for each in (_PREFILL, _DECODE))
         else:

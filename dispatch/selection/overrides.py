@@ -136,7 +136,7 @@ def parse_override(text: str, source: Source, names: frozenset[str]) -> tuple[Ru
     if not text.strip():
         return ()
     rules = tuple(_parse_item(item, text, source, names) for item in text.split(","))
-    _check_consistent(rules, text, source)
+    _check_consistent(rules, f"{_ORIGINS[source]} {text!r}")
     return rules
 
 
@@ -199,13 +199,13 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _check_consistent(rules: tuple[Rule, ...], text: str, source: Source) -> None:
+def _check_consistent(rules: tuple[Rule, ...], override: str) -> None:
     required: dict[tuple[Phase | None, str | None], str] = {}
     for rule in rules:
         scope = (rule.phase, rule.kind)
         if rule.mode is Mode.REQUIRE and required.setdefault(scope, rule.name) != rule.name:
             raise InvalidInputError(
-                f"{_ORIGINS[source]} {text!r} requires both {required[scope]} and {rule.name}. "
+                f"{override} requires both {required[scope]} and {rule.name}. "
                 f"Require one; or prefer them in order: {required[scope]}?,{rule.name}?"
             )
     # Phase and kind have the same rank, so rules for them must agree where both apply.
@@ -214,17 +214,14 @@ def _check_consistent(rules: tuple[Rule, ...], text: str, source: Source) -> Non
     for (phase, one), (kind, other) in itertools.product(by_phase, by_kind):
         if one != other and (phase, kind) not in required:
             raise InvalidInputError(
-                f"{_ORIGINS[source]} {text!r} requires both {one} and {other} for the {phase} of "
+                f"{override} requires both {one} and {other} for the {phase} of "
                 f"{kind} layers. Add {kind}.{phase}=NAME to choose one."
             )
+    wanted = {(r.name, r.phase, r.kind) for r in rules if r.mode is not Mode.EXCLUDE}
     for rule in rules:
-        opposed = (
-            r for r in rules if (r.name, r.phase, r.kind) == (rule.name, rule.phase, rule.kind)
-        )
-        if rule.mode is Mode.EXCLUDE and any(r.mode is not Mode.EXCLUDE for r in opposed):
+        if rule.mode is Mode.EXCLUDE and (rule.name, rule.phase, rule.kind) in wanted:
             raise InvalidInputError(
-                f"{_ORIGINS[source]} {text!r} both asks for {rule.name} and excludes it. "
-                "Keep one of the two."
+                f"{override} both asks for {rule.name} and excludes it. Keep one of the two."
             )
 
 

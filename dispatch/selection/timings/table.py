@@ -89,11 +89,11 @@ def step_of(phase: Phase, totals: BatchTotals) -> BatchKind:
 
 def totals_of(batch: AttentionBatch) -> tuple[BatchKind, int, int, int] | None:
     """(step, requests, new tokens, keys) of a batch; None without requests."""
-    by_phase = batch.totals
+    by_phase = batch.totals_by_phase
     if not by_phase:
         return None
     step = BatchKind.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
-    return step, *batch.total
+    return step, *batch.totals
 
 
 #: The fields of a request that a table states: those of `bench.cases.Case`.
