@@ -12,21 +12,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_dispatch.arguments import INT32_MAX, as_int, shown
+from attn_dispatch.arguments import INT32_MAX, as_int
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch_checks import (
+    check_batch,
     check_block_ids,
-    check_placeholders,
     check_room,
     check_same_requests,
     check_slot_tensor,
     check_table,
+    check_types,
     checked_lengths,
     compute_slots,
     rows_of,
     start_locs,
 )
-from attn_dispatch.interface.tensors import INTEGERS, check_dense
+from attn_dispatch.interface.tensors import check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
 
@@ -43,11 +44,11 @@ class BatchTotals(NamedTuple):
 
 NO_REQUESTS = BatchTotals(0, 0, 0)
 
-#: Stands among `checked` for a batch that agrees with itself.
+#: An entry of `checked`: the batch is consistent.
 _ITSELF = ("batch",)
 
-#: What `create` takes by name beside its own arguments, and hands on.
-_HANDED_ON = (
+#: Further arguments of `create`, which become attributes.
+_FURTHER = (
     "custom_mask",
     "multi_modal_placeholder_index_maps",
     "enable_kv_scales_calculation",
@@ -82,8 +83,8 @@ class AttentionBatch:
         max_decode_query_len: a request with this many new tokens or fewer, and some before them,
             is in the decode phase; so is one without keys, which pads a graph's batch. 1, or more
             for speculative decoding.
-        block_size: tokens per block of the block table, so that a call can be refused whose cache
-            has other blocks; None if it is not known.
+        block_size: tokens per block of the block table, so that a call with a cache of other
+            blocks is rejected; None if it is not known.
     """
 
     query_start_loc: torch.Tensor
@@ -114,11 +115,11 @@ class AttentionBatch:
         device: torch.device | str | None = "cpu",
         **more: Any,
     ) -> AttentionBatch:
-        """A batch out of each request's lengths.
+        """A batch made from each request's lengths.
 
-        What is on the host is checked here, whatever the device: lengths and their sums have to
-        fit int32, block ids too, and slots are −1 or more. What is on a device is not read, unless
-        under ATTN_DISPATCH_CHECK=1: an int64 block table there is narrowed as it is.
+        Tensors on the host are checked: lengths, their sums and block ids fit int32, and slots are
+        −1 or more. Tensors on a device are read only under ATTN_DISPATCH_CHECK=1; without it an
+        int64 block table there is narrowed unchecked.
 
         Args:
             query_lens: new tokens of each request.
@@ -134,14 +135,14 @@ class AttentionBatch:
                 or max_decode_query_len: as the attributes.
 
         Raises:
-            InvalidInputError: an argument is of another type or out of range, or the lengths
+            InvalidInputError: an argument has another type or is out of range, or the lengths
                 contradict each other or the block table.
         """
-        unknown = [name for name in more if name not in _HANDED_ON]
+        unknown = [name for name in more if name not in _FURTHER]
         if unknown:
             raise InvalidInputError(
-                f"AttentionBatch.create takes no {unknown[0]}. What it takes as well as its own "
-                f"arguments: {', '.join(_HANDED_ON)}. The rest is derived from the lengths."
+                f"AttentionBatch.create takes no {unknown[0]}. Its further arguments are: "
+                f"{', '.join(_FURTHER)}. The rest is derived from the lengths."
             )
         device = usable_device(device)
         queries, max_query_len = checked_lengths("query_lens", query_lens)
@@ -155,9 +156,7 @@ class AttentionBatch:
         given = {"block_table": block_table, "slot_mapping": slot_mapping}
         for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
             if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
-                raise InvalidInputError(
-                    f"{name} is on the meta device, where tensors hold nothing."
-                )
+                raise InvalidInputError(f"{name} is on the meta device and has no data.")
         if block_table is not None:
             check_table(block_table, len(seqs))
             check_block_ids(block_table, seqs, block_size)
@@ -183,7 +182,7 @@ class AttentionBatch:
             block_size=block_size,
             **more,
         )
-        batch._check()
+        check_batch(batch)
         batch.checked.add(_ITSELF)
         return batch
 
@@ -209,7 +208,7 @@ class AttentionBatch:
 
     @functools.cached_property
     def checked(self) -> set[tuple[object, ...]]:
-        """The forms of arguments that were checked against this batch: see validation.py."""
+        """Keys of the checks that this batch passed: see validation.py."""
         return set()
 
     @property
@@ -254,31 +253,31 @@ class AttentionBatch:
         ]
 
     @functools.cached_property
-    def total(self) -> BatchTotals:
-        """Of all requests."""
+    def totals(self) -> BatchTotals:
+        """Sums over all requests."""
         return BatchTotals(len(self.phases), self.num_tokens, sum(self.seq_lens_list))
 
     @functools.cached_property
-    def totals(self) -> dict[Phase, BatchTotals]:
-        """Of each phase; one without requests is absent."""
+    def totals_by_phase(self) -> dict[Phase, BatchTotals]:
+        """Sums over the requests of each phase; a phase without requests is absent."""
         phases, seq_lens = self.phases, self.seq_lens_list
         if not phases:
             return {}
         first, count = phases[0], phases.count(phases[0])
         if count == len(phases):
-            return {first: self.total}
-        if phases[:count].count(first) == count:  # one phase after the other, as engines have it
+            return {first: self.totals}
+        if phases[:count].count(first) == count:  # one phase after the other, as in engines
             own = BatchTotals(count, self.query_start_list[count], sum(seq_lens[:count]))
         else:
             rows = [phase is first for phase in phases]
             lens = (itertools.compress(each, rows) for each in (self.query_lens, seq_lens))
             own = BatchTotals(count, *map(sum, lens))
         other = Phase.DECODE if first is Phase.PREFILL else Phase.PREFILL
-        return {first: own, other: BatchTotals(*map(operator.sub, self.total, own))}
+        return {first: own, other: BatchTotals(*map(operator.sub, self.totals, own))}
 
     @functools.cached_property
     def parts(self) -> dict[Phase, BatchPart]:
-        """The batch taken apart by phase; a phase without requests is absent."""
+        """The requests of each phase as a batch; a phase without requests is absent."""
         found = set(self.phases)
         if len(found) == 1:
             return {found.pop(): BatchPart(self, slice(None), slice(None))}
@@ -320,7 +319,7 @@ class AttentionBatch:
         return BatchPart(part, tokens, keys)
 
     def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
-        """The requests from `first` to before `end`; nothing is copied from the host."""
+        """The requests [first, end); nothing is copied from the host."""
         requests, bounds = slice(first, end), slice(first, end + 1)
         tokens, keys = (
             slice(starts[first], starts[end]) for starts in (self.query_start_list, self.key_starts)
@@ -329,7 +328,7 @@ class AttentionBatch:
         part = dataclasses.replace(
             self,
             query_start_loc=self.query_start_loc[bounds] - tokens.start,
-            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels were compiled for
+            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels expect
             query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
             seq_lens_cpu=self.seq_lens_cpu[requests],
             max_query_len=max(self.query_lens[requests]),
@@ -348,143 +347,39 @@ class AttentionBatch:
 
     @functools.cached_property
     def mask_starts(self) -> list[int]:
-        """Where each request's part of custom_mask begins, and where the last one ends."""
+        """Where each request's part of custom_mask starts, and where the last one ends."""
         sizes = (q * s for q, s in zip(self.query_lens, self.seq_lens_list, strict=True))
         return [0, *itertools.accumulate(sizes)]
 
     def request_mask(self, request: int) -> torch.Tensor:
-        """(query_len, seq_len) bool, the part of custom_mask that is one request's."""
+        """(query_len, seq_len) bool, one request's part of custom_mask."""
         assert self.custom_mask is not None
         starts = self.mask_starts
         rows = self.custom_mask[starts[request] : starts[request + 1]]
         return rows.view(self.query_lens[request], self.seq_lens_list[request])
 
     def check(self) -> None:
-        """Check that the batch agrees with itself, as far as the host can see; once.
+        """Check once that the batch is consistent, without waiting for a device.
 
         Raises:
-            InvalidInputError: it says what contradicts what.
+            InvalidInputError: it is not.
         """
         if _ITSELF not in self.checked:
-            self._check_types()  # the others read these
-            self._check_contents()
-            self._check()
+            check_types(self)  # the others read these
+            if self.block_table is not None:
+                check_table(self.block_table, self.num_reqs)
+                check_block_ids(self.block_table, self.seq_lens_cpu, self.block_size)
+            if self.slot_mapping is not None:
+                check_slot_tensor(self.slot_mapping)
+            check_batch(self)
             self.checked.add(_ITSELF)
-
-    def _check(self) -> None:
-        self._check_types()
-        num_reqs = self.num_reqs
-        starts = {
-            "query_start_loc_cpu": self.query_start_list,
-            "key_start_loc_cpu": self.key_starts,
-        }
-        for name, values in starts.items():
-            if len(values) != num_reqs + 1 or values[0] != 0 or values != sorted(values):
-                raise InvalidInputError(
-                    f"{name} is {values[:8]}; for {num_reqs} requests it takes {num_reqs + 1} "
-                    "values that start at 0 and never fall."
-                )
-            if values[-1] > INT32_MAX:
-                raise InvalidInputError(f"{name} ends at {values[-1]}, which int32 cannot hold.")
-        if len(self.query_start_loc) != num_reqs + 1:
-            raise InvalidInputError(
-                f"query_start_loc has {len(self.query_start_loc)} values; for {num_reqs} requests "
-                f"it takes {num_reqs + 1}."
-            )
-        seqs = self.seq_lens_list
-        if len(seqs) != num_reqs or min(seqs, default=0) < 0 or max(seqs, default=0) > INT32_MAX:
-            raise InvalidInputError(
-                f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths of "
-                f"0 or more, and at most {INT32_MAX}."
-            )
-        longest = {"max_query_len": self.query_lens, "max_seq_len": seqs}
-        for name, lengths in longest.items():
-            if getattr(self, name) < max(lengths, default=0):
-                raise InvalidInputError(
-                    f"{name} is {getattr(self, name)}, and a request has {max(lengths)}. It must "
-                    "be the longest or more."
-                )
-        for name in ("query_start_loc", "block_table", "slot_mapping", "custom_mask"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.device != self.seq_lens.device:
-                raise InvalidInputError(
-                    f"{name} is on {tensor.device}, and seq_lens on {self.seq_lens.device}. Make "
-                    "the batch by AttentionBatch.create, with device=."
-                )
-        mask = self.custom_mask
-        size = 0 if mask is None else self.mask_starts[-1]
-        if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
-            raise InvalidInputError(
-                f"custom_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; it must be "
-                f"({size},) bool: query_len * seq_len values for each request, one after another."
-            )
-        slots, num_keys = self.slot_mapping, self.key_starts[-1]
-        if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
-            raise InvalidInputError(
-                f"The batch has slot_mapping {tuple(slots.shape)} for {num_keys} new keys. Give a "
-                "slot for each, int64: block * block_size + offset, or −1 for padding."
-            )
-        if self.multi_modal_placeholder_index_maps is not None:
-            check_placeholders(self.multi_modal_placeholder_index_maps, num_reqs)
-
-    def _check_types(self) -> None:
-        """Check each attribute by itself."""
-        for name in _LENGTHS:
-            tensor = getattr(self, name)
-            if tensor is None and name == "key_start_loc_cpu":
-                continue
-            check_dense(name, tensor, "an int32 tensor with a value for each request", meta=True)
-            if tensor.dim() != 1 or tensor.dtype not in INTEGERS:
-                raise InvalidInputError(
-                    f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; it must be "
-                    "int32 of one dimension."
-                )
-            if name.endswith("_cpu") and tensor.device.type != "cpu":
-                raise InvalidInputError(f"{name} is on {tensor.device}; it must be on the host.")
-        if self.custom_mask is not None:
-            check_dense(
-                "custom_mask", self.custom_mask, "a bool tensor of one dimension", meta=True
-            )
-        for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= INT32_MAX:
-                if value is None and name == "block_size":
-                    continue
-                raise InvalidInputError(
-                    f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
-                )
-        if type(self.enable_kv_scales_calculation) is not bool:
-            raise InvalidInputError(
-                f"enable_kv_scales_calculation={shown(self.enable_kv_scales_calculation)} is not "
-                "True or False."
-            )
-
-    def _check_contents(self) -> None:
-        """Check the block table and the slots; what they hold, if that is on the host."""
-        if self.block_table is not None:
-            check_table(self.block_table, self.num_reqs)
-            check_block_ids(self.block_table, self.seq_lens_cpu, self.block_size)
-        if self.slot_mapping is not None:
-            check_slot_tensor(self.slot_mapping)
-
-
-#: The attributes that are lengths, or where they add up to.
-_LENGTHS = (
-    "query_start_loc",
-    "seq_lens",
-    "query_start_loc_cpu",
-    "seq_lens_cpu",
-    "key_start_loc_cpu",
-)
-#: The attributes that are integers, and their smallest values.
-_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1}
 
 
 class BatchPart(NamedTuple):
-    """The requests of one phase as a batch of their own, and which rows are theirs.
+    """The requests of one phase as a batch, and their rows.
 
-    `tokens` are their rows of query and output, `keys` those of key and value: a slice where the
-    phase's requests stand together, of everything if there are no others; else an index tensor.
+    `tokens` are their rows of query and output, `keys` those of key and value: a slice if the
+    phase's requests are consecutive, else an index tensor.
     """
 
     batch: AttentionBatch

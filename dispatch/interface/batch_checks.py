@@ -258,3 +258,96 @@ def check_placeholders(maps: object, num_reqs: int) -> None:
                     f"The {modality!r} range {tuple(each)} fits none of the {num_reqs} "
                     "requests; give (request, start, end) with start <= end."
                 )
+
+
+#: The attributes that are lengths or sums of lengths.
+_LENGTHS = (
+    "query_start_loc",
+    "seq_lens",
+    "query_start_loc_cpu",
+    "seq_lens_cpu",
+    "key_start_loc_cpu",
+)
+#: The attributes that are integers, and their smallest values.
+_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1}
+
+
+def check_batch(batch: Any) -> None:
+    """Check that the attributes of an AttentionBatch agree, without waiting for a device."""
+    check_types(batch)
+    num_reqs = batch.num_reqs
+    starts = {
+        "query_start_loc_cpu": batch.query_start_list,
+        "key_start_loc_cpu": batch.key_starts,
+    }
+    for name, values in starts.items():
+        if len(values) != num_reqs + 1 or values[0] != 0 or values != sorted(values):
+            raise InvalidInputError(
+                f"{name} is {values[:8]}; for {num_reqs} requests it takes {num_reqs + 1} "
+                "ascending values from 0."
+            )
+        if values[-1] > INT32_MAX:
+            raise InvalidInputError(f"{name} ends at {values[-1]}, which int32 cannot hold.")
+    if len(batch.query_start_loc) != num_reqs + 1:
+        raise InvalidInputError(
+            f"query_start_loc has {len(batch.query_start_loc)} values; for {num_reqs} requests "
+            f"it takes {num_reqs + 1}."
+        )
+    seqs = batch.seq_lens_list
+    if len(seqs) != num_reqs or min(seqs, default=0) < 0 or max(seqs, default=0) > INT32_MAX:
+        raise InvalidInputError(
+            f"seq_lens_cpu is {seqs[:8]}; for {num_reqs} requests it takes as many lengths "
+            f"from 0 to {INT32_MAX}."
+        )
+    for name, lengths in (("max_query_len", batch.query_lens), ("max_seq_len", seqs)):
+        if getattr(batch, name) < max(lengths, default=0):
+            raise InvalidInputError(
+                f"{name} is {getattr(batch, name)}; it must be at least that of the longest "
+                f"request, {max(lengths)}."
+            )
+    for name in ("query_start_loc", "block_table", "slot_mapping", "custom_mask"):
+        tensor = getattr(batch, name)
+        if tensor is not None and tensor.device != batch.seq_lens.device:
+            raise InvalidInputError(
+                f"{name} is on {tensor.device}, and seq_lens on {batch.seq_lens.device}. Make "
+                "the batch by AttentionBatch.create, with device=."
+            )
+    mask = batch.custom_mask
+    size = 0 if mask is None else batch.mask_starts[-1]
+    if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
+        wanted = f"({size},) bool: query_len * seq_len values for each request"
+        raise wrong_form("custom_mask", mask, wanted)
+    slots, num_keys = batch.slot_mapping, batch.key_starts[-1]
+    if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
+        wanted = f"int64 of one dimension, a slot for each of {num_keys} new keys"
+        raise wrong_form("slot_mapping", slots, wanted, "−1 is for padding.")
+    if batch.multi_modal_placeholder_index_maps is not None:
+        check_placeholders(batch.multi_modal_placeholder_index_maps, num_reqs)
+
+
+def check_types(batch: Any) -> None:
+    """Check the attributes of an AttentionBatch one by one."""
+    for name in _LENGTHS:
+        tensor = getattr(batch, name)
+        if tensor is None and name == "key_start_loc_cpu":
+            continue
+        check_dense(name, tensor, "an int32 tensor with a value for each request", meta=True)
+        if tensor.dim() != 1 or tensor.dtype not in INTEGERS:
+            raise wrong_form(name, tensor, "int32 of one dimension")
+        if name.endswith("_cpu") and tensor.device.type != "cpu":
+            raise InvalidInputError(f"{name} is on {tensor.device}; it must be on the host.")
+    if batch.custom_mask is not None:
+        check_dense("custom_mask", batch.custom_mask, "a bool tensor of one dimension", meta=True)
+    for name, least in _COUNTS.items():
+        value = getattr(batch, name)
+        if type(value) is not int or not least <= value <= INT32_MAX:
+            if value is None and name == "block_size":
+                continue
+            raise InvalidInputError(
+                f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
+            )
+    if type(batch.enable_kv_scales_calculation) is not bool:
+        raise InvalidInputError(
+            f"enable_kv_scales_calculation={shown(batch.enable_kv_scales_calculation)} is not "
+            "True or False."
+        )

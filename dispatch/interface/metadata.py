@@ -135,7 +135,7 @@ def _counted(name: str, count: Callable[[AttentionBatch], int]) -> Any:
 
 
 def _prompts(batch: AttentionBatch) -> BatchTotals:
-    return batch.totals.get(Phase.PREFILL, NO_REQUESTS)
+    return batch.totals_by_phase.get(Phase.PREFILL, NO_REQUESTS)
 
 
 @functools.cache

@@ -141,4 +141,4 @@ def test_a_child_can_use_a_batch_while_another_thread_does():
     assert found >= {id(each) for each in ours}
     batch = AttentionBatch.create([1], [1])
     with Holder(vars(AttentionBatch)["totals"].lock):
-        assert child_ends(lambda: batch.totals)
+        assert child_ends(lambda: batch.totals_by_phase)
