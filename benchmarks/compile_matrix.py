@@ -216,8 +216,8 @@ def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any
 
 def report_on(case: Case, launch: Launch, arch: str) -> Report:
     """Compile a launch and look at the result."""
-    source = launch.constants.get("SOURCE")
-    kernel = launch.name if source is None else f"{launch.name} from {source}"
+    features = launch.constants.get("F")
+    kernel = f"{launch.name} from {features.SOURCE}" if launch.name == "prefill" else launch.name
     report = Report(case=case.name, arch=arch, kernel=kernel)
     try:
         kernel_of, log = compiled(launch, arch)
@@ -237,7 +237,7 @@ def report_on(case: Case, launch: Launch, arch: str) -> Report:
         matrix=next((name for name in _MATRIX if name in assembly), ""),
     )
     is_persistent = launch.name == "hopper_decode"
-    multiplies = launch.name.startswith("hopper") or "BLOCK_N" in launch.constants
+    multiplies = launch.name.startswith("hopper") or features is not None
     is_half = getattr(launch.args[0], "dtype", None) != torch.float32
     return judged(
         report,
@@ -325,7 +325,7 @@ def cells_of(reports: Iterable[Report]) -> dict[Place, str]:
 
 
 def _column(kernel: str) -> str:
-    return kernel.split(maxsplit=1)[0].removesuffix("_invariant").removeprefix("hopper_")
+    return kernel.split(maxsplit=1)[0].removeprefix("hopper_")
 
 
 def tables(cells: Mapping[Place, str], triton: str) -> str:

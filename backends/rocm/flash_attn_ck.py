@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 import torch
 
 from attn_dispatch.backends.common import aligned, start_offsets, window_sides
-from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
-from attn_dispatch.backends.triton.operands import KVSource, OutputBuffers, suits_tma
-from attn_dispatch.backends.triton.plan import PrefillPlan, TritonBuilder, TritonMetadata, plan_rows
+from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.operands import KVSource, suits_tma
+from attn_dispatch.backends.triton.plan import PrefillPlan, TritonBuilder, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.batch_checks import rows_of
@@ -39,7 +39,6 @@ from attn_dispatch.interface.capability import (
     ReasonCode,
     SameAs,
 )
-from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
@@ -178,18 +177,11 @@ class VarlenImpl(TritonImpl):
         """No: these functions do not quantize."""
         return False
 
-    def _prefill(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: PrefillPlan,
-        query: torch.Tensor,
-        source: KVSource,
-        out: OutputBuffers,
-    ) -> None:
+    def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if not isinstance(plan, VarlenPlan):
-            super()._prefill(layer, metadata, plan, query, source, out)
+            super()._prefill(call, plan, source)
             return
+        query, out = call.query, call.out
         is_gathered = plan.gathered is not None and source.k is plan.gathered[0]
         keys = slice(None) if is_gathered else plan.keys
         result = self._function(

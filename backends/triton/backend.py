@@ -1,19 +1,20 @@
-"""TRITON_ATTN: every feature, over the paged cache, in Triton kernels for NVIDIA's and AMD's GPUs.
+"""TRITON_ATTN: every feature, over the paged cache, in Triton kernels for NVIDIA and AMD GPUs.
 
-The kernels are in `kernels/`, how they are launched in `cuda/launch_tables.py` and
-`rocm/launch_tables.py`, how a batch is laid out for them in `triton_plan.py`, and what they are
-given in `triton_arguments.py`.
+`kernels/` has the kernels, `configs/` how they are launched, plan.py how a batch is laid out for
+them, and operands.py what they are given.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from attn_dispatch.backends.common import MAX_WINDOW
 from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
+from attn_dispatch.backends.triton.kernels.structs import DecodeSchedule, Features
 from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.backends.triton.launcher import Launchers
 from attn_dispatch.backends.triton.operands import (
@@ -31,6 +32,7 @@ from attn_dispatch.backends.triton.operands import (
 from attn_dispatch.backends.triton.plan import (
     INVARIANT_PARTS,
     DecodePlan,
+    Launches,
     PrefillPlan,
     TritonBuilder,
     TritonMetadata,
@@ -55,17 +57,44 @@ from attn_dispatch.platforms.libraries import import_library
 __all__ = ["TritonAttnBackend", "TritonImpl"]
 
 LOG2E = math.log2(math.e)
-#: A larger window is as good as this one, and positions plus this are still an int32.
-_WINDOW_LIMIT = 1 << 30
-#: A soft cap below the first changes no result more than the first does, and one beyond the second
-#: none: scores of float32 that are that large are not told apart.
+#: A smaller soft cap changes no result further, and a larger one changes none at all: float32 does
+#: not distinguish scores that large.
 _SMALLEST_CAP, _LARGEST_CAP = 2.0**-40, 2.0**100
-#: How the kernels call the kinds of ALiBi.
+#: The kinds of ALiBi, see Features.
 _ALIBI = {False: 0, True: 1, ALIBI_SYMMETRIC: 2}
-#: Sizes of value heads that groups of quantized output values fill.
+#: Sizes of value heads that are filled by whole groups of quantized output values.
 _GROUPED_HEADS = (GROUP_SIZE, 2 * GROUP_SIZE, 4 * GROUP_SIZE)
-#: So many parts of a split are merged as whole tiles, more row by row.
-_FEW_PARTS = 8
+#: Up to this many parts of a split are merged as whole tiles, more row by row.
+_MERGE_TILE_MAX_PARTS = 8
+
+
+class Call(NamedTuple):
+    """A call of `forward`, with its arguments as the kernels take them."""
+
+    layer: AttentionLayer
+    metadata: TritonMetadata
+    query: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    cache: KVSource | None
+    out: OutputBuffers
+
+
+class Variant(NamedTuple):
+    """What differs between the compiled attention kernels of one layer."""
+
+    launches: Launches
+    kind: str
+    format: str
+    dtype: torch.dtype
+    block_size: int
+    scale_stride: int
+    out_format: str
+    out_group: int
+    has_ranges: bool
+    has_mask: bool
+    query_dtype: torch.dtype
+    sinks_dtype: torch.dtype
 
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
@@ -76,7 +105,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         import_library("triton")
         from attn_dispatch.backends.triton.kernels import decode, gather, prefill
 
-        self._decode_kernels = (decode.decode_kernel, decode.decode_invariant_kernel)
+        self._decode_kernel = decode.decode_kernel
         self._prefill_kernel = prefill.prefill_kernel
         self._gather_kernel = gather.gather_kv_kernel
         self._launchers = Launchers()
@@ -87,18 +116,17 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         if self._cap is not None:
             self._cap = max(self._cap, _SMALLEST_CAP) if self._cap <= _LARGEST_CAP else None
         cap = self._cap or 1.0
-        #: What every attention kernel takes after its strides.
+        #: The last run-time arguments of every attention kernel.
         self._numbers = (
-            min(self.sliding_window or 0, _WINDOW_LIMIT), scale * LOG2E, cap * LOG2E, scale / cap
+            min(self.sliding_window or 0, MAX_WINDOW), scale * LOG2E, cap * LOG2E, scale / cap
         )  # fmt: skip
         self._sizes = head_constants(self.head_size, self.head_size_v)
         sizes = (self.head_size, self.head_size_v)
-        #: Heads can be taken as pairs of bytes: half a tile still suits the matrix units.
-        self._has_pairs = not any(size % 2 or block_of(size) < 32 for size in sizes)
-        self._largest_block = max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"])
+        #: Heads can be read as pairs of bytes: half a tile still suits the matrix units.
+        self._can_pack = not any(size % 2 or block_of(size) < 32 for size in sizes)
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """Static fp8; and fp8 by groups, where a group lies in one head."""
+        """fp8 with one scale; and fp8 by groups, where each group lies in one head."""
         if quant_key == "fp8_e4m3_group128":
             return self.head_size_v in _GROUPED_HEADS
         return quant_key in OUTPUT_QUANTS
@@ -140,27 +168,18 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             key, value = with_contiguous_heads(key), with_contiguous_heads(value)
             if kv_cache is not None:
                 self.write_kv(layer, key, value, kv_cache, attn_metadata.batch)
-        self._attend(layer, attn_metadata, query, key, value, cache, out)
+        self._attend(Call(layer, attn_metadata, query, key, value, cache, out))
         return out.result(output, output_block_scale)
 
-    def _attend(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        cache: KVSource | None,
-        out: OutputBuffers,
-    ) -> None:
-        """Attention of all requests, the new keys being in the cache."""
-        if metadata.decode is not None and metadata.decode.num_reqs and cache is not None:
-            self._decode(layer, metadata, metadata.decode, query, cache, out)
-        else:  # the decode kernel sees to the rows of no request, by the device's lengths
-            out.clear_from(metadata.batch.num_tokens)
+    def _attend(self, call: Call) -> None:
+        """Attention of all requests; the cache has the new keys already."""
+        metadata = call.metadata
+        if metadata.decode is not None and metadata.decode.num_reqs and call.cache is not None:
+            self._decode(call, metadata.decode, call.cache)
+        else:  # the decode kernel clears the padding rows itself, by the lengths on the device
+            call.out.clear_from(metadata.batch.num_tokens)
         if metadata.prefill is not None:
-            source = self._source(layer, metadata, metadata.prefill, cache, key, value)
-            self._prefill(layer, metadata, metadata.prefill, query, source, out)
+            self._prefill(call, metadata.prefill, self._source(call, metadata.prefill))
 
     def write_kv(
         self,
@@ -173,42 +192,51 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         """See AttentionImpl.write_kv."""
         self._writer.write(layer, key, value, kv_cache, batch)
 
-    def _features(
-        self,
-        metadata: TritonMetadata,
-        source: KVSource,
-        out: OutputBuffers,
-        scale_stride: int,
-        dtype: Any,
-    ) -> dict[str, Any]:
-        """What both attention kernels are compiled for."""
-        table = metadata.launches.table
-        return {
-            "NUM_HEADS": self.num_heads,
-            "GROUP": self.num_heads // self.num_kv_heads,
+    def _variant(
+        self, call: Call, source: KVSource, scale_stride: int, sinks: torch.Tensor
+    ) -> Variant:
+        metadata, out = call.metadata, call.out
+        return Variant(
+            metadata.launches, source.kind, source.format, source.k.dtype, source.block_size,
+            scale_stride, out.format, out.group, metadata.ranges is not None,
+            metadata.mask_starts is not None, call.query.dtype, sinks.dtype,
+        )  # fmt: skip
+
+    def _features(self, variant: Variant, block_n: int, stages: int) -> Features:
+        """What an attention kernel is compiled for."""
+        table, has_window = variant.launches.table, self.sliding_window is not None
+        has_tanh = table.fast_tanh and variant.query_dtype != torch.float32
+        return Features(
+            NUM_HEADS=self.num_heads,
+            NUM_KV_HEADS=self.num_kv_heads,
+            GROUP=self.num_heads // self.num_kv_heads,
             **self._sizes,
-            "BLOCK_SIZE": source.block_size,
-            "FORMAT": source.format,
-            "NATIVE": has_native_fp8(table, source.format),
-            "SCALE_STRIDE": scale_stride,
-            "CAUSAL": self.causal,
-            "WINDOW": self.sliding_window is not None,
-            "CAP": self._cap is not None,
-            "FAST_TANH": table.fast_tanh and dtype != torch.float32 and not is_interpreted(),
-            "ALIBI": _ALIBI[self.alibi],
-            "SINKS": self.sinks is not None,
-            "RANGES": metadata.ranges is not None,
-            "MASK": metadata.mask_starts is not None,
-            "LSE": self.returns_lse,
-            "OUT_FORMAT": out.format,
-            "OUT_GROUP": out.group,
-        }
+            BLOCK_SIZE=variant.block_size,
+            BLOCK_N=block_n,
+            STAGES=stages,
+            SOURCE=variant.kind,
+            FORMAT=variant.format,
+            NATIVE=has_native_fp8(table, variant.format),
+            SCALE_STRIDE=variant.scale_stride,
+            CAUSAL=self.causal,
+            WINDOW=has_window,
+            SKIPS_KEYS=has_window and not variant.has_ranges,
+            CAP=self._cap is not None,
+            FAST_TANH=has_tanh and not is_interpreted(),
+            ALIBI=_ALIBI[self.alibi],
+            SINKS=self.sinks is not None,
+            RANGES=variant.has_ranges,
+            MASK=variant.has_mask,
+            LSE=self.returns_lse,
+            OUT_FORMAT=variant.out_format,
+            OUT_GROUP=variant.out_group,
+        )
 
     def _has_descriptors(self, query: torch.Tensor, metadata: TritonMetadata) -> bool:
-        """Whether this is a step of the kind for which descriptors were run on a GPU.
+        """Whether this is a step of a kind for which descriptors were tested on a GPU.
 
-        Where values are 16 wide and keys are not, Triton 3.6 reads beyond the tile's shared memory,
-        or its neighbour's numbers. So: heads of the usual sizes, 16 bits, and no loop in the masks.
+        Where values are 16 wide and keys are wider, Triton 3.6 reads beyond the tile's shared
+        memory. So only heads of the usual sizes, 16-bit dtypes, and no loop in the masks.
         """
         block = self._sizes["BLOCK_D"]
         is_usual = block == self._sizes["BLOCK_DV"] and block in (64, 128, 256)
@@ -216,7 +244,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         return is_usual and query.dtype.itemsize == 2 and not has_loop
 
     def _per_head(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ALiBi's slopes and the sinks, on the query's device; anything where there are none."""
+        """ALiBi's slopes and the sinks, on the query's device; the query where there are none."""
         slopes = sinks = query
         if self.alibi_slopes is not None:
             if self._slopes is None or self._slopes.device != query.device:
@@ -228,58 +256,37 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             sinks = self.sinks.to(query.device).contiguous()
         return slopes, sinks
 
-    def _decode(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: DecodePlan,
-        query: torch.Tensor,
-        cache: KVSource,
-        out: OutputBuffers,
-    ) -> None:
-        """Attention of the requests of few query tokens."""
+    def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
+        """Attention of the requests with few query tokens."""
+        metadata, query, out = call.metadata, call.query, call.out
         batch, row = metadata.batch, plan.launch
         table, requests = batch.block_table, plan.requests
         assert table is not None
-        k_scale, v_scale, scale_stride = cache.scales(layer)
-        cache = cache.pairs if self._has_pairs and query.dtype.itemsize == 2 else cache
-        kind = (
-            cache.kind, cache.format, cache.k.dtype, cache.block_size, scale_stride, out.format,
-            out.group,
-        )  # fmt: skip
-        features = (metadata.ranges is not None, metadata.mask_starts is not None)
+        k_scale, v_scale, scale_stride = cache.scales(call.layer)
+        cache = cache.packed8 if self._can_pack and query.dtype.itemsize == 2 else cache
         slopes, sinks = self._per_head(query)
-        dtypes = (query.dtype, sinks.dtype)
         stages = row.num_stages
-        if cache.k.dtype.itemsize == 1 or cache.kind == "pairs":
+        if cache.k.dtype.itemsize == 1 or cache.kind == "packed8":
             stages = row.num_stages_8bit or stages
-        is_usual = row is metadata.launches.decode
-        name = (
-            "decode", metadata.launches, is_usual, plan.rows, requests is None, *features, *kind,
-            *dtypes,
-        )  # fmt: skip
-
-        def constants() -> dict[str, Any]:
-            parts = (
-                {"PARTS": INVARIANT_PARTS} if plan.is_invariant else {"MIN_TILES": row.min_tiles}
-            )
-            return {
-                **self._features(metadata, cache, out, scale_stride, query.dtype),
-                "ROWS": plan.rows,
-                "BLOCK_N": row.block_n,
-                "STAGES": stages,
-                "HAS_REQUEST_LIST": requests is not None,
-                "PTX": metadata.launches.is_nvidia and not is_interpreted(),
-                "PAIRS": cache.kind == "pairs",
-                "CHUNK": row.lengths_per_load,
-                "FEW": _FEW_PARTS,
-                "AT_ONCE": max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
-                **parts,
-            }
-
-        kernel = self._decode_kernels[plan.is_invariant]
-        options = {**row.compile_options, "num_stages": stages}
-        launch = self._launchers.find(name, kernel, constants, options)
+        variant = self._variant(call, cache, scale_stride, sinks)
+        launch = self._launchers.find(
+            (variant, row is metadata.launches.decode, plan.rows, requests is None),
+            self._decode_kernel,
+            lambda: {
+                "F": self._features(variant, row.block_n, stages),
+                "S": DecodeSchedule(
+                    ROWS=plan.rows,
+                    PARTS=INVARIANT_PARTS if plan.is_invariant else 0,
+                    MIN_TILES=row.min_tiles,
+                    HAS_REQUEST_LIST=requests is not None,
+                    ALLOW_PTX=metadata.launches.is_nvidia and not is_interpreted(),
+                    LENGTHS_PER_LOAD=row.lengths_per_load,
+                    MERGE_TILE_MAX_PARTS=_MERGE_TILE_MAX_PARTS,
+                    MERGE_PARTS_AT_ONCE=max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
+                ),
+            },
+            {"num_warps": row.num_warps, "num_stages": stages},
+        )
         launch(
             (plan.grid, 1, 1),
             query, cache.k, cache.v, out.values, out.lse, out.scale, plan.part_out, plan.part_lse,
@@ -290,42 +297,30 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             batch.seq_lens.shape[0], query.shape[0], table.stride(0), *self._numbers,
         )  # fmt: skip
 
-    def _source(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: PrefillPlan,
-        cache: KVSource | None,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-    ) -> KVSource:
-        """Where the prefill kernel finds keys: as they came, gathered, or in their pages."""
+    def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
+        """The keys of the prefill kernel: those of the call, gathered ones, or pages."""
+        key, value, cache = call.key, call.value, call.cache
         if key is not None and value is not None and plan.is_fresh:
-            # What a cache keeps in another form is what must be read.
-            as_kept = cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
-            if as_kept and self.kv_sharing_target_layer_name is None:
+            # If the cache stores another dtype, its rounded values must be read.
+            is_exact = cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
+            if is_exact and self.kv_sharing_target_layer_name is None:
                 return KVSource.of_rows(key, value, plan.key_start_loc)
-        assert cache is not None  # check_forward saw to it
+        assert cache is not None  # by check_forward
         if plan.gathered_start_loc is None:
             return cache
-        return self._gather(layer, metadata, plan, plan.gathered_start_loc, cache)
+        return self._gather(call, plan, plan.gathered_start_loc, cache)
 
     def _gather(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: PrefillPlan,
-        starts: torch.Tensor,
-        cache: KVSource,
+        self, call: Call, plan: PrefillPlan, starts: torch.Tensor, cache: KVSource
     ) -> KVSource:
         """Copy the keys and values of the plan's requests out of their pages."""
-        batch, launches = metadata.batch, metadata.launches
+        batch, launches = call.metadata.batch, call.metadata.launches
         table = batch.block_table
         assert table is not None
         keys, values = plan.room_for(self.num_kv_heads, self.head_size, self.head_size_v)
-        rows = max(16, 16384 // self._largest_block)
-        windowed = self.sliding_window is not None and metadata.ranges is None
-        k_scale, v_scale, scale_stride = cache.scales(layer)
+        rows = max(16, 16384 // max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"]))
+        windowed = self.sliding_window is not None and call.metadata.ranges is None
+        k_scale, v_scale, scale_stride = cache.scales(call.layer)
         kind = (cache.format, cache.k.dtype, cache.block_size, scale_stride)
         launch = self._launchers.find(
             ("gather", launches, plan.pad, windowed, *kind),
@@ -341,7 +336,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "SCALE_STRIDE": scale_stride,
                 **self._sizes,
             },
-            {},
         )
         launch(
             (-(-plan.longest * self.num_kv_heads // rows), len(plan.requests), 1),
@@ -351,49 +345,37 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         )  # fmt: skip
         return KVSource.of_rows(keys, values, starts)
 
-    def _prefill(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: PrefillPlan,
-        query: torch.Tensor,
-        source: KVSource,
-        out: OutputBuffers,
-    ) -> None:
-        """Attention of the requests of many query tokens."""
+    def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
+        """Attention of the requests with many query tokens."""
+        metadata, query, out = call.metadata, call.query, call.out
         if not len(plan.tiles):
             return
         if plan.tiles.shape[1] != 2:  # a subclass's, for a kernel of its own
             raise InvalidInputError(
-                f"attn_metadata was laid out by a {type(metadata.builder).__name__} for another "
-                "kernel. Make it by the layer's own builder; layer.build_metadata does."
+                f"attn_metadata was made by a {type(metadata.builder).__name__}, for another "
+                "kernel. Make it with the layer's own builder; layer.build_metadata does."
             )
-        batch, launches = metadata.batch, metadata.launches
-        row = launches.prefill
-        k, v, kind = source.k, source.v, source.kind
-        if kind == "rows" and launches.table.descriptors:
-            block = self._sizes["BLOCK_D"]
-            fills = fills_tiles(k, block) and fills_tiles(v, block)
-            if fills and self._has_descriptors(query, metadata):
-                kind = "descriptors"
-                k = tensor_descriptor()(k.flatten(1), [row.block_n, block])
-                v = tensor_descriptor()(v.flatten(1), [row.block_n, block])
-        k_scale, v_scale, scale_stride = source.scales(layer)
+        batch, row = metadata.batch, metadata.launches.prefill
+        k_scale, v_scale, scale_stride = source.scales(call.layer)
         slopes, sinks = self._per_head(query)
-        name = (
-            "prefill", launches, kind, source.format, source.k.dtype, source.block_size,
-            scale_stride, out.format, out.group, metadata.ranges is not None,
-            metadata.mask_starts is not None, query.dtype, sinks.dtype,
-        )  # fmt: skip
+        variant = self._variant(call, source, scale_stride, sinks)
+        k, v, block = source.k, source.v, self._sizes["BLOCK_D"]
+        if (
+            source.kind == "rows"
+            and metadata.launches.table.descriptors
+            and fills_tiles(k, block)
+            and fills_tiles(v, block)
+            and self._has_descriptors(query, metadata)
+        ):
+            variant = variant._replace(kind="descriptors")
+            describe, shape = tensor_descriptor(), [row.block_n, block]
+            k, v = describe(k.flatten(1), shape), describe(v.flatten(1), shape)
         launch = self._launchers.find(
-            name,
+            (variant,),
             self._prefill_kernel,
             lambda: {
-                **self._features(metadata, source, out, scale_stride, query.dtype),
                 "BLOCK_M": row.block_m,
-                "BLOCK_N": row.block_n,
-                "STAGES": row.num_stages,
-                "SOURCE": kind,
+                "F": self._features(variant, row.block_n, row.num_stages),
             },
             row.compile_options,
         )
@@ -450,7 +432,7 @@ class TritonAttnBackend(AttentionBackend):
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """A group of output values lies in one head; a graph takes no mask and no range."""
+        """Groups of output values lie in one head; CUDA graphs take no mask and no ranges."""
         reasons = []
         if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in _GROUPED_HEADS:
             reasons.append(

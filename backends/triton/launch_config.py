@@ -1,8 +1,8 @@
-"""Launch tables: how large the tiles are, and how many warps, stages and programs, as data.
+"""Launch tables: the sizes of tiles, and the numbers of warps, stages and programs, as data.
 
-A table belongs to a set of devices; its rows are by head size, the smallest that fits. Those of
-Hopper were measured for heads of 64, 128 and 256 (benchmarks/NOTES.md); all others were chosen by
-what the compiler reports (docs/kernels.md), for want of such GPUs.
+A table belongs to a set of devices. Its rows are by head size; the smallest that fits is used. The
+rows of Hopper were measured for heads of 64, 128 and 256 (benchmarks/NOTES.md). All others were
+chosen by what the compiler reports (docs/kernels.md), because no such GPU was at hand.
 """
 
 from __future__ import annotations
@@ -14,19 +14,41 @@ from typing import Any
 __all__ = ["DecodeLaunch", "LaunchTable", "PrefillLaunch"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class PrefillLaunch:
+    """How the prefill kernel is launched.
+
+    Attributes:
+        block_m: rows (tokens times query heads of a KV head) in a tile.
+        block_n: keys in a tile.
+        num_warps, num_stages: options of Triton's compiler.
+        options: those of one vendor only, e.g. waves_per_eu.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """The options of Triton's compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
+
+
+@dataclass(frozen=True)
 class DecodeLaunch:
     """How the decode kernel is launched.
 
     Attributes:
         block_n: keys in a tile.
-        num_warps, num_stages: Triton's.
-        programs_per_sm: how many programs share the work, for each SM or CU.
-        min_tiles: a program that works gets so many tiles of keys at least.
+        num_warps, num_stages: options of Triton's compiler.
+        programs_per_sm: programs that share the work, for each SM or CU.
+        min_tiles: a program that works has at least this many tiles of keys.
         max_rows: rows (tokens times query heads of a KV head) in a tile, at most.
-        num_stages_8bit: num_stages for a cache of one byte an element; None for num_stages.
-        lengths_per_load: lengths of requests that a program reads at a time; more are more code.
-        options: what only this vendor's compiler knows, e.g. waves_per_eu.
+        num_stages_8bit: num_stages for a cache with one byte per element; None for num_stages.
+        lengths_per_load: lengths of requests that a program reads at a time; more take more code.
     """
 
     block_n: int
@@ -37,28 +59,6 @@ class DecodeLaunch:
     max_rows: int = 64
     num_stages_8bit: int | None = None
     lengths_per_load: int = 256
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def compile_options(self) -> dict[str, Any]:
-        """What Triton's compiler takes."""
-        return _compile_options(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillLaunch:
-    """How the prefill kernel is launched: a tile is block_m rows by block_n keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def compile_options(self) -> dict[str, Any]:
-        """What Triton's compiler takes."""
-        return _compile_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,13 @@ class LaunchTable:
     """How the kernels are launched on a set of devices.
 
     Attributes:
-        decode: largest head size -> launch.
+        decode, prefill: largest head size -> launch.
         decode_few: the same for batches with fewer KV heads, over all requests, than programs; a
-            size without a row takes that of `decode`.
-        prefill: the same.
-        native_fp8: the formats of elements.py that the compiler converts in hardware.
+            size without a row uses that of `decode`.
+        native_fp8: the formats of kernels/fp8.py that the compiler converts in hardware.
         descriptors: tensor descriptors are faster than pointers (TMA).
         fast_tanh: there is an instruction for tanh.
-        gather_from: from so many query tokens for each key on, pages are gathered first.
+        gather_from: from this many query tokens for each key on, pages are gathered first.
     """
 
     decode: Mapping[int, DecodeLaunch]
@@ -85,21 +84,15 @@ class LaunchTable:
     gather_from: int = 256
 
     def decode_for(self, head_size: int, element_bytes: int, is_few: bool = False) -> DecodeLaunch:
-        """The row for heads of this size; float32 takes that of twice the size."""
-        size = head_size * max(1, element_bytes // 2)
-        row: DecodeLaunch = _row(self.decode, size)
-        largest = next(key for key, value in self.decode.items() if value is row)
-        return self.decode_few.get(largest, row) if is_few else row
+        """The row for heads of this size; float32 uses that of twice the size."""
+        largest = _largest_size(self.decode, head_size, element_bytes)
+        return (self.decode_few if is_few else self.decode).get(largest, self.decode[largest])
 
     def prefill_for(self, head_size: int, element_bytes: int) -> PrefillLaunch:
         """The same for prefill."""
-        row: PrefillLaunch = _row(self.prefill, head_size * max(1, element_bytes // 2))
-        return row
+        return self.prefill[_largest_size(self.prefill, head_size, element_bytes)]
 
 
-def _row(rows: Mapping[int, Any], size: int) -> Any:
-    return next((row for largest, row in sorted(rows.items()) if size <= largest), rows[max(rows)])
-
-
-def _compile_options(row: DecodeLaunch | PrefillLaunch) -> dict[str, Any]:
-    return {"num_warps": row.num_warps, "num_stages": row.num_stages, **row.options}
+def _largest_size(rows: Mapping[int, Any], head_size: int, element_bytes: int) -> int:
+    size = head_size * max(1, element_bytes // 2)
+    return next((largest for largest in sorted(rows) if size <= largest), max(rows))

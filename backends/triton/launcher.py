@@ -1,4 +1,4 @@
-"""Launching a kernel again and again: what Triton works out at each launch is worked out once."""
+"""Launching a kernel again and again: what Triton derives at each launch is derived once."""
 
 from __future__ import annotations
 
@@ -7,33 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 __all__ = ["METADATA", "Launcher", "Launchers"]
 
-#: Pointers through which kernels read one number at a time, or which are not there: their
-#: alignment is left open (do_not_specialize_on_alignment), so nobody need look at it.
+#: Pointers through which kernels read one number at a time, or that may be absent. Triton does not
+#: specialize on their alignment (do_not_specialize_on_alignment), so no launch has to look at it.
 METADATA = [
-    "lse_ptr",
-    "out_scale_ptr",
-    "part_lse_ptr",
-    "counters_ptr",
-    "requests_ptr",
-    "tiles_ptr",
-    "query_start_loc_ptr",
-    "seq_lens_ptr",
-    "key_start_loc_ptr",
-    "block_table_ptr",
-    "k_row_scales_ptr",
-    "v_row_scales_ptr",
-    "k_scale_ptr",
-    "v_scale_ptr",
-    "slopes_ptr",
-    "mask_ptr",
-    "mask_starts_ptr",
-    "ranges_ptr",
-    "range_starts_ptr",
-    "slots_ptr",
-]
+    "lse_ptr", "out_scale_ptr", "part_lse_ptr", "counters_ptr", "requests_ptr", "tiles_ptr",
+    "query_start_loc_ptr", "seq_lens_ptr", "key_start_loc_ptr", "block_table_ptr",
+    "k_row_scales_ptr", "v_row_scales_ptr", "k_scale_ptr", "v_scale_ptr", "slopes_ptr", "mask_ptr",
+    "mask_starts_ptr", "ranges_ptr", "range_starts_ptr", "slots_ptr",
+]  # fmt: skip
+#: The versions of Triton whose CompiledKernel.run takes the arguments that Launcher gives it.
+#: 3.6 was run on GPUs; of 3.7 to 3.9 the sources were read.
+_DIRECT_FROM, _DIRECT_UNTIL = Version("3.6"), Version("3.10.dev0")
 
 _HAS_GPU = torch.cuda.is_available()
 _HIP = torch.version.hip is not None
@@ -44,7 +32,8 @@ class Launcher:
 
     At every launch Triton binds names, derives what to specialize on and looks for the compiled
     kernel, which takes longer than a short kernel runs. Here the compiled kernel is kept for each
-    combination of what Triton specializes on, and called directly.
+    combination of what Triton specializes on, and called directly if this version of Triton was
+    tested.
 
     Args:
         kernel: a @triton.jit function; its constexpr parameters come last.
@@ -65,7 +54,7 @@ class Launcher:
             *(getattr(kernel, "do_not_specialize", None) or ()),
             *(getattr(kernel, "do_not_specialize_on_alignment", None) or ()),
         }
-        self._looked_at = [
+        self._specialized = [
             i for i, name in enumerate(names) if name not in constants and name not in unspecialized
         ]
         self._tensors: list[int] | None = None
@@ -77,29 +66,29 @@ class Launcher:
         Args:
             grid: number of programs in each dimension.
             *args: of the kernel, in order, up to its first constexpr. Each always has the same
-                type, and each tensor the same dtype: other ones take a launcher of their own.
+                type, and each tensor the same dtype: other ones need another launcher.
         """
-        if not _HAS_GPU:  # in the interpreter
+        if not (_HAS_GPU and _can_call_directly()):
             self.kernel[grid](*args, **self.constants, **self.options)
             return
         if self._tensors is None:
-            looked_at = [(i, args[i]) for i in self._looked_at]
-            self._integers = [i for i, arg in looked_at if isinstance(arg, int)]
-            self._tensors = [i for i, arg in looked_at if isinstance(arg, torch.Tensor)]
+            specialized = [(i, args[i]) for i in self._specialized]
+            self._integers = [i for i, arg in specialized if isinstance(arg, int)]
+            self._tensors = [i for i, arg in specialized if isinstance(arg, torch.Tensor)]
         device = torch.cuda.current_device()
-        # What compiled code may depend on; at least all that Triton looks at. On AMD that is also
-        # whether 32 bits reach all of a tensor's memory.
-        reach = [_in_reach(arg) for arg in args if isinstance(arg, torch.Tensor)] if _HIP else ()
+        # All that Triton specializes on, at least. On AMD that includes whether 32-bit offsets
+        # reach all of a tensor's memory.
+        small = [_is_small(arg) for arg in args if isinstance(arg, torch.Tensor)] if _HIP else ()
         key = (
             device,
-            *reach,
+            *small,
             *[args[i].data_ptr() & 15 for i in self._tensors],
             *[a if (a := args[i]) < 16 else (a & 15) | 16 | a >> 31 << 5 for i in self._integers],
         )
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self.kernel[grid](*args, **self.constants, **self.options)
-        elif _is_watched():
+        elif _has_launch_hooks():
             compiled[grid](*args, *self._constants_in_order)
         else:
             stream = torch._C._cuda_getCurrentRawStream(device)
@@ -126,12 +115,19 @@ class Launchers(dict[Any, Launcher]):
         return found
 
 
-def _in_reach(tensor: torch.Tensor) -> bool:
+def _is_small(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < 1 << 31
 
 
-def _is_watched() -> bool:
-    """Whether somebody, such as a profiler, wants to hear of launches."""
+@functools.cache
+def _can_call_directly() -> bool:
+    import triton
+
+    return _DIRECT_FROM <= Version(triton.__version__) < _DIRECT_UNTIL
+
+
+def _has_launch_hooks() -> bool:
+    """Whether a profiler, for example, is called at launches."""
     runtime = _knobs().runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -1,4 +1,4 @@
-"""What the Triton kernels are given: where keys are found, and where results go."""
+"""The operands of the Triton kernels: keys and values, output buffers, head sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from attn_dispatch.backends.common import is_aligned
 from attn_dispatch.backends.triton.launch_config import LaunchTable
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.quantization import GROUP_SIZE, token_scales
@@ -31,7 +32,7 @@ __all__ = [
     "with_contiguous_heads",
 ]
 
-#: How the kernels call what a cache or an output keeps; any other dtype is "plain".
+#: Names of the formats of a cache or an output in the kernels; any other dtype is "plain".
 FORMATS = {
     torch.float8_e4m3fn: "e4m3",
     torch.float8_e5m2: "e5m2",
@@ -71,19 +72,19 @@ def head_constants(head_size: int, head_size_v: int) -> dict[str, int]:
 
 
 def on_tensor_device(method: Callable[..., T]) -> Callable[..., T]:
-    """For a method of an impl: run it with the device of its first tensor as the current one.
+    """Run a method of an impl with the device of its first tensor as the current device.
 
-    PyTorch's operators look where their tensors are. Triton launches on the current device.
+    PyTorch's operators use the device of their tensors. Triton launches on the current device.
     """
 
     @functools.wraps(method)
     def run(*args: Any, **options: Any) -> T:
-        for given in args:  # a loop and nothing made: every layer's call waits for this
-            if isinstance(given, torch.Tensor):
+        for arg in args:  # a plain loop: this runs in every call of every layer
+            if isinstance(arg, torch.Tensor):
                 break
         else:
-            given = next(each for each in options.values() if isinstance(each, torch.Tensor))
-        index = given.device.index
+            arg = next(each for each in options.values() if isinstance(each, torch.Tensor))
+        index = arg.device.index
         if index is None or index == torch.cuda.current_device():
             return method(*args, **options)
         with torch.cuda.device(index):
@@ -94,14 +95,15 @@ def on_tensor_device(method: Callable[..., T]) -> Callable[..., T]:
 
 @dataclass(frozen=True)
 class KVSource:
-    """Keys and values as the kernels take them; see kernels/attend.py for `kind` and `format`.
+    """Keys and values as the kernels take them.
 
     Attributes:
-        k, v: as bytes where the format is fp8.
-        k_row_scales, v_row_scales: float32 views that begin at the first rows' scales, for "int8".
-        k_strides, v_strides: of blocks, tokens and heads, in elements.
+        kind, format: see kernels/online_softmax.py.
+        k, v: bytes where the format is fp8.
+        k_row_scales, v_row_scales: for "int8", float32 views that begin at the first rows' scales.
+        k_strides, v_strides: of blocks, tokens and heads, in elements; in 16 bytes for "packed8".
         block_size: tokens per block.
-        starts: (num_reqs,) int32, for "rows", where each request's begin.
+        starts: for "rows", (num_reqs,) int32, where each request's rows begin.
     """
 
     kind: str
@@ -116,9 +118,9 @@ class KVSource:
     starts: torch.Tensor | None = None
 
     def scales(self, layer: AttentionLayer) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The scales of keys and values, and how far those of the heads lie apart.
+        """The scales of keys and values, and the stride from one head's scale to the next.
 
-        Anything on the device where the format takes none: the layer's may be on the host then.
+        Where the format has none, any tensor on the device: the layer's may be on the host.
         """
         if self.format in ("plain", "int8"):
             return self.k, self.k, 0
@@ -126,7 +128,7 @@ class KVSource:
 
     @classmethod
     def of_pages(cls, kv_cache: torch.Tensor) -> KVSource:
-        """The paged cache."""
+        """The keys and values of a paged cache."""
         form = FORMATS.get(kv_cache.dtype, "plain")
         if form not in ("plain", "int8"):
             kv_cache = kv_cache.view(torch.uint8)
@@ -138,17 +140,17 @@ class KVSource:
         )
 
     @functools.cached_property
-    def pairs(self) -> KVSource:
-        """A paged cache of bytes as pairs of them, strides in 16 bytes; itself where that fails."""
+    def packed8(self) -> KVSource:
+        """A paged cache of bytes as pairs of bytes; itself if it cannot be read that way."""
         if self.format == "plain" or self.k.dtype.itemsize != 1:
             return self
-        # Each row at a multiple of 16 bytes: the kernel counts on it.
+        # The kernel relies on rows that begin at multiples of 16 bytes.
         if any(step % 16 for step in (*self.k_strides, self.k.data_ptr(), self.v.data_ptr())):
             return self
         k, v = self.k.view(torch.uint16), self.v.view(torch.uint16)
         strides = tuple(step // 16 for step in self.k_strides)
         return dataclasses.replace(
-            self, kind="pairs", k=k, v=v, k_strides=strides, v_strides=strides
+            self, kind="packed8", k=k, v=v, k_strides=strides, v_strides=strides
         )
 
     @classmethod
@@ -160,14 +162,15 @@ class KVSource:
 
 @dataclass(frozen=True)
 class OutputBuffers:
-    """Where results go, as the kernels take it.
+    """The outputs of a call as the kernels take them.
 
     Attributes:
-        values: as bytes where they are quantized.
-        lse: (num_tokens, num_heads) float32, or anything where none is asked for.
-        scale: of a quantized output, read, or with `group` written; anything where there is none.
-        format: "plain" or one of kernels/elements.py's.
+        values: bytes if they are quantized.
+        lse: (num_tokens, num_heads) float32; any tensor if it is not returned.
+        scale: of a quantized output, read, or with `group` written; else any tensor.
+        format: "plain" or a format of kernels/fp8.py.
         group: values that share a scale, or 0.
+        returned: `values` in its own dtype.
     """
 
     values: torch.Tensor
@@ -213,7 +216,7 @@ class OutputBuffers:
         )
 
     def clear_from(self, row: int) -> None:
-        """Make the rows from this one on those of no request: 0, with an lse of −inf."""
+        """Fill the padding rows, from this one on: 0, with an LSE of −inf."""
         if row >= len(self.values):
             return
         self.values[row:].zero_()
@@ -225,7 +228,7 @@ class OutputBuffers:
     def result(
         self, output: torch.Tensor | None, output_block_scale: torch.Tensor | None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What forward returns, put where the caller wanted it."""
+        """The result of forward, copied to the caller's tensors where those were not used."""
         returned = self.returned
         if output is not None and output is not returned:
             (output if self.format == "plain" else output.view(torch.uint8)).copy_(self.values)
@@ -236,40 +239,33 @@ class OutputBuffers:
 
 
 def suits_tma(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can describe it: addresses and steps in multiples of 16 bytes."""
-    *steps, last = tensor.stride()
-    size = tensor.element_size()
-    return (
-        tensor.numel() > 0
-        and last == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(step > 0 and step * size % 16 == 0 for step in steps)
-    )
+    """Whether TMA can read it: address and strides are multiples of 16 bytes."""
+    return tensor.numel() > 0 and min(tensor.stride()) > 0 and is_aligned(tensor)
 
 
 def fills_tiles(tensor: torch.Tensor, block: int) -> bool:
-    """Whether (tokens, heads, size) can be described with one head a tile."""
+    """Whether a descriptor of (tokens, heads, size) can have one head per tile."""
     return tensor.shape[2] == block and tensor.stride(1) == block and suits_tma(tensor)
 
 
 @functools.cache
 def tensor_descriptor() -> Any:
-    """Makes a descriptor of a tensor with blocks of a shape."""
+    """The function that makes a descriptor of a tensor, for blocks of a shape."""
     module = import_library("triton.tools.tensor_descriptor")
     return module.TensorDescriptor.from_tensor
 
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which knows no hardware instruction."""
+    """Whether kernels run in Triton's interpreter, which has no hardware instructions."""
     return bool(import_library("triton").knobs.runtime.interpret)
 
 
 def has_native_fp8(table: LaunchTable, form: str) -> bool:
-    """Whether the compiler converts a format in hardware."""
+    """Whether the compiler converts this format in hardware."""
     return form in table.native_fp8 and not is_interpreted()
 
 
 def with_contiguous_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the elements of a head next to each other, as the kernels read them."""
+    """The tensor, or a copy of it whose heads are contiguous, as the kernels need."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,7 +1,7 @@
-"""How a batch is laid out for the Triton kernels: which requests go to which, and in what order.
+"""How a batch is laid out for the Triton kernels, once on the host, for all layers.
 
-Laid out once per batch on the host, for all layers. Requests of few query tokens go to the decode
-kernel, which splits their keys, and the others to the prefill kernel, as a list of tiles.
+Requests of few query tokens go to the decode kernel, which splits their keys. The others go to the
+prefill kernel, as a list of tiles.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.backends.common import start_offsets
 from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 from attn_dispatch.backends.triton.operands import block_of, blocks_of
@@ -34,18 +35,18 @@ __all__ = [
     "plan_rows",
 ]
 
-#: Requests of up to this many query tokens are the decode kernel's: a token, or drafts to verify.
+#: Requests of up to this many query tokens go to the decode kernel: a token, or drafts to verify.
 MAX_DECODE_TOKENS = 16
-#: With batch_invariant, a request's keys are cut into this many parts.
+#: With batch_invariant, the keys of a request are split into this many parts.
 INVARIANT_PARTS = 8
-#: Gathered keys and values take this much memory at most; beyond it, pages are read as they are.
+#: Gathered keys and values take at most this much memory. Larger ones are read from their pages.
 MAX_GATHERED_BYTES = 4 << 30
-#: Programs for each SM where there are no SMs: in Triton's interpreter.
+#: The number of SMs in Triton's interpreter.
 _INTERPRETED_SMS = 2
 
 
 def launch_table(device: DeviceProfile) -> LaunchTable:
-    """How the kernels are launched on a device; on a CPU, in Triton's interpreter, as on Hopper."""
+    """How the kernels are launched on a device. Triton's interpreter, on a CPU, uses Hopper's."""
     if device.vendor == "amd":
         return amd.table_for(device.arch)
     return nvidia.table_for(device.capability or (9, 0))
@@ -65,7 +66,7 @@ class Launches:
     @classmethod
     @functools.cache
     def of(cls, spec: AttentionSpec, profile: DeviceProfile) -> Launches:
-        """For layers like `spec` on a device like `profile`."""
+        """Those for a spec and a device."""
         table = launch_table(profile)
         sizes = (max(block_of(spec.head_size), block_of(spec.head_size_v)), spec.dtype.itemsize)
         return cls(
@@ -80,17 +81,17 @@ class Launches:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What the decode kernel takes.
+    """The operands of the decode kernel.
 
     Attributes:
         launch: the row of the launch table.
         requests: (num_reqs,) int32, which requests; None for all of them.
-        num_reqs: how many.
-        longest: query tokens of the longest.
-        rows: in a tile: tokens times query heads of a KV head.
+        num_reqs: number of requests.
+        longest: query tokens of the longest request.
+        rows: rows in a tile, tokens times query heads of a KV head.
         grid: programs.
-        part_out, part_lse, counters: room for the parts of splits, see decode.py.
-        is_invariant: splits depend on the request alone.
+        part_out, part_lse, counters: buffers for the parts of splits, see decode.py.
+        is_invariant: how a request is split depends only on the request.
     """
 
     launch: DecodeLaunch
@@ -107,20 +108,20 @@ class DecodePlan:
 
 @dataclass
 class PrefillPlan:
-    """What the prefill kernel takes.
+    """The operands of the prefill kernel.
 
     Attributes:
         tiles: (num_tiles, 2) int32, requests and first rows; long requests and late rows first.
         requests: (number,) int32, which requests.
-        is_fresh: none of them has a past: their keys are the rows of `key` that the step brings.
-        key_start_loc: (num_reqs,) int32, where each request's rows begin there.
-        gathered_start_loc: (num_reqs,) int32, where they begin once gathered; None if that does
-            not pay.
-        gathered_rows: rows of all of them.
-        longest: rows of the longest of them.
-        pad: what each request's rows are padded to, with zeros.
+        is_fresh: no request has earlier tokens: their keys are the rows of the call's `key`.
+        key_start_loc: (num_reqs,) int32, where each request's rows begin in `key`.
+        gathered_start_loc: (num_reqs,) int32, where each request's rows begin once gathered; None
+            if pages are read directly.
+        gathered_rows: rows of all requests.
+        longest: rows of the longest request.
+        pad: the rows of each request are padded to a multiple of this, with zeros.
         dtype: of gathered keys and values.
-        gathered: the memory for them, made when a layer first needs it and used by all.
+        gathered: the buffers for them, made at their first use and shared by all layers.
     """
 
     tiles: torch.Tensor
@@ -137,7 +138,7 @@ class PrefillPlan:
     def room_for(
         self, num_kv_heads: int, head_size: int, head_size_v: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for gathered keys and values, (gathered_rows, num_kv_heads, size of a tile)."""
+        """Buffers for gathered keys and values, (gathered_rows, num_kv_heads, width of a tile)."""
         if self.gathered is None:
             shape, device = (self.gathered_rows, num_kv_heads), self.tiles.device
             block, block_v = blocks_of(head_size, head_size_v)
@@ -150,7 +151,7 @@ class PrefillPlan:
 
 @dataclass
 class TritonMetadata(BatchMetadata):
-    """The batch, and what each kernel takes of it.
+    """The batch, and its layout for each kernel.
 
     Attributes:
         launches: how the kernels are launched.
@@ -170,12 +171,12 @@ class TritonMetadata(BatchMetadata):
 
     @functools.cached_property
     def without_pages(self) -> TritonMetadata:
-        """The same for a call that brings no cache, whose keys are the rows that it brings."""
+        """The metadata of a call without a cache, whose keys are all in its `key`."""
         metadata: TritonMetadata = self.builder.build(replace(self.batch, block_table=None))
         return metadata
 
     def extras(self) -> tuple[torch.Tensor, ...]:
-        """Mask, where masks begin, ranges, where they begin; anything for what is not there."""
+        """(mask, mask_starts, ranges, range_starts); any tensor for what is absent."""
         none, mask = self.batch.seq_lens, self.batch.custom_mask
         return (
             none if mask is None else mask.view(torch.uint8),
@@ -194,7 +195,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         self._group = spec.num_heads // spec.num_kv_heads
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
-        """The batch's metadata; see AttentionMetadataBuilder.build."""
+        """See AttentionMetadataBuilder.build."""
         check_int32(batch)
         metadata: TritonMetadata = TritonMetadata.of(
             batch, self, launches=self.launches, decode=None, prefill=None
@@ -215,13 +216,13 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         if self.spec.bidirectional_ranges:
             ranges = [metadata.ranges_of(request) for request in range(batch.num_reqs)]
             flat = [pair for each in ranges for pair in each]
-            metadata.range_starts = _int32(_starts([len(each) for each in ranges]), self.device)
+            metadata.range_starts = start_offsets([len(each) for each in ranges], self.device)
             metadata.ranges = _int32(flat or [(0, 0)], self.device)
         return metadata
 
     def _few_tokens(self, batch: AttentionBatch) -> list[bool] | None:
-        """For each request whether it is the decode kernel's; None if all are."""
-        if self.spec.block_size is None or batch.block_table is None:  # that kernel reads pages
+        """For each request whether it goes to the decode kernel; None if all do."""
+        if self.spec.block_size is None or batch.block_table is None:  # the kernel reads pages
             return [False] * batch.num_reqs
         limit = 1 if self.spec.batch_invariant else MAX_DECODE_TOKENS
         if batch.max_query_len <= limit:
@@ -273,19 +274,18 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         gathers: bool,
         plan_cls: type[PrefillPlan] = PrefillPlan,
     ) -> PrefillPlan:
-        """A plan of these requests and this list of tiles."""
-        starts = [0] * batch.num_reqs
-        for i, start in zip(rows.requests, _starts(rows.padded), strict=False):
-            starts[i] = start
+        """The plan for these requests and tiles."""
+        starts = torch.zeros(batch.num_reqs, dtype=torch.int32, device="cpu")
+        starts[rows.requests] = start_offsets(rows.padded)[:-1]
         own_keys = batch.key_start_loc_cpu
         return plan_cls(
             tiles=tiles.to(self.device, non_blocking=True),
             requests=_int32(rows.requests, self.device),
-            # Fresh keys are the batch's affair, and so no invariant's.
+            # Whether keys are fresh depends on the batch, which must not affect invariant results.
             is_fresh=rows.key_lens == rows.seq_lens
             and not (self.spec.batch_invariant and batch.block_table is not None),
             key_start_loc=(batch.query_start_loc if own_keys is None else own_keys.to(self.device)),
-            gathered_start_loc=_int32(starts, self.device) if gathers else None,
+            gathered_start_loc=starts.to(self.device, non_blocking=True) if gathers else None,
             gathered_rows=sum(rows.padded),
             longest=max(rows.padded),
             pad=rows.pad,
@@ -293,27 +293,27 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         )
 
     def _gathers(self, batch: AttentionBatch, rows: PlanRows) -> bool:
-        """Whether it pays to gather pages first, and there is room."""
+        """Whether to gather pages first: it is faster, and the buffers are not too large."""
         if batch.block_table is None or self.spec.batch_invariant:
             return batch.block_table is not None
         reads = sum(q * s for q, s in zip(rows.query_lens, rows.seq_lens, strict=True))
-        pays = reads >= self.launches.table.gather_from * sum(rows.seq_lens)
-        return pays and self._has_room(rows)
+        is_faster = reads >= self.launches.table.gather_from * sum(rows.seq_lens)
+        return is_faster and self._has_room(rows)
 
     def _has_room(self, rows: PlanRows) -> bool:
-        """Whether gathered keys and values stay within their limit."""
+        """Whether gathered keys and values fit in MAX_GATHERED_BYTES."""
         spec = self.spec
         size = sum(blocks_of(spec.head_size, spec.head_size_v))
         row_bytes = spec.num_kv_heads * size * spec.dtype.itemsize
         return sum(rows.padded) * row_bytes <= MAX_GATHERED_BYTES
 
     def _tiles(self, rows: PlanRows, block_m: int, rows_per_token: int) -> torch.Tensor:
-        """(num_tiles, 2) int32 on the host: requests and first rows, long ones and late ones first.
+        """(num_tiles, 2) int32 on the host: requests and first rows, long and late ones first.
 
         Args:
             rows: the requests.
             block_m: rows in a tile.
-            rows_per_token: rows that each token has.
+            rows_per_token: rows of each token.
         """
         queries = torch.tensor(rows.query_lens, device="cpu")
         counts = (queries * rows_per_token + block_m - 1) // block_m
@@ -321,7 +321,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         before = torch.cumsum(counts, 0) - counts
         first = (torch.arange(len(index), device="cpu") - before[index]) * block_m
         keys = torch.tensor(rows.seq_lens, device="cpu")
-        # Long requests first, and their long tiles first; what runs together shares its keys.
+        # Long requests first, and their long tiles first; neighbours share their keys.
         by_request = torch.argsort(keys, descending=True, stable=True)
         rank = torch.empty_like(by_request)
         rank[by_request] = torch.arange(len(keys), device="cpu")
@@ -332,7 +332,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
 
 @dataclass(frozen=True)
 class PlanRows:
-    """The requests of a prefill plan: which, their lengths, and their keys padded to `pad`."""
+    """The requests of a prefill plan, their lengths, and these padded to `pad`."""
 
     requests: list[int]
     query_lens: list[int]
@@ -343,7 +343,7 @@ class PlanRows:
 
 
 def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
-    """The chosen requests, their keys padded to a multiple of `pad`."""
+    """The chosen requests, with their keys padded to a multiple of `pad`."""
     seq_lens = [batch.seq_lens_list[i] for i in chosen]
     return PlanRows(
         requests=chosen,
@@ -353,13 +353,6 @@ def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
         padded=[-(-n // pad) * pad for n in seq_lens],
         pad=pad,
     )
-
-
-def _starts(lengths: list[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts
 
 
 def _int32(values: Any, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,6 @@ The portable Triton kernels do what these do not support.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,10 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DecodeLaunch,
     PrefillConfig,
 )
-from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
+from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
-from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
-from attn_dispatch.backends.triton.operands import KVSource, OutputBuffers, fills_tiles
+from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
@@ -34,7 +33,6 @@ from attn_dispatch.backends.triton.plan import (
 )
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
-from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.platforms.device import DeviceMatch
 from attn_dispatch.platforms.libraries import import_library
 
@@ -55,13 +53,13 @@ class HopperPlan(PrefillPlan):
     shares: SMShares | None = None
     descriptors: tuple[Any, Any] | None = None
 
-    def describe(self, source: KVSource, make_descriptor: Any, block_n: int) -> tuple[Any, Any]:
-        """Descriptors of keys and values."""
+    def describe(self, source: KVSource, block_n: int) -> tuple[Any, Any]:
+        """TMA descriptors of keys and values."""
         is_gathered = self.gathered is not None and source.k is self.gathered[0]
         if is_gathered and self.descriptors is not None:
             return self.descriptors
         end = self.gathered_rows if is_gathered else self.fresh_end
-        k, v = (make_descriptor(_as_matrix(rows[:end]), block_n) for rows in (source.k, source.v))
+        k, v = (_describe(rows[:end], block_n) for rows in (source.k, source.v))
         if is_gathered:
             self.descriptors = k, v
         return k, v
@@ -127,63 +125,43 @@ class HopperImpl(TritonImpl):
         """False: the Hopper kernels do not quantize."""
         return False
 
-    def _attend(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        cache: KVSource | None,
-        out: OutputBuffers,
-    ) -> None:
-        prefill, decode = metadata.prefill, metadata.decode
+    def _attend(self, call: Call) -> None:
+        prefill, decode = call.metadata.prefill, call.metadata.decode
         shares = prefill.shares if isinstance(prefill, HopperPlan) else None
-        pages = None if decode is None or cache is None else self._pages(cache, decode, query.dtype)
-        if shares is None or pages is None or decode is None or not decode.num_reqs:
-            super()._attend(layer, metadata, query, key, value, cache, out)
+        pages = None
+        if decode is not None and decode.num_reqs and call.cache is not None:
+            pages = self._pages(call.cache, decode, call.query.dtype)
+        if shares is None or pages is None:
+            super()._attend(call)
             return
         assert isinstance(prefill, HopperPlan)
-        side, main = side_stream(query.device), torch.cuda.current_stream(query.device)
+        assert decode is not None
+        device = call.query.device
+        side, main = side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(main)
         try:
             with torch.cuda.stream(side):
-                source = self._source(layer, metadata, prefill, cache, key, value)
+                source = self._source(call, prefill)
                 main.wait_stream(side)  # gathering takes all SMs, and little time
-                self._launch_prefill(prefill, query, source, out, shares.prefill)
+                self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
-            self._launch_decode(metadata, decode, query, pages, out, row, shares.decode)
+            self._launch_decode(call, decode, pages, row, shares.decode)
         finally:  # the next work may write the same output
             main.wait_stream(side)
 
-    def _prefill(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: PrefillPlan,
-        query: torch.Tensor,
-        source: KVSource,
-        out: OutputBuffers,
-    ) -> None:
+    def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if isinstance(plan, HopperPlan):
-            self._launch_prefill(plan, query, source, out, metadata.launches.num_sms)
+            self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
         else:
-            super()._prefill(layer, metadata, plan, query, source, out)
+            super()._prefill(call, plan, source)
 
-    def _launch_prefill(
-        self,
-        plan: HopperPlan,
-        query: torch.Tensor,
-        source: KVSource,
-        out: OutputBuffers,
-        num_sms: int,
-    ) -> None:
+    def _launch_prefill(self, call: Call, plan: HopperPlan, source: KVSource, num_sms: int) -> None:
         """Launch the Hopper prefill kernel on this many SMs."""
         if not len(plan.tiles):
             return
+        query, out = call.query, call.out
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
-        make_descriptor = _descriptor_maker(self.head_size, query.dtype)
         launch = self._launchers.find(
             ("hopper", query.dtype, sinks.dtype),
             self._hopper_kernel,
@@ -193,30 +171,20 @@ class HopperImpl(TritonImpl):
         assert source.starts is not None
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            make_descriptor(_as_matrix(query), BLOCK_M // 2),
-            *plan.describe(source, make_descriptor, block_n),
-            out.values, out.lse, plan.tiles, source.starts, slopes, sinks, num_tiles,
-            *out.values.stride()[:2], *self._numbers,
+            _describe(query, BLOCK_M // 2), *plan.describe(source, block_n), out.values, out.lse,
+            plan.tiles, source.starts, slopes, sinks, num_tiles, *out.values.stride()[:2],
+            *self._numbers,
         )  # fmt: skip
 
-    def _decode(
-        self,
-        layer: AttentionLayer,
-        metadata: TritonMetadata,
-        plan: DecodePlan,
-        query: torch.Tensor,
-        cache: KVSource,
-        out: OutputBuffers,
-    ) -> None:
-        pages = self._pages(cache, plan, query.dtype)
+    def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
+        pages = self._pages(cache, plan, call.query.dtype)
         if pages is None:
-            super()._decode(layer, metadata, plan, query, cache, out)
+            super()._decode(call, plan, cache)
             return
-        num_sms = metadata.launches.num_sms
+        num_sms = call.metadata.launches.num_sms
         is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
         rows = DECODES[self.head_size]
-        row = rows.few if is_few else rows.many
-        self._launch_decode(metadata, plan, query, pages, out, row, num_sms)
+        self._launch_decode(call, plan, pages, rows.few if is_few else rows.many, num_sms)
 
     def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
         """The cache as the Hopper decode kernel reads it; None where the portable one must.
@@ -231,25 +199,24 @@ class HopperImpl(TritonImpl):
         return self._last_pages[1]
 
     def _launch_decode(
-        self,
-        metadata: TritonMetadata,
-        plan: DecodePlan,
-        query: torch.Tensor,
-        pages: PageMatrix,
-        out: OutputBuffers,
-        row: DecodeLaunch,
-        num_sms: int,
+        self, call: Call, plan: DecodePlan, pages: PageMatrix, row: DecodeLaunch, num_sms: int
     ) -> None:
         """Launch the Hopper decode kernel on this many SMs."""
-        batch, requests = metadata.batch, plan.requests
+        query, out, batch, requests = call.query, call.out, call.metadata.batch, plan.requests
         table = batch.block_table
         assert table is not None
         group = self.num_heads // self.num_kv_heads
         rows = max(8, 1 << (plan.longest * group - 1).bit_length())
         slopes, sinks = self._per_head(query)
-        dtypes = (query.dtype, sinks.dtype)
         launch = self._launchers.find(
-            ("hopper decode", dtypes, rows, row, pages.block_size, requests is None),
+            (
+                "hopper decode",
+                (query.dtype, sinks.dtype),
+                rows,
+                row,
+                pages.block_size,
+                requests is None,
+            ),
             self._hopper_decode_kernel,
             lambda: {
                 "CONFIG": DecodeConfig(
@@ -279,6 +246,7 @@ class HopperImpl(TritonImpl):
         """The layer's constants, in the config of both kernels."""
         return {
             "NUM_HEADS": self.num_heads,
+            "NUM_KV_HEADS": self.num_kv_heads,
             "GROUP": self.num_heads // self.num_kv_heads,
             "D": self.head_size,
             "CAUSAL": self.causal,
@@ -290,28 +258,16 @@ class HopperImpl(TritonImpl):
         }
 
 
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, size) as (tokens, heads * size), copied if TMA cannot read it."""
-    if not fills_tiles(tensor, tensor.shape[2]):
+def _describe(tensor: torch.Tensor, rows: int) -> Any:
+    """A TMA descriptor of (tokens, heads, size) in boxes of this many rows by one head.
+
+    The tensor is copied if TMA cannot read it.
+    """
+    size = tensor.shape[2]
+    if not fills_tiles(tensor, size):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.flatten(1)
-
-
-@functools.cache
-def _descriptor_maker(head_size: int, dtype: torch.dtype) -> Any:
-    """A function of a matrix and a number of rows: a descriptor in blocks of these by one head."""
-    gluon = import_library("triton.experimental.gluon.language")
-    hopper = import_library("triton.experimental.gluon.nvidia.hopper")
-    element = {torch.bfloat16: gluon.bfloat16, torch.float16: gluon.float16}[dtype]
-
-    @functools.cache
-    def layout(rows: int) -> Any:
-        return gluon.NVMMASharedLayout.get_default_for([rows, head_size], element)
-
-    def make_descriptor(matrix: torch.Tensor, rows: int) -> Any:
-        return hopper.TensorDescriptor.from_tensor(matrix, [rows, head_size], layout(rows))
-
-    return make_descriptor
+    matrix = tensor.flatten(1)
+    return tma_descriptor(matrix, matrix.shape, matrix.stride(0), (rows, size))
 
 
 class HopperAttnBackend(TritonAttnBackend):
@@ -337,18 +293,3 @@ class HopperAttnBackend(TritonAttnBackend):
             "batch_invariant": OneOf(False),
         },
     )
-
-    @staticmethod
-    def get_name() -> str:
-        """HOPPER_ATTN."""
-        return "HOPPER_ATTN"
-
-    @staticmethod
-    def get_impl_cls() -> type[HopperImpl]:
-        """HopperImpl."""
-        return HopperImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[HopperBuilder]:
-        """HopperBuilder."""
-        return HopperBuilder

@@ -1,6 +1,12 @@
-"""How the Triton kernels are launched on NVIDIA's GPUs, by compute capability."""
+"""How the Triton kernels are launched on NVIDIA GPUs, by compute capability.
+
+Rows are head size: DecodeLaunch(block_n, num_warps, num_stages, programs_per_sm, ...) and head
+size: PrefillLaunch(block_m, block_n, num_warps, num_stages).
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 
@@ -8,83 +14,60 @@ __all__ = ["AMPERE", "BLACKWELL", "HOPPER", "table_for"]
 
 HOPPER = LaunchTable(
     decode={
-        64: DecodeLaunch(block_n=32, num_warps=1, num_stages=5, programs_per_sm=6, min_tiles=8),
-        128: DecodeLaunch(
-            block_n=64, num_warps=2, num_stages=3, programs_per_sm=4, num_stages_8bit=5
-        ),
-        256: DecodeLaunch(block_n=32, num_warps=4, num_stages=5, programs_per_sm=2, min_tiles=8),
-        512: DecodeLaunch(
-            block_n=32, num_warps=8, num_stages=2, programs_per_sm=1, min_tiles=8, max_rows=32
-        ),
-        1024: DecodeLaunch(
-            block_n=16, num_warps=8, num_stages=2, programs_per_sm=1, min_tiles=8, max_rows=16
-        ),
+        64: DecodeLaunch(32, 1, 5, 6, min_tiles=8),
+        128: DecodeLaunch(64, 2, 3, 4, num_stages_8bit=5),
+        256: DecodeLaunch(32, 4, 5, 2, min_tiles=8),
+        512: DecodeLaunch(32, 8, 2, 1, min_tiles=8, max_rows=32),
+        1024: DecodeLaunch(16, 8, 2, 1, min_tiles=8, max_rows=16),
     },
     # Little work is bound by latency: fewer programs, each with more in flight.
-    decode_few={
-        128: DecodeLaunch(
-            block_n=64, num_warps=2, num_stages=5, programs_per_sm=2, lengths_per_load=64
-        ),
-    },
+    decode_few={128: DecodeLaunch(64, 2, 5, 2, lengths_per_load=64)},
     prefill={
-        64: PrefillLaunch(block_m=64, block_n=128, num_warps=4, num_stages=2),
-        128: PrefillLaunch(block_m=64, block_n=64, num_warps=4, num_stages=3),
-        256: PrefillLaunch(block_m=64, block_n=64, num_warps=4, num_stages=2),
-        512: PrefillLaunch(block_m=64, block_n=32, num_warps=8, num_stages=2),
-        1024: PrefillLaunch(block_m=16, block_n=16, num_warps=4, num_stages=1),
+        64: PrefillLaunch(64, 128, 4, 2),
+        128: PrefillLaunch(64, 64, 4, 3),
+        256: PrefillLaunch(64, 64, 4, 2),
+        512: PrefillLaunch(64, 32, 8, 2),
+        1024: PrefillLaunch(16, 16, 4, 1),
     },
     native_fp8=("e4m3",),
     descriptors=True,
     fast_tanh=True,
 )
 
-#: B200 has Hopper's shared memory, and matrix instructions that want 128 rows. Nothing was measured
+#: B200 has the shared memory of Hopper, and matrix instructions for 128 rows. Nothing was measured
 #: there: prefill was chosen by what the compiler reports (docs/kernels.md).
-BLACKWELL = LaunchTable(
-    decode=HOPPER.decode,
-    decode_few=HOPPER.decode_few,
+BLACKWELL = dataclasses.replace(
+    HOPPER,
     prefill={
-        64: PrefillLaunch(block_m=128, block_n=64, num_warps=4, num_stages=2),
-        128: PrefillLaunch(block_m=128, block_n=64, num_warps=8, num_stages=2),
-        256: PrefillLaunch(block_m=128, block_n=32, num_warps=8, num_stages=2),
-        512: PrefillLaunch(block_m=64, block_n=32, num_warps=8, num_stages=2),
-        1024: PrefillLaunch(block_m=16, block_n=16, num_warps=4, num_stages=1),
+        64: PrefillLaunch(128, 64, 4, 2),
+        128: PrefillLaunch(128, 64, 8, 2),
+        256: PrefillLaunch(128, 32, 8, 2),
+        512: PrefillLaunch(64, 32, 8, 2),
+        1024: PrefillLaunch(16, 16, 4, 1),
     },
-    native_fp8=("e4m3",),
-    descriptors=True,
-    fast_tanh=True,
 )
 
-#: sm80, and what has 99 KB of shared memory: sm86, sm89, sm120. Nothing was measured there: chosen
-#: by what the compiler reports, so that two programs fit where they can, and none spills.
+#: sm80, and GPUs with 99 KB of shared memory: sm86, sm89, sm120. Nothing was measured there. Chosen
+#: by what the compiler reports, so that two programs fit where possible, and none spills.
 AMPERE = LaunchTable(
     decode={
-        64: DecodeLaunch(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4, min_tiles=8),
-        128: DecodeLaunch(block_n=32, num_warps=2, num_stages=2, programs_per_sm=4, min_tiles=8),
-        256: DecodeLaunch(block_n=32, num_warps=4, num_stages=2, programs_per_sm=2, min_tiles=8),
-        512: DecodeLaunch(
-            block_n=16, num_warps=4, num_stages=2, programs_per_sm=1, min_tiles=8, max_rows=32
-        ),
-        1024: DecodeLaunch(
-            block_n=16, num_warps=8, num_stages=1, programs_per_sm=1, min_tiles=8, max_rows=16
-        ),
+        64: DecodeLaunch(32, 1, 4, 4, min_tiles=8),
+        128: DecodeLaunch(32, 2, 2, 4, min_tiles=8),
+        256: DecodeLaunch(32, 4, 2, 2, min_tiles=8),
+        512: DecodeLaunch(16, 4, 2, 1, min_tiles=8, max_rows=32),
+        1024: DecodeLaunch(16, 8, 1, 1, min_tiles=8, max_rows=16),
     },
     prefill={
-        64: PrefillLaunch(block_m=64, block_n=64, num_warps=4, num_stages=2),
-        128: PrefillLaunch(block_m=64, block_n=32, num_warps=4, num_stages=2),
-        256: PrefillLaunch(block_m=64, block_n=32, num_warps=8, num_stages=2),
-        512: PrefillLaunch(block_m=32, block_n=16, num_warps=8, num_stages=2),
-        1024: PrefillLaunch(block_m=16, block_n=16, num_warps=4, num_stages=1),
+        64: PrefillLaunch(64, 64, 4, 2),
+        128: PrefillLaunch(64, 32, 4, 2),
+        256: PrefillLaunch(64, 32, 8, 2),
+        512: PrefillLaunch(32, 16, 8, 2),
+        1024: PrefillLaunch(16, 16, 4, 1),
     },
     fast_tanh=True,
 )
 
-ADA = LaunchTable(
-    decode=AMPERE.decode,
-    prefill=AMPERE.prefill,
-    native_fp8=("e4m3",),
-    fast_tanh=True,
-)
+ADA = dataclasses.replace(AMPERE, native_fp8=("e4m3",))
 
 
 def table_for(capability: tuple[int, int]) -> LaunchTable:

@@ -1,145 +1,195 @@
 """Attention of few query tokens over long keys: the keys are split, in one launch.
 
-The work is one line: for each request, for each tile of its rows, for each KV head, the tiles of
-keys that they see. A fixed number of programs share it, so that a captured graph serves any
-lengths, and each finds its place by a prefix sum over the requests that it makes itself: nothing is
-read on the host. Parts of a split are kept as normalized float32 outputs with their log2-sums, and
-the last program to arrive at a split, by an atomic counter, merges them (split softmax as in
-Flash-Decoding; the schedule is ours).
+The keys of a request are split over programs and their partial outputs merged, as in Flash-Decoding
+(https://pytorch.org/blog/flash-decoding/). How they are split is Stream-K (arXiv:2301.03598),
+applied to attention as in LeanAttention (arXiv:2405.10480). A work unit is one tile of rows of one
+KV head of a request, and its iterations are the tiles of keys that these rows see. The iterations
+of all work units, one after the other, are the iteration space; each of a fixed number of programs
+gets `tiles_per_program` consecutive ones, wherever that splits a work unit.
 
-Two schedules: `decode_kernel` gives every program an equal share of the line, wherever that cuts.
-`decode_invariant_kernel` cuts each request into the same parts whatever else is in the batch, so
-that its result has the same bits.
+Two things differ from these papers. Each program finds its place by a prefix sum over the requests
+that it computes itself from the lengths on the device, so one captured graph serves all lengths.
+And no second kernel or waiting program merges: partial outputs are stored normalized, float32, with
+their log2-sums, and the last program to arrive at a split, by an atomic counter, merges them.
+
+With `DecodeSchedule.PARTS` each work unit is split into the same parts whatever else is in the
+batch, so that its result has the same bits (batch invariance).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from attn_dispatch.backends.triton.kernels.epilogue import store_rows
-from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E, LOWEST, attend, sees_nothing
-from attn_dispatch.backends.triton.kernels.online_softmax_packed import attend_pairs
+from attn_dispatch.backends.triton.kernels.epilogue import store_rows, store_state
+from attn_dispatch.backends.triton.kernels.online_softmax import (
+    LOWEST,
+    attend,
+    init_state,
+    load_queries,
+    load_request,
+    query_pointers,
+    tile_of,
+    value_scale,
+)
+from attn_dispatch.backends.triton.kernels.online_softmax_packed import attend_packed
+from attn_dispatch.backends.triton.kernels.structs import Inputs, Keys, Output
 from attn_dispatch.backends.triton.launcher import METADATA
 
-__all__ = ["decode_invariant_kernel", "decode_kernel"]
+__all__ = ["decode_kernel"]
+
+
+class Batch(NamedTuple):
+    """The requests of a launch: pointers to their places in the batch and to their lengths."""
+
+    requests: Any  # with HAS_REQUEST_LIST, (num_reqs,) int32; else all of the batch, in order
+    num_reqs: Any
+    query_start_loc: Any
+    seq_lens: Any
+    window: Any
+
+
+class PagedKV(NamedTuple):
+    """The paged cache and its block table."""
+
+    k: Any
+    v: Any
+    k_row_scales: Any
+    v_row_scales: Any
+    stride_b: Any
+    stride_t: Any
+    stride_h: Any
+    block_table: Any
+    table_stride: Any
+
+
+class Parts(NamedTuple):
+    """Pointers to the partial outputs of splits, their log2-sums, and counters of arrivals."""
+
+    out: Any
+    lse: Any
+    counters: Any
+
+
+class Split(NamedTuple):
+    """A part of a work unit, or all of it."""
+
+    request: Any
+    work_unit: Any  # kv_head + NUM_KV_HEADS * tile of rows
+    first_tile: Any  # its tiles of keys are [first_tile, last_tile)
+    last_tile: Any
+    is_whole: Any  # these are all that the work unit has
+    part: Any  # else, which part this is
+    parts: Any  # of how many
+    first_slot: Any  # and where the first one is stored
+
+
+# The iteration space ------------------------------------------------------------------------------
 
 
 @triton.jit
-def _request(requests_ptr, i, HAS_REQUEST_LIST: tl.constexpr):
+def _request(batch, i, S: tl.constexpr):
     """The i-th request of this launch."""
-    if HAS_REQUEST_LIST:
-        return tl.load(requests_ptr + i)
+    if S.HAS_REQUEST_LIST:
+        return tl.load(batch.requests + i)
     else:
         return i
 
 
 @triton.jit
-def _tiles_of(
-    i, ok, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    HAS_REQUEST_LIST: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _tiles_of(batch, i, ok, F: tl.constexpr, S: tl.constexpr):
     """(tiles of keys, tiles of rows, first tile of keys) of the i-th requests, a vector or one."""
     r = i
-    if HAS_REQUEST_LIST:
-        r = tl.load(requests_ptr + i, mask=ok, other=0)
-    seq_len = tl.load(seq_lens_ptr + r, mask=ok, other=0)
-    start = tl.load(query_start_loc_ptr + r, mask=ok, other=0)
-    q_len = tl.load(query_start_loc_ptr + r + 1, mask=ok, other=0) - start
+    if S.HAS_REQUEST_LIST:
+        r = tl.load(batch.requests + i, mask=ok, other=0)
+    seq_len = tl.load(batch.seq_lens + r, mask=ok, other=0)
+    start = tl.load(batch.query_start_loc + r, mask=ok, other=0)
+    q_len = tl.load(batch.query_start_loc + r + 1, mask=ok, other=0) - start
     first = seq_len * 0
-    if WINDOW:  # keys that no query of the request sees
-        first = tl.maximum(seq_len - q_len - window + 1, 0) // BLOCK_N
-    tiles = tl.maximum((seq_len + BLOCK_N - 1) // BLOCK_N - first, 0)
-    row_tiles = (q_len * GROUP + ROWS - 1) // ROWS
+    if F.SKIPS_KEYS:
+        first = tl.maximum(seq_len - q_len - batch.window + 1, 0) // F.BLOCK_N
+    tiles = tl.maximum((seq_len + F.BLOCK_N - 1) // F.BLOCK_N - first, 0)
+    row_tiles = (q_len * F.GROUP + S.ROWS - 1) // S.ROWS
     return tiles, row_tiles, first
 
 
 @triton.jit
-def _find(
-    position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, HAS_REQUEST_LIST: tl.constexpr,
-    WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """(i, base): the request that a position on the line falls to, and where its stretch begins.
+def _lengths(batch, begin, F: tl.constexpr, S: tl.constexpr):
+    """(lengths, exists): how much of the iteration space the requests from `begin` on take.
 
-    The line counts tiles of keys, or with PARTS_OF_EACH parts of a split, so many for each.
+    In tiles of keys, or with PARTS in parts.
     """
-    i = 0
-    base = (position * 0).to(tl.int64)
-    running = (position * 0).to(tl.int64)
-    for begin in range(0, num_reqs, CHUNK):
-        offs = begin + tl.arange(0, CHUNK)
-        ok = offs < num_reqs
-        tiles, row_tiles, _ = _tiles_of(
-            offs, ok, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST, WINDOW,
-            GROUP, ROWS, BLOCK_N,
-        )  # fmt: skip
-        if PER_TILE:
-            length = tiles.to(tl.int64) * row_tiles * NUM_KV_HEADS
-        else:
-            length = tl.where(tiles > 0, row_tiles.to(tl.int64) * NUM_KV_HEADS * PARTS_OF_EACH, 0)
-        ends = tl.cumsum(length, 0) + running
-        before = (ends <= position) & ok
-        i += tl.sum(before.to(tl.int32))
-        base = tl.maximum(base, tl.max(tl.where(before, ends, 0)))
-        running += tl.sum(length)
-    return i, base
+    i = begin + tl.arange(0, S.LENGTHS_PER_LOAD)
+    ok = i < batch.num_reqs
+    tiles, row_tiles, _ = _tiles_of(batch, i, ok, F, S)
+    if S.PARTS:
+        units = row_tiles.to(tl.int64) * F.NUM_KV_HEADS
+        return tl.where(tiles > 0, units * S.PARTS, 0), ok
+    else:
+        return tiles.to(tl.int64) * row_tiles * F.NUM_KV_HEADS, ok
 
 
 @triton.jit
-def _total(
-    num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window,
-    PER_TILE: tl.constexpr, PARTS_OF_EACH: tl.constexpr, HAS_REQUEST_LIST: tl.constexpr,
-    WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The length of the line."""
-    total = (num_reqs * 0).to(tl.int64)
-    for begin in range(0, num_reqs, CHUNK):
-        offs = begin + tl.arange(0, CHUNK)
-        tiles, row_tiles, _ = _tiles_of(
-            offs, offs < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
-            WINDOW, GROUP, ROWS, BLOCK_N,
-        )  # fmt: skip
-        if PER_TILE:
-            total += tl.sum(tiles.to(tl.int64) * row_tiles) * NUM_KV_HEADS
-        else:
-            parts = tl.where(tiles > 0, row_tiles, 0)
-            total += tl.sum(parts.to(tl.int64)) * NUM_KV_HEADS * PARTS_OF_EACH
+def _total(batch, F: tl.constexpr, S: tl.constexpr):
+    """The size of the iteration space."""
+    total = (batch.num_reqs * 0).to(tl.int64)
+    for begin in range(0, batch.num_reqs, S.LENGTHS_PER_LOAD):
+        lengths, _ = _lengths(batch, begin, F, S)
+        total += tl.sum(lengths)
     return total
 
 
 @triton.jit
-def _slot(first_slot, part, BALANCED: tl.constexpr):
-    """Where a part of a split is kept.
+def _find(batch, position, F: tl.constexpr, S: tl.constexpr):
+    """(i, base): the request at a position of the iteration space, and where it begins there."""
+    i = 0
+    base = (position * 0).to(tl.int64)
+    running = (position * 0).to(tl.int64)
+    for begin in range(0, batch.num_reqs, S.LENGTHS_PER_LOAD):
+        lengths, ok = _lengths(batch, begin, F, S)
+        ends = tl.cumsum(lengths, 0) + running
+        before = (ends <= position) & ok
+        i += tl.sum(before.to(tl.int32))
+        base = tl.maximum(base, tl.max(tl.where(before, ends, 0)))
+        running += tl.sum(lengths)
+    return i, base
 
-    With BALANCED every program has two places: one for the split that it begins with and which
-    began before it, and one for the split that begins with it. Else the parts follow each other.
+
+# Merging splits -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _slot(first_slot, part, S: tl.constexpr):
+    """Where a part of a split is stored.
+
+    With Stream-K every program has two slots: one for the split that it begins with and which began
+    in an earlier program, and one for the split that begins in it. Else parts are consecutive.
     """
     slot = (first_slot + part).to(tl.int64)
-    if BALANCED:
+    if S.PARTS == 0:
         slot = slot * 2 + (slot == first_slot).to(tl.int64)
     return slot
 
 
 @triton.jit
-def _merge_tile(
-    first_slot, parts, part_out_ptr, part_lse_ptr, ok,
-    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, BALANCED: tl.constexpr,
-):  # fmt: skip
-    """The state over a few parts of a split, (acc, m_i, l_i) as `attend` has it, all rows."""
-    rows = tl.arange(0, ROWS)
-    d_idx = tl.arange(0, BLOCK_DV)
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    for part in range(0, parts):
-        at = _slot(first_slot, part, BALANCED) * ROWS + rows
-        lse = tl.load(part_lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(
-            part_out_ptr + at[:, None] * BLOCK_DV + d_idx[None, :], mask=ok[:, None], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
+def _load_part(buffers, at, ok, F: tl.constexpr):
+    """(outputs, log2-sums) of parts, not from the first-level cache: other programs wrote them."""
+    d_idx = tl.arange(0, F.BLOCK_DV)
+    lse = tl.load(buffers.lse + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    out = tl.load(
+        buffers.out + at[:, None] * F.BLOCK_DV + d_idx[None, :], mask=ok[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _merge_tile(split, buffers, ok, F: tl.constexpr, S: tl.constexpr):
+    """The state over a few parts of a split, as `attend` returns it, all rows."""
+    rows = tl.arange(0, S.ROWS)
+    acc, m_i, l_i = init_state(S.ROWS, F)
+    for part in range(0, split.parts):
+        out, lse = _load_part(buffers, _slot(split.first_slot, part, S) * S.ROWS + rows, ok, F)
         m_new = tl.maximum(m_i, lse)
         m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         weight = tl.exp2(lse - m_use)
@@ -151,24 +201,13 @@ def _merge_tile(
 
 
 @triton.jit
-def _merge_row(
-    first_slot, parts, row, part_out_ptr, part_lse_ptr,
-    ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, BALANCED: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """The state over many parts of a split, of one row: (1, BLOCK_DV), (1,), (1,)."""
-    d_idx = tl.arange(0, BLOCK_DV)
-    m_i = tl.full([1], float("-inf"), tl.float32)
-    l_i = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_DV], tl.float32)
-    for begin in range(0, parts, AT_ONCE):
-        part = begin + tl.arange(0, AT_ONCE)
-        ok = part < parts
-        at = _slot(first_slot, part, BALANCED) * ROWS + row
-        lse = tl.load(part_lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(
-            part_out_ptr + at[:, None] * BLOCK_DV + d_idx[None, :], mask=ok[:, None], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
+def _merge_row(split, row, buffers, F: tl.constexpr, S: tl.constexpr):
+    """The state over many parts of a split, of one row."""
+    acc, m_i, l_i = init_state(1, F)
+    for begin in range(0, split.parts, S.MERGE_PARTS_AT_ONCE):
+        part = begin + tl.arange(0, S.MERGE_PARTS_AT_ONCE)
+        at = _slot(split.first_slot, part, S) * S.ROWS + row
+        out, lse = _load_part(buffers, at, part < split.parts, F)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         weight = tl.exp2(lse - m_use)
@@ -179,216 +218,96 @@ def _merge_row(
     return acc, m_i, l_i
 
 
-@triton.jit
-def _attend_part(
-    request, unit, first_tile, last_tile, is_whole, part, parts, first_slot,
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
-    query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr, v_row_scales_ptr,
-    k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr, ranges_ptr,
-    range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h, out_stride_t,
-    out_stride_h, table_stride, window, scale_log2, cap_log2, scale_over_cap,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr, PAIRS: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    FAST_TANH: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, RANGES: tl.constexpr,
-    MASK: tl.constexpr, LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
-    FEW: tl.constexpr, AT_ONCE: tl.constexpr, BALANCED: tl.constexpr,
-):  # fmt: skip
-    """Attend to the tiles [first_tile, last_tile) of keys; store the result, or the part.
+# The work -----------------------------------------------------------------------------------------
 
-    Args:
-        unit: which KV head and tile of rows: kv_head + NUM_KV_HEADS * tile of rows.
-        is_whole: these are all the tiles that the unit has.
-        part, parts, first_slot: else, which part of how many, and where the first is kept.
-    """
-    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    kv_head = unit % NUM_KV_HEADS
-    rows = tl.arange(0, ROWS)
-    packed = unit // NUM_KV_HEADS * ROWS + rows
-    seq_len = tl.load(seq_lens_ptr + request)
-    q_start = tl.load(query_start_loc_ptr + request)
-    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
-    ok = packed < q_len * GROUP
-    tokens = tl.where(ok, packed // GROUP, -1)
-    heads = kv_head * GROUP + packed % GROUP
-    q_pos = seq_len - q_len + packed // GROUP
-    q_rows = (q_start + packed // GROUP).to(tl.int64)
-    q_heads = q_ptr + (q_rows * q_stride_t + heads.to(tl.int64) * q_stride_h)[:, None]
-    first_range = 0
-    last_range = 0
-    if RANGES:
-        first_range = tl.load(range_starts_ptr + request)
-        last_range = tl.load(range_starts_ptr + request + 1)
-    request_mask = mask_ptr
-    if MASK:
-        request_mask = mask_ptr + tl.load(mask_starts_ptr + request)
-    slopes = tl.zeros([ROWS], tl.float32)
-    if ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=ok, other=0.0) * LOG2E
-    v_scale = 1.0
-    if (FORMAT != "plain") & (FORMAT != "int8"):
-        scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
-        scale_over_cap *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
-        v_scale = tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
-    if PAIRS:  # so that the compiler sees that rows begin at multiples of 16 bytes
+
+@triton.jit
+def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.constexpr):
+    """Attend to the tiles of keys of a split; store the result, or the part."""
+    kv_head = split.work_unit % F.NUM_KV_HEADS
+    first_row = split.work_unit // F.NUM_KV_HEADS * S.ROWS
+    rows = tl.arange(0, S.ROWS)
+    request = load_request(inputs, split.request)
+    seq_len = request.seq_len
+    tile = tile_of(first_row + rows, request, kv_head, inputs, F)
+    v_scale = value_scale(inputs, kv_head, F)
+    stride_b, stride_t, stride_h = kv.stride_b, kv.stride_t, kv.stride_h
+    if F.SOURCE == "packed8":  # so that the compiler sees that rows begin at multiples of 16 bytes
         stride_b *= 8
         stride_t *= 8
         stride_h *= 8
     head_offset = kv_head.to(tl.int64) * stride_h
-    k_row_scales = k_row_scales_ptr
-    v_row_scales = v_row_scales_ptr
-    if FORMAT == "int8":
-        PER_SCALE: tl.constexpr = 2 if PAIRS else 4  # what strides count, in 4 bytes
-        k_row_scales = k_row_scales_ptr + head_offset // PER_SCALE
-        v_row_scales = v_row_scales_ptr + head_offset // PER_SCALE
+    k_row_scales = kv.k_row_scales
+    v_row_scales = kv.v_row_scales
+    if F.FORMAT == "int8":
+        PER_SCALE: tl.constexpr = 2 if F.SOURCE == "packed8" else 4  # a scale in units of strides
+        k_row_scales = kv.k_row_scales + head_offset // PER_SCALE
+        v_row_scales = kv.v_row_scales + head_offset // PER_SCALE
     key_lo = 0
-    if WINDOW and not RANGES:  # what lies before the window may be freed
-        key_lo = tl.maximum(seq_len - q_len - window + 1, 0)
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
-    table = block_table_ptr + request.to(tl.int64) * table_stride
-    if PAIRS:
-        d_idx = 2 * tl.arange(0, BLOCK_D // 2)[None, :]
-        q_ok = ok[:, None] & (d_idx < HEAD_SIZE)
-        q_even = tl.load(q_heads + d_idx, mask=q_ok, other=0.0)
-        q_odd = tl.load(q_heads + d_idx + 1, mask=q_ok, other=0.0)
-        acc, m_i, l_i = attend_pairs(
-            m_i, l_i, q_even, q_odd, q_pos, tokens, slopes, first_tile, last_tile, key_lo, seq_len,
-            seq_len, k_ptr + head_offset, v_ptr + head_offset, k_row_scales, v_row_scales, table,
-            stride_b, stride_t, stride_b, stride_t, request_mask, ranges_ptr, first_range,
-            last_range, window, scale_log2, cap_log2, scale_over_cap, BLOCK_DV, FORMAT, NATIVE,
-            PTX, CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE, HEAD_SIZE,
-            HEAD_SIZE_V, BLOCK_N, STAGES,
+    if F.SKIPS_KEYS:  # blocks before the window may have been freed
+        key_lo = tl.maximum(seq_len - request.q_len - inputs.window + 1, 0)
+    block_table = kv.block_table + split.request.to(tl.int64) * kv.table_stride
+    keys = Keys(
+        kv.k + head_offset, kv.v + head_offset, k_row_scales, v_row_scales, block_table, 0, kv_head,
+        stride_b, stride_t, stride_b, stride_t,
+    )  # fmt: skip
+    state = init_state(S.ROWS, F)
+    if F.SOURCE == "packed8":
+        d_idx = 2 * tl.arange(0, F.BLOCK_D // 2)[None, :]
+        ok = tile.ok[:, None] & (d_idx < F.HEAD_SIZE)
+        pointers = query_pointers(inputs, tile) + d_idx
+        q_even = tl.load(pointers, mask=ok, other=0.0)
+        q_odd = tl.load(pointers + 1, mask=ok, other=0.0)
+        state = attend_packed(
+            state, q_even, q_odd, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len,
+            S.ALLOW_PTX, F,
         )  # fmt: skip
     else:
-        d_idx = tl.arange(0, BLOCK_D)
-        q_ok = ok[:, None]
-        if HEAD_SIZE != BLOCK_D:
-            q_ok = q_ok & (d_idx < HEAD_SIZE)[None, :]
-        q = tl.load(q_heads + d_idx[None, :], mask=q_ok, other=0.0)
-        acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, q, q_pos, tokens, slopes, first_tile, last_tile, key_lo, seq_len,
-            seq_len, k_ptr + head_offset, v_ptr + head_offset, k_row_scales, v_row_scales, table,
-            0, kv_head, stride_b, stride_t, stride_b, stride_t, request_mask, ranges_ptr,
-            first_range, last_range, window, scale_log2, cap_log2, scale_over_cap, True, "pages",
-            FORMAT, NATIVE, CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE,
-            HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, STAGES,
-        )  # fmt: skip
-    token_rows = q_start + packed // GROUP
-    if is_whole:
-        nothing = sees_nothing(
-            m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
-        )  # fmt: skip
-        store_rows(
-            acc, m_i, l_i, token_rows, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
-            out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS, LSE,
-            OUT_FORMAT, OUT_GROUP,
-        )  # fmt: skip
+        q = load_queries(inputs, tile, F)
+        state = attend(
+            state, q, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len, True, F
+        )
+    if split.is_whole:
+        store_state(state, tile, v_scale, out, F)
     else:
+        acc, m_i, l_i = state
         # A part without a score above −inf has nothing in it; one with NaN keeps it.
         total = tl.where(l_i == 0.0, 1.0, l_i)
-        dv_idx = tl.arange(0, BLOCK_DV)
-        at = _slot(first_slot, part, BALANCED) * ROWS + rows
+        dv_idx = tl.arange(0, F.BLOCK_DV)
+        at = _slot(split.first_slot, split.part, S) * S.ROWS + rows
         part_lse = m_i + tl.log2(total)
         tl.store(
-            part_out_ptr + at[:, None] * BLOCK_DV + dv_idx[None, :], acc / total[:, None],
-            mask=ok[:, None],
+            buffers.out + at[:, None] * F.BLOCK_DV + dv_idx[None, :], acc / total[:, None],
+            mask=tile.ok[:, None],
         )  # fmt: skip
-        tl.store(part_lse_ptr + at, part_lse, mask=ok)
+        tl.store(buffers.lse + at, part_lse, mask=tile.ok)
         # All threads' stores come before the one thread's release, and its acquire before their
         # loads, which bypass the first-level cache.
         tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + first_slot, 1, sem="acq_rel", scope="gpu")
-        if arrived == parts - 1:
+        arrived = tl.atomic_add(buffers.counters + split.first_slot, 1, sem="acq_rel", scope="gpu")
+        if arrived == split.parts - 1:
             tl.debug_barrier()
-            if parts <= FEW:
-                acc, m_i, l_i = _merge_tile(
-                    first_slot, parts, part_out_ptr, part_lse_ptr, ok, ROWS, BLOCK_DV, BALANCED
-                )
-                nothing = sees_nothing(
-                    m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
-                )  # fmt: skip
-                store_rows(
-                    acc, m_i, l_i, token_rows, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
-                    out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS,
-                    LSE, OUT_FORMAT, OUT_GROUP,
-                )  # fmt: skip
+            if split.parts <= S.MERGE_TILE_MAX_PARTS:
+                merged = _merge_tile(split, buffers, tile.ok, F, S)
+                store_state(merged, tile, v_scale, out, F)
             else:
-                first_packed = unit // NUM_KV_HEADS * ROWS
-                for row in range(0, tl.minimum(q_len * GROUP - first_packed, ROWS)):
-                    row_acc, row_m, row_l = _merge_row(
-                        first_slot, parts, row, part_out_ptr, part_lse_ptr, ROWS, BLOCK_DV,
-                        BALANCED, AT_ONCE,
-                    )  # fmt: skip
-                    one = first_packed + row + tl.arange(0, 1)
-                    nothing = sees_nothing(
-                        row_m, row_l, seq_len - q_len + one // GROUP, seq_len, window, CAUSAL,
-                        WINDOW, RANGES, MASK,
-                    )  # fmt: skip
-                    store_rows(
-                        row_acc, row_m, row_l, q_start + one // GROUP,
-                        kv_head * GROUP + one % GROUP, one >= 0, nothing, v_scale, out_ptr,
-                        out_stride_t, out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS,
-                        HEAD_SIZE_V, SINKS, LSE, OUT_FORMAT, OUT_GROUP,
-                    )  # fmt: skip
-            tl.store(counters_ptr + first_slot, 0)  # for the next launch
+                for row in range(0, tl.minimum(request.q_len * F.GROUP - first_row, S.ROWS)):
+                    merged_row = _merge_row(split, row, buffers, F, S)
+                    index = first_row + row + tl.arange(0, 1)
+                    one = tile_of(index, request, kv_head, inputs, F)
+                    store_state(merged_row, one, v_scale, out, F)
+            tl.store(buffers.counters + split.first_slot, 0)  # for the next launch
 
 
 @triton.jit
-def _store_nothing(
-    first, last, step, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
-    OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
-):  # fmt: skip
-    """Store rows that see no key, token * NUM_HEADS + head: 0, and an lse of −inf."""
-    ONE: tl.constexpr = 1
+def _store_empty(first, last, step, out, F: tl.constexpr):
+    """Store rows that see no key, token * NUM_HEADS + head: 0, and an LSE of −inf."""
     for row in range(first, last, step):
-        at = row + tl.arange(0, ONE)
+        at = row + tl.arange(0, 1)
         store_rows(
-            tl.zeros([ONE, BLOCK_DV], tl.float32), tl.full([ONE], float("-inf"), tl.float32),
-            tl.zeros([ONE], tl.float32), at // NUM_HEADS, at % NUM_HEADS, at >= 0, at >= 0, 1.0,
-            out_ptr, out_stride_t, out_stride_h, lse_ptr, lse_ptr, out_scale_ptr, NUM_HEADS,
-            HEAD_SIZE_V, False, LSE, OUT_FORMAT, OUT_GROUP,
+            init_state(1, F), at // F.NUM_HEADS, at % F.NUM_HEADS, at >= 0, at >= 0, 1.0, out,
+            False, F,
         )  # fmt: skip
-
-
-@triton.jit
-def _store_padding(
-    end, num_rows, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
-    OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
-):  # fmt: skip
-    """Store the rows behind those of the last request, `end` to `num_rows`, each program some.
-
-    First of all, while few registers are in use: at the end it made the kernel spill.
-    """
-    _store_nothing(
-        end * NUM_HEADS + tl.program_id(0), num_rows * NUM_HEADS, tl.num_programs(0), out_ptr,
-        lse_ptr, out_scale_ptr, out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE,
-        OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_empty(
-    num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
-    out_stride_t, out_stride_h,
-    HAS_REQUEST_LIST: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr, LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr,
-):  # fmt: skip
-    """Store the rows of requests without keys."""
-    for i in range(tl.program_id(0), num_reqs, tl.num_programs(0)):
-        request = _request(requests_ptr, i, HAS_REQUEST_LIST)
-        if tl.load(seq_lens_ptr + request) == 0:
-            first = tl.load(query_start_loc_ptr + request) * NUM_HEADS
-            last = tl.load(query_start_loc_ptr + request + 1) * NUM_HEADS
-            _store_nothing(
-                first, last, 1, out_ptr, lse_ptr, out_scale_ptr, out_stride_t, out_stride_h,
-                NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
-            )  # fmt: skip
 
 
 _UNSPECIALIZED = ["num_reqs", "all_reqs", "num_rows", "table_stride", "window"]
@@ -401,157 +320,94 @@ def decode_kernel(
     v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
     ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h,
     out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2,
-    cap_log2, scale_over_cap,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    HAS_REQUEST_LIST: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
-    PAIRS: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FAST_TANH: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
-    LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    FEW: tl.constexpr, AT_ONCE: tl.constexpr, MIN_TILES: tl.constexpr,
+    cap_log2, scale_over_cap, F: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Attention of the listed requests over the paged cache, shared evenly among the programs.
+    """Attention of the listed requests over the paged cache.
 
-    Grid: any number of programs; part_out_ptr has 2 * programs * ROWS * BLOCK_DV float32,
-    part_lse_ptr 2 * programs * ROWS, counters_ptr a zero int32 for each, which is zero again after.
+    Grid: any number of programs. part_out_ptr has ROWS * BLOCK_DV float32 for each slot,
+    part_lse_ptr ROWS, and counters_ptr an int32 that is zero before and after: two slots for each
+    program, or with PARTS as many for each work unit.
 
     Args:
-        requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all of them, in order.
+        q_ptr: (num_tokens, NUM_HEADS, HEAD_SIZE).
+        requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all, in order.
         all_reqs: requests of the batch, listed or not.
-        num_rows: of the output; those behind the last request's are stored as rows without keys.
-        PAIRS: the cache is given as pairs of bytes, see attend_pairs.py; strides are in 16 bytes.
-        PTX: NVIDIA's instructions may be used.
-        MIN_TILES: a program that works has at least so many tiles of keys.
-        CHUNK: lengths that are read at a time.
-        FEW, AT_ONCE: how parts are merged: so few as whole tiles, else so many rows at a time.
-        Others: as for prefill_kernel; keys and values have the same strides.
+        num_rows: of the output; rows after the last request's are stored as rows without keys.
+        stride_b, stride_t, stride_h: of keys and of values; in 16 bytes for "packed8".
+        F, S: Features and DecodeSchedule.
+        Others: see the fields of the same names in structs.py.
     """
+    batch = Batch(requests_ptr, num_reqs, query_start_loc_ptr, seq_lens_ptr, window)
+    kv = PagedKV(
+        k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, stride_b, stride_t, stride_h,
+        block_table_ptr, table_stride,
+    )  # fmt: skip
+    inputs = Inputs(
+        q_ptr, q_stride_t, q_stride_h, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, k_scale_ptr,
+        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, window, scale_log2,
+        cap_log2, scale_over_cap,
+    )  # fmt: skip
+    out = Output(out_ptr, out_stride_t, out_stride_h, lse_ptr, out_scale_ptr, sinks_ptr)
+    buffers = Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     pid = tl.program_id(0)
-    SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES  # a range may reach back beyond the window
-    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    _store_padding(
-        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
+
+    # Rows without keys come first, while few registers are in use: at the end they made the kernel
+    # spill. They are the rows after the last request's, and those of requests without keys.
+    end = tl.load(query_start_loc_ptr + all_reqs)
     _store_empty(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, HAS_REQUEST_LIST, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
-        OUT_GROUP,
+        end * F.NUM_HEADS + pid, num_rows * F.NUM_HEADS, tl.num_programs(0), out, F
     )  # fmt: skip
-    total = _total(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, True, 1, HAS_REQUEST_LIST,
-        SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
-    )  # fmt: skip
-    # A share is a round number of tiles, so that equal requests are cut alike, or not at all.
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
-    step = tl.exp2(tl.floor(tl.log2(tl.maximum(share // 16, 1).to(tl.float32)))).to(tl.int64)
-    share = tl.cdiv(share, step) * step
-    position = pid * share
-    end = tl.minimum(position + share, total)
-    if position < end:
-        i, base = _find(
-            position, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, True, 1,
-            HAS_REQUEST_LIST, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
-        )  # fmt: skip
-        while position < end:
-            tiles, row_tiles, skipped = _tiles_of(
-                i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
-                SPLIT_WINDOW, GROUP, ROWS, BLOCK_N,
-            )  # fmt: skip
-            units = row_tiles * NUM_KV_HEADS
-            if tiles * units > 0:
-                unit = ((position - base) // tiles).to(tl.int32)
-                first_tile = ((position - base) % tiles).to(tl.int32)
-                last_tile = tl.minimum(tiles, first_tile + (end - position).to(tl.int32))
-                begin = base + unit.to(tl.int64) * tiles
-                first = (begin // share).to(tl.int32)
-                last = ((begin + tiles - 1) // share).to(tl.int32)
-                _attend_part(
-                    _request(requests_ptr, i, HAS_REQUEST_LIST), unit, skipped + first_tile,
-                    skipped + last_tile, (first_tile == 0) & (last_tile == tiles), pid - first,
-                    last - first + 1, first,
-                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr,
-                    part_lse_ptr, counters_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
-                    k_row_scales_ptr, v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr,
-                    sinks_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, q_stride_t,
-                    q_stride_h, stride_b, stride_t, stride_h, out_stride_t, out_stride_h,
-                    table_stride, window, scale_log2, cap_log2, scale_over_cap, NUM_HEADS, GROUP,
-                    HEAD_SIZE, HEAD_SIZE_V, BLOCK_D, BLOCK_DV, BLOCK_SIZE, ROWS, BLOCK_N, STAGES,
-                    FORMAT, NATIVE, PTX, PAIRS, SCALE_STRIDE, CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI,
-                    SINKS, RANGES, MASK, LSE, OUT_FORMAT, OUT_GROUP, FEW, AT_ONCE, True,
+    for i in range(pid, num_reqs, tl.num_programs(0)):
+        request = _request(batch, i, S)
+        if tl.load(seq_lens_ptr + request) == 0:
+            first = tl.load(query_start_loc_ptr + request) * F.NUM_HEADS
+            last = tl.load(query_start_loc_ptr + request + 1) * F.NUM_HEADS
+            _store_empty(first, last, 1, out, F)
+
+    total = _total(batch, F, S)
+    if S.PARTS:
+        total = total.to(tl.int32)
+        place = pid
+        while place < total:
+            i, base = _find(batch, place, F, S)
+            tiles, _, skipped = _tiles_of(batch, i, i < num_reqs, F, S)
+            parts = tl.minimum(tiles, S.PARTS)
+            part = place % S.PARTS  # every base is a multiple of PARTS
+            if part < parts:
+                split = Split(
+                    _request(batch, i, S), (place - base.to(tl.int32)) // S.PARTS,
+                    skipped + part * tiles // parts, skipped + (part + 1) * tiles // parts,
+                    parts == 1, part, parts, place - part,
                 )  # fmt: skip
-                position += last_tile - first_tile
-            if position == base + tiles.to(tl.int64) * units:
-                base = position
-                i += 1
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
-def decode_invariant_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
-    requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
-    v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
-    ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h,
-    out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2,
-    cap_log2, scale_over_cap,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    HAS_REQUEST_LIST: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr,
-    PAIRS: tl.constexpr, SCALE_STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FAST_TANH: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, RANGES: tl.constexpr, MASK: tl.constexpr,
-    LSE: tl.constexpr, OUT_FORMAT: tl.constexpr, OUT_GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    FEW: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The same, each unit of work cut into PARTS parts (fewer if it has fewer tiles).
-
-    Grid: any number of programs; part_out_ptr has units * PARTS * ROWS * BLOCK_DV float32, where a
-    request has NUM_KV_HEADS units for each tile of its rows; part_lse_ptr and counters_ptr as many
-    less the last one or two factors.
-    """
-    SPLIT_WINDOW: tl.constexpr = WINDOW and not RANGES
-    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    _store_padding(
-        tl.load(query_start_loc_ptr + all_reqs), num_rows, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
-    _store_empty(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, out_ptr, lse_ptr, out_scale_ptr,
-        out_stride_t, out_stride_h, HAS_REQUEST_LIST, NUM_HEADS, HEAD_SIZE_V, BLOCK_DV, LSE, OUT_FORMAT,
-        OUT_GROUP,
-    )  # fmt: skip
-    total = _total(
-        num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, False, PARTS, HAS_REQUEST_LIST,
-        SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
-    ).to(tl.int32)  # fmt: skip
-    place = tl.program_id(0)
-    while place < total:
-        i, base = _find(
-            place, num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, False, PARTS,
-            HAS_REQUEST_LIST, SPLIT_WINDOW, GROUP, ROWS, BLOCK_N, NUM_KV_HEADS, CHUNK,
-        )  # fmt: skip
-        tiles, _, skipped = _tiles_of(
-            i, i < num_reqs, requests_ptr, query_start_loc_ptr, seq_lens_ptr, window, HAS_REQUEST_LIST,
-            SPLIT_WINDOW, GROUP, ROWS, BLOCK_N,
-        )  # fmt: skip
-        parts = tl.minimum(tiles, PARTS)
-        part = place % PARTS  # every base is a multiple of PARTS
-        if part < parts:
-            _attend_part(
-                _request(requests_ptr, i, HAS_REQUEST_LIST), (place - base.to(tl.int32)) // PARTS,
-                skipped + part * tiles // parts, skipped + (part + 1) * tiles // parts, parts == 1,
-                part, parts, place - part,
-                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr,
-                counters_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
-                v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr,
-                mask_starts_ptr, ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b,
-                stride_t, stride_h, out_stride_t, out_stride_h, table_stride, window, scale_log2,
-                cap_log2, scale_over_cap, NUM_HEADS, GROUP, HEAD_SIZE, HEAD_SIZE_V, BLOCK_D,
-                BLOCK_DV, BLOCK_SIZE, ROWS, BLOCK_N, STAGES, FORMAT, NATIVE, PTX, PAIRS,
-                SCALE_STRIDE, CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI, SINKS, RANGES, MASK, LSE,
-                OUT_FORMAT, OUT_GROUP, FEW, AT_ONCE, False,
-            )  # fmt: skip
-        place += tl.num_programs(0)
+                _attend_split(split, inputs, kv, out, buffers, F, S)
+            place += tl.num_programs(0)
+    else:
+        # A round number of tiles, so that equal requests are split in the same way, or not at all.
+        tiles_per_program = tl.maximum(tl.cdiv(total, tl.num_programs(0)), S.MIN_TILES)
+        step = tl.maximum(tiles_per_program // 16, 1).to(tl.float32)
+        step = tl.exp2(tl.floor(tl.log2(step))).to(tl.int64)
+        tiles_per_program = tl.cdiv(tiles_per_program, step) * step
+        position = pid * tiles_per_program
+        end = tl.minimum(position + tiles_per_program, total)
+        if position < end:
+            i, base = _find(batch, position, F, S)
+            while position < end:
+                tiles, row_tiles, skipped = _tiles_of(batch, i, i < num_reqs, F, S)
+                units = row_tiles * F.NUM_KV_HEADS
+                if tiles * units > 0:
+                    unit = ((position - base) // tiles).to(tl.int32)
+                    first_tile = ((position - base) % tiles).to(tl.int32)
+                    last_tile = tl.minimum(tiles, first_tile + (end - position).to(tl.int32))
+                    begin = base + unit.to(tl.int64) * tiles
+                    first = (begin // tiles_per_program).to(tl.int32)
+                    last = ((begin + tiles - 1) // tiles_per_program).to(tl.int32)
+                    split = Split(
+                        _request(batch, i, S), unit, skipped + first_tile, skipped + last_tile,
+                        (first_tile == 0) & (last_tile == tiles), pid - first, last - first + 1,
+                        first,
+                    )  # fmt: skip
+                    _attend_split(split, inputs, kv, out, buffers, F, S)
+                    position += last_tile - first_tile
+                if position == base + tiles.to(tl.int64) * units:
+                    base = position
+                    i += 1

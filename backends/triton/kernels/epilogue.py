@@ -1,96 +1,80 @@
-"""How finished rows go out: normalized, with their sink, as they are or as fp8; and their lse."""
+"""How finished rows are stored: normalized, with their sink, plain or as fp8; and their LSE."""
 
 import triton
 import triton.language as tl
 
 from attn_dispatch.backends.triton.kernels.fp8 import encode_fp8, largest
-from attn_dispatch.backends.triton.kernels.online_softmax import LOWEST
+from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E, LOWEST, fully_masked
 
-__all__ = ["store_rows"]
+__all__ = ["store_rows", "store_state"]
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def store_state(state, tile, v_scale, out, F: tl.constexpr):
+    """Store the rows of a tile, whose state covers all of their keys; see store_rows."""
+    _, m_i, l_i = state
+    is_empty = fully_masked(m_i, l_i, tile, F)
+    store_rows(state, tile.out_rows, tile.heads, tile.ok, is_empty, v_scale, out, F.SINKS, F)
 
 
 @triton.jit
 def store_rows(
-    acc,
-    m_i,
-    l_i,
-    token_rows,
-    heads,
-    ok,
-    nothing,
-    v_scale,
-    out_ptr,
-    out_stride_t,
-    out_stride_h,
-    lse_ptr,
-    sinks_ptr,
-    out_scale_ptr,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr,
-    SINKS: tl.constexpr,
-    LSE: tl.constexpr,
-    OUT_FORMAT: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-):
-    """Store rows of the state that `attend` returns.
+    state, out_rows, heads, ok, is_empty, v_scale, out, SINKS: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """Store rows of a state of `attend`.
 
     Args:
-        acc, m_i, l_i: as in `attend`.
-        token_rows: (rows,) the row of the output, by token.
+        state: see `attend`.
+        out_rows: (rows,) the row of the output, by token.
         heads: (rows,) the query head.
         ok: (rows,) bool, rows that exist.
-        nothing: (rows,) bool, rows that see no key: 0, with an lse of −inf. In others a NaN stays,
-            and what has no score above −inf is 0 / 0, unless a sink takes part.
+        is_empty: (rows,) bool, rows that see no key: 0, with an LSE of −inf. In other rows a NaN
+            stays, and a row without a score above −inf is 0 / 0, unless a sink takes part.
         v_scale: float32, of the values of an fp8 cache.
-        lse_ptr: (tokens, NUM_HEADS) float32, written with LSE.
-        sinks_ptr: (NUM_HEADS,) float32, read with SINKS.
-        out_scale_ptr: for an OUT_FORMAT of fp8 the scale, read; with OUT_GROUP the scales of each
-            group of so many values, written.
-        OUT_FORMAT: "plain" or one of elements.py's; the output is bytes then.
+        out: see Output.
+        SINKS: sinks take part.
     """
+    acc, m_i, l_i = state
     DV: tl.constexpr = acc.shape[1]
-    rows = token_rows.to(tl.int64)
+    OUT_FORMAT: tl.constexpr = F.OUT_FORMAT
+    rows = out_rows.to(tl.int64)
     low = m_i <= LOWEST
-    if LSE:
+    if F.LSE:
         lse = tl.where(low, float("nan"), (m_i + tl.log2(l_i)) * LN2)
-        lse = tl.where(nothing, float("-inf"), lse)
-        tl.store(lse_ptr + rows * NUM_HEADS + heads, lse, mask=ok)
+        lse = tl.where(is_empty, float("-inf"), lse)
+        tl.store(out.lse + rows * F.NUM_HEADS + heads, lse, mask=ok)
     total = l_i
     if SINKS:
-        sink = tl.load(sinks_ptr + heads, mask=ok, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(out.sinks + heads, mask=ok, other=0.0).to(tl.float32) * LOG2E
         total += tl.exp2(sink - tl.where(low, 0.0, m_i))
-    out = acc * (v_scale / total)[:, None]
-    out = tl.where(nothing[:, None], 0.0, out)
+    x = acc * (v_scale / total)[:, None]
+    x = tl.where(is_empty[:, None], 0.0, x)
     d_idx = tl.arange(0, DV)
-    offsets = (
-        rows[:, None] * out_stride_t + (heads.to(tl.int64) * out_stride_h)[:, None] + d_idx[None, :]
-    )
-    out_ok = ok[:, None]
-    if HEAD_SIZE_V != DV:
-        out_ok = out_ok & (d_idx < HEAD_SIZE_V)[None, :]
+    head_offsets = (heads.to(tl.int64) * out.stride_h)[:, None]
+    pointers = out.data + (rows[:, None] * out.stride_t + head_offsets + d_idx[None, :])
+    stored = ok[:, None]
+    if F.HEAD_SIZE_V != DV:
+        stored = stored & (d_idx < F.HEAD_SIZE_V)[None, :]
     if OUT_FORMAT == "plain":
-        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=out_ok)
-    elif OUT_GROUP == 0:
-        scaled = tl.math.div_rn(out, tl.load(out_scale_ptr).to(tl.float32))
-        tl.store(out_ptr + offsets, encode_fp8(scaled, OUT_FORMAT), mask=out_ok)
+        tl.store(pointers, x.to(out.data.dtype.element_ty), mask=stored)
+    elif F.OUT_GROUP == 0:
+        scaled = tl.math.div_rn(x, tl.load(out.scale).to(tl.float32))
+        tl.store(pointers, encode_fp8(scaled, OUT_FORMAT), mask=stored)
     else:
-        GROUPS: tl.constexpr = DV // OUT_GROUP
-        KEPT: tl.constexpr = HEAD_SIZE_V // OUT_GROUP
-        LARGEST: tl.constexpr = largest(OUT_FORMAT)
-        groups = tl.reshape(out, (out.shape[0], GROUPS, OUT_GROUP))
+        GROUPS: tl.constexpr = DV // F.OUT_GROUP
+        STORED_GROUPS: tl.constexpr = F.HEAD_SIZE_V // F.OUT_GROUP
+        SHAPE: tl.constexpr = (acc.shape[0], GROUPS, F.OUT_GROUP)
+        groups = tl.reshape(x, SHAPE)
         amax = tl.max(tl.abs(groups), 2)
-        scales = tl.maximum(
-            tl.math.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), 1.1754943508222875e-38
-        )
+        full = tl.full(amax.shape, largest(OUT_FORMAT), tl.float32)
+        scales = tl.maximum(tl.math.div_rn(amax, full), 1.1754943508222875e-38)
         scales = tl.where(amax == 0.0, 1.0, scales)
-        per_value = tl.broadcast_to(scales[:, :, None], (out.shape[0], GROUPS, OUT_GROUP))
-        scaled = tl.math.div_rn(groups, per_value)
-        codes = encode_fp8(tl.reshape(scaled, (out.shape[0], DV)), OUT_FORMAT)
-        tl.store(out_ptr + offsets, codes, mask=out_ok)
+        scaled = tl.math.div_rn(groups, tl.broadcast_to(scales[:, :, None], SHAPE))
+        codes = encode_fp8(tl.reshape(scaled, (acc.shape[0], DV)), OUT_FORMAT)
+        tl.store(pointers, codes, mask=stored)
         g_idx = tl.arange(0, GROUPS)
-        scale_offsets = (rows * NUM_HEADS + heads)[:, None] * KEPT + g_idx[None, :]
-        scales_ok = ok[:, None] & (g_idx < KEPT)[None, :]
-        tl.store(out_scale_ptr + scale_offsets, scales, mask=scales_ok)
+        scale_offsets = (rows * F.NUM_HEADS + heads)[:, None] * STORED_GROUPS + g_idx[None, :]
+        scales_stored = ok[:, None] & (g_idx < STORED_GROUPS)[None, :]
+        tl.store(out.scale + scale_offsets, scales, mask=scales_stored)

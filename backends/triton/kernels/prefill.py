@@ -1,15 +1,25 @@
-"""Attention of many query tokens: each program takes one tile of rows of one KV head.
+"""Attention of many query tokens: each program computes one tile of rows of one KV head.
 
-The tiles come from a list that the host lays out once per batch, the most work first, so that the
-last programs to start are short ones. KV heads vary fastest, so that what runs at the same time
-shares its keys in the cache.
+The rows are FlashAttention-2's (arXiv:2307.08691): one program for each tile of rows, which loops
+over all of its keys. The list of tiles is made on the host once per batch, the most work first, so
+that the last programs to start are short. KV heads vary fastest, so that programs that run at the
+same time share their keys in the cache.
 """
 
 import triton
 import triton.language as tl
 
-from attn_dispatch.backends.triton.kernels.epilogue import store_rows
-from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E, attend, reach, sees_nothing
+from attn_dispatch.backends.triton.kernels.epilogue import store_state
+from attn_dispatch.backends.triton.kernels.online_softmax import (
+    attend,
+    init_state,
+    load_queries,
+    load_request,
+    tile_of,
+    value_scale,
+    visible_key_range,
+)
+from attn_dispatch.backends.triton.kernels.structs import Inputs, Keys, Output
 from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["prefill_kernel"]
@@ -17,145 +27,60 @@ __all__ = ["prefill_kernel"]
 
 @triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=METADATA)
 def prefill_kernel(
-    q_ptr,
-    k_src,
-    v_src,
-    out_ptr,
-    lse_ptr,
-    out_scale_ptr,
-    tiles_ptr,
-    query_start_loc_ptr,
-    seq_lens_ptr,
-    key_start_loc_ptr,
-    block_table_ptr,
-    k_row_scales_ptr,
-    v_row_scales_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    slopes_ptr,
-    sinks_ptr,
-    mask_ptr,
-    mask_starts_ptr,
-    ranges_ptr,
-    range_starts_ptr,
-    q_stride_t,
-    q_stride_h,
-    k_stride_b,
-    k_stride_t,
-    k_stride_h,
-    v_stride_b,
-    v_stride_t,
-    v_stride_h,
-    out_stride_t,
-    out_stride_h,
-    table_stride,
-    window,
-    scale_log2,
-    cap_log2,
-    scale_over_cap,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    SOURCE: tl.constexpr,
-    FORMAT: tl.constexpr,
-    NATIVE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    FAST_TANH: tl.constexpr,
-    ALIBI: tl.constexpr,
-    SINKS: tl.constexpr,
-    RANGES: tl.constexpr,
-    MASK: tl.constexpr,
-    LSE: tl.constexpr,
-    OUT_FORMAT: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-):
+    q_ptr, k_src, v_src, out_ptr, lse_ptr, out_scale_ptr, tiles_ptr, query_start_loc_ptr,
+    seq_lens_ptr, key_start_loc_ptr, block_table_ptr, k_row_scales_ptr, v_row_scales_ptr,
+    k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr, ranges_ptr,
+    range_starts_ptr, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b,
+    v_stride_t, v_stride_h, out_stride_t, out_stride_h, table_stride, window, scale_log2, cap_log2,
+    scale_over_cap, BLOCK_M: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
     """Attention of the rows in `tiles`.
 
     Grid: (num_kv_heads, num_tiles).
 
     Args:
         q_ptr: (num_tokens, NUM_HEADS, HEAD_SIZE).
-        k_src, v_src, key_start_loc_ptr, k_row_scales_ptr, v_row_scales_ptr: see attend.py; keys
-            are found by SOURCE.
+        k_src, v_src, key_start_loc_ptr: keys, values and the first row of each request, by SOURCE.
         tiles_ptr: (num_tiles, 2) int32, the request and its first row.
-        k_scale_ptr, v_scale_ptr: float32 scales of an fp8 cache, SCALE_STRIDE apart for the heads.
-        mask_starts_ptr: (num_reqs,) int64, where each request's mask begins.
-        range_starts_ptr: (num_reqs + 1,) int32, where each request's ranges begin.
+        BLOCK_M: rows in a tile.
+        F: Features.
+        Others: see the fields of the same names in structs.py.
     """
     kv_head = tl.program_id(0)
-    request = tl.load(tiles_ptr + 2 * tl.program_id(1))
-    first_row_of_tile = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1)
-    q_start = tl.load(query_start_loc_ptr + request)
-    q_len = tl.load(query_start_loc_ptr + request + 1) - q_start
-    seq_len = tl.load(seq_lens_ptr + request)
-
-    rows = first_row_of_tile + tl.arange(0, BLOCK_M)
-    ok = rows < q_len * GROUP
-    tokens = tl.where(ok, rows // GROUP, -1)
-    heads = kv_head * GROUP + rows % GROUP
-    past = seq_len - q_len
-    q_pos = past + rows // GROUP
-    first_position = past + first_row_of_tile // GROUP
-    last_row = tl.minimum(first_row_of_tile + BLOCK_M, q_len * GROUP) - 1
-    last_position = past + last_row // GROUP
-
-    d_idx = tl.arange(0, BLOCK_D)
-    q_ok = ok[:, None]
-    if HEAD_SIZE != BLOCK_D:
-        q_ok = q_ok & (d_idx < HEAD_SIZE)[None, :]
-    q_rows = (q_start + rows // GROUP).to(tl.int64)
-    q_offsets = (
-        q_rows[:, None] * q_stride_t + (heads.to(tl.int64) * q_stride_h)[:, None] + d_idx[None, :]
-    )
-    q = tl.load(q_ptr + q_offsets, mask=q_ok, other=0.0)
-
-    first_range = 0
-    last_range = 0
-    if RANGES:
-        first_range = tl.load(range_starts_ptr + request)
-        last_range = tl.load(range_starts_ptr + request + 1)
-    request_mask = mask_ptr
-    if MASK:
-        request_mask = mask_ptr + tl.load(mask_starts_ptr + request)
-    slopes = tl.zeros([BLOCK_M], tl.float32)
-    if ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=ok, other=0.0) * LOG2E
-    v_scale = 1.0
-    if (FORMAT != "plain") & (FORMAT != "int8"):
-        scale_log2 *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
-        scale_over_cap *= tl.load(k_scale_ptr + kv_head * SCALE_STRIDE)
-        v_scale = tl.load(v_scale_ptr + kv_head * SCALE_STRIDE)
+    request_index = tl.load(tiles_ptr + 2 * tl.program_id(1))
+    first = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1)
+    inputs = Inputs(
+        q_ptr, q_stride_t, q_stride_h, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, k_scale_ptr,
+        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, window, scale_log2,
+        cap_log2, scale_over_cap,
+    )  # fmt: skip
+    request = load_request(inputs, request_index)
+    seq_len = request.seq_len
+    tile = tile_of(first + tl.arange(0, BLOCK_M), request, kv_head, inputs, F)
+    q = load_queries(inputs, tile, F)
+    v_scale = value_scale(inputs, kv_head, F)
+    past = seq_len - request.q_len
+    first_position = past + first // F.GROUP
+    last = tl.minimum(first + BLOCK_M, request.q_len * F.GROUP) - 1
+    last_position = past + last // F.GROUP
 
     # Tiles of keys: those that rows see in part, those that every row sees whole, and again.
-    lo, hi = reach(
-        first_position, last_position, seq_len, window, ranges_ptr, first_range, last_range,
-        CAUSAL, WINDOW, RANGES,
-    )  # fmt: skip
+    lo, hi = visible_key_range(first_position, last_position, tile, F)
     full_lo = 0
     full_hi = seq_len
-    if CAUSAL:
+    if F.CAUSAL:
         full_hi = tl.minimum(seq_len, first_position + 1)
-    if WINDOW:
+    if F.WINDOW:
         full_lo = tl.maximum(0, last_position - window + 1)
-        if not CAUSAL:
+        if not F.CAUSAL:
             full_hi = tl.minimum(seq_len, first_position + window)
-    first_tile = lo // BLOCK_N
-    last_tile = tl.maximum(tl.cdiv(hi, BLOCK_N), first_tile)
+    first_tile = lo // F.BLOCK_N
+    last_tile = tl.maximum(tl.cdiv(hi, F.BLOCK_N), first_tile)
     full_first = first_tile
-    if WINDOW or RANGES:
-        full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), first_tile), last_tile)
-    full_last = tl.maximum(tl.minimum(full_hi // BLOCK_N, last_tile), full_first)
-    if MASK:
+    if F.WINDOW or F.RANGES:
+        full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, F.BLOCK_N), first_tile), last_tile)
+    full_last = tl.maximum(tl.minimum(full_hi // F.BLOCK_N, last_tile), full_first)
+    if F.MASK:
         full_first = first_tile
         full_last = first_tile
 
@@ -165,50 +90,26 @@ def prefill_kernel(
     v_head = v_src
     k_row_scales = k_row_scales_ptr
     v_row_scales = v_row_scales_ptr
-    if SOURCE == "pages":
-        block_table = block_table_ptr + request.to(tl.int64) * table_stride
+    if F.SOURCE == "pages":
+        block_table = block_table_ptr + request_index.to(tl.int64) * table_stride
     else:
-        first_row = tl.load(key_start_loc_ptr + request)
-    if SOURCE != "descriptors":
+        first_row = tl.load(key_start_loc_ptr + request_index)
+    if F.SOURCE != "descriptors":
         k_head = k_src + kv_head.to(tl.int64) * k_stride_h
         v_head = v_src + kv_head.to(tl.int64) * v_stride_h
-    if FORMAT == "int8":
+    if F.FORMAT == "int8":
         k_row_scales = k_row_scales_ptr + kv_head.to(tl.int64) * k_stride_h // 4
         v_row_scales = v_row_scales_ptr + kv_head.to(tl.int64) * v_stride_h // 4
-
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if WINDOW or RANGES:
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, q, q_pos, tokens, slopes, first_tile, full_first, lo, hi, seq_len,
-            k_head, v_head, k_row_scales, v_row_scales, block_table, first_row, kv_head,
-            k_stride_b, k_stride_t, v_stride_b, v_stride_t, request_mask, ranges_ptr, first_range,
-            last_range, window, scale_log2, cap_log2, scale_over_cap, True, SOURCE, FORMAT, NATIVE,
-            CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE, HEAD_SIZE,
-            HEAD_SIZE_V, BLOCK_N, STAGES,
-        )  # fmt: skip
-    if not MASK:
-        acc, m_i, l_i = attend(
-            acc, m_i, l_i, q, q_pos, tokens, slopes, full_first, full_last, lo, hi, seq_len,
-            k_head, v_head, k_row_scales, v_row_scales, block_table, first_row, kv_head,
-            k_stride_b, k_stride_t, v_stride_b, v_stride_t, request_mask, ranges_ptr, first_range,
-            last_range, window, scale_log2, cap_log2, scale_over_cap, False, SOURCE, FORMAT,
-            NATIVE, CAUSAL, WINDOW, CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE, HEAD_SIZE,
-            HEAD_SIZE_V, BLOCK_N, STAGES,
-        )  # fmt: skip
-    acc, m_i, l_i = attend(
-        acc, m_i, l_i, q, q_pos, tokens, slopes, full_last, last_tile, lo, hi, seq_len,
+    keys = Keys(
         k_head, v_head, k_row_scales, v_row_scales, block_table, first_row, kv_head, k_stride_b,
-        k_stride_t, v_stride_b, v_stride_t, request_mask, ranges_ptr, first_range, last_range,
-        window, scale_log2, cap_log2, scale_over_cap, True, SOURCE, FORMAT, NATIVE, CAUSAL, WINDOW,
-        CAP, FAST_TANH, ALIBI, RANGES, MASK, BLOCK_SIZE, HEAD_SIZE, HEAD_SIZE_V, BLOCK_N, STAGES,
+        k_stride_t, v_stride_b, v_stride_t,
     )  # fmt: skip
-    nothing = sees_nothing(
-        m_i, l_i, q_pos, seq_len, window, CAUSAL, WINDOW, RANGES, MASK
-    )  # fmt: skip
-    store_rows(
-        acc, m_i, l_i, q_start + rows // GROUP, heads, ok, nothing, v_scale, out_ptr, out_stride_t,
-        out_stride_h, lse_ptr, sinks_ptr, out_scale_ptr, NUM_HEADS, HEAD_SIZE_V, SINKS, LSE,
-        OUT_FORMAT, OUT_GROUP,
-    )  # fmt: skip
+
+    state = init_state(BLOCK_M, F)
+    if F.WINDOW or F.RANGES:
+        state = attend(state, q, tile, keys, first_tile, full_first, lo, hi, True, F)
+    if not F.MASK:
+        state = attend(state, q, tile, keys, full_first, full_last, lo, hi, False, F)
+    state = attend(state, q, tile, keys, full_last, last_tile, lo, hi, True, F)
+    out = Output(out_ptr, out_stride_t, out_stride_h, lse_ptr, out_scale_ptr, sinks_ptr)
+    store_state(state, tile, v_scale, out, F)

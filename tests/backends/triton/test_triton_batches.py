@@ -240,6 +240,6 @@ def test_a_cache_whose_heads_have_gaps_is_refused_before_it_is_written():
     impl = triton_attn.TritonImpl(**step.impl_arguments())
     metadata = builder_of(step.spec, **SMALL).build(step.batch)
     for _ in range(2):
-        with pytest.raises(InvalidInputError, match=r"next to each other.*allocate_kv_cache"):
+        with pytest.raises(InvalidInputError, match=r"contiguous.*allocate_kv_cache"):
             impl.forward(step.layer, step.query, step.key, step.value, cache, metadata)
     assert not cache.any()

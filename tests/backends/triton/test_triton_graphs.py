@@ -272,7 +272,6 @@ def test_every_parameter_that_is_left_open_exists():
 
     kernels = (
         decode.decode_kernel,
-        decode.decode_invariant_kernel,
         gather.gather_kv_kernel,
         kv_write.write_kv_kernel,
         prefill.prefill_kernel,

@@ -95,7 +95,7 @@ def check_decode(step, expected=None, again=HAS_GPU, **launch):
 
 @pytest.mark.parametrize(("line", "feature"), some(7, LINES, FEATURES))
 def test_keys_split_among_any_number_of_programs(line, feature, monkeypatch):
-    monkeypatch.setattr(triton_attn, "_FEW_PARTS", 2)
+    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", 2)
     step = decode_step(LINES[line], **FEATURES[feature])
     expected = step.expected()
     for programs in (3, 16):
@@ -130,7 +130,7 @@ def test_one_program_shares_with_nobody():
 )
 def test_few_parts_and_many_are_merged_alike(few, head_size_v, feature, monkeypatch):
     """As whole tiles, or row by row; of wide rows few at a time."""
-    monkeypatch.setattr(triton_attn, "_FEW_PARTS", few)
+    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
     step = decode_step(((1, 3), (200, 90)), head_size_v=head_size_v, **FEATURES[feature])
     assert check_decode(step, **launched(16)) > 16
 
@@ -216,7 +216,7 @@ def test_few_requests_may_have_a_launch_of_their_own():
 )
 def test_fixed_splits_agree(feature, line, few, monkeypatch):
     """The schedule of batch_invariant."""
-    monkeypatch.setattr(triton_attn, "_FEW_PARTS", few)
+    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
     step = decode_step(LINES[line], batch_invariant=True, **FEATURES[feature])
     expected = step.expected()
     for programs in (5, 50) if HAS_GPU else (5,):
@@ -258,7 +258,7 @@ def found_in(monkeypatch, any_size):
     class Recording(launcher.Launcher):
         def __init__(self, kernel, constants, options):
             super().__init__(kernel, constants, options)
-            seen.extend([constants["SOURCE"]] if "SOURCE" in constants else [])
+            seen.extend([constants["F"].SOURCE] if "BLOCK_M" in constants else [])
 
     monkeypatch.setattr(launcher, "Launcher", Recording)
     return seen
