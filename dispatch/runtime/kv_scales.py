@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class CacheState(KVScales):
 
 
 def _of_cache(name: str) -> Any:
-    return property(operator.attrgetter(f"_cache_state.{name}"))
+    return property(lambda layer: getattr(layer._cache_state, name))
 
 
 class LayerScales:

@@ -145,7 +145,7 @@ class Attention(LayerScales, nn.Module):
         self._device: torch.device | None = None
         self._binding: LayerBinding | None = None
         self._was_rebound = False
-        self._version = version()
+        self._selected_at = version()
         self._fp8_dtype = torch.float8_e4m3fn
         self._register()
         chosen = usable_device(device)
@@ -198,7 +198,7 @@ class Attention(LayerScales, nn.Module):
         context = SelectionContext.current(device, rules=self._rules)
         binding, result = with_fallback(self.spec, context, attempt, failed)
         self._was_rebound = self._binding is not None
-        self._version = binding.version
+        self._selected_at = binding.version
         self._binding = binding
         self._cache_state.to(device)
         self._fp8_dtype = kv_cache_torch_dtype("fp8", self.spec.dtype, binding.profile.arch)
@@ -229,7 +229,7 @@ class Attention(LayerScales, nn.Module):
             return  # nothing is built while a graph is captured
         context = SelectionContext.current(self._device, rules=self._rules)
         if context.failures_of(self.spec) == binding.failures:
-            self._version = latest
+            self._selected_at = latest
         else:
             self._bind(self._device)
 
@@ -251,7 +251,7 @@ class Attention(LayerScales, nn.Module):
             raise InvalidInputError(
                 f"batch is a {type(batch).__name__}. Make it by AttentionBatch.create."
             )
-        if self._version != version():
+        if self._selected_at != version():
             self._refresh()
         binding = self._require_binding()
         metadata: AttentionMetadata
@@ -365,7 +365,7 @@ class Attention(LayerScales, nn.Module):
         spec = self.spec
         if query.device != self._device:
             self._bind(query.device)
-        elif self._version != version():
+        elif self._selected_at != version():
             self._refresh()
         if query.dtype != spec.dtype:
             raise InvalidInputError(
