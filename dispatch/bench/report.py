@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -66,7 +67,7 @@ class BenchReport:
         return {
             "format_version": FORMAT_VERSION,
             "machine": self.machine,
-            "ceilings": self.ceilings.asdict(),
+            "ceilings": dataclasses.asdict(self.ceilings),
             "peers": self.peers,
             "missing_peers": self.missing,
             "complete": len(self.results) == self.planned,

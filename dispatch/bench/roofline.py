@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +32,6 @@ class Ceilings:
     matmul_size: int
     read_by: str
 
-    def asdict(self) -> dict[str, float | int | str]:
-        """As JSON-ready data."""
-        return dataclasses.asdict(self)
-
 
 def measure_ceilings(
     device: torch.device, clock: Clock, *, seconds: float = 0.3, small: bool | None = None
@@ -53,60 +48,45 @@ def measure_ceilings(
     """
     small = device.type != "cuda" if small is None else small
     num_bytes, size = (64 << 20, 1024) if small else (1 << 30, 8192)
-    bandwidth_us = _bandwidth_us(device, clock, seconds, num_bytes)
-    # A GPU has matrix cores for bfloat16; on a CPU attention may use either dtype.
-    dtypes = (torch.bfloat16, torch.float32) if small else (torch.bfloat16,)
-    product_us = _product_us(device, clock, seconds, size, dtypes)
-    dtype = min(dtypes, key=lambda each: product_us[str(each)])
-    copy_us = bandwidth_us.pop("copy")
-    read_by = min(bandwidth_us, key=lambda name: bandwidth_us[name])
-    return Ceilings(
-        copy_tb_s=2 * num_bytes / copy_us / 1e6,
-        read_tb_s=num_bytes / bandwidth_us[read_by] / 1e6,
-        matmul_tflops=2 * size**3 / product_us[str(dtype)] / 1e6,
-        matmul_dtype=str(dtype).removeprefix("torch."),
-        matmul_size=size,
-        read_by=read_by,
-    )
-
-
-def _product_us(
-    device: torch.device, clock: Clock, seconds: float, size: int, dtypes: tuple[torch.dtype, ...]
-) -> dict[str, float]:
-    """Microseconds of a square product in each dtype, by its name."""
-    calls: dict[str, Callable[[], object]] = {}
-    for dtype in dtypes:
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        calls[str(dtype)] = functools.partial(torch.matmul, left, right)
-    return _medians(calls, clock, seconds)
-
-
-def _bandwidth_us(
-    device: torch.device, clock: Clock, seconds: float, num_bytes: int
-) -> dict[str, float]:
-    """Microseconds to copy the bytes, and to read them in several ways."""
     source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     halves, rows = source.view(torch.bfloat16), source.view(-1, 1 << 14)
-    calls: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source),
+    reads: dict[str, Callable[[], object]] = {
         "float32 sum": source.sum,
         "float32 sum of rows": lambda: rows.sum(1),
         "float32 amax": source.amax,
         "bfloat16 sum": halves.sum,
         "bfloat16 amax": halves.amax,
     }
-    return _medians(calls, clock, seconds)
+    moved_us = _medians({"copy": lambda: target.copy_(source), **reads}, clock, seconds)
+    read_by = min(reads, key=lambda name: moved_us[name])
+    products: dict[str, Callable[[], object]] = {}
+    # A GPU has matrix cores for bfloat16; on a CPU attention may use either dtype.
+    for dtype in ("bfloat16", "float32") if small else ("bfloat16",):
+        factors = (torch.randn(size, size, device=device) for _ in range(2))
+        products[dtype] = functools.partial(
+            torch.matmul, *(each.to(getattr(torch, dtype)) for each in factors)
+        )
+    product_us = _medians(products, clock, seconds)
+    matmul_dtype = min(products, key=lambda name: product_us[name])
+    return Ceilings(
+        copy_tb_s=2 * num_bytes / moved_us["copy"] / 1e6,
+        read_tb_s=num_bytes / moved_us[read_by] / 1e6,
+        matmul_tflops=2 * size**3 / product_us[matmul_dtype] / 1e6,
+        matmul_dtype=matmul_dtype,
+        matmul_size=size,
+        read_by=read_by,
+    )
 
 
 def _medians(
-    calls: dict[str, Callable[[], object]], clock: Clock, seconds: float
+    calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float
 ) -> dict[str, float]:
+    """Microseconds of each call."""
     for call in calls.values():
         call()
-    timings = measure(calls, clock, budget_s=seconds / len(calls))
     medians = {}
-    for name, timing in timings.items():
+    for name, timing in measure(calls, clock, budget_s=seconds / len(calls)).items():
         if not isinstance(timing, Timing):
             raise timing
         medians[name] = timing.median_us

@@ -10,11 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-__all__ = ["CpuClock", "CudaClock", "Timing", "clock_for", "host_time_us", "measure"]
+__all__ = ["Clock", "CudaClock", "Timing", "clock_for", "host_time_us", "measure"]
 
 #: The least and the most calls of each implementation.
 MIN_CALLS, MAX_CALLS = 3, 300
@@ -46,41 +46,32 @@ class Timing:
         return cls(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered))
 
 
-class Clock(Protocol):
-    """Times one call at a time."""
+class Clock:
+    """Wall-clock time of calls that are finished when they return, and the base of other clocks.
 
-    def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
-        """Microseconds that the call takes on its device.
-
-        Args:
-            call: the call.
-            host_us: about how long it keeps the host.
-        """
-
-    def wait(self) -> None:
-        """Wait until the device has finished all work."""
-
-    def now(self) -> float:
-        """Seconds on the host."""
-
-
-class CpuClock:
-    """Wall-clock time of calls that are finished when they return."""
+    Args:
+        now: seconds on the host.
+    """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
 
     def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
-        """See Clock."""
+        """Microseconds that a call takes on its device.
+
+        Args:
+            call: the call.
+            host_us: about how long it keeps the host.
+        """
         start = self.now()
         call()
         return (self.now() - start) * 1e6
 
     def wait(self) -> None:
-        """There is nothing to wait for."""
+        """Wait until the device has finished all work."""
 
 
-class CudaClock:
+class CudaClock(Clock):
     """Events on the current stream, on a GPU whose L2 cache has no data of the call.
 
     Args:
@@ -89,12 +80,12 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        super().__init__()
         self._cuda, self._device = cuda, device
         properties = cuda.get_device_properties(device)
         size = max(_FLUSH_BYTES, 2 * int(getattr(properties, "L2_cache_size", 0)))
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
         self._cycles_per_us = float(getattr(properties, "clock_rate", 0)) / 1e3 or _CYCLES_PER_US
-        self.now = time.perf_counter
 
     def time_us(self, call: Callable[[], object], host_us: float = 0.0) -> float:
         """See Clock."""
@@ -118,7 +109,7 @@ class CudaClock:
 
 def clock_for(device: torch.device) -> Clock:
     """The clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 def host_time_us(

@@ -12,7 +12,6 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance import oracle
+from attn_dispatch.conformance.cases import Case
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
 from attn_dispatch.conformance.tolerance import (
     CheckFailed,
@@ -35,7 +35,7 @@ from attn_dispatch.interface.batch_checks import slots_of
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache, kv_cache_shape
 from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["Draw", "draws", "judge", "real_sizes"]
+__all__ = ["draws", "judge", "real_sizes"]
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 #: Query and KV heads: ratios of 1, 4, 8 and 5.
@@ -53,23 +53,6 @@ _SPREAD = 2.0
 _MOST_EPS = 4
 #: Draws for each head size and ratio; the kinds of batches take turns.
 _DRAWS, _QUICK_DRAWS = 8, 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """A batch at real sizes, as data; it can be made again.
-
-    Attributes:
-        spec: the layer; block_size None for attention without a cache.
-        query_lens: of each request.
-        seq_lens: of each request.
-        seed: of the numbers.
-    """
-
-    spec: AttentionSpec
-    query_lens: tuple[int, ...]
-    seq_lens: tuple[int, ...]
-    seed: int
 
 
 def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
@@ -96,7 +79,7 @@ def _skip_without_gpu() -> None:
 
 def draws(
     target: BackendUnderTest, head_size: int, heads: tuple[int, int], *, longest: int = LONGEST
-) -> list[Draw]:
+) -> list[Case]:
     """Batches of layers that the backend declares, the same ones each time.
 
     Args:
@@ -119,9 +102,8 @@ def draws(
         lens = next(kinds)(source, longest)
         spec = _layer(target, head_size, heads, tried, source, index)
         if spec is not None:
-            found.append(
-                Draw(spec=spec, query_lens=lens[0], seq_lens=lens[1], seed=source.getrandbits(32))
-            )
+            seed = source.getrandbits(32)
+            found.append(Case(spec=spec, query_lens=lens[0], seq_lens=lens[1], seed=seed))
     return found
 
 
@@ -219,7 +201,7 @@ def _agree(target: BackendUnderTest, head_size: int, heads: tuple[int, int]) -> 
     raise Skipped("no layer of these heads is possible on this machine")
 
 
-def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
+def judge(target: BackendUnderTest, draw: Case) -> ErrorBound:
     """Run the backend on a draw, and compare each row with the oracle.
 
     Raises:
@@ -250,7 +232,7 @@ def judge(target: BackendUnderTest, draw: Draw) -> ErrorBound:
 
 
 def _placed(
-    draw: Draw, keys: torch.Tensor, values: torch.Tensor
+    draw: Case, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor | None, AttentionBatch, tuple[torch.Tensor, torch.Tensor]]:
     """A cache with the keys from before the step, the batch, and the new keys and values."""
     spec, device, block_size = draw.spec, keys.device, draw.spec.block_size
@@ -280,7 +262,7 @@ def _placed(
 
 
 def _compare(
-    draw: Draw, scale: float, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    draw: Case, scale: float, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> ErrorBound:
     """Compare each row with the oracle; PyTorch's own error is that of all requests."""
     spec = draw.spec

@@ -192,7 +192,9 @@ class ShadowCall:
             output_scale, block_scale: of a quantized output.
         """
         self._metadata, self._scales = metadata, (output_scale, block_scale)
-        self._output, self._lse = result if isinstance(result, tuple) else (result, None)
+        output, lse = result if isinstance(result, tuple) else (result, None)
+        self._output: torch.Tensor = output
+        self._lse: torch.Tensor | None = lse
         try:
             outcome = self._outcome()
         except Exception as error:
@@ -336,7 +338,8 @@ class ShadowCall:
             keys, values = keys[:num_keys], values[:num_keys]
             first, end = max(first, token + 1 - _ROWS), token + 1
         rows = slice(first, end)
-        slopes = layer._per_head["alibi_slopes"]
+        per_head: dict[str, Any] = layer._per_head
+        slopes = per_head["alibi_slopes"]
         tensors = CaseTensors(
             Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
             layer=layer,
@@ -347,7 +350,7 @@ class ShadowCall:
             values=[values],
             masks=[batch.request_mask(request).cpu()] if spec.custom_mask else None,
             slopes=None if slopes is None else torch.as_tensor(slopes).tolist(),
-            sinks=layer._per_head["sinks"],
+            sinks=per_head["sinks"],
         )
         return tensors, rows
 

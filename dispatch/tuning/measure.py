@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from attn_dispatch.arguments import as_int
 from attn_dispatch.bench.cases import DECODE_QUERY_LEN, Case, short_number
 from attn_dispatch.bench.implementations import (
     BackendImplementation,
@@ -42,6 +43,9 @@ from attn_dispatch.selection.timings.table import (
 )
 
 __all__ = ["Grid", "Measured", "Task", "Tuner", "cases_of", "place_of"]
+
+#: The steps, in the order in which they take turns.
+_STEPS = (BatchKind.DECODE, BatchKind.PREFILL, BatchKind.VERIFY, BatchKind.MIXED)
 
 #: New tokens of a request that verifies drafts; of a chunk of a prompt; of a mixed step.
 _DRAFTS, _CHUNK, _MIXED = 4, 1024, 2048
@@ -79,43 +83,26 @@ class Grid:
                     f"{name} has {len(numbers)} numbers. Give at most {_MAX_NUMBERS}."
                 )
             for each in numbers:
-                if isinstance(each, bool) or not isinstance(each, int) or not 1 <= each <= most:
-                    raise InvalidInputError(
-                        f"{name} has a number that is not an integer from 1 to {most}. A point has "
-                        f"at most {_MAX_TOKENS} new tokens and {_MAX_KEYS} keys."
-                    )
+                as_int(f"a number in {name}", each, 1, most)
 
 
-def _decode(requests: int, length: int, new: int = 1) -> Iterator[tuple[list[int], list[int]]]:
-    if length > new:
-        yield [new] * requests, [length] * requests
-
-
-def _verify(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    yield from _decode(requests, length, _DRAFTS)
-
-
-def _prefill(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    if length > DECODE_QUERY_LEN:  # else it counts as decode
-        yield [length] * requests, [length] * requests
-    if length > _CHUNK:
-        yield [_CHUNK] * requests, [length] * requests
-
-
-def _mixed(requests: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """One prompt together with decodes: as many tokens as an engine has in a step."""
-    prompt = min(length, _MIXED) - (requests - 1)
-    if requests > 1 and prompt > DECODE_QUERY_LEN:
-        yield [1] * (requests - 1) + [prompt], [length] * (requests - 1) + [prompt]
-
-
-#: BatchKind -> (query_lens, seq_lens) of its batches for a number of requests and a length.
-_BATCHES = {
-    BatchKind.DECODE: _decode,
-    BatchKind.PREFILL: _prefill,
-    BatchKind.VERIFY: _verify,
-    BatchKind.MIXED: _mixed,
-}
+def _batches(
+    step: BatchKind, requests: int, length: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(query_lens, seq_lens) of the batches of a step for a number of requests and a length."""
+    if step is BatchKind.MIXED:
+        # One prompt together with decodes: as many tokens as an engine has in a step.
+        decodes = requests - 1
+        prompt = min(length, _MIXED) - decodes
+        if not decodes or prompt <= DECODE_QUERY_LEN:
+            return []
+        return [((1,) * decodes + (prompt,), (length,) * decodes + (prompt,))]
+    if step is BatchKind.PREFILL:  # a short one would count as decode
+        new = [length] * (length > DECODE_QUERY_LEN) + [_CHUNK] * (length > _CHUNK)
+    else:
+        tokens = _DRAFTS if step is BatchKind.VERIFY else 1
+        new = [tokens] * (length > tokens)
+    return [((each,) * requests, (length,) * requests) for each in new]
 
 
 def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
@@ -128,28 +115,18 @@ def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:
     """
     fields = dict(zip(LAYER_FIELDS, layer_key(spec) or (), strict=True))
     fields = {key: value for key, value in fields.items() if value is not None}
-    by_step = []
-    for step, batches in _BATCHES.items():
-        if step not in grid.steps:
+    by_step: dict[BatchKind, list[Case]] = {step: [] for step in _STEPS if step in grid.steps}
+    for step, requests, length in itertools.product(by_step, grid.requests, grid.lengths):
+        if requests * length > _MAX_KEYS:
             continue
-        made = []
-        for requests, length in itertools.product(grid.requests, grid.lengths):
-            if requests * length > _MAX_KEYS:
+        for queries, keys in _batches(step, requests, length):
+            if sum(queries) > _MAX_TOKENS:
                 continue
-            for queries, keys in batches(requests, length):
-                if sum(queries) > _MAX_TOKENS:
-                    continue
-                sizes = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
-                case = Case(
-                    name=f"{name}/{step}/{sizes}",
-                    query_lens=tuple(queries),
-                    seq_lens=tuple(keys),
-                    **fields,
-                )
-                if case.has_kv_cache or not case.has_past:
-                    made.append(case)
-        by_step.append(made)
-    rounds = itertools.zip_longest(*by_step)
+            sizes = f"B{requests}-Q{short_number(max(queries))}-L{short_number(max(keys))}"
+            case = Case(name=f"{name}/{step}/{sizes}", query_lens=queries, seq_lens=keys, **fields)
+            if case.has_kv_cache or not case.has_past:
+                by_step[step].append(case)
+    rounds = itertools.zip_longest(*by_step.values())
     return [case for each in rounds for case in each if case is not None]
 
 

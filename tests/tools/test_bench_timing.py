@@ -9,7 +9,7 @@ import pytest
 
 from attn_dispatch.bench import timing
 from attn_dispatch.bench.roofline import measure_ceilings
-from attn_dispatch.bench.timing import CpuClock, CudaClock, Timing, host_time_us, measure
+from attn_dispatch.bench.timing import Clock, CudaClock, Timing, host_time_us, measure
 from support.bench_cases import CPU
 
 
@@ -35,7 +35,7 @@ class FakeTime:
 def test_contestants_take_turns_and_the_median_counts():
     now = FakeTime()
     calls = {"a": now.call("a", 10, 30, 20), "b": now.call("b", 5)}
-    timings = measure(calls, CpuClock(now), budget_s=1, rounds=6)
+    timings = measure(calls, Clock(now), budget_s=1, rounds=6)
     assert timings["a"].median_us == pytest.approx(20)
     assert (timings["a"].low_us, timings["a"].high_us) == pytest.approx((10, 30))
     assert timings["b"].median_us == pytest.approx(5)
@@ -46,7 +46,7 @@ def test_contestants_take_turns_and_the_median_counts():
 def test_the_budget_bounds_the_calls():
     now = FakeTime()
     calls = {name: now.call(name, us) for name, us in (("quick", 1), ("slow", 3e5), ("worst", 4e6))}
-    timings = measure(calls, CpuClock(now), budget_s=1.0)
+    timings = measure(calls, Clock(now), budget_s=1.0)
     assert timings["quick"].calls == timing.MAX_CALLS
     assert timings["slow"].calls == 4
     assert timings["worst"].calls == 1
@@ -58,7 +58,7 @@ def test_a_call_that_raises_does_not_stop_the_others():
     def broken():
         raise RuntimeError("no such kernel")
 
-    timings = measure({"a": now.call("a", 5), "x": broken}, CpuClock(now), budget_s=1, rounds=3)
+    timings = measure({"a": now.call("a", 5), "x": broken}, Clock(now), budget_s=1, rounds=3)
     assert timings["a"].calls == 3
     assert str(timings["x"]) == "no such kernel"
 
@@ -66,12 +66,12 @@ def test_a_call_that_raises_does_not_stop_the_others():
 def test_host_time_is_that_of_a_call_in_a_short_queue():
     now = FakeTime()
     waits = []
-    clock = CpuClock(now)
+    clock = Clock(now)
     clock.wait = lambda: waits.append(len(now.log))
     assert host_time_us(now.call("a", 40), clock, seconds=0.1) == pytest.approx(40)
     assert waits == [0, *(1 + 10 * i for i in range(21))]
     slow = FakeTime()
-    assert host_time_us(slow.call("a", 9e6), CpuClock(slow)) == pytest.approx(9e6)
+    assert host_time_us(slow.call("a", 9e6), Clock(slow)) == pytest.approx(9e6)
     assert len(slow.log) == 2
 
 
@@ -123,7 +123,7 @@ def test_the_gpus_clock_flushes_and_gives_the_host_a_head_start(monkeypatch):
 
 
 def test_ceilings_are_measured():
-    found = measure_ceilings(CPU, CpuClock(), seconds=0.01)
+    found = measure_ceilings(CPU, Clock(), seconds=0.01)
     assert 0 < found.read_tb_s < 10
     assert 0 < found.copy_tb_s < 10
     assert 0 < found.matmul_tflops < 100

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from attn_dispatch import explain
 from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
 from attn_dispatch.bench.cases import Case as BenchCase
-from attn_dispatch.bench.timing import CpuClock
+from attn_dispatch.bench.timing import Clock
 from attn_dispatch.cli import app
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError
 from attn_dispatch.interface.types import Phase
@@ -70,7 +70,7 @@ def contestants():
     backends = [make_backend(name) for name in impls]
     for backend, cls in zip(backends, impls.values(), strict=True):
         backend.get_impl_cls = staticmethod(lambda cls=cls: cls)
-    state["clock"] = CpuClock(lambda: state["now"])
+    state["clock"] = Clock(lambda: state["now"])
     with registered(*backends):
         yield state
 
@@ -243,7 +243,7 @@ def test_what_is_no_table_is_not_overwritten_at_any_time(contestants, tmp_path):
 @pytest.mark.parametrize("name", ["requests", "lengths"])
 @pytest.mark.parametrize("numbers", [(10**12,), (0,), (-1,), (2**70,), (True,), (1.5,), (1,) * 65])
 def test_a_grid_that_fits_no_batch_is_rejected_at_once(name, numbers):
-    with pytest.raises(InvalidInputError, match=f"^{name} has "):
+    with pytest.raises(InvalidInputError, match=f"^(a number in )?{name}"):
         Grid(**{name: numbers})
 
 
@@ -400,8 +400,8 @@ def test_tune_says_who_was_wrong(contestants):
         (f"{FLAGS} --steps train", "prefill, decode, verify, mixed"),
         (f"{FLAGS} --requests 0", "not a number such as 16 or 4k"),
         (f"{FLAGS} --lengths ,", "needs a number"),
-        (f"{FLAGS} --requests 1000000000000", "not an integer from 1 to 65536"),
-        (f"{FLAGS} --lengths 9999999999999999k", "not an integer from 1 to 4194304"),
+        (f"{FLAGS} --requests 1000000000000", "the largest that is accepted is 65536"),
+        (f"{FLAGS} --lengths 9999999999999999k", "the largest that is accepted is 4194304"),
         (f"{FLAGS} --lengths {'9' * 5000}", "a number of 5000 digits"),
         (f"{FLAGS} --time-budget inf", "not a number of seconds"),
         (f"{FLAGS} --output /proc/no/such.json", "cannot be written"),

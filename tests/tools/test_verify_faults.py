@@ -13,6 +13,7 @@ from attn_dispatch.backends.reference.torch_ref import ReferenceBackend, Referen
 from attn_dispatch.cli import app
 from attn_dispatch.conformance import Check, checks_for, run, verify
 from attn_dispatch.conformance import real_sizes as sizes
+from attn_dispatch.conformance.cases import Case
 from attn_dispatch.conformance.check import BackendUnderTest
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.errors import BackendFailure, InvalidInputError, summary_of
@@ -556,7 +557,7 @@ def test_a_window_that_is_wrong_in_one_row_of_a_tile_is_caught():
         num_heads=4, num_kv_heads=1, head_size=96, head_size_v=96, dtype=torch.bfloat16,
         block_size=16, sliding_window=300,
     )  # fmt: skip
-    draw = sizes.Draw(spec=spec, query_lens=(140, 500), seq_lens=(700, 500), seed=5)
+    draw = Case(spec=spec, query_lens=(140, 500), seq_lens=(700, 500), seed=5)
     with pytest.raises(
         CheckFailed, match=r"rows of request \d are wrong, the first is token 127"
     ) as error:
