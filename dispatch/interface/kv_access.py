@@ -13,7 +13,7 @@ from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.contents import check_slots
 from attn_dispatch.interface.kv_cache import split_token_scales, view_kv_cache
-from attn_dispatch.interface.overlap import overlap, overlaps_itself
+from attn_dispatch.interface.overlap import check_no_inference, overlap, overlaps_itself
 from attn_dispatch.interface.quantization import (
     as_indexable_bytes,
     dequantize,
@@ -185,12 +185,7 @@ def check_writable(name: str, kv_cache: torch.Tensor) -> None:
     """Check that PyTorch lets a cache be written, element by element."""
     if torch.is_grad_enabled() and kv_cache.requires_grad:
         raise InvalidInputError(f"{name} requires grad; a cache is written without autograd.")
-    if kv_cache.is_inference() and not torch.is_inference_mode_enabled():
-        raise InvalidInputError(
-            f"{name} was created under torch.inference_mode(), and this call is outside of it, "
-            "where such a tensor cannot be written. Call under torch.inference_mode(), or make "
-            f"{name} outside."
-        )
+    check_no_inference(**{name: kv_cache})
     if overlaps_itself(kv_cache):
         raise InvalidInputError(
             f"{name} overlaps itself: shape {tuple(kv_cache.shape)}, strides {kv_cache.stride()}. "

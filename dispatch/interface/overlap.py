@@ -9,23 +9,23 @@ import torch
 from attn_dispatch.errors import InvalidInputError
 
 __all__ = [
+    "check_no_inference",
     "check_shared_memory",
     "may_share_memory",
     "overlap",
     "overlaps_itself",
-    "raise_not_writable",
     "reaches",
 ]
 
-#: Steps of one search after which two tensors are taken to overlap. Tensors that come from slicing,
-#: transposing and reshaping one piece of memory need a few for each dimension.
+#: After this many steps of a search two tensors count as overlapping. Tensors made by slicing,
+#: transposing and reshaping one piece of memory need a few steps for each dimension.
 _MAX_STEPS = 20_000
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor may lie at the same address.
+    """Whether two elements of a tensor may have the same address.
 
-    It is exact for what slicing and transposing makes. Other strides may be taken to overlap.
+    Exact for sliced and transposed tensors; other strides may count as overlapping.
     """
     if tensor.numel() < 2:
         return False
@@ -40,7 +40,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether an element of one tensor lies at the address of an element of another."""
+    """Whether an element of one tensor has the address of an element of another."""
     if not one.numel() or not other.numel() or one.device != other.device:
         return False
     distance = other.data_ptr() - one.data_ptr()
@@ -62,8 +62,8 @@ def _extent(tensor: torch.Tensor) -> int:
 def reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
     """Whether the sum of stride * x is the target for some x within each term's bounds.
 
-    A search from the largest stride to the smallest. The strides of a tensor are nearly multiples
-    of each other, so that few x are possible for each; numpy.shares_memory works in this way too.
+    A search from the largest stride to the smallest, as in numpy.shares_memory. The strides of a
+    tensor are nearly multiples of each other, so few x are possible for each.
     """
     by_stride: dict[int, tuple[int, int]] = {}
     for stride, least, most in terms:
@@ -71,7 +71,7 @@ def reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
         by_stride[stride] = (before[0] + least, before[1] + most)
     by_stride.pop(0, None)
     ordered = sorted(by_stride, reverse=True)
-    lows, highs = [0], [0]  # of the sums of what comes after
+    lows, highs = [0], [0]  # of the sums of the later terms
     for stride in reversed(ordered):
         lows.append(lows[-1] + stride * by_stride[stride][0])
         highs.append(highs[-1] + stride * by_stride[stride][1])
@@ -103,18 +103,18 @@ def reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
     return False
 
 
-def raise_not_writable(kv_cache: torch.Tensor | None, output: torch.Tensor | None) -> None:
-    """Outside of inference mode, PyTorch refuses to write to tensors that were made inside.
+def check_no_inference(**tensors: torch.Tensor | None) -> None:
+    """Check that PyTorch lets these be written: one made in inference mode only inside of it.
 
     Raises:
-        InvalidInputError: for the first of these that was.
+        InvalidInputError: names the first that cannot be written here.
     """
-    for name, tensor in (("kv_cache", kv_cache), ("output", output)):
-        if tensor is not None and tensor.is_inference():
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise InvalidInputError(
                 f"{name} was created under torch.inference_mode(), and this call is outside of "
-                "it, where such a tensor cannot be written. Make the call under "
-                f"torch.inference_mode(), or create {name} outside."
+                "it, where such a tensor cannot be written. Call under torch.inference_mode(), or "
+                f"create {name} outside."
             )
 
 
@@ -125,9 +125,9 @@ def may_share_memory(
     kv_cache: torch.Tensor | None,
     output: torch.Tensor | None,
 ) -> bool:
-    """Whether `check_shared_memory` has to be asked; on a GPU every layer's call waits for this.
+    """Whether `check_shared_memory` is needed; this is on the hot path.
 
-    There only the storages of the output and the other tensors are compared: two storages over
+    On a GPU only the storages of the output and the other tensors are compared: two storages over
     the same memory come only from foreign code.
     """
     if not query.is_cuda:

@@ -18,10 +18,10 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch_checks import check_columns
 from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.overlap import (
+    check_no_inference,
     check_shared_memory,
     may_share_memory,
     overlaps_itself,
-    raise_not_writable,
 )
 from attn_dispatch.interface.quantization import (
     GROUP_SIZE,
@@ -32,7 +32,7 @@ from attn_dispatch.interface.quantization import (
     stored_head_size,
 )
 from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
-from attn_dispatch.interface.tensors import wrong_form
+from attn_dispatch.interface.tensors import check_dense, wrong_form
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -108,7 +108,7 @@ def check_forward(
         (output is not None and output.is_inference())
         or (kv_cache is not None and key is not None and kv_cache.is_inference())
     ):
-        raise_not_writable(kv_cache if key is not None else None, output)
+        check_no_inference(kv_cache=None if key is None else kv_cache, output=output)
     if may_share_memory(query, key, value, kv_cache, output):
         check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
@@ -122,16 +122,8 @@ def check_tensors(**tensors: Any) -> None:
         InvalidInputError: names the first that is not.
     """
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidInputError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor.")
-        on_meta = name == "query" and tensor.is_meta  # others must be where the query is
-        if tensor.layout != torch.strided or on_meta:
-            found = "on the meta device" if on_meta else str(tensor.layout)
-            raise InvalidInputError(
-                f"{name} is {found}; attention needs a dense tensor with data. Convert it first."
-            )
+        if tensor is not None:  # the others must be on the query's device
+            check_dense(name, tensor, meta=name != "query")
 
 
 _shape_of_layer = operator.attrgetter(
