@@ -14,6 +14,7 @@ from attn_dispatch.interface.capability import AnyOf, MultipleOf, OneOf
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.runtime.kv_cache_plan import BLOCK_SIZES
+from attn_dispatch.selection.failure_record import Failure, forget_failures, record
 from support.cases import INT8
 from support.selection import layer, make_backend, mla_layer, registered
 
@@ -239,6 +240,21 @@ def test_an_override_for_one_phase_counts():
     with registered(make_backend("ONLY_128", block_size=blocks(128))):
         plan = plan_kv_cache({"a": open_layer()}, CPU, backend="decode=ONLY_128")
     assert plan.block_size == 128
+
+
+def test_a_failed_backend_is_not_planned_for():
+    """The first in the order takes only HND caches."""
+    failed = make_backend("TORCH_SDPA", kv_cache_layout=OneOf("HND"), block_size=OneOf(16))
+    spec = open_layer()
+    with registered(failed):
+        assert plan_kv_cache({"a": spec}, CPU).layout == "HND"
+        failed_for = spec.replace(block_size=16)
+        record(Failure("TORCH_SDPA", failed_for, "cpu", None, "at its launch", "RuntimeError"))
+        try:
+            plan = plan_kv_cache({"a": spec}, CPU)
+        finally:
+            forget_failures()
+    assert plan.layout == "NHD"
 
 
 # --- Conflicts --------------------------------------------------------------------------------

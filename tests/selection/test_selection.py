@@ -23,6 +23,7 @@ from attn_dispatch.platforms.libraries import Library
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.selection import overrides, selector
 from attn_dispatch.selection import resolve as selection_resolve
+from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.get_backend import get_attn_backend
 from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.priorities import BUILTIN
@@ -137,6 +138,22 @@ def test_select_ignores_the_overrides_that_are_in_force(monkeypatch):
 
 def test_equal_requests_share_a_decision():
     assert resolve(layer(), "cpu") is resolve(layer(), torch.device("cpu"))
+
+
+def test_a_layer_and_resolve_share_a_decision():
+    attention = attn_dispatch.Attention(8, 64, num_kv_heads=2, dtype=torch.float32, device="cpu")
+    for phase, selection in attention.selections.items():
+        assert resolve(attention.spec, "cpu", phase=phase) is selection
+        assert explain(attention.spec, "cpu", phase=phase) == (selection.report,)
+
+
+def test_a_context_with_more_failures_excludes_their_backends():
+    spec = layer()
+    failure = Failure("TORCH_SDPA", spec, "cpu", None, "at its launch", "RuntimeError")
+    context = SelectionContext.current("cpu")
+    assert context.select(spec).name == "TORCH_SDPA"
+    assert context.after([failure]).select(spec).name == "REFERENCE"
+    assert context.after([]) is context is SelectionContext.current(torch.device("cpu"))
 
 
 def test_the_cache_of_decisions_is_bounded(monkeypatch):
