@@ -416,7 +416,8 @@ def require_provider(spec: AttentionSpec, device: DeviceProfile) -> Provider:
         return picked
     reasons = "; ".join(map(str, picked)) or f"it does not run on {device.name} ({device.arch})"
     raise UnsupportedError(
-        f"FLASH_ATTN cannot compute this layer here: {reasons}. get_attn_backend finds what can."
+        f"FLASH_ATTN cannot compute this layer here: {reasons}. "
+        "get_attn_backend finds one that does."
     )
 
 

@@ -344,7 +344,7 @@ GRAPHS = [{}, {"sliding_window": 5, "returns_lse": True}, {"sinks": True}, {"log
 @pytest.mark.parametrize("size", [4, 8])
 def test_a_replay_plans_into_the_captured_buffers(fields, size, monkeypatch):
     """A smaller step after a larger one; the fake reads the buffers when it runs."""
-    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # a copy, as it is of a GPU's
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # a copy, as for a GPU tensor
     spec = spec_of(cuda_graph=True, **fields)
     state = state_of(spec, 8).graph_clone(8)
     captured = state.graph_capture_get_metadata_for_batch(size)
