@@ -108,7 +108,8 @@ def in_layout(cache, name):
 
 def launched(impl):
     """The names of the kernels that an impl launched."""
-    return {name[0] for name in impl._launchers}
+    launchers = impl._launchers.values()
+    return {launcher.kernel.__name__.removesuffix("_kernel") for launcher in launchers}
 
 
 def decode_launches(impl):

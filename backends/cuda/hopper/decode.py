@@ -33,12 +33,17 @@ from attn_dispatch.backends.cuda.hopper.tma_ring import (
     reinterpret,
     row_layout,
 )
-from attn_dispatch.backends.triton.kernels.epilogue import LOG2E
+from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
 from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_decode_kernel"]
 
 _HALF = gl.constexpr(64)  # 16-bit columns of a swizzled row of shared memory
+
+#: Parameters whose values the compiled code does not depend on.
+_COUNTS = (
+    "num_reqs all_reqs num_rows table_stride window block_rows value_rows head_rows head_columns"
+).split()
 
 
 @aggregate
@@ -56,67 +61,56 @@ class _Pages:
 
 @aggregate
 class _Buffers:
-    """A program's shared memory: queries, two tiles of weights, and the rings of keys and values.
-
-    `k_pages` and `v_pages` are the rings' memory as TMA fills it, in boxes of a page by _HALF.
-    """
+    """A program's shared memory: queries, two tiles of weights, and rings of keys and values."""
 
     queries: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
     k: TmaRing
     v: TmaRing
-    k_pages: gl.shared_memory_descriptor
-    v_pages: gl.shared_memory_descriptor
 
 
 @gluon.jit
-def _allocate_pages(desc, CONFIG: gl.constexpr):
-    """(boxes, the same memory as tiles): a tile is its columns' halves, and each half its pages."""
-    PAGE: gl.constexpr = desc.block_type.shape[0]
-    BOXES: gl.constexpr = CONFIG.STAGES * (CONFIG.D // _HALF) * (CONFIG.KEYS // PAGE)
-    KEYS: gl.constexpr = CONFIG.KEYS
-    D: gl.constexpr = CONFIG.D
-    dtype: gl.constexpr = desc.dtype
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
-    pages = gl.allocate_shared_memory(dtype, [BOXES, PAGE, _HALF], desc.layout)
-    return pages, reinterpret(pages, dtype, [CONFIG.STAGES, KEYS, D], LAYOUT)
-
-
-@gluon.jit
-def _allocate(desc, CONFIG: gl.constexpr):
-    dtype: gl.constexpr = desc.dtype
+def _allocate(dtype: gl.constexpr, CONFIG: gl.constexpr):
     D: gl.constexpr = CONFIG.D
     ROWS: gl.constexpr = CONFIG.ROWS
     KEYS: gl.constexpr = CONFIG.KEYS
+    STAGES: gl.constexpr = CONFIG.STAGES
+    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
     Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
-    k_pages, k_tiles = _allocate_pages(desc, CONFIG)
-    v_pages, v_tiles = _allocate_pages(desc, CONFIG)
-    queries = gl.allocate_shared_memory(dtype, [ROWS, D], Q)
-    weights = gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], P)
-    k = make_ring(k_tiles, CONFIG.STAGES, KEYS * D * 2, 1)
-    v = make_ring(v_tiles, CONFIG.STAGES, KEYS * D * 2, 1)
-    return _Buffers(queries, weights, k, v, k_pages, v_pages)
+    return _Buffers(
+        gl.allocate_shared_memory(dtype, [ROWS, D], Q),
+        gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], P),
+        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1),
+        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1),
+    )
 
 
 @gluon.jit
-def _load_pages(ring, boxes, n, pages, first_row, table, tile, queries):
-    """Load the pages of a tile of keys or values, as the ring's tile number n."""
-    CONFIG: gl.constexpr = queries.config
-    PAGE: gl.constexpr = boxes.shape[1]
+def _load_pages(ring, n, pages, first_row, tile, work):
+    """Load the pages of a key tile, keys or values, as the ring's tile n.
+
+    In shared memory a tile is its columns' halves, one after the other, and each half its pages.
+    """
+    CONFIG: gl.constexpr = work.config
+    PAGE: gl.constexpr = pages.desc.block_type.shape[0]
     PER_TILE: gl.constexpr = CONFIG.KEYS // PAGE
     HALVES: gl.constexpr = CONFIG.D // _HALF
+    BOXES: gl.constexpr = CONFIG.STAGES * HALVES * PER_TILE
+    boxes = reinterpret(ring.tiles, pages.desc.dtype, [BOXES, PAGE, _HALF], pages.desc.layout)
+    table = pages.block_table_ptr + work.request.to(gl.int64) * pages.table_stride
+    kv_head = work.kv_head()
     stage = ring.acquire(n)
     for p in gl.static_range(PER_TILE):
         # Keys before the first and behind the last are masked: any page will do.
         key = tile * CONFIG.KEYS + p * PAGE
-        at = gl.minimum(gl.maximum(key, queries.first_key), queries.seq_len - 1)
+        at = gl.minimum(gl.maximum(key, work.first_key), work.seq_len - 1)
         block = gl.load(table + at // CONFIG.BLOCK_SIZE)
-        row = block * pages.block_rows + queries.kv_head * pages.head_rows + key % CONFIG.BLOCK_SIZE
+        row = block * pages.block_rows + kv_head * pages.head_rows + key % CONFIG.BLOCK_SIZE
         for h in gl.static_range(HALVES):
             load_tile(
                 pages.desc,
-                [row + first_row, queries.kv_head * pages.head_columns + h * _HALF],
+                [row + first_row, kv_head * pages.head_columns + h * _HALF],
                 ring.full.index(stage),
                 boxes.index((stage * HALVES + h) * PER_TILE + p),
             )
@@ -126,41 +120,36 @@ def _load_pages(ring, boxes, n, pages, first_row, table, tile, queries):
 def _producer(share, buffers, pages):
     """One warp: keys and values of each tile, page by page."""
     n = 0
-    cursor = share.start
-    while cursor.position < share.end:
-        work, cursor = share.next(cursor)
+    while share.position < share.end:
+        work, share = share.next()
         if work.unit >= 0:
-            queries = share.space.queries(work)
-            table = pages.block_table_ptr + work.request.to(gl.int64) * pages.table_stride
             for tile in range(work.first_tile, work.last_tile):
-                _load_pages(buffers.k, buffers.k_pages, n, pages, 0, table, tile, queries)
-                _load_pages(
-                    buffers.v, buffers.v_pages, n, pages, pages.value_rows, table, tile, queries
-                )
+                _load_pages(buffers.k, n, pages, 0, tile, work)
+                _load_pages(buffers.v, n, pages, pages.value_rows, tile, work)
                 n += 1
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, keys, q_pos, slopes, queries, scale):
+def _softmax(s, m_i, l_i, keys, q_pos, slopes, work, scale):
     """Weights of a tile of scores, (keys, rows).
 
     Returns:
         weights, m_i, l_i, and the factor on what was before. l_i still has a sum for each key.
     """
-    CONFIG: gl.constexpr = queries.config
+    CONFIG: gl.constexpr = work.config
     if CONFIG.CAP:
         s = tanh(s * scale.scale_over_cap) * scale.cap_log2
     else:
         s = s * scale.scale_log2
     if CONFIG.ALIBI:
         s += slopes[None, :] * (keys[:, None] - q_pos[None, :]).to(gl.float32)
-    seen = (keys < queries.seq_len)[:, None]
+    seen = (keys < work.seq_len)[:, None]
     if CONFIG.CAUSAL:
         seen = seen & (keys[:, None] <= q_pos[None, :])
     if CONFIG.WINDOW:
-        seen = seen & (keys[:, None] > (q_pos - queries.window)[None, :])
+        seen = seen & (keys[:, None] > (q_pos - work.window)[None, :])
         if not CONFIG.CAUSAL:
-            seen = seen & (keys[:, None] < (q_pos + queries.window)[None, :])
+            seen = seen & (keys[:, None] < (q_pos + work.window)[None, :])
     s = gl.where(seen, s, MASKED)
     m_new = gl.maximum(m_i, gl.max(s, 0))
     m_use = gl.where(no_score(m_new), 0.0, m_new)
@@ -170,29 +159,27 @@ def _softmax(s, m_i, l_i, keys, q_pos, slopes, queries, scale):
 
 
 @gluon.jit
-def _zero_unseen(v_smem, tile, queries):
+def _zero_unseen(v_smem, tile, work):
     """Zero the values before the first key and behind the last: 0 * NaN is NaN."""
     KEYS: gl.constexpr = v_smem.shape[0]
     LAYOUT: gl.constexpr = row_layout(v_smem.shape[1])
     first = tile * KEYS
-    if (first < queries.first_key) | (first + KEYS > queries.seq_len):
+    if (first < work.first_key) | (first + KEYS > work.seq_len):
         key = first + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
-        is_seen = (key >= queries.first_key) & (key < queries.seq_len)
+        is_seen = (key >= work.first_key) & (key < work.seq_len)
         values = v_smem.load(LAYOUT)
         v_smem.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
         fence_async_shared()
 
 
 @gluon.jit
-def _load_queries(q_smem, q_ptr, stride_t, stride_h, queries):
+def _load_queries(q_smem, q_ptr, stride_t, stride_h, work):
     D: gl.constexpr = q_smem.shape[1]
     LAYOUT: gl.constexpr = row_layout(D)
-    rows = queries.rows(gl.SliceLayout(1, LAYOUT))
-    at = queries.tokens(rows).to(gl.int64) * stride_t
-    at += queries.heads(rows).to(gl.int64) * stride_h
+    rows = work.rows(gl.SliceLayout(1, LAYOUT))
+    at = rows.tokens.to(gl.int64) * stride_t + rows.heads.to(gl.int64) * stride_h
     d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-    mask = queries.has(rows)[:, None]
-    q_smem.store(gl.load(q_ptr + at[:, None] + d[None, :], mask=mask, other=0.0))
+    q_smem.store(gl.load(q_ptr + at[:, None] + d[None, :], mask=rows.ok[:, None], other=0.0))
     fence_async_shared()
 
 
@@ -204,7 +191,7 @@ def _store_weights(weights, n, p):
 
 @gluon.jit
 def _output_mma(buffers, stage, n, acc):
-    """Issue the product of the values in a place of the ring and tile n's weights."""
+    """Issue the product of the values in a stage of the ring and tile n's weights."""
     values = buffers.v.tiles.index(stage).permute((1, 0))
     weights = buffers.weights.index(n & 1).permute((1, 0))
     return warpgroup_mma(values, weights, acc, is_async=True)
@@ -225,18 +212,14 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
     zero = gl.zeros([KEYS, ROWS], gl.float32, MMA)
     col = gl.arange(0, KEYS, gl.SliceLayout(1, MMA))
     n = 0  # tiles taken from the rings
-    cursor = share.start
-    while cursor.position < share.end:
-        work, cursor = share.next(cursor)
+    while share.position < share.end:
+        work, share = share.next()
         if work.unit >= 0:
-            queries = share.space.queries(work)
-            _load_queries(buffers.queries, q_ptr, q_stride_t, q_stride_h, queries)
-            rows = queries.rows(BY_ROW)
-            q_pos = queries.positions(rows)
+            _load_queries(buffers.queries, q_ptr, q_stride_t, q_stride_h, work)
+            rows = work.rows(BY_ROW)
             slopes = gl.zeros([ROWS], gl.float32, BY_ROW)
             if CONFIG.ALIBI:
-                heads = queries.heads(rows)
-                slopes = gl.load(slopes_ptr + heads, mask=queries.has(rows), other=0.0) * LOG2E
+                slopes = gl.load(slopes_ptr + rows.heads, mask=rows.ok, other=0.0) * LOG2E
             m_i = gl.full([ROWS], MASKED, gl.float32, BY_ROW)
             l_i = gl.zeros([KEYS, ROWS], gl.float32, MMA)
             acc = gl.zeros([D, ROWS], gl.float32, MMA)
@@ -246,11 +229,11 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
             s = warpgroup_mma_wait(0, deps=[s])
             k_ring.release(stage)
             p, m_i, l_i, alpha = _softmax(
-                s, m_i, l_i, work.first_tile * KEYS + col, q_pos, slopes, queries, scale
+                s, m_i, l_i, work.first_tile * KEYS + col, rows.positions, slopes, work, scale
             )
             _store_weights(buffers.weights, n, p)
             v_ring.wait(n)
-            _zero_unseen(v_ring.tiles.index(stage), work.first_tile, queries)
+            _zero_unseen(v_ring.tiles.index(stage), work.first_tile, work)
             for tile in range(work.first_tile + 1, work.last_tile):
                 before = stage
                 stage = k_ring.wait(n + 1)
@@ -260,14 +243,14 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
                 s = warpgroup_mma_wait(1, deps=[s])
                 k_ring.release(stage)
                 p, m_i, l_i, alpha = _softmax(
-                    s, m_i, l_i, tile * KEYS + col, q_pos, slopes, queries, scale
+                    s, m_i, l_i, tile * KEYS + col, rows.positions, slopes, work, scale
                 )
                 _store_weights(buffers.weights, n, p)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 v_ring.release(before)
                 acc = acc * alpha[None, :]
                 v_ring.wait(n)
-                _zero_unseen(v_ring.tiles.index(stage), tile, queries)
+                _zero_unseen(v_ring.tiles.index(stage), tile, work)
             acc = _output_mma(buffers, stage, n, acc)
             acc = warpgroup_mma_wait(0, deps=[acc])
             v_ring.release(stage)
@@ -275,25 +258,12 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
 
             total = gl.sum(l_i, 0)
             if work.is_whole:
-                output.store_transposed(acc, m_i, total, queries)
+                output.store_transposed(acc, m_i, total, work)
             else:
-                parts.store(acc, m_i, total, work, share.program, output, queries)
+                parts.store(acc, m_i, total, work, share.program, output)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "num_reqs",
-        "all_reqs",
-        "num_rows",
-        "table_stride",
-        "window",
-        "block_rows",
-        "value_rows",
-        "head_rows",
-        "head_columns",
-    ],
-    do_not_specialize_on_alignment=METADATA,
-)
+@gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_decode_kernel(
     q_ptr, pages_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr, requests_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, slopes_ptr, sinks_ptr, q_stride_t,
@@ -327,9 +297,9 @@ def hopper_decode_kernel(
     )
     parts = Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     PROGRAMS: gl.constexpr = CONFIG.PROGRAMS
-    buffers = _allocate(pages_desc, CONFIG)
+    buffers = _allocate(pages_desc.dtype, CONFIG)
     if PROGRAMS == 2:
-        buffers_1 = _allocate(pages_desc, CONFIG)
+        buffers_1 = _allocate(pages_desc.dtype, CONFIG)
     fence_async_shared()
 
     output.store_empty(space)

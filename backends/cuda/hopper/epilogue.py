@@ -6,7 +6,8 @@ from triton.experimental.gluon import language as gl
 from attn_dispatch.backends.cuda.hopper.scores import no_score
 from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate, barrier, row_layout
-from attn_dispatch.backends.triton.kernels.epilogue import LN2, LOG2E
+from attn_dispatch.backends.triton.kernels.epilogue import LN2
+from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
 
 __all__ = ["Output", "Parts"]
 
@@ -20,7 +21,7 @@ def _merge_layout(d):
 
 @aggregate
 class Output:
-    """Output and log-sum-exp of tokens and heads, and the sinks, which take part at the end."""
+    """Where output and log-sum-exp go, and the sinks."""
 
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
@@ -46,16 +47,15 @@ class Output:
         return 1.0 / total
 
     @gluon.jit
-    def _decode_factor(self, m_i, total, queries, rows):
+    def _decode_factor(self, m_i, total, rows):
         """`normalizer` for the rows of a decode."""
-        ok, heads = queries.has(rows), queries.heads(rows)
         sinks = total
         if self.config.SINKS:
-            sinks = gl.load(self.sinks_ptr + heads, mask=ok, other=0.0)
+            sinks = gl.load(self.sinks_ptr + rows.heads, mask=rows.ok, other=0.0)
         low = no_score(m_i)
-        lse_ptrs = self.lse_ptr + queries.tokens(rows).to(gl.int64) * self.config.NUM_HEADS + heads
+        lse_ptrs = self.lse_ptr + rows.tokens.to(gl.int64) * self.config.NUM_HEADS + rows.heads
         return self.normalizer(
-            gl.where(low, 0.0, m_i), low, total, queries.sees_no_key(rows), sinks, lse_ptrs, ok
+            gl.where(low, 0.0, m_i), low, total, rows.sees_no_key, sinks, lse_ptrs, rows.ok
         )
 
     @gluon.jit
@@ -64,20 +64,24 @@ class Output:
         return tokens.to(gl.int64) * self.stride_t + heads.to(gl.int64) * self.stride_h
 
     @gluon.jit
-    def store_transposed(self, acc, m_i, total, queries):
+    def store(self, out, tokens, heads, ok):
+        """Store rows of outputs, (rows, D)."""
+        at = self.offsets(tokens, heads)
+        d = gl.arange(0, self.config.D, gl.SliceLayout(0, out.type.layout))
+        gl.store(self.out_ptr + at[:, None] + d[None, :], out, mask=ok[:, None])
+
+    @gluon.jit
+    def store_transposed(self, acc, m_i, total, work):
         """Store the rows of a state whose acc is (D, ROWS)."""
         D: gl.constexpr = acc.shape[0]
         LAYOUT: gl.constexpr = row_layout(D)
-        rows = queries.rows(gl.SliceLayout(0, acc.type.layout))
-        factor = self._decode_factor(m_i, total, queries, rows)
-        hidden = queries.sees_no_key(rows)
-        out = gl.where(hidden[None, :], 0.0, acc * factor[None, :])
+        rows = work.rows(gl.SliceLayout(0, acc.type.layout))
+        factor = self._decode_factor(m_i, total, rows)
+        out = gl.where(rows.sees_no_key[None, :], 0.0, acc * factor[None, :])
         out = out.to(self.out_ptr.dtype.element_ty)
         out = gl.convert_layout(gl.permute(out, (1, 0)), LAYOUT)
-        rows = queries.rows(gl.SliceLayout(1, LAYOUT))
-        at = self.offsets(queries.tokens(rows), queries.heads(rows))
-        d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-        gl.store(self.out_ptr + at[:, None] + d[None, :], out, mask=queries.has(rows)[:, None])
+        rows = work.rows(gl.SliceLayout(1, LAYOUT))
+        self.store(out, rows.tokens, rows.heads, rows.ok)
 
     @gluon.jit
     def _store_no_keys(self, first, last, step):
@@ -95,7 +99,7 @@ class Output:
     def store_empty(self, space):
         """Store the rows of requests without keys."""
         for i in range(gl.program_id(0), space.num_reqs, gl.num_programs(0)):
-            request = space.request(i)
+            request = space.request(i, i < space.num_reqs)
             if gl.load(space.seq_lens_ptr + request) == 0:
                 first = gl.load(space.query_start_loc_ptr + request)
                 last = gl.load(space.query_start_loc_ptr + request + 1)
@@ -123,7 +127,7 @@ class Parts:
     counters_ptr: gl.tensor
 
     @gluon.jit
-    def store(self, acc, m_i, total, work, program, output, queries):
+    def store(self, acc, m_i, total, work, program, output):
         """Store a part whose acc is (D, ROWS). If it is the last to arrive, merge all of them."""
         D: gl.constexpr = acc.shape[0]
         ROWS: gl.constexpr = acc.shape[1]
@@ -145,11 +149,11 @@ class Parts:
         arrived = gl.atomic_add(self.counters_ptr + 2 * first, 1, sem="acq_rel", scope="gpu")
         if arrived == work.num_parts - 1:
             barrier()
-            self._merge(first, work.num_parts, output, queries)
+            self._merge(work, output)
             gl.store(self.counters_ptr + 2 * first, 0)  # for the next launch
 
     @gluon.jit
-    def _merge(self, first, num_parts, output, queries):
+    def _merge(self, work, output):
         """Merge the parts of a unit and store its rows."""
         D: gl.constexpr = output.config.D
         ROWS: gl.constexpr = output.config.ROWS
@@ -163,11 +167,11 @@ class Parts:
         m_i = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
         l_i = gl.zeros([ROWS], gl.float32, BY_ROW)
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
-        for begin in range(0, num_parts, AT_ONCE):
+        for begin in range(0, work.num_parts, AT_ONCE):
             part = begin + gl.arange(0, AT_ONCE, gl.SliceLayout(1, BY_PART))
-            slot = (first + part).to(gl.int64) * 2 + (part == 0).to(gl.int64)
+            slot = (work.first_program + part).to(gl.int64) * 2 + (part == 0).to(gl.int64)
             at = slot[:, None] * ROWS + rows[None, :]
-            ok = (part < num_parts)[:, None] & (rows >= 0)[None, :]
+            ok = (part < work.num_parts)[:, None] & (rows >= 0)[None, :]
             lse = gl.load(self.lse_ptr + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
             offsets = gl.expand_dims(at, 2) * D + gl.expand_dims(gl.expand_dims(d, 0), 0)
             out = gl.load(
@@ -181,14 +185,10 @@ class Parts:
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
             acc += gl.sum(out * gl.expand_dims(weight, 2), 0)
             m_i = m_new
-        rows = queries.rows(BY_ROW)
-        factor = output._decode_factor(m_i, l_i, queries, rows)
-        TO: gl.constexpr = gl.SliceLayout(1, OUT)
-        hidden = gl.convert_layout(queries.sees_no_key(rows).to(gl.int32), TO) != 0
-        out = acc * gl.convert_layout(factor, TO)[:, None]
-        out = gl.where(hidden[:, None], 0.0, out).to(output.out_ptr.dtype.element_ty)
-        at = output.offsets(queries.tokens(rows), queries.heads(rows))
-        at = gl.convert_layout(at, TO)
-        d = gl.arange(0, D, gl.SliceLayout(0, OUT))
-        ok = gl.convert_layout(queries.has(rows), TO)
-        gl.store(output.out_ptr + at[:, None] + d[None, :], out, mask=ok[:, None])
+        rows = work.rows(BY_ROW)
+        factor = output._decode_factor(m_i, l_i, rows)
+        out = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        rows = work.rows(gl.SliceLayout(1, OUT))
+        out = gl.where(rows.sees_no_key[:, None], 0.0, out)
+        out = out.to(output.out_ptr.dtype.element_ty)
+        output.store(out, rows.tokens, rows.heads, rows.ok)

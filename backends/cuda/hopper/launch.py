@@ -5,44 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = [
-    "BLOCK_M",
-    "BLOCK_N",
-    "DECODES",
-    "FEW_KV_HEADS_PER_SM",
-    "LENGTHS_PER_LOAD",
-    "MAX_DECODE_ROWS",
-    "REGISTERS",
-    "STAGES",
-    "DecodeConfig",
-    "DecodeLaunch",
-    "DecodeLaunches",
-    "PrefillConfig",
-]
+__all__ = ["BLOCK_M", "BLOCK_N", "DECODES", "DecodeConfig", "DecodeLaunch", "PrefillConfig"]
 
 #: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
 BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 128: 128, 256: 64}
-#: Stages of the rings; registers of each thread that computes.
-STAGES, REGISTERS = 2, 240
-
 #: The decode kernel's row tiles have at most this many rows; the portable kernel takes more.
 MAX_DECODE_ROWS = 32
-#: Lengths of requests that a program reads at a time.
-LENGTHS_PER_LOAD = 128
 #: A batch with fewer KV heads for each SM, over all requests, has few.
 FEW_KV_HEADS_PER_SM = 0.25
 
 
 @dataclass(frozen=True)
 class _Config:
-    """A layer's constants, in both kernels.
-
-    A dataclass: Triton 3.8 and 3.9 would turn a constexpr NamedTuple into a tuple of constants.
-    """
+    """A layer's constants. Not a NamedTuple: as a constexpr, Triton 3.8 takes that apart."""
 
     NUM_HEADS: int
+    NUM_KV_HEADS: int
     GROUP: int
     D: int
     CAUSAL: bool
@@ -52,21 +32,20 @@ class _Config:
     SINKS: bool
     LSE: bool
 
-    @property
-    def NUM_KV_HEADS(self) -> int:
-        return self.NUM_HEADS // self.GROUP
-
 
 @dataclass(frozen=True)
 class PrefillConfig(_Config):
-    """What the prefill kernel is compiled for: BLOCK_N keys in a tile, STAGES of the rings.
+    """What the prefill kernel is compiled for.
 
-    REGISTERS is for each thread of the two warp groups that compute.
+    Attributes:
+        BLOCK_N: keys in a tile.
+        STAGES: of the rings.
+        REGISTERS: of each thread of the two warp groups that compute.
     """
 
     BLOCK_N: int
-    STAGES: int = STAGES
-    REGISTERS: int = REGISTERS
+    STAGES: int = 2
+    REGISTERS: int = 240
 
 
 @dataclass(frozen=True)
@@ -79,9 +58,9 @@ class DecodeConfig(_Config):
         BLOCK_SIZE: tokens in a block of the cache.
         STAGES: of a program's rings.
         PROGRAMS: 1, or 2 that share a thread block and nothing else.
-        HAS_REQUEST_LIST: the launch takes some of the batch's requests.
         MIN_TILES: a program that works has at least this many key tiles.
-        LENGTHS_PER_LOAD: lengths that are read at a time.
+        HAS_REQUEST_LIST: the launch takes some of the batch's requests.
+        LENGTHS_PER_LOAD: lengths of requests that a program reads at a time.
     """
 
     ROWS: int
@@ -89,9 +68,9 @@ class DecodeConfig(_Config):
     BLOCK_SIZE: int
     STAGES: int
     PROGRAMS: int
-    HAS_REQUEST_LIST: bool
     MIN_TILES: int
-    LENGTHS_PER_LOAD: int = LENGTHS_PER_LOAD
+    HAS_REQUEST_LIST: bool
+    LENGTHS_PER_LOAD: int = 128
 
 
 @dataclass(frozen=True)

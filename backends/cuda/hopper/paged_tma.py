@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from attn_dispatch.backends.triton.operands import KVSource, suits_tma
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["PageMatrix"]
+__all__ = ["PageMatrix", "tma_descriptor"]
 
 #: Columns of a box: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
@@ -56,13 +58,32 @@ class PageMatrix:
             return None
         block_rows, value_rows = block // token, values // token
         last = block_rows * (num_blocks - 1) + value_rows + head_rows * (num_heads - 1)
-        gluon = import_library("triton.experimental.gluon.language")
-        hopper = import_library("triton.experimental.gluon.nvidia.hopper")
-        tile = [rows, _COLUMNS]
-        # The layout depends only on the width of the element type.
-        layout = gluon.NVMMASharedLayout.get_default_for(tile, gluon.float16)
-        shape = [last + cache.block_size, columns]
-        if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's, and TMA's
+        shape = (last + cache.block_size, columns)
+        if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
-        descriptor = hopper.TensorDescriptor(cache.k, shape, [token, 1], tile, layout)
+        descriptor = tma_descriptor(cache.k, shape, token, (rows, _COLUMNS))
         return cls(cache.block_size, descriptor, block_rows, value_rows, head_rows, head_columns)
+
+
+def tma_descriptor(
+    tensor: torch.Tensor, shape: Sequence[int], row_stride: int, box: tuple[int, int]
+) -> Any:
+    """A TMA descriptor of a tensor's memory, as a matrix of this shape, in boxes.
+
+    Args:
+        tensor: of 16-bit values.
+        shape: rows and columns; these are contiguous.
+        row_stride: of rows, in elements.
+        box: rows and columns that TMA loads at a time.
+    """
+    descriptor_cls, layout = _in_boxes(*box)
+    return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
+
+
+@functools.cache
+def _in_boxes(rows: int, columns: int) -> tuple[Any, Any]:
+    gluon = import_library("triton.experimental.gluon.language")
+    hopper = import_library("triton.experimental.gluon.nvidia.hopper")
+    # The layout depends only on the width of the element type.
+    layout = gluon.NVMMASharedLayout.get_default_for([rows, columns], gluon.float16)
+    return hopper.TensorDescriptor, layout

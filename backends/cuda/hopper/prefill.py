@@ -30,7 +30,7 @@ from attn_dispatch.backends.cuda.hopper.tma_ring import (
     mma_layout,
     row_layout,
 )
-from attn_dispatch.backends.triton.kernels.epilogue import LOG2E
+from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
 from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_prefill_kernel"]
@@ -154,7 +154,7 @@ class _Rows:
 
     @gluon.jit
     def issue_scores(self, k_ring, stage):
-        """Issue the products of the queries and the keys in a place of the ring."""
+        """Issue the products of the queries and the keys in a stage of the ring."""
         ROWS: gl.constexpr = self.q.shape[0]
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         zero = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_layout(BLOCK_N))
@@ -244,9 +244,7 @@ class _Rows:
         D: gl.constexpr = config.D
         OUT: gl.constexpr = mma_layout(D)
         LAYOUT: gl.constexpr = row_layout(D)
-        no_key = sees_no_key(
-            self.positions, work.seq_len, self.window, config.CAUSAL, config.WINDOW
-        )
+        no_key = sees_no_key(self.positions, work.seq_len, self.window, config)
         low = no_score(m_i)
         m_log2 = m_i * self.unit()
         if config.ALIBI:  # slope * (column - row) is what was added, less this
@@ -264,9 +262,7 @@ class _Rows:
         out = gl.where(hidden[:, None], 0.0, out)
         out = gl.convert_layout(out.to(output.out_ptr.dtype.element_ty), LAYOUT)
         r = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
-        at = output.offsets(work.q_start + r, head)
-        gl.store(output.out_ptr + at[:, None] + d[None, :], out, mask=(r < work.q_len)[:, None])
+        output.store(out, work.q_start + r, head, r < work.q_len)
 
 
 @gluon.jit
@@ -379,13 +375,10 @@ def hopper_prefill_kernel(
     """
     D: gl.constexpr = CONFIG.D
     STAGES: gl.constexpr = CONFIG.STAGES
-    KV: gl.constexpr = [STAGES, CONFIG.BLOCK_N, D]
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, 64, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, KV, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, KV, v_desc.layout)
-    q_ring = make_ring(q_smem, 1, 2 * 64 * D * 2, 2)
-    k_ring = make_ring(k_smem, STAGES, CONFIG.BLOCK_N * D * 2, 2)
-    v_ring = make_ring(v_smem, STAGES, CONFIG.BLOCK_N * D * 2, 2)
+    dtype: gl.constexpr = q_desc.dtype
+    q_ring = make_ring(dtype, 1, 2, 64, D, q_desc.layout, 2)
+    k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, k_desc.layout, 2)
+    v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, v_desc.layout, 2)
     fence_async_shared()
     schedule = _Schedule(tiles_ptr, num_tiles, window, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap)

@@ -34,11 +34,11 @@ def no_score(m_i):
 
 
 @gluon.jit
-def sees_no_key(q_pos, seq_len, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+def sees_no_key(q_pos, seq_len, window, CONFIG: gl.constexpr):
     """Which rows see no key, by their positions; no query comes after the last key."""
     last = q_pos * 0 + seq_len - 1
-    if CAUSAL:
+    if CONFIG.CAUSAL:
         last = q_pos
-    elif WINDOW:
+    elif CONFIG.WINDOW:
         last = gl.minimum(last, q_pos + window - 1)
     return last < 0

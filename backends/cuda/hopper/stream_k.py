@@ -3,10 +3,11 @@
 The work is one iteration space: the key tiles of every request, row tile and KV head, one after the
 other. Each program takes an equal, contiguous share of it, as LeanAttention (arXiv:2405.10480) does
 for decodes. A work unit is the key tiles of one row tile and KV head of a request. A share can cut
-it into parts, which the last program to arrive merges (`epilogue.py`).
+it into parts.
 
-Each program finds its share by a prefix sum over the lengths on the device, so that one captured
-graph serves any lengths. Shares are rounded, so that equal requests are cut in the same way.
+New here: each program finds its share by a prefix sum over the lengths on the device, so that one
+captured graph serves any lengths. The last program to arrive merges the parts (`epilogue.py`), so
+that there is no second kernel. Shares are rounded, so that equal requests are cut in the same way.
 """
 
 from triton.experimental import gluon
@@ -27,78 +28,60 @@ def _add(a, b):
 
 
 @aggregate
-class QueryTile:
-    """The rows of a work unit. Row r is token r // GROUP and head r % GROUP of the KV head.
+class Rows:
+    """Rows of a work unit: a query token and a head each. Those that do not exist are not ok."""
 
-    Attributes:
-        first_row: of the tile, among those of the request and KV head.
-        first_key: the first key that a query of the request sees. Blocks before it may be freed.
-    """
-
-    q_start: gl.tensor
-    q_len: gl.tensor
-    seq_len: gl.tensor
-    kv_head: gl.tensor
-    first_row: gl.tensor
-    first_key: gl.tensor
-    window: gl.tensor
-    config: gl.constexpr
-
-    @gluon.jit
-    def rows(self, LAYOUT: gl.constexpr):
-        return self.first_row + gl.arange(0, self.config.ROWS, LAYOUT)
-
-    @gluon.jit
-    def has(self, rows):
-        return rows < self.q_len * self.config.GROUP
-
-    @gluon.jit
-    def tokens(self, rows):
-        return self.q_start + rows // self.config.GROUP
-
-    @gluon.jit
-    def heads(self, rows):
-        return self.kv_head * self.config.GROUP + rows % self.config.GROUP
-
-    @gluon.jit
-    def positions(self, rows):
-        return self.seq_len - self.q_len + rows // self.config.GROUP
-
-    @gluon.jit
-    def sees_no_key(self, rows):
-        return sees_no_key(
-            self.positions(rows), self.seq_len, self.window, self.config.CAUSAL, self.config.WINDOW
-        )
+    ok: gl.tensor
+    tokens: gl.tensor
+    heads: gl.tensor
+    positions: gl.tensor
+    sees_no_key: gl.tensor
 
 
 @aggregate
 class WorkTile:
-    """A program's next stretch of key tiles, all of one work unit.
+    """A program's next stretch of key tiles, [first_tile, last_tile), all of one work unit.
 
     Attributes:
-        request: its number in the batch.
+        request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
+        first_key: the first key that a query of the request sees. Blocks before it may be freed.
         unit: kv_head + NUM_KV_HEADS * row tile, or −1 if the request has no keys.
-        first_tile, last_tile: the key tiles [first_tile, last_tile).
         is_whole: these are all of the unit's tiles.
         num_parts, first_program: otherwise, how many programs share it, and the first of them.
     """
 
     request: gl.tensor
+    q_start: gl.tensor
+    q_len: gl.tensor
+    seq_len: gl.tensor
+    first_key: gl.tensor
     unit: gl.tensor
     first_tile: gl.tensor
     last_tile: gl.tensor
     is_whole: gl.tensor
     num_parts: gl.tensor
     first_program: gl.tensor
+    window: gl.tensor
+    config: gl.constexpr
 
+    @gluon.jit
+    def kv_head(self):
+        return self.unit % self.config.NUM_KV_HEADS
 
-@aggregate
-class Cursor:
-    """A position in the space, the index of its request, and where that request begins."""
-
-    position: gl.tensor
-    i: gl.tensor
-    base: gl.tensor
+    @gluon.jit
+    def rows(self, LAYOUT: gl.constexpr):
+        """The unit's rows: row r is token r // GROUP and head r % GROUP of the KV head."""
+        config: gl.constexpr = self.config
+        first = self.unit // config.NUM_KV_HEADS * config.ROWS
+        r = first + gl.arange(0, config.ROWS, LAYOUT)
+        positions = self.seq_len - self.q_len + r // config.GROUP
+        return Rows(
+            r < self.q_len * config.GROUP,
+            self.q_start + r // config.GROUP,
+            self.kv_head() * config.GROUP + r % config.GROUP,
+            positions,
+            sees_no_key(positions, self.seq_len, self.window, config),
+        )
 
 
 @aggregate
@@ -113,48 +96,44 @@ class IterationSpace:
     config: gl.constexpr
 
     @gluon.jit
-    def request(self, i):
-        """The i-th request of this launch."""
+    def request(self, i, ok):
+        """The i-th request of this launch, or requests, where ok."""
         if self.config.HAS_REQUEST_LIST:
-            return gl.load(self.requests_ptr + i)
+            return gl.load(self.requests_ptr + i, mask=ok, other=0)
         else:
             return i
 
     @gluon.jit
-    def _first_key(self, seq_len, q_len):
-        first = seq_len * 0
-        if self.config.WINDOW:
-            first = gl.maximum(seq_len - q_len - self.window + 1, 0)
-        return first
-
-    @gluon.jit
-    def _tiles(self, request, ok):
-        """(key tiles, row tiles, first key tile) of requests, a vector or one."""
+    def _lengths(self, request, ok):
+        """(q_start, q_len, seq_len, first key, key tiles, tiles in all), of one or a vector."""
         config: gl.constexpr = self.config
         seq_len = gl.load(self.seq_lens_ptr + request, mask=ok, other=0)
-        start = gl.load(self.query_start_loc_ptr + request, mask=ok, other=0)
-        q_len = gl.load(self.query_start_loc_ptr + request + 1, mask=ok, other=0) - start
-        first = self._first_key(seq_len, q_len) // config.KEYS
-        tiles = gl.maximum((seq_len + config.KEYS - 1) // config.KEYS - first, 0)
-        return tiles, (q_len * config.GROUP + config.ROWS - 1) // config.ROWS, first
+        q_start = gl.load(self.query_start_loc_ptr + request, mask=ok, other=0)
+        q_len = gl.load(self.query_start_loc_ptr + request + 1, mask=ok, other=0) - q_start
+        first_key = seq_len * 0
+        if config.WINDOW:
+            first_key = gl.maximum(seq_len - q_len - self.window + 1, 0)
+        tiles = (seq_len + config.KEYS - 1) // config.KEYS - first_key // config.KEYS
+        tiles = gl.maximum(tiles, 0)
+        row_tiles = (q_len * config.GROUP + config.ROWS - 1) // config.ROWS
+        size = tiles.to(gl.int64) * row_tiles * config.NUM_KV_HEADS
+        return q_start, q_len, seq_len, first_key, tiles, size
 
     @gluon.jit
-    def _lengths(self, begin):
-        """(LENGTHS_PER_LOAD,) int64: how much of the space each of these requests takes."""
+    def _sizes(self, begin):
+        """(sizes of the next LENGTHS_PER_LOAD requests, which of them exist)."""
         i = begin + gl.arange(0, self.config.LENGTHS_PER_LOAD, VECTOR)
         ok = i < self.num_reqs
-        request = i
-        if self.config.HAS_REQUEST_LIST:
-            request = gl.load(self.requests_ptr + i, mask=ok, other=0)
-        tiles, row_tiles, _ = self._tiles(request, ok)
-        return tiles.to(gl.int64) * row_tiles * self.config.NUM_KV_HEADS
+        _, _, _, _, _, sizes = self._lengths(self.request(i, ok), ok)
+        return sizes, ok
 
     @gluon.jit
     def size(self):
         """The number of key tiles."""
         total = gl.to_tensor(0).to(gl.int64)
         for begin in range(0, self.num_reqs, self.config.LENGTHS_PER_LOAD):
-            total += gl.sum(self._lengths(begin), 0)
+            sizes, _ = self._sizes(begin)
+            total += gl.sum(sizes, 0)
         return total
 
     @gluon.jit
@@ -166,74 +145,65 @@ class IterationSpace:
         return (tiles + step - 1) // step * step
 
     @gluon.jit
-    def cursor(self, position):
-        """The cursor at a position."""
+    def share(self, program, size, tiles_per_program):
+        """The share of a program."""
+        position = program * tiles_per_program
         i = gl.to_tensor(0)
         base = gl.to_tensor(0).to(gl.int64)
         running = gl.to_tensor(0).to(gl.int64)
         for begin in range(0, self.num_reqs, self.config.LENGTHS_PER_LOAD):
-            lengths = self._lengths(begin)
-            ends = gl.associative_scan(lengths, 0, _add) + running
-            in_batch = begin + gl.arange(0, self.config.LENGTHS_PER_LOAD, VECTOR) < self.num_reqs
-            before = (ends <= position) & in_batch
+            sizes, ok = self._sizes(begin)
+            ends = gl.associative_scan(sizes, 0, _add) + running
+            before = (ends <= position) & ok
             i += gl.sum(before.to(gl.int32), 0)
             base = gl.maximum(base, gl.max(gl.where(before, ends, 0), 0))
-            running += gl.sum(lengths, 0)
-        return Cursor(position, i, base)
-
-    @gluon.jit
-    def share(self, program, size, tiles_per_program):
-        """The share of a program."""
-        position = program * tiles_per_program
+            running += gl.sum(sizes, 0)
         end = gl.minimum(position + tiles_per_program, size)
-        return Share(self, program, tiles_per_program, end, self.cursor(position))
-
-    @gluon.jit
-    def queries(self, work):
-        """The query rows of a work tile."""
-        num_kv_heads: gl.constexpr = self.config.NUM_KV_HEADS
-        seq_len = gl.load(self.seq_lens_ptr + work.request)
-        q_start = gl.load(self.query_start_loc_ptr + work.request)
-        q_len = gl.load(self.query_start_loc_ptr + work.request + 1) - q_start
-        return QueryTile(
-            q_start, q_len, seq_len, work.unit % num_kv_heads,
-            work.unit // num_kv_heads * self.config.ROWS, self._first_key(seq_len, q_len),
-            self.window, self.config,
-        )  # fmt: skip
+        return Share(self, program, tiles_per_program, end, position, i, base)
 
 
 @aggregate
 class Share:
-    """A program's share of the space: from `start` to the position `end`."""
+    """What is left of a program's share, [position, end).
+
+    `i` is the index of the request at `position`, `base` the position where that request begins.
+    """
 
     space: IterationSpace
     program: gl.tensor
     tiles_per_program: gl.tensor
     end: gl.tensor
-    start: Cursor
+    position: gl.tensor
+    i: gl.tensor
+    base: gl.tensor
 
     @gluon.jit
-    def next(self, cursor):
-        """The work tile at a cursor, and the cursor behind it."""
+    def next(self):
+        """The next work tile, and the share that is left then."""
         space = self.space
-        position, i, base = cursor.position, cursor.i, cursor.base
-        request = space.request(i)
-        tiles, row_tiles, skipped = space._tiles(request, i < space.num_reqs)
-        length = tiles.to(gl.int64) * row_tiles * space.config.NUM_KV_HEADS
+        position, base = self.position, self.base
+        ok = self.i < space.num_reqs
+        request = space.request(self.i, ok)
+        _, _, _, first_key, tiles, size = space._lengths(request, ok)
         some = gl.maximum(tiles, 1)
-        unit = gl.where(length > 0, ((position - base) // some).to(gl.int32), -1)
-        first_tile = ((position - base) % some).to(gl.int32)
-        last_tile = gl.minimum(
-            tiles, first_tile + gl.minimum(self.end - position, tiles).to(gl.int32)
-        )
+        unit = gl.where(size > 0, ((position - base) // some).to(gl.int32), -1)
+        first = ((position - base) % some).to(gl.int32)
+        last = gl.minimum(tiles, first + gl.minimum(self.end - position, tiles).to(gl.int32))
         begin = base + unit.to(gl.int64) * tiles
         first_program = (begin // self.tiles_per_program).to(gl.int32)
         last_program = ((begin + some - 1) // self.tiles_per_program).to(gl.int32)
-        position += gl.where(length > 0, last_tile - first_tile, 0)
-        is_done = position == base + length
+        skipped = first_key // space.config.KEYS
+        # Loaded again, so that what was loaded above need not stay in registers.
+        q_start, q_len, seq_len, first_key, _, _ = space._lengths(request, unit >= 0)
         work = WorkTile(
-            request, unit, skipped + first_tile, skipped + last_tile,
-            (first_tile == 0) & (last_tile == tiles), last_program - first_program + 1,
-            first_program,
+            request, q_start, q_len, seq_len, first_key, unit, skipped + first, skipped + last,
+            (first == 0) & (last == tiles), last_program - first_program + 1, first_program,
+            space.window, space.config,
         )  # fmt: skip
-        return work, Cursor(position, i + is_done.to(gl.int32), gl.where(is_done, position, base))
+        position += gl.where(size > 0, last - first, 0)
+        is_done = position == base + size
+        left = Share(
+            space, self.program, self.tiles_per_program, self.end, position,
+            self.i + is_done.to(gl.int32), gl.where(is_done, position, base),
+        )  # fmt: skip
+        return work, left

@@ -42,10 +42,10 @@ def aggregate(cls):
 
 @aggregate
 class TmaRing:
-    """STAGES places in shared memory; tile number n has place n % STAGES.
+    """A ring of STAGES stages in shared memory. Tile number n is in stage n % STAGES.
 
-    `full` and `empty` hold a barrier for each place. A barrier's phase flips each time that its
-    place is filled or emptied, so tile n waits for the parity of n // STAGES.
+    `full` and `empty` have a barrier for each stage. A barrier's phase flips each time that its
+    stage is filled or released, so tile n waits for the parity of n // STAGES.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -56,40 +56,47 @@ class TmaRing:
 
     @gluon.jit
     def acquire(self, n):
-        """For the producer: wait until tile n's place is empty; its loads go to `full`."""
+        """For the producer: wait until tile n can be loaded, and return its stage."""
         stage = n % self.STAGES
         mbarrier.wait(self.empty.index(stage), ((n // self.STAGES) & 1) ^ 1)
         mbarrier.expect(self.full.index(stage), self.TILE_BYTES)
         return stage
 
     @gluon.jit
-    def load(self, n, desc, place):
-        """For the producer: load a whole tile as tile n."""
+    def load(self, n, desc, coordinates):
+        """For the producer: load tile n, a whole box of a descriptor."""
         stage = self.acquire(n)
-        load_tile(desc, place, self.full.index(stage), self.tiles.index(stage))
+        load_tile(desc, coordinates, self.full.index(stage), self.tiles.index(stage))
 
     @gluon.jit
     def wait(self, n):
-        """For a consumer: wait until tile n is there, and return its place."""
+        """For a consumer: wait until tile n is loaded, and return its stage."""
         stage = n % self.STAGES
         mbarrier.wait(self.full.index(stage), (n // self.STAGES) & 1)
         return stage
 
     @gluon.jit
     def release(self, stage):
-        """For a consumer: it is done with this place."""
+        """For a consumer: the stage can be loaded again."""
         mbarrier.arrive(self.empty.index(stage))
 
 
 @gluon.jit
-def make_ring(tiles, STAGES: gl.constexpr, TILE_BYTES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """A ring with its barriers; a fence must follow before the warps part."""
+def make_ring(
+    dtype: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, LAYOUT: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """A ring of TILES tiles (ROWS, D) of 16-bit values, TILES // STAGES in each stage.
+
+    A fence must follow, before warp_specialize.
+    """
+    tiles = gl.allocate_shared_memory(dtype, [TILES, ROWS, D], LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return TmaRing(tiles, full, empty, STAGES, TILE_BYTES)
+    return TmaRing(tiles, full, empty, STAGES, TILES // STAGES * ROWS * D * 2)
 
 
 @gluon.constexpr_function

@@ -135,7 +135,7 @@ def test_the_portable_kernel_rejects_a_hopper_plan():
     step = step_of({"block_size": None, "dtype": torch.float16}, SINGLE, "cpu")
     metadata = HopperBuilder(step.spec, step.device).build(step.batch)
     impl = TritonImpl(**step.impl_arguments())
-    with pytest.raises(InvalidInputError, match="laid out by a HopperBuilder"):
+    with pytest.raises(InvalidInputError, match="made by a HopperBuilder"):
         impl.forward(step.layer, step.query, step.key, step.value, None, metadata)
 
 

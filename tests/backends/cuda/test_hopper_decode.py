@@ -117,7 +117,7 @@ def test_decodes_agree_with_the_reference(variant):
     step = step_of(*VARIANTS[variant], "cuda")
     returned, impl = run(step)
     check(step, returned)
-    assert "hopper decode" in launched(impl)
+    assert "hopper_decode" in launched(impl)
     assert "decode" not in launched(impl)
 
 
@@ -201,8 +201,8 @@ def test_the_portable_kernel_runs_unsupported_decodes(variant, shares, monkeypat
     returned, impl = run(step)
     check(step, returned)
     assert "decode" in launched(impl)
-    assert "hopper decode" not in launched(impl)
-    assert ("hopper" in launched(impl)) is (shares is not None)
+    assert "hopper_decode" not in launched(impl)
+    assert ("hopper_prefill" in launched(impl)) is (shares is not None)
 
 
 @on_gpu
@@ -211,7 +211,7 @@ def test_a_cache_may_have_any_layout(layout):
     step = step_of({}, lens(MANY), "cuda")
     returned, impl = run(step, in_layout(step.kv_cache, layout))
     check(step, returned)
-    assert ("hopper decode" in launched(impl)) is CACHES[layout][2]
+    assert ("hopper_decode" in launched(impl)) is CACHES[layout][2]
 
 
 @on_gpu
@@ -233,7 +233,7 @@ def test_caches_beyond_2_to_the_31_elements(layout):
     step.batch.slot_mapping.add_(first * 16)
     returned, impl = run(step, big)
     check(step, returned)
-    assert "hopper decode" in launched(impl)
+    assert "hopper_decode" in launched(impl)
 
 
 # Next to a prefill.
@@ -266,8 +266,8 @@ def test_decodes_next_to_a_prefill_agree_with_the_reference(variant, monkeypatch
     torch.cuda.synchronize()
     check(step, returned)
     assert decode_launches(impl) == [DECODES[step.spec.head_size].mixed]
-    assert {"hopper", "hopper decode"} <= launched(impl)
-    assert ("gather" in launched(impl)) is (not variant.startswith("new keys"))
+    assert {"hopper_prefill", "hopper_decode"} <= launched(impl)
+    assert ("gather_kv" in launched(impl)) is (not variant.startswith("new keys"))
 
 
 # In a graph.
@@ -327,7 +327,7 @@ def test_a_graph_replays_other_lengths_and_fewer_requests(size, fields):
     buffers = state.get_graph_input_buffers(metadata)
     rows = [torch.randn(size, n, 128, device=device).bfloat16() for n in (8, 2, 2)]
     graph, replayed = captured(lambda: impl.forward(one.layer, *rows, cache, metadata))
-    assert "hopper decode" in launched(impl)
+    assert "hopper_decode" in launched(impl)
     table = torch.randperm(size * blocks).view(size, blocks).int()
     builder = TritonAttnBackend.get_builder_cls()(spec, device)
     for count, scale in itertools.product((size, size // 2, 1), (longest, 20)):

@@ -160,7 +160,7 @@ def test_the_portable_kernel_runs_unsupported_decodes(variant):
     step = step_of(*PORTABLE[variant], "cpu")
     _, impl = on_an_h200(step, step.kv_cache)
     assert "decode" in launched(impl)
-    assert "hopper decode" not in launched(impl)
+    assert "hopper_decode" not in launched(impl)
 
 
 FEW_AND_MANY = [(1, "few"), (16, "few"), (17, "many"), (200, "many")]
