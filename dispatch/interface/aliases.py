@@ -1,7 +1,7 @@
-"""Which caches share memory, and how their blocks lie in it: decided on the host, exactly.
+"""Which caches share memory, from their addresses, shapes and strides.
 
-Caches can be one tensor under two names (KV sharing), views of one another, or lie side by side in
-a larger block. All of that follows from addresses, shapes and strides.
+Caches can be one tensor under two names (KV sharing), views of each other, or parts of a larger
+block.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["groups_of"]
 
 
 class _Place(NamedTuple):
-    """Where a cache lies, in bytes."""
+    """A cache's place in memory, in bytes."""
 
     device: torch.device
     address: int
@@ -35,27 +35,23 @@ class _Place(NamedTuple):
 
 
 def groups_of(caches: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
-    """The caches to move blocks of, by index; one of those that are the same memory throughout.
+    """The caches whose blocks to move, by index, without duplicates of the same memory.
 
-    Caches of one group overlap, each block of one with the same block of the other: all of the
-    group has to be read before any of it is written. Groups are independent of each other.
+    In a group, each block of one cache overlaps only the same block of another, so the whole group
+    must be read before it is written. Groups are independent of each other.
 
     Raises:
         InvalidInputError: a block of one cache overlaps another block of another cache.
     """
-    places = tuple(
-        _Place(
-            cache.device,
-            cache.data_ptr(),
-            tuple(cache.shape),
-            tuple(stride * cache.element_size() for stride in cache.stride()),
-            cache.element_size(),
-        )
-        for cache in caches
-        if cache.numel()
-    )
     indices = [index for index, cache in enumerate(caches) if cache.numel()]
-    return tuple(tuple(indices[i] for i in group) for group in _groups(places))
+    groups = _groups(tuple(_place_of(caches[index]) for index in indices))
+    return tuple(tuple(indices[i] for i in group) for group in groups)
+
+
+def _place_of(cache: torch.Tensor) -> _Place:
+    size, shape = cache.element_size(), tuple(cache.shape)
+    strides = tuple(stride * size for stride in cache.stride())
+    return _Place(cache.device, cache.data_ptr(), shape, strides, size)
 
 
 @functools.lru_cache(maxsize=32)
@@ -65,9 +61,9 @@ def _groups(places: tuple[_Place, ...]) -> tuple[tuple[int, ...], ...]:
     ordered = sorted(group_of, key=lambda i: (str(places[i].device), places[i].address))
     for position, one in enumerate(ordered):
         for other in ordered[position + 1 :]:
-            if places[other].device != places[one].device:
-                break
-            if places[other].address >= places[one].end:
+            if places[other].device != places[one].device or (
+                places[other].address >= places[one].end
+            ):
                 break
             if group_of[one] is group_of[other] or not _overlap(places[one], places[other]):
                 continue
@@ -87,14 +83,14 @@ def _overlap(one: _Place, other: _Place) -> bool:
     blocks, other_blocks = one.shape[0], other.shape[0]
     step, other_step = one.strides[0], other.strides[0]
     if blocks == 1:
-        step = other_step  # that of a single block means nothing
+        step = other_step  # the stride of a single block has no meaning
     if other_blocks == 1:
         other_step = step
     if step != other_step:
         if reaches([(step, 0, blocks - 1), (other_step, 1 - other_blocks, 0), *inner], distance):
             raise _conflict(one, other)
         return False
-    # What is left of two numbers of blocks is their difference.
+    # Only the difference of the two block numbers matters.
     for least, most in ((1, blocks - 1), (1 - other_blocks, -1)):
         if least <= most and reaches([(step, least, most), *inner], distance):
             raise _conflict(one, other)
@@ -104,7 +100,7 @@ def _overlap(one: _Place, other: _Place) -> bool:
 def _conflict(one: _Place, other: _Place) -> InvalidInputError:
     return InvalidInputError(
         f"Two of the caches share memory, {one.shape} and {other.shape}, and a block of one "
-        "overlaps another block of the other. Give caches of one plan: the same memory, or apart."
+        "overlaps another block of the other. Give caches of one plan."
     )
 
 

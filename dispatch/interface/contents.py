@@ -1,7 +1,4 @@
-"""Checks of what a batch's tensors hold: lengths, block ids and slots.
-
-They read the tensors, so on another device than a CPU they wait for it.
-"""
+"""Checks of the contents of a batch's tensors. On a GPU they wait for the device."""
 
 from __future__ import annotations
 
@@ -16,21 +13,19 @@ if TYPE_CHECKING:
 
 __all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
 
-#: Stands among `AttentionBatch.checked` of a batch whose tensors are the static buffers of graphs:
-#: they hold another step each time, and the host copies are those of the capture.
+#: An entry of `AttentionBatch.checked`: the tensors are the static buffers of graphs. They hold
+#: another step each time, and the host copies are those of the capture.
 OVER_STATIC_BUFFERS = ("static buffers",)
 
 
 def check_batch_contents(
     batch: AttentionBatch, kv_cache: torch.Tensor | None, window: int | None = None
 ) -> None:
-    """Check what the batch's tensors hold. May wait for the device.
+    """Check the contents of the batch's tensors, again only if one of them was modified.
 
     Blocks that a sliding window has passed for every query of a request may have been freed, so
-    their ids are not checked.
-
-    What passed is not checked again until one of the tensors is modified. A batch over the static
-    buffers of graphs is not checked: the one whose tensors are copied there is the engine's.
+    their ids are not checked. A batch over the static buffers of graphs is not checked; the engine
+    checks the batch that it copies there.
 
     Raises:
         InvalidInputError: lengths are not monotone or differ from their host copies, a block id
@@ -61,8 +56,8 @@ def _check_lengths(batch: AttentionBatch) -> None:
     starts = batch.query_start_loc.tolist()
     if not starts or starts[0] != 0 or starts != sorted(starts):
         raise InvalidInputError(
-            f"query_start_loc is {starts[:8]}; it must start at 0 and never fall. "
-            "AttentionBatch.create makes one from the lengths."
+            f"query_start_loc is {starts[:8]}; it must ascend from 0. AttentionBatch.create makes "
+            "one from the lengths."
         )
     if starts != batch.query_start_list or batch.seq_lens.tolist() != batch.seq_lens_list:
         raise InvalidInputError(
@@ -94,7 +89,7 @@ def _check_block_ids(
 
 
 def check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
-    """Check that slots exist and that no two tokens go to the same one. May wait for the device.
+    """Check that slots exist and that no two tokens have the same one.
 
     Raises:
         InvalidInputError: a slot is neither −1 nor below num_slots, or is named twice.

@@ -1,4 +1,4 @@
-"""CommonAttentionState: static buffers for graphs, for any backend whose metadata is a batch's."""
+"""The state across steps, and CommonAttentionState: static buffers for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Generic, Protocol
+from typing import Any, Generic, Protocol
 
 import torch
 
@@ -15,16 +15,11 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata, T
 
-if TYPE_CHECKING:
-    import torch
-
-    from attn_dispatch.interface.batch import AttentionBatch
-
 __all__ = ["AttentionState", "CommonAttentionState", "GraphRunner"]
 
 
 class GraphRunner(Protocol):
-    """What an AttentionState needs to know of the engine that owns it."""
+    """What an AttentionState reads from the engine that owns it."""
 
     metadata_builder: AttentionMetadataBuilder[Any]
     device: torch.device
@@ -49,7 +44,7 @@ class AttentionState(ABC, Generic[T]):
 
     @abstractmethod
     def begin_forward(self, model_input: AttentionBatch) -> None:
-        """Prepare for a step over this batch: what must happen outside of a captured graph."""
+        """Prepare for a step over this batch, outside of a captured graph."""
 
     @abstractmethod
     def graph_capture(self, max_batch_size: int) -> AbstractContextManager[None]:
@@ -89,10 +84,10 @@ _BUFFERS = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
 
 
 class CommonAttentionState(AttentionState[BatchMetadata]):
-    """Keeps one set of static buffers, and makes metadata whose tensors lie in them.
+    """Keeps one set of static buffers, and makes metadata whose tensors are views of them.
 
-    A captured graph holds one-token requests. A smaller step fills the rest with requests that
-    have no keys and with slot −1, which compute nothing and write nothing.
+    A captured graph holds one-token requests. A smaller step fills the rest with requests without
+    keys and with slot −1, which compute nothing and write nothing.
 
     Args:
         runner: the engine that owns the state.
@@ -103,10 +98,10 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         self._buffers: dict[str, torch.Tensor] = {}
 
     def begin_forward(self, model_input: AttentionBatch) -> None:
-        """See AttentionState.begin_forward: nothing waits outside of the graph, but it must fit.
+        """Check that the batch fits into the buffers.
 
         Raises:
-            InvalidInputError: the batch has more blocks or keys per request than the runner said.
+            InvalidInputError: the batch has more blocks or keys per request than the runner.
         """
         table = model_input.block_table
         blocks = 0 if table is None else table.shape[1]
@@ -120,7 +115,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
 
     @contextlib.contextmanager
     def graph_capture(self, max_batch_size: int) -> Iterator[None]:
-        """See AttentionState.graph_capture: allocates the buffers, which stay for the replays."""
+        """Allocate the buffers, which stay for the replays."""
         device, columns = self.runner.device, self.runner.max_blocks_per_request
         self._buffers = {
             "query_start_loc": torch.arange(max_batch_size + 1, dtype=torch.int32, device=device),
@@ -153,18 +148,16 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
             InvalidInputError: there are no buffers of that size yet.
         """
         self._check(batch_size)
-        starts = self._buffers["query_start_loc"][: batch_size + 1]
-        seq_lens = self._buffers["seq_lens"][:batch_size]
-        slots = None if is_encoder_decoder_model else self._buffers["slot_mapping"][:batch_size]
+        tensors = {name: tensor[:batch_size] for name, tensor in self._buffers.items()}
+        tensors["query_start_loc"] = starts = self._buffers["query_start_loc"][: batch_size + 1]
+        if is_encoder_decoder_model:
+            del tensors["slot_mapping"]
         batch = AttentionBatch(
-            query_start_loc=starts,
-            seq_lens=seq_lens,
+            **tensors,
             query_start_loc_cpu=starts.cpu(),
-            seq_lens_cpu=seq_lens.cpu(),
+            seq_lens_cpu=tensors["seq_lens"].cpu(),
             max_query_len=1,
             max_seq_len=self.runner.max_seq_len,
-            block_table=self._buffers["block_table"][:batch_size],
-            slot_mapping=slots,
         )
         batch.checked.add(OVER_STATIC_BUFFERS)
         metadata: BatchMetadata = self.runner.metadata_builder.build(batch)
@@ -194,8 +187,8 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         """See AttentionState.prepare_graph_input_buffers.
 
         Raises:
-            InvalidInputError: the step has more requests than the graph, or other queries than
-                one token each, or what a graph cannot take.
+            InvalidInputError: the step has more requests than the graph, queries of more or less
+                than one token, or a feature that a graph does not support.
         """
         batch = attn_metadata.batch
         size, num_reqs = len(input_buffers["seq_lens"]), batch.num_reqs
@@ -206,7 +199,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
             )
         if batch.custom_mask is not None or attn_metadata.enable_kv_scales_calculation:
             raise InvalidInputError(
-                "The step brings a custom_mask or asks for scales, and a captured graph knows "
+                "The step has a custom_mask or derives scales, and a captured graph supports "
                 "neither. Run it eagerly."
             )
         self.begin_forward(batch)

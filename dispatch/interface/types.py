@@ -1,13 +1,9 @@
-"""The words that every other part uses: what attends to what, phases, placeholder ranges."""
+"""Attention types, phases and placeholder ranges."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    pass
-
+from typing import NamedTuple
 
 __all__ = ["AttentionType", "Phase", "PlaceholderRange"]
 
@@ -34,7 +30,7 @@ class AttentionType(str, Enum):
 
 
 class Phase(str, Enum):
-    """The part of serving a request that a call belongs to; each may have its own backend."""
+    """Prefill or decode; each may have its own backend."""
 
     PREFILL = "prefill"
     DECODE = "decode"

@@ -180,7 +180,7 @@ def test_a_graph_takes_no_mask():
     state = state_of(spec=spec, max_batch_size=2)
     buffers = state.get_graph_input_buffers(state.graph_capture_get_metadata_for_batch(2))
     batch = AttentionBatch.create([1], [3], custom_mask=torch.ones(3).bool())
-    with pytest.raises(InvalidInputError, match="brings a custom_mask"):
+    with pytest.raises(InvalidInputError, match="has a custom_mask"):
         state.prepare_graph_input_buffers(buffers, builder_of("TORCH_SDPA", spec).build(batch))
 
 

@@ -238,7 +238,7 @@ BAD_CONTENTS = {
     ),
     "starts that fall": (
         lambda c: c.change_batch(query_start_loc=torch.tensor([0, 6, 1, 7, 10])),
-        "must start at 0 and never fall",
+        "must ascend from 0",
     ),
     "starts that differ from their host copy": (
         lambda c: c.change_batch(query_start_loc=torch.tensor([0, 2, 6, 7, 10])),
