@@ -185,10 +185,7 @@ class Attention(LayerScales, nn.Module):
     ) -> Any:
         """Bind the layer to the first backends that can be built and on which `run` does not raise.
 
-        Args:
-            device: where the layer runs.
-            run: a call of the layer; its result is returned.
-            failed: how the call ended on the backends so far.
+        `run` is a call of the layer, whose result is returned; `failed` is how it ended before.
         """
 
         def attempt(context: SelectionContext) -> tuple[LayerBinding, Any]:

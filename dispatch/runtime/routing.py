@@ -191,12 +191,7 @@ class RoutedMetadata(BatchMetadata):
 
 
 class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
-    """Builds each part's metadata with the builder of the backend that serves it.
-
-    Args:
-        builders: by the names that `route` returns; by default, by phase.
-        route: the backends for a batch.
-    """
+    """Builds each part's metadata by the backend's builder, under the name in the route."""
 
     def __init__(
         self,
@@ -220,12 +215,7 @@ class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
 
 
 class RoutedImpl:
-    """Runs each part of a batch on the impl of the backend that serves it.
-
-    Args:
-        impls: by the names that the builder's `route` returns, for the same layer.
-        backends: the classes, by the same names.
-    """
+    """Runs each part of a batch on the impl and class under the name in the builder's route."""
 
     def __init__(
         self,

@@ -90,22 +90,21 @@ def check_backend_class(cls: Any) -> list[str]:
         )
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
-    problems += _problems_of_name(cls)
     problems += signature_problems(cls)
     is_symmetric = _declares_symmetric_alibi(cls)
-    parts = {
-        "get_impl_cls": AttentionImpl,
-        "get_metadata_cls": AttentionMetadata,
-        "get_builder_cls": AttentionMetadataBuilder,
-        "get_state_cls": AttentionState,
-    }
-    for getter, base in parts.items():
+    for getter, base in _PARTS.items():
         try:
             part = getattr(cls, getter)()
         except Exception as error:  # a plug-in's getter may raise anything
             problems.append(f"{cls.__name__}.{getter}() raises {type(error).__name__}: {error}")
             continue
-        if not (isinstance(part, type) and issubclass(part, base)):
+        if base is str:
+            if not (isinstance(part, str) and re.fullmatch("[A-Z][A-Z0-9_]*", part)):
+                problems.append(
+                    f"{cls.__name__}.{getter}() is {part!r}; a name has only capitals, digits and "
+                    "underscores"
+                )
+        elif not (isinstance(part, type) and issubclass(part, base)):
             problems.append(f"{cls.__name__}.{getter}() is not a subclass of {base.__name__}")
         else:
             problems += _missing_members(part) or signature_problems(
@@ -114,31 +113,25 @@ def check_backend_class(cls: Any) -> list[str]:
     return problems
 
 
+_PARTS: dict[str, type] = {
+    "get_name": str,
+    "get_impl_cls": AttentionImpl,
+    "get_metadata_cls": AttentionMetadata,
+    "get_builder_cls": AttentionMetadataBuilder,
+    "get_state_cls": AttentionState,
+}
+
+
 def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
     """Whether a known device exists on which the backend may get alibi="symmetric"."""
-    constraint = getattr(getattr(cls, "capabilities", None), "fields", {}).get("alibi")
-    if constraint is None:
-        return False
     import torch
 
     spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
-    devices = KNOWN_DEVICES.values()
     try:
-        return any(constraint.accepts("symmetric", spec, device) for device in devices)
+        constraint = cls.capabilities.fields["alibi"]
+        return any(constraint.accepts("symmetric", spec, each) for each in KNOWN_DEVICES.values())
     except Exception:  # a plug-in's constraint may raise anything; selection reports it
         return False
-
-
-def _problems_of_name(cls: type[AttentionBackend]) -> list[str]:
-    try:
-        name: object = cls.get_name()
-    except Exception as error:  # a plug-in's name may raise anything
-        return [f"{cls.__name__}.get_name() raises {type(error).__name__}: {error}"]
-    if isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name):
-        return []
-    return [
-        f"{cls.__name__}.get_name() is {name!r}; a name has only capitals, digits and underscores"
-    ]
 
 
 def _missing_members(cls: type) -> list[str]:
@@ -178,12 +171,9 @@ def resolve_full_cls_name(full_cls_name: str | tuple[str, str]) -> type[Attentio
 
 
 def _split(full_cls_name: Any) -> tuple[str, str]:
+    parts = full_cls_name if isinstance(full_cls_name, (tuple, list)) else ()
     if isinstance(full_cls_name, str):
-        separator = ":" if ":" in full_cls_name else "."
-        module_name, _, class_name = full_cls_name.rpartition(separator)
-        parts = [module_name, class_name]
-    else:
-        parts = list(full_cls_name) if isinstance(full_cls_name, (tuple, list)) else []
+        parts = full_cls_name.rsplit(":" if ":" in full_cls_name else ".", 1)
     if len(parts) != 2 or not all(isinstance(part, str) and part for part in parts):
         raise InvalidInputError(f"{full_cls_name!r} is not of the form 'package.module:Class'.")
     return parts[0], parts[1]
@@ -254,15 +244,11 @@ class Registry:
                     limit = None if name in self._builtin else _PLUGIN_SECONDS
                     self._loaded[name] = _load(name, target, limit)
             with self._lock:
-                candidates = self._candidates = MappingProxyType(self._all_candidates())
+                found = {name: self._loaded[name] for name in self._all_targets()}
+                for name, cls in self._registered.items():
+                    found[name] = Candidate(name, ":".join(cls.full_cls_name()), cls)
+                candidates = self._candidates = MappingProxyType(found)
         return candidates
-
-    def _all_candidates(self) -> dict[str, Candidate]:
-        registered = {
-            name: Candidate(name, ":".join(cls.full_cls_name()), cls)
-            for name, cls in self._registered.items()
-        }
-        return {name: self._loaded[name] for name in self._all_targets()} | registered
 
     def library_names(self) -> tuple[str, ...]:
         """The libraries that decide on backends: LIBRARIES, and what plug-ins require."""

@@ -76,14 +76,8 @@ class SelectionContext:
     ) -> SelectionContext:
         """The context of a call that is made now. Equal calls get the same object.
 
-        Args:
-            device: a torch device of this machine, or a profile; None for the default device.
-            backend: an override with the authority of an argument.
-            rules: overrides that replace those in force, for a layer that was made under them.
-
-        Raises:
-            UnknownBackendError: an override names a backend that is not registered.
-            InvalidInputError: an override or the device is malformed.
+        Arguments and errors are those of `resolve`. `rules` replace the overrides in force, for a
+        layer that was made under them.
         """
         if rules is None:
             rules = current_rules(backend, registry.names())
@@ -112,11 +106,7 @@ class SelectionContext:
         return dataclasses.replace(context, failures=(*context.failures, *unrecorded))
 
     def report(self, spec: AttentionSpec, phase: Phase | None = None) -> Report:
-        """The decision for a layer, also if every backend is rejected.
-
-        Args:
-            spec: the layer.
-            phase: prefill or decode; None for one backend that serves both.
+        """The decision for a layer, also if every backend is rejected; phase as for `resolve`.
 
         Raises:
             InvalidInputError: phase is None, and the rules differ by phase.
@@ -137,12 +127,7 @@ class SelectionContext:
         return next((report for report in reports if report.picked is None), reports[0])
 
     def select(self, spec: AttentionSpec, phase: Phase | None = None) -> Selection:
-        """The backend for a layer; it warns if a GPU is left with the last resort.
-
-        Raises:
-            UnsupportedError: the required backend, or every backend, is rejected.
-            InvalidInputError: as for `report`.
-        """
+        """The backend for a layer, as `resolve` returns it."""
         key = (spec, phase)
         selection = self._selections.get(key)
         if selection is None:
@@ -228,7 +213,9 @@ def resolve(
     phase: Phase | None = None,
     backend: str | None = None,
 ) -> Selection:
-    """Pick the backend for a request under the overrides that are in force now.
+    """Pick the backend for a request under the overrides, failures and times in force now.
+
+    It warns if a GPU is left with the last resort.
 
     Args:
         spec: the request.
@@ -239,7 +226,8 @@ def resolve(
     Raises:
         UnsupportedError: the required backend, or every backend, is rejected.
         UnknownBackendError: an override names a backend that is not registered.
-        InvalidInputError: an override or the device is malformed.
+        InvalidInputError: an override or the device is malformed, or phase is None and the
+            overrides differ by phase.
     """
     return SelectionContext.current(device, backend).select(spec, phase)
 

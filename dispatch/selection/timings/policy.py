@@ -121,14 +121,9 @@ def _around(bucket: Bucket) -> Iterable[Bucket]:
 def routes_of(times: LayerTimes, candidates: _ByPhase, *, captured: bool) -> Mapping[Bucket, str]:
     """Bucket -> the backend for its batches, for every bucket that is near measured points.
 
-    Args:
-        times: of the layer.
-        candidates: of each phase in question; a mixed step needs both.
-        captured: as for `bucket_of`.
-
-    Returns:
-        Names as in `Point.times_us`. The points near a bucket are those in it and in the ones next
-        to it: half or twice as many requests, tokens or keys.
+    Names are those of `Point.times_us`. The points near a bucket are those in it and in the ones
+    next to it: half or twice as many requests, tokens or keys. A mixed step needs the candidates of
+    both phases.
     """
     return _routes(times, tuple(candidates.items()), captured)
 
