@@ -1,4 +1,4 @@
-"""Stand-ins for the peers of the benchmark, with the parameters of the real functions.
+"""Fakes of the peers of the benchmark, with the parameters of the real functions.
 
 They check shapes and dtypes, and compute.
 """
@@ -63,7 +63,7 @@ def stand_in_attention(
 
 
 def module(monkeypatch, name, **members):
-    """A stand-in module, and the packages above it."""
+    """A fake module, and the packages above it."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         above = ".".join(parts[:depth])

@@ -1,4 +1,4 @@
-"""The benchmark: the cases that it reads, the inputs that it makes, and what it calls right."""
+"""The benchmark: the cases that it reads, its inputs, its oracle, and the error that it allows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fields_of(**changes):
     return {key: value for key, value in fields.items() if value is not ...}
 
 
-def test_the_projects_cases_are_read_and_stand_one_on_a_line():
+def test_project_case_file_has_one_case_per_line():
     path = ROOT / "benchmarks" / "cases.json"
     cases = load_cases(path)
     assert len(cases) == 30
@@ -38,13 +38,13 @@ def test_the_projects_cases_are_read_and_stand_one_on_a_line():
     assert {c.kind for c in cases} == {"decode", "prefill", "mixed"}
 
 
-def test_a_case_survives_the_way_to_json_and_back():
+def test_case_json_round_trip():
     for features in FEATURES.values():
         one = case(**features)
         assert parse_cases(json.loads(json.dumps([one.asdict()]))) == [one]
 
 
-def test_keys_with_a_default_may_be_left_out():
+def test_keys_with_defaults_are_optional():
     (one,) = parse_cases([fields_of(block_size=..., dtype=..., sinks=...)])
     assert (one.block_size, one.dtype, one.sinks) == (16, "bfloat16", False)
 
@@ -71,7 +71,7 @@ def test_keys_with_a_default_may_be_left_out():
         ({"alibi": None}, "alibi=None"),
     ],
 )
-def test_a_wrong_case_is_named_with_its_key(changes, message):
+def test_error_names_case_and_key(changes, message):
     good = fields_of(name="a/good")
     with pytest.raises(InvalidInputError) as error:
         parse_cases([good, fields_of(**changes)], "x.json")
@@ -80,19 +80,19 @@ def test_a_wrong_case_is_named_with_its_key(changes, message):
 
 
 @pytest.mark.parametrize("data", [{}, [], "x"])
-def test_what_is_no_list_of_cases_is_refused(data):
+def test_case_file_must_hold_a_list(data):
     with pytest.raises(InvalidInputError, match="must hold a list"):
         parse_cases(data)
 
 
-def test_a_case_that_is_no_object_and_a_second_of_the_same_name_are_refused():
+def test_case_must_be_an_object_with_a_new_name():
     with pytest.raises(InvalidInputError, match=r"Case 0 of .*not an object"):
         parse_cases([3])
     with pytest.raises(InvalidInputError, match="rename one"):
         parse_cases([fields_of(), fields_of()])
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_error_names_unreadable_file(tmp_path):
     with pytest.raises(InvalidInputError, match="cannot be read"):
         load_cases(tmp_path / "none.json")
     (tmp_path / "x.json").write_text("[")
@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_operations_and_bytes_are_those_of_the_visible_pairs(features):
+def test_flops_and_bytes_count_visible_pairs(features):
     one = case(**features)
     pairs, seen = 0, 0
     for query_len, seq_len in zip(one.query_lens, one.seq_lens, strict=True):
@@ -124,7 +124,7 @@ def test_operations_and_bytes_are_those_of_the_visible_pairs(features):
     assert one.bytes == queries_and_output + 2 * seen * one.num_kv_heads * row
 
 
-def test_what_bounds_a_case():
+def test_kind_of_case():
     assert case().kind == "decode"
     assert case(query_lens=(4, 4, 4)).kind == "decode"
     assert case(query_lens=(20, 30), seq_lens=(20, 30)).kind == "prefill"
@@ -155,7 +155,7 @@ def test_a_sweep_needs_a_decoder_and_a_name():
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_inputs_have_the_cases_shapes_and_are_the_same_each_time(features):
+def test_inputs_have_the_cases_shapes_and_are_reproducible(features):
     one = case(**features)
     first, second = Inputs(one, CPU), Inputs(one, CPU)
     assert first.query.shape == (sum(one.query_lens), one.num_heads, one.head_size)
@@ -176,7 +176,7 @@ def test_inputs_have_the_cases_shapes_and_are_the_same_each_time(features):
     first.batch.check()
 
 
-def test_blocks_lie_scattered_and_belong_to_one_request_each():
+def test_blocks_are_scattered_and_not_shared():
     one = case(query_lens=(1,) * 8, seq_lens=(61,) * 8)
     inputs = Inputs(one, CPU)
     blocks = inputs.block_table.flatten().tolist()
@@ -188,7 +188,7 @@ def test_blocks_lie_scattered_and_belong_to_one_request_each():
 
 
 @pytest.mark.parametrize("name", ["plain", "fp8", "int8", "encoder"])
-def test_parts_of_keys_are_parts_of_all_keys(name):
+def test_some_keys_are_a_slice_of_all_keys(name):
     inputs = Inputs(case(**FEATURES[name]), CPU)
     every = inputs.keys_and_values(0, slice(0, 9), slice(None), torch.float64)
     part = inputs.keys_and_values(0, slice(4, 9), slice(1, 2), torch.float64)
@@ -201,7 +201,7 @@ def test_parts_of_keys_are_parts_of_all_keys(name):
 
 
 @pytest.mark.parametrize("seq_lens", [(18, 20), (18, 27)], ids=["no past", "some have a past"])
-def test_a_prefill_brings_the_keys_that_are_in_the_cache_and_writes_none(seq_lens):
+def test_prefill_brings_the_cached_keys_and_writes_none(seq_lens):
     one = case(query_lens=(18, 20), seq_lens=seq_lens)
     inputs = Inputs(one, CPU)
     assert inputs.batch.slot_mapping.tolist() == [-1] * 38
@@ -214,7 +214,7 @@ def test_a_prefill_brings_the_keys_that_are_in_the_cache_and_writes_none(seq_len
         assert torch.equal(inputs.value[rows], stored[1][-count:])
 
 
-def test_keys_come_beside_the_cache_only_where_a_request_has_no_past_and_nothing_is_rounded():
+def test_call_brings_keys_only_without_past_and_without_rounding():
     fresh = {"query_lens": (18,), "seq_lens": (18,)}
     assert case(**fresh).brings_keys
     assert not case(query_lens=(18,), seq_lens=(19,)).brings_keys
@@ -223,7 +223,7 @@ def test_keys_come_beside_the_cache_only_where_a_request_has_no_past_and_nothing
     assert not case(**fresh, attn_type="encoder_decoder").brings_keys
 
 
-def test_the_cache_is_filled_in_pieces_like_at_once(monkeypatch):
+def test_cache_is_filled_in_chunks(monkeypatch):
     monkeypatch.setattr("attn_dispatch.bench.inputs._CHUNK_TOKENS", 7)
     inputs = Inputs(case(), CPU)
     for request, seq_len in enumerate(inputs.case.seq_lens):
@@ -234,7 +234,7 @@ def test_the_cache_is_filled_in_pieces_like_at_once(monkeypatch):
         assert bool((values != 0).all())
 
 
-def test_slopes_are_those_of_the_paper():
+def test_alibi_slopes_match_the_paper():
     assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(4).tolist() == [2.0 ** (-2 * i) for i in range(1, 5)]
     twelve = alibi_slopes(12).tolist()
@@ -242,12 +242,12 @@ def test_slopes_are_those_of_the_paper():
     assert twelve[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
 
 
-# --- Who is right ---------------------------------------------------------------------------------
+# --- The oracle -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("piece", [None, 1, 300], ids=["at once", "smallest", "small"])
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_the_oracle_agrees_with_the_tests_own(features, piece, monkeypatch):
+def test_oracle_matches_scalar_oracle(features, piece, monkeypatch):
     if piece is not None:
         monkeypatch.setattr(judge_module, "_MAX_ELEMENTS", piece)
         monkeypatch.setattr(oracle, "_MAX_SCORES", piece)
@@ -262,7 +262,7 @@ def test_the_oracle_agrees_with_the_tests_own(features, piece, monkeypatch):
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_pytorchs_own_attention_is_near_the_oracle(features):
+def test_pytorch_attention_is_within_the_allowance(features):
     inputs = Inputs(case(**features), CPU)
     judge = AccuracyJudge(inputs)
     ulp = torch.finfo(inputs.case.torch_dtype).eps
@@ -275,7 +275,7 @@ def test_pytorchs_own_attention_is_near_the_oracle(features):
     assert judge.error_of(right.to(inputs.case.torch_dtype)) <= judge.allowed
 
 
-def test_a_key_left_out_is_noticed_and_so_is_a_nan():
+def test_missing_key_and_nan_are_detected():
     one = case(query_lens=(1,) * 4, seq_lens=(500,) * 4, dtype="bfloat16", head_size=64)
     inputs = Inputs(one, CPU)
     judge = AccuracyJudge(inputs)
@@ -292,7 +292,7 @@ def test_a_key_left_out_is_noticed_and_so_is_a_nan():
     assert judge.error_of(right) == math.inf
 
 
-def test_the_sample_is_spread_and_bounded():
+def test_sample_is_evenly_spaced_and_bounded():
     whole = sample_of(case())
     assert {r: rows.tolist() for r, rows in whole.items()} == {0: [0], 1: [0], 2: [0]}
     long = sample_of(case(query_lens=(16384,), seq_lens=(16384,)))[0]

@@ -1,4 +1,4 @@
-"""The benchmark's peers: what they are given, and what is told of those that are not there."""
+"""The benchmark's peers: their arguments, and errors for those that are not installed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def no_peers(monkeypatch):
 
 @pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peer_gets_what_its_function_takes(name, monkeypatch):
+def test_peer_passes_the_arguments_of_its_function(name, monkeypatch):
     cls, install, computed = PEERS[name]
     for top in ("flash_attn", "vllm"):
         monkeypatch.delitem(sys.modules, top, raising=False)
@@ -120,13 +120,13 @@ def test_a_peer_gets_what_its_function_takes(name, monkeypatch):
 
 @pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize("cls", registry.PEERS[:-1])
-def test_a_peer_that_is_not_there_says_what_is_missing(cls):
+def test_missing_peer_names_the_missing_module(cls):
     with pytest.raises(registry.PeerMissing, match=r"flash_attn|flashinfer|vllm"):
         cls().load()
 
 
 @pytest.mark.usefixtures("no_peers")
-def test_a_broken_peer_is_missing_with_its_error(monkeypatch):
+def test_broken_peer_reports_its_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm")
     install_vllm(monkeypatch, 3)
     with pytest.raises(registry.PeerMissing, match="no FA2 here"):
@@ -134,8 +134,8 @@ def test_a_broken_peer_is_missing_with_its_error(monkeypatch):
     assert registry.FlashAttention3().load() is None
 
 
-def test_the_peers_know_pytorchs_own_function():
-    """The one peer that is installed here has the parameters that its stand-in has."""
+def test_pytorch_peer_matches_the_installed_function():
+    """The one peer that is installed here has the parameters that its fake has."""
     from torch.nn.attention.varlen import varlen_attn
 
     names = list(inspect.signature(varlen_attn).parameters)

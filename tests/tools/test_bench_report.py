@@ -69,7 +69,7 @@ def backend_with(name, impl, **fields):
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-def test_the_librarys_backends_are_right_on_every_kind_of_case(features):
+def test_backends_are_right_on_every_kind_of_case(features):
     (result,) = run_cases(case(**features), backends=["TORCH_SDPA", "REFERENCE"])
     assert [row.name for row in result.rows] == ["TORCH_SDPA", "REFERENCE"]
     for row in result.rows:
@@ -83,7 +83,7 @@ def test_the_librarys_backends_are_right_on_every_kind_of_case(features):
     assert result.share(result.best(result.picked_row), CEILINGS) > 0
 
 
-def test_the_references_take_no_part_unless_they_are_named_or_picked():
+def test_references_run_only_if_named_or_picked():
     (plain,) = run_cases(case())
     assert "REFERENCE" not in plain.names
     assert "TORCH_SDPA" in plain.names
@@ -95,7 +95,7 @@ def test_the_references_take_no_part_unless_they_are_named_or_picked():
     assert capped.picked == {"prefill": "REFERENCE", "decode": "REFERENCE"}
 
 
-def test_a_wrong_backend_is_called_wrong_and_has_no_time():
+def test_wrong_backend_has_no_time():
     wrong = [backend_with("OFF", OffImpl), backend_with("LATER_OFF", LaterOffImpl)]
     with registered(*wrong, backend_with("BROKEN", BrokenImpl)):
         names = ["OFF", "LATER_OFF", "BROKEN", "TORCH_SDPA"]
@@ -110,7 +110,7 @@ def test_a_wrong_backend_is_called_wrong_and_has_no_time():
     assert by_name["TORCH_SDPA"].timing is not None
 
 
-def test_what_selection_would_pick_is_timed_also_where_phases_differ():
+def test_pick_is_timed_when_phases_differ():
     mixed = case(query_lens=(20, 1), seq_lens=(20, 9))
     with attention_backend("prefill=TORCH_SDPA,decode=REFERENCE"):
         (result,) = run_cases(mixed, backends=["TORCH_SDPA"])
@@ -120,7 +120,7 @@ def test_what_selection_would_pick_is_timed_also_where_phases_differ():
     assert decode.picked_row == "REFERENCE"
 
 
-def test_a_case_that_does_not_fit_is_skipped():
+def test_case_that_does_not_fit_is_skipped():
     (result,) = run_cases(case(), free_bytes=lambda device: 1000)
     assert "GiB" in result.skipped
     assert result.rows == []
@@ -128,7 +128,7 @@ def test_a_case_that_does_not_fit_is_skipped():
     assert result.skipped == ""
 
 
-def test_a_case_that_cannot_be_set_up_does_not_stop_the_run(monkeypatch):
+def test_failed_setup_does_not_stop_the_run(monkeypatch):
     class NoMemory(AccuracyJudge):
         def __init__(self, inputs):
             if inputs.case.name == "x":
@@ -141,12 +141,12 @@ def test_a_case_that_cannot_be_set_up_does_not_stop_the_run(monkeypatch):
     assert second.skipped == ""
 
 
-def test_a_backend_that_is_not_registered_is_an_error():
+def test_unregistered_backend_is_an_error():
     with pytest.raises(UnknownBackendError, match="no backend 'TORCH_SPDA'"):
         Bench(CPU, backends=["TORCH_SPDA"])
 
 
-def test_a_run_without_contestants_is_an_error(monkeypatch):
+def test_run_without_implementations_is_an_error(monkeypatch):
     monkeypatch.setattr(runner, "verdicts_of", lambda case, device: runner_verdicts(case))
     with pytest.raises(InvalidInputError, match="--backends"):
         run_cases(case())
@@ -186,7 +186,7 @@ class FakePeer:
         return output.clone
 
 
-def test_of_a_peers_variants_the_fastest_that_is_right_is_shown():
+def test_fastest_right_variant_of_a_peer_is_shown():
     plain, window = run_cases(case(), case(name="w", sliding_window=3), peers=[FakePeer()])
     rows = [row for row in plain.rows if row.kind == "peer"]
     assert [(row.variant, row.status) for row in rows] == [
@@ -222,7 +222,7 @@ def write_cases(folder, *cases):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_table_names_cases_contestants_and_reasons(tmp_path):
+def test_table_names_cases_implementations_and_reasons(tmp_path):
     path = write_cases(tmp_path, case(name="decode/a"), case(name="decode/b", logits_soft_cap=2.0))
     result = bench("--cases", path, "--backends", "torch_sdpa", "--peers")
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -238,7 +238,7 @@ def test_the_table_names_cases_contestants_and_reasons(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_wrong_backend_makes_exit_status_1(tmp_path):
+def test_wrong_backend_gives_exit_status_1(tmp_path):
     path, out = write_cases(tmp_path, case(name="decode/a")), tmp_path / "out.json"
     with registered(backend_with("OFF", OffImpl, head_size=OneOf(16))):
         text = bench("--cases", path, "--backends", "OFF", "--json", out, code=1).stdout
@@ -250,7 +250,7 @@ def test_a_wrong_backend_makes_exit_status_1(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_json_has_everything(tmp_path):
+def test_json_report_is_complete(tmp_path):
     window = case(name="decode/b", sliding_window=3)
     path, out = write_cases(tmp_path, case(name="decode/a"), window), tmp_path / "out.json"
     bench("--cases", path, "--json", out, "--backends", "TORCH_SDPA,REFERENCE")
@@ -278,7 +278,7 @@ def tuples(fields):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_filter_picks_by_name(tmp_path):
+def test_filter_selects_cases_by_name(tmp_path):
     path = write_cases(tmp_path, case(name="decode/a"), case(name="decode/b"))
     text = bench("--cases", path, "--filter", "/b").stdout
     assert "decode/b" in text
@@ -287,7 +287,7 @@ def test_the_filter_picks_by_name(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_sweep_takes_its_layer_from_flags_or_the_first_case(tmp_path, monkeypatch):
+def test_sweep_layer_comes_from_flags_or_first_case(tmp_path, monkeypatch):
     swept = []
     monkeypatch.setattr(Bench, "run", lambda self, cases: iter(swept.extend(cases) or ()))
     with pytest.raises(StopIteration):
@@ -314,7 +314,7 @@ def test_a_sweep_takes_its_layer_from_flags_or_the_first_case(tmp_path, monkeypa
         (["--cases", "CASES", "--backends", "NOPE"], "There is no backend 'NOPE'"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_errors(args, message, tmp_path):
+def test_contradictory_flags_are_errors(args, message, tmp_path):
     path = write_cases(tmp_path, case())
     output = bench(*[path if arg == "CASES" else arg for arg in args], code=2).output
     assert message in " ".join(output.split())
@@ -325,7 +325,7 @@ def test_help_shows_the_flags():
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_plot_without_matplotlib_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_plot_without_matplotlib_fails_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_cases(tmp_path, case())
     output = bench("--cases", path, "--plot", tmp_path / "x.png", code=2).output

@@ -1,4 +1,4 @@
-"""The benchmark's clocks: whose turn it is, how long calls take, and what a device can do."""
+"""The benchmark's clocks: the order of calls, their times, and the ceilings of a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.bench_cases import CPU
 
 
 class FakeTime:
-    """A clock that only calls move."""
+    """A clock that only calls advance."""
 
     def __init__(self):
         self.seconds, self.log = 0.0, []
@@ -32,7 +32,7 @@ class FakeTime:
         return run
 
 
-def test_contestants_take_turns_and_the_median_counts():
+def test_calls_alternate_and_the_median_is_reported():
     now = FakeTime()
     calls = {"a": now.call("a", 10, 30, 20), "b": now.call("b", 5)}
     timings = measure(calls, Clock(now), budget_s=1, rounds=6)
@@ -63,7 +63,7 @@ def test_a_call_that_raises_does_not_stop_the_others():
     assert str(timings["x"]) == "no such kernel"
 
 
-def test_host_time_is_that_of_a_call_in_a_short_queue():
+def test_host_time_is_measured_in_a_short_queue():
     now = FakeTime()
     waits = []
     clock = Clock(now)
@@ -76,7 +76,7 @@ def test_host_time_is_that_of_a_call_in_a_short_queue():
 
 
 class FakeCuda:
-    """Notes what is asked of torch.cuda."""
+    """Records the calls of torch.cuda."""
 
     def __init__(self):
         self.log = log = []
@@ -105,7 +105,7 @@ class FakeCuda:
         self.log.append(f"sleep {cycles}")
 
 
-def test_the_gpus_clock_flushes_and_gives_the_host_a_head_start(monkeypatch):
+def test_gpu_clock_flushes_l2_and_gives_the_host_a_head_start(monkeypatch):
     monkeypatch.setattr(timing, "_FLUSH_BYTES", 1000)
     cuda = FakeCuda()
     clock = CudaClock(CPU, cuda)
@@ -130,5 +130,5 @@ def test_ceilings_are_measured():
     assert found.read_by in ("float32 sum", "float32 sum of rows") or "a" in found.read_by
 
 
-def test_timing_summarizes():
+def test_timing_summary():
     assert Timing.of([5.0, 1.0, 3.0]) == Timing(3.0, 1.0, 5.0, 3)

@@ -106,7 +106,7 @@ def outcome_of(cls, full_name):
 
 
 @pytest.mark.parametrize("feature", ["none", *FEATURES])
-def test_the_oracle_is_the_naive_one(feature):
+def test_oracle_matches_naive(feature):
     step = Step(case_of(*([] if feature == "none" else [feature])))
     output, lse = super(Step, step).expected()
     naive, naive_lse = step.naive()
@@ -115,7 +115,7 @@ def test_the_oracle_is_the_naive_one(feature):
 
 
 @given(case=cases("REFERENCE", dtypes=(torch.float64,), max_query=5, max_past=9))
-def test_the_oracle_is_the_naive_one_for_any_step(case):
+def test_oracle_matches_naive_for_any_step(case):
     step = Step(case)
     output, lse = super(Step, step).expected()
     naive, naive_lse = step.naive()
@@ -124,7 +124,7 @@ def test_the_oracle_is_the_naive_one_for_any_step(case):
 
 
 @pytest.mark.parametrize("sink", [-math.inf, -1e4, 1e4, 1e30])
-def test_a_sink_of_any_size_leaves_the_lse_as_it_is(sink):
+def test_sinks_do_not_change_the_lse(sink):
     step = Step(case_of("sinks", "mask"))
     _, lse = super(Step, step).expected(sinks=None)
     output, with_sinks = super(Step, step).expected(sinks=[sink] * 4)
@@ -144,15 +144,15 @@ def checks_on_cpu():
 
 
 @pytest.mark.parametrize("check", checks_on_cpu())
-def test_a_backend_that_runs_here_passes(check):
+def test_backends_of_this_machine_pass(check):
     assert_conforms(check)
 
 
-def test_what_runs_here_is_what_we_think():
+def test_backends_of_this_machine():
     assert {"REFERENCE", "TORCH_SDPA"} <= set(runs_on(detect_device("cpu")))
 
 
-def test_a_backend_of_latent_attention_alone_is_left_out_in_words():
+def test_mla_backend_is_rejected_with_the_reason():
     with pytest.raises(InvalidInputError, match=r"leaves the constructor .* to each backend"):
         checks_for(backend("REFERENCE_MLA"), "cpu")
 
@@ -178,7 +178,7 @@ def test_triton_attn_passes_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", sorted(registry.names()))
-def test_a_backend_that_runs_on_the_gpu_passes(name):
+def test_gpu_backend_passes(name):
     if name not in runs_on(detect_device("cuda")):
         pytest.skip("it does not run on this GPU")
     report = verify(backend(name), "cuda", quick=True)
@@ -211,7 +211,7 @@ CAUGHT = {
 }
 
 
-def test_every_fault_of_the_example_is_told_of():
+def test_every_fault_of_the_example_has_an_expectation():
     assert CAUGHT.keys() == wrong.FAULTS.keys()
 
 
@@ -222,7 +222,7 @@ def test_without_a_fault_nothing_fails():
 
 
 @pytest.mark.parametrize("fault", CAUGHT)
-def test_each_fault_is_caught_by_a_check_that_says_so(fault):
+def test_each_fault_is_caught_and_named(fault):
     name, sentence = CAUGHT[fault]
     outcome = outcome_of(wrong.wrong_backend(fault), name)
     assert outcome.status == "failed"
@@ -243,13 +243,13 @@ def test_each_fault_is_caught_by_a_check_that_says_so(fault):
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_fault_fails_no_check_of_layers_without_the_feature(fault, touches):
+def test_fault_fails_only_checks_of_its_feature(fault, touches):
     report = verify(wrong.wrong_backend(fault), "cpu", quick=True)
     assert report.failures
     assert [o.check.full_name for o in report.failures if not touches(o.check.spec)] == []
 
 
-def test_reading_stale_keys_is_caught_where_they_are_numbers_too():
+def test_reading_stale_keys_is_caught():
     cls = wrong.wrong_backend("reads past a request's end")
     assert outcome_of(cls, "garbage/stale keys past a request's end").status == "failed"
 
@@ -272,14 +272,14 @@ def test_bits_that_depend_on_the_batch_are_caught():
 
 
 class _KeepsTheFirstMask(ReferenceImpl):
-    """Plans once, like a wrapper that nobody tells of a new batch."""
+    """Plans once, like a wrapper that does not replan for a new batch."""
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, *more, **named):
         self.first = getattr(self, "first", attn_metadata)
         return super().forward(layer, query, key, value, kv_cache, self.first, *more, **named)
 
 
-def test_a_plan_that_sticks_is_caught():
+def test_stale_plan_is_caught():
     outcome = outcome_of(changed(impl=_KeepsTheFirstMask), "inputs/mask")
     assert outcome.status == "failed"
     assert "it has no effect" in outcome.message
@@ -309,14 +309,14 @@ class _WritesFirst(ReferenceImpl):
         (_WritesFirst, "cache/nothing new", ""),
     ],
 )
-def test_what_goes_where_it_should_not_is_caught(impl, name, sentence):
+def test_misplaced_writes_and_reads_are_caught(impl, name, sentence):
     outcome = outcome_of(changed(impl=impl), name)
     assert (outcome.status == "failed") == bool(sentence)
     assert sentence in outcome.message
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-def test_a_feature_whose_library_turns_out_broken_is_skipped_if_selection_refuses_it(says_so):
+def test_check_is_skipped_if_a_library_turns_out_broken(says_so):
     broken = []
 
     class Impl(ReferenceImpl):
@@ -343,7 +343,7 @@ def test_a_feature_whose_library_turns_out_broken_is_skipped_if_selection_refuse
     assert ("not possible on this machine" in outcome.message) is says_so
 
 
-def test_a_feature_that_is_not_declared_and_dropped_by_hand_is_caught():
+def test_dropping_an_undeclared_feature_is_caught():
     impl = wrong.wrong_backend("drops the soft cap").get_impl_cls()
     cls = changed(impl=impl, logits_soft_cap=None)
     cls.check_declared = classmethod(lambda cls, spec, device: None)  # accepts everything
@@ -353,7 +353,7 @@ def test_a_feature_that_is_not_declared_and_dropped_by_hand_is_caught():
     assert "no soft cap: it is dropped" in failed["refusals/logits_soft_cap=1.5"]
 
 
-def test_a_backend_that_reads_lengths_on_the_host_cannot_claim_graphs():
+def test_backend_that_reads_lengths_on_the_host_fails_graphs():
     """Captured, the reference would attend to the lengths of the capture for ever."""
     cls = changed(cuda_graph=OneOf(True, False))
     names = {c.full_name for c in checks_for(cls, "cpu") if c.group == "graphs"}
@@ -366,13 +366,13 @@ def test_a_backend_that_reads_lengths_on_the_host_cannot_claim_graphs():
 # What is tried.
 
 
-def test_every_field_of_the_spec_is_probed_or_left_out_on_purpose():
+def test_every_spec_field_is_probed_or_excluded():
     assert unprobed_fields() == set()
     assert not VALUES.keys() & WITHOUT_PROBES.keys()
 
 
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
-def test_every_field_that_is_declared_has_a_check(name):
+def test_every_declared_field_has_a_check(name):
     cls = backend(name)
     base = base_spec(cls, CPU)
     specs = [check.spec for check in checks_for(cls, "cpu", quick=True)]
@@ -384,7 +384,7 @@ def test_every_field_that_is_declared_has_a_check(name):
 
 
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
-def test_every_declared_pair_is_in_a_set(name):
+def test_every_declared_pair_is_covered(name):
     cls = backend(name)
     base = base_spec(cls, CPU)
     probes = probes_for(cls, base, CPU)
@@ -404,7 +404,7 @@ def test_every_declared_pair_is_in_a_set(name):
 
 
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
-def test_what_is_dropped_would_be_seen_in_every_set_of_features(name):
+def test_every_feature_shows_in_every_set(name):
     """No feature hides another: the oracle without one of them is far from the oracle."""
     target = BackendUnderTest.of(backend(name), torch.device("cpu"), CPU, quick=False)
     checks = [c for c in checks_for(target.cls, "cpu") if c.group in ("numbers", "pairs")]
@@ -442,7 +442,7 @@ DECLARATIONS = {
 
 
 @pytest.mark.parametrize("fields", DECLARATIONS.values(), ids=DECLARATIONS)
-def test_a_plain_layer_is_found_for_odd_declarations(fields):
+def test_base_spec_for_unusual_declarations(fields):
     cls = changed(**fields)
     base = base_spec(cls, CPU)
     assert not refusals(cls, base, CPU)
@@ -450,7 +450,7 @@ def test_a_plain_layer_is_found_for_odd_declarations(fields):
     assert report.passed, [(o.check.full_name, o.message) for o in report.failures]
 
 
-def test_what_a_declaration_names_is_tried():
+def test_values_named_by_a_declaration_are_probed():
     cls = changed(
         head_size=MultipleOf(24, largest=264),
         block_size=Range(3, 77),
@@ -463,13 +463,13 @@ def test_what_a_declaration_names_is_tried():
     assert verify(cls, "cpu", quick=True, only="garbage/").passed
 
 
-def test_a_backend_that_accepts_no_layer_is_told_why():
+def test_error_for_backend_that_accepts_no_layer():
     cls = changed(num_kv_heads=OneOf(3))
     with pytest.raises(InvalidInputError, match="num_kv_heads=2 is not supported; supported: 3"):
         checks_for(cls, "cpu")
 
 
-def test_a_backend_for_other_devices_is_told_so():
+def test_error_for_backend_of_other_devices():
     cls = changed()
     cls.capabilities = Capabilities(devices=(DeviceMatch(vendor="amd"),))
     with pytest.raises(UnsupportedError, match="does not run on CPU"):
@@ -508,13 +508,13 @@ def _break():
         (_break, "failed", "it raises OSError: no such kernel"),
     ],
 )
-def test_a_check_ends_in_an_outcome(test, status, message):
+def test_every_check_has_an_outcome(test, status, message):
     outcome = run(check_that(test))
     assert (outcome.status, outcome.message) == (status, message)
     assert json.loads(json.dumps(outcome.asdict(), allow_nan=False))["status"] == status
 
 
-def test_an_interrupt_is_no_outcome():
+def test_interrupt_is_raised():
     def interrupt():
         raise KeyboardInterrupt
 
@@ -522,7 +522,7 @@ def test_an_interrupt_is_no_outcome():
         run(check_that(interrupt))
 
 
-def test_a_report_sums_up_its_groups():
+def test_report_summarizes_groups():
     report = Conformance("B", "cpu", [run(check_that(t)) for t in (_fail, _skip)])
     assert not report.passed
     (row,) = report.groups()
@@ -532,11 +532,11 @@ def test_a_report_sums_up_its_groups():
 
 
 @pytest.mark.parametrize("outcomes", [[], [_skip]])
-def test_nothing_checked_is_not_passed(outcomes):
+def test_report_without_passes_is_not_passed(outcomes):
     assert not Conformance("B", "cpu", [run(check_that(t)) for t in outcomes]).passed
 
 
-def test_checks_are_the_same_each_time():
+def test_checks_are_reproducible():
     checks = [checks_for(ReferenceBackend, "cpu") for _ in range(2)]
     assert checks[0] == checks[1]
     names = [check.full_name for check in checks[0]]
@@ -553,7 +553,7 @@ def call(*arguments):
     return CliRunner().invoke(app, ["verify", *arguments])
 
 
-def test_the_command_tells_groups_and_writes_json(tmp_path):
+def test_command_prints_groups_and_writes_json(tmp_path):
     path = tmp_path / "report.json"
     done = call("torch_sdpa", "--device", "cpu", "--quick", "--only", "cache/", "--json", str(path))
     assert done.exit_code == 0, done.output
@@ -564,7 +564,7 @@ def test_the_command_tells_groups_and_writes_json(tmp_path):
     assert {outcome["group"] for outcome in report["outcomes"]} == {"cache"}
 
 
-def test_the_command_tells_failures_as_sentences():
+def test_command_prints_failures_as_sentences():
     with registered(wrong.wrong_backend("drops the soft cap")):
         done = call("WRONG", "--device", "cpu", "--quick", "--only", "soft_cap")
     assert done.exit_code == 1
@@ -584,7 +584,7 @@ def test_the_command_tells_failures_as_sentences():
         (["REFERENCE", "--json", "/no/such/folder/x.json"], "there is no folder"),
     ],
 )
-def test_what_cannot_be_verified_is_exit_code_2(arguments, message):
+def test_unverifiable_backend_gives_exit_code_2(arguments, message):
     done = call(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
@@ -619,7 +619,7 @@ sys.exit(int(status))
 """
 
 
-def test_the_plugin_costs_nothing_and_needs_no_torch_until_it_is_asked(tmp_path):
+def test_plugin_needs_no_torch_until_it_is_used(tmp_path):
     (tmp_path / "test_plain.py").write_text("def test_plain(): pass")
     options = [*PLUGIN, "-q", "--rootdir", str(tmp_path), str(tmp_path)]
     done = run_python("-c", WITHOUT_TORCH, *options, **ALONE)
@@ -648,7 +648,7 @@ def test_mine(check):
 """
 
 
-def test_the_plugin_collects_an_item_for_each_check(tmp_path):
+def test_plugin_collects_an_item_for_each_check(tmp_path):
     fault = CONFTEST.format(examples=str(ROOT / "examples"), fault="ignores sinks")
     (tmp_path / "conftest.py").write_text(fault)
     (tmp_path / "test_mine.py").write_text(OWN_TEST)
@@ -663,14 +663,14 @@ def test_the_plugin_collects_an_item_for_each_check(tmp_path):
     assert "test_mine" not in done.stdout.partition("short test summary")[2]
 
 
-def test_the_plugin_refuses_a_name_that_nobody_has(tmp_path):
+def test_plugin_rejects_unknown_names(tmp_path):
     options = [*PLUGIN, "--rootdir", str(tmp_path), str(tmp_path)]
     done = run_python("-m", "pytest", *options, "--attn-dispatch-verify", "TORCH_SDAP", **ALONE)
     assert done.returncode == 4
     assert "Did you mean TORCH_SDPA?" in done.stderr
 
 
-def test_the_entry_point_names_the_plugin():
+def test_entry_point_names_the_plugin():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.entry-points.pytest11]\nattn_dispatch = "attn_dispatch.conformance.' in text
     assert PLUGIN[1] in text

@@ -60,7 +60,7 @@ KINDS = {
 
 @needs_fifo
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_small_regular_file_is_rejected_at_once(kind, tmp_path, monkeypatch):
+def test_only_small_regular_files_are_read(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     path = make(kind, tmp_path.relative_to(tmp_path))
     start = time.monotonic()
@@ -85,7 +85,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
-def test_json_without_end_is_rejected(content):
+def test_deep_or_long_json_is_rejected(content):
     with pytest.raises(InvalidInputError, match=r"^it is not ") as caught:
         parse_json(content, origin="it", unique_keys=True)
     assert len(str(caught.value)) < 300
@@ -112,7 +112,7 @@ UNWRITABLE = {
 
 @needs_fifo
 @pytest.mark.parametrize("kind", UNWRITABLE)
-def test_what_cannot_be_written_is_rejected_before_the_work(kind, tmp_path, monkeypatch):
+def test_unwritable_file_is_rejected_before_the_work(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = make(kind, tmp_path.relative_to(tmp_path))
     before = sorted(os.listdir(tmp_path))
@@ -133,7 +133,7 @@ def test_a_file_as_a_folder_is_rejected(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_checking_leaves_nothing_and_links_are_followed(tmp_path):
+def test_check_writable_leaves_no_file_and_follows_links(tmp_path):
     check_writable(tmp_path / "new" / "folder" / "file")
     assert list(tmp_path.iterdir()) == []
     link, target = tmp_path / "link", tmp_path / "elsewhere" / "target"
@@ -156,7 +156,7 @@ for _ in range(20):
 """
 
 
-def test_processes_that_change_one_file_lose_nothing(tmp_path):
+def test_processes_share_a_file_without_losses(tmp_path):
     path = tmp_path / "number"
     command = [sys.executable, "-c", ADD_ONE, str(path)]
     workers = [subprocess.Popen(command) for _ in range(4)]
@@ -165,7 +165,7 @@ def test_processes_that_change_one_file_lose_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["number"]  # no lock is left
 
 
-def test_threads_that_change_one_file_lose_nothing(tmp_path):
+def test_threads_share_a_file_without_losses(tmp_path):
     path = tmp_path / "number"
     path.write_text("0")
 
@@ -182,7 +182,7 @@ def test_threads_that_change_one_file_lose_nothing(tmp_path):
     assert path.read_text() == "40"
 
 
-def test_a_lock_that_another_process_keeps_is_an_error_after_a_while(tmp_path):
+def test_lock_of_another_process_times_out(tmp_path):
     with (
         locked(tmp_path / "file"),
         pytest.raises(InvalidInputError, match="another process"),
@@ -191,7 +191,7 @@ def test_a_lock_that_another_process_keeps_is_an_error_after_a_while(tmp_path):
         pass
 
 
-def test_a_lock_file_of_a_process_that_died_locks_nothing(tmp_path):
+def test_lock_file_of_a_dead_process_is_ignored(tmp_path):
     (tmp_path / ".file.lock").write_text("")
     with locked(tmp_path / "file", seconds=1):
         pass
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_written_to(code, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_a_read_only_file_system_is_one_sentence(tmp_path, monkeypatch):
+def test_read_only_file_system_error_is_one_sentence(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 

@@ -1,4 +1,4 @@
-"""ATTN_DISPATCH_CHECK=shadow: what is wrong is caught, what is right is left in peace."""
+"""ATTN_DISPATCH_CHECK=shadow: faults are caught, and right results are not reported."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ FAULTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught_and_named(fault, dtype):
+def test_fault_is_caught_and_named(fault, dtype):
     fields, text = FAULTS[fault]
     step = Step(Case(spec=layer_spec(dtype=dtype, **fields), **LONG))
-    with registered(wrong_backend.wrong_backend(fault)), drifting(text) as told:
+    with registered(wrong_backend.wrong_backend(fault)), drifting(text) as caught:
         found = run(step, "WRONG")
     assert (found.calls, found.compared, found.drifted) == (1, 1, 1)
     assert found.error > found.allowed > 0
-    message = str(told[0].message)
+    message = str(caught[0].message)
     assert message.startswith("Layer model.layers.3.attn#")
     assert "WRONG: " in message
     assert found.message in message
@@ -110,14 +110,14 @@ def test_scales_that_are_ignored_are_named():
         run(step, "WRONG")
 
 
-def test_a_fault_that_does_not_show_is_not_made_up():
+def test_fault_without_effect_is_not_reported():
     step = Step(Case(spec=layer_spec(dtype=torch.bfloat16), **LONG))
     with registered(wrong_backend.wrong_backend("drops the soft cap")):
         assert run(step, "WRONG").drifted == 0
 
 
 @pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
-def test_where_it_is_wrong_is_told(value):
+def test_warning_names_the_wrong_place(value):
     """One value of the second request: its token 4 of 20, head 2."""
 
     def change(output, lse, batch):
@@ -128,7 +128,7 @@ def test_where_it_is_wrong_is_told(value):
         run(step, "WRONG")
 
 
-def test_a_row_that_sees_nothing_must_be_nothing():
+def test_row_without_keys_must_be_0():
     def change(output, lse, batch):
         output[batch.query_start_list[1]] = 1.0
 
@@ -137,7 +137,7 @@ def test_a_row_that_sees_nothing_must_be_nothing():
         run(Step(case), "WRONG")
 
 
-def test_the_part_of_a_routed_batch_that_is_wrong_is_named():
+def test_wrong_part_of_a_routed_batch_is_named():
     def change(output, lse, batch):
         output.mul_(1.5)
 
@@ -146,17 +146,17 @@ def test_the_part_of_a_routed_batch_that_is_wrong_is_named():
         run(step, "prefill=REFERENCE,decode=WRONG")
 
 
-def test_a_layer_warns_once_and_counts_on():
+def test_layer_warns_once_and_keeps_counting():
     def change(output, lse, batch):
         output.mul_(1.5)
 
     step = Step(Case(spec=layer_spec(block_size=None), query_lens=(3,), seq_lens=(3,)))
-    with registered(replacing(change)), warnings.catch_warnings(record=True) as told:
+    with registered(replacing(change)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers = [layer_of(step, backend="WRONG") for _ in range(2)]
         for layer in layers * 3:
             call(layer, step)
-    assert [each.category for each in told] == [ShadowDriftWarning] * 2
+    assert [each.category for each in caught] == [ShadowDriftWarning] * 2
     assert [(found.compared, found.drifted) for found in report()] == [(3, 3)] * 2
 
 
@@ -202,7 +202,7 @@ def losing_nan(**more):
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
-def test_a_nan_that_belongs_there_is_no_drift(name, fields, backend):
+def test_expected_nan_is_not_drift(name, fields, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ShadowDriftWarning)
         if fields == "lse":
@@ -213,7 +213,7 @@ def test_a_nan_that_belongs_there_is_no_drift(name, fields, backend):
 
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_nan_that_becomes_a_number_is_drift(name, fields):
+def test_nan_that_becomes_a_number_is_drift(name, fields):
     if name == "infinite value" and fields != "int8":
         pytest.skip("infinity in a value is no NaN where the values are added up")
     with registered(losing_nan()), drifting("has numbers as its output|off by"):
@@ -223,7 +223,7 @@ def test_a_nan_that_becomes_a_number_is_drift(name, fields):
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_backend_that_declares_it_may_lose_nan(name):
+def test_backend_may_declare_to_lose_nan(name):
     with registered(losing_nan(propagates_nan=False)), warnings.catch_warnings():
         warnings.simplefilter("error", ShadowDriftWarning)
         found = run(planted(name, "lse"), "WRONG")
@@ -232,7 +232,7 @@ def test_a_backend_that_declares_it_may_lose_nan(name):
 
 @pytest.mark.parametrize("declares", [True, False])
 @pytest.mark.parametrize("value", [NAN, 1.0])
-def test_beside_a_nan_the_other_requests_are_compared(value, declares):
+def test_other_requests_are_compared_despite_a_nan(value, declares):
     def change(output, lse, batch):
         output[40, 1] += value  # the decode
 
@@ -242,7 +242,7 @@ def test_beside_a_nan_the_other_requests_are_compared(value, declares):
         run(planted("NaN in a key", "plain"), "WRONG")
 
 
-def test_beside_a_nan_the_other_rows_of_a_request_are_compared():
+def test_other_rows_of_a_request_are_compared_despite_a_nan():
     def change(output, lse, batch):
         output[2] *= 1.5
 
@@ -254,8 +254,8 @@ def test_beside_a_nan_the_other_rows_of_a_request_are_compared():
 
 
 @given(cases("TORCH_SDPA", dtypes=(torch.float32, torch.bfloat16)))
-def test_what_is_right_is_left_in_peace(case):
-    # The values of a row of one or two may cancel: then no error is small beside the largest.
+def test_right_results_are_not_drift(case):
+    # The values of a row of one or two may cancel: then no error is small relative to the largest.
     assume(case.spec.dtype == torch.float32 or case.spec.head_size_v >= 16)
     step = Step(case)
     reset()
@@ -291,18 +291,18 @@ def test_quantized_outputs_are_compared_too(quant, wrong):
 
     fields = {"num_heads": 4, "head_size": 32, "output_quant": quant, "dtype": torch.float32}
     step = Step(Case(spec=layer_spec(**fields), **MIXED))
-    with registered(replacing(change)), warnings.catch_warnings(record=True) as told:
+    with registered(replacing(change)), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = layer_of(step, backend="WRONG")
         call(layer, step, **QUANTS[quant](len(step.query)))
     assert report()[-1].failed == ""
-    assert [each.category for each in told] == [ShadowDriftWarning] * wrong
+    assert [each.category for each in caught] == [ShadowDriftWarning] * wrong
     assert report()[-1].drifted == wrong
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", *FP8[:2], INT8])
 @pytest.mark.parametrize("kv_sharing", [False, True])
-def test_the_check_changes_nothing(kv_cache_dtype, kv_sharing, monkeypatch):
+def test_check_changes_no_result(kv_cache_dtype, kv_sharing, monkeypatch):
     fields = {"kv_cache_dtype": kv_cache_dtype, "kv_sharing": kv_sharing}
     step = Step(Case(spec=layer_spec(dtype=torch.float32, **fields), **MIXED))
     found = []
@@ -327,7 +327,7 @@ def test_layers_of_every_type_are_compared(attn_type):
 # --- Which calls -------------------------------------------------------------------------------
 
 
-def test_the_first_call_of_each_layer_and_every_nth(monkeypatch):
+def test_first_and_every_nth_call_are_compared(monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", "shadow:3")
     step = Step(Case(spec=layer_spec(block_size=None), query_lens=(3,), seq_lens=(3,)))
     layers = [layer_of(step) for _ in range(2)]
@@ -341,13 +341,13 @@ def test_the_first_call_of_each_layer_and_every_nth(monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "every"), [("shadow", 100), ("shadow:7", 7), ("1", 0), ("", 0)])
-def test_how_often_is_in_the_variable(value, every, monkeypatch):
+def test_interval_comes_from_the_variable(value, every, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
     assert shadow_interval() == every
 
 
 @pytest.mark.parametrize("value", ["shadow:", "shadow:0", "shadow:-1", "shadow:x", "shadowy"])
-def test_how_often_must_be_a_number(value, monkeypatch):
+def test_interval_must_be_a_number(value, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
     step = Step(Case(spec=layer_spec(), **MIXED))
     with pytest.raises(InvalidInputError, match=r"is not understood.* shadow:N"):
@@ -355,7 +355,7 @@ def test_how_often_must_be_a_number(value, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "1", ""])
-def test_nothing_is_compared_or_copied_while_it_is_off(value, monkeypatch):
+def test_nothing_is_compared_while_the_check_is_off(value, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
     monkeypatch.setattr(shadow, "begin_shadow", None)
     step = Step(Case(spec=layer_spec(), **MIXED))
@@ -363,7 +363,7 @@ def test_nothing_is_compared_or_copied_while_it_is_off(value, monkeypatch):
     assert report() == ()
 
 
-def test_a_call_that_is_captured_is_not_compared(monkeypatch):
+def test_captured_call_is_not_compared(monkeypatch):
     step = Step(Case(spec=layer_spec(), **MIXED))
     layer = layer_of(step)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
@@ -372,21 +372,21 @@ def test_a_call_that_is_captured_is_not_compared(monkeypatch):
     assert report() == ()
 
 
-def test_a_call_that_cannot_be_compared_says_so_once_and_goes_on(monkeypatch):
+def test_failed_comparison_warns_once_and_the_call_goes_on(monkeypatch):
     def fail(*arguments):
         raise MemoryError("no room for a copy")
 
     monkeypatch.setattr(shadow, "_copy_of_blocks", fail)
     step = Step(Case(spec=layer_spec(), **MIXED))
     layer = layer_of(step)
-    with drifting("cannot be compared with the reference: MemoryError: no room") as told:
+    with drifting("cannot be compared with the reference: MemoryError: no room") as caught:
         for _ in range(2):
             step.check(call(layer, step))
-    assert len(told) == 1
+    assert len(caught) == 1
     assert report()[0].failed == "MemoryError: no room for a copy"
 
 
-def test_after_a_fallback_the_one_that_serves_is_compared():
+def test_substitute_is_compared_after_a_fallback():
     class Failing(ReferenceImpl):
         def forward(self, *arguments, **named):
             raise RuntimeError("no kernel image")
@@ -403,7 +403,7 @@ def test_after_a_fallback_the_one_that_serves_is_compared():
     assert [(found.compared, found.drifted) for found in report()] == [(1, 0)]
 
 
-def test_a_lost_device_is_not_taken_for_a_fault_of_the_check(monkeypatch):
+def test_lost_device_error_is_raised(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -420,7 +420,7 @@ ORDINARY = {"dtype": torch.bfloat16, "num_heads": 8, "head_size": 64, "block_siz
 
 
 @pytest.mark.parametrize("lens", [LONG, {"query_lens": (1, 1), "seq_lens": (300, 17)}], ids=str)
-def test_who_is_picked_here_does_not_drift(device, lens):
+def test_picked_backend_does_not_drift(device, lens):
     step = Step(Case(spec=layer_spec(returns_lse=True, **ORDINARY), **lens), device)
     call(layer_of(step), step)
     (found,) = report()
@@ -429,7 +429,7 @@ def test_who_is_picked_here_does_not_drift(device, lens):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_graph_has_nothing_of_the_reference_in_it():
+def test_graph_does_not_contain_the_reference():
     spec = layer_spec(cuda_graph=True, **ORDINARY)
     step = Step(Case(spec=spec, query_lens=(1, 1), seq_lens=(300, 17)), "cuda")
     layer = layer_of(step)

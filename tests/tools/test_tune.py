@@ -49,8 +49,8 @@ class BrokenImpl(ReferenceImpl):
 
 
 @pytest.fixture
-def contestants():
-    """Backends that take as long as they are told, by a clock that only they move; one is wrong."""
+def implementations():
+    """Backends with given times, by a clock that only they advance; one is wrong."""
     state = {"now": 0.0, "calls": []}
 
     def impl(name, seconds, add=0.0):
@@ -79,12 +79,12 @@ SMALL = layer(num_heads=2, num_kv_heads=1, head_size=8, block_size=4, dtype=torc
 SMALL_GRID = Grid(requests=(1, 3), lengths=(32,))
 
 
-def tuner_of(path, contestants, **more):
+def tuner_of(path, implementations, **more):
     return Tuner(
         CPU,
         path,
         ["STEADY", "BY_SIZE", "WRONG"],
-        clock=contestants["clock"],
+        clock=implementations["clock"],
         rounds=1,
         **more,
     )
@@ -107,9 +107,9 @@ def test_the_grid_has_every_step():
     assert {place_of(case)[0] for case in cases_of("encoder", encoder, Grid())} == {Kind.PREFILL}
 
 
-def test_what_is_measured_becomes_a_table(contestants, tmp_path):
+def test_measurements_become_a_table(implementations, tmp_path):
     path = tmp_path / "table.json"
-    tuner = tuner_of(path, contestants)
+    tuner = tuner_of(path, implementations)
     tasks, notes = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
     done = list(tuner.run(tasks))
     assert not notes
@@ -129,7 +129,7 @@ def test_what_is_measured_becomes_a_table(contestants, tmp_path):
     assert all(row.status == "wrong" for each in done for row in each.problems)
 
 
-def test_a_machine_that_is_busy_in_between_moves_no_time(contestants, tmp_path):
+def test_busy_periods_do_not_change_times(implementations, tmp_path):
     """Most calls of a stretch may be slow; what counts is what a fifth of them stay below."""
     calls = iter(range(10**6))
 
@@ -138,55 +138,55 @@ def test_a_machine_that_is_busy_in_between_moves_no_time(contestants, tmp_path):
 
     class Impl(ReferenceImpl):
         def forward(self, *arguments, **more):
-            contestants["now"] += busy(arguments[5].batch)
+            implementations["now"] += busy(arguments[5].batch)
             return super().forward(*arguments, **more)
 
     steady = registry.candidates()["STEADY"].backend_cls
     steady.get_impl_cls = staticmethod(lambda: Impl)
-    tuner = tuner_of(tmp_path / "table.json", contestants)
+    tuner = tuner_of(tmp_path / "table.json", implementations)
     tuner.rounds = 15
     tasks, _ = tuner.tasks(cases_of("full", SMALL, SMALL_GRID)[:1])
     (done,) = tuner.run(tasks)
     assert done.point.times_us["STEADY"] == 4e6
 
 
-def test_whose_kernels_were_timed_is_kept(contestants, tmp_path, monkeypatch):
+def test_table_keeps_the_kernel_provider(implementations, tmp_path, monkeypatch):
     steady = registry.candidates()["STEADY"].backend_cls
     monkeypatch.setattr(steady, "kernel_provider", classmethod(lambda *_: "somebody's, version 3"))
     path = tmp_path / "table.json"
     for fresh in (True, False):  # a run that goes on keeps what it finds
-        tuner = tuner_of(path, contestants, fresh=fresh)
+        tuner = tuner_of(path, implementations, fresh=fresh)
         tasks, _ = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
         next(tuner.run(tasks))
         (times,) = read_table(path).layers.values()
         assert times.kernel_provider == {"STEADY": "somebody's, version 3"}
 
 
-def test_an_interrupted_run_goes_on(contestants, tmp_path):
+def test_interrupted_run_resumes(implementations, tmp_path):
     path = tmp_path / "table.json"
     cases = cases_of("full", SMALL, SMALL_GRID)
-    tasks, _ = tuner_of(path, contestants).tasks(cases)
-    tuner = tuner_of(path, contestants)
+    tasks, _ = tuner_of(path, implementations).tasks(cases)
+    tuner = tuner_of(path, implementations)
     run = tuner.run(tasks)
     for _ in range(2):
         next(run)
     run.close()  # as Ctrl-C does
     kept = read_table(path).layers[layer_key(SMALL)].points
     assert len(kept) == 2
-    contestants["calls"].clear()
-    again = tuner_of(path, contestants)
+    implementations["calls"].clear()
+    again = tuner_of(path, implementations)
     left, _ = again.tasks(cases)
     assert left == tasks[2:]
     list(again.run(left))
     assert read_table(path).layers[layer_key(SMALL)].points[:2] == kept
-    assert tuner_of(path, contestants).tasks(cases)[0] == []
-    assert len(tuner_of(path, contestants, fresh=True).tasks(cases)[0]) == len(tasks)
+    assert tuner_of(path, implementations).tasks(cases)[0] == []
+    assert len(tuner_of(path, implementations, fresh=True).tasks(cases)[0]) == len(tasks)
 
 
 WIDER = SMALL.replace(num_heads=4)
 
 
-def test_two_runs_that_fill_one_table_lose_nothing(contestants, tmp_path):
+def test_two_runs_can_fill_one_table(implementations, tmp_path):
     """Their points alternate: of two layers, and of one layer at two lengths."""
     path = tmp_path / "table.json"
     steps = (Kind.DECODE, Kind.VERIFY)
@@ -195,7 +195,7 @@ def test_two_runs_that_fill_one_table_lose_nothing(contestants, tmp_path):
         cases_of("wide", WIDER, Grid(steps, (1,), (32,))),
         cases_of("long", SMALL, Grid(steps, (1,), (64,))),
     ]
-    tuners = [tuner_of(path, contestants) for _ in work]
+    tuners = [tuner_of(path, implementations) for _ in work]
     tasks = [tuner.tasks(cases)[0] for tuner, cases in zip(tuners, work, strict=True)]
     runs = [tuner.run(mine) for tuner, mine in zip(tuners, tasks, strict=True)]
     for each in range(max(map(len, tasks))):
@@ -208,13 +208,13 @@ def test_two_runs_that_fill_one_table_lose_nothing(contestants, tmp_path):
     assert os.listdir(tmp_path) == ["table.json"]
 
 
-def test_a_fresh_run_keeps_other_layers_and_drops_old_points_of_its_own(contestants, tmp_path):
+def test_fresh_run_replaces_only_its_own_layers(implementations, tmp_path):
     path = tmp_path / "table.json"
     for spec, lengths in ((SMALL, (32, 64)), (WIDER, (32,))):
-        tuner = tuner_of(path, contestants)
+        tuner = tuner_of(path, implementations)
         list(tuner.run(tuner.tasks(cases_of("full", spec, Grid((Kind.DECODE,), (1,), lengths)))[0]))
     wide = read_table(path).layers[layer_key(WIDER)].points
-    fresh, other = tuner_of(path, contestants, fresh=True), tuner_of(path, contestants)
+    fresh, other = tuner_of(path, implementations, fresh=True), tuner_of(path, implementations)
     long = cases_of("full", SMALL, Grid((Kind.DECODE,), (3,), (128,)))
     list(other.run(other.tasks(long)[0]))  # meanwhile, of the same layer
     tasks, _ = fresh.tasks(cases_of("full", SMALL, Grid((Kind.DECODE,), (1,), (32,))))
@@ -224,14 +224,14 @@ def test_a_fresh_run_keeps_other_layers_and_drops_old_points_of_its_own(contesta
     assert {p.keys for p in layers[layer_key(SMALL)].points} == {32, 3 * 128}
 
 
-def test_what_is_no_table_is_not_overwritten_at_any_time(contestants, tmp_path):
+def test_file_that_is_not_a_table_is_never_overwritten(implementations, tmp_path):
     path = tmp_path / "notes.json"
     path.write_text("mine")
     for fresh in (False, True):
         with pytest.raises(InvalidInputError, match="is not JSON"):
-            tuner_of(path, contestants, fresh=fresh)
+            tuner_of(path, implementations, fresh=fresh)
     path.unlink()
-    tuner = tuner_of(path, contestants)
+    tuner = tuner_of(path, implementations)
     run = tuner.run(tuner.tasks(cases_of("full", SMALL, SMALL_GRID))[0])
     next(run)
     path.write_text("mine")  # by somebody else, in the middle of the run
@@ -242,24 +242,24 @@ def test_what_is_no_table_is_not_overwritten_at_any_time(contestants, tmp_path):
 
 @pytest.mark.parametrize("name", ["requests", "lengths"])
 @pytest.mark.parametrize("numbers", [(10**12,), (0,), (-1,), (2**70,), (True,), (1.5,), (1,) * 65])
-def test_a_grid_that_fits_no_batch_is_rejected_at_once(name, numbers):
+def test_invalid_grid_is_rejected(name, numbers):
     with pytest.raises(InvalidInputError, match=f"^(a number in )?{name}"):
         Grid(**{name: numbers})
 
 
-def test_the_largest_numbers_of_a_grid_make_no_lists():
+def test_largest_grid_numbers_make_no_lists():
     grid = Grid(requests=(1 << 16,), lengths=(1 << 22,))
     assert cases_of("full", SMALL, grid) == []
 
 
-def test_a_backend_that_is_new_is_measured_with_the_others(contestants, tmp_path):
+def test_new_backend_is_measured_with_the_others(implementations, tmp_path):
     path, cases = tmp_path / "table.json", cases_of("full", SMALL, SMALL_GRID)
-    two = Tuner(CPU, path, ["STEADY", "BY_SIZE"], clock=contestants["clock"], rounds=1)
+    two = Tuner(CPU, path, ["STEADY", "BY_SIZE"], clock=implementations["clock"], rounds=1)
     list(two.run(two.tasks(cases)[0]))
-    assert len(tuner_of(path, contestants).tasks(cases)[0]) == len(cases)
+    assert len(tuner_of(path, implementations).tasks(cases)[0]) == len(cases)
 
 
-def test_what_nobody_could_read_is_not_written(contestants, tmp_path):
+def test_unreadable_table_is_not_written(implementations, tmp_path):
     path = tmp_path / "table.json"
     points = [point("decode", 1, 1, keys + 1, STEADY=1) for keys in range(1025)]
     with pytest.raises(InvalidInputError, match="at most 1024"):
@@ -267,7 +267,7 @@ def test_what_nobody_could_read_is_not_written(contestants, tmp_path):
     assert not path.exists()
 
 
-def test_a_point_without_any_result_is_tried_again(contestants, tmp_path):
+def test_point_without_results_is_retried(implementations, tmp_path):
     path, cases = tmp_path / "table.json", cases_of("full", SMALL, SMALL_GRID)[:1]
     with registered(make_backend("BROKEN_A"), make_backend("BROKEN_B")):
         for name in ("BROKEN_A", "BROKEN_B"):
@@ -281,19 +281,19 @@ def test_a_point_without_any_result_is_tried_again(contestants, tmp_path):
     assert not path.exists()
 
 
-def test_a_file_that_is_no_table_of_this_machine_is_not_overwritten(contestants, tmp_path):
+def test_table_of_another_machine_is_not_overwritten(implementations, tmp_path):
     path = tmp_path / "notes.json"
     path.write_text('{"mine": 1}')
     with pytest.raises(InvalidInputError, match=r"notes\.json"):
-        tuner_of(path, contestants)
+        tuner_of(path, implementations)
     write_table(table_of({SPEC: FAST_REFERENCE}, H200), path)
     with pytest.raises(InvalidInputError, match="--fresh"):
-        tuner_of(path, contestants)
+        tuner_of(path, implementations)
     with pytest.raises(UnknownBackendError, match="NO_SUCH"):
         Tuner(CPU, tmp_path / "new.json", ["NO_SUCH"])
 
 
-def test_where_one_alone_computes_the_layer_there_is_nothing_to_compare(tmp_path):
+def test_one_backend_has_nothing_to_compare(tmp_path):
     tuner = Tuner(CPU, tmp_path / "table.json", ["REFERENCE"])
     tasks, notes = tuner.tasks(cases_of("full", SMALL, SMALL_GRID))
     assert tasks == []
@@ -312,7 +312,7 @@ def run(text, code=0):
     return " ".join(result.output.split())
 
 
-def test_tune_measures_keeps_and_shows():
+def test_tune_measures_stores_and_shows():
     text = run(f"{FLAGS} {TINY} --time-budget 0")
     assert "0 measured now, 7 still to do" in text
     text = run(f"{FLAGS} {TINY}")
@@ -328,7 +328,7 @@ def test_tune_measures_keeps_and_shows():
     assert {each.point.step for each in report.measured.comparisons} == {Kind.DECODE, Kind.VERIFY}
 
 
-def test_an_interrupted_command_shows_what_there_is(monkeypatch):
+def test_interrupted_command_shows_its_points(monkeypatch):
     measure, begun = Tuner._measure, []
 
     def interrupted(self, task, clock):
@@ -388,7 +388,7 @@ def test_tune_measures_a_model_and_a_case_file(tmp_path):
     assert [each.key for each in times.points] == [(Kind.DECODE, 2, 2, 22)]
 
 
-def test_tune_says_who_was_wrong(contestants):
+def test_tune_names_wrong_backends(implementations):
     text = run(f"{FLAGS} --backends STEADY,BY_SIZE,WRONG --requests 1 --lengths 32 --rounds 1", 1)
     assert "WRONG is left out, wrong: its error is" in text
 
@@ -412,11 +412,11 @@ def test_tune_says_who_was_wrong(contestants):
         ("--list --output /no/such/file.json", "cannot be read"),
     ],
 )
-def test_tune_refuses_with_words(text, message):
+def test_tune_errors_are_sentences(text, message):
     assert message in run(text, 2)
 
 
-def test_a_file_in_the_cache_that_cannot_be_read_is_measured_anew():
+def test_unreadable_cache_file_is_replaced():
     path = store.table_path(machine_of(detect_device("cpu")))
     path.parent.mkdir(parents=True)
     path.write_text("{")
@@ -429,7 +429,7 @@ def test_a_file_in_the_cache_that_cannot_be_read_is_measured_anew():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_measured_and_a_layer_goes_by_it(tmp_path, monkeypatch):
+def test_layer_on_a_gpu_uses_measured_times(tmp_path, monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     spec = layer_spec(
         num_heads=8, num_kv_heads=2, head_size=64, block_size=16, dtype=torch.bfloat16

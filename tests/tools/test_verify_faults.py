@@ -1,5 +1,5 @@
-"""What `verify` must notice: inputs that are modified, results that are none, NaN that is lost,
-rows that are not written, memory that overlaps, and faults that show only at real sizes."""
+"""Faults that `verify` must catch: modified inputs, invalid results, lost NaN, unwritten rows,
+memory that overlaps, and faults that show only at real sizes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_any_error_has_a_summary_of_one_line(error, text):
 @pytest.mark.parametrize(
     "error", [SystemExit(0), GeneratorExit(), Speechless(), NotText(), Leaves(), MemoryError()]
 )
-def test_whatever_a_backend_raises_fails_the_check_and_not_the_suite(error):
+def test_any_exception_fails_only_its_check(error):
     def forward(impl, compute, arguments, named):
         raise error
 
@@ -116,7 +116,7 @@ def test_whatever_a_backend_raises_fails_the_check_and_not_the_suite(error):
     assert report.failures[0].message == f"it raises {summary_of(error)}"
 
 
-def test_an_interrupt_ends_the_suite():
+def test_interrupt_ends_the_suite():
     def forward(impl, compute, arguments, named):
         raise KeyboardInterrupt
 
@@ -127,7 +127,7 @@ def test_an_interrupt_ends_the_suite():
 @pytest.mark.parametrize(
     "error", [SystemExit(0), GeneratorExit(), Speechless(), ZeroDivisionError()]
 )
-def test_a_backend_that_cannot_say_what_it_supports_is_told_so(error):
+def test_broken_declaration_is_a_backend_failure(error):
     class Backend(ReferenceBackend):
         @staticmethod
         def get_name():
@@ -141,7 +141,7 @@ def test_a_backend_that_cannot_say_what_it_supports_is_told_so(error):
         checks_for(Backend, "cpu")
 
 
-def test_the_command_survives_a_backend_that_exits():
+def test_command_survives_a_backend_that_exits():
     def forward(impl, compute, arguments, named):
         raise SystemExit(0)
 
@@ -182,7 +182,7 @@ MODIFIED = {
 
 
 @pytest.mark.parametrize("name", MODIFIED)
-def test_an_input_that_is_modified_is_named(name):
+def test_modified_input_is_named(name):
     check, modify = MODIFIED[name]
 
     def forward(impl, compute, arguments, named):
@@ -208,7 +208,7 @@ RETURNED = {
 
 
 @pytest.mark.parametrize("kind", RETURNED)
-def test_a_result_that_is_none_is_told_of(kind):
+def test_invalid_result_is_reported(kind):
     change, sentence = RETURNED[kind]
     cls = backend(lambda impl, compute, arguments, named: change(compute(*arguments, **named)))
     found = outcome(cls, "numbers/plain")
@@ -226,7 +226,7 @@ def test_a_result_that_is_none_is_told_of(kind):
         (lambda pair: (pair[0], None), "returned (Tensor, NoneType)"),
     ],
 )
-def test_an_lse_that_is_none_is_told_of(change, sentence):
+def test_invalid_lse_is_reported(change, sentence):
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         return change(returned) if impl.returns_lse else returned
@@ -268,12 +268,12 @@ UNWRITTEN = {
 
 
 @pytest.mark.parametrize("kind", UNWRITTEN)
-def test_rows_that_are_left_unwritten_are_caught(kind):
+def test_unwritten_rows_are_caught(kind):
     which, check = UNWRITTEN[kind]
     assert outcome(backend(_rows_left(which)), check).status == "failed"
 
 
-def test_an_lse_of_padding_that_is_not_written_is_caught():
+def test_unwritten_lse_of_padding_is_caught():
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         if impl.returns_lse:
@@ -284,7 +284,7 @@ def test_an_lse_of_padding_that_is_not_written_is_caught():
     assert "the lse of a row past the batch's tokens is not" in found.message
 
 
-def test_scratch_memory_that_is_taken_for_zeros_is_caught():
+def test_assuming_zeroed_scratch_memory_is_caught():
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         if not impl.returns_lse:
@@ -314,13 +314,13 @@ def _numbers_for_nan(part):
 
 @pytest.mark.parametrize("part", ["output", "lse", "both"])
 @pytest.mark.parametrize("name", ["NaN in queries", "NaN in keys", "all keys infinite"])
-def test_a_nan_that_becomes_a_number_is_caught(part, name):
+def test_nan_that_becomes_a_number_is_caught(part, name):
     found = outcome(backend(_numbers_for_nan(part)), f"non_finite/{name}")
     assert found.status == "failed"
     assert "declares propagates_nan = False" in found.message
 
 
-def test_a_nan_in_values_that_becomes_a_number_is_caught():
+def test_nan_in_values_that_becomes_a_number_is_caught():
     found = outcome(backend(_numbers_for_nan("output")), "non_finite/NaN in values")
     assert found.status == "failed"
 
@@ -341,18 +341,18 @@ def _spread(rows):
 
 @pytest.mark.parametrize("propagates_nan", [True, False])
 @pytest.mark.parametrize("name", ["NaN in queries", "NaN in values"])
-def test_a_nan_that_reaches_another_request_is_caught_whatever_is_declared(name, propagates_nan):
+def test_nan_in_another_request_is_caught_for_any_declaration(name, propagates_nan):
     cls = backend(_spread(lambda batch: batch.query_start_list[-2]), propagates_nan=propagates_nan)
     assert outcome(cls, f"non_finite/{name}").status == "failed"
 
 
-def test_a_nan_that_reaches_a_row_that_does_not_see_it_is_caught():
+def test_nan_in_a_row_that_does_not_see_it_is_caught():
     cls = backend(_spread(lambda batch: batch.query_start_list[1]))  # the first row of the prompt
     found = outcome(cls, "non_finite/NaN in keys")
     assert "there is NaN in a row that sees none" in found.message
 
 
-def test_a_nan_in_values_may_reach_rows_of_its_request():
+def test_nan_in_values_may_spread_within_its_request():
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         output = returned[0] if impl.returns_lse else returned
@@ -367,15 +367,15 @@ def test_a_nan_in_values_may_reach_rows_of_its_request():
 
 
 @pytest.mark.parametrize("forward", [None, _numbers_for_nan("both")], ids=["propagates", "loses"])
-def test_a_backend_is_held_to_its_declaration(forward):
+def test_declared_nan_propagation_is_checked(forward):
     report = verify(backend(forward, propagates_nan=False), "cpu", quick=True, only="non_finite/")
     assert [(o.check.full_name, o.message) for o in report.failures] == []
-    (told,) = (o.message for o in report.outcomes if o.status == "skipped")
-    assert "FAULTY declares propagates_nan = False" in told
+    (message,) = (o.message for o in report.outcomes if o.status == "skipped")
+    assert "FAULTY declares propagates_nan = False" in message
 
 
 @pytest.mark.parametrize("propagates_nan", [True, False])
-def test_rows_that_see_no_key_are_0_whatever_is_declared(propagates_nan):
+def test_rows_without_keys_are_0_for_any_declaration(propagates_nan):
     def forward(impl, compute, arguments, named):
         returned = compute(*arguments, **named)
         output = returned[0] if impl.returns_lse else returned
@@ -392,7 +392,7 @@ def test_rows_that_see_no_key_are_0_whatever_is_declared(propagates_nan):
 # --- Scales ------------------------------------------------------------------------------------
 
 
-def test_a_scale_that_is_not_finite_must_be_rejected():
+def test_non_finite_scale_must_be_rejected():
     def init(arguments, named):
         scale = named["scale"]
         return arguments, {**named, "scale": scale if math.isfinite(scale) else 1.0}
@@ -402,7 +402,7 @@ def test_a_scale_that_is_not_finite_must_be_rejected():
 
 
 @pytest.mark.parametrize("name", ["0", "negative", "tiny", "large", "large and negative"])
-def test_each_kind_of_scale_is_tried(name):
+def test_each_kind_of_scale_is_checked(name):
     def init(arguments, named):
         return arguments, {**named, "scale": 0.5}
 
@@ -422,11 +422,11 @@ def _clears_first(impl, compute, arguments, named):
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "query, a row later"])
-def test_an_output_over_an_input_that_is_computed_wrong_is_caught(name):
+def test_wrong_output_over_an_input_is_caught(name):
     assert outcome(backend(_clears_first), f"overlaps/output over {name}").status == "failed"
 
 
-def test_a_rejection_that_comes_too_late_is_caught():
+def test_rejection_after_a_write_is_caught():
     def forward(impl, compute, arguments, named):
         output = named.get("output")
         if output is not None and output.dtype == arguments[1].dtype:
@@ -466,7 +466,7 @@ def _by_device_lengths(rows):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(4, None), slice(6, None)], ids=str)
-def test_rows_beyond_the_tokens_of_a_graph_are_looked_at(rows):
+def test_padding_rows_of_a_graph_are_checked(rows):
     cls = backend(_by_device_lengths(rows), cuda_graph=OneOf(True, False))
     names = {c.full_name for c in checks_for(cls, "cpu") if c.group == "graphs"}
     assert names == {
@@ -490,7 +490,7 @@ def target_of(cls):
     return BackendUnderTest.of(cls, torch.device("cpu"), CPU, quick=False)
 
 
-def test_without_a_gpu_the_group_of_real_sizes_is_skipped_and_says_why():
+def test_real_sizes_are_skipped_without_a_gpu():
     (found,) = verify(ReferenceBackend, "cpu", quick=True, only="real_sizes/").outcomes
     assert (found.status, found.message) == (
         "skipped",
@@ -500,7 +500,7 @@ def test_without_a_gpu_the_group_of_real_sizes_is_skipped_and_says_why():
 
 @pytest.mark.parametrize("head_size", sizes.HEAD_SIZES)
 @pytest.mark.parametrize("heads", sizes.HEADS, ids=str)
-def test_every_head_size_and_ratio_is_drawn_with_windows_and_all_kinds_of_batches(head_size, heads):
+def test_draws_cover_windows_and_kinds_of_batches(head_size, heads):
     target = target_of(ReferenceBackend)
     found = sizes.draws(target, head_size, heads)
     assert found == sizes.draws(target, head_size, heads)
@@ -519,11 +519,11 @@ def test_every_head_size_and_ratio_is_drawn_with_windows_and_all_kinds_of_batche
     assert max(max(draw.seq_lens) for draw in found) > sizes.LONGEST / 2
 
 
-def test_windows_are_no_multiples_of_a_tile():
+def test_windows_are_not_multiples_of_a_tile():
     assert [window for window in sizes.WINDOWS if not window % 32] == []
 
 
-def test_what_is_not_declared_is_not_drawn():
+def test_undeclared_layers_are_not_drawn():
     target = target_of(backend(head_size=OneOf(64, 32), sliding_window=OneOf(None, 300)))
     assert sizes.draws(target, 96, (8, 2)) == []
     windows = {draw.spec.sliding_window for draw in sizes.draws(target, 64, (8, 2))}
@@ -551,7 +551,7 @@ def _skips_a_tile(impl, compute, arguments, named):
     return returned
 
 
-def test_a_window_that_is_wrong_in_one_row_of_a_tile_is_caught():
+def test_wrong_window_in_one_row_of_a_tile_is_caught():
     target = target_of(backend(_skips_a_tile))
     spec = target.base.replace(
         num_heads=4, num_kv_heads=1, head_size=96, head_size_v=96, dtype=torch.bfloat16,
@@ -568,7 +568,7 @@ def test_a_window_that_is_wrong_in_one_row_of_a_tile_is_caught():
 
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 1)], ids=str)
-def test_what_is_right_passes_at_more_than_a_tile(name, heads):
+def test_right_backends_pass_beyond_one_tile(name, heads):
     from attn_dispatch.selection.registry import registry
 
     target = target_of(registry.candidates()[name].backend_cls)
@@ -577,7 +577,7 @@ def test_what_is_right_passes_at_more_than_a_tile(name, heads):
         assert 0 < finding.error <= finding.allowed < 0.03
 
 
-def test_a_row_of_nan_is_caught():
+def test_row_of_nan_is_caught():
     def forward(impl, compute, arguments, named):
         output = compute(*arguments, **named)
         output[-1, 0, 0] = math.nan
@@ -589,7 +589,7 @@ def test_a_row_of_nan_is_caught():
         sizes.judge(target, draw)
 
 
-def test_a_finding_is_kept_with_the_outcome():
+def test_outcome_keeps_the_finding():
     check = Check("name", "It shows.", LAYER, lambda: ErrorBound(0.25, 0.5))
     assert run(check).finding == ErrorBound(0.25, 0.5)
     assert make_backend("X").propagates_nan
