@@ -1,8 +1,9 @@
 """What a backend can do, as data, and the one function that compares a request with it.
 
-The world is closed: a field of the spec that a backend does not declare is refused, unless the
-request leaves it at the value under which the field changes nothing.
+The world is closed: a request is rejected if it sets a field of the spec that the backend does not
+declare to anything but the field's neutral value.
 """
+# ruff: noqa: D102 (accepts and describe are documented in Constraint)
 
 from __future__ import annotations
 
@@ -41,12 +42,12 @@ __all__ = [
 
 
 class ReasonCode(str, Enum):
-    """Why a candidate is refused."""
+    """Why a candidate is rejected."""
 
     VALUE = "value"
     """The backend declares the field, but not this value."""
     UNDECLARED = "undeclared"
-    """The backend says nothing of the field, and the request sets it."""
+    """The backend does not declare the field, and the request sets it."""
     COMBINATION = "combination"
     """Each value is fine; together they are not."""
     DEVICE = "device"
@@ -66,13 +67,13 @@ class ReasonCode(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """One reason for a refusal, as data.
+    """One reason for a rejection, as data.
 
     Attributes:
-        code: what kind of reason.
-        field: the spec's field, the library, or what else it is about.
-        asked: what the request, the device or the machine has there.
-        allowed: what would be accepted.
+        code: the kind of reason.
+        field: the spec's field, the library, or another subject.
+        asked: the value of the request, the device or the machine.
+        allowed: the accepted values.
         hint: what a user can do about it.
     """
 
@@ -117,56 +118,48 @@ class Constraint(ABC):
 
 @dataclass(frozen=True)
 class _Any(Constraint):
+    description: str
+    has_none: bool
+
     def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
-        return True
+        return self.has_none or value is not None
 
     def describe(self, device: DeviceProfile | None = None) -> str:
-        return "any"
+        return self.description
 
 
-#: Every value is accepted.
-ANY = _Any()
-
-
-@dataclass(frozen=True)
-class _NotNone(Constraint):
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
-        return value is not None
-
-    def describe(self, device: DeviceProfile | None = None) -> str:
-        return "any but None"
-
-
-#: Every value but None is accepted.
-NOT_NONE = _NotNone()
+#: Every value.
+ANY = _Any("any", has_none=True)
+#: Every value but None.
+NOT_NONE = _Any("any but None", has_none=False)
 
 
 class OneOf(Constraint):
-    """Just these values."""
+    """These values."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return value in self.values
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         return ", ".join(str(plain_value(value)) for value in self.values)
 
 
 @dataclass(frozen=True)
 class MultipleOf(Constraint):
-    """Multiples of a number, up to a largest one."""
+    """Multiples of a number, optionally up to a largest one."""
 
     factor: int
     largest: int | None = None
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         if value is None:
             return False
         return value % self.factor == 0 and (self.largest is None or value <= self.largest)
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         upto = "" if self.largest is None else f" up to {self.largest}"
         return f"multiples of {self.factor}{upto}"
 
@@ -178,10 +171,10 @@ class Range(Constraint):
     smallest: float
     largest: float
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return value is not None and self.smallest <= value <= self.largest
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         if self.largest == math.inf:
             return f"{self.smallest} or more"
         return f"{self.smallest} to {self.largest}"
@@ -200,10 +193,10 @@ class SameAs(Constraint):
     def __post_init__(self) -> None:
         _check_known([self.other])
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return bool(value == getattr(spec, self.other))
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         return f"the same as {self.other}"
 
 
@@ -213,15 +206,15 @@ class AnyOf(Constraint):
     def __init__(self, *options: Constraint) -> None:
         self.options = options
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return any(option.accepts(value, spec, device) for option in self.options)
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         return " or ".join(option.describe(device) for option in self.options)
 
 
 class ByDevice(Constraint):
-    """A constraint for each set of devices, the first match counting, and one for the others."""
+    """A constraint for each set of devices, of which the first match counts; one for the rest."""
 
     def __init__(self, *cases: tuple[DeviceMatch, Constraint], otherwise: Constraint) -> None:
         self.cases = cases
@@ -230,10 +223,10 @@ class ByDevice(Constraint):
     def _pick(self, device: DeviceProfile) -> Constraint:
         return next((c for match, c in self.cases if match.matches(device)), self.otherwise)
 
-    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:  # noqa: D102
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
         return self._pick(device).accepts(value, spec, device)
 
-    def describe(self, device: DeviceProfile | None = None) -> str:  # noqa: D102
+    def describe(self, device: DeviceProfile | None = None) -> str:
         if device is not None:
             return self._pick(device).describe(device)
         cases = [
@@ -257,12 +250,11 @@ class Capabilities:
 
     Args:
         devices: the sets of devices that it runs on.
-        requires: libraries with versions, in packaging's form ("triton>=3.6"), each by the name of
-            its module.
-        **fields: a constraint for each field of the spec that the backend knows.
+        requires: requirements in packaging's form ("triton>=3.6"), with the module's name.
+        **fields: a constraint for each field of the spec that the backend supports.
 
     Raises:
-        InvalidInputError: a field is not one of AttentionSpec's, or a value is not of its form.
+        InvalidInputError: a field is not one of AttentionSpec's, or an argument has another type.
     """
 
     def __init__(
@@ -280,7 +272,7 @@ class Capabilities:
                 Requirement(requirement)
             except InvalidRequirement as error:
                 raise InvalidInputError(
-                    f"requires names {requirement!r}, which is no requirement such as "
+                    f"requires has {requirement!r}, which is not a requirement such as "
                     f"'triton>=3.6': {str(error).splitlines()[0]}"
                 ) from error
         for name, constraint in fields.items():
@@ -312,7 +304,7 @@ def _check_all(name: str, values: Any, kind: type) -> None:
 
 
 def compare(spec: AttentionSpec, capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
-    """Every reason for which a backend with these capabilities cannot serve the request here."""
+    """Every reason why a backend with these capabilities cannot compute the request here."""
     return [
         *compare_availability(capabilities, device),
         *_compare_fields(spec, capabilities, device),
@@ -320,7 +312,7 @@ def compare(spec: AttentionSpec, capabilities: Capabilities, device: DeviceProfi
 
 
 def compare_availability(capabilities: Capabilities, device: DeviceProfile) -> list[Reason]:
-    """Every reason for which such a backend cannot run here at all, whatever the request."""
+    """Every reason why a backend cannot run here, for any request."""
     return [*_compare_device(capabilities, device), *_compare_libraries(capabilities, device)]
 
 
@@ -338,15 +330,10 @@ def _compare_libraries(capabilities: Capabilities, device: DeviceProfile) -> lis
         name = library_name(requirement)
         problem = requirement_problem(requirement, device.library(name))
         if problem:
-            fact, remedy = problem
+            fact, hint = problem
+            code = ReasonCode.LIBRARY
             reasons.append(
-                Reason(
-                    code=ReasonCode.LIBRARY,
-                    field=name,
-                    asked=fact,
-                    allowed=requirement,
-                    hint=remedy,
-                )
+                Reason(code=code, field=name, asked=fact, allowed=requirement, hint=hint)
             )
     return reasons
 

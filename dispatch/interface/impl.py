@@ -23,24 +23,18 @@ from attn_dispatch.interface.types import AttentionType
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
 
-__all__ = [
-    "AttentionImpl",
-    "AttentionLayer",
-    "MLAAttentionImpl",
-    "get_kv_scales",
-    "store_new_kv",
-]
+__all__ = ["AttentionImpl", "AttentionLayer", "MLAAttentionImpl", "get_kv_scales", "store_new_kv"]
 
 
 class AttentionLayer(Protocol):
     """The layer that calls an impl. An impl reads the scales of an fp8 KV cache from it.
 
-    A stored value times its scale is the value meant. `_k_scale` and `_v_scale` are float32 of
-    shape () or (num_kv_heads,), on the cache's device. The floats are host copies of the scalar
-    ones, for kernels that take an argument by value; per-head scales have none (NaN).
+    A value is its stored element times the scale. `_k_scale` and `_v_scale` are float32 of shape ()
+    or (num_kv_heads,), on the cache's device. The floats are host copies of scalar scales, for
+    kernels that take an argument by value; NaN for scales per head.
 
-    Queries and probabilities are never quantized here, so `_q_scale` and `_prob_scale` are 1,
-    float32 of shape (), on the same device, and cannot be assigned.
+    Queries and probabilities are never quantized, so `_q_scale` and `_prob_scale` are 1, float32 of
+    shape (), on the same device, and cannot be assigned.
     """
 
     @property
@@ -73,7 +67,7 @@ class AttentionLayer(Protocol):
 
 
 def _check_per_head(name: str, values: Any, heads: int) -> None:
-    """Check slopes or sinks: a number for each query head, or a dense floating-point tensor."""
+    """Check slopes or sinks: numbers or a dense floating-point tensor, one for each query head."""
     if values is None:
         return
     if isinstance(values, torch.Tensor):
@@ -92,8 +86,7 @@ def _check_per_head(name: str, values: Any, heads: int) -> None:
         )
     if shape != (heads,):
         raise InvalidInputError(
-            f"{name} has shape {shape}; the layer has {heads} query heads and needs one value for "
-            "each."
+            f"{name} has shape {shape}; it must be ({heads},), for {heads} query heads."
         )
 
 
@@ -114,7 +107,7 @@ _FEATURES = {
 }
 
 
-@functools.lru_cache(maxsize=4096)  # an error is raised again
+@functools.lru_cache(maxsize=4096)  # for layers that pass; an error is not cached
 def _check_declared(backend_cls: Any, layer: tuple[Any, ...]) -> None:
     """Check that a backend declares the features of an impl, so that it drops no argument."""
     fields = dict(zip(_LAYER_FIELDS, layer, strict=True))
@@ -130,7 +123,7 @@ def _check_declared(backend_cls: Any, layer: tuple[Any, ...]) -> None:
 
 
 class AttentionImpl(ABC, Generic[T]):
-    """Computes one layer's attention. Whether it can was settled by capabilities before.
+    """Computes one layer's attention.
 
     Args:
         num_heads: query heads.
@@ -150,14 +143,14 @@ class AttentionImpl(ABC, Generic[T]):
         alibi_symmetric: the slopes are times -abs(distance), as the spec's alibi="symmetric".
 
     Attributes:
-        alibi: what the spec's field has for such a layer: False, True or "symmetric".
+        alibi: the value of the spec's field for such a layer: False, True or "symmetric".
 
     Raises:
         InvalidInputError: there are not num_heads slopes or sinks, or scale is not a finite number.
         UnsupportedError: the backend does not declare a feature that an argument asks for.
     """
 
-    #: The backend of this class, set when that is defined.
+    #: Set by the definition of the backend.
     backend_cls: ClassVar[Any] = None
 
     def __init__(
@@ -227,7 +220,7 @@ class AttentionImpl(ABC, Generic[T]):
             value: (num_key_tokens, num_kv_heads, head_size_v); None if and only if key is.
             kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored), where stored is
                 stored_head_size(kv_cache_dtype, max(head_size, head_size_v)), which is that
-                maximum itself but for int8; or None for attention over key and value alone.
+                maximum except for int8; or None for attention over key and value only.
             attn_metadata: made by this backend's builder for this batch. None in an engine's
                 profiling run: the output is zeros, and nothing is read or written; see
                 `validation.profiling_output`.
@@ -252,19 +245,14 @@ class AttentionImpl(ABC, Generic[T]):
         kv_cache: torch.Tensor,
         batch: AttentionBatch,
     ) -> None:
-        """Store a batch's new keys and values, as `forward` does; in PyTorch unless overridden.
-
-        The arguments are those of forward, which were checked.
-        """
-
+        """Store a batch's new keys and values as `forward` does; the arguments were checked."""
         store_new_kv(self, layer, key, value, kv_cache, batch)
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """Whether forward can store this layer's output quantized so.
 
         Args:
-            quant_key: one of spec.OUTPUT_QUANTS. The answer to anything else, such as a QuantKey
-                of vLLM, is False.
+            quant_key: one of spec.OUTPUT_QUANTS. False for anything else, e.g. vLLM's QuantKey.
         """
         return False
 
@@ -334,6 +322,6 @@ def store_new_kv(
     if impl.kv_sharing_target_layer_name is not None:
         return
     slots = batch.slot_mapping
-    assert slots is not None  # check_forward saw to it
+    assert slots is not None  # by check_forward
     rows = len(slots)
     write_rows(key[:rows], value[:rows], kv_cache, slots, layer._k_scale, layer._v_scale)

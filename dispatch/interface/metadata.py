@@ -30,13 +30,13 @@ __all__ = [
 
 @dataclass
 class AttentionMetadata(ABC):
-    """What a backend needs to know of a batch, made once per batch by its builder.
+    """A backend's view of a batch, made once per batch by its builder.
 
     Attributes:
-        num_prefills: requests in the prefill phase. The counts are for the engine and its logs:
+        num_prefills: requests in the prefill phase. The counts are for the engine and its logs;
             backends plan from the batch.
-        num_prefill_tokens: their new tokens, together.
-        num_decode_tokens: the new tokens of the requests in the decode phase.
+        num_prefill_tokens: new tokens of these requests.
+        num_decode_tokens: new tokens of the requests in the decode phase.
         slot_mapping: (num_tokens,) int64, where each new token's key and value go in the cache:
             block * block_size + offset, or −1 for a token that is padding. None without a cache.
         multi_modal_placeholder_index_maps: modality -> the ranges that its items take, or None.
@@ -55,12 +55,12 @@ class AttentionMetadata(ABC):
     @property
     @abstractmethod
     def prefill_metadata(self) -> AttentionMetadata | None:
-        """The same for the requests in the prefill phase alone, or None if there are none."""
+        """The metadata of the requests in the prefill phase, or None if there are none."""
 
     @property
     @abstractmethod
     def decode_metadata(self) -> AttentionMetadata | None:
-        """The same for the requests in the decode phase alone, or None if there are none."""
+        """The metadata of the requests in the decode phase, or None if there are none."""
 
     def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
         """The fields by name, tensors shared and not copied (`dataclasses.asdict` copies them)."""
@@ -76,7 +76,7 @@ T = TypeVar("T", bound=AttentionMetadata)
 
 
 class AttentionMetadataBuilder(ABC, Generic[T]):
-    """Turns an engine's batch into a backend's metadata, once per batch for all alike layers.
+    """Turns an engine's batch into a backend's metadata, once for all layers of the same spec.
 
     Args:
         spec: the layers that the metadata is for.
@@ -86,7 +86,7 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
         UnsupportedError: the backend does not declare these layers.
     """
 
-    #: The backend of this class, set when that is defined.
+    #: Set by the definition of the backend.
     backend_cls: ClassVar[Any] = None
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
@@ -104,22 +104,22 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
         """
 
 
-#: The fields that metadata has from its batch.
+#: The fields that metadata reads from its batch.
 _OF_BATCH = frozenset(field.name for field in dataclasses.fields(AttentionMetadata))
 
 
 def _of_batch(name: str) -> Any:
-    """A field of metadata that is its batch's. Assigning it builds the metadata again."""
+    """A field that is read from the batch. Assigning it rebuilds the metadata."""
 
     def put(metadata: BatchMetadata, value: Any) -> None:
         if not metadata._is_given(name, value):
-            metadata._build_again(name, value)
+            metadata._rebuild(name, value)
 
     return property(operator.attrgetter(f"batch.{name}"), put)
 
 
 def _counted(name: str, count: Callable[[AttentionBatch], int]) -> Any:
-    """A field of metadata that is counted in its batch, and cannot be assigned."""
+    """A field that is counted in the batch, and cannot be assigned."""
 
     def get(metadata: BatchMetadata) -> int:
         return count(metadata.batch)
@@ -140,22 +140,22 @@ def _prompts(batch: AttentionBatch) -> BatchTotals:
 
 @functools.cache
 def _factories(cls: type[BatchMetadata]) -> tuple[tuple[str, Callable[[], Any]], ...]:
-    """The defaults that a subclass makes again for each instance."""
+    """The default factories of a subclass's fields."""
     made = ((field.name, field.default_factory) for field in dataclasses.fields(cls))
     return tuple((name, make) for name, make in made if make is not dataclasses.MISSING)
 
 
 @dataclass
 class BatchMetadata(AttentionMetadata):
-    """Metadata that keeps its batch; what a backend adds goes into a subclass's further fields.
+    """Metadata that keeps its batch; a subclass adds a backend's plan as further fields.
 
     The fields of AttentionMetadata are read from the batch. Assigning `slot_mapping`,
-    `multi_modal_placeholder_index_maps` or `enable_kv_scales_calculation` builds the metadata
-    again, from a batch with the new value. Assigning a count raises AttributeError.
+    `multi_modal_placeholder_index_maps` or `enable_kv_scales_calculation` rebuilds the metadata
+    from a batch with the new value. Assigning a count raises AttributeError.
 
     Raises:
-        InvalidInputError: an assigned value does not fit the batch, and the metadata stays as it
-            was; or a constructor's arguments contradict its batch.
+        InvalidInputError: an assigned value does not fit the batch, and the metadata is unchanged;
+            or the constructor's arguments contradict the batch.
     """
 
     batch: AttentionBatch
@@ -175,16 +175,15 @@ class BatchMetadata(AttentionMetadata):
         """The metadata of a batch; `more` are a subclass's further fields.
 
         Raises:
-            InvalidInputError: the batch contradicts itself, or it brings a mask and the layers
-                were not said to take one.
+            InvalidInputError: the batch is inconsistent, or it has a mask and the spec has not.
         """
         batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
             raise InvalidInputError(
-                "The batch has a custom_mask, and the layer was described without one, so it "
-                "would be ignored. Describe the layer with custom_mask=True."
+                "The batch has a custom_mask, and the layer's spec has none, so it would be "
+                "ignored. Make the layer with custom_mask=True."
             )
-        metadata = cls.__new__(cls)  # the constructor would take what the batch has already
+        metadata = cls.__new__(cls)  # the constructor takes the batch's fields too
         metadata.batch, metadata.builder = batch, builder
         for name, make in _factories(cls):
             if name not in more:
@@ -198,7 +197,7 @@ class BatchMetadata(AttentionMetadata):
         given = self.__dict__.pop("_given", None)
         if given is None:
             return
-        # Slots and the wish for scales are read at each call; a builder may plan by the rest.
+        # These two are read at each call; a builder may plan by the others.
         read = {name: given.pop(name) for name in ("slot_mapping", "enable_kv_scales_calculation")}
         if any(value is not getattr(self, name) for name, value in read.items()):
             self.batch = dataclasses.replace(self.batch, **read)
@@ -210,13 +209,13 @@ class BatchMetadata(AttentionMetadata):
             )
 
     def _is_given(self, name: str, value: Any) -> bool:
-        """Whether a field is not assigned but set by the generated constructor; it keeps it."""
+        """Keep a value that the generated constructor sets; False for any later assignment."""
         if "builder" in self.__dict__:
             return False
         self.__dict__.setdefault("_given", {})[name] = value
         return True
 
-    def _build_again(self, name: str, value: Any) -> None:
+    def _rebuild(self, name: str, value: Any) -> None:
         """Become the metadata of a batch in which this attribute has another value."""
         if name == "slot_mapping" and not (value is None or isinstance(value, torch.Tensor)):
             raise InvalidInputError(
@@ -230,7 +229,7 @@ class BatchMetadata(AttentionMetadata):
             setattr(self, field, getattr(fresh, field))
 
     def ranges_of(self, request: int) -> list[tuple[int, int]]:
-        """The ranges [start, end) whose tokens see each other; none if the layers know none."""
+        """The ranges [start, end) whose tokens see each other, if the layers have ranges."""
         if not self.builder.spec.bidirectional_ranges:
             return []
         maps = self.multi_modal_placeholder_index_maps or {}
@@ -244,12 +243,12 @@ class BatchMetadata(AttentionMetadata):
 
     @property
     def prefill_metadata(self) -> AttentionMetadata | None:
-        """The same for the requests in the prefill phase, or None."""
+        """The metadata of the requests in the prefill phase, or None."""
         return self._by_phase.get(Phase.PREFILL)
 
     @property
     def decode_metadata(self) -> AttentionMetadata | None:
-        """The same for the requests in the decode phase, or None."""
+        """The metadata of the requests in the decode phase, or None."""
         return self._by_phase.get(Phase.DECODE)
 
 

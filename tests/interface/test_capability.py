@@ -264,7 +264,7 @@ WRONG_DECLARATIONS = {
     "one library instead of a tuple": (ANYWHERE | {"requires": "triton"}, "not a tuple of str"),
     "a requirement that is none": (
         ANYWHERE | {"requires": ("triton=>3",)},
-        "'triton=>3', which is no requirement",
+        "'triton=>3', which is not a requirement",
     ),
 }
 

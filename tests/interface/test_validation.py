@@ -444,7 +444,7 @@ BAD_BUILDS = {
     "a mask that the layer was not described with": (
         {},
         {"custom_mask": torch.ones(5 * 5).bool()},
-        "Describe the layer with custom_mask=True",
+        "Make the layer with custom_mask=True",
     ),
     "a mask of the wrong size": (
         {"custom_mask": True},
