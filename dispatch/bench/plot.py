@@ -156,7 +156,7 @@ def _lines(pyplot: Any, report: BenchReport, results: list[CaseResult], sweep: s
 
     for index, name in enumerate(_timed_names(report)):
         points = {
-            at(result): row.timing.median_us
+            at(result): row.median_us
             for result in results
             if (row := result.best(name)) is not None and row.timing is not None
         }

@@ -127,7 +127,7 @@ def rate_of(result: CaseResult, row: Row) -> str:
         return ""
     case = result.case
     amount, unit = (case.bytes, "B/s") if case.kind == "decode" else (case.flops, "FLOP/s")
-    per_s = amount / row.timing.median_us * 1e6
+    per_s = amount / row.median_us * 1e6
     return f"{per_s / 1e12:.2f} T{unit}" if per_s >= 1e11 else f"{per_s / 1e9:.3g} G{unit}"
 
 
@@ -200,10 +200,10 @@ def _cells(result: CaseResult, row: Row, ceilings: Ceilings) -> list[str]:
         return [shown, "-", "-", "-", error, "-"]
     share = result.share(row, ceilings)
     return [
-        _time(row.timing.median_us),
+        _time(row.median_us),
         rate_of(result, row),
         "" if share is None else f"{share:.0%}",
-        f"{row.timing.median_us / result.fastest_us:.2f}",
+        f"{row.median_us / result.fastest_us:.2f}",
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.host_us is None else _time(row.host_us),
     ]
@@ -212,7 +212,7 @@ def _cells(result: CaseResult, row: Row, ceilings: Ceilings) -> list[str]:
 def _print_summary(console: Console, report: BenchReport) -> None:
     """The times of the picks, relative to the fastest implementations."""
     ratios = [
-        picked.timing.median_us / result.fastest_us
+        picked.median_us / result.fastest_us
         for result in report.results
         if (picked := result.best(result.picked_row)) is not None and picked.timing is not None
     ]

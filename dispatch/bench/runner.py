@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -66,10 +67,15 @@ class Row:
     timing: Timing | None = None
     host_us: float | None = None
 
+    @property
+    def median_us(self) -> float:
+        """The time; infinite without one."""
+        return math.inf if self.timing is None else self.timing.median_us
+
     def asdict(self) -> dict[str, Any]:
         """As JSON-ready data: an error that is not finite is a text."""
         data = dataclasses.asdict(self)
-        if self.error is not None and not torch.tensor(self.error).isfinite():
+        if self.error is not None and not math.isfinite(self.error):
             data["error"] = str(self.error)
         return data
 
@@ -101,16 +107,13 @@ class CaseResult:
 
     def best(self, name: str) -> Row | None:
         """The fastest row of an implementation; if none is timed, the first, which has a reason."""
-        own = [row for row in self.rows if row.name == name]
-        timed = [row for row in own if row.timing is not None]
-        if timed:
-            return min(timed, key=lambda row: row.timing.median_us if row.timing else 0.0)
-        return own[0] if own else None
+        own = (row for row in self.rows if row.name == name)
+        return min(own, key=lambda row: row.median_us, default=None)
 
     @property
     def fastest_us(self) -> float:
-        """The shortest time of all rows; there must be one."""
-        return min(row.timing.median_us for row in self.rows if row.timing is not None)
+        """The shortest time of all rows."""
+        return min(row.median_us for row in self.rows)
 
     @property
     def names(self) -> list[str]:
@@ -129,7 +132,7 @@ class CaseResult:
         read_us = self.case.bytes / ceilings.read_tb_s / 1e6
         product_us = self.case.flops / ceilings.matmul_tflops / 1e6
         least = {"decode": read_us, "prefill": product_us}
-        return least.get(self.case.kind, max(read_us, product_us)) / row.timing.median_us
+        return least.get(self.case.kind, max(read_us, product_us)) / row.median_us
 
     def asdict(self, ceilings: Ceilings) -> dict[str, Any]:
         """As JSON-ready data, with rates and shares of the ceilings."""
@@ -137,8 +140,8 @@ class CaseResult:
         for row in self.rows:
             data = row.asdict()
             if row.timing is not None:
-                moved = self.case.bytes / row.timing.median_us / 1e6
-                done = self.case.flops / row.timing.median_us / 1e6
+                moved = self.case.bytes / row.median_us / 1e6
+                done = self.case.flops / row.median_us / 1e6
                 data |= {
                     "tb_s": moved,
                     "tflops": done,
@@ -153,10 +156,10 @@ class CaseResult:
             "kind": self.case.kind,
             "bytes": self.case.bytes,
             "flops": self.case.flops,
+            "allowed_error": self.allowed,
             "skipped": self.skipped,
             "picked": self.picked,
             "picked_row": self.picked_row,
-            "allowed_error": self.allowed,
             "sdpa_error": self.sdpa_error,
             "sampled_requests": self.sampled_requests,
             "sampled_rows": self.sampled_rows,

@@ -44,8 +44,7 @@ def _drop(**fields: Any) -> _Change:
 
 
 def _double_slopes(step: EngineStep) -> None:
-    assert step.slopes is not None
-    step.slopes = [2 * slope for slope in step.slopes]
+    step.slopes = [2 * slope for slope in step.slopes or ()]
 
 
 def _raise_sinks(step: EngineStep) -> None:
@@ -58,8 +57,7 @@ def _double_scale(step: EngineStep) -> None:
 
 
 def _flip_masks(step: EngineStep) -> None:
-    assert step.masks is not None
-    step.masks = [~mask for mask in step.masks]
+    step.masks = [~mask for mask in step.masks or ()]
     step.batch = step._make_batch()
 
 
@@ -95,19 +93,19 @@ def _change_cached(index: int) -> _Change:
     return change
 
 
+#: Feature -> its value in a layer without it.
+_OFF = {
+    "logits_soft_cap": None,
+    "sliding_window": None,
+    "alibi": False,
+    "sinks": False,
+    "custom_mask": False,
+    "bidirectional_ranges": False,
+}
 #: Input -> the fields that it needs, the change, and whether the impl is made again for it. If not,
 #: the same impl must keep nothing of the earlier call.
 _INPUTS: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
-    "logits_soft_cap on and off": (("logits_soft_cap",), _drop(logits_soft_cap=None), True),
-    "sliding_window on and off": (("sliding_window",), _drop(sliding_window=None), True),
-    "alibi on and off": (("alibi",), _drop(alibi=False), True),
-    "sinks on and off": (("sinks",), _drop(sinks=False), True),
-    "custom_mask on and off": (("custom_mask",), _drop(custom_mask=False), True),
-    "bidirectional_ranges on and off": (
-        ("bidirectional_ranges",),
-        _drop(bidirectional_ranges=False),
-        True,
-    ),
+    **{f"{name} on and off": ((name,), _drop(**{name: off}), True) for name, off in _OFF.items()},
     "slopes": (("alibi",), _double_slopes, True),
     "sinks, in place": (("sinks",), _raise_sinks, False),
     "scale": ((), _double_scale, True),

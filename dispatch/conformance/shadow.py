@@ -153,29 +153,27 @@ def _warn(message: str) -> None:
     warnings.warn(message, ShadowDriftWarning, stacklevel=6)
 
 
+@dataclass
 class ShadowCall:
     """One call that is compared: its inputs, with the cache as it was before.
 
-    Args:
+    Attributes:
         found: the layer's comparisons, which this one is added to.
         layer, query, key, value, kv_cache, batch: of the call.
     """
 
-    def __init__(
-        self,
-        found: LayerDrift,
-        layer: Attention,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
-        batch: AttentionBatch,
-    ) -> None:
-        self._found, self._layer, self._spec = found, layer, layer.spec
-        self._query, self._key, self._value = query, key, value
-        if kv_cache is not None:
-            kv_cache, batch = _copy_of_blocks(kv_cache, batch)
-        self._kv_cache, self._batch = kv_cache, batch
+    found: LayerDrift
+    layer: Attention
+    query: torch.Tensor
+    key: Any
+    value: Any
+    kv_cache: torch.Tensor | None
+    batch: AttentionBatch
+
+    def __post_init__(self) -> None:
+        self._spec = self.layer.spec
+        if self.kv_cache is not None:
+            self.kv_cache, self.batch = _copy_of_blocks(self.kv_cache, self.batch)
 
     def compare(
         self,
@@ -198,13 +196,13 @@ class ShadowCall:
         try:
             outcome = self._outcome()
         except Exception as error:
-            _note_failure(self._found, error)
+            _note_failure(self.found, error)
         else:
-            _note(self._found, *outcome)
+            _note(self.found, *outcome)
 
     def _outcome(self) -> tuple[ErrorBound, str]:
         """The error, and what is wrong or ""."""
-        rows = slice(self._batch.num_tokens)
+        rows = slice(self.batch.num_tokens)
         expected, expected_lse = (_to_float64(each[rows]) for each in self._by_reference())
         scale, block_scale = self._scales
         groups = None if block_scale is None else block_scale[rows]
@@ -246,19 +244,19 @@ class ShadowCall:
         return judged, f"{wrong}; worst in {self._place(token)}, head {head}"
 
     def _rows_of(self, request: int) -> slice:
-        return slice(*self._batch.query_start_list[request : request + 2])
+        return slice(*self.batch.query_start_list[request : request + 2])
 
     def _request_of(self, token: int) -> int:
-        return bisect.bisect_right(self._batch.query_start_list, token) - 1
+        return bisect.bisect_right(self.batch.query_start_list, token) - 1
 
     def _place(self, token: int) -> str:
         request = self._request_of(token)
-        return f"request {request}, token {token - self._batch.query_start_list[request]}"
+        return f"request {request}, token {token - self.batch.query_start_list[request]}"
 
     def _backend_of(self, request: int) -> tuple[str, bool]:
         """The backend that computed a request, and whether it declares to propagate NaN."""
-        phase = self._batch.phases[request]
-        name = next(iter(self._layer.selections.values())).name
+        phase = self.batch.phases[request]
+        name = next(iter(self.layer.selections.values())).name
         if isinstance(self._metadata, RoutedMetadata):
             parts = self._metadata.parts
             name = next(part.backend for part in parts if part.phase in (None, phase))
@@ -271,7 +269,7 @@ class ShadowCall:
         if not bool(rows.any()):
             return rows
         found = torch.zeros_like(rows)
-        for request in range(self._batch.num_reqs):
+        for request in range(self.batch.num_reqs):
             found[self._rows_of(request)] = not self._backend_of(request)[1]
         return rows & found
 
@@ -280,21 +278,21 @@ class ShadowCall:
 
         Only requests with a result that is not finite are searched.
         """
-        rows = torch.zeros(self._batch.num_tokens, dtype=torch.bool, device=results[0].device)
+        rows = torch.zeros(self.batch.num_tokens, dtype=torch.bool, device=results[0].device)
         strange = torch.stack([(~each.isfinite()).flatten(1).any(1) for each in results]).any(0)
         for request in {self._request_of(token) for token in strange.nonzero().flatten().tolist()}:
             own = self._rows_of(request)
-            inputs = (self._query[own], *self._keys_of(request))
+            inputs = (self.query[own], *self._keys_of(request))
             rows[own] = not all(bool(each.isfinite().all()) for each in inputs)
         return rows
 
     def _by_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) by REFERENCE, which writes to only the copy of the cache."""
-        layer, query = self._layer, self._query
+        layer, query = self.layer, self.query
         spec = self._spec.replace(output_quant=None, returns_lse=True, cuda_graph=False)
         impl = ReferenceBackend.make_impl(spec, **layer._impl_arguments())
-        metadata = ReferenceBackend.make_builder(spec, query.device).build(self._batch)
-        found = impl.forward(layer, query, self._key, self._value, self._kv_cache, metadata)
+        metadata = ReferenceBackend.make_builder(spec, query.device).build(self.batch)
+        found = impl.forward(layer, query, self.key, self.value, self.kv_cache, metadata)
         assert isinstance(found, tuple)
         return found
 
@@ -325,7 +323,7 @@ class ShadowCall:
         If no row sees a later one, the rows before the token do not depend on those after it: then
         a few rows are enough, however long the request is.
         """
-        layer, batch, spec = self._layer, self._batch, self._spec
+        layer, batch, spec = self.layer, self.batch, self._spec
         request = self._request_of(token)
         first, end = batch.query_start_list[request : request + 2]
         keys, values = self._keys_of(request)
@@ -344,8 +342,8 @@ class ShadowCall:
             Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
             layer=layer,
             scale=layer.scale,
-            query=self._query[rows],
-            queries=[self._query[rows].cpu().double()],
+            query=self.query[rows],
+            queries=[self.query[rows].cpu().double()],
             keys=[keys],
             values=[values],
             masks=[batch.request_mask(request).cpu()] if spec.custom_mask else None,
@@ -356,17 +354,15 @@ class ShadowCall:
 
     def _keys_of(self, request: int) -> tuple[torch.Tensor, ...]:
         """A request's keys and values, scales applied: (seq_len, num_kv_heads, size) float64."""
-        spec, batch, cache = self._spec, self._batch, self._kv_cache
+        spec, batch, cache = self._spec, self.batch, self.kv_cache
         if cache is None:
-            assert self._key is not None
-            assert self._value is not None
             rows = slice(*batch.key_starts[request : request + 2])
-            return self._key[rows].cpu().double(), self._value[rows].cpu().double()
+            return self.key[rows].cpu().double(), self.value[rows].cpu().double()
         assert batch.block_table is not None
         blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
         dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
         views = view_kv_cache(cache, spec.head_size, spec.head_size_v)
-        scales = get_kv_scales(self._layer, cache)
+        scales = get_kv_scales(self.layer, cache)
         return tuple(
             gather_kv(view, blocks, seq_len, scale, dtype).cpu().double()
             for view, scale in zip(views, scales, strict=True)
