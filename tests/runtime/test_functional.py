@@ -142,7 +142,7 @@ INT8_CACHE = torch.zeros(3, 2, 4, 2, 32, dtype=torch.int8)
 K, TABLE = torch.zeros(5, 2, 8), torch.tensor([[0, 1]]).int()
 BAD_CALLS = {
     "a batch dimension": ((Q[None], K, K), {}, "query must be a tensor of 3 .* without a batch"),
-    "no tensor": ((Q.numpy(), K, K), {}, "query is a ndarray; give a torch.Tensor"),
+    "no tensor": ((Q.numpy(), K, K), {}, "query is a ndarray; it must be a dense torch.Tensor"),
     "no keys": ((Q,), {}, "Give key and value, or kv_cache and block_table"),
     "key without value": ((Q, K), {}, "key and value go together"),
     "cache without block table": ((Q, K, K), {"kv_cache": CACHE}, "go together"),
