@@ -68,14 +68,7 @@ class PageMatrix:
 def tma_descriptor(
     tensor: torch.Tensor, shape: Sequence[int], row_stride: int, box: tuple[int, int]
 ) -> Any:
-    """A TMA descriptor of a tensor's memory, as a matrix of this shape, in boxes.
-
-    Args:
-        tensor: of 16-bit values.
-        shape: rows and columns; these are contiguous.
-        row_stride: of rows, in elements.
-        box: rows and columns that TMA loads at a time.
-    """
+    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes."""
     descriptor_cls, layout = _in_boxes(*box)
     return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
 

@@ -376,9 +376,11 @@ def hopper_prefill_kernel(
     D: gl.constexpr = CONFIG.D
     STAGES: gl.constexpr = CONFIG.STAGES
     dtype: gl.constexpr = q_desc.dtype
-    q_ring = make_ring(dtype, 1, 2, 64, D, q_desc.layout, 2)
-    k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, k_desc.layout, 2)
-    v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, v_desc.layout, 2)
+    Q: gl.constexpr = q_desc.layout
+    KV: gl.constexpr = k_desc.layout
+    q_ring = make_ring(dtype, 1, 2, 64, D, Q, 2)
+    k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
+    v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     fence_async_shared()
     schedule = _Schedule(tiles_ptr, num_tiles, window, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap)
