@@ -53,7 +53,7 @@ def check_format(path: Path) -> None:
     """Check, before the run, that a chart can have the format of the file's ending.
 
     Raises:
-        InvalidInputError: matplotlib is not installed, or does not know the format.
+        InvalidInputError: matplotlib is not installed, or does not support the format.
     """
     load_pyplot()
     from matplotlib.backend_bases import FigureCanvasBase

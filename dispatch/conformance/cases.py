@@ -3,7 +3,7 @@
 A `Case` is plain data: a failure prints it in one line, and it can be made again. `CaseTensors` has
 the tensors of a call and computes what the call should return. An `EngineStep` makes them up for a
 case: a cache whose unused slots hold NaN, a block table whose unused entries hold garbage, rows
-that lie in memory as an engine's do.
+in the memory layouts of an engine.
 """
 
 from __future__ import annotations

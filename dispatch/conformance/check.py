@@ -43,7 +43,7 @@ _NEAR_CAP = 0.2
 
 
 class Skipped(Exception):
-    """A check does not apply here; the message says why."""
+    """A check does not apply here; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class BackendUnderTest:
         device: of its tensors.
         profile: the device as capabilities describe it.
         base: the plain layer that everything is tried on.
-        probes: every value that is tried, declared or refused.
+        probes: every value that is tried, declared or not.
         quick: run fewer checks.
     """
 
@@ -206,7 +206,7 @@ class BackendUnderTest:
         return not refusals(self.cls, spec, self.profile)
 
     def spec_with(self, *names: str, **fields: Any) -> AttentionSpec | None:
-        """The plain layer with the first declared value of these fields; None if refused.
+        """The plain layer with the first declared value of these fields; None if rejected.
 
         Args:
             *names: fields of which any value will do.
@@ -245,7 +245,7 @@ class BackendUnderTest:
             **more: as for `EngineStep.forward`.
 
         Raises:
-            Skipped: it cannot run, and by now the backend refuses the layer.
+            Skipped: it cannot run, and by now the backend rejects the layer.
             CheckFailed: it modified its inputs, or returned what is no result.
         """
         if cache is None and step.kv_cache is not None:

@@ -1,4 +1,4 @@
-"""Compares a result with the oracle; if it is too far off, says what it looks like instead."""
+"""Compares a result with the oracle; if it is too far off, finds what it looks like instead."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def require_returned(step: CaseTensors, returned: Any) -> tuple[torch.Tensor, to
     """Output and LSE of what a forward returned, checked for their shapes and dtypes.
 
     Raises:
-        CheckFailed: it is something else; the message says what.
+        CheckFailed: it is something else, which the message names.
     """
     spec, rows = step.spec, len(step.query)
     parts = returned if isinstance(returned, tuple) else (returned,)
@@ -120,7 +120,7 @@ def compare_with_oracle(
         propagates_nan: as the backend declares it.
 
     Raises:
-        CheckFailed: it is wrong; the message says what it looks like instead.
+        CheckFailed: it is wrong; the message has what it looks like instead.
     """
     output, lse = require_returned(step, returned)
     expected, expected_lse = step.expected()

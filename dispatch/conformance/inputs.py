@@ -287,7 +287,7 @@ def rows(target: BackendUnderTest) -> list[Check]:
 
 
 def memory(target: BackendUnderTest) -> Iterator[Check]:
-    """Queries, keys and values may be views; the output goes where the caller wants it."""
+    """Queries, keys and values may be views; the caller may give the output."""
     base = target.base
     table: dict[str, Any] = {
         f"{how} rows": (

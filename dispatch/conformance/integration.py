@@ -42,7 +42,7 @@ def batches(target: BackendUnderTest) -> Iterator[Check]:
         "decodes first": ((1, 1, 1, 24, 18), (39, 4, 17, 24, 50)),
         "prefills first": ((24, 18, 1, 1, 1), (24, 50, 39, 4, 17)),
         "mixed": ((18, 1, 24, 1, 3), (50, 39, 24, 4, 21)),
-        "decodes alone": ((1, 1, 1, 1), (1, 16, 17, 61)),
+        "only decodes": ((1, 1, 1, 1), (1, 16, 17, 61)),
         "one decode": ((1,), (33,)),
         "one prompt": ((37,), (37,)),
         "chunks": ((5, 16, 1), (50, 33, 2)),
@@ -56,7 +56,7 @@ def batches(target: BackendUnderTest) -> Iterator[Check]:
     yield from checks_of_cases(target, cases)
     if AttentionType(base.attn_type).has_kv_cache and base.block_size is not None:
         yield Check(
-            "each phase alone",
+            "each phase by itself",
             "The metadata of each phase gives the same as that of the whole batch.",
             base,
             partial(_phase_by_phase, target),
@@ -296,7 +296,7 @@ def bits(target: BackendUnderTest) -> Iterator[Check]:
     if spec is None:
         return
     orders = {
-        "alone and in company": None,
+        "by itself and in a batch": None,
         "in another order": (4, 2, 5, 0, 1, 3),
         "twice": (0, 1, 2, 3, 4, 5),
     }

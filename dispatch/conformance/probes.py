@@ -1,7 +1,7 @@
 """The values of each field of a request to try, and which of them a backend declares.
 
 Only the tables here decide what is tried. Both are tested: values that the backend's capabilities
-accept, and values that they refuse.
+accept, and values that they reject.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ _HEADS = ((4, 2), (4, 1), (4, 4), (8, 1), (16, 1), (32, 8), (32, 1))
 #: The number of plain layers to try: heads and sizes change first, then the fields above them.
 _PLAIN_TRIED = 20_000
 
-#: Changes of the plain layer for a value that the backend refuses with it.
+#: Changes of the plain layer for a value that the backend rejects with it.
 _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"head_size": 128},
     {"block_size": 256},
@@ -125,7 +125,7 @@ class Probe:
     Attributes:
         field: the field.
         fields: the changes of the plain layer.
-        reasons: why the backend refuses it; empty if it is declared.
+        reasons: why the backend rejects it; empty if it is declared.
     """
 
     field: str
@@ -146,7 +146,7 @@ class Probe:
 def refusals(
     cls: type[AttentionBackend], spec: AttentionSpec, profile: DeviceProfile
 ) -> list[Reason]:
-    """Every reason for which the backend refuses a request, field by field or as a whole."""
+    """Every reason for which the backend rejects a request, field by field or as a whole."""
     reasons = compare(spec, cls.capabilities, profile)
     return reasons or list(cls.check_combination(spec, profile))
 
@@ -236,7 +236,7 @@ def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionS
     reasons = "; ".join(map(str, refusals(cls, _ANY_LAYER, profile)))
     raise InvalidInputError(
         f"{cls.get_name()} accepts no plain layer on {profile.name} ({profile.arch}) that could be "
-        f"tried. It refuses {_ANY_LAYER}: {reasons}."
+        f"tried. It rejects {_ANY_LAYER}: {reasons}."
     )
 
 

@@ -177,7 +177,7 @@ def _summary(group: str, outcomes: list[Outcome]) -> dict[str, Any]:
         "group": group,
         "checks": len(outcomes),
         **{status: statuses.count(status) for status in ("passed", "failed", "skipped")},
-        # Infinity is for NaN: no number says how wrong that is.
+        # Infinity is for NaN, whose error is not a number.
         "largest_error": worst.error if worst.allowed and worst.error < math.inf else None,
         "allowed": worst.allowed or None,
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 3),

@@ -54,7 +54,7 @@ def worst_of(findings: Iterable[ErrorBound]) -> ErrorBound:
 
 
 class CheckFailed(Exception):
-    """A check found something wrong; the message says what, as a sentence."""
+    """A check found something wrong; the message is a sentence about it."""
 
     def __init__(self, message: str, finding: ErrorBound | None = None) -> None:
         super().__init__(message)

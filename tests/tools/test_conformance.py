@@ -268,7 +268,7 @@ class _DependsOnTheBatch(ReferenceImpl):
 
 def test_bits_that_depend_on_the_batch_are_caught():
     report = verify(changed(impl=_DependsOnTheBatch), "cpu", quick=True)
-    assert {o.check.full_name for o in report.failures} == {"bits/alone and in company"}
+    assert {o.check.full_name for o in report.failures} == {"bits/by itself and in a batch"}
 
 
 class _KeepsTheFirstMask(ReferenceImpl):

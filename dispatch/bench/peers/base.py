@@ -30,7 +30,7 @@ __all__ = [
 
 
 class PeerMissing(Exception):
-    """The peer cannot be imported here; the message says what is missing."""
+    """The peer cannot be imported here; the message names what is missing."""
 
 
 class Peer(Implementation):
