@@ -26,9 +26,7 @@ from attn_dispatch.backends.triton.kernels.online_softmax import (
     LOWEST,
     attend,
     init_state,
-    load_queries,
     load_request,
-    query_pointers,
     tile_of,
     value_scale,
 )
@@ -231,6 +229,8 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
     seq_len = request.seq_len
     tile = tile_of(first_row + rows, request, kv_head, inputs, F)
     v_scale = value_scale(inputs, kv_head, F)
+    q_offsets = tile.out_rows.to(tl.int64) * inputs.q_stride_t
+    q_pointers = inputs.q + (q_offsets + tile.heads.to(tl.int64) * inputs.q_stride_h)[:, None]
     stride_b, stride_t, stride_h = kv.stride_b, kv.stride_t, kv.stride_h
     if F.SOURCE == "packed8":  # so that the compiler sees that rows begin at multiples of 16 bytes
         stride_b *= 8
@@ -255,15 +255,18 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
     if F.SOURCE == "packed8":
         d_idx = 2 * tl.arange(0, F.BLOCK_D // 2)[None, :]
         ok = tile.ok[:, None] & (d_idx < F.HEAD_SIZE)
-        pointers = query_pointers(inputs, tile) + d_idx
-        q_even = tl.load(pointers, mask=ok, other=0.0)
-        q_odd = tl.load(pointers + 1, mask=ok, other=0.0)
+        q_even = tl.load(q_pointers + d_idx, mask=ok, other=0.0)
+        q_odd = tl.load(q_pointers + d_idx + 1, mask=ok, other=0.0)
         state = attend_packed(
             state, q_even, q_odd, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len,
             S.ALLOW_PTX, F,
         )  # fmt: skip
     else:
-        q = load_queries(inputs, tile, F)
+        d_idx = tl.arange(0, F.BLOCK_D)[None, :]
+        ok = tile.ok[:, None]
+        if F.HEAD_SIZE != F.BLOCK_D:
+            ok = ok & (d_idx < F.HEAD_SIZE)
+        q = tl.load(q_pointers + d_idx, mask=ok, other=0.0)
         state = attend(
             state, q, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len, True, F
         )

@@ -53,15 +53,15 @@ def store_rows(
     x = tl.where(is_empty[:, None], 0.0, x)
     d_idx = tl.arange(0, DV)
     head_offsets = (heads.to(tl.int64) * out.stride_h)[:, None]
-    pointers = out.data + (rows[:, None] * out.stride_t + head_offsets + d_idx[None, :])
+    offsets = rows[:, None] * out.stride_t + head_offsets + d_idx[None, :]
     stored = ok[:, None]
     if F.HEAD_SIZE_V != DV:
         stored = stored & (d_idx < F.HEAD_SIZE_V)[None, :]
     if OUT_FORMAT == "plain":
-        tl.store(pointers, x.to(out.data.dtype.element_ty), mask=stored)
+        tl.store(out.data + offsets, x.to(out.data.dtype.element_ty), mask=stored)
     elif F.OUT_GROUP == 0:
         scaled = tl.math.div_rn(x, tl.load(out.scale).to(tl.float32))
-        tl.store(pointers, encode_fp8(scaled, OUT_FORMAT), mask=stored)
+        tl.store(out.data + offsets, encode_fp8(scaled, OUT_FORMAT), mask=stored)
     else:
         GROUPS: tl.constexpr = DV // F.OUT_GROUP
         STORED_GROUPS: tl.constexpr = F.HEAD_SIZE_V // F.OUT_GROUP
@@ -73,7 +73,7 @@ def store_rows(
         scales = tl.where(amax == 0.0, 1.0, scales)
         scaled = tl.math.div_rn(groups, tl.broadcast_to(scales[:, :, None], SHAPE))
         codes = encode_fp8(tl.reshape(scaled, (acc.shape[0], DV)), OUT_FORMAT)
-        tl.store(pointers, codes, mask=stored)
+        tl.store(out.data + offsets, codes, mask=stored)
         g_idx = tl.arange(0, GROUPS)
         scale_offsets = (rows * F.NUM_HEADS + heads)[:, None] * STORED_GROUPS + g_idx[None, :]
         scales_stored = ok[:, None] & (g_idx < STORED_GROUPS)[None, :]

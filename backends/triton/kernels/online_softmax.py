@@ -73,23 +73,6 @@ def tile_of(rows, request, kv_head, inputs, F: tl.constexpr):
 
 
 @triton.jit
-def query_pointers(inputs, tile):
-    """(rows, 1) pointers to the first element of each row's query."""
-    offsets = tile.out_rows.to(tl.int64) * inputs.q_stride_t
-    return inputs.q + (offsets + tile.heads.to(tl.int64) * inputs.q_stride_h)[:, None]
-
-
-@triton.jit
-def load_queries(inputs, tile, F: tl.constexpr):
-    """(rows, BLOCK_D), the queries; zeros where there is none."""
-    d_idx = tl.arange(0, F.BLOCK_D)
-    ok = tile.ok[:, None]
-    if F.HEAD_SIZE != F.BLOCK_D:
-        ok = ok & (d_idx < F.HEAD_SIZE)[None, :]
-    return tl.load(query_pointers(inputs, tile) + d_idx[None, :], mask=ok, other=0.0)
-
-
-@triton.jit
 def value_scale(inputs, kv_head, F: tl.constexpr):
     """The scale of the values of an fp8 cache."""
     scale = 1.0

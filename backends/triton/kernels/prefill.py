@@ -13,7 +13,6 @@ from attn_dispatch.backends.triton.kernels.epilogue import store_state
 from attn_dispatch.backends.triton.kernels.online_softmax import (
     attend,
     init_state,
-    load_queries,
     load_request,
     tile_of,
     value_scale,
@@ -57,7 +56,14 @@ def prefill_kernel(
     request = load_request(inputs, request_index)
     seq_len = request.seq_len
     tile = tile_of(first + tl.arange(0, BLOCK_M), request, kv_head, inputs, F)
-    q = load_queries(inputs, tile, F)
+    d_idx = tl.arange(0, F.BLOCK_D)
+    q_ok = tile.ok[:, None]
+    if F.HEAD_SIZE != F.BLOCK_D:
+        q_ok = q_ok & (d_idx < F.HEAD_SIZE)[None, :]
+    # In decode.py, these offsets are added in another order. Each takes the fewest registers there.
+    q_offsets = tile.out_rows.to(tl.int64)[:, None] * q_stride_t
+    q_offsets += (tile.heads.to(tl.int64) * q_stride_h)[:, None] + d_idx[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=q_ok, other=0.0)
     v_scale = value_scale(inputs, kv_head, F)
     past = seq_len - request.q_len
     first_position = past + first // F.GROUP
