@@ -50,11 +50,8 @@ T = TypeVar("T")
 class AttemptFailed(Exception):
     """A backend raised; `__cause__` is what it raised. It never leaves the library.
 
-    Attributes:
-        backend: its name.
-        phase: of the requests that it failed on; None for both, or if that is not known.
-        doing: when it failed, e.g. "at its launch".
-        version: `selection.version.version()` when the backend was selected.
+    `phase` and `doing` are those of `Failure`; phase is None too if it is not known. `version` is
+    that of the context in which the backend was selected.
     """
 
     def __init__(

@@ -88,13 +88,13 @@ def get_attn_backend(
         )
     if is_blocksparse:
         raise UnsupportedError(
-            "is_blocksparse=True asks for block-sparse attention, which no backend computes. Give "
+            "is_blocksparse=True means block-sparse attention, which no backend computes. Give "
             "the layer a custom_mask, or leave is_blocksparse out."
         )
     if is_attention_free:
         if backend is not None:
             raise InvalidInputError(
-                f"backend={backend!r} asks for a backend of a model that is_attention_free. Leave "
+                f"backend={backend!r} names a backend for a model that is_attention_free. Leave "
                 "one of the two out."
             )
         return resolve_full_cls_name(NO_ATTENTION)

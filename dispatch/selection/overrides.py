@@ -221,7 +221,7 @@ def _check_consistent(rules: tuple[Rule, ...], override: str) -> None:
     for rule in rules:
         if rule.mode is Mode.EXCLUDE and (rule.name, rule.phase, rule.kind) in wanted:
             raise InvalidInputError(
-                f"{override} both asks for {rule.name} and excludes it. Keep one of the two."
+                f"{override} both selects {rule.name} and excludes it. Keep one of the two."
             )
 
 

@@ -103,7 +103,7 @@ def decide(
             verdict = verdicts[rule.name]
             verdicts[rule.name] = Verdict(rule.name, (*verdict.reasons, reason))
         elif verdicts[rule.name].supported:
-            return conclude(rule.name, rule.source, f"{rule} asks for it")
+            return conclude(rule.name, rule.source, f"selected by {rule}")
         elif rule.mode is Mode.REQUIRE:
             return conclude(None, rule.source, _required_but_rejected(rule, verdicts))
         else:

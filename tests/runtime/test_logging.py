@@ -52,7 +52,7 @@ def test_an_override_is_logged_as_the_reason(messages):
     made(backend="REFERENCE")
     assert messages()[0] == (
         "INFO",
-        "layer layers.3: prefill REFERENCE, the argument 'REFERENCE' asks for it",
+        "layer layers.3: prefill REFERENCE, selected by the argument 'REFERENCE'",
     )
 
 

@@ -139,8 +139,8 @@ def test_an_unknown_backend_gets_a_suggestion_and_the_list():
     [
         ("FA3,REFERENCE", "requires both FA3 and REFERENCE. Require one"),
         ("prefill=FA3,prefill=REFERENCE", "requires both FA3 and REFERENCE"),
-        ("FA3,-FA3", "both asks for FA3 and excludes it"),
-        ("mla=-FA3,mla=FA3?", "both asks for FA3 and excludes it"),
+        ("FA3,-FA3", "both selects FA3 and excludes it"),
+        ("mla=-FA3,mla=FA3?", "both selects FA3 and excludes it"),
         ("mla=FA3,decode=REFERENCE", "for the decode of mla layers. Add mla.decode=NAME"),
     ],
 )
@@ -175,7 +175,7 @@ def test_an_override_that_is_not_a_string_is_rejected():
 def test_a_required_backend_is_picked_and_reported():
     selection = resolve(layer(), CPU, backend="REFERENCE")
     assert (selection.name, selection.source) == ("REFERENCE", Source.ARGUMENT)
-    assert selection.report.because == "the argument 'REFERENCE' asks for it"
+    assert selection.report.because == "selected by the argument 'REFERENCE'"
 
 
 def test_a_rejected_required_backend_is_an_error_with_reasons_and_a_remedy():
