@@ -1,26 +1,15 @@
 """The interface of a backend: everything that a backend's author needs, by one import.
 
-`from attn_dispatch.interface import AttentionBackend, AttentionImpl, ...`. Start with `backend`.
+`from attn_dispatch.interface import AttentionBackend, AttentionImpl, ...`; `kit` has the list. To
+read the code, start with `backend`.
 """
-# ruff: noqa: F403
 
-# The class to write, and its parts.
-from attn_dispatch.errors import *
-from attn_dispatch.interface.backend import *
-from attn_dispatch.interface.batch import *
-from attn_dispatch.interface.capability import *
-from attn_dispatch.interface.contents import *
-from attn_dispatch.interface.graphs import *
-from attn_dispatch.interface.impl import *
-from attn_dispatch.interface.kv_access import *
-from attn_dispatch.interface.kv_blocks import *
-from attn_dispatch.interface.kv_cache import *
-from attn_dispatch.interface.metadata import *
-from attn_dispatch.interface.quantization import *
-from attn_dispatch.interface.spec import *
-from attn_dispatch.interface.types import *
-from attn_dispatch.interface.unquantized import *
-from attn_dispatch.interface.validation import *
-from attn_dispatch.platforms.detect import *
-from attn_dispatch.platforms.device import *
-from attn_dispatch.platforms.libraries import import_library as import_library
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attn_dispatch.interface.kit import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:  # on first use: a command's --help does not import torch
+        return getattr(importlib.import_module("attn_dispatch.interface.kit"), name)

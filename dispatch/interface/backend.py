@@ -10,10 +10,11 @@ import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface import kv_blocks, kv_cache
 from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode, compare
 from attn_dispatch.interface.graphs import AttentionState, CommonAttentionState
 from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.kv_blocks import copy_blocks, swap_blocks
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -91,7 +92,7 @@ class AttentionBackend:
                 }
                 part = type(part.__name__, (part,), names)
                 setattr(cls, attribute, part)
-            part.backend_cls = cls  # type: ignore[attr-defined]
+            part.backend_cls = cls
 
     @classmethod
     def get_name(cls) -> str:
@@ -155,7 +156,8 @@ class AttentionBackend:
         Raises:
             UnsupportedError: a field's value, or a combination, is not declared.
         """
-        _check_declared(cls, spec, detect_device(device), libraries.generation())
+        backend_cls: Any = cls  # mypy does not count a class as hashable
+        _check_declared(backend_cls, spec, detect_device(device), libraries.generation())
 
     @classmethod
     def make_metadata(cls, *args: Any, **kwargs: Any) -> AttentionMetadata:
@@ -163,14 +165,14 @@ class AttentionBackend:
         return cls.get_metadata_cls()(*args, **kwargs)
 
     #: The logical shape of the cache; the same for every backend that is not MLA.
-    get_kv_cache_shape = staticmethod(kv_cache.kv_cache_shape)
-    swap_blocks = staticmethod(kv_blocks.swap_blocks)
-    copy_blocks = staticmethod(kv_blocks.copy_blocks)
+    get_kv_cache_shape = staticmethod(kv_cache_shape)
+    swap_blocks = staticmethod(swap_blocks)
+    copy_blocks = staticmethod(copy_blocks)
 
     @staticmethod
     def get_kv_cache_stride_order() -> tuple[int, ...]:
         """The order of the logical dimensions in memory that the backend prefers."""
-        return kv_cache.STRIDE_ORDERS["NHD"]
+        return STRIDE_ORDERS["NHD"]
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:

@@ -148,7 +148,9 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
             InvalidInputError: there are no buffers of that size yet.
         """
         self._check(batch_size)
-        tensors = {name: tensor[:batch_size] for name, tensor in self._buffers.items()}
+        tensors: dict[str, Any] = {
+            name: tensor[:batch_size] for name, tensor in self._buffers.items()
+        }
         tensors["query_start_loc"] = starts = self._buffers["query_start_loc"][: batch_size + 1]
         if is_encoder_decoder_model:
             del tensors["slot_mapping"]

@@ -1,4 +1,4 @@
-"""8 bits, in and out: element types by name, the scales of a cache, and quantized outputs."""
+"""8-bit types: names of cache dtypes, the scales of a cache, and quantized outputs."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _FP8 = {
     "fp8_e5m2fnuz": torch.float8_e5m2fnuz,
 }
 
-#: The largest integer of an int8 cache; -128 is left out, so that the range is symmetric.
+#: The largest integer of an int8 cache; -128 is not used, so that the range is symmetric.
 _INT8_MAX = 127.0
-#: Bytes to which an int8 row is filled up, and which its scale takes after that: rows stay aligned
-#: for the widest load of a GPU, and a scale stays aligned for float32.
+#: An int8 row is padded to a multiple of this many bytes, and its scale takes this many more: rows
+#: stay aligned for the widest load of a GPU, and scales for float32.
 _ROW_ALIGNMENT = 16
 
-#: Where "fp8" means the fnuz form: the matrix cores there know no other.
+#: Where "fp8" means the fnuz form, the only one of their matrix cores.
 FNUZ_ARCHS = ("gfx942",)
 
 
@@ -54,7 +54,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
 
 
 def as_indexable_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in a type that every device can index: fp8 as bytes, the rest as it is."""
+    """The tensor in a type that every device can index: fp8 as bytes, others unchanged."""
     return tensor.view(torch.uint8) if is_fp8(tensor.dtype) else tensor
 
 
@@ -64,15 +64,15 @@ def is_e4m3(dtype: torch.dtype) -> bool:
 
 
 def has_token_scales(dtype: torch.dtype) -> bool:
-    """Whether a cache of this torch dtype has the scale of each of its rows beside it."""
+    """Whether a cache of this torch dtype stores a scale with each row."""
     return dtype == torch.int8
 
 
 def stored_head_size(kv_cache_dtype: str, size: int) -> int:
-    """Elements of the cache that one token's key, or value, of one KV head takes.
+    """Elements of the cache for one token's key or value of one KV head.
 
-    What AttentionBackend.get_kv_cache_shape and kv_cache.kv_cache_shape take as head_size. It is
-    `size`, but for int8_per_token_head: there a row is round_up(size, 16) + 16 bytes, in which
+    This is the head_size of AttentionBackend.get_kv_cache_shape and kv_cache.kv_cache_shape. It is
+    `size`, except for int8_per_token_head: there a row has round_up(size, 16) + 16 bytes, in which
 
         [0, head_size)          are the integers, head_size being that of the key or of the value,
         [stored - 16, ... - 12) is the float32 scale, in the machine's byte order,
@@ -83,7 +83,7 @@ def stored_head_size(kv_cache_dtype: str, size: int) -> int:
         size: max(head_size, head_size_v).
 
     Raises:
-        InvalidInputError: the name is none of these, or the size is no integer of 1 or more.
+        InvalidInputError: the name is not one of these, or the size is not an integer of 1 or more.
     """
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
         raise InvalidInputError(
@@ -100,11 +100,11 @@ def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = ""
 
     Args:
         kv_cache_dtype: one of spec.KV_CACHE_DTYPES.
-        dtype: that of the layer, which "auto" stands for.
-        arch: of the device; decides what "fp8" stands for.
+        dtype: of the layer, the meaning of "auto".
+        arch: of the device; decides the meaning of "fp8".
 
     Raises:
-        InvalidInputError: the name is none of these.
+        InvalidInputError: the name is not one of these.
     """
     if not isinstance(kv_cache_dtype, str):
         raise InvalidInputError(
@@ -146,7 +146,7 @@ class KVScales:
             k_scale: a number, or a tensor of one of the shapes.
             v_scale: the same for values.
             shapes: what is allowed: () per tensor, (num_kv_heads,) per head.
-            device: where they go; None for where they are.
+            device: where they go; None to leave them.
 
         Raises:
             InvalidInputError: one has another shape, or is not positive and finite.
@@ -185,11 +185,7 @@ class KVScales:
         kv_cache: torch.Tensor | None,
         attn_metadata: object,
     ) -> torch.Tensor:
-        """Reject the call: these are the scales for a call of an impl without a layer.
-
-        Raises:
-            InvalidInputError: always.
-        """
+        """Raise InvalidInputError: these are only the scales for a call without a layer."""
         raise InvalidInputError(
             "KVScales has the scales of a layer and computes nothing. Call the impl, or an "
             "Attention layer."
@@ -225,7 +221,7 @@ def scale_for(values: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -
 
 
 def quantize(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """values / scale as dtype, what is out of range clamped to its largest value."""
+    """values / scale as dtype, clamped to its range."""
     limit = torch.finfo(dtype).max
     working = torch.float64 if values.dtype == torch.float64 else torch.float32
     return (values.to(working) / scale.to(working)).clamp(-limit, limit).to(dtype)
@@ -242,10 +238,10 @@ def token_scales(stored: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a cache of int8_per_token_head holds of some rows.
+    """Quantize rows for a cache of int8_per_token_head, in float32.
 
-    A row with NaN or infinity in it gets that as its scale and zeros as its integers, so that all
-    of it reads back as NaN. All is computed in float32.
+    A row with NaN or infinity gets that as its scale and zeros as its integers, so that the whole
+    row reads back as NaN.
 
     Args:
         values: (..., size), floating point.
@@ -257,7 +253,7 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     values = values.to(torch.float32)
     amax = values.abs().amax(-1)
-    # By a tensor: a GPU multiplies by the reciprocal of a number, and other bits come out.
+    # Divide by a tensor: a GPU multiplies by the reciprocal of a number, with other bits.
     scale = (amax / torch.full_like(amax, _INT8_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.where(amax == 0, torch.ones_like(amax), scale)
     integers = (values / scale[..., None]).round().clamp(-_INT8_MAX, _INT8_MAX)
@@ -267,7 +263,7 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_rows(
     integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What int8 rows mean: (..., size) integers times (...) scales, rounded to dtype once."""
+    """(..., size) integers times (...) scales, rounded to dtype once."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
     return (integers.to(working) * scale.to(working)[..., None]).to(dtype)
 
@@ -278,7 +274,7 @@ def store_output(
     output_scale: torch.Tensor | None,
     output_block_scale: torch.Tensor | None,
 ) -> None:
-    """Store attention's result where it goes, quantized if a scale says so.
+    """Store attention's result in output, quantized if there is a scale.
 
     Args:
         values: (num_tokens, num_heads, head_size_v), floating point.

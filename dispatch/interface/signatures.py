@@ -1,7 +1,6 @@
-"""Signatures: whether a backend's members accept the calls that the library and engines make.
+"""Whether a backend's members accept every call that the interface's signatures allow.
 
-The calls are those that the interface's own signatures allow: positional in the interface's order,
-with its optional arguments left out, or given by name.
+The calls are: positional in the interface's order, without its optional arguments, or by name.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadat
 
 __all__ = ["signature_problems"]
 
-#: The members of each base that are called.
+#: The methods of each base that are called.
 _METHODS: dict[type, tuple[str, ...]] = {
     AttentionBackend: (
         "full_cls_name",
@@ -55,7 +54,7 @@ _Call = tuple[list[str], list[str]]
 
 
 def signature_problems(cls: type, *, alibi_symmetric: bool = False) -> list[str]:
-    """What keeps members of a backend class, or of one of its parts, from being called.
+    """Why members of a backend class, or of one of its parts, cannot be called.
 
     Args:
         cls: a subclass of one of the interface's classes.
@@ -86,17 +85,17 @@ def _expected(base: type, name: str) -> inspect.Signature:
 
 
 def _problems_of(cls: type, base: type, name: str, expected: inspect.Signature) -> list[str]:
-    """One sentence if a call that the base's member takes is not accepted, else nothing."""
+    """One sentence if a call of the base's member is not accepted."""
     if not callable(getattr(cls, name)):
         return [f"{cls.__name__}.{name} is not callable; it must be a method"]
     found = _bound(cls, name)
     if found is None:
         return []
-    # What a subclass of MLAAttentionImpl needs beyond the interface's arguments has its own names.
+    # A subclass of MLAAttentionImpl may need more arguments, by name.
     is_open = name == "__init__" and issubclass(base, MLAAttentionImpl)
     bind: Callable[..., object] = found.bind_partial if is_open else found.bind
     kinds = {p.kind for p in found.parameters.values()}
-    # What takes the optional arguments as *args has no names for them.
+    # A member with *args has no names for the optional arguments.
     has_names = name == "__init__" or inspect.Parameter.VAR_POSITIONAL not in kinds
     for positional, named in _calls(expected, by_name=name == "__init__"):
         if positional and named and not has_names:
@@ -112,7 +111,7 @@ def _problems_of(cls: type, base: type, name: str, expected: inspect.Signature) 
 
 
 def _calls(expected: inspect.Signature, *, by_name: bool) -> Iterator[_Call]:
-    """Calls that a signature allows: names given by position, and names given by keyword."""
+    """Calls that a signature allows: positional names, and keyword names."""
     by_position = [
         p for p in expected.parameters.values() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
@@ -124,13 +123,13 @@ def _calls(expected: inspect.Signature, *, by_name: bool) -> Iterator[_Call]:
     yield everything, keywords
     yield required, []
     yield required, [*everything[len(required) :], *keywords]
-    if by_name:  # a layer constructs its impl so
+    if by_name:  # as a layer constructs its impl
         yield [], [*everything, *keywords]
 
 
 def _bound(cls: type, name: str) -> inspect.Signature | None:
-    """The signature of a member without self; None if Python does not know it."""
-    # A backend is never instantiated: its members are called on the class.
+    """The signature of a member without self; None if Python cannot tell."""
+    # A backend is never instantiated; its members are called on the class.
     has_self = not issubclass(cls, AttentionBackend) and not isinstance(
         inspect.getattr_static(cls, name), (staticmethod, classmethod)
     )

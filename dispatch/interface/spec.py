@@ -1,4 +1,4 @@
-"""AttentionSpec: the frozen request that names an attention layer fully."""
+"""AttentionSpec: the frozen, complete description of an attention layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "alibi_of",
 ]
 
-#: Signed 8-bit integers with a scale for each token and KV head, stored in the cache beside them.
+#: Signed 8-bit integers with a scale for each token and KV head, stored after them in the cache.
 INT8_PER_TOKEN_HEAD = "int8_per_token_head"
 
 #: Names accepted for `kv_cache_dtype`. "fp8" is the device's own e4m3 (fnuz on gfx942).
@@ -57,7 +57,7 @@ ALIBI_SYMMETRIC = "symmetric"
 #: The kinds of layer that an override can name, see `AttentionSpec.kind`.
 LAYER_KINDS = ("full", "sliding_window", "encoder", "encoder_only", "encoder_decoder", "mla")
 
-#: What a field holds that was left None.
+#: The value of a field that was left None.
 _DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
     "num_kv_heads": lambda spec: spec.num_heads,
     "head_size_v": lambda spec: spec.head_size,
@@ -84,9 +84,9 @@ _REQUIRED: Any = dataclasses.MISSING
 def _field(doc: str, default: Any = _REQUIRED, **neutral: Any) -> Any:
     """A field of the request.
 
-    `neutral` (optional) is the value under which a backend that has never heard of the field is
-    still right: no soft cap, no sinks. A backend that does not declare the field is refused for
-    every other value, and for every value where the field has no neutral one.
+    `neutral` (optional) is the value under which the field changes nothing, e.g. no soft cap. A
+    backend that does not declare the field is rejected at every other value; without a neutral
+    value it is always rejected.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, **neutral})
 
@@ -108,13 +108,13 @@ class MLADims:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Everything about an attention layer that changes its numbers or who can compute them.
+    """Everything about an attention layer that changes its results or its possible backends.
 
-    Values that only a call knows (slopes, sinks, scales, masks) are tensors given to the layer;
-    the spec says that they exist. Frozen and hashable; two equal specs get equal decisions.
+    Slopes, sinks, scales and masks are tensors that are given to the layer or the call; the spec
+    states that they exist. Frozen and hashable; equal specs get equal decisions.
 
     Raises:
-        InvalidInputError: a field's value is wrong on its own, or contradicts another.
+        InvalidInputError: a field's value is invalid, or contradicts another.
     """
 
     num_heads: int = _field("Query heads.")
@@ -159,7 +159,7 @@ class AttentionSpec:
         "The layer reads another layer's cache and never writes.", False, neutral=False
     )
     custom_mask: bool = _field(
-        "The batch brings a mask of its own, e.g. a tree of draft tokens.", False, neutral=False
+        "The batch has its own mask, e.g. for a tree of draft tokens.", False, neutral=False
     )
     bidirectional_ranges: bool = _field(
         "Tokens of one range see each other both ways: prefix-LM, the images of Gemma 3.",
@@ -179,7 +179,7 @@ class AttentionSpec:
     cuda_graph: bool = _field("Calls are captured into CUDA graphs.", False, neutral=False)
 
     def __post_init__(self) -> None:
-        import torch  # not above: what only reads the declarations, such as --help, stays quick
+        import torch  # not at the top: `--help` stays quick
 
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -223,11 +223,8 @@ class AttentionSpec:
             fill("logits_soft_cap", float(self.logits_soft_cap))
         if self.mla is not None:
             self._check_mla(self.mla)
-        if not isinstance(self.alibi, (bool, str)) or self.alibi not in (
-            True,
-            False,
-            ALIBI_SYMMETRIC,
-        ):
+        is_named = isinstance(self.alibi, str) and self.alibi == ALIBI_SYMMETRIC
+        if not isinstance(self.alibi, bool) and not is_named:
             raise InvalidInputError(
                 f"alibi={shown(self.alibi)} is not True, False or {ALIBI_SYMMETRIC!r}."
             )
@@ -276,10 +273,11 @@ class AttentionSpec:
         return "full" if self.sliding_window is None else "sliding_window"
 
     def __hash__(self) -> int:
-        if "_hash" not in self.__dict__:  # kept: every decision looks the spec up
-            values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-            object.__setattr__(self, "_hash", hash(values))
-        return self.__dict__["_hash"]
+        found: int | None = self.__dict__.get("_hash")  # kept: every decision looks the spec up
+        if found is None:
+            found = hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+            object.__setattr__(self, "_hash", found)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hash, which differs between processes."""
@@ -316,7 +314,7 @@ SPEC_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionSpec
 
 
 def alibi_of(alibi: bool | str | None, slopes: object) -> bool | str:
-    """The field `alibi` of a layer with these slopes; None for signed distances if there are some.
+    """The field `alibi` of a layer with these slopes; None is signed distances if there are slopes.
 
     Raises:
         InvalidInputError: one is given without the other.

@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
-if TYPE_CHECKING:
-    import torch
-
-
 __all__ = ["default_torch_device", "detect_device", "resolve_device", "usable_device"]
 
 
 def default_torch_device() -> torch.device:
-    """The device that work goes to when nobody names one: the accelerator if there is one."""
-    import torch
-
+    """The device for work that names none: the accelerator if there is one."""
     chosen = torch.get_default_device()
     return chosen if chosen.type != "cpu" else _accelerator_or_cpu()
 
 
 @functools.cache
 def _accelerator_or_cpu() -> torch.device:
-    import torch
-
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant here and now: what None and a bare "cuda" mean may change.
+    """The device with its index: the meaning of None and "cuda" may change between calls.
 
     Raises:
-        InvalidInputError: PyTorch does not know or cannot reach the device.
+        InvalidInputError: PyTorch does not support or cannot reach the device.
     """
-    import torch
-
     try:
         settled = default_torch_device() if device is None else torch.device(device)
         if settled.type == "cuda" and settled.index is None:
@@ -51,15 +43,15 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         raise _unusable(device, error) from error
 
 
-#: What PyTorch raises for a device that it does not know or cannot reach.
+#: What PyTorch raises for a device that it does not support or cannot reach.
 _NO_DEVICE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError)
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, as by `resolve_device`, if a tensor can be made there.
+    """The device of `resolve_device`, if a tensor can be made there.
 
     Raises:
-        InvalidInputError: PyTorch does not know or cannot reach the device.
+        InvalidInputError: PyTorch does not support or cannot reach the device.
     """
     settled = resolve_device(device)
     if settled.type not in ("cpu", "meta"):
@@ -69,37 +61,33 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 @functools.cache
 def _try_device(device: torch.device) -> None:
-    """Make a tensor on a device; once, if it succeeds."""
-    import torch
-
+    """Make a tensor on a device."""
     try:
         torch.empty(0, device=device)
     except torch.OutOfMemoryError:
-        pass  # the device is there, and full
+        pass  # the device works, and is full
     except (*_NO_DEVICE, NotImplementedError) as error:
         raise _unusable(device, error) from error
 
 
 def _unusable(device: object, error: Exception) -> InvalidInputError:
-    import torch
-
     named = shown(str(device) if isinstance(device, torch.device) else device)
     lines = str(error).splitlines() or [type(error).__name__]
     return InvalidInputError(
         f"Device {named} cannot be used here: {lines[0].rstrip('.')}. "
-        "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` answers for "
-        "devices that are elsewhere, by architecture or product, e.g. gfx942 or H200."
+        "`attn-dispatch doctor` shows what this machine has; `attn-dispatch explain` also takes "
+        "other devices, by architecture or product, e.g. gfx942 or H200."
     )
 
 
 def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
-    """The profile of a device of this machine. Its libraries are looked up when they are asked for.
+    """The profile of a device of this machine. Its libraries are looked up on demand.
 
     Args:
         device: as PyTorch names it; None for the default device.
 
     Raises:
-        InvalidInputError: PyTorch does not know or cannot reach the device.
+        InvalidInputError: PyTorch does not support or cannot reach the device.
     """
     settled = resolve_device(device)
     try:
@@ -110,8 +98,6 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
 
 @functools.cache
 def _profile_of(kind: str, index: int | None) -> DeviceProfile:
-    import torch
-
     if kind == "cuda":
         hardware = _describe_cuda(torch.cuda.get_device_properties(index), torch.version.hip)
     elif kind in ("cpu", "mps", "xpu"):
@@ -122,14 +108,14 @@ def _profile_of(kind: str, index: int | None) -> DeviceProfile:
 
 
 def _bandwidth(properties: Any) -> float | None:
-    """Bytes per second by the memory's clock and width; two transfers a cycle."""
+    """Bytes per second from the memory's clock and width, with two transfers per cycle."""
     clock_khz = getattr(properties, "memory_clock_rate", None)
     bits = getattr(properties, "memory_bus_width", None)
     return 2 * clock_khz * 1e3 * bits / 8 if clock_khz and bits else None
 
 
 def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
-    """A profile out of torch.cuda.get_device_properties; pure, so that tests can feed it."""
+    """A profile from torch.cuda.get_device_properties."""
     if hip_version:
         vendor, arch = "amd", str(properties.gcnArchName).split(":")[0]
         capability = None

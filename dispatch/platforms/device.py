@@ -1,36 +1,33 @@
-"""What a device is, as plain data; the devices that are known; and the detection of real ones."""
+"""A device, and a set of devices, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from attn_dispatch.platforms.libraries import Library, installed_library
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["DeviceMatch", "DeviceProfile"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """What selection may know of a device.
+    """The facts about a device that selection uses.
 
     Attributes:
         vendor: "nvidia", "amd", "intel", "apple" or "cpu".
-        arch: "sm90", "gfx942", "cpu", "mps", "xpu": what kernels are compiled for.
-        name: what a person calls it.
+        arch: the target of compiled kernels: "sm90", "gfx942", "cpu", "mps", "xpu".
+        name: of the product.
         capability: compute capability on NVIDIA, else None.
         num_sms: streaming multiprocessors or compute units.
         shared_memory_bytes: shared memory or LDS that one program can have.
         l2_bytes: size of the L2 cache.
-        memory_bandwidth: bytes per second at best: by the vendor's datasheet for a known device,
-            by the memory's clock and width for a detected one.
-        libraries: those that are known; see `libraries.Library`.
-        other_libraries: what holds for a library that is not among them: it is "missing", it is
-            "assumed" to be installed, or it is "looked up" on this machine when it is asked for.
+        memory_bandwidth: peak bytes per second: from the vendor's datasheet for a known device,
+            from the memory's clock and width for a detected one.
+        libraries: optional libraries; see `libraries.Library`.
+        other_libraries: how `library` treats any other library: it is "missing", "assumed" to be
+            installed, or "looked up" on this machine on demand.
     """
 
     vendor: str
@@ -46,11 +43,11 @@ class DeviceProfile:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether attention on the CPU would be a surprise here."""
+        """Whether this is not a CPU."""
         return self.vendor != "cpu"
 
     def library(self, name: str) -> Library:
-        """What is known of a library; nothing is imported."""
+        """A library on this device; nothing is imported."""
         for library in self.libraries:
             if library.name == name:
                 return library
@@ -59,7 +56,7 @@ class DeviceProfile:
         return Library(name, "unknown" if self.other_libraries == "assumed" else None)
 
     def with_libraries(self, *libraries: Library) -> DeviceProfile:
-        """A copy with these libraries in place of those of the same names."""
+        """A copy in which these libraries replace those of the same names."""
         kept = {lib.name: lib for lib in self.libraries} | {lib.name: lib for lib in libraries}
         return dataclasses.replace(self, libraries=tuple(kept.values()))
 
@@ -88,7 +85,7 @@ class DeviceMatch:
         )
 
     def describe(self) -> str:
-        """The set in words, e.g. "nvidia from sm90"."""
+        """The set as text, e.g. "nvidia from sm90"."""
         parts = [self.vendor or "", "/".join(self.archs)]
         first, last = self.min_capability, self.max_capability
         if first and first == last:

@@ -1,28 +1,19 @@
-"""What an exception says about the device."""
+"""Classification of exceptions that concern the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from attn_dispatch.errors import (
-    summary_of,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from attn_dispatch.errors import summary_of
 
 __all__ = ["is_capturing", "is_device_lost"]
 
 
-# Parts of messages, in lower case and without anything but letters.
+#: Parts of messages, only their letters, in lower case.
 _OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "tallocatememory", "notenoughmemory")
-
-
-#: A device in such a state answers no later call either.
+#: Every later call on such a device fails.
 _LOST_DEVICE = (
     "illegalmemoryaccess",
     "illegaladdress",
@@ -49,9 +40,9 @@ def error_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def mentions(error: Exception, texts: Sequence[str]) -> bool:
-    """Whether the message of an error, or of one that it comes from, contains one of these."""
-    said = ("".join(filter(str.isalpha, _message(each).lower())) for each in error_chain(error))
-    return any(text in each for each in said for text in texts)
+    """Whether the message of an error or of one of its causes contains one of these."""
+    messages = ("".join(filter(str.isalpha, _message(each).lower())) for each in error_chain(error))
+    return any(text in each for each in messages for text in texts)
 
 
 def _message(error: BaseException) -> str:
@@ -67,7 +58,7 @@ def is_device_lost(error: Exception) -> bool:
 
 
 def is_capturing() -> bool:
-    """Whether this call is being captured into a CUDA graph, or traced by torch.compile."""
+    """Whether a CUDA graph captures this call, or torch.compile traces it."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

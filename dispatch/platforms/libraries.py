@@ -1,8 +1,7 @@
-"""The optional libraries: which are installed, in which version, and which turned out broken.
+"""The optional libraries: which are installed, in which version, and which are broken.
 
-Presence is read from the installed packages' records, so nothing is imported. That a library is
-there but broken shows only on import: whoever imports one does it by `import_library`, which
-remembers a failure, so that selection refuses what needs it from then on.
+Presence is read from the records of installed packages; nothing is imported. A broken library shows
+only on import, so `import_library` records the failure, and selection rejects what needs it.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ LIBRARIES: dict[str, LibraryInfo] = {
 
 @dataclass(frozen=True)
 class Library:
-    """What is known of a library here: a version if installed, an error if it is broken."""
+    """A library: a version if it is installed, an error if it is broken."""
 
     name: str
     version: str | None = None
@@ -99,15 +98,14 @@ _broken: dict[str, str] = {}
 
 
 def generation() -> int:
-    """Changes whenever a library turned out broken."""
+    """Changes whenever a library is found to be broken."""
     return len(_broken)
 
 
 def library_name(requirement: str) -> str:
-    """The module that a requirement such as "flash-attn>=2.8" speaks of.
+    """The module of a requirement such as "flash-attn>=2.8".
 
-    A requirement may name one of LIBRARIES by its module or by a package that brings it; any other
-    library goes by the name of its module.
+    A requirement names one of LIBRARIES by its module or package; any other library by its module.
     """
     name = Requirement(requirement).name
     for info in LIBRARIES.values():
@@ -117,12 +115,12 @@ def library_name(requirement: str) -> str:
 
 
 def installed_libraries(names: Iterable[str] = LIBRARIES) -> tuple[Library, ...]:
-    """These libraries as they are on this machine; nothing is imported."""
+    """These libraries on this machine; nothing is imported."""
     return tuple(map(installed_library, names))
 
 
 def installed_library(name: str) -> Library:
-    """A library as it is on this machine; nothing is imported."""
+    """A library on this machine; nothing is imported."""
     return Library(name, _installed_version(name), _broken.get(name))
 
 
@@ -131,7 +129,7 @@ def _installed_version(name: str) -> str | None:
     try:
         if importlib.util.find_spec(name) is None:
             return None
-    except (ImportError, ValueError):  # a half-loaded module without a spec counts as absent
+    except (ImportError, ValueError):  # a partly loaded module without a spec is missing
         return None
     info = LIBRARIES.get(name)
     for distribution in (name,) if info is None else info.distributions:
@@ -146,35 +144,35 @@ def import_library(module: str, part: str | None = None) -> ModuleType:
     """Import a library, or a submodule of one, for use.
 
     Args:
-        module: which.
-        part: what is broken if this fails; None for the whole library.
+        module: its name.
+        part: what is broken if the import fails; None for the whole library.
 
     Raises:
-        BackendFailure: it is missing, or its import raised anything at all; the error is
-            remembered and shown by `doctor` and by every later selection.
+        BackendFailure: it is missing, or its import raised; `doctor` and every later selection
+            show the error.
     """
     name = part or module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a broken library raises OSError, SystemExit, anything
+    except BaseException as error:  # a broken library may raise OSError, SystemExit, ...
         summary = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         _broken[name] = summary
         raise BackendFailure(f"{module} cannot be imported here: {summary}") from error
 
 
 def error_of(name: str) -> str | None:
-    """What the import of a library, or of a part of one, raised here; None if nothing has yet."""
+    """The error of importing a library, or a part of one; None if there was none so far."""
     return _broken.get(name)
 
 
 class BrokenLibraryWarning(UserWarning):
-    """A backend was picked, and building it showed that a library that it needs is broken."""
+    """A selected backend could not be built, because a library that it needs is broken."""
 
 
 def requirement_problem(requirement: str, library: Library) -> tuple[str, str] | None:
-    """What stands between a library and a requirement such as "triton>=3.6": (fact, remedy)."""
+    """Why a library does not meet a requirement such as "triton>=3.6": (fact, remedy), or None."""
     info = LIBRARIES.get(library_name(requirement))
     remedy = f"{info.module}: {info.install}" if info else f"install {requirement}"
     if library.version is None:
@@ -183,7 +181,7 @@ def requirement_problem(requirement: str, library: Library) -> tuple[str, str] |
         return f"installed but broken: {library.error}", f"repair it ({remedy})"
     try:
         version = Version(library.version)
-    except InvalidVersion:  # "unknown", or a build's own invention: nothing speaks against it
+    except InvalidVersion:  # "unknown", or a build's own scheme: accept it
         return None
     if Requirement(requirement).specifier.contains(version, prereleases=True):
         return None
