@@ -32,10 +32,10 @@ from attn_dispatch.backends.triton.operands import (
 from attn_dispatch.backends.triton.plan import (
     INVARIANT_PARTS,
     DecodePlan,
-    Launches,
     PrefillPlan,
     TritonBuilder,
     TritonMetadata,
+    Variant,
 )
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
@@ -78,23 +78,6 @@ class Call(NamedTuple):
     value: torch.Tensor | None
     cache: KVSource | None
     out: OutputBuffers
-
-
-class Variant(NamedTuple):
-    """What differs between the compiled attention kernels of one layer."""
-
-    launches: Launches
-    kind: str
-    format: str
-    dtype: torch.dtype
-    block_size: int
-    scale_stride: int
-    out_format: str
-    out_group: int
-    has_ranges: bool
-    has_mask: bool
-    query_dtype: torch.dtype
-    sinks_dtype: torch.dtype
 
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
@@ -321,9 +304,9 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         rows = max(16, 16384 // max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"]))
         windowed = self.sliding_window is not None and call.metadata.ranges is None
         k_scale, v_scale, scale_stride = cache.scales(call.layer)
-        kind = (cache.format, cache.k.dtype, cache.block_size, scale_stride)
+        name = (launches, plan.pad, windowed, cache.format, cache.k.dtype, cache.block_size)
         launch = self._launchers.find(
-            ("gather", launches, plan.pad, windowed, *kind),
+            (*name, scale_stride),
             self._gather_kernel,
             lambda: {
                 "NUM_KV_HEADS": self.num_kv_heads,
@@ -433,24 +416,13 @@ class TritonAttnBackend(AttentionBackend):
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """Groups of output values lie in one head; CUDA graphs take no mask and no ranges."""
-        reasons = []
+        found = []
         if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in _GROUPED_HEADS:
-            reasons.append(
-                Reason(
-                    code=ReasonCode.COMBINATION,
-                    field="output_quant",
-                    asked=f"fp8_e4m3_group128 with head_size_v={spec.head_size_v}",
-                    allowed="head_size_v " + ", ".join(map(str, _GROUPED_HEADS)),
-                )
-            )
+            asked = f"fp8_e4m3_group128 with head_size_v={spec.head_size_v}"
+            allowed = "head_size_v " + ", ".join(map(str, _GROUPED_HEADS))
+            found.append(("output_quant", asked, allowed))
         for field in ("custom_mask", "bidirectional_ranges"):
             if spec.cuda_graph and getattr(spec, field):
-                reasons.append(
-                    Reason(
-                        code=ReasonCode.COMBINATION,
-                        field="cuda_graph",
-                        asked=f"cuda_graph with {field}",
-                        allowed=f"cuda_graph without {field}",
-                    )
-                )
-        return reasons
+                texts = (f"cuda_graph {word} {field}" for word in ("with", "without"))
+                found.append(("cuda_graph", *texts))
+        return [Reason(ReasonCode.COMBINATION, *each) for each in found]

@@ -20,7 +20,7 @@ METADATA = [
     "mask_starts_ptr", "ranges_ptr", "range_starts_ptr", "slots_ptr",
 ]  # fmt: skip
 #: The versions of Triton whose CompiledKernel.run takes the arguments that Launcher gives it.
-#: 3.6 was run on GPUs; of 3.7 to 3.9 the sources were read.
+#: 3.6 was run on GPUs; for 3.7 to 3.9 this is what their sources do.
 _DIRECT_FROM, _DIRECT_UNTIL = Version("3.6"), Version("3.10.dev0")
 
 _HAS_GPU = torch.cuda.is_available()

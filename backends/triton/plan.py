@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "PrefillPlan",
     "TritonBuilder",
     "TritonMetadata",
+    "Variant",
     "launch_table",
     "plan_rows",
 ]
@@ -77,6 +78,23 @@ class Launches:
             profile.num_sms or _INTERPRETED_SMS,
             profile.vendor == "nvidia",
         )
+
+
+class Variant(NamedTuple):
+    """What differs between the compiled attention kernels of one layer."""
+
+    launches: Launches
+    kind: str
+    format: str
+    dtype: torch.dtype
+    block_size: int
+    scale_stride: int
+    out_format: str
+    out_group: int
+    has_ranges: bool
+    has_mask: bool
+    query_dtype: torch.dtype
+    sinks_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
