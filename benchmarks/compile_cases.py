@@ -1,4 +1,4 @@
-"""What compile_matrix.py compiles: layers and steps, and what the library launches for them."""
+"""The cases of compile_matrix.py: layers and steps, and the launches of the library for them."""
 
 from __future__ import annotations
 

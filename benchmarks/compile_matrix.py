@@ -1,13 +1,13 @@
-"""Compile every Triton kernel for every GPU that is known, and look at what comes out.
+"""Compile every Triton kernel for every known GPU, and check the result.
 
     python benchmarks/compile_matrix.py [--arch sm90] [--filter fp8] [--full] [--check | --write]
 
 No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
 more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1;
-so is one of Hopper's decode kernels of which an SM holds fewer than are launched for it.
-With --check, so is a table in docs/kernels.md that says something else than the compiler; --write
-writes it. What is compiled is a covering set; --full compiles every case for every device.
+so is a Hopper decode kernel of which fewer programs fit on an SM than are launched for it. With
+--check, so is a table in docs/kernels.md that differs from the compiler's figures; --write updates
+it. A covering set is compiled; --full compiles every case for every device.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Unit:
     programs: int = 32
 
     def holds(self, shared_bytes: int, registers: int, num_warps: int) -> int:
-        """So many programs at a time; 0 if it is not even one."""
+        """Programs that fit at a time; 0 if not even one does."""
         rounded = -(-max(registers, 1) // self.granule) * self.granule
         warps = self.partitions * min(self.warps, self.registers // rounded)
         by_memory = self.shared_bytes // max(shared_bytes + self.reserved_bytes, 1)
@@ -166,7 +166,7 @@ UNITS = {
 
 
 def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
-    """The kernel that Triton compiles for a launch, and what ptxas says of it, "" on AMD."""
+    """The kernel that Triton compiles for a launch, and the log of ptxas, "" on AMD."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -194,7 +194,7 @@ def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
 
 
 def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any]]]:
-    """The type that Triton gives an argument, and what it takes for granted of its value.
+    """The type that Triton gives an argument, and what it assumes about its value.
 
     On AMD, Triton also notices tensors under 2 GiB. A cache is larger, so no tensor counts as one.
     """
@@ -221,7 +221,7 @@ def report_on(case: Case, launch: Launch, arch: str) -> Report:
     report = Report(case=case.name, arch=arch, kernel=kernel)
     try:
         kernel_of, log = compiled(launch, arch)
-    except Exception as error:  # whatever it is, it is what the table must say
+    except Exception as error:  # any error must be in the table
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         said = f"does not compile: {type(error).__name__}: {lines[-1].strip()}"
         return dataclasses.replace(report, problems=(said,))
@@ -329,7 +329,7 @@ def _column(kernel: str) -> str:
 
 
 def tables(cells: Mapping[Place, str], triton: str) -> str:
-    """What stands between the markers of docs/kernels.md."""
+    """The text between the markers of docs/kernels.md."""
     parts = [f"\nTriton {triton}.\n"]
     for archs in (NVIDIA, AMD):
         rows = [
@@ -375,7 +375,7 @@ def settle(reports: Iterable[Report], triton: str, is_whole: bool, write: bool) 
     Args:
         reports: what was found.
         triton: the version that compiled.
-        is_whole: these are all cells; else those of the page stay beside them.
+        is_whole: these are all cells; else the page's other cells stay.
         write: write, and do not compare.
 
     Returns:
@@ -401,7 +401,7 @@ def settle(reports: Iterable[Report], triton: str, is_whole: bool, write: bool) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, compare or write."""
     parser = argparse.ArgumentParser(description="Compile every kernel for every known GPU.")
-    parser.add_argument("--arch", choices=(*NVIDIA, *AMD), help="this device alone")
+    parser.add_argument("--arch", choices=(*NVIDIA, *AMD), help="only this device")
     parser.add_argument("--filter", default="", help="cases that have this in their name")
     parser.add_argument("--full", action="store_true", help="every case on every device")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -1,4 +1,4 @@
-"""NaN and infinity: a row has the result of the definition, on every backend of ours.
+"""NaN and infinity: rows agree with the definition, on every backend here.
 
 The expectation is REFERENCE's, and REFERENCE's own cases are written out. The Triton kernels run
 with tiles so small that keys are split and parts are merged.
@@ -62,7 +62,7 @@ def of_reference(step):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("fields", FIELDS, ids=in_words)
-def test_triton_attn_keeps_nan_in_the_rows_that_see_it(fields, case):
+def test_triton_attn_nan_stays_in_its_rows(fields, case):
     step = mixed(**{"dtype": torch.float32, "returns_lse": True, **fields})
     step = broken(step, *CASES[case])
     wanted, wanted_lse = of_reference(step)
@@ -100,7 +100,7 @@ def test_triton_attn_where_no_score_is_above_minus_infinity(fields):
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("name", ["query", "key"])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_rows_that_see_it_are_nan_and_no_others(backend, dtype, window, name, value):
+def test_nan_stays_in_its_rows(backend, dtype, window, name, value):
     generator = torch.Generator().manual_seed(0)
     tensors = {
         key: torch.randn(6, heads, 16, generator=generator).abs().to(dtype)
@@ -115,7 +115,7 @@ def test_rows_that_see_it_are_nan_and_no_others(backend, dtype, window, name, va
     assert torch.equal(output.isnan().any(-1).any(-1), expected)
 
 
-def test_a_row_without_keys_is_0_whatever_its_query_holds():
+def test_row_without_keys_is_0_for_any_query():
     query, key = torch.full((3, 1, 4), NAN), torch.ones(1, 1, 4)
     output, lse = attend(query, key, key, scale=1.0, causal=True)
     assert torch.equal(output[:2], torch.zeros(2, 1, 4))

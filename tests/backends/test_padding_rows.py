@@ -1,4 +1,4 @@
-"""Output rows that belong to no request are 0, with an lse of −inf, whatever was there before."""
+"""Padding rows of the output are 0, with an LSE of −inf, whatever was there before."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_triton_attn(fields, lens):
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 6])
-def test_the_lengths_of_the_device_count(num_tokens, monkeypatch):
-    """As in a graph that is replayed: the plan is of six requests, and fewer bring a token."""
+def test_padding_follows_device_lengths(num_tokens, monkeypatch):
+    """As in a graph replay: the plan has six requests, and fewer of them have a token."""
     spec = layer_spec(dtype=torch.float32, returns_lse=True)
     step = Step(Case(spec=spec, query_lens=(1,) * 6, seq_lens=(7, 3, 12, 5, 9, 20)), DEVICE)
     wanted, wanted_lse = step.run("REFERENCE")

@@ -25,7 +25,7 @@ def oracle(given, **options):
 
 
 def triton(given, **options):
-    """TRITON_ATTN, which no selection takes to a CPU: in the interpreter there."""
+    """TRITON_ATTN, on a CPU in the interpreter, where it is never selected."""
     from attn_dispatch.backends.triton.backend import TritonAttnBackend
     from attn_dispatch.interface.batch import AttentionBatch
     from attn_dispatch.interface.quantization import KVScales
@@ -88,7 +88,7 @@ def test_any_scale(backend, scale, slopes, causal):
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, "1", "", None, True])
-def test_a_scale_that_is_no_finite_number_is_rejected(scale):
+def test_nonfinite_scale_is_rejected(scale):
     from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
 
     with pytest.raises(InvalidInputError, match="scale"):

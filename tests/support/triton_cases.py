@@ -1,4 +1,4 @@
-"""What the tests of TRITON_ATTN share: where they run, and steps launched in other ways.
+"""Shared by the tests of TRITON_ATTN: the device, and steps with other launches.
 
 Without a GPU the kernels run in Triton's interpreter, where a launch takes tenths of a second and
 bfloat16 is wrong; so shapes are small there, and tiles are made small enough that they too are cut.
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def some(number, *axes):
-    """Combinations of the axes' values: all on a GPU, else about so many, each value in one."""
+    """Combinations of the axes' values: all on a GPU, else about `number`, with each value."""
     every = list(itertools.product(*(list(enumerate(axis)) for axis in axes)))
     if not HAS_GPU:
         random.Random(0).shuffle(every)
@@ -127,7 +127,7 @@ def _tensors(returned):
 
 
 def reordered(step, order):
-    """The step with these of its requests, in this order, over the same cache."""
+    """The step with only these requests, in this order, over the same cache."""
     case, pick = step.case, lambda values: tuple(values[i] for i in order)
     other = copy.copy(step)
     other.case = case.replace(
@@ -151,7 +151,7 @@ def reordered(step, order):
 
 
 def rows_of(step, request):
-    """The rows of query and output that are a request's."""
+    """The rows of query and output of a request."""
     return _rows(step.case.query_lens, [request])
 
 

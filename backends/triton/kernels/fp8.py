@@ -1,7 +1,8 @@
-"""How elements are kept in a byte: the fp8 formats, in integer arithmetic that every GPU has.
+"""The fp8 formats, in integer arithmetic that every GPU has.
 
-A format is named "e4m3", "e5m2", "e4m3fnuz" or "e5m2fnuz". Hardware that converts a format itself
-does it faster; `NATIVE` says so. Both ways give the same bits, NaN included.
+"e4m3" and "e5m2" are those of arXiv:2209.05433 (OCP FP8), "e4m3fnuz" and "e5m2fnuz" those of
+arXiv:2206.02915. With `NATIVE` the compiler converts in hardware, which is faster. Both ways give
+the same bits, NaN included.
 """
 
 import triton
@@ -34,7 +35,7 @@ def decode_fp8(x, dtype: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexp
         x: bytes, uint8.
         dtype: of the result.
         FORMAT: which fp8.
-        NATIVE: let the compiler convert.
+        NATIVE: the compiler converts in hardware.
     """
     if NATIVE:
         if FORMAT == "e4m3":
@@ -46,15 +47,15 @@ def decode_fp8(x, dtype: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexp
         else:
             return x.to(tl.float8e5b16, bitcast=True).to(dtype)
     elif FORMAT == "e5m2":
-        # A float16 cut short.
+        # The upper byte of a float16.
         return (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
     elif FORMAT == "e5m2fnuz":
-        # Its largest exponent is float16's infinity, so by way of float32.
+        # Its largest exponent is that of float16's infinity, so through float32.
         bits = ((x & 0x7F).to(tl.uint32) << 21) | ((x & 0x80).to(tl.uint32) << 24)
         value = bits.to(tl.float32, bitcast=True) * 1.298074214633707e33  # 2 ** (127 - 16) / 2
         return tl.where(x == 0x80, float("nan"), value * 2.0).to(dtype)
     else:
-        # With its exponent in float16's place, a number is smaller by the difference of the biases.
+        # Placed in float16's exponent, a number is too small by the difference of the biases.
         bits = ((x & 0x7F).to(tl.uint16) << 7) | ((x & 0x80).to(tl.uint16) << 8)
         by: tl.constexpr = 256.0 if FORMAT == "e4m3" else 128.0
         value = bits.to(tl.float16, bitcast=True) * by
@@ -64,14 +65,14 @@ def decode_fp8(x, dtype: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexp
 
 @triton.jit
 def encode_fp8(x, FORMAT: tl.constexpr):
-    """float32 values as fp8 bytes: rounded to nearest even, what is too large clamped, NaN kept."""
+    """float32 values as fp8 bytes, rounded to nearest even and clamped; NaN stays NaN."""
     M: tl.constexpr = _mantissa_bits(FORMAT)
     BIAS: tl.constexpr = _bias(FORMAT)
     FNUZ: tl.constexpr = FORMAT.endswith("fnuz")
     LARGEST: tl.constexpr = largest(FORMAT)
     NAN_CODE: tl.constexpr = 0x80 if FNUZ else 0x7F
     SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)
-    # Adding a number whose last bit is worth one step of the subnormals rounds to these steps.
+    # Adding a number whose last bit is one step of the subnormals rounds to these steps.
     STEPS: tl.constexpr = 2.0 ** (24 - BIAS - M)
     STEPS_BITS: tl.constexpr = (24 - BIAS - M + 127) << 23
     magnitude = tl.minimum(tl.abs(x), LARGEST)
@@ -81,6 +82,6 @@ def encode_fp8(x, FORMAT: tl.constexpr):
     subnormal = (magnitude + STEPS).to(tl.int32, bitcast=True) - STEPS_BITS
     code = tl.where(magnitude < SMALLEST_NORMAL, subnormal, normal)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    if FNUZ:  # there is no negative zero: its code is NaN's
+    if FNUZ:  # no negative zero: its code is NaN
         sign = tl.where(code == 0, 0, sign)
     return tl.where(x != x, NAN_CODE, code | sign).to(tl.uint8)

@@ -1,7 +1,7 @@
 """Gather keys and values of a batch from their pages into contiguous rows, as the layer's dtype.
 
-Long queries read each key many times: it pays to copy them once to where they can be loaded in
-large tiles, and to undo their quantization there.
+Long queries read each key many times. Copied once, keys can be loaded in large tiles, and their
+quantization is undone once.
 """
 
 import triton
@@ -46,7 +46,7 @@ def gather_kv_kernel(
     PAD: tl.constexpr, WINDOW: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Copy the keys and values of the listed requests; zeros go where no query sees anything.
+    """Copy the keys and values of the listed requests; keys that no query sees become zeros.
 
     Grid: (ceil(longest * NUM_KV_HEADS / ROWS), number of requests), the longest padded to PAD.
 
@@ -54,7 +54,7 @@ def gather_kv_kernel(
         requests_ptr: (number,) int32.
         key_start_loc_ptr: (num_reqs,) int32, where each request's rows begin.
         k_out_ptr: (rows, NUM_KV_HEADS, BLOCK_D), v_out_ptr the same for values, written; zeros
-            fill heads up.
+            pad the heads.
         PAD: each request has as many rows as its keys, rounded up to this.
     """
     request = tl.load(requests_ptr + tl.program_id(1))
@@ -67,7 +67,7 @@ def gather_kv_kernel(
         heads = rows % NUM_KV_HEADS
         inside = positions < padded
         ok = positions < seq_len
-        if WINDOW:  # what lies before the first query's window may be freed
+        if WINDOW:  # keys before the first query's window may have been freed
             q_len = tl.load(query_start_loc_ptr + request + 1)
             q_len -= tl.load(query_start_loc_ptr + request)
             ok = ok & (positions > seq_len - q_len - window)

@@ -1,4 +1,4 @@
-"""Store new keys and values in their slots of the paged cache, in the form that it keeps."""
+"""Store new keys and values in their slots of the paged cache, in its format."""
 
 import triton
 import triton.language as tl
@@ -24,14 +24,14 @@ def _write(
         tl.store(target, x.to(cache_ptr.dtype.element_ty), mask=here)
     elif FORMAT == "int8":
         x = x.to(tl.float32)
-        has_nan = tl.max((x != x).to(tl.int32), 1) > 0  # which a maximum may drop
+        has_nan = tl.max((x != x).to(tl.int32), 1) > 0  # a maximum may drop it
         amax = tl.where(has_nan, float("nan"), tl.max(tl.abs(x), 1))
         scales = tl.math.div_rn(amax, tl.full(amax.shape, 127.0, tl.float32))
         # The smallest normal number: no device flushes it to zero. NaN stays.
         scales = tl.where(scales < 1.1754943508222875e-38, 1.1754943508222875e-38, scales)
         scales = tl.where(amax == 0.0, 1.0, scales)
         scaled = tl.math.div_rn(x, tl.broadcast_to(scales[:, None], x.shape))
-        # Adding this rounds to even; what is no number is stored as anything, its scale says so.
+        # Adding this rounds to even. A row with NaN stores any bytes: its scale is NaN.
         rounded = (scaled + 12582912.0) - 12582912.0
         rounded = tl.where(rounded != rounded, 0.0, tl.minimum(tl.maximum(rounded, -127.0), 127.0))
         tl.store(target, rounded.to(tl.int8), mask=here)
@@ -51,7 +51,7 @@ def write_kv_kernel(
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     FORMAT: tl.constexpr, SCALE_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store new keys and values; what has slot −1 is skipped.
+    """Store new keys and values; tokens with slot −1 are skipped.
 
     Grid: (ceil(num_tokens * NUM_KV_HEADS / ROWS),).
 

@@ -78,7 +78,7 @@ def run_steps(model, forward):
 
 
 @pytest.mark.parametrize("backend", ["TORCH_SDPA", "prefill=REFERENCE,decode=TORCH_SDPA"])
-def test_a_compiled_model_computes_what_it_computes_eagerly(backend):
+def test_compiled_and_eager_models_agree(backend):
     model = Model(backend=backend)
     eager, eager_caches = run_steps(model, model)
     for layer in model.layers:
@@ -91,7 +91,7 @@ def test_a_compiled_model_computes_what_it_computes_eagerly(backend):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
 @pytest.mark.slow
-def test_inductor_neither_drops_nor_reorders_a_layer():
+def test_inductor_keeps_every_layer_in_order():
     model = Model(num_layers=2)
     eager, eager_caches = run_steps(model, model)
     model.layers[0].kv_cache.zero_()
@@ -100,7 +100,7 @@ def test_inductor_neither_drops_nor_reorders_a_layer():
         torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_one_graph_serves_steps_of_any_number_of_tokens():
+def test_one_graph_serves_any_number_of_tokens():
     model, graphs = Model(), []
 
     def count(graph, _):
@@ -113,7 +113,7 @@ def test_one_graph_serves_steps_of_any_number_of_tokens():
     assert len(ops) == len(model.layers)
 
 
-def test_the_cache_is_written_even_if_nobody_uses_the_output():
+def test_cache_is_written_if_output_is_unused():
     model = Model()
     layer = model.layers[0]
 
@@ -128,7 +128,7 @@ def test_the_cache_is_written_even_if_nobody_uses_the_output():
     assert int((layer.kv_cache != 0).any(-1).sum()) == 10 * 2 * 2
 
 
-def test_features_that_are_tensors_work_compiled():
+def test_tensor_features_work_compiled():
     """lse, a given output, quantized output with scales."""
     spec = layer_spec(dtype=torch.float32, returns_lse=True, sinks=True)
     step = Step(Case(spec=spec, query_lens=(1, 5), seq_lens=(9, 5)))
@@ -165,7 +165,7 @@ def test_quantized_output_works_compiled(quant):
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
-def test_attention_types_are_strings_to_the_compiler():
+def test_attention_types_compile_as_strings():
     @torch.compile(backend="eager", fullgraph=True)
     def scale(tensor, attn_type):
         return tensor * (2 if attn_type == "decoder" else 3)
@@ -176,14 +176,14 @@ def test_attention_types_are_strings_to_the_compiler():
     assert f"{AttentionType.DECODER}" == "decoder"
 
 
-def test_a_batch_is_missed_when_the_graph_runs():
+def test_missing_batch_is_rejected_at_run_time():
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(InvalidInputError, match="outside of forward_context"):
         compiled(torch.randn(3, 16))
 
 
-def test_what_a_graph_cannot_take_is_said_while_it_is_made():
+def test_graph_rejects_unsupported_inputs():
     model = Model()
     layer = model.layers[0]
 
@@ -194,7 +194,7 @@ def test_what_a_graph_cannot_take_is_said_while_it_is_made():
         torch.compile(run, backend="eager", fullgraph=True)(torch.randn(3, 32))
 
 
-def test_a_graph_whose_layer_is_gone_says_so():
+def test_graph_of_a_deleted_layer_is_rejected():
     layer = Attention(4, 8, device="cpu")
     key, query = layer._op_key, torch.randn(3, 4, 8)
     del layer
@@ -206,7 +206,7 @@ def test_a_graph_whose_layer_is_gone_says_so():
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_the_op_is_what_it_says(with_lse):
+def test_op_passes_torch_opcheck(with_lse):
     """PyTorch's own checks: the schema's mutations, the fake implementation, dynamic shapes."""
     spec = layer_spec(dtype=torch.float32, returns_lse=with_lse)
     step = Step(Case(spec=spec, query_lens=(1, 5), seq_lens=(9, 5)))
@@ -219,7 +219,7 @@ def test_the_op_is_what_it_says(with_lse):
         torch.library.opcheck(attention_op, (*arguments, torch.zeros(1), layer._op_key))
 
 
-def test_layers_that_die_leave_nothing_behind():
+def test_deleted_layers_are_freed():
     key = Attention(4, 8, device="cpu")._op_key
     gc.collect()
     assert key not in layers_by_key

@@ -1,4 +1,4 @@
-"""Launch tables serve every known GPU, and the compile matrix sees what is wrong with one."""
+"""Launch tables cover every known GPU, and the compile matrix reports problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_power_of_two(number):
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda d: d.arch)
-def test_the_rows_of_a_table_ascend_in_powers_of_two(device):
+def test_table_rows_are_ascending_powers_of_two(device):
     table = launch_table(device)
     for rows in (table.decode, table.prefill):
         assert list(rows) == sorted(rows)
@@ -44,14 +44,14 @@ def test_the_rows_of_a_table_ascend_in_powers_of_two(device):
         assert row.num_stages >= 1
 
 
-def test_a_larger_head_never_gets_a_larger_tile():
+def test_larger_heads_have_no_larger_tiles():
     for device in GPUS:
         table = launch_table(device)
         tiles = [row.block_m * row.block_n for row in table.prefill.values()]
         assert tiles == sorted(tiles, reverse=True), device.arch
 
 
-def test_every_known_gpu_is_in_the_matrix():
+def test_matrix_covers_every_known_gpu():
     assert {device.arch for device in GPUS} == set(matrix.UNITS) == {*cases.NVIDIA, *cases.AMD}
     for case in cases.FEATURES:
         vendors = {
@@ -64,7 +64,7 @@ def recorded(name, arch="sm90"):
     return {each.name: each for each in cases.launches_of(CASES[name], KNOWN_DEVICES[arch])}
 
 
-def test_the_recorder_covers_each_kernel():
+def test_recorder_covers_each_kernel():
     assert set(recorded("gathered")) == {"write_kv", "decode", "gather_kv", "prefill"}
     assert set(recorded("batch invariant")) >= {"decode", "prefill"}
 
@@ -78,12 +78,12 @@ def test_the_recorder_covers_each_kernel():
         ("pages", "sm90", "pages"),
     ],
 )
-def test_the_cases_cover_each_source_of_keys(case, arch, source):
+def test_cases_cover_each_source_of_keys(case, arch, source):
     found = recorded(case, arch)["prefill"].constants["F"].SOURCE
     assert found == source
 
 
-def test_recording_leaves_launchers_as_they_were():
+def test_recording_restores_launchers():
     before = cases.Launcher.__call__
     recorded("128")
     assert cases.Launcher.__call__ is before
@@ -94,7 +94,7 @@ def report(**figures):
     return matrix.Report(case="128", arch="sm90", kernel="prefill from rows", **figures)
 
 
-def test_a_kernel_within_its_limits_is_no_problem():
+def test_kernel_within_limits_has_no_problem():
     most = {"shared_bytes": 227 * 1024, "spilled_bytes": matrix.SPILL_ALLOWANCE}
     assert matrix.judged(report(**most), has_matrix=True).problems == ()
 
@@ -107,12 +107,12 @@ def test_a_kernel_within_its_limits_is_no_problem():
         ({"matrix": ""}, "without matrix instructions"),
     ],
 )
-def test_a_planted_problem_is_reported(figures, words):
+def test_problem_is_reported(figures, words):
     (problem,) = matrix.judged(report(**figures), has_matrix=True).problems
     assert words in problem
 
 
-def test_figures_are_read_from_ptxas_and_from_amd_assembly():
+def test_figures_of_ptxas_and_amd_assembly():
     log = "    0 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
     log += "ptxas info    : Used 168 registers, used 1 barriers"
     assert matrix.figures_of("", log) == (168, 12)
@@ -142,13 +142,13 @@ REPORTS = [
 ]
 
 
-def test_tables_say_what_was_found_and_are_read_again():
+def test_tables_round_trip():
     written = matrix.tables(matrix.cells_of(REPORTS), "3.7.1")
     assert "77+16s · 2 · 0" in written
     assert matrix.read_tables(written) == (matrix.cells_of(REPORTS), "3.7.1")
 
 
-def test_a_page_out_of_date_is_noticed(tmp_path, monkeypatch, capsys):
+def test_outdated_page_is_reported(tmp_path, monkeypatch, capsys):
     page = tmp_path / "kernels.md"
     page.write_text("<!-- compile-matrix -->\n<!-- compile-matrix end -->\n")
     monkeypatch.setattr(matrix, "PAGE", page)
@@ -169,7 +169,7 @@ def test_a_page_out_of_date_is_noticed(tmp_path, monkeypatch, capsys):
     assert not is_stale(REPORTS[1:], is_whole=False)
 
 
-def test_the_program_fails_for_a_problem_or_a_page_out_of_date(tmp_path, monkeypatch, capsys):
+def test_exit_status_for_problems_and_outdated_pages(tmp_path, monkeypatch, capsys):
     page = tmp_path / "kernels.md"
     page.write_text("<!-- compile-matrix -->\n<!-- compile-matrix end -->\n")
     monkeypatch.setattr(matrix, "PAGE", page)

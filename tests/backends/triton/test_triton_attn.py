@@ -1,4 +1,4 @@
-"""TRITON_ATTN computes what REFERENCE does: in Triton's interpreter, or on a GPU if there is one.
+"""TRITON_ATTN agrees with REFERENCE: in Triton's interpreter, or on a GPU if there is one.
 
 Here are features, numbers and tensors; test_triton_kernels.py is how the work is cut up.
 """
@@ -52,13 +52,13 @@ LAUNCHES = st.fixed_dictionaries(
 
 
 @given(case=cases("TRITON_ATTN", dtypes=DTYPES))
-def test_any_step_agrees_with_the_reference(case):
+def test_any_step_agrees_with_reference(case):
     step = Step(case, DEVICE)
     check(step, step.run("TRITON_ATTN"))
 
 
 @given(case=cases("TRITON_ATTN", dtypes=DTYPES, max_query=40, max_past=90), launch=LAUNCHES)
-def test_any_step_agrees_however_it_is_launched(case, launch):
+def test_any_step_agrees_with_any_launch(case, launch):
     step = Step(case, DEVICE)
     check(step, run(step, **launch))
 
@@ -74,7 +74,7 @@ def fields_of(names):
 
 
 def covering(pairs):
-    """Sets of features that do not contradict each other, and among them hold every pair."""
+    """Sets of compatible features that contain every pair."""
     allowed, left, rows = set(pairs), dict.fromkeys(pairs), []
     while left:
         row = list(next(iter(left)))
@@ -96,7 +96,7 @@ def _pair(one, other):
 COVERING = covering(PAIRS)
 
 
-def test_the_covering_sets_hold_every_pair():
+def test_covering_sets_contain_every_pair():
     held = {pair for row in COVERING for pair in itertools.combinations(sorted(row), 2)}
     assert {tuple(sorted(pair)) for pair in PAIRS} <= held
     assert len(COVERING) < len(PAIRS) / 3
@@ -126,7 +126,7 @@ CACHES = [*FP8, INT8, *(str(dtype).removeprefix("torch.") for dtype in DTYPES)]
 
 
 @pytest.mark.parametrize(("dtype", "kv_cache_dtype"), some(8, DTYPES, CACHES), ids=in_words)
-def test_caches_of_another_type(dtype, kv_cache_dtype):
+def test_caches_of_other_dtypes(dtype, kv_cache_dtype):
     scales = "per_head" if kv_cache_dtype in FP8 else "per_tensor"
     step = mixed(dtype, kv_cache_dtype=kv_cache_dtype, kv_scales=scales, kv_cache_layout="HND")
     check(step, run(step, **SMALL))
@@ -140,7 +140,7 @@ def test_every_kind_of_attention(attn_type, window):
 
 
 @pytest.mark.parametrize("brings_keys", [True, False])
-def test_cross_attention_reads_keys_that_are_not_the_querys(brings_keys):
+def test_cross_attention_with_keys_of_another_sequence(brings_keys):
     spec = layer_spec(dtype=torch.float32, attn_type=AttentionType.ENCODER_DECODER)
     case = Case(
         spec=spec,
@@ -162,8 +162,8 @@ SIZES = [(16, 1), (7, 16), (16, 15), (15, 40), (80, 48), (16, 16)]
     some(12, DTYPES, BYTES, SIZES, ["NHD", "HND"]),
     ids=in_words,
 )
-def test_heads_of_any_size_in_caches_of_bytes(dtype, kv_cache_dtype, sizes, layout):
-    """Bytes are read in pairs where that is possible."""
+def test_head_sizes_with_8bit_caches(dtype, kv_cache_dtype, sizes, layout):
+    """Bytes are read in pairs where possible."""
     spec = layer_spec(
         dtype=dtype,
         head_size=sizes[0],
@@ -179,8 +179,8 @@ def test_heads_of_any_size_in_caches_of_bytes(dtype, kv_cache_dtype, sizes, layo
 @pytest.mark.parametrize(
     "feature", ["none", *sorted(FEATURES.keys() - {"no_cache", "float32_cache", "narrow_values"})]
 )
-def test_features_over_bytes_read_in_pairs(dtype, feature):
-    """Heads of 16 bytes, which 8 are not."""
+def test_features_with_packed_8bit_caches(dtype, feature):
+    """Heads of 16 bytes; heads of 8 are not packed."""
     plain = {"head_size": 16, "head_size_v": 16, "kv_cache_dtype": INT8}
     step = mixed(dtype, **plain | FEATURES.get(feature, {}))
     check(step, run(step, **SMALL))
@@ -193,7 +193,7 @@ WINDOWS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 10_000, 2**31 - 1, 2**40]
 
 
 @pytest.mark.parametrize(("window", "causal"), some(12, WINDOWS, [True, False]))
-def test_windows_that_end_anywhere_in_a_tile(window, causal):
+def test_windows_end_anywhere_in_a_tile(window, causal):
     step = mixed(sliding_window=window, causal=causal, num_kv_heads=1, returns_lse=True)
     check(step, run(step, **SMALL))
 
@@ -201,7 +201,7 @@ def test_windows_that_end_anywhere_in_a_tile(window, causal):
 @pytest.mark.parametrize(
     ("causal", "window", "block_size"), some(5, [True, False], [None, 9, 2**31 - 1], [None, 4])
 )
-def test_more_queries_than_keys_leave_the_first_queries_blind(causal, window, block_size):
+def test_first_queries_see_nothing_if_keys_are_fewer(causal, window, block_size):
     fields = {"causal": causal, "sliding_window": window, "block_size": block_size}
     spec = layer_spec(dtype=torch.float32, returns_lse=True, sinks=True, **fields)
     step = Step(Case(spec=spec, query_lens=(5, 50, 3, 20), seq_lens=(3, 33, 0, 0)), DEVICE)
@@ -216,7 +216,7 @@ def test_more_queries_than_keys_leave_the_first_queries_blind(causal, window, bl
     ("window", "start", "length"),
     some(14, [None, 6], [0, 14, 15, 16, 17, 31, 33], [1, 2, 17, 40]),
 )
-def test_ranges_that_begin_and_end_anywhere_in_a_tile(window, start, length):
+def test_ranges_begin_and_end_anywhere_in_a_tile(window, start, length):
     spec = layer_spec(
         dtype=torch.float32,
         num_heads=1,
@@ -232,7 +232,7 @@ def test_ranges_that_begin_and_end_anywhere_in_a_tile(window, start, length):
 @pytest.mark.parametrize(
     "fields", [{}, {"sliding_window": 9}, {"bidirectional_ranges": True}], ids=in_words
 )
-def test_a_mask_may_hide_every_key_or_whole_tiles_of_them(fields):
+def test_mask_hides_all_keys_or_whole_tiles(fields):
     step = mixed(custom_mask=True, returns_lse=True, **fields)
     for mask in step.masks:
         mask[-1:] = False
@@ -286,7 +286,7 @@ def test_block_sizes_and_layouts(block_size, layout, kv_cache_dtype):
     some(12, MEMORY, [None, 4], [(8, 8), (16, 12), (7, 33), (1, 1)]),
     ids=in_words,
 )
-def test_tensors_may_lie_in_memory_as_they_like(memory, block_size, sizes):
+def test_memory_layouts_of_tensors(memory, block_size, sizes):
     spec = layer_spec(
         dtype=torch.float32, block_size=block_size, head_size=sizes[0], head_size_v=sizes[1]
     )
@@ -299,7 +299,7 @@ def test_tensors_may_lie_in_memory_as_they_like(memory, block_size, sizes):
 @pytest.mark.parametrize(
     "fields", [{}, {"logits_soft_cap": 1.5, "alibi": True, "sinks": True}], ids=in_words
 )
-def test_a_scale_may_be_zero_or_negative(factor, fields):
+def test_zero_and_negative_scales(factor, fields):
     step = mixed(returns_lse=True, kv_cache_dtype="fp8_e4m3", **fields)
     step.scale *= factor
     check(step, run(step, **SMALL))
@@ -319,7 +319,7 @@ def test_large_scores_do_not_overflow(fields):
 
 
 @pytest.mark.parametrize(("sink", "same_as"), [(-torch.inf, "none"), (1e30, "nothing")])
-def test_a_sink_may_be_nothing_or_all(sink, same_as):
+def test_sinks_of_zero_and_of_infinite_weight(sink, same_as):
     step = mixed(sinks=True, custom_mask=True, num_kv_heads=1)
     step.sinks.fill_(sink)
     output = run(step, **SMALL)
@@ -335,7 +335,7 @@ def test_a_sink_may_be_nothing_or_all(sink, same_as):
     some(3, DTYPES, [{}, {"logits_soft_cap": 5.0}, {"kv_cache_dtype": INT8}]),
     ids=in_words,
 )
-def test_long_requests_are_as_near_as_the_dtype_allows(dtype, fields):
+def test_long_requests_are_accurate(dtype, fields):
     spec = layer_spec(dtype=dtype, num_heads=2, num_kv_heads=1, head_size=64, **fields)
     step = Step(Case(spec=spec, query_lens=(1, 20, 2), seq_lens=(700, 300, 513)), DEVICE)
     check(step, step.run("TRITON_ATTN"))

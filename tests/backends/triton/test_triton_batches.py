@@ -32,7 +32,7 @@ from support.triton_cases import (
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_an_empty_batch_gives_an_empty_result(block_size):
+def test_empty_batch_gives_empty_result(block_size):
     spec = layer_spec(dtype=torch.float32, returns_lse=True, block_size=block_size)
     step = Step(Case(spec=spec, query_lens=(), seq_lens=()), DEVICE)
     output, lse = run(step)
@@ -54,8 +54,8 @@ def test_batches_with_nothing_to_compute(lens, block_size):
     [{}, {"custom_mask": True, "returns_lse": True}, {"batch_invariant": True}],
     ids=in_words,
 )
-def test_a_batch_laid_out_for_a_cache_may_come_without_one(query_lens, fields):
-    """An engine that measures its memory has no cache yet; the prompts' keys are those given."""
+def test_paged_metadata_without_a_cache(query_lens, fields):
+    """An engine that measures its memory has no cache yet; the keys are those of the call."""
     spec = layer_spec(dtype=torch.float32, **fields)
     step = Step(Case(spec=spec, query_lens=query_lens, seq_lens=query_lens), DEVICE)
     expected = step.expected()
@@ -66,7 +66,7 @@ def test_a_batch_laid_out_for_a_cache_may_come_without_one(query_lens, fields):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((0, 1, 2, 4)))[5::7], ids=str)
-def test_requests_may_stand_in_any_order(order):
+def test_order_of_requests(order):
     step = reordered(mixed(custom_mask=True, bidirectional_ranges=True, returns_lse=True), order)
     check(step, run(step, **SMALL))
 
@@ -81,7 +81,7 @@ INVARIANT = {
 
 
 @pytest.mark.parametrize("fields", INVARIANT.values(), ids=INVARIANT)
-def test_a_request_has_the_same_bits_alone_in_company_and_in_another_order(fields):
+def test_batch_invariance(fields):
     spec = layer_spec(
         **{"dtype": torch.float32, "num_kv_heads": 1} | fields,
         batch_invariant=True,
@@ -104,7 +104,7 @@ def test_a_request_has_the_same_bits_alone_in_company_and_in_another_order(field
 @pytest.mark.parametrize(
     "query", [pytest.param(query, marks=needs_gpu) for query in (1, 2, 17, 100)]
 )
-def test_no_length_has_other_bits_in_company(dtype, query):
+def test_batch_invariance_of_every_length(dtype, query):
     spec = layer_spec(
         dtype=dtype, num_heads=8, num_kv_heads=2, head_size=64, block_size=16, batch_invariant=True
     )
@@ -133,7 +133,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize(("where", "head_size_v"), some(4, OUTPUTS, [8, 1]))
-def test_the_result_goes_where_it_is_wanted(where, head_size_v):
+def test_result_is_written_to_given_output(where, head_size_v):
     step = mixed(returns_lse=True, num_kv_heads=1, head_size_v=head_size_v)
     output = OUTPUTS[where](len(step.query), 4, head_size_v, dtype=torch.float32)
     returned = forward(step, builder_of(step.spec, **SMALL).build(step.batch), output=output)
@@ -202,15 +202,15 @@ def test_output_quantization_by_groups(head_size_v, where, scales):
         ("block_table", lambda t: t.T.contiguous().T),
     ],
 )
-def test_a_batch_of_other_integers_is_refused_with_words(name, wrong):
+def test_batch_of_other_integers_is_rejected(name, wrong):
     step = mixed()
     batch = dataclasses.replace(step.batch, **{name: wrong(getattr(step.batch, name))})
     with pytest.raises(InvalidInputError, match=f"{name} is .* must be contiguous torch.int32"):
         builder_of(step.spec).build(batch)
 
 
-def test_the_tail_of_an_interleaved_table_is_taken_as_it_is():
-    """Rows may be apart: an engine gives the first columns of a larger table."""
+def test_strided_block_table_is_not_copied():
+    """An engine passes the first columns of a larger table."""
     step = mixed(num_kv_heads=1)
     wide = torch.full((len(step._table), 64), -1, dtype=torch.int32)
     wide[:, : step._table.shape[1]] = step._table
@@ -220,8 +220,8 @@ def test_the_tail_of_an_interleaved_table_is_taken_as_it_is():
     assert same_bits(run(step, **SMALL), expected)
 
 
-def test_another_cache_in_the_same_place_is_looked_at_anew():
-    """The last cache is remembered, by a weak reference."""
+def test_new_cache_at_the_same_address_is_detected():
+    """The last cache is kept by a weak reference."""
     step = mixed(num_kv_heads=1)
     impl = triton_attn.TritonImpl(**step.impl_arguments())
     metadata = builder_of(step.spec, **SMALL).build(step.batch)
@@ -233,7 +233,7 @@ def test_another_cache_in_the_same_place_is_looked_at_anew():
         del cache, arguments
 
 
-def test_a_cache_whose_heads_have_gaps_is_refused_before_it_is_written():
+def test_cache_with_strided_heads_is_rejected_before_writing():
     step = mixed()
     shape = (*step.kv_cache.shape, 2)
     cache = torch.zeros(shape, dtype=step.kv_cache.dtype, device=DEVICE)[..., 0]

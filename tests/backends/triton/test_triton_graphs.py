@@ -1,4 +1,4 @@
-"""Launching TRITON_ATTN's kernels: what is compiled anew, what a graph replays, how far it goes."""
+"""Launching TRITON_ATTN's kernels: what is compiled again, what a graph replays, large caches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def state_of(spec, max_batch_size, **launch):
 
 @pytest.mark.parametrize("fields", [{}, {"batch_invariant": True}, {"sliding_window": 9}])
 @pytest.mark.parametrize("size", [4, 8])
-def test_metadata_over_static_buffers_computes_what_a_direct_run_does(fields, size):
+def test_static_buffers_agree_with_direct_run(fields, size):
     """What a graph would replay, run without one: a smaller step after a larger one."""
     spec = layer_spec(dtype=torch.float32, num_kv_heads=1, block_size=16, cuda_graph=True, **fields)
     state = state_of(spec, 8, **SMALL)
@@ -79,7 +79,7 @@ def test_metadata_over_static_buffers_computes_what_a_direct_run_does(fields, si
     [{}, {"kv_cache_dtype": "fp8_e4m3"}, {"sliding_window": 99, "sinks": True, "alibi": True}],
     ids=str,
 )
-def test_a_graph_replays_what_eager_computes(size, fields):
+def test_graph_replay_agrees_with_eager(size, fields):
     """Captured once, replayed for other lengths and fewer requests, writing the cache as well."""
     dtype = torch.bfloat16
     spec = layer_spec(
@@ -170,7 +170,7 @@ def test_lengths_and_batches_compile_nothing_new(fields, monkeypatch):
 
 
 class FakeKernel:
-    """Counts what is looked up or compiled, and what is called directly."""
+    """Counts lookups or compilations, and direct calls."""
 
     arg_names = ("x", "lse_ptr", "n", "window", "COUNT")
     do_not_specialize = ("window",)
@@ -196,7 +196,7 @@ class FakeKernel:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often each of some launches, given one by one, was compiled."""
+    """How often each launch was compiled, one by one."""
     kernel = FakeKernel()
     monkeypatch.setattr(launcher, "_HAS_GPU", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: kernel.device)
@@ -216,7 +216,7 @@ def launches(monkeypatch):
 ROWS = torch.zeros(64)
 
 
-def test_the_same_launch_is_compiled_once_and_then_called_with_its_constants(launches):
+def test_repeated_launch_calls_the_compiled_kernel(launches):
     arguments = (ROWS, ROWS, 32, 5)
     assert launches(*arguments) == 1
     assert launches(*arguments) == 0
@@ -235,7 +235,7 @@ def test_the_same_launch_is_compiled_once_and_then_called_with_its_constants(lau
         (ROWS, ROWS, 2**31, 5),
     ],
 )
-def test_what_compiled_code_depends_on_is_compiled_anew(launches, other):
+def test_specialized_arguments_are_compiled_separately(launches, other):
     launches(ROWS, ROWS, 32, 5)
     assert launches(*other) == 1
     assert launches(*other) == 0
@@ -246,26 +246,26 @@ def test_what_compiled_code_depends_on_is_compiled_anew(launches, other):
     "other",
     [
         (ROWS[4:], ROWS, 32, 5),  # 16 bytes off
-        (ROWS, ROWS[1:], 32, 5),  # nobody looks at its alignment
+        (ROWS, ROWS[1:], 32, 5),  # its alignment is not specialized on
         (ROWS, ROWS, 48, 5),
         (ROWS, ROWS, 2**31 - 16, 5),
         (ROWS, ROWS, 32, 1),
         (ROWS, ROWS, 32, 16),
     ],
 )
-def test_what_compiled_code_does_not_depend_on_is_not(launches, other):
+def test_other_arguments_share_compiled_code(launches, other):
     launches(ROWS, ROWS, 32, 5)
     assert launches(*other) == 0
 
 
-def test_another_device_is_compiled_for_anew(launches):
+def test_each_device_has_its_own_compiled_code(launches):
     launches(ROWS, ROWS, 32, 5)
     launches.kernel.device = 1
     assert launches(ROWS, ROWS, 32, 5) == 1
 
 
-def test_every_parameter_that_is_left_open_exists():
-    """A misspelt name would be specialized on, or not looked at."""
+def test_unspecialized_parameters_exist():
+    """A misspelt name would be specialized on, or ignored."""
     from attn_dispatch.backends.cuda.hopper import decode as hopper_decode
     from attn_dispatch.backends.cuda.hopper import prefill as hopper_prefill
     from attn_dispatch.backends.triton.kernels import decode, gather, kv_write, prefill
@@ -286,7 +286,7 @@ def test_every_parameter_that_is_left_open_exists():
 
 
 @pytest.mark.parametrize("query_len", [1, 20])
-def test_an_impl_that_is_given_another_dtype_computes_that(query_len):
+def test_impl_supports_changing_dtypes(query_len):
     """Compiled code is kept by the layer, and depends on the dtype."""
     impls = {}
     for dtype in (*DTYPES, *DTYPES):
@@ -300,8 +300,8 @@ def test_an_impl_that_is_given_another_dtype_computes_that(query_len):
 
 @pytest.mark.parametrize("query_len", [1, 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_cache_of_either_fp8_may_be_called_fp8(query_len, dtype):
-    """Which it is, is the cache's affair; compiled code depends on it."""
+def test_fp8_means_the_dtype_of_the_cache(query_len, dtype):
+    """The dtype of the cache decides; compiled code depends on it."""
     sizes = {"num_kv_heads": 1, "head_size": 16, "dtype": dtype}
     impls = {}
     for kv_cache_dtype in ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3"):
@@ -356,8 +356,8 @@ def test_caches_beyond_2_to_the_31_elements(layout, kv_cache_dtype):
 
 
 @pytest.mark.parametrize(("index", "entered"), [(None, []), (0, []), (1, [1])])
-def test_kernels_are_launched_where_the_tensors_are(monkeypatch, index, entered):
-    """Triton launches on the current device, wherever that is."""
+def test_kernels_are_launched_on_the_tensors_device(monkeypatch, index, entered):
+    """Triton launches on the current device."""
     seen = []
 
     @contextlib.contextmanager
@@ -378,14 +378,14 @@ def test_kernels_are_launched_where_the_tensors_are(monkeypatch, index, entered)
     assert seen == 2 * entered
 
 
-def test_an_impl_looks_where_its_tensors_are():
+def test_impl_uses_the_tensors_device():
     assert TritonImpl.forward.__wrapped__
     assert KVCacheWriter.write.__wrapped__
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_gpu_computes_what_the_first_does():
+def test_second_gpu_agrees_with_the_first():
     spec = layer_spec(dtype=torch.float16, head_size=64, block_size=16)
     step = Step(Case(spec=spec, query_lens=(1, 20), seq_lens=(70, 40)), "cuda:1")
     assert torch.cuda.current_device() == 0

@@ -114,7 +114,7 @@ for mark in needs_gpu:
     test_part0_values_much_narrower_than_keys = mark(test_part0_values_much_narrower_than_keys)
 
 
-def test_tiles_of_values_hold_their_heads():
+def test_tiles_of_values_contain_their_heads():
     for head_size, head_size_v in PAIRS:
         block, block_v = operands.blocks_of(head_size, head_size_v)
         assert block >= head_size

@@ -1,4 +1,4 @@
-"""How TRITON_ATTN's kernels cut up the work, where they find keys, and what bytes they store."""
+"""How TRITON_ATTN's kernels split the work, read keys and store bytes."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ tl = pytest.importorskip("triton.language")
 FORMATS = {name: dtype for dtype, name in operands.FORMATS.items() if name != "int8"}
 
 
-# Decode: the line of work is cut anywhere.
+# Decode: work units are split anywhere.
 
 #: Query lengths and key lengths.
-LINES = {
+LENGTHS = {
     "one long request": ((1,), (250,)),
     "ends of tiles": ((1,) * 4, (64, 16, 96, 32)),
     "around the ends of tiles": ((1,) * 6, (15, 17, 63, 65, 31, 1)),
@@ -80,7 +80,7 @@ def launched(programs, **decode):
 
 
 def check_decode(step, expected=None, again=HAS_GPU, **launch):
-    """Right from poisoned memory, leaving zero counters, the same bits again; how many parts."""
+    """Check a step on poisoned memory, its counters, and its bits again; return the parts used."""
     metadata = builder_of(step.spec, **launch).build(step.batch)
     assert metadata.prefill is None
     poison(metadata)
@@ -93,10 +93,10 @@ def check_decode(step, expected=None, again=HAS_GPU, **launch):
     return int((~metadata.decode.part_lse.isnan()).sum())
 
 
-@pytest.mark.parametrize(("line", "feature"), some(7, LINES, FEATURES))
-def test_keys_split_among_any_number_of_programs(line, feature, monkeypatch):
+@pytest.mark.parametrize(("lengths", "feature"), some(7, LENGTHS, FEATURES))
+def test_keys_split_among_any_number_of_programs(lengths, feature, monkeypatch):
     monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", 2)
-    step = decode_step(LINES[line], **FEATURES[feature])
+    step = decode_step(LENGTHS[lengths], **FEATURES[feature])
     expected = step.expected()
     for programs in (3, 16):
         again = HAS_GPU or programs == 3
@@ -105,12 +105,12 @@ def test_keys_split_among_any_number_of_programs(line, feature, monkeypatch):
 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has an order of its own")
 @pytest.mark.parametrize("is_invariant", [False, True])
-def test_programs_may_run_in_any_order(is_invariant, monkeypatch):
-    """No part lies where another does: the last program first, then forth and back."""
+def test_order_of_programs(is_invariant, monkeypatch):
+    """Parts do not overlap: last program first, then alternating."""
     from triton.runtime.interpreter import interpreter_builder
 
     set_grid_idx = interpreter_builder.set_grid_idx
-    step = decode_step(LINES["very different"], batch_invariant=is_invariant)
+    step = decode_step(LENGTHS["very different"], batch_invariant=is_invariant)
     expected = step.expected()
     for place in (lambda i, n: n - 1 - i, lambda i, n: i // 2 if i % 2 == 0 else n - 1 - i // 2):
 
@@ -121,15 +121,15 @@ def test_programs_may_run_in_any_order(is_invariant, monkeypatch):
         check_decode(step, expected, **launched(7))
 
 
-def test_one_program_shares_with_nobody():
-    assert check_decode(decode_step(LINES["very different"]), **launched(1)) == 0
+def test_one_program_splits_nothing():
+    assert check_decode(decode_step(LENGTHS["very different"]), **launched(1)) == 0
 
 
 @pytest.mark.parametrize(
     ("few", "head_size_v", "feature"), some(6, [0, 1, 1000], [8, 512], ["plain", "everything"])
 )
-def test_few_parts_and_many_are_merged_alike(few, head_size_v, feature, monkeypatch):
-    """As whole tiles, or row by row; of wide rows few at a time."""
+def test_both_merges_agree(few, head_size_v, feature, monkeypatch):
+    """As whole tiles, or row by row; fewer wide rows at a time."""
     monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
     step = decode_step(((1, 3), (200, 90)), head_size_v=head_size_v, **FEATURES[feature])
     assert check_decode(step, **launched(16)) > 16
@@ -137,13 +137,13 @@ def test_few_parts_and_many_are_merged_alike(few, head_size_v, feature, monkeypa
 
 @pytest.mark.parametrize("min_tiles", [2, 5, 1000])
 @pytest.mark.parametrize("programs", [3, 16])
-def test_programs_that_work_have_enough_to_do(min_tiles, programs):
-    step = decode_step(LINES["very different"])
+def test_programs_have_min_tiles(min_tiles, programs):
+    step = decode_step(LENGTHS["very different"])
     parts = check_decode(step, **launched(programs, min_tiles=min_tiles))
     assert (parts > 0) == (min_tiles < 1000)
 
 
-def test_equal_requests_for_as_many_programs_stay_whole():
+def test_equal_requests_are_not_split():
     """8 requests of 16 tiles."""
     step = decode_step(((1,) * 8, (256,) * 8), num_heads=1, num_kv_heads=1)
     assert check_decode(step, **launched(8)) == 0
@@ -174,7 +174,7 @@ def test_more_requests_than_lengths_are_read_at_a_time(programs, is_invariant, l
     ],
     ids=in_words,
 )
-def test_a_window_is_split_without_what_it_has_passed(window, lens):
+def test_splits_skip_keys_before_the_window(window, lens):
     step = decode_step(lens, sliding_window=window)
     for request, (query_len, seq_len) in enumerate(zip(*lens, strict=True)):
         passed = max(0, seq_len - query_len - window + 1) // step.spec.block_size
@@ -184,8 +184,8 @@ def test_a_window_is_split_without_what_it_has_passed(window, lens):
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", INT8])
-def test_bytes_that_the_window_has_passed_may_be_nan(kv_cache_dtype):
-    """Bytes are read in pairs where a head has a multiple of 16."""
+def test_nan_before_the_window_in_8bit_caches(kv_cache_dtype):
+    """Bytes are read in pairs if heads are multiples of 16 bytes."""
     lens = ((1, 3), (100, 39))
     step = decode_step(
         lens, torch.float16, head_size=16, sliding_window=17, kv_cache_dtype=kv_cache_dtype
@@ -197,7 +197,7 @@ def test_bytes_that_the_window_has_passed_may_be_nan(kv_cache_dtype):
     check_decode(step, **launched(5))
 
 
-def test_few_requests_may_have_a_launch_of_their_own():
+def test_few_requests_have_their_own_launch():
     """Fewer KV heads, over all requests, than programs."""
     spec = layer_spec(num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.float16)
     builder = builder_of(spec, num_sms=5)
@@ -211,13 +211,13 @@ def test_few_requests_may_have_a_launch_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("feature", "line", "few"),
+    ("feature", "lengths", "few"),
     some(6, FEATURES, ["ends of tiles", "very different", "nothing between"], [0, 8]),
 )
-def test_fixed_splits_agree(feature, line, few, monkeypatch):
+def test_fixed_splits_agree(feature, lengths, few, monkeypatch):
     """The schedule of batch_invariant."""
     monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
-    step = decode_step(LINES[line], batch_invariant=True, **FEATURES[feature])
+    step = decode_step(LENGTHS[lengths], batch_invariant=True, **FEATURES[feature])
     expected = step.expected()
     for programs in (5, 50) if HAS_GPU else (5,):
         check_decode(step, expected, **launched(programs))
@@ -252,7 +252,7 @@ def any_size(monkeypatch):
 
 @pytest.fixture
 def found_in(monkeypatch, any_size):
-    """Where the prefill kernels that are launched from here on find their keys."""
+    """The sources of the prefill kernels launched from here on."""
     seen = []
 
     class Recording(launcher.Launcher):
@@ -287,7 +287,7 @@ CHUNK_FEATURES = [
 
 
 @pytest.mark.parametrize(("source", "fields"), some(12, SOURCES, CHUNK_FEATURES), ids=in_words)
-def test_chunks_agree_wherever_keys_are_found(source, fields, found_in):
+def test_chunks_agree_for_each_source(source, fields, found_in):
     kind, table = SOURCES[source]
     step = prefill_step(CHUNKS, **fields)
     if kind == "descriptors" and (step.spec.bidirectional_ranges or step.spec.custom_mask):
@@ -297,14 +297,14 @@ def test_chunks_agree_wherever_keys_are_found(source, fields, found_in):
 
 
 @pytest.mark.parametrize(("source", "block_size"), some(4, SOURCES, [None, 4]))
-def test_prompts_are_read_as_they_came(source, block_size, found_in):
+def test_prompts_are_read_directly(source, block_size, found_in):
     step = prefill_step(PROMPTS, block_size=block_size, sliding_window=17)
     check(step, run_prefill(step, SOURCES[source][1]))
     assert found_in == ["descriptors" if "descriptors" in source else "rows"] or source == "pages"
 
 
 @pytest.mark.parametrize("fields", [{"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "float16"}])
-def test_prompts_whose_cache_rounds_are_read_from_the_cache(fields, found_in):
+def test_prompts_with_rounding_caches_are_read_from_the_cache(fields, found_in):
     step = prefill_step(PROMPTS, **fields)
     check(step, run_prefill(step, SOURCES["pages"][1]))
     assert found_in == ["pages"]
@@ -321,7 +321,7 @@ def test_prompts_whose_cache_rounds_are_read_from_the_cache(fields, found_in):
         ("contiguous", (7, 16), "rows"),
     ],
 )
-def test_descriptors_are_for_rows_that_suit_them(memory, sizes, kind, found_in):
+def test_descriptors_need_aligned_rows(memory, sizes, kind, found_in):
     step = prefill_step(PROMPTS, head_size=sizes[0], head_size_v=sizes[1], block_size=None)
     step = Step(step.case.replace(memory=memory), DEVICE)
     check(step, run_prefill(step, {"descriptors": True}))
@@ -339,7 +339,7 @@ def test_descriptors_are_for_rows_that_suit_them(memory, sizes, kind, found_in):
         ((128, 128), torch.float32, False),
     ],
 )
-def test_descriptors_are_for_sizes_that_were_run(sizes, dtype, has):
+def test_descriptors_are_used_for_tested_sizes(sizes, dtype, has):
     impl = TritonImpl(2, sizes[0], 1.0, head_size_v=sizes[1])
     query = torch.empty(1, 2, sizes[0], dtype=dtype)
     plain, masked = (SimpleNamespace(ranges=None, mask_starts=m) for m in (None, query))
@@ -347,7 +347,7 @@ def test_descriptors_are_for_sizes_that_were_run(sizes, dtype, has):
     assert not impl._has_descriptors(query, masked)
 
 
-def test_what_there_is_no_room_for_is_not_gathered(monkeypatch, found_in):
+def test_large_keys_are_not_gathered(monkeypatch, found_in):
     monkeypatch.setattr(triton_plan, "MAX_GATHERED_BYTES", 0)
     step = prefill_step(CHUNKS)
     check(step, run_prefill(step, SOURCES["gathered"][1]))
@@ -359,8 +359,8 @@ HIDING = [{}, {"sliding_window": 9}, {"custom_mask": True}]
 
 
 @pytest.mark.parametrize(("source", "fields", "kind"), some(9, SOURCES, HIDING, LENS), ids=in_words)
-def test_a_neighbours_nan_stays_with_it(source, fields, kind, any_size):
-    """The next request's keys begin where this one's end."""
+def test_nan_stays_in_its_request(source, fields, kind, any_size):
+    """The keys of the next request follow directly."""
     table, lens = SOURCES[source][1], LENS[kind]
     step = prefill_step(lens, **fields)
     expected = run_prefill(step, table)
@@ -377,7 +377,7 @@ def test_a_neighbours_nan_stays_with_it(source, fields, kind, any_size):
 @pytest.mark.parametrize(
     ("source", "kv_cache_dtype", "window"), some(6, SOURCES, ["auto", INT8], [1, 9, 30])
 )
-def test_keys_that_the_window_has_passed_may_hold_anything(source, kv_cache_dtype, window):
+def test_keys_before_the_window_are_ignored(source, kv_cache_dtype, window):
     nan = -1 if kv_cache_dtype == INT8 else torch.nan
     step = prefill_step(CHUNKS, sliding_window=window, kv_cache_dtype=kv_cache_dtype)
     expected = step.expected()
@@ -389,8 +389,8 @@ def test_keys_that_the_window_has_passed_may_hold_anything(source, kv_cache_dtyp
 
 @pytest.mark.parametrize("past", [1, 13, 14, 15, 16, 17, 30, 31])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_past_may_end_anywhere_in_a_tile(past, causal):
-    """The last key that all rows of a tile see may be the last of its tile of keys, or not."""
+def test_past_ends_anywhere_in_a_tile(past, causal):
+    """The last key that all rows see may be the last one of its tile, or not."""
     spec = layer_spec(dtype=torch.float32, num_heads=2, num_kv_heads=1, causal=causal)
     step = Step(Case(spec=spec, query_lens=(35,), seq_lens=(35 + past,)), DEVICE)
     check(step, run_prefill(step))
@@ -398,7 +398,7 @@ def test_a_past_may_end_anywhere_in_a_tile(past, causal):
 
 @pytest.mark.parametrize("lens", [((1, 3), (70, 39)), ((18, 20), (70, 39))], ids=str)
 @pytest.mark.parametrize("hides", ["mask", "window"])
-def test_keys_that_no_row_sees_may_hold_anything(lens, hides):
+def test_unseen_keys_are_ignored(lens, hides):
     """By a mask, or by a window beyond which some ranges reach."""
     fields = {"custom_mask": True}
     if hides == "window":
@@ -416,8 +416,8 @@ def test_keys_that_no_row_sees_may_hold_anything(lens, hides):
     check(step, run_prefill(step, SOURCES["pages"][1]), expected)
 
 
-def test_a_prompt_next_to_a_chunk_agrees_with_itself_alone():
-    """Alone it is read as it came; in company everything is gathered."""
+def test_prompt_next_to_a_chunk_agrees():
+    """By itself it is read directly; in a batch with a chunk everything is gathered."""
     step = prefill_step(CHUNKS, batch_invariant=True)
     together = run_prefill(step)
     alone = run_prefill(reordered(step, [1]))
@@ -443,7 +443,7 @@ def test_tiles_cover_every_row_once_long_requests_and_late_rows_first(group, blo
     assert order == sorted(order, reverse=True)
 
 
-def test_requests_of_few_tokens_are_the_decode_kernels():
+def test_requests_of_few_tokens_go_to_decode():
     step = Step(Case(spec=layer_spec(), query_lens=(16, 17, 1, 0), seq_lens=(16, 20, 9, 3)))
     metadata = builder_of(layer_spec(dtype=torch.float32), device="cpu").build(step.batch)
     assert metadata.decode.requests.tolist() == [0, 2, 3]
@@ -454,7 +454,7 @@ def test_requests_of_few_tokens_are_the_decode_kernels():
 
 
 def special_rows(tokens, heads, size, dtype, seed):
-    """Ordinary numbers, and rows of what is easily got wrong."""
+    """Ordinary numbers, and rows of edge cases."""
     rows = torch.randn(tokens, heads, size, generator=torch.Generator().manual_seed(seed))
     flat = rows.view(-1, size)
     steps = torch.arange(size) % 13 - 6
@@ -477,7 +477,7 @@ WRITTEN = ["auto", "float32", "float16", *FP8, INT8]
     some(48, DTYPES, WRITTEN, ["NHD", "HND"], [(8, 8), (7, 40), (128, 16)]),
     ids=in_words,
 )
-def test_the_cache_is_written_byte_for_byte(dtype, kv_cache_dtype, layout, sizes):
+def test_cache_has_the_same_bytes_as_reference(dtype, kv_cache_dtype, layout, sizes):
     heads, tokens, block_size = 3, 17, 5
     spec = layer_spec(
         dtype=dtype, num_heads=3, num_kv_heads=3, head_size=sizes[0], head_size_v=sizes[1],
@@ -505,7 +505,7 @@ def test_the_cache_is_written_byte_for_byte(dtype, kv_cache_dtype, layout, sizes
 
 
 def _bytes_but_nan(cache):
-    """The cache's bytes, with one NaN in place of all of them: which one it is means nothing."""
+    """The cache's bytes, with every NaN replaced by the same one."""
     if cache.dtype == torch.int8:  # the scales are the only floats in it
         scales = cache.view(torch.float32)[..., -4]
         scales.copy_(scales.masked_fill(scales.isnan(), 1.25))
@@ -516,7 +516,7 @@ def _bytes_but_nan(cache):
 
 @pytest.mark.parametrize("memory", ["fused", "transposed", "strided"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", INT8])
-def test_new_keys_may_lie_in_memory_as_they_like(memory, kv_cache_dtype):
+def test_memory_layouts_of_new_keys(memory, kv_cache_dtype):
     spec = layer_spec(dtype=torch.float32, kv_cache_dtype=kv_cache_dtype)
     case = Case(spec=spec, query_lens=(3, 1), seq_lens=(3, 9), memory=memory, padding=2)
     step = Step(case, DEVICE)
@@ -550,7 +550,7 @@ CODES = torch.arange(256, dtype=torch.uint8)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("native", [False, True])
-def test_every_code_is_read_as_torch_reads_it(form, dtype, native):
+def test_fp8_decoding_agrees_with_torch(form, dtype, native):
     if native and not (HAS_GPU and form in triton_plan.launch_table(_device()).native_fp8):
         pytest.skip("not in hardware here")
     out = torch.empty(256, dtype=dtype, device=DEVICE)
@@ -560,8 +560,8 @@ def test_every_code_is_read_as_torch_reads_it(form, dtype, native):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_numbers_are_rounded_as_torch_rounds_them(form):
-    """At every value, at every middle between two, next to it, far away, and nowhere."""
+def test_fp8_encoding_agrees_with_torch(form):
+    """At every value, every midpoint, next to it, far away, and at NaN."""
     dtype = FORMATS[form]
     values = CODES.view(dtype).float()
     values = values[values.isfinite()].unique()
