@@ -18,7 +18,7 @@ _SHOWN = 80
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, whatever it is: short, and without waiting for a device."""
+    """Any value for an error message: short, and without waiting for a device."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     if hasattr(value, "shape"):  # a tensor or an array
@@ -31,10 +31,10 @@ def shown(value: Any) -> str:
 
 
 def as_int(name: str, value: Any, minimum: int, maximum: int = INT64_MAX) -> int:
-    """An integer argument as a Python int; NumPy's integers are taken too, booleans are not.
+    """An integer argument as a Python int; NumPy's integers are accepted, booleans are not.
 
     Raises:
-        InvalidInputError: the value is no integer, or out of range.
+        InvalidInputError: the value is not an integer, or out of range.
     """
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < minimum:

@@ -1,6 +1,6 @@
-"""The environment variables that the library reads: all of them, here, at call time.
+"""The environment variables of the library. Each is read here, at call time.
 
-`docs/environment.md` and `attn-dispatch doctor` are written from `VARIABLES`.
+`docs/environment.md` and `attn-dispatch doctor` are generated from `VARIABLES`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from attn_dispatch.errors import InvalidInputError
 
 __all__ = [
     "VARIABLES",
@@ -24,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable: its name, the form of its value, its default, what it does."""
+    """One environment variable: its name, the form of its value, its default, its effect."""
 
     name: str
     form: str
@@ -33,7 +35,7 @@ class Variable:
 
     @property
     def value(self) -> str | None:
-        """The variable as it stands now; None if it is not set."""
+        """The current value; None if it is not set."""
         return os.environ.get(self.name)
 
 
@@ -47,8 +49,8 @@ VLLM_BACKEND = Variable(
     "VLLM_ATTENTION_BACKEND",
     "one of vLLM's backend names",
     "unset",
-    "Understood as ATTN_DISPATCH_BACKEND with vLLM's names. A vLLM backend without a counterpart "
-    "here is refused. Not looked at where something else requires a backend for everything.",
+    "Works as ATTN_DISPATCH_BACKEND with vLLM's names. A vLLM backend without a counterpart here "
+    "is rejected. Ignored where another override requires a backend for every layer and phase.",
 )
 CHECK = Variable(
     "ATTN_DISPATCH_CHECK",
@@ -56,48 +58,48 @@ CHECK = Variable(
     "0",
     "With 1, the contents of batches on a GPU are checked before anything is written, as they "
     "always are on a CPU: block ids in range, slots unique and in range, lengths monotone. "
-    "Synchronizes the device. With `shadow`, the "
-    "first call of each layer and every 100th after it, or every Nth, is computed by the reference "
-    "too, and what is off by more than `attn-dispatch verify` allows is reported.",
+    "Synchronizes the device. With `shadow`, the reference also computes the first call of each "
+    "layer and every 100th after it, or every Nth, and errors above the limits of "
+    "`attn-dispatch verify` are reported.",
 )
 TUNING = Variable(
     "ATTN_DISPATCH_TUNING",
     "`off`, or the path of a table that `attn-dispatch tune --output` wrote",
-    "unset: what was measured on this machine, then what the package brings",
-    "Which measured times decide between backends. With `off` the platform's order decides alone. "
+    "unset: the tables of this machine, then those of the package",
+    "Which measured times decide between backends. With `off` only the platform's order decides. "
     "A table that is corrupt, of another device or of other versions is set aside with a warning.",
 )
 CACHE_FOLDER = Variable(
     "ATTN_DISPATCH_CACHE_DIR",
     "a folder",
     "unset: the user's cache folder, `~/.cache/attn-dispatch` on Linux",
-    "Where `attn-dispatch tune` keeps what it measured, and where it is looked for.",
+    "Where `attn-dispatch tune` stores its tables, and where selection finds them.",
 )
 VARIABLES = (BACKEND, VLLM_BACKEND, CHECK, TUNING, CACHE_FOLDER)
 
 
 def backend_override() -> str:
-    """ATTN_DISPATCH_BACKEND as it stands now, or an empty string."""
+    """ATTN_DISPATCH_BACKEND, or an empty string."""
     return BACKEND.value or ""
 
 
 def vllm_backend_override() -> str:
-    """VLLM_ATTENTION_BACKEND as it stands now, or an empty string."""
+    """VLLM_ATTENTION_BACKEND, or an empty string."""
     return VLLM_BACKEND.value or ""
 
 
 def tuning() -> str:
-    """ATTN_DISPATCH_TUNING as it stands now: "off", a path, or an empty string."""
+    """ATTN_DISPATCH_TUNING: "off", a path, or an empty string."""
     return TUNING.value or ""
 
 
 def cache_folder() -> str:
-    """ATTN_DISPATCH_CACHE_DIR as it stands now, or an empty string."""
+    """ATTN_DISPATCH_CACHE_DIR, or an empty string."""
     return CACHE_FOLDER.value or ""
 
 
-# Every call of a layer reads this variable. `os.environ.get` encodes its name each time, which
-# takes 1 us; CPython's dictionary behind it is read in 0.1 us, and holds the same at any time.
+# Every call of a layer reads this variable. `os.environ.get` takes 1 us, because it encodes the
+# name. Reading CPython's dictionary behind it takes 0.1 us, and the two always agree.
 _table: dict[Any, Any] = getattr(os.environ, "_data", {})
 _encode = getattr(os.environ, "encodekey", None)
 _CHECK_KEY = _encode(CHECK.name) if _encode is not None and "_data" in vars(os.environ) else None
@@ -110,37 +112,35 @@ def _check_value() -> str | None:
 
 
 def check_mode() -> bool:
-    """Whether ATTN_DISPATCH_CHECK asks for the contents of batches to be checked.
+    """Whether ATTN_DISPATCH_CHECK is 1, so that the contents of batches are checked.
 
     Raises:
         InvalidInputError: as for `shadow_interval`.
     """
     value = _check_value()
     if value not in (None, "", "0", "1"):
-        shadow_interval()  # which knows all other forms
+        shadow_interval()  # raises for an invalid value
     return value == "1"
 
 
 #: `shadow` without a number.
 _SHADOW_EVERY = 100
 
-#: Of its number: with more, no call would ever be compared.
+#: Largest number of digits of N; with more, no call would ever be compared.
 _SHADOW_DIGITS = 9
 
 
 def shadow_interval() -> int:
-    """Every how many calls of a layer the reference computes one too; 0 for none.
+    """The reference also computes every Nth call of a layer; 0 for none.
 
     Raises:
-        InvalidInputError: the variable holds nothing of its form.
+        InvalidInputError: the variable has an invalid value.
     """
     value = _check_value()
     if value in (None, "", "0", "1"):
         return 0
     found = re.fullmatch(f"shadow(?::([1-9][0-9]{{0,{_SHADOW_DIGITS - 1}}}))?", value)
     if found is None:
-        from attn_dispatch.errors import InvalidInputError
-
         raise InvalidInputError(
             f"ATTN_DISPATCH_CHECK={value[:80]!r} is not understood. Set it to 0 or 1, or to shadow "
             f"or shadow:N, with N of at most {_SHADOW_DIGITS} digits."

@@ -1,4 +1,4 @@
-"""Every error that the library raises on purpose, and what each one carries."""
+"""The errors that the library raises."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class AttnDispatchError(Exception):
 
 
 class UnsupportedError(AttnDispatchError):
-    """No backend, or not the required one, computes exactly what was asked.
+    """No backend, or not the required one, computes exactly this request.
 
     Attributes:
-        report: a `Report`, the verdict and reasons for every candidate; None where the
-            refusal did not come out of a selection.
+        report: a `Report` with the verdict and reasons for every candidate; None if the error does
+            not come from a selection.
     """
 
     def __init__(self, message: str, report: Any = None) -> None:
@@ -36,21 +36,21 @@ class UnknownBackendError(AttnDispatchError):
 
 
 class InvalidInputError(AttnDispatchError, ValueError):
-    """A value, shape, dtype, device or setting that is wrong on its own."""
+    """A value, shape, dtype, device or setting is invalid."""
 
 
 class BackendFailure(AttnDispatchError):
-    """A backend that should have worked broke when it was imported, built or launched."""
+    """A backend failed when it was imported, built or launched."""
 
 
 def summary_of(error: BaseException, limit: int = 300) -> str:
     """Return the type and the first line of an exception's message: `ValueError: no such key`.
 
-    It never raises for what the exception is: one whose own `str()` fails is named by its type
-    only. A first line longer than `limit` characters is cut.
+    An exception whose own `str()` fails is named only by its type. A first line longer than `limit`
+    characters is cut.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed meanwhile.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     name = type(error).__name__
     try:

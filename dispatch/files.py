@@ -1,7 +1,7 @@
-"""Reading and writing files that may be anything: no call blocks, and no file is left half written.
+"""Reading and writing untrusted files: no call blocks, and no file is left partly written.
 
-A path may name a FIFO, a device, a folder or a file without end, and JSON may be nested or have
-numbers without end. All of that raises InvalidInputError with one sentence.
+A path may name a FIFO, a device, a folder or an endless file, and JSON may be nested too deeply or
+have huge numbers. Each of these raises InvalidInputError with one sentence.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from attn_dispatch.errors import InvalidInputError
 
 __all__ = ["check_writable", "locked", "parse_json", "read_file", "replace_file"]
 
-#: Levels of nesting, and digits of an integer, that JSON may have. A table of times has 6 and 13.
+#: Limits of JSON: levels of nesting, and digits of an integer. A table of times has 6 and 13.
 _MAX_DEPTH, _MAX_DIGITS = 64, 40
 
-#: Seconds to wait for another process that writes the same file, and between two tries.
+#: Seconds to wait for another process that writes the same file, and between two attempts.
 _LOCK_SECONDS, _LOCK_STEP = 60.0, 0.02
 
-#: What `flock` says where another process has the lock, and where the file system has no locks.
+#: The errors of `flock` if another process has the lock, and if the file system has no locks.
 _BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -47,16 +47,16 @@ def read_file(path: Path, max_bytes: int, *, origin: str = "", advice: str = "")
 
     Args:
         path: of the file.
-        max_bytes: what it may have at most.
-        origin: what messages call it; its path by default.
+        max_bytes: its largest size.
+        origin: its name in messages; its path by default.
         advice: a sentence at the end of messages.
 
     Raises:
-        InvalidInputError: there is no such file, it is no regular file, or it is too large.
+        InvalidInputError: there is no such file, it is not a regular file, or it is too large.
     """
     origin, advice = origin or str(path), advice and f" {advice}"
     try:
-        _require_regular(os.stat(path))  # not opened first: opening a device may have effects
+        _require_regular(os.stat(path))  # before opening, which may have effects on a device
         with open(path, "rb", opener=_open_without_blocking) as file:
             _require_regular(os.fstat(file.fileno()))
             content = file.read(max_bytes + 1)
@@ -69,7 +69,7 @@ def read_file(path: Path, max_bytes: int, *, origin: str = "", advice: str = "")
 
 
 def _open_without_blocking(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO waits for a writer else
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # else a FIFO waits for a writer
 
 
 def _require_regular(found: os.stat_result) -> None:
@@ -86,13 +86,13 @@ def parse_json(
 
     Args:
         content: UTF-8, or another encoding of JSON.
-        origin: what messages call it.
-        what: it should be, in messages.
+        origin: its name in messages.
+        what: what it should be, in messages.
         advice: a sentence at the end of messages.
         unique_keys: reject an object with a key twice, instead of taking the last.
 
     Raises:
-        InvalidInputError: it is not JSON, is nested too deeply, or has an integer without end.
+        InvalidInputError: it is not JSON, is nested too deeply, or has a huge integer.
     """
     cause: Exception
     try:
@@ -143,10 +143,10 @@ def _is_deep(data: Any) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Before work whose result goes into a file: whether the file could be written. Writes nothing.
+    """Check before long work that its result can be written to a file. Writes nothing.
 
     Raises:
-        InvalidInputError: the path is no regular file, or its folder takes no new file.
+        InvalidInputError: the path is not a regular file, or its folder is not writable.
     """
     try:
         real = _real(path)
@@ -162,12 +162,12 @@ def check_writable(path: Path) -> None:
 
 
 def _real(path: Path) -> Path:
-    """The file behind links, which is the one to replace."""
+    """The file behind links, which is replaced."""
     return Path(os.path.realpath(path))
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, and never a part.
+    """Write a file atomically: a reader finds the old one or the new one.
 
     Raises:
         InvalidInputError: it cannot be written.
@@ -190,11 +190,11 @@ def replace_file(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
-    """Keep other processes that use this function out while a file is read, changed and replaced.
+    """Exclude other processes that use this function while a file is read, changed and replaced.
 
-    The lock is one of the operating system on a file next to it, `.NAME.lock`, which is there only
-    for as long as it is held; a process that ends lets go of it. On a file system without locks
-    nothing is kept out.
+    This is a lock of the operating system on a file next to it, `.NAME.lock`, which exists only
+    while the lock is held; the end of a process releases it. On a file system without locks no
+    process is excluded.
 
     Args:
         path: the file to change; it need not exist, and its folder is made.
@@ -241,7 +241,7 @@ def _acquire(lock: Path, deadline: float) -> int | None:
 
 
 def _is_there(handle: int, lock: Path) -> bool:
-    """Whether the lock file that was opened is the one of that name: its holder takes it away."""
+    """Whether the opened lock file still has its name; its holder removes it."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(lock))
     except FileNotFoundError:
@@ -262,7 +262,7 @@ if sys.platform == "win32":
         os.lseek(handle, 0, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
         os.close(handle)
-        with contextlib.suppress(OSError):  # another process has it open, and takes it away
+        with contextlib.suppress(OSError):  # another process has it open, and removes it
             lock.unlink()
 
 else:
@@ -279,5 +279,5 @@ else:
         return True
 
     def _release(handle: int, lock: Path) -> None:
-        lock.unlink(missing_ok=True)  # while it is held: who opened it before sees that it is gone
+        lock.unlink(missing_ok=True)  # while it is held, so that a waiting process sees that
         os.close(handle)

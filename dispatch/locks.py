@@ -1,4 +1,4 @@
-"""Locks that a forked child process can use, whichever thread of its parent held them."""
+"""Locks that a forked child process can use, even if another thread of its parent held them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ForkSafeLock:
         self._lock.release()
 
     def _renew(self) -> None:
-        """In a child: a lock that is as if the forking thread had been the only one."""
+        """In a child: a new lock, held only if the forking thread held the old one."""
         self._lock = threading.RLock()
         if self._owner != threading.get_ident():
             self._owner, self._depth = None, 0
@@ -44,20 +44,19 @@ class ForkSafeLock:
             self._lock.acquire()
 
 
-#: Every lock that there is.
 _locks: weakref.WeakSet[ForkSafeLock] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
     for lock in list(_locks):
         lock._renew()
-    if sys.version_info < (3, 12):  # where a cached property has one lock for all instances
+    if sys.version_info < (3, 12):  # there a cached property has one lock for all instances
         for cached in _cached_properties():
             vars(cached)["lock"] = threading.RLock()
 
 
 def _cached_properties() -> list[functools.cached_property[object]]:
-    """Those of the library's classes."""
+    """The cached properties of the library's classes."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "attn_dispatch"]
     classes = {c for m in modules for c in vars(m).values() if isinstance(c, type)}
     members = [member for cls in classes for member in vars(cls).values()]

@@ -43,7 +43,7 @@ NVIDIA, HOPPER = DeviceMatch(vendor="nvidia"), DeviceMatch(archs=("sm90",))
 
 
 def with_new_field(spec: AttentionSpec, value: Any, **metadata: Any) -> AttentionSpec:
-    """The request as it would be with one more field, `novelty`, that nobody has heard of."""
+    """The request as it would be with one more field, `novelty`, that no backend declares."""
     field = dataclasses.field(default=None, metadata={"doc": "New.", **metadata})
     extended = dataclasses.make_dataclass(
         "ExtendedSpec",
@@ -92,7 +92,7 @@ def test_a_new_field_is_accepted_at_its_neutral_value(name):
 
 # --- Every declaration of every backend -------------------------------------------------------
 
-#: Values of each field from all over its domain. Fields that a value needs beside it are added.
+#: Values of each field from all over its domain. Fields that a value needs next to it are added.
 VALUES: dict[str, list[Any]] = {
     "num_heads": [1, 8, 71, 128],
     "num_kv_heads": [1, 2, 8],

@@ -118,7 +118,7 @@ def nudge_cache(index, request=0, position=2):
 
 
 def double_cached_scale(index, request=0, position=2):
-    """Double the scale that an int8 cache has beside a key (index 0) or a value, of KV head 0."""
+    """Double the scale that an int8 cache has for a key (index 0) or a value, of KV head 0."""
 
     def change(step):
         block_size = step.spec.block_size
