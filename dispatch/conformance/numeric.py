@@ -73,7 +73,7 @@ def _supports_quants(target: BackendUnderTest) -> None:
         impl = target.step(target.base.replace(**probe.fields)).impl_of(target.cls)
         require(
             impl.fused_output_quant_supported(probe.value),
-            f"output_quant={probe.value} is declared, and fused_output_quant_supported returns False",
+            f"output_quant={probe.value} is declared, but fused_output_quant_supported is False",
         )
 
 
