@@ -198,7 +198,7 @@ def _output_mma(buffers, stage, n, acc):
 
 
 @gluon.jit
-def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h, slopes_ptr):
+def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h):
     """A warp group: the attention of each of the program's work tiles."""
     CONFIG: gl.constexpr = share.space.config
     D: gl.constexpr = CONFIG.D
@@ -219,7 +219,7 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
             rows = work.rows(BY_ROW)
             slopes = gl.zeros([ROWS], gl.float32, BY_ROW)
             if CONFIG.ALIBI:
-                slopes = gl.load(slopes_ptr + rows.heads, mask=rows.ok, other=0.0) * LOG2E
+                slopes = gl.load(scale.slopes_ptr + rows.heads, mask=rows.ok, other=0.0) * LOG2E
             m_i = gl.full([ROWS], MASKED, gl.float32, BY_ROW)
             l_i = gl.zeros([KEYS, ROWS], gl.float32, MMA)
             acc = gl.zeros([D, ROWS], gl.float32, MMA)
@@ -291,7 +291,7 @@ def hopper_decode_kernel(
     pages = _Pages(
         pages_desc, block_table_ptr, table_stride, block_rows, value_rows, head_rows, head_columns
     )
-    scale = Scale(scale_log2, cap_log2, scale_over_cap)
+    scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
@@ -307,16 +307,13 @@ def hopper_decode_kernel(
     tiles_per_program = space.tiles_per_program(size)
     program = gl.program_id(0) * PROGRAMS
     share = space.share(program, size, tiles_per_program)
-    # Written out: in a tuple that has a name, constants would no longer be constants.
     # Triton 3.6 stores what the partitions take into the shared memory of the last reduction, while
     # other warps may still read its result. Later versions have this barrier of their own.
     if PROGRAMS == 1:
         barrier()
         gl.warp_specialize(
             [
-                (_consumer, (
-                    share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h, slopes_ptr,
-                )),
+                (_consumer, (share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h)),
                 (_producer, (share, buffers, pages)),
             ],
             [1],
@@ -327,12 +324,9 @@ def hopper_decode_kernel(
         barrier()
         gl.warp_specialize(
             [
-                (_consumer, (
-                    share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h, slopes_ptr,
-                )),
+                (_consumer, (share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h)),
                 (_consumer, (
                     share_1, buffers_1, scale, output, parts, q_ptr, q_stride_t, q_stride_h,
-                    slopes_ptr,
                 )),
                 (_producer, (share, buffers, pages)),
                 (_producer, (share_1, buffers_1, pages)),

@@ -266,7 +266,7 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, output, slopes_ptr):
+def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, output):
     """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
     CONFIG: gl.constexpr = schedule.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
@@ -282,7 +282,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
-            slope = gl.load(slopes_ptr + work.head) * LOG2E
+            slope = gl.load(scale.slopes_ptr + work.head) * LOG2E
             col_bias = slope * col.to(gl.float32)
         positions = work.first_position + WHICH * ROWS
         positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
@@ -383,15 +383,15 @@ def hopper_prefill_kernel(
     v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     fence_async_shared()
     schedule = _Schedule(tiles_ptr, num_tiles, window, CONFIG)
-    scale = Scale(scale_log2, cap_log2, scale_over_cap)
+    scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     # Written out: in a tuple that has a name, constants would no longer be constants.
     gl.warp_specialize(
         [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output, slopes_ptr)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output, slopes_ptr)),
+            (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output)),
+            (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output)),
             (_producer, (
                 schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_start_loc_ptr,
             )),

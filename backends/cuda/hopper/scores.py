@@ -12,11 +12,12 @@ MASKED = gl.constexpr(-1.0e30)  # a masked score; −inf would become NaN
 
 @aggregate
 class Scale:
-    """scale * log2(e), soft cap * log2(e), and scale / soft cap."""
+    """scale * log2(e), soft cap * log2(e), scale / soft cap, and ALiBi's slopes."""
 
     scale_log2: gl.tensor
     cap_log2: gl.tensor
     scale_over_cap: gl.tensor
+    slopes_ptr: gl.tensor
 
 
 @gluon.jit
