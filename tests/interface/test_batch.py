@@ -48,7 +48,7 @@ def test_parts_of_a_batch_have_its_block_size_and_no_slots_of_their_own(lens, sl
         part.batch.check()
 
 
-def test_parts_that_are_gathered_equal_parts_that_are_cut_out():
+def test_gathered_parts_equal_sliced_parts():
     table = torch.arange(6).view(3, 2)
     mixed = AttentionBatch.create([3, 1, 2], [3, 5, 2], block_table=table, block_size=4)
     order = torch.tensor([0, 2, 1])
@@ -113,7 +113,7 @@ def test_blocks_on_the_host_fit_32_bits(block, block_size, slots):
 
 
 @pytest.mark.parametrize("garbage", [2**40, -1, -(2**40)])
-def test_blocks_past_a_requests_end_may_be_anything(garbage):
+def test_blocks_past_the_end_of_a_request_are_not_read(garbage):
     table = torch.tensor([[3, 1, garbage], [2, garbage, garbage]])
     batch = AttentionBatch.create([1, 1], [8, 4], block_table=table, block_size=4)
     assert batch.slot_mapping.tolist() == [7, 11]
@@ -164,7 +164,7 @@ WRONG_FIELDS = {
 
 
 @pytest.mark.parametrize("what", WRONG_FIELDS)
-def test_what_create_refuses_the_constructor_and_check_refuse_too(what):
+def test_create_and_check_reject_the_same(what):
     fields = WRONG_FIELDS[what]
     with pytest.raises(InvalidInputError):
         AttentionBatch.create([2], [2], **fields)
@@ -192,7 +192,7 @@ WRONG_LENGTHS = {
 
 
 @pytest.mark.parametrize("what", WRONG_LENGTHS)
-def test_a_batch_that_is_constructed_is_checked(what):
+def test_a_constructed_batch_is_checked(what):
     batch = dataclasses.replace(AttentionBatch.create([2], [2]), **WRONG_LENGTHS[what])
     with pytest.raises(InvalidInputError):
         batch.check()
@@ -270,7 +270,7 @@ def test_a_cache_that_does_not_fit_is_not_bound(what, block_size):
     assert layers["a"].spec.block_size == block_size
 
 
-def test_a_layer_whose_backend_takes_no_such_block_stays_as_it_was():
+def test_binding_an_unsupported_block_size_changes_nothing():
     layer = Attention(**SHAPE, device="cpu", block_size=None, prefix="a")
     before, selections = layer.spec, layer.selections
     with pytest.raises(InvalidInputError, match="no cache for layer 'a'"):
@@ -335,7 +335,7 @@ def test_scales_of_a_cache_are_positive_and_of_its_heads(name, scale):
     assert not kv_cache.view(torch.uint8).any()
 
 
-def test_a_cache_of_inference_mode_is_written_inside_of_it_only():
+def test_an_inference_mode_cache_is_written_only_inside():
     with torch.inference_mode():
         kv_cache = cache()
     with pytest.raises(InvalidInputError, match="inference_mode"):
@@ -354,7 +354,7 @@ def test_a_cache_of_inference_mode_is_written_inside_of_it_only():
     "sinks", [None, torch.tensor([0.5, -1.0, float("-inf"), 2.0])], ids=["no sinks", "sinks"]
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_a_part_without_keys_says_so_by_either_infinity(empty, content, sinks, first):
+def test_either_infinity_marks_a_part_without_keys(empty, content, sinks, first):
     output, lse = torch.randn(3, 4, 16), torch.randn(3, 4)
     lse[1] = empty  # no part has keys for this row
     nothing = torch.full_like(output, content), torch.full_like(lse, empty)
@@ -368,7 +368,7 @@ def test_a_part_without_keys_says_so_by_either_infinity(empty, content, sinks, f
     assert (merged_lse[1] == float("-inf")).all()
 
 
-def test_a_nan_in_the_lse_of_a_part_shows():
+def test_a_nan_in_the_lse_of_a_part_stays():
     output, lse = torch.randn(3, 4, 16), torch.randn(3, 4)
     lse[1, 2] = float("nan")
     merged, merged_lse = merge_states([output, output], [lse, lse.nan_to_num()])
@@ -401,6 +401,6 @@ WRONG_STATES = {
 
 
 @pytest.mark.parametrize("what", WRONG_STATES)
-def test_states_that_cannot_be_merged_are_refused(what):
+def test_states_that_cannot_be_merged_are_rejected(what):
     with pytest.raises(AttnDispatchError):
         merge_states(*WRONG_STATES[what])

@@ -71,14 +71,14 @@ def home(name: str) -> DeviceProfile:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_new_field_is_refused_by_a_backend_that_has_not_heard_of_it(name):
+def test_an_undeclared_new_field_is_rejected(name):
     spec = with_new_field(served(name), "sharp")
     (reason,) = compare(spec, BACKENDS[name].capabilities, home(name))
     assert (reason.code, reason.field, reason.asked) == (ReasonCode.UNDECLARED, "novelty", "sharp")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_new_field_without_a_neutral_value_is_refused_even_if_nobody_sets_it(name):
+def test_a_new_field_without_a_neutral_value_is_always_rejected(name):
     spec = with_new_field(served(name), None)
     (reason,) = compare(spec, BACKENDS[name].capabilities, home(name))
     assert (reason.code, reason.field) == (ReasonCode.UNDECLARED, "novelty")
@@ -180,7 +180,7 @@ def test_symmetric_alibi_of_a_causal_layer_is_signed():
 
 
 @pytest.mark.parametrize(("cls", "field", "spec", "device"), declarations(admitted=False))
-def test_a_value_outside_of_a_declaration_is_refused_with_its_field(cls, field, spec, device):
+def test_a_value_outside_of_a_declaration_is_rejected_with_its_field(cls, field, spec, device):
     found = [r for r in compare(spec, cls.capabilities, device) if r.field == field]
     constraint = cls.capabilities.fields.get(field)
     asked = str(plain_value(getattr(spec, field)))
@@ -196,11 +196,11 @@ def test_a_value_outside_of_a_declaration_is_refused_with_its_field(cls, field, 
 
 
 @pytest.mark.parametrize(("cls", "field", "spec", "device"), declarations(admitted=True))
-def test_a_value_inside_of_a_declaration_is_not_refused_for_its_field(cls, field, spec, device):
+def test_a_value_inside_of_a_declaration_is_not_rejected_for_its_field(cls, field, spec, device):
     assert field not in [reason.field for reason in compare(spec, cls.capabilities, device)]
 
 
-def test_groups_of_quantized_output_must_come_out_even():
+def test_output_rows_must_be_whole_groups():
     spec = layer(num_heads=3, num_kv_heads=1, head_size=64, output_quant="fp8_e4m3_group128")
     (reason,) = ReferenceBackend.check_combination(spec, CPU)
     assert (reason.code, reason.field) == (ReasonCode.COMBINATION, "output_quant")
@@ -248,7 +248,7 @@ def test_by_device_counts_the_first_match(device, value, admitted):
     assert BY_DEVICE.accepts(value, layer(), KNOWN_DEVICES[device]) is admitted
 
 
-def test_by_device_in_words():
+def test_by_device_describes_itself():
     assert BY_DEVICE.describe() == "any on sm90; 1 to 256 on nvidia; otherwise 64"
     assert BY_DEVICE.describe(known_device("sm80")) == "1 to 256"
 
@@ -272,7 +272,7 @@ WRONG_DECLARATIONS = {
 @pytest.mark.parametrize(
     ("declaration", "message"), WRONG_DECLARATIONS.values(), ids=WRONG_DECLARATIONS
 )
-def test_a_wrong_declaration_is_an_error_where_it_is_made(declaration, message):
+def test_a_wrong_declaration_is_an_error(declaration, message):
     with pytest.raises(InvalidInputError, match=message):
         Capabilities(**declaration)
 
@@ -316,7 +316,7 @@ def test_every_reason_is_listed_not_only_the_first():
     assert [reason.field for reason in reasons] == ["device", "head_size", "sinks"]
 
 
-def test_a_device_is_refused_by_name():
+def test_a_device_is_rejected_by_name():
     hopper_only = make_backend("HOPPER_ONLY", devices=(HOPPER, DeviceMatch(vendor="amd")))
     (reason,) = compare(layer(), hopper_only.capabilities, CPU)
     assert str(reason) == "does not run on CPU (cpu); runs on: sm90; amd"

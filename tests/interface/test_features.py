@@ -233,7 +233,7 @@ CHANGED = [(b, name) for name, (fields, *_) in INPUTS.items() for b in declaring
 @pytest.mark.parametrize(
     ("backend", "switch"), [pytest.param(*p, id=": ".join(p)) for p in SWITCHED]
 )
-def test_a_feature_that_is_switched_on_has_its_effect(backend, switch):
+def test_a_feature_changes_the_output(backend, switch):
     before, after = (step_of(backend, fields) for fields in SWITCHES[switch])
     off, on = before.run(backend), after.run(backend)
     width = min(off.shape[-1], on.shape[-1])

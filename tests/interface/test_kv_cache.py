@@ -83,7 +83,7 @@ def test_latents_have_a_shape_of_their_own():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", STRIDE_ORDERS)
-def test_a_block_is_one_contiguous_piece_of_zeros(layout, dtype):
+def test_a_block_is_contiguous_and_zero(layout, dtype):
     shape = (3, 2, 4, 5, 6)
     cache = allocate_kv_cache(shape, STRIDE_ORDERS[layout], dtype)
     assert cache.shape == shape
@@ -131,7 +131,7 @@ def put(place, row, scale):
     sizes=st.sampled_from([(8, 8), (8, 3), (3, 8)]),
     per_head=st.booleans(),
 )
-def test_what_is_written_is_there_and_nothing_else_changes(
+def test_writing_changes_only_the_given_slots(
     slots, skipped, layout, kv_cache_dtype, sizes, per_head
 ):
     cache = random_cache(6, layout, kv_cache_torch_dtype(kv_cache_dtype, torch.float32))
@@ -150,7 +150,7 @@ def test_what_is_written_is_there_and_nothing_else_changes(
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", *FP8, INT8])
 @pytest.mark.parametrize("layout", STRIDE_ORDERS)
-def test_what_is_written_is_read(layout, kv_cache_dtype):
+def test_written_rows_are_read_back(layout, kv_cache_dtype):
     dtype = kv_cache_torch_dtype(kv_cache_dtype, torch.float32)
     cache = nan_cache((5, 2, 4, 2, stored_size(kv_cache_dtype, 8)), layout, dtype)
     key, value = torch.randn(6, 2, 8), torch.randn(6, 2, 5)
@@ -168,7 +168,7 @@ def test_what_is_written_is_read(layout, kv_cache_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_cache_may_be_a_slice_of_what_all_layers_share(dtype):
+def test_a_cache_may_be_a_slice_of_a_shared_tensor(dtype):
     """Engines that move blocks of all layers at once lay the layers side by side in a block."""
     size = 32 if dtype == torch.int8 else 8
     everything = allocate_kv_cache((5, 3, 2, 4, 2, size), range(6), dtype)
@@ -182,7 +182,7 @@ def test_a_cache_may_be_a_slice_of_what_all_layers_share(dtype):
     assert not as_bytes(everything[:, 2]).any()
 
 
-def test_what_an_fp8_cache_cannot_hold_is_its_largest_value():
+def test_an_fp8_cache_clamps_to_its_largest_value():
     cache = nan_cache((1, 2, 4, 1, 1), "NHD", torch.float8_e4m3fn)
     huge = torch.tensor([1e6, -torch.inf, 448.0]).view(3, 1, 1)
     write_kv_cache(huge, huge, cache, torch.arange(3), ONE, ONE)
@@ -216,7 +216,7 @@ def read_all(cache, count, sizes, dtype=torch.float64):
 
 @pytest.mark.parametrize("layout", STRIDE_ORDERS)
 @pytest.mark.parametrize("sizes", [(8, 8), (16, 5), (7, 33), (1, 1)], ids=str)
-def test_an_int8_row_lies_as_it_is_documented(layout, sizes):
+def test_an_int8_row_has_the_documented_layout(layout, sizes):
     """Integers first, float32 at the next multiple of 16 bytes, and nothing else is written."""
     cache = int8_cache(max(sizes), layout=layout)
     new = [torch.randn(3, 2, size) for size in sizes]
@@ -240,7 +240,7 @@ def test_an_int8_row_lies_as_it_is_documented(layout, sizes):
     sizes=st.sampled_from([(8, 8), (64, 5), (1, 17)]),
     layout=st.sampled_from(list(STRIDE_ORDERS)),
 )
-def test_the_round_trip_is_off_by_half_a_scale_at_most(dtype, exponent, sizes, layout):
+def test_the_round_trip_error_is_at_most_half_a_scale(dtype, exponent, sizes, layout):
     cache = int8_cache(max(sizes), num_blocks=2, layout=layout)
     new = [(torch.randn(6, 2, size) * 2.0**exponent).to(dtype) for size in sizes]
     write_kv_cache(*new, cache, torch.arange(6), ONE, ONE)
@@ -252,7 +252,7 @@ def test_the_round_trip_is_off_by_half_a_scale_at_most(dtype, exponent, sizes, l
         torch.testing.assert_close(read[largest], wanted[largest], rtol=1e-6, atol=0)
 
 
-def test_an_outlier_costs_no_other_head_or_token():
+def test_an_outlier_stays_in_its_head_and_token():
     tame = torch.randn(5, 2, 64)
     wild = tame.clone()
     wild[2, 1, 7] = 1e6
@@ -269,7 +269,7 @@ def test_an_outlier_costs_no_other_head_or_token():
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_not_finite_takes_its_row_along_and_no_other(dtype, poison):
+def test_a_non_finite_value_stays_in_its_row(dtype, poison):
     cache, new = int8_cache(8), torch.randn(5, 2, 8).to(dtype)
     new[2, 1, 7] = poison
     write_kv_cache(new, new, cache, torch.arange(5), ONE, ONE)
@@ -284,7 +284,7 @@ def test_what_is_not_finite_takes_its_row_along_and_no_other(dtype, poison):
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_output(backend, poison):
+def test_infinity_reaches_the_output(backend, poison):
     key, value = torch.randn(2, 3, 2, 8)
     value[1, 0, 3] = poison
     cache, table = int8_cache(8), torch.tensor([[1]])
@@ -295,13 +295,13 @@ def test_what_is_not_finite_reaches_the_output(backend, poison):
     assert not output[:, 2:].isnan().any()
 
 
-def test_a_float64_that_float32_cannot_hold_does_not_pass_for_a_number():
+def test_a_float64_beyond_float32_is_not_finite():
     integers, scale = quantize_rows(torch.tensor([1e300, 1.0], dtype=torch.float64))
     assert (integers.tolist(), scale.item()) == ([0, 0], torch.inf)
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1e-36])
-def test_a_row_of_almost_nothing_has_a_scale_to_divide_by(largest):
+def test_a_row_of_tiny_values_has_a_normal_scale(largest):
     integers, scale = quantize_rows(torch.tensor([[largest, 0.0, -largest]]))
     assert scale.item() >= torch.finfo(torch.float32).tiny
     assert (scale.item() == 1.0) == (largest == 0.0)
@@ -329,7 +329,7 @@ def test_int8_is_not_read_under_another_scale(scale):
 
 
 @pytest.mark.parametrize("layouts", list(itertools.product(STRIDE_ORDERS, STRIDE_ORDERS)), ids=str)
-def test_a_block_that_moves_takes_its_scales_along(layouts):
+def test_moving_a_block_moves_its_scales(layouts):
     (src, dst), new = (int8_cache(8, layout=layout) for layout in layouts), torch.randn(2, 4, 2, 8)
     write_kv_cache(*new, src, torch.arange(4, 8), ONE, ONE)
     copy_blocks([src], torch.tensor([[1, 0]]))
@@ -430,7 +430,7 @@ BAD_PAIRS = {
 
 
 @pytest.mark.parametrize("what", BAD_PAIRS)
-def test_bad_pairs_are_refused_before_any_cache_is_written(what):
+def test_bad_pairs_are_rejected_before_any_cache_is_written(what):
     pairs, message = BAD_PAIRS[what]
     larger, smaller = random_cache(6), random_cache(4)
     before = [blocks_of(cache) for cache in (larger, smaller)]
@@ -442,7 +442,7 @@ def test_bad_pairs_are_refused_before_any_cache_is_written(what):
 
 
 @pytest.mark.parametrize("other", [{"dtype": torch.bfloat16}, {"size": 16}], ids=["dtype", "size"])
-def test_blocks_of_another_kind_are_refused(other):
+def test_blocks_of_another_kind_are_rejected(other):
     src = random_cache(4)
     shape = (4, 2, 4, 2, other.get("size", 8))
     dst = torch.zeros(shape, dtype=other.get("dtype", torch.float32))
@@ -478,7 +478,7 @@ def fp8_cache():
 
 
 @pytest.mark.parametrize("kv_scales", ["per_tensor", "per_head"])
-def test_scales_are_derived_so_that_the_largest_value_just_fits(kv_scales):
+def test_derived_scales_fit_the_largest_value(kv_scales):
     layer, (key, value) = fp8_layer(kv_scales), 5 * torch.randn(2, 6, 2, 8)
     output = run_prompt(layer, key, value, fp8_cache())
     dims = (0, 2) if kv_scales == "per_head" else (0, 1, 2)
@@ -502,21 +502,21 @@ def test_scales_are_derived_once():
     assert torch.equal(layer._k_scale, first)
 
 
-def test_scales_that_are_set_are_not_derived():
+def test_set_scales_are_not_derived():
     layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
     layer.set_kv_scales(0.5, 0.25)
     run_prompt(layer, key, value, fp8_cache())
     assert (layer._k_scale_float, layer._v_scale_float) == (0.5, 0.25)
 
 
-def test_padding_has_no_part_in_the_scales():
+def test_padding_does_not_change_the_scales():
     layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
     key[4:], value[4:] = torch.nan, 1e9
     run_prompt(layer, key, value, fp8_cache(), padding=2)
     torch.testing.assert_close(layer._k_scale, key[:4].abs().max() / 448)
 
 
-def test_a_call_that_fails_leaves_the_scales_to_be_derived():
+def test_scales_are_derived_after_a_failed_call():
     layer, (key, value) = fp8_layer(), torch.randn(2, 6, 2, 8)
     with pytest.raises(InvalidInputError, match="kv_cache has shape"):
         run_prompt(layer, 100 * key, value, fp8_cache()[..., :4])
@@ -525,7 +525,7 @@ def test_a_call_that_fails_leaves_the_scales_to_be_derived():
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", INT8])
-def test_a_layer_derives_no_scales_but_for_fp8(kv_cache_dtype):
+def test_only_fp8_layers_derive_scales(kv_cache_dtype):
     layer = Attention(4, 8, num_kv_heads=2, kv_cache_dtype=kv_cache_dtype, device="cpu")
     shape = (2, 2, 16, 2, stored_size(kv_cache_dtype, 8))
     cache = torch.zeros(shape, dtype=kv_cache_torch_dtype(kv_cache_dtype, torch.float32))
@@ -533,7 +533,7 @@ def test_a_layer_derives_no_scales_but_for_fp8(kv_cache_dtype):
     assert layer._k_scale_float == layer._v_scale_float == 1.0
 
 
-def test_a_layer_that_shares_a_cache_has_its_scales_too():
+def test_a_sharing_layer_uses_the_scales_of_the_cache():
     writer = fp8_layer(prefix="a")
     reader = fp8_layer(prefix="b", kv_sharing_target_layer_name="a")
     bind_kv_caches({"a": writer, "b": reader}, {"a": fp8_cache()})
@@ -544,7 +544,7 @@ def test_a_layer_that_shares_a_cache_has_its_scales_too():
     assert writer._k_scale_float == 0.5
 
 
-def test_a_sharing_layer_that_does_not_know_its_target_derives_nothing():
+def test_a_sharing_layer_without_its_target_derives_no_scales():
     reader, (key, value) = fp8_layer(kv_sharing_target_layer_name="a"), torch.randn(2, 6, 2, 8)
     with pytest.raises(InvalidInputError, match=r"does not have its scales. Bind the caches"):
         run_prompt(reader, key, value, fp8_cache())
@@ -559,7 +559,7 @@ def test_a_sharing_layer_that_does_not_know_its_target_derives_nothing():
         ((torch.ones(2), 1.0), r"k_scale has shape \(2,\); it must be \(\)"),
     ],
 )
-def test_scales_that_make_no_sense_are_refused(scales, message):
+def test_invalid_scales_are_rejected(scales, message):
     layer = fp8_layer()
     with pytest.raises(InvalidInputError, match=message):
         layer.set_kv_scales(*scales)

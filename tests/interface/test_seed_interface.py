@@ -99,7 +99,7 @@ ROUTED = [*BACKENDS, "prefill=REFERENCE,decode=TWIN", "prefill=TORCH_SDPA,decode
 @pytest.mark.parametrize("lens", [MIXED, ONE_PHASE], ids=["mixed", "prefills"])
 @pytest.mark.parametrize("way", ["assigned", "dataclasses.replace"])
 @pytest.mark.parametrize("slots", ["padding", "reversed"])
-def test_the_slot_mapping_of_metadata_is_what_counts(twin, backend, lens, way, slots):
+def test_an_assigned_slot_mapping_is_used(twin, backend, lens, way, slots):
     step = step_of(lens)
     builder, impl = backend_of(step, backend)
     old = step.batch.slot_mapping
@@ -167,7 +167,7 @@ WRONG_SLOTS = {
 
 
 @pytest.mark.parametrize("slots", WRONG_SLOTS.values(), ids=WRONG_SLOTS)
-def test_slots_that_do_not_fit_are_rejected_and_change_nothing(slots):
+def test_rejected_slots_change_nothing(slots):
     step = step_of()
     metadata = step.metadata_of(ReferenceBackend)
     before = dict(vars(metadata))
@@ -190,7 +190,7 @@ def test_a_count_of_metadata_cannot_be_replaced(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranges_that_are_assigned_to_metadata_are_what_its_layers_see(backend):
+def test_ranges_assigned_to_metadata_are_used(backend):
     step = step_of(ONE_PHASE, bidirectional_ranges=True)
     builder, impl = backend_of(step, backend)
     maps = {"image": [PlaceholderRange(0, 1, 4)]}
@@ -212,7 +212,7 @@ def test_ranges_that_are_assigned_to_metadata_are_what_its_layers_see(backend):
 
 
 @pytest.mark.parametrize("way", ["assigned", "dataclasses.replace"])
-def test_scales_are_derived_if_metadata_is_told_to(way):
+def test_scales_are_derived_if_metadata_asks_for_it(way):
     step = step_of(ONE_PHASE, kv_cache_dtype="fp8")
     fields = {"num_kv_heads": 2, "dtype": torch.float32, "kv_cache_dtype": "fp8", "block_size": 4}
     layer = Attention(4, 8, **fields, device="cpu")
@@ -273,7 +273,7 @@ OTHER_RANGES = {
 
 @pytest.mark.parametrize("maps", OTHER_RANGES.values(), ids=OTHER_RANGES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranges_of_another_form_are_rejected_with_what_is_expected(backend, maps):
+def test_ranges_of_another_form_are_rejected(backend, maps):
     step = step_of(ONE_PHASE, bidirectional_ranges=True)
     builder, _ = backend_of(step, backend)
     with pytest.raises(InvalidInputError, match=r"\(request, start, end\)"):
@@ -402,7 +402,7 @@ def test_a_compiled_layer_gives_zeros_in_a_profiling_run():
         step.check(compiled(step.query, step.key, step.value))
 
 
-def test_a_layer_that_was_called_outside_of_a_context_says_so():
+def test_a_call_outside_of_a_context_is_an_error():
     """A forgotten context must not look like a profiling run."""
     step = step_of()
     with pytest.raises(InvalidInputError, match="outside of forward_context"):
@@ -440,7 +440,7 @@ def test_a_layers_forward_takes_vllms_arguments_in_their_order():
     assert names == list(inspect.signature(Attention.forward).parameters)[: len(names)]
 
 
-def test_scales_that_are_no_layer_compute_nothing():
+def test_kv_scales_cannot_forward():
     with pytest.raises(InvalidInputError, match="Attention layer"):
         KVScales().forward(None, None, None, None, None)
 
@@ -491,7 +491,7 @@ TAKES_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("base", "member"), TAKES_ARGUMENTS, ids=lambda v: str(v).split(".")[-1])
-def test_a_member_that_does_not_take_the_arguments_is_named(base, member):
+def test_a_member_with_other_arguments_is_named(base, member):
     few = (lambda: None) if base is AttentionBackend else (lambda self: None)
     with pytest.raises(InvalidInputError) as error:
         register_backend(backend_with(base, member, few))
@@ -500,7 +500,7 @@ def test_a_member_that_does_not_take_the_arguments_is_named(base, member):
 
 
 @pytest.mark.parametrize(("base", "member"), EVERY_MEMBER, ids=lambda v: str(v).split(".")[-1])
-def test_a_member_that_wants_more_arguments_is_named(base, member):
+def test_a_member_with_more_arguments_is_named(base, member):
     def more(one, *args, another_one, **kwargs):
         return None
 
@@ -514,7 +514,7 @@ def test_a_member_that_wants_more_arguments_is_named(base, member):
 
 
 @pytest.mark.parametrize(("base", "member"), EVERY_MEMBER, ids=lambda v: str(v).split(".")[-1])
-def test_a_member_that_takes_anything_is_accepted(base, member):
+def test_a_member_with_star_arguments_is_accepted(base, member):
     if member == "get_state_cls":
         return
     anything = lambda *args, **kwargs: None
@@ -522,7 +522,7 @@ def test_a_member_that_takes_anything_is_accepted(base, member):
 
 
 @pytest.mark.parametrize(("base", "member"), EVERY_MEMBER, ids=lambda v: str(v).split(".")[-1])
-def test_a_member_that_is_no_method_is_named(base, member):
+def test_a_member_that_is_not_a_method_is_named(base, member):
     if base is AttentionBackend or member == "__init__":
         return  # static members are functions already; a class without a constructor has none
     (problem,) = check_backend_class(backend_with(base, member, 3))
@@ -560,7 +560,7 @@ def forward_with_the_rest_in_args(
         (forward_with_the_rest_in_args, None),
     ],
 )
-def test_a_forward_must_take_every_call_of_the_interface(forward, said):
+def test_forward_must_accept_every_call_of_the_interface(forward, said):
     problems = check_backend_class(backend_with(AttentionImpl, "forward", forward))
     assert (said is None and not problems) or said in problems[0]
 
@@ -607,7 +607,7 @@ def test_a_constructor_with_another_order_is_named():
     assert "too many positional arguments" in problem
 
 
-def test_a_static_member_may_do_without_the_decorator():
+def test_a_static_member_needs_no_decorator():
     """A backend is never instantiated, so both are called on the class."""
     cls = type("Plain", (ReferenceBackend,), {"copy_blocks": lambda kv_caches, src_to_dists: None})
     assert check_backend_class(cls) == []
@@ -694,7 +694,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize(("more", "error", "said"), WRONG_CALLS.values(), ids=WRONG_CALLS)
-def test_get_attn_backend_rejects_what_it_cannot_answer(more, error, said):
+def test_get_attn_backend_rejects_bad_arguments(more, error, said):
     arguments = {"head_size": 64, "dtype": torch.float32, "device": "cpu"} | more
     with pytest.raises(error, match=said):
         get_attn_backend(**arguments)
@@ -717,9 +717,7 @@ def test_the_backend_without_attention_makes_metadata_and_computes_nothing():
 @pytest.mark.parametrize("head_size_v", [8, 32, 48, 128, 256])
 @pytest.mark.parametrize("num_heads", [1, 4])
 @pytest.mark.parametrize("quant_key", OUTPUT_QUANTS)
-def test_an_impl_says_what_its_forward_does_with_a_quantized_output(
-    backend, head_size_v, num_heads, quant_key
-):
+def test_fused_output_quant_supported_matches_forward(backend, head_size_v, num_heads, quant_key):
     spec = layer_spec(
         dtype=torch.float32, num_heads=num_heads, num_kv_heads=1, head_size_v=head_size_v
     )
@@ -745,9 +743,7 @@ def test_an_impl_says_what_its_forward_does_with_a_quantized_output(
 @pytest.mark.parametrize("name", NON_MLA)
 @pytest.mark.parametrize("head_size_v", [8, 32, 128, 256])
 @pytest.mark.parametrize("quant_key", OUTPUT_QUANTS)
-def test_an_impl_supports_no_quantization_that_its_backend_does_not_declare(
-    name, head_size_v, quant_key
-):
+def test_an_impl_supports_only_declared_quantization(name, head_size_v, quant_key):
     cls = class_of(name)
     impl = bare_impl(cls.get_impl_cls(), head_size_v=head_size_v)
     declared = cls.capabilities.fields.get("output_quant", OneOf(None)).describe()
@@ -756,7 +752,7 @@ def test_an_impl_supports_no_quantization_that_its_backend_does_not_declare(
 
 @pytest.mark.parametrize("name", NON_MLA)
 @pytest.mark.parametrize("key", ["int8", "", None, torch.float8_e4m3fn, object(), ("fp8", True)])
-def test_what_is_no_name_of_a_quantization_is_not_supported(name, key):
+def test_an_unknown_quantization_is_not_supported(name, key):
     assert not bare_impl(class_of(name).get_impl_cls()).fused_output_quant_supported(key)
 
 

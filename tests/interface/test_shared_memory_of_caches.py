@@ -96,7 +96,7 @@ OVERLAPS = {
 
 
 @pytest.mark.parametrize("kind", OVERLAPS)
-def test_blocks_that_overlap_other_blocks_are_refused(kind):
+def test_blocks_that_overlap_other_blocks_are_rejected(kind):
     caches = OVERLAPS[kind]()
     before = [kv_cache.clone() for kv_cache in caches]
     with pytest.raises(InvalidInputError, match="overlaps"):
@@ -106,7 +106,7 @@ def test_blocks_that_overlap_other_blocks_are_refused(kind):
 
 
 @pytest.mark.parametrize("alias", [lambda c: c, lambda c: c[:], lambda c: c.view(c.shape)])
-def test_a_swap_within_one_cache_reads_all_before_it_writes(alias):
+def test_a_swap_within_one_cache_reads_before_it_writes(alias):
     kv_cache = numbered()
     ad.swap_blocks(kv_cache, alias(kv_cache), torch.tensor([*CHAIN, [3, 0]]))
     assert firsts(kv_cache) == [3, 0, 1, 2, 4, 5]
@@ -155,7 +155,7 @@ def test_overlaps_are_found_exactly(one, other):
 
 
 @given(st.data())
-def test_any_two_views_overlap_where_numpy_says_so(data):
+def test_overlap_agrees_with_numpy(data):
     buffer = torch.zeros(60)
 
     def view():

@@ -76,7 +76,7 @@ def test_kv_heads_must_divide_heads():
         layer(num_heads=8, num_kv_heads=3)
 
 
-def test_a_cache_with_scales_of_its_own_takes_none():
+def test_an_int8_cache_takes_no_scales():
     message = r"kv_scales='per_head' is for fp8 caches; .* Leave kv_scales out\."
     with pytest.raises(InvalidInputError, match=message):
         layer(kv_cache_dtype="int8_per_token_head", kv_scales="per_head")
@@ -108,15 +108,15 @@ def test_only_a_decoder_is_causal_by_default(attn_type):
     assert layer(attn_type=attn_type).causal is (attn_type is AttentionType.DECODER)
 
 
-def test_a_decoder_may_be_asked_not_to_be_causal():
+def test_a_decoder_may_be_non_causal():
     assert layer(causal=False).causal is False
 
 
-def test_an_attn_type_may_be_given_as_text():
+def test_attn_type_may_be_text():
     assert layer(attn_type="encoder_only") == layer(attn_type=AttentionType.ENCODER_ONLY)
 
 
-def test_equal_requests_are_equal_and_hash_alike():
+def test_equal_requests_have_equal_hashes():
     assert layer(logits_soft_cap=50) == layer(logits_soft_cap=50.0)
     assert len({layer(logits_soft_cap=50), layer(logits_soft_cap=50.0), layer()}) == 2
 
@@ -155,7 +155,7 @@ def test_a_request_survives_json(spec):
     assert AttentionSpec(**data, dtype=dtype, mla=mla and MLADims(**mla)) == spec
 
 
-def test_text_shows_what_is_not_default():
+def test_text_shows_fields_that_are_not_default():
     spec = AttentionSpec(num_heads=8, head_size=64, dtype=torch.float16, sliding_window=128)
     assert str(spec) == "num_heads=8, head_size=64, dtype=float16, sliding_window=128"
 
@@ -169,7 +169,7 @@ def test_text_shows_what_is_not_default():
     ],
     ids=str,
 )
-def test_an_answer_to_one_does_not_let_a_wrong_one_pass(wrong, cached_alike):
+def test_a_cached_answer_does_not_accept_a_wrong_call(wrong, cached_alike):
     # 1 == True == 1.0 to a cache, not to the request.
     ask = attn_dispatch.get_attn_backend
     ask(64, torch.float32, device="cpu", **cached_alike)
@@ -182,12 +182,12 @@ def test_a_field_that_does_not_exist_is_named():
         attn_dispatch.get_attn_backend(64, torch.float32, num_heads=8, logit_cap=30.0)
 
 
-def test_replace_derives_again_what_was_derived():
+def test_replace_updates_derived_fields():
     spec = AttentionSpec(num_heads=8, head_size=64, dtype=torch.float32)
     other = spec.replace(num_heads=32, head_size=128, attn_type="encoder")
     assert (other.num_kv_heads, other.head_size_v, other.causal) == (32, 128, False)
 
 
-def test_replace_keeps_what_was_given():
+def test_replace_keeps_given_fields():
     spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_size=64, dtype=torch.float32)
     assert spec.replace(num_heads=32).num_kv_heads == 2

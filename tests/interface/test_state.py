@@ -109,7 +109,7 @@ def test_padding_is_a_decode_too():
     assert metadata.num_prefills == 0
 
 
-def test_cross_attention_brings_no_new_keys():
+def test_cross_attention_has_no_new_keys():
     spec = layer_spec(attn_type=AttentionType.ENCODER_DECODER)
     state = state_of(spec=spec, max_batch_size=4)
     metadata = state.graph_capture_get_metadata_for_batch(2, is_encoder_decoder_model=True)
@@ -134,7 +134,7 @@ def test_a_clone_shares_the_buffers():
     assert all(mine[name].data_ptr() == its[name].data_ptr() for name in mine)
 
 
-def test_sizes_that_were_not_captured_are_refused():
+def test_sizes_without_a_capture_are_rejected():
     for state, largest in ((state_of(), 0), (state_of(max_batch_size=4), 4)):
         for method in (state.graph_clone, state.graph_capture_get_metadata_for_batch):
             with pytest.raises(InvalidInputError, match=f"up to {largest} requests, not 5"):
@@ -162,7 +162,7 @@ BAD_STEPS = {
 
 
 @pytest.mark.parametrize("what", BAD_STEPS)
-def test_a_step_that_the_graph_cannot_take_is_refused(what):
+def test_a_step_that_does_not_fit_the_graph_is_rejected(what):
     query_lens, seq_lens, more, message = BAD_STEPS[what]
     state = state_of(max_batch_size=2)
     buffers = state.get_graph_input_buffers(state.graph_capture_get_metadata_for_batch(2))
@@ -184,7 +184,7 @@ def test_a_graph_takes_no_mask():
         state.prepare_graph_input_buffers(buffers, builder_of("TORCH_SDPA", spec).build(batch))
 
 
-def test_the_default_device_and_dtype_have_no_say(misleading_defaults):
+def test_the_default_device_and_dtype_are_ignored(misleading_defaults):
     with misleading_defaults():
         metadata = state_of(max_batch_size=4).graph_capture_get_metadata_for_batch(3)
     assert metadata.batch.block_table.device.type == "cpu"
@@ -230,7 +230,7 @@ def test_the_phases_partition_the_batch(backend, lens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_phase_alone_computes_its_share(backend):
+def test_the_metadata_of_a_phase_computes_its_rows(backend):
     step = Step(Case(spec=layer_spec(), query_lens=(1, 5, 1, 3), seq_lens=(9, 5, 4, 7)))
     expected = step.expected()[0]
     metadata = builder_of(backend, step.spec).build(step.batch)
@@ -252,7 +252,7 @@ def test_derived_slots_are_the_last_positions_of_each_request():
     assert batch.slot_mapping.tolist() == [4 * 4 + 3, 2 * 4, -1, 4, 5, 6]
 
 
-def test_metadata_carries_what_the_engine_said():
+def test_metadata_has_the_values_of_the_engine():
     maps = {"image": [PlaceholderRange(0, 1, 3)]}
     batch = AttentionBatch.create(
         [5], [5], multi_modal_placeholder_index_maps=maps, enable_kv_scales_calculation=True

@@ -88,7 +88,7 @@ def as_bytes(tensor):
     return tensor.contiguous().view(torch.uint8).clone()
 
 
-def assert_refused_untouched(call, message):
+def assert_rejected_untouched(call, message):
     cache, output = call.step.kv_cache, call.arguments.get("output")
     watched = [t for t in (cache, output) if t is not None and t.device.type != "meta"]
     before = [as_bytes(t) for t in watched]
@@ -279,17 +279,17 @@ after_a_good_call = pytest.mark.parametrize(
 @pytest.mark.parametrize("what", BAD_INT8_CACHES)
 @pytest.mark.parametrize("runner", RUNNERS)
 @after_a_good_call
-def test_a_bad_int8_cache_is_refused(runner, what, is_second):
+def test_a_bad_int8_cache_is_rejected(runner, what, is_second):
     make, message = BAD_INT8_CACHES[what]
     call = Call(runner, CASE.replace(spec=layer_spec(kv_cache_dtype=INT8)))
     if is_second:
         call()
     call.set(kv_cache=make(call.step.kv_cache))
-    assert_refused_untouched(call, message)
+    assert_rejected_untouched(call, message)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_the_call_that_is_spoiled_below_works(runner, monkeypatch):
+def test_the_unchanged_call_works(runner, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", "1")
     call = Call(runner)
     call.step.check(call(), call.step.expected()[0])
@@ -298,23 +298,23 @@ def test_the_call_that_is_spoiled_below_works(runner, monkeypatch):
 @pytest.mark.parametrize("what", BAD_CALLS)
 @pytest.mark.parametrize("runner", RUNNERS)
 @after_a_good_call
-def test_a_bad_argument_is_refused(runner, what, is_second):
+def test_a_bad_argument_is_rejected(runner, what, is_second):
     spoil, message = BAD_CALLS[what]
     call = Call(runner)
     if is_second:
         call()
     spoil(call)
-    assert_refused_untouched(call, message)
+    assert_rejected_untouched(call, message)
 
 
 @pytest.mark.parametrize("what", BAD_CONTENTS)
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_bad_contents_are_refused_where_they_are_checked(runner, what, monkeypatch):
+def test_bad_contents_are_rejected(runner, what, monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", "1")
     spoil, message = BAD_CONTENTS[what]
     call = Call(runner)
     spoil(call)
-    assert_refused_untouched(call, message)
+    assert_rejected_untouched(call, message)
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,10 @@ def test_bad_contents_are_refused_where_they_are_checked(runner, what, monkeypat
     ids=["scale without fp8 output", "both scales"],
 )
 @pytest.mark.parametrize("runner", ["REFERENCE", RUNNERS[2]])
-def test_scales_that_fit_no_output_are_refused(runner, changes, message):
+def test_scales_that_do_not_fit_the_output_are_rejected(runner, changes, message):
     call = Call(runner)
     call.set(**changes)
-    assert_refused_untouched(call, message)
+    assert_rejected_untouched(call, message)
 
 
 @pytest.mark.parametrize(
@@ -355,44 +355,44 @@ def test_scales_of_a_quantized_output_are_checked(scales, message, is_second):
         call.set(**{name: good[name] for name in scales})
         call()
     call.set(**scales)
-    assert_refused_untouched(call, message)
+    assert_rejected_untouched(call, message)
 
 
-def test_groups_of_the_output_must_come_out_even():
+def test_the_output_must_have_whole_groups():
     call = Call("REFERENCE")
     call.set(output=torch.zeros(12, 4, 8).to(FP8), output_block_scale=torch.ones(12, 0))
-    assert_refused_untouched(call, "not a multiple of 128; use output_scale")
+    assert_rejected_untouched(call, "not a multiple of 128; use output_scale")
 
 
 def test_an_encoder_has_no_cache():
     spec = layer_spec(attn_type="encoder_only", block_size=None)
     call = Call("REFERENCE", Case(spec=spec, query_lens=(3,), seq_lens=(3,)))
     call.set(kv_cache=torch.zeros(2, 2, 4, 2, 8).double())
-    assert_refused_untouched(call, "encoder_only attention has no kv_cache; give None")
+    assert_rejected_untouched(call, "encoder_only attention has no kv_cache; give None")
 
 
 def test_a_sharing_layer_needs_the_cache_of_its_target():
     spec = layer_spec(kv_sharing=True)
     call = Call("REFERENCE", Case(spec=spec, query_lens=(3,), seq_lens=(3,)))
     call.set(kv_cache=None)
-    assert_refused_untouched(call, "reads the cache of 'target', and kv_cache is None")
+    assert_rejected_untouched(call, "reads the cache of 'target', and kv_cache is None")
 
 
-def test_gradients_are_refused():
+def test_gradients_are_rejected():
     call = Call("REFERENCE")
     call.set(query=call.step.query.requires_grad_())
-    assert_refused_untouched(call, "inference_mode")
+    assert_rejected_untouched(call, "inference_mode")
 
 
-def test_metadata_of_a_route_over_a_backend_that_the_layer_has_not_is_refused():
+def test_metadata_of_another_route_is_rejected():
     call = Call(RUNNERS[2])
     with registered(make_backend("ELSEWHERE")):
         other = layer_of(call.step, "prefill=ELSEWHERE,decode=TORCH_SDPA")
         call.set(attn_metadata=other.build_metadata(call.batch))
-        assert_refused_untouched(call, "attn_metadata has a ReferenceMetadata for ELSEWHERE")
+        assert_rejected_untouched(call, "attn_metadata has a ReferenceMetadata for ELSEWHERE")
 
 
-def test_metadata_of_the_opposite_route_goes_to_whom_it_was_made_for():
+def test_metadata_of_the_opposite_route_uses_its_backends():
     call, opposite = Call(RUNNERS[2]), "prefill=TORCH_SDPA,decode=REFERENCE"
     call.set(attn_metadata=layer_of(call.step, opposite).build_metadata(call.batch))
     assert torch.equal(call(), Call(opposite)())
@@ -433,7 +433,7 @@ BAD_BATCHES = {
 
 
 @pytest.mark.parametrize("what", BAD_BATCHES)
-def test_lengths_that_contradict_each_other_make_no_batch(what):
+def test_inconsistent_lengths_are_rejected(what):
     changes, message = BAD_BATCHES[what]
     arguments = {"query_lens": [1, 2], "seq_lens": [5, 4]} | changes
     with pytest.raises(InvalidInputError, match=message):
@@ -483,7 +483,7 @@ BAD_BUILDS = {
 
 @pytest.mark.parametrize("what", BAD_BUILDS)
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
-def test_a_batch_that_contradicts_itself_or_the_layer_makes_no_metadata(backend, what):
+def test_an_inconsistent_batch_makes_no_metadata(backend, what):
     fields, changes, message = BAD_BUILDS[what]
     batch = dataclasses.replace(AttentionBatch.create([5], [5]), **changes)
     builder_cls = registry.candidates()[backend].backend_cls.get_builder_cls()
