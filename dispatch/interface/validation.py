@@ -17,6 +17,7 @@ from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch_checks import check_columns
 from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.outputs import check_output, profiling_output
 from attn_dispatch.interface.overlap import (
     check_no_inference,
     check_shared_memory,
@@ -24,14 +25,12 @@ from attn_dispatch.interface.overlap import (
     overlaps_itself,
 )
 from attn_dispatch.interface.quantization import (
-    GROUP_SIZE,
-    as_indexable_bytes,
     has_token_scales,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
+from attn_dispatch.interface.spec import IMPL_FIELDS
 from attn_dispatch.interface.tensors import check_dense, wrong_form
 
 if TYPE_CHECKING:
@@ -344,53 +343,6 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         )
 
 
-def check_output(
-    shape: tuple[int, int, int],
-    query: torch.Tensor,
-    output: torch.Tensor | None,
-    output_scale: torch.Tensor | None,
-    output_block_scale: torch.Tensor | None,
-) -> None:
-    """Check the output's shape, dtype and device, and the scales of a quantized one."""
-    if output_scale is not None and output_block_scale is not None:
-        raise InvalidInputError("Give output_scale or output_block_scale, not both.")
-    quantized = output_scale is not None or output_block_scale is not None
-    if output is None:
-        if quantized:
-            raise InvalidInputError("A scale of the output needs an fp8 output to go with it.")
-        return
-    if tuple(output.shape) != shape or output.device != query.device:
-        raise wrong_form("output", output, f"{shape} on {query.device}")
-    if overlaps_itself(output):
-        raise InvalidInputError(
-            f"output overlaps itself: shape {tuple(output.shape)}, strides {output.stride()}. "
-            "Give each of its elements memory of its own."
-        )
-    if quantized != is_fp8(output.dtype) or (not quantized and output.dtype != query.dtype):
-        raise InvalidInputError(
-            f"output is {output.dtype}. It must be {query.dtype}; or an fp8 type together with "
-            "output_scale or output_block_scale."
-        )
-    if output_scale is not None:
-        _check_scale("output_scale", output_scale, (), query)
-    if output_block_scale is not None:
-        row = shape[1] * shape[2]
-        if row % GROUP_SIZE:
-            raise InvalidInputError(
-                f"A row of the output has num_heads * head_size_v = {row} values, and that is not "
-                f"a multiple of {GROUP_SIZE}; use output_scale."
-            )
-        groups = (shape[0], row // GROUP_SIZE)
-        _check_scale("output_block_scale", output_block_scale, groups, query)
-
-
-def _check_scale(
-    name: str, scale: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
-) -> None:
-    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.device != query.device:
-        raise wrong_form(name, scale, f"{shape} torch.float32 on {query.device}")
-
-
 #: What an impl and the spec of its metadata must have in common.
 _in_common = operator.attrgetter(*IMPL_FIELDS)
 
@@ -423,44 +375,6 @@ def check_metadata(impl: AttentionImpl[Any], metadata: AttentionMetadata, wanted
         f"attn_metadata was built for layers with {field}={theirs}, and this layer has {mine}. "
         "Build the metadata from the layer's own spec; layer.build_metadata does."
     )
-
-
-def profiling_output(
-    layer: AttentionImpl[Any] | AttentionSpec,
-    query: torch.Tensor,
-    output: torch.Tensor | None,
-    output_scale: torch.Tensor | None = None,
-    output_block_scale: torch.Tensor | None = None,
-    *,
-    head_size_v: int | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """What forward returns without metadata, as in vLLM: zeros, and an LSE of −inf.
-
-    An engine runs the model this way before it has a cache, to find out how much memory is left
-    for one. No key is read, and only the output is written.
-
-    Args:
-        layer: the impl that was called, or the spec of its layer.
-        query: (num_tokens, ...).
-        output: as for AttentionImpl.forward.
-        output_scale: as for AttentionImpl.forward.
-        output_block_scale: as for AttentionImpl.forward.
-        head_size_v: elements per head of the output, if not the layer's.
-
-    Raises:
-        InvalidInputError: the output or its scales do not fit.
-    """
-    shape = (query.shape[0], layer.num_heads, head_size_v or layer.head_size_v)
-    check_output(shape, query, output, output_scale, output_block_scale)
-    if output is None:
-        output = query.new_zeros(shape)
-    else:
-        as_indexable_bytes(output).zero_()
-    if output_block_scale is not None:
-        output_block_scale.fill_(1.0)  # the scale of a group of zeros
-    if not layer.returns_lse:
-        return output
-    return output, query.new_full(shape[:2], float("-inf"), dtype=torch.float32)
 
 
 def check_int32(batch: AttentionBatch) -> None:

@@ -127,7 +127,7 @@ def request_with(name: str, field: str, value: Any) -> AttentionSpec | None:
 
 
 def declarations(admitted: bool) -> list[Any]:
-    """Every (backend, field, value, device) where the declaration accepts the value, or does not."""
+    """Every (backend, field, value, device) that the declaration accepts, or does not."""
     found = []
     for name, cls in BACKENDS.items():
         for field, values in VALUES.items():

@@ -284,7 +284,7 @@ def test_a_non_finite_value_stays_in_its_row(dtype, poison):
 
 @pytest.mark.parametrize("backend", ["REFERENCE", "TORCH_SDPA"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_infinity_reaches_the_output(backend, poison):
+def test_a_non_finite_value_reaches_the_output(backend, poison):
     key, value = torch.randn(2, 3, 2, 8)
     value[1, 0, 3] = poison
     cache, table = int8_cache(8), torch.tensor([[1]])
