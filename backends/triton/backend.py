@@ -423,6 +423,8 @@ class TritonAttnBackend(AttentionBackend):
             found.append(("output_quant", asked, allowed))
         for field in ("custom_mask", "bidirectional_ranges"):
             if spec.cuda_graph and getattr(spec, field):
-                texts = (f"cuda_graph {word} {field}" for word in ("with", "without"))
-                found.append(("cuda_graph", *texts))
-        return [Reason(ReasonCode.COMBINATION, *each) for each in found]
+                found.append(
+                    ("cuda_graph", f"cuda_graph with {field}", f"cuda_graph without {field}")
+                )
+        code = ReasonCode.COMBINATION
+        return [Reason(code=code, field=f, asked=asked, allowed=ok) for f, asked, ok in found]

@@ -52,8 +52,9 @@ def store_rows(
     x = acc * (v_scale / total)[:, None]
     x = tl.where(is_empty[:, None], 0.0, x)
     d_idx = tl.arange(0, DV)
-    head_offsets = (heads.to(tl.int64) * out.stride_h)[:, None]
-    offsets = rows[:, None] * out.stride_t + head_offsets + d_idx[None, :]
+    offsets = (
+        rows[:, None] * out.stride_t + (heads.to(tl.int64) * out.stride_h)[:, None] + d_idx[None, :]
+    )
     stored = ok[:, None]
     if F.HEAD_SIZE_V != DV:
         stored = stored & (d_idx < F.HEAD_SIZE_V)[None, :]
