@@ -241,7 +241,7 @@ def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
     """Entries of one view of `view_kv_cache`, as they are stored.
 
     A view of a whole int8 cache, `kv_cache[:, 0]`, gives rows with their scale in them, which
-    quantization.token_scales finds, and is read faster than the integers alone.
+    quantization.token_scales finds, and is read faster than only the integers.
 
     Args:
         cache: (num_blocks, block_size, num_kv_heads, size).

@@ -101,7 +101,7 @@ def allocate_kv_cache(
     if num_bytes > INT64_MAX:
         raise InvalidInputError(
             f"A cache of shape {shown(tuple(sizes))} and {dtype} is larger than any memory. Give "
-            "fewer blocks: KVCachePlan.num_blocks says how many fit."
+            "fewer blocks; KVCachePlan.num_blocks is the number that fits."
         )
     device = usable_device(device)
     physical = [sizes[dim] for dim in order]
@@ -138,23 +138,20 @@ def view_kv_cache(
     Raises:
         InvalidInputError: the cache has another shape, or smaller heads.
     """
+    cause: Exception | None = None
     try:  # on every layer's call, so an error is explained only after it happened
         keys, values = kv_cache.unbind(1)
         fits = keys.dim() == 4 and 0 < head_size <= keys.shape[-1]
         if fits and 0 < head_size_v <= keys.shape[-1]:
             return keys[..., :head_size], values[..., :head_size_v]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise _cannot_be_split(kv_cache, head_size, head_size_v) from error
-    raise _cannot_be_split(kv_cache, head_size, head_size_v)
-
-
-def _cannot_be_split(kv_cache: Any, head_size: Any, head_size_v: Any) -> InvalidInputError:
+        cause = error
     found = tuple(kv_cache.shape) if isinstance(kv_cache, torch.Tensor) else shown(kv_cache)
-    return InvalidInputError(
+    raise InvalidInputError(
         f"kv_cache is {found} and cannot be split into heads of {shown(head_size)} and "
         f"{shown(head_size_v)} elements. A cache is (num_blocks, 2, block_size, num_kv_heads, "
         "head_size), with heads of the larger size or more."
-    )
+    ) from cause
 
 
 def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,21 +166,18 @@ def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     Raises:
         InvalidInputError: the cache is not int8, or float32 scales cannot be read from it.
     """
+    cause: Exception | None = None
     try:  # as in view_kv_cache
         if kv_cache.dtype == torch.int8 and kv_cache.dim() == 5:
             keys, values = token_scales(kv_cache).unbind(1)
             return keys, values
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise _has_no_scales(kv_cache) from error
-    raise _has_no_scales(kv_cache)
-
-
-def _has_no_scales(kv_cache: Any) -> InvalidInputError:
+        cause = error
     found = shown(kv_cache)
     if isinstance(kv_cache, torch.Tensor):
         found = f"{tuple(kv_cache.shape)} {kv_cache.dtype}"
-    return InvalidInputError(
+    raise InvalidInputError(
         f"kv_cache is {found}; scales are in an int8 cache, (num_blocks, 2, block_size, "
         "num_kv_heads, stored_head_size), in rows without gaps whose sizes and addresses are "
         "multiples of 4 bytes. Make the cache by allocate_kv_cache."
-    )
+    ) from cause

@@ -244,7 +244,7 @@ def _check_without_cache(
     if key_lens != batch.seq_lens_list:
         raise InvalidInputError(
             f"Without a kv_cache a request's keys are its rows of key, {key_lens[:8]}; seq_lens "
-            f"says {batch.seq_lens_list[:8]}. Give the kv_cache that holds the earlier ones."
+            f"is {batch.seq_lens_list[:8]}. Give the kv_cache that holds the earlier ones."
         )
 
 
