@@ -12,16 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
-    "check": "Check Outcome run",
-    "suite": "Conformance backend_named checks_for verify",
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = ["Check", "Conformance", "Outcome", "backend_named", "checks_for", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.suite"), name)

@@ -10,7 +10,7 @@ import torch
 
 from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
-from attn_dispatch.conformance.kv_encoding import int8_rows
+from attn_dispatch.conformance.kv_encoding import int8_rows, per_head
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
@@ -109,8 +109,7 @@ def _require_stored(step: EngineStep, after: torch.Tensor, slots: torch.Tensor) 
             found = stored[..., -16:-12].contiguous().view(torch.float32)
             same = torch.equal(values, integers) and torch.equal(found, token_scales)
         elif dtype.itemsize == 1:
-            scale = scales[index].double().cpu()
-            scale = scale[:, None] if scale.dim() else scale
+            scale = per_head(scales[index].double().cpu())
             limit = torch.finfo(dtype).max * scale
             clamped = torch.minimum(torch.maximum(wanted.double(), -limit), limit)
             small = torch.finfo(dtype).smallest_normal * scale
@@ -171,10 +170,10 @@ def _writes_by_itself(target: BackendUnderTest, spec: AttentionSpec) -> None:
 
 def _rejects_before_writing(target: BackendUnderTest, spec: AttentionSpec) -> None:
     step = target.step(spec)
-    shape = (len(step.query), spec.num_heads, spec.head_size_v)
+    new = partial(torch.empty, device=target.device)
     outputs = {
-        "an output of another shape": torch.empty(1, 1, 1, dtype=spec.dtype, device=target.device),
-        "an output of another dtype": torch.empty(shape, dtype=torch.int32, device=target.device),
+        "an output of another shape": new(1, 1, 1, dtype=spec.dtype),
+        "an output of another dtype": new(step.output_shape, dtype=torch.int32),
     }
     for what, output in outputs.items():
         after = step.kv_cache.clone()

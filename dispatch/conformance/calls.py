@@ -32,16 +32,7 @@ _QUICK = ("mixed", "decodes")
 def calls(target: BackendUnderTest) -> Iterator[Check]:
     """Padding rows are written, and new memory may hold anything."""
     plain = target.spec_with("returns_lse") or target.base
-    layers = {
-        "": plain,
-        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
-        "sinks": target.spec_with("sinks"),
-        "window": target.spec_with("sliding_window"),
-        "mask": target.spec_with("custom_mask"),
-    }
-    for kind, spec in layers.items():
-        if spec is None or (kind and spec == target.base):
-            continue
+    for kind, spec in [("", plain), *target.layers("no cache", "sinks", "window", "mask")]:
         for name in _QUICK if target.quick or kind else _PADDED:
             case = dict(_PADDED[name])
             if spec.block_size is None and "query_lens" in case and spec.causal:
@@ -63,8 +54,7 @@ def calls(target: BackendUnderTest) -> Iterator[Check]:
 def _padded(target: BackendUnderTest, spec: AttentionSpec, case: Mapping[str, Any]) -> ErrorBound:
     """Once with an output that is full of NaN, once with one that the backend allocates."""
     step = target.step(spec, **case)
-    shape = (len(step.query), spec.num_heads, spec.head_size_v)
-    output = torch.full(shape, math.nan, dtype=spec.dtype, device=target.device)
+    output = torch.full(step.output_shape, math.nan, dtype=spec.dtype, device=target.device)
     step.fill_padding(math.nan)
     with _new_memory_is_nan():
         given = target.forward(step, output=output)

@@ -42,6 +42,7 @@ __all__ = [
     "CaseTensors",
     "EngineStep",
     "layer_spec",
+    "layer_with",
 ]
 
 _View = Callable[[torch.Tensor], torch.Tensor]
@@ -117,10 +118,11 @@ def layer_spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**(sizes | fields))
 
 
+@dataclass(eq=False, kw_only=True)
 class CaseTensors:
     """The tensors of a call, and what the call should return.
 
-    Args, which are attributes too:
+    Attributes:
         case: the call as data.
         layer: has the scales of the cache.
         scale: factor on the scores.
@@ -131,23 +133,26 @@ class CaseTensors:
         slopes, sinks: those of the layer, or None.
     """
 
-    def __init__(
-        self,
-        case: Case,
-        *,
-        layer: Any,
-        scale: float,
-        query: torch.Tensor,
-        queries: list[torch.Tensor],
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        masks: list[torch.Tensor] | None = None,
-        slopes: list[float] | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        self.case, self.spec, self.layer, self.scale = case, case.spec, layer, scale
-        self.query, self.queries, self.keys, self.values = query, queries, keys, values
-        self.masks, self.slopes, self.sinks = masks, slopes, sinks
+    case: Case
+    layer: Any
+    scale: float
+    query: torch.Tensor
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    masks: list[torch.Tensor] | None = None
+    slopes: list[float] | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The layer."""
+        return self.case.spec
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(rows of the query, num_heads, head_size_v)."""
+        return len(self.query), self.spec.num_heads, self.spec.head_size_v
 
     @property
     def device(self) -> torch.device:
@@ -239,7 +244,7 @@ class EngineStep(CaseTensors):
 
     def __init__(self, case: Case, device: torch.device | str = "cpu", arch: str = "") -> None:
         spec, device = case.spec, torch.device(device)
-        self.case, self.spec = case, spec
+        self.case = case
         self._random = torch.Generator().manual_seed(case.seed)
         has_cache = spec.block_size is not None
         self.new_lens = case.new_lens or (case.query_lens if has_cache else case.seq_lens)
@@ -270,8 +275,8 @@ class EngineStep(CaseTensors):
             keys = [dequantized(k, scales[0], dtype) for k in keys]
             values = [dequantized(v, scales[1], dtype) for v in values]
         super().__init__(
-            case,
-            layer=_layer_with(scales, device),
+            case=case,
+            layer=layer_with(scales, device),
             scale=0.8 * spec.head_size**-0.5,
             query=query,
             queries=[q.double() for q in queries],
@@ -313,7 +318,7 @@ class EngineStep(CaseTensors):
 
     def set_scales(self, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
         """Give the layer other scales; keys and values stay as they are."""
-        self.layer = _layer_with((k_scale, v_scale), self.device)
+        self.layer = layer_with((k_scale, v_scale), self.device)
 
     def _make_cache(
         self,
@@ -436,7 +441,7 @@ class EngineStep(CaseTensors):
         return part
 
 
-def _layer_with(scales: Sequence[torch.Tensor], device: torch.device) -> Any:
+def layer_with(scales: Sequence[torch.Tensor], device: torch.device) -> Any:
     """A layer with the scales of its keys and values."""
     k_scale, v_scale = (scale.to(device) for scale in scales)
     return SimpleNamespace(

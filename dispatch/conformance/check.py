@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,7 +15,7 @@ from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.comparison import compare_with_oracle, require_returned
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
-from attn_dispatch.conformance.unchanged import Inputs
+from attn_dispatch.conformance.unchanged import inputs_unchanged
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.quantization import GROUP_SIZE, kv_cache_torch_dtype
@@ -30,9 +29,9 @@ __all__ = [
     "Run",
     "Skipped",
     "checks_of_cases",
-    "replaced",
     "run",
     "same_bits",
+    "skip",
     "skip_unless",
 ]
 
@@ -40,6 +39,19 @@ __all__ = [
 _OUTPUT_SCALE = 0.02
 #: A soft cap shows where scores are near it: they are scaled to this part of it.
 _NEAR_CAP = 0.2
+
+
+#: Layers that differ from the plain one: name -> fields of any value, and fields by their value.
+_LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "window": (("sliding_window",), {}),
+    "soft cap": (("logits_soft_cap",), {}),
+    "ALiBi": (("alibi",), {}),
+    "sinks": (("sinks",), {}),
+    "mask": (("custom_mask",), {}),
+    "lse": (("returns_lse",), {}),
+    "no cache": ((), {"block_size": None, "kv_cache_layout": None}),
+    "not causal": ((), {"causal": False}),
+}
 
 
 class Skipped(Exception):
@@ -221,6 +233,14 @@ class BackendUnderTest:
         spec = self.base.replace(**(changes | fields))
         return spec if self.accepts(spec) else None
 
+    def layers(self, *names: str) -> Iterator[tuple[str, AttentionSpec]]:
+        """(name, layer) for those of these `_LAYERS` that the backend accepts."""
+        for name in names:
+            fields, values = _LAYERS[name]
+            spec = self.spec_with(*fields, **values)
+            if spec is not None and spec != self.base:
+                yield name, spec
+
     def step(self, spec: AttentionSpec, **case: Any) -> EngineStep:
         """A step of this layer; `case` as for `case_for`."""
         step = EngineStep(case_for(spec, **case), self.device, self.profile.arch)
@@ -241,7 +261,7 @@ class BackendUnderTest:
         Args:
             step: the step.
             cache: to write to; None for a copy of the step's.
-            may_change: inputs that are views of the memory that is written: see `Inputs`.
+            may_change: inputs that are views of the memory that is written.
             **more: as for `EngineStep.forward`.
 
         Raises:
@@ -253,26 +273,25 @@ class BackendUnderTest:
         scaling, scale, block_scale = {}, 1.0, None
         spec = step.spec
         if spec.output_quant is not None:
-            tokens, row = len(step.query), spec.num_heads * spec.head_size_v
             dtype = kv_cache_torch_dtype("fp8", spec.dtype, self.profile.arch)
-            shape = (tokens, spec.num_heads, spec.head_size_v)
+            shape = step.output_shape
             scaling["output"] = torch.empty(shape, dtype=dtype, device=self.device)
             if spec.output_quant == "fp8_e4m3":
                 scale = _OUTPUT_SCALE
                 scaling["output_scale"] = torch.tensor(scale, device=self.device)
             else:
-                block_scale = torch.zeros(tokens, row // GROUP_SIZE, device=self.device)
+                groups = shape[1] * shape[2] // GROUP_SIZE
+                block_scale = torch.zeros(shape[0], groups, device=self.device)
                 scaling["output_block_scale"] = block_scale
-        inputs = Inputs(step, may_change)
         try:
-            returned = step.forward(self.cls, cache, **scaling, **more)
+            with inputs_unchanged(step, may_change):
+                returned = step.forward(self.cls, cache, **scaling, **more)
         except (BackendFailure, UnsupportedError) as error:
             reasons = refusals(self.cls, spec, self.profile)
             if not reasons:
                 raise
             # It was declared; since then a library that it needs turned out to be broken.
             raise Skipped(f"not possible on this machine: {reasons[0]}") from error
-        inputs.require_unchanged()
         require_returned(step, returned)
         return Run(returned, cache, scale, block_scale)
 
@@ -298,7 +317,12 @@ class BackendUnderTest:
 def skip_unless(holds: bool, reason: str) -> None:
     """Skip the check unless it applies."""
     if not holds:
-        raise Skipped(reason)
+        skip(reason)
+
+
+def skip(reason: str) -> NoReturn:
+    """Skip the check; also a test of its own, where no check applies."""
+    raise Skipped(reason)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -320,9 +344,3 @@ def checks_of_cases(
         for name, (shows, spec, case) in table.items()
         if spec is not None
     ]
-
-
-def replaced(step: EngineStep, **fields: Any) -> None:
-    """Change the layer of a step; its tensors stay."""
-    step.spec = step.spec.replace(**fields)
-    step.case = dataclasses.replace(step.case, spec=step.spec)

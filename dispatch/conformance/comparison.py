@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance.cases import CaseTensors
+from attn_dispatch.conformance.kv_encoding import per_head
 from attn_dispatch.conformance.propagation import FreeElements, free_elements
 from attn_dispatch.conformance.tolerance import (
     LSE_FLOOR,
@@ -59,7 +60,7 @@ def require_returned(step: CaseTensors, returned: Any) -> tuple[torch.Tensor, to
     Raises:
         CheckFailed: it is something else, which the message names.
     """
-    spec, rows = step.spec, len(step.query)
+    spec, shape = step.spec, step.output_shape
     parts = returned if isinstance(returned, tuple) else (returned,)
     are_tensors = all(isinstance(part, torch.Tensor) for part in parts)
     if not are_tensors or len(parts) != 1 + spec.returns_lse:
@@ -69,7 +70,6 @@ def require_returned(step: CaseTensors, returned: Any) -> tuple[torch.Tensor, to
         raise CheckFailed(f"forward should return {wanted}, and returned {found}")
     output: torch.Tensor = parts[0]
     lse: torch.Tensor | None = parts[1] if spec.returns_lse else None
-    shape = (rows, spec.num_heads, spec.head_size_v)
     require(
         tuple(output.shape) == shape,
         f"the output has shape {tuple(output.shape)}, and should have {shape}",
@@ -244,11 +244,8 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
     Yields:
         A sentence, and the arguments of `step.expected` that make the same mistake.
     """
-    spec, window, symmetric = (
-        step.spec,
-        step.spec.sliding_window,
-        step.spec.alibi == ALIBI_SYMMETRIC,
-    )
+    spec, window = step.spec, step.spec.sliding_window
+    symmetric = spec.alibi == ALIBI_SYMMETRIC
     kinds = ("signed", "symmetric")
 
     def looks(asked: str, what: str, **changes: Any) -> tuple[str, dict[str, Any]]:
@@ -275,8 +272,7 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
         yield looks("bidirectional_ranges", "no ranges: it is dropped", ranges=())
     yield looks(f"causal={spec.causal}", f"causal={not spec.causal}", causal=not spec.causal)
     for name, kind in (("k_scale", "keys"), ("v_scale", "values")):
-        scale = getattr(step.layer, f"_{name}").double().cpu()
-        scale = scale[:, None] if scale.dim() else scale
+        scale = per_head(getattr(step.layer, f"_{name}").double().cpu())
         if bool((scale != 1).any()):
             yield (
                 f"the cache's {kind} have a {name}, and the output is that of a scale of 1: it is "

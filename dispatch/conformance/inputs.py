@@ -15,7 +15,6 @@ from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
     checks_of_cases,
-    replaced,
     skip_unless,
 )
 from attn_dispatch.conformance.comparison import allowed_error
@@ -32,7 +31,7 @@ def _drop(**fields: Any) -> _Change:
     """Remove a feature of the layer, and its tensors."""
 
     def change(step: EngineStep) -> None:
-        replaced(step, **fields)
+        step.case = step.case.replace(spec=step.spec.replace(**fields))
         for field, tensor in (("alibi", "slopes"), ("sinks", "sinks"), ("custom_mask", "masks")):
             if field in fields:
                 setattr(step, tensor, None)
@@ -305,11 +304,9 @@ def memory(target: BackendUnderTest) -> Iterator[Check]:
 
 
 def _writes_given(target: BackendUnderTest, is_part: bool) -> ErrorBound:
-    base = target.base
-    step = target.step(base)
-    tokens = len(step.query)
-    shape = (tokens + 4 * is_part, base.num_heads, base.head_size_v)
-    whole = torch.full(shape, math.nan, dtype=base.dtype, device=target.device)
+    step = target.step(target.base)
+    tokens, *row_shape = step.output_shape
+    whole = step.query.new_full((tokens + 4 * is_part, *row_shape), math.nan)
     output = whole[2 : 2 + tokens] if is_part else whole
     done = target.forward(step, output=output)
     require(

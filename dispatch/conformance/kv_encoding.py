@@ -10,7 +10,15 @@ import torch
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD
 
-__all__ = ["as_stored", "dequantized", "encoded_parts", "int8_rows", "nan_cache", "stored_size"]
+__all__ = [
+    "as_stored",
+    "dequantized",
+    "encoded_parts",
+    "int8_rows",
+    "nan_cache",
+    "per_head",
+    "stored_size",
+]
 
 
 def nan_cache(
@@ -78,7 +86,7 @@ def as_stored(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
         return values.to(dtype)
     working = torch.float64 if values.dtype == torch.float64 else torch.float32
     limit = torch.finfo(dtype).max
-    scaled = values.to(working) / _per_head(scale).to(working)
+    scaled = values.to(working) / per_head(scale).to(working)
     return scaled.clamp(-limit, limit).to(dtype)
 
 
@@ -88,8 +96,9 @@ def dequantized(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
         integers, scales = int8_rows(values)
         return integers.double() * scales.double()
     stored = as_stored(values, scale.cpu(), dtype).double()
-    return stored * _per_head(scale.cpu()).double() if dtype.itemsize == 1 else stored
+    return stored * per_head(scale.cpu()).double() if dtype.itemsize == 1 else stored
 
 
-def _per_head(scale: torch.Tensor) -> torch.Tensor:
+def per_head(scale: torch.Tensor) -> torch.Tensor:
+    """A scale, or one for each head, that broadcasts over (..., heads, size)."""
     return scale[:, None] if scale.dim() else scale

@@ -8,11 +8,11 @@ row that sees no key is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
+from attn_dispatch.conformance.check import BackendUnderTest, Check, skip
 from attn_dispatch.conformance.tolerance import ErrorBound, require
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
@@ -62,7 +62,11 @@ def non_finite(target: BackendUnderTest) -> Iterator[Check]:
     shows = "A row is NaN if NaN or infinity that it sees makes it so, and no other row is."
     if not target.cls.propagates_nan:
         shows = "NaN and infinity stay in their request."
-        yield Check("declared", "The declaration.", target.base, partial(_declared, target))
+        reason = (
+            f"{target.name} declares propagates_nan = False: only whether NaN and infinity stay in "
+            "their request is checked"
+        )
+        yield Check("declared", "The declaration.", target.base, partial(skip, reason))
     plain = target.spec_with("returns_lse") or target.base
     for name in _QUICK if target.quick else _PLANTED:
         yield _check(target, name, shows, plain, name)
@@ -70,13 +74,6 @@ def non_finite(target: BackendUnderTest) -> Iterator[Check]:
         for name in _QUICK[:1] + _QUICK[2:] if target.quick else _ELSEWHERE:
             yield _check(target, f"{name}, {kind}", shows, spec, name)
     yield from _sees_nothing(target)
-
-
-def _declared(target: BackendUnderTest) -> None:
-    raise Skipped(
-        f"{target.name} declares propagates_nan = False: only whether NaN and infinity stay in "
-        "their request is checked"
-    )
 
 
 def _check(
@@ -90,27 +87,19 @@ def _check(
 
 def _layers(target: BackendUnderTest) -> Iterator[tuple[str, AttentionSpec]]:
     """Declared layers whose kernels may mask or read keys in another way."""
-    eight_bits = {
-        probe.value: target.base.replace(**probe.fields)
-        for probe in target.declared("kv_cache_dtype")
-        if probe.value == INT8_PER_TOKEN_HEAD or probe.value.startswith("fp8")
-    }
-    fp8 = [name for name in eight_bits if name != INT8_PER_TOKEN_HEAD][:1]
-    kinds = {
-        "window": target.spec_with("sliding_window"),
-        "mask": target.spec_with("custom_mask"),
-        "int8 cache": eight_bits.get(INT8_PER_TOKEN_HEAD),
-        "fp8 cache": eight_bits[fp8[0]] if fp8 else None,
-        "soft cap": target.spec_with("logits_soft_cap"),
-        "ALiBi": target.spec_with("alibi"),
-        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
-        "not causal": target.spec_with(causal=False),
-    }
+    yield from target.layers("window", "mask", "soft cap", "ALiBi", "no cache", "not causal")
+    fields: dict[str, Mapping[str, Any]] = {}
+    for probe in target.declared("kv_cache_dtype"):
+        if probe.value == INT8_PER_TOKEN_HEAD:
+            fields["int8 cache"] = probe.fields
+        elif probe.value.startswith("fp8"):
+            fields.setdefault("fp8 cache", probe.fields)
     dtypes = {probe.value.itemsize: probe.fields for probe in target.declared("dtype")}
     if target.base.dtype.itemsize > 2 and 2 in dtypes:
-        kinds["16 bits"] = target.base.replace(**dtypes[2])
-    for kind, spec in kinds.items():
-        if spec is not None and spec != target.base:
+        fields["16 bits"] = dtypes[2]
+    for kind, changes in fields.items():
+        spec = target.base.replace(**changes)
+        if spec != target.base:
             yield kind, spec
 
 

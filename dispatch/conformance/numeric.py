@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
+from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped, checks_of_cases
 from attn_dispatch.conformance.probes import Probe, covering
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
 from attn_dispatch.errors import AttnDispatchError
@@ -111,21 +111,17 @@ def pairs(target: BackendUnderTest) -> Iterator[Check]:
         yield Check("+".join(names), shows, spec, partial(target.agrees, spec))
 
 
-def lse(target: BackendUnderTest) -> Iterator[Check]:
+def lse(target: BackendUnderTest) -> list[Check]:
     """The log-sum-exp, where it is declared."""
-    table = {
-        "natural logarithm": ("The lse is the natural logarithm.", ()),
-        "sinks left out": ("The lse leaves sinks out.", ("sinks",)),
-        "after cap and bias": (
-            "The lse is that of the scores after soft cap and ALiBi.",
-            ("logits_soft_cap", "alibi"),
-        ),
-        "blind rows": ("The lse of a row that sees no key is −inf.", ("custom_mask",)),
+    spec = partial(target.spec_with, "returns_lse")
+    of_scores = "The lse is that of the scores after soft cap and ALiBi."
+    table: dict[str, tuple[str, AttentionSpec | None, dict[str, Any]]] = {
+        "natural logarithm": ("The lse is the natural logarithm.", spec(), {}),
+        "sinks left out": ("The lse leaves sinks out.", spec("sinks"), {}),
+        "after cap and bias": (of_scores, spec("logits_soft_cap", "alibi"), {}),
+        "blind rows": ("The lse of a row that sees no key is −inf.", spec("custom_mask"), {}),
     }
-    for name, (shows, fields) in table.items():
-        spec = target.spec_with("returns_lse", *fields)
-        if spec is not None:
-            yield Check(name, shows, spec, partial(target.agrees, spec))
+    return checks_of_cases(target, table)
 
 
 def refused(target: BackendUnderTest) -> Iterator[Check]:

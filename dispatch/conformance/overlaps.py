@@ -37,13 +37,12 @@ def _output_over(name: str, shift: int) -> Callable[[EngineStep], _Call]:
 
     def make(step: EngineStep) -> _Call:
         tensor: torch.Tensor = getattr(step, name)
-        rows, spec = len(step.query), step.spec
-        size = rows * spec.num_heads * spec.head_size_v
+        size = math.prod(step.output_shape)
         memory = tensor.new_full((max(tensor.numel(), size + shift),), math.nan)
         view = memory[: tensor.numel()].view(tensor.shape)
         view.copy_(tensor)
         setattr(step, name, view)
-        output = memory[shift : shift + size].view(rows, spec.num_heads, spec.head_size_v)
+        output = memory[shift : shift + size].view(step.output_shape)
         return _Call(output, shared=(name,))
 
     return make
@@ -51,19 +50,16 @@ def _output_over(name: str, shift: int) -> Callable[[EngineStep], _Call]:
 
 def _expanded_output(step: EngineStep) -> _Call:
     """Every row of the output is the same memory."""
-    spec = step.spec
-    row = step.query.new_full((1, spec.num_heads, spec.head_size_v), math.nan)
-    return _Call(row.expand(len(step.query), -1, -1))
+    rows, *row_shape = step.output_shape
+    return _Call(step.query.new_full((1, *row_shape), math.nan).expand(rows, -1, -1))
 
 
 def _overlapping_rows(step: EngineStep) -> _Call:
     """Each row of the output begins within the one before."""
-    rows, spec = len(step.query), step.spec
-    width = spec.num_heads * spec.head_size_v
-    stride = width - spec.head_size_v
-    memory = step.query.new_full((rows * stride + width,), math.nan)
-    shape = (rows, spec.num_heads, spec.head_size_v)
-    return _Call(memory.as_strided(shape, (stride, spec.head_size_v, 1)))
+    rows, heads, size = step.output_shape
+    stride = (heads - 1) * size
+    memory = step.query.new_full((rows * stride + heads * size,), math.nan)
+    return _Call(memory.as_strided(step.output_shape, (stride, size, 1)))
 
 
 def _expanded_cache(step: EngineStep) -> _Call:
@@ -78,9 +74,8 @@ def _keys_over_values(step: EngineStep) -> _Call:
 
 def _output_in_cache(step: EngineStep) -> _Call:
     """The output is in the memory of the cache."""
-    cache, spec = step.kv_cache.clone(), step.spec
-    shape = (len(step.query), spec.num_heads, spec.head_size_v)
-    whole = torch.empty(0, dtype=spec.dtype, device=step.device).set_(cache.untyped_storage())
+    cache, shape = step.kv_cache.clone(), step.output_shape
+    whole = torch.empty(0, dtype=step.spec.dtype, device=step.device).set_(cache.untyped_storage())
     require(whole.numel() >= math.prod(shape), "the step's cache is smaller than its output")
     return _Call(whole[: math.prod(shape)].view(shape), cache)
 

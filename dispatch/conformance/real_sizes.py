@@ -13,14 +13,13 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from attn_dispatch.conformance import oracle
-from attn_dispatch.conformance.cases import Case
-from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped
+from attn_dispatch.conformance.cases import Case, layer_with
+from attn_dispatch.conformance.check import BackendUnderTest, Check, skip
 from attn_dispatch.conformance.tolerance import (
     CheckFailed,
     ErrorBound,
@@ -59,7 +58,8 @@ def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
     """Each declared head size, with the ratios of query heads to KV heads that models have."""
     if target.device.type != "cuda":
         shows = "Long requests give the oracle's result."
-        yield Check("all", shows, target.base, _skip_without_gpu)
+        reason = "the float64 oracle of thousands of keys takes a GPU"
+        yield Check("all", shows, target.base, partial(skip, reason))
         return
     shows = "Long requests with windows of any size give the oracle's result, in each row."
     for head_size, heads in itertools.product(HEAD_SIZES, HEADS):
@@ -71,10 +71,6 @@ def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
                 found[0].spec,
                 partial(_agree, target, head_size, heads),
             )
-
-
-def _skip_without_gpu() -> None:
-    raise Skipped("the float64 oracle of thousands of keys takes a GPU")
 
 
 def draws(
@@ -198,7 +194,7 @@ def _agree(target: BackendUnderTest, head_size: int, heads: tuple[int, int]) -> 
             if again == chosen:
                 raise
             chosen = again  # a library turned out to be broken, and other layers are accepted now
-    raise Skipped("no layer of these heads is possible on this machine")
+    skip("no layer of these heads is possible on this machine")
 
 
 def judge(target: BackendUnderTest, draw: Case) -> ErrorBound:
@@ -219,8 +215,7 @@ def judge(target: BackendUnderTest, draw: Case) -> ErrorBound:
     cache, batch, new = _placed(draw, keys, values)
     scale = _SPREAD * spec.head_size**-0.5
     impl = target.cls.make_impl(spec, scale=scale)
-    one = torch.ones((), device=device)
-    layer: Any = SimpleNamespace(_k_scale=one, _v_scale=one, _k_scale_float=1.0, _v_scale_float=1.0)
+    layer = layer_with((torch.ones(()), torch.ones(())), device)
     metadata: Any = target.cls.make_builder(spec, device).build(batch)
     returned = impl.forward(layer, query, *new, cache, metadata)
     output = returned[0] if isinstance(returned, tuple) else returned

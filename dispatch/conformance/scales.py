@@ -27,19 +27,8 @@ _REJECTED = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 def scales(target: BackendUnderTest) -> Iterator[Check]:
     """0, negative, tiny and large scales, with the features that change how scores are computed."""
-    layers = {
-        "": target.base,
-        "soft cap": target.spec_with("logits_soft_cap"),
-        "window": target.spec_with("sliding_window"),
-        "ALiBi": target.spec_with("alibi"),
-        "sinks": target.spec_with("sinks"),
-        "mask": target.spec_with("custom_mask"),
-        "no cache": target.spec_with(block_size=None, kv_cache_layout=None),
-        "lse": target.spec_with("returns_lse"),
-    }
-    for kind, spec in layers.items():
-        if spec is None or (kind and spec == target.base):
-            continue
+    others = target.layers("soft cap", "window", "ALiBi", "sinks", "mask", "no cache", "lse")
+    for kind, spec in [("", target.base), *others]:
         for name in _QUICK if target.quick or kind else _FACTORS:
             yield Check(
                 f"{name}, {kind}" if kind else name,

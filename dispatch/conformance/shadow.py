@@ -339,7 +339,7 @@ class ShadowCall:
         per_head: dict[str, Any] = layer._per_head
         slopes = per_head["alibi_slopes"]
         tensors = CaseTensors(
-            Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
+            case=Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
             layer=layer,
             scale=layer.scale,
             query=self.query[rows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -12,46 +13,41 @@ import torch
 from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.tolerance import require
 
-__all__ = ["Inputs"]
+__all__ = ["inputs_unchanged"]
 
 
-class Inputs:
-    """A copy of the inputs of a step. Of a tensor it has all the memory, gaps between rows too.
+@contextlib.contextmanager
+def inputs_unchanged(step: EngineStep, may_change: tuple[str, ...] = ()) -> Iterator[None]:
+    """Check that the forward within it modifies no input; gaps between rows are checked too.
 
     Args:
         step: the step.
         may_change: names of inputs that may change.
+
+    Raises:
+        CheckFailed: some inputs changed; the message names them.
     """
+    before = {name: _copy(value) for name, value in _inputs(step)}
+    yield
+    changed = [
+        name
+        for name, now in _inputs(step)
+        if name not in may_change and not _is_same(before[name], now)
+    ]
+    require(
+        not changed,
+        f"forward modified its inputs: {', '.join(changed)}. It may write only the cache and the "
+        "output",
+    )
 
-    def __init__(self, step: EngineStep, may_change: tuple[str, ...] = ()) -> None:
-        self._step, self._may_change = step, may_change
-        self._before = {name: _copy(value) for name, value in self._inputs()}
 
-    def _inputs(self) -> Iterator[tuple[str, Any]]:
-        step = self._step
-        for name in ("query", "key", "value", "slopes", "sinks"):
-            yield name, getattr(step, name)
-        for name in ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float"):
-            yield f"layer.{name}", getattr(step.layer, name)
-        for field in dataclasses.fields(step.batch):
-            yield f"batch.{field.name}", getattr(step.batch, field.name)
-
-    def require_unchanged(self) -> None:
-        """Check that no input was modified.
-
-        Raises:
-            CheckFailed: some were; the message names them.
-        """
-        changed = [
-            name
-            for name, now in self._inputs()
-            if name not in self._may_change and not _is_same(self._before[name], now)
-        ]
-        require(
-            not changed,
-            f"forward modified its inputs: {', '.join(changed)}. It may write only the cache and "
-            "the output",
-        )
+def _inputs(step: EngineStep) -> Iterator[tuple[str, Any]]:
+    for name in ("query", "key", "value", "slopes", "sinks"):
+        yield name, getattr(step, name)
+    for name in ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float"):
+        yield f"layer.{name}", getattr(step.layer, name)
+    for field in dataclasses.fields(step.batch):
+        yield f"batch.{field.name}", getattr(step.batch, field.name)
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:

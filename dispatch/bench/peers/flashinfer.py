@@ -17,7 +17,7 @@ from attn_dispatch.bench.peers.base import Peer, first_of, refusal_of, window_of
 __all__ = ["FlashInfer"]
 
 #: What FlashInfer's documentation recommends for the workspace, twice.
-_FLASHINFER_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 256 << 20
 
 
 class FlashInfer(Peer):
@@ -60,34 +60,63 @@ class FlashInfer(Peer):
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """See Peer."""
         if self._workspace is None or self._workspace.device != inputs.device:
-            self._workspace = torch.zeros(
-                _FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device
-            )
+            self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.device)
+        case, starts, output = inputs.case, inputs.query_start_loc, inputs.empty_output()
+        options: dict[str, Any] = {"out": output}
         if inputs.kv_cache is None:
-            return self._prepare_ragged(inputs, variant)
-        if inputs.sinks is not None:
-            return self._prepare_sinks(inputs, variant)
+            wrapper = self._wrapper("BatchPrefillWithRaggedKVCacheWrapper", backend=variant)
+            self._plan(wrapper, inputs, starts, inputs.key_start_loc(), causal=case.causal)
+            arguments = (inputs.query, inputs.key, inputs.value)
+            return lambda: first_of(wrapper.run(*arguments, **options))
+        arguments = (inputs.query, inputs.kv_cache)
         if variant.startswith("decode"):
-            return self._prepare_decode(inputs, "tensor cores" in variant)
-        wrapper = self._module.BatchPrefillWithPagedKVCacheWrapper(
-            self._workspace, "NHD", backend=variant
+            name, with_tensor_cores = "BatchDecodeWithPagedKVCacheWrapper", "tensor" in variant
+            wrapper = self._wrapper(name, use_tensor_cores=with_tensor_cores)
+            self._plan(wrapper, inputs, *self._pages(inputs))
+        else:
+            if inputs.sinks is None:
+                wrapper = self._wrapper("BatchPrefillWithPagedKVCacheWrapper", backend=variant)
+            else:
+                wrapper = self._wrapper_for_sinks(case, variant)
+                arguments += (inputs.sinks, case.scale)
+            self._plan(wrapper, inputs, starts, *self._pages(inputs), causal=case.causal)
+        if case.is_quantized:
+            options["k_scale"] = inputs.layer._k_scale_float
+            options["v_scale"] = inputs.layer._v_scale_float
+        return lambda: first_of(wrapper.run(*arguments, **options))
+
+    def _wrapper(self, name: str, **options: Any) -> Any:
+        return getattr(self._module, name)(self._workspace, "NHD", **options)
+
+    def _wrapper_for_sinks(self, case: Case, variant: str) -> Any:
+        return self._wrapper(
+            "BatchAttentionWithAttentionSinkWrapper",
+            backend=variant,
+            q_data_type=case.torch_dtype,
+            kv_data_type=case.stored_dtype,
+            head_dim_qk=case.head_size,
+            head_dim_vo=case.head_size,
+            window_left=window_of(case)[0],
         )
-        self._plan_paged(wrapper, inputs)
-        return self._run_paged(wrapper, inputs)
 
     @staticmethod
-    def _features(inputs: Inputs) -> dict[str, Any]:
-        case = inputs.case
-        return {
-            "pos_encoding_mode": "ALIBI" if case.alibi else "NONE",
-            "sm_scale": case.scale,
-            "window_left": window_of(case)[0],
-            "logits_soft_cap": case.logits_soft_cap,
-            "q_data_type": case.torch_dtype,
-            "kv_data_type": inputs.query.dtype
-            if inputs.kv_cache is None
-            else inputs.kv_cache.dtype,
-        }
+    def _plan(wrapper: Any, inputs: Inputs, *places: torch.Tensor, **options: Any) -> None:
+        """Plan a batch whose queries and keys are at these places."""
+        case, cache = inputs.case, inputs.kv_cache
+        sizes = [case.num_heads, case.num_kv_heads, case.head_size]
+        if cache is not None:
+            sizes.append(case.block_size)
+        wrapper.plan(
+            *places,
+            *sizes,
+            pos_encoding_mode="ALIBI" if case.alibi else "NONE",
+            sm_scale=case.scale,
+            window_left=window_of(case)[0],
+            logits_soft_cap=case.logits_soft_cap,
+            q_data_type=case.torch_dtype,
+            kv_data_type=(inputs.query if cache is None else cache).dtype,
+            **options,
+        )
 
     @staticmethod
     def _pages(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,75 +130,3 @@ class FlashInfer(Peer):
             for numbers in ([0, *itertools.accumulate(counts)], last)
         )
         return starts, pages, lengths
-
-    def _plan_paged(self, wrapper: Any, inputs: Inputs) -> None:
-        case = inputs.case
-        wrapper.plan(
-            inputs.query_start_loc,
-            *self._pages(inputs),
-            case.num_heads,
-            case.num_kv_heads,
-            case.head_size,
-            case.block_size,
-            causal=case.causal,
-            **self._features(inputs),
-        )
-
-    @staticmethod
-    def _run_paged(wrapper: Any, inputs: Inputs) -> Call:
-        output = inputs.empty_output()
-        scales = {}
-        if inputs.case.is_quantized:
-            scales = {
-                "k_scale": inputs.layer._k_scale_float,
-                "v_scale": inputs.layer._v_scale_float,
-            }
-        return lambda: first_of(wrapper.run(inputs.query, inputs.kv_cache, out=output, **scales))
-
-    def _prepare_decode(self, inputs: Inputs, tensor_cores: bool) -> Call:
-        case = inputs.case
-        wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "NHD", use_tensor_cores=tensor_cores
-        )
-        wrapper.plan(
-            *self._pages(inputs),
-            case.num_heads,
-            case.num_kv_heads,
-            case.head_size,
-            case.block_size,
-            **self._features(inputs),
-        )
-        return self._run_paged(wrapper, inputs)
-
-    def _prepare_sinks(self, inputs: Inputs, variant: str) -> Call:
-        case, output = inputs.case, inputs.empty_output()
-        wrapper = self._module.BatchAttentionWithAttentionSinkWrapper(
-            self._workspace,
-            "NHD",
-            backend=variant,
-            q_data_type=case.torch_dtype,
-            kv_data_type=case.stored_dtype,
-            head_dim_qk=case.head_size,
-            head_dim_vo=case.head_size,
-            window_left=window_of(case)[0],
-        )
-        self._plan_paged(wrapper, inputs)
-        return lambda: first_of(
-            wrapper.run(inputs.query, inputs.kv_cache, inputs.sinks, case.scale, out=output)
-        )
-
-    def _prepare_ragged(self, inputs: Inputs, variant: str) -> Call:
-        case, output = inputs.case, inputs.empty_output()
-        wrapper = self._module.BatchPrefillWithRaggedKVCacheWrapper(
-            self._workspace, "NHD", backend=variant
-        )
-        wrapper.plan(
-            inputs.query_start_loc,
-            inputs.key_start_loc(),
-            case.num_heads,
-            case.num_kv_heads,
-            case.head_size,
-            causal=case.causal,
-            **self._features(inputs),
-        )
-        return lambda: first_of(wrapper.run(inputs.query, inputs.key, inputs.value, out=output))
