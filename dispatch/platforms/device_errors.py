@@ -8,8 +8,7 @@ import torch
 
 from attn_dispatch.errors import summary_of
 
-__all__ = ["is_capturing", "is_device_lost"]
-
+__all__ = ["is_capturing", "is_device_lost", "is_out_of_memory"]
 
 #: Parts of messages, only their letters, in lower case.
 _OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "tallocatememory", "notenoughmemory")
@@ -31,7 +30,20 @@ _LOST_DEVICE = (
 )
 
 
-def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host or the device had too little memory."""
+    errors = (MemoryError, torch.OutOfMemoryError)
+    is_one = any(isinstance(each, errors) for each in _chain(error))
+    return is_one or _mentions(error, _OUT_OF_MEMORY)
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether an error leaves the device in a state in which every later call fails."""
+    return _mentions(error, _LOST_DEVICE)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -39,9 +51,9 @@ def error_chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def mentions(error: Exception, texts: Sequence[str]) -> bool:
+def _mentions(error: Exception, texts: Sequence[str]) -> bool:
     """Whether the message of an error or of one of its causes contains one of these."""
-    messages = ("".join(filter(str.isalpha, _message(each).lower())) for each in error_chain(error))
+    messages = ("".join(filter(str.isalpha, _message(each).lower())) for each in _chain(error))
     return any(text in each for each in messages for text in texts)
 
 
@@ -50,11 +62,6 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception as failure:  # `str()` runs code of the exception's author
         return summary_of(failure)
-
-
-def is_device_lost(error: Exception) -> bool:
-    """Whether an error leaves the device in a state in which every later call fails."""
-    return mentions(error, _LOST_DEVICE)
 
 
 def is_capturing() -> bool:

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.platforms.device import DeviceProfile
 
-if TYPE_CHECKING:
-    pass
-
-
 __all__ = ["KNOWN_DEVICES", "known_device"]
 
 
-def _nvidia(
-    arch: str, name: str, sms: int, smem_kib: float, l2_mib: int, tb_s: float
+def _gpu(
+    arch: str, name: str, units: int, shared_kib: int, l2_mib: int, tb_per_s: float
 ) -> DeviceProfile:
-    digits = arch.removeprefix("sm")
+    digits = arch.removeprefix("sm") if arch.startswith("sm") else ""
     return DeviceProfile(
-        vendor="nvidia",
+        vendor="nvidia" if digits else "amd",
         arch=arch,
         name=name,
-        capability=(int(digits[:-1]), int(digits[-1])),
-        num_sms=sms,
-        shared_memory_bytes=int(smem_kib * 1024),
+        capability=(int(digits[:-1]), int(digits[-1])) if digits else None,
+        num_sms=units,
+        shared_memory_bytes=shared_kib << 10,
         l2_bytes=l2_mib << 20,
-        memory_bandwidth=tb_s * 1e12,
-    )
-
-
-def _amd(arch: str, name: str, cus: int, lds_kib: int, l2_mib: int, tb_s: float) -> DeviceProfile:
-    return DeviceProfile(
-        vendor="amd",
-        arch=arch,
-        name=name,
-        num_sms=cus,
-        shared_memory_bytes=lds_kib << 10,
-        l2_bytes=l2_mib << 20,
-        memory_bandwidth=tb_s * 1e12,
+        memory_bandwidth=tb_per_s * 1e12,
     )
 
 
@@ -47,17 +29,17 @@ def _amd(arch: str, name: str, cus: int, lds_kib: int, l2_mib: int, tb_s: float)
 KNOWN_DEVICES: dict[str, DeviceProfile] = {
     profile.arch: profile
     for profile in (
-        _nvidia("sm80", "NVIDIA A100", 108, 163, 40, 2.04),
-        _nvidia("sm86", "NVIDIA GeForce RTX 3090", 82, 99, 6, 0.936),
-        _nvidia("sm89", "NVIDIA L40S", 142, 99, 96, 0.864),
-        _nvidia("sm90", "NVIDIA H200", 132, 227, 50, 4.8),
-        _nvidia("sm100", "NVIDIA B200", 148, 227, 126, 8.0),
-        _nvidia("sm120", "NVIDIA GeForce RTX 5090", 170, 99, 96, 1.79),
-        _amd("gfx90a", "AMD Instinct MI250X (one die)", 110, 64, 8, 1.6),
-        _amd("gfx942", "AMD Instinct MI300X", 304, 64, 4, 5.3),
-        _amd("gfx950", "AMD Instinct MI355X", 256, 160, 4, 8.0),
-        _amd("gfx1100", "AMD Radeon RX 7900 XTX", 96, 64, 6, 0.96),
-        _amd("gfx1201", "AMD Radeon RX 9070 XT", 64, 64, 8, 0.64),
+        _gpu("sm80", "NVIDIA A100", 108, 163, 40, 2.04),
+        _gpu("sm86", "NVIDIA GeForce RTX 3090", 82, 99, 6, 0.936),
+        _gpu("sm89", "NVIDIA L40S", 142, 99, 96, 0.864),
+        _gpu("sm90", "NVIDIA H200", 132, 227, 50, 4.8),
+        _gpu("sm100", "NVIDIA B200", 148, 227, 126, 8.0),
+        _gpu("sm120", "NVIDIA GeForce RTX 5090", 170, 99, 96, 1.79),
+        _gpu("gfx90a", "AMD Instinct MI250X (one die)", 110, 64, 8, 1.6),
+        _gpu("gfx942", "AMD Instinct MI300X", 304, 64, 4, 5.3),
+        _gpu("gfx950", "AMD Instinct MI355X", 256, 160, 4, 8.0),
+        _gpu("gfx1100", "AMD Radeon RX 7900 XTX", 96, 64, 6, 0.96),
+        _gpu("gfx1201", "AMD Radeon RX 9070 XT", 64, 64, 8, 0.64),
         DeviceProfile(vendor="cpu", arch="cpu", name="CPU"),
         DeviceProfile(vendor="apple", arch="mps", name="Apple GPU"),
         DeviceProfile(vendor="intel", arch="xpu", name="Intel GPU"),

@@ -19,6 +19,7 @@ from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.runtime.guard import make_impl
 from attn_dispatch.runtime.recovery import raise_attempt_failed, single_phase
 from attn_dispatch.runtime.routing import PartFailed, RoutedBuilder, RoutedImpl, Router
+from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
@@ -37,7 +38,7 @@ class LayerBinding:
         names: of the backends that its batches may go to.
         impl, builder: of the one backend, or of all of them.
         metadata_key: equal for layers that can share metadata.
-        failures: the keys of the failures that the selections took into account.
+        failures: that the selections took into account.
         version: of the context of the selections.
     """
 
@@ -48,8 +49,8 @@ class LayerBinding:
     impl: AttentionImpl[Any] | RoutedImpl
     builder: AttentionMetadataBuilder[Any]
     metadata_key: tuple[Any, ...]
-    failures: frozenset[tuple[object, ...]]
-    version: tuple[int, int]
+    failures: frozenset[Failure]
+    version: int
 
     @classmethod
     def of(
@@ -87,7 +88,7 @@ class LayerBinding:
             impl=RoutedImpl(impls, classes) if others else impls[first],
             builder=RoutedBuilder(builders, router) if others else builders[first],
             metadata_key=(router.key, spec, device),
-            failures=context.failures_of(spec),
+            failures=frozenset(context.failures_of(spec)),
             version=context.version,
         )
 

@@ -7,15 +7,12 @@ per batch for all layers with the same spec.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["ForwardContext", "current_context", "forward_context"]
 

@@ -20,7 +20,7 @@ from attn_dispatch.interface.spec import KV_CACHE_DTYPES, AttentionSpec, alibi_o
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import check_tensors
 from attn_dispatch.runtime.guard import make_impl
-from attn_dispatch.runtime.recovery import AttemptFailed, raise_attempt_failed, with_fallback
+from attn_dispatch.runtime.recovery import raise_attempt_failed, with_fallback
 from attn_dispatch.selection.resolve import SelectionContext
 
 __all__ = ["attention", "merge_states"]
@@ -170,10 +170,7 @@ def attention(
             raise_attempt_failed(error, selection.name, phase, doing, context.version)
 
     context = SelectionContext.current(query.device, backend)
-    try:
-        return attempt(context)
-    except AttemptFailed as failed:
-        return with_fallback(spec, context, attempt, failed, phase=phase)
+    return with_fallback(spec, context, attempt, phase=phase)
 
 
 def _is_one_request(query_lens: Any) -> bool:

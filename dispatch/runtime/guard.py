@@ -5,20 +5,19 @@ The tests check the same of this package's backends, which are called without a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import BackendFailure
+from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.quantization import as_indexable_bytes
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.selection.registry import is_builtin
-
-if TYPE_CHECKING:
-    from attn_dispatch.interface.backend import AttentionBackend
-    from attn_dispatch.interface.batch import AttentionBatch
-    from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["GuardedImpl", "InputsModified", "make_impl"]
 
@@ -76,7 +75,7 @@ class GuardedImpl:
         batch: AttentionBatch | None = getattr(attn_metadata, "batch", None)
         scales = (output_scale, output_block_scale)
         arguments = (layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        if torch.compiler.is_compiling() or _is_capturing(query):
+        if torch.compiler.is_compiling() or (query.is_cuda and is_capturing()):
             return self._checked(self._impl.forward(*arguments), output, batch)
         on_cpu = query.device.type == "cpu"
         reads_contents = on_cpu or environment.check_mode()
@@ -172,10 +171,6 @@ _OF_BATCH = (
     "slot_mapping",
     "custom_mask",
 )
-
-
-def _is_capturing(query: torch.Tensor) -> bool:
-    return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _kind(value: Any) -> str:

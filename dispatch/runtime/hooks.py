@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
 
 from attn_dispatch import environment
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-
 __all__ = ["Observation", "observer"]
 
-#: What `ATTN_DISPATCH_CHECK=shadow` installs: module, function.
-_SHADOW = ("attn_dispatch.conformance.shadow", "begin_shadow")
+#: The module of the observer that `ATTN_DISPATCH_CHECK=shadow` enables. It is in a higher layer.
+_SHADOW = "attn_dispatch.conformance.shadow"
 
 
 class Observation(Protocol):
@@ -38,9 +35,7 @@ def observer() -> Callable[..., Observation | None] | None:
     It is called before a layer's call with the layer, query, key, value, cache and batch, and
     returns None for a call that it skips.
     """
-    return _load(*_SHADOW) if environment.shadow_interval() else None
-
-
-@functools.cache
-def _load(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
+    if not environment.shadow_interval():
+        return None
+    begin: Callable[..., Observation | None] = importlib.import_module(_SHADOW).begin_shadow
+    return begin

@@ -7,10 +7,12 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec
@@ -21,11 +23,6 @@ from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.report import Report
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from attn_dispatch.interface.backend import AttentionBackend
 
 __all__ = ["BLOCK_SIZES", "KVCachePlan", "plan_kv_cache"]
 

@@ -106,9 +106,8 @@ class Attention(LayerScales, nn.Module):
                 f"Attention has no argument {min(unknown)!r}. In addition to its own arguments it "
                 f"takes the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
             )
-        for name, text in (("prefix", prefix), ("backend", backend)):
-            if not isinstance(text, str) and (name == "prefix" or text is not None):
-                raise InvalidInputError(f"{name}={shown(text)} is not a string.")
+        if not isinstance(prefix, str):
+            raise InvalidInputError(f"prefix={shown(prefix)} is not a string.")
         no_cap = isinstance(logits_soft_cap, (int, float)) and not logits_soft_cap
         spec = AttentionSpec(
             num_heads=num_heads,
@@ -221,12 +220,12 @@ class Attention(LayerScales, nn.Module):
 
     def _refresh(self) -> None:
         """Bind again if a backend failed in an equal layer, or failures were forgotten."""
-        binding, latest = self._binding, version()
+        binding = self._binding
         if binding is None or self._device is None or is_capturing():
             return  # nothing is built while a graph is captured
         context = SelectionContext.current(self._device, rules=self._rules)
-        if context.failures_of(self.spec) == binding.failures:
-            self._selected_at = latest
+        if binding.failures == set(context.failures_of(self.spec)):
+            self._selected_at = context.version
         else:
             self._bind(self._device)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
-
-import torch
+from typing import NoReturn, TypeVar
 
 from attn_dispatch.errors import (
     AttnDispatchError,
@@ -20,15 +18,14 @@ from attn_dispatch.errors import (
     UnsupportedError,
     summary_of,
 )
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.device_errors import (
-    _OUT_OF_MEMORY,
-    error_chain,
     is_capturing,
     is_device_lost,
-    mentions,
+    is_out_of_memory,
 )
 from attn_dispatch.platforms.libraries import BrokenLibraryWarning
 from attn_dispatch.runtime.guard import InputsModified
@@ -38,9 +35,6 @@ from attn_dispatch.selection.overrides import Mode, Rule
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
 from attn_dispatch.selection.version import library_broke_since
-
-if TYPE_CHECKING:
-    from attn_dispatch.interface.batch import AttentionBatch
 
 __all__ = ["AttemptFailed", "raise_attempt_failed", "single_phase", "with_fallback"]
 
@@ -54,15 +48,13 @@ class AttemptFailed(Exception):
     that of the context in which the backend was selected.
     """
 
-    def __init__(
-        self, backend: str, phase: Phase | None, doing: str, version: tuple[int, int]
-    ) -> None:
+    def __init__(self, backend: str, phase: Phase | None, doing: str, version: int) -> None:
         super().__init__(backend, phase, doing)
         self.backend, self.phase, self.doing, self.version = backend, phase, doing, version
 
 
 def raise_attempt_failed(
-    error: Exception, backend: str, phase: Phase | None, doing: str, version: tuple[int, int]
+    error: Exception, backend: str, phase: Phase | None, doing: str, version: int
 ) -> NoReturn:
     """Raise AttemptFailed from an exception; if no backend may try again, the exception itself."""
     if isinstance(error, AttemptFailed) or _is_final(error):
@@ -128,7 +120,7 @@ def with_fallback(
             summary_of(error),
         )
         _check_may_go_on(spec, context, failure, error)
-        if any(each.key == failure.key for each in failures):
+        if failure in failures:
             raise BackendFailure(
                 f"{failure}. It was selected again after it had failed, which is a bug of "
                 f"attn-dispatch. Exclude it by the override -{failure.backend}."
@@ -211,14 +203,7 @@ def _is_final(error: Exception) -> bool:
     """Whether no other backend may try: the caller's mistake, or the machine's limit."""
     if isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure):
         return True
-    if isinstance(error, InputsModified):
-        return True
-    no_memory = (MemoryError, torch.OutOfMemoryError)
-    return (
-        any(isinstance(each, no_memory) for each in error_chain(error))
-        or mentions(error, _OUT_OF_MEMORY)
-        or is_device_lost(error)
-    )
+    return isinstance(error, InputsModified) or is_out_of_memory(error) or is_device_lost(error)
 
 
 def single_phase(batch: AttentionBatch) -> Phase | None:

@@ -7,21 +7,18 @@ recorded here (see `recovery`), so that no layer with the same spec tries it aga
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.log import logger
-from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.version import changed
 
 __all__ = [
     "BackendFallbackWarning",
     "Failure",
     "failures",
-    "failures_for",
     "forget_failures",
     "record",
     "warn_once",
@@ -37,7 +34,7 @@ class BackendFallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Failure:
-    """A backend that failed.
+    """A backend that failed. Failures that differ only in `doing` or `cause` are equal.
 
     Attributes:
         backend: its name.
@@ -52,27 +49,22 @@ class Failure:
     spec: AttentionSpec
     arch: str
     phase: Phase | None
-    doing: str
-    cause: str
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for the same failure with another cause."""
-        return self.backend, self.spec, self.arch, self.phase
+    doing: str = field(compare=False)
+    cause: str = field(compare=False)
 
     def __str__(self) -> str:
         return f"{self.backend} failed {self.doing}: {self.cause}"
 
 
 _lock = ForkSafeLock()
-_failures: dict[tuple[object, ...], Failure] = {}
+_failures: dict[Failure, None] = {}  # the keys, oldest first
 _already_warned: set[tuple[str, str]] = set()
 
 
 def failures() -> tuple[Failure, ...]:
     """Every failure that is recorded in this process, oldest first; at most MAX_FAILURES."""
     with _lock:
-        return tuple(_failures.values())
+        return tuple(_failures)
 
 
 def forget_failures() -> None:
@@ -86,11 +78,11 @@ def forget_failures() -> None:
 def record(failure: Failure) -> bool:
     """Record a failure; False if the same one was recorded before."""
     with _lock:
-        if failure.key in _failures:
+        if failure in _failures:
             return False
         while len(_failures) >= MAX_FAILURES:
             del _failures[next(iter(_failures))]
-        _failures[failure.key] = failure
+        _failures[failure] = None
         changed()
     return True
 
@@ -111,19 +103,4 @@ def warn_once(failure: Failure, successor: str) -> None:
         f"it out from the start, exclude it by -{failure.backend}.",
         BackendFallbackWarning,
         stacklevel=4,
-    )
-
-
-def failures_for(
-    found: Iterable[Failure], spec: AttentionSpec, device: DeviceProfile, phase: Phase | None = None
-) -> tuple[Failure, ...]:
-    """Those of the failures that count for a layer on a device; phase None for both phases."""
-    found = tuple(found)
-    if not found:
-        return ()
-    key = (spec.replace(kv_cache_layout=None), device.arch)
-    return tuple(
-        failure
-        for failure in found
-        if (failure.spec, failure.arch) == key and (phase is None or failure.phase in (None, phase))
     )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.registry import NO_ATTENTION, resolve_full_cls_name
 from attn_dispatch.selection.resolve import resolve
-
-if TYPE_CHECKING:
-    import torch
-
-    from attn_dispatch.interface.backend import AttentionBackend
 
 __all__ = ["get_attn_backend"]
 

@@ -32,7 +32,6 @@ __all__ = [
     "Rule",
     "Source",
     "attention_backend",
-    "check_override",
     "current_rules",
     "parse_override",
 ]
@@ -255,32 +254,23 @@ def attention_backend(override: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def current_texts() -> tuple[tuple[str, ...], str, str]:
-    """The overrides in force now, as written: contexts, environment, vLLM's variable."""
-    return _context.get(), environment.backend_override(), environment.vllm_backend_override()
+def current_rules(argument: str | None, names: frozenset[str]) -> tuple[Rule, ...]:
+    """Every rule in force now, most authoritative first.
 
-
-def check_override(argument: object) -> None:
-    """Check that an override is a string, or None for none.
+    The argument ranks first; then rules for a phase or kind; then general rules. Within each:
+    contexts from the innermost out, then ATTN_DISPATCH_BACKEND, then vLLM's variable.
 
     Raises:
-        InvalidInputError: it is anything else.
+        InvalidInputError: an override is malformed, or the argument is not a string.
+        UnknownBackendError: an override names a backend that is not registered.
     """
     if argument is not None and not isinstance(argument, str):
         raise InvalidInputError(
             f"backend={shown(argument)} is not a string. Give the name of a backend, or an "
             "override such as 'prefill=FLASH_ATTN'."
         )
-
-
-def current_rules(argument: str | None, names: frozenset[str]) -> tuple[Rule, ...]:
-    """Every rule in force now, most authoritative first.
-
-    The argument ranks first; then rules for a phase or kind; then general rules. Within each:
-    contexts from the innermost out, then ATTN_DISPATCH_BACKEND, then vLLM's variable.
-    """
-    check_override(argument)
-    return _ranked(argument or "", *current_texts(), names)
+    env, vllm_env = environment.backend_override(), environment.vllm_backend_override()
+    return _ranked(argument or "", _context.get(), env, vllm_env, names)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import Reason
@@ -11,9 +11,7 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.selection.overrides import Source
-
-if TYPE_CHECKING:
-    from attn_dispatch.selection.timings.policy import TimingEvidence
+from attn_dispatch.selection.timings.policy import TimingEvidence
 
 __all__ = ["Report", "Selection", "Verdict"]
 

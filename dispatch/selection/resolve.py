@@ -6,7 +6,9 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -17,7 +19,7 @@ from attn_dispatch.platforms.detect import detect_device, resolve_device
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.platforms.libraries import Library
-from attn_dispatch.selection.failure_record import Failure, failures, failures_for
+from attn_dispatch.selection.failure_record import Failure, failures
 from attn_dispatch.selection.overrides import FailureExclusion, Mode, Rule, Source, current_rules
 from attn_dispatch.selection.priorities import LAST_RESORT
 from attn_dispatch.selection.registry import Candidate, registry
@@ -26,9 +28,6 @@ from attn_dispatch.selection.selector import compatible_substitutes, decide, pha
 from attn_dispatch.selection.timings.store import tables_for
 from attn_dispatch.selection.timings.table import Table
 from attn_dispatch.selection.version import version
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ReferenceFallbackWarning", "SelectionContext", "explain", "explained_device", "resolve"]
 
@@ -61,7 +60,7 @@ class SelectionContext:
     candidates: Mapping[str, Candidate]
     tables: tuple[Table, ...]
     failures: tuple[Failure, ...]
-    version: tuple[int, int]
+    version: int
     _selections: dict[tuple[AttentionSpec, Phase | None], Selection] = field(
         default_factory=dict, init=False
     )
@@ -141,11 +140,17 @@ class SelectionContext:
             self._selections[key] = selection
         return selection
 
-    def failures_of(
-        self, spec: AttentionSpec, phase: Phase | None = None
-    ) -> frozenset[tuple[object, ...]]:
-        """The keys of the failures that count for a layer."""
-        return frozenset(f.key for f in failures_for(self.failures, spec, self.device, phase))
+    def failures_of(self, spec: AttentionSpec, phase: Phase | None = None) -> tuple[Failure, ...]:
+        """The failures that count for a layer; phase None for both phases."""
+        if not self.failures:
+            return ()
+        layer = (spec.replace(kv_cache_layout=None), self.device.arch)
+        return tuple(
+            failure
+            for failure in self.failures
+            if (failure.spec, failure.arch) == layer
+            and (phase is None or failure.phase in (None, phase))
+        )
 
     def _decide(
         self,
@@ -165,7 +170,7 @@ class SelectionContext:
         picked if it had not failed: the cache may have been planned for that one, see
         `compatible_substitutes`.
         """
-        failed = {f.backend: f for f in failures_for(self.failures, spec, self.device, phase)}
+        failed = {failure.backend: failure for failure in self.failures_of(spec, phase)}
         if not failed:
             return self.rules
         texts = {

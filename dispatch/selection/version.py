@@ -8,7 +8,9 @@ from attn_dispatch.platforms import libraries
 
 __all__ = ["changed", "library_broke_since", "version"]
 
-_numbers = itertools.count(1)
+#: What a change adds to the version. The bits below it count the libraries that are broken.
+_CHANGE = 1 << 16
+_numbers = itertools.count(_CHANGE, _CHANGE)  # each is used once, whatever threads do
 _latest = 0
 
 
@@ -18,11 +20,11 @@ def changed() -> None:
     _latest = next(_numbers)
 
 
-def version() -> tuple[int, int]:
+def version() -> int:
     """It differs after a change, and after a library turned out to be broken."""
-    return _latest, libraries.generation()
+    return _latest + libraries.generation()
 
 
-def library_broke_since(earlier: tuple[int, int]) -> bool:
+def library_broke_since(earlier: int) -> bool:
     """Whether a library turned out to be broken since `version()` was this."""
-    return earlier[1] != libraries.generation()
+    return earlier % _CHANGE != libraries.generation()

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from attn_dispatch.interface.batch import AttentionBatch, BatchTotals
 from attn_dispatch.interface.spec import AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType, Phase
-
-if TYPE_CHECKING:
-    from attn_dispatch.interface.batch import AttentionBatch, BatchTotals
 
 __all__ = [
     "LAYER_FIELDS",
