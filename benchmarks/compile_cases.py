@@ -20,7 +20,7 @@ from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_cache import allocate_kv_cache
 from attn_dispatch.interface.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
-from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import PlaceholderRange
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
@@ -244,23 +244,13 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
     """What TRITON_ATTN, or HOPPER_ATTN for its cases, launches on a device."""
     spec = AttentionSpec(**{**LAYER, **case.fields})
     backend = HopperAttnBackend if case in HOPPER else TritonAttnBackend
-    impl = backend.get_impl_cls()(
-        num_heads=spec.num_heads,
-        head_size=spec.head_size,
+    impl = backend.make_impl(
+        spec,
         scale=spec.head_size**-0.5,
-        num_kv_heads=spec.num_kv_heads,
         alibi_slopes=[0.5] * spec.num_heads if spec.alibi else None,
-        sliding_window=spec.sliding_window,
-        kv_cache_dtype=spec.kv_cache_dtype,
-        logits_soft_cap=spec.logits_soft_cap,
-        attn_type=spec.attn_type,
         sinks=torch.zeros(spec.num_heads) if spec.sinks else None,
-        head_size_v=spec.head_size_v,
-        causal=spec.causal,
-        returns_lse=spec.returns_lse,
-        alibi_symmetric=spec.alibi == ALIBI_SYMMETRIC,
     )
-    builder = backend.get_builder_cls()(spec, torch.device("cpu"))
+    builder = backend.make_builder(spec, torch.device("cpu"))
     builder.launches = Launches.of(spec, device)
     batch, num_blocks = _batch(case, spec)
     tokens = batch.num_tokens
