@@ -7,7 +7,6 @@ import datetime
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from attn_dispatch.bench.roofline import Ceilings
 from attn_dispatch.bench.runner import CaseResult, Row
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.libraries import LIBRARIES
+from attn_dispatch.selection.timings.store import cpu_model, driver_version
 from attn_dispatch.version import __version__
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": profile.name,
         "arch": profile.arch,
         "torch_device": str(device),
-        "driver": _driver(profile.vendor),
-        "cpu": _cpu(),
+        "driver": driver_version(profile.vendor),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -98,27 +98,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["attn-dispatch", *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _driver(vendor: str) -> str | None:
-    """The version of NVIDIA's driver, if nvidia-smi is installed."""
-    if vendor != "nvidia":
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0] if done.stdout else None
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model n")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def rate_of(result: CaseResult, row: Row) -> str:

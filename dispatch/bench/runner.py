@@ -90,7 +90,7 @@ class CaseResult:
         rows: one for each implementation and variant, in their order.
         picked: phase -> the backend that automatic selection gives the layer.
         picked_row: the name of the row of what is picked for exactly this batch.
-        allowed, sdpa_error, sampled_requests, sampled_rows: see AccuracyJudge.
+        allowed_error, sdpa_error, sampled_requests, sampled_rows: see AccuracyJudge.
         seconds: how long the case took.
     """
 
@@ -99,7 +99,7 @@ class CaseResult:
     rows: list[Row] = field(default_factory=list)
     picked: dict[str, str] = field(default_factory=dict)
     picked_row: str = ""
-    allowed: float | None = None
+    allowed_error: float | None = None
     sdpa_error: float | None = None
     sampled_requests: int = 0
     sampled_rows: int = 0
@@ -152,18 +152,11 @@ class CaseResult:
                 }
             rows.append(data)
         return {
+            **vars(self),
             "case": self.case.asdict(),
             "kind": self.case.kind,
             "bytes": self.case.bytes,
             "flops": self.case.flops,
-            "allowed_error": self.allowed,
-            "skipped": self.skipped,
-            "picked": self.picked,
-            "picked_row": self.picked_row,
-            "sdpa_error": self.sdpa_error,
-            "sampled_requests": self.sampled_requests,
-            "sampled_rows": self.sampled_rows,
-            "seconds": self.seconds,
             "rows": rows,
         }
 
@@ -249,7 +242,7 @@ class Bench:
             return
         inputs = Inputs(case, self._device)
         judge = AccuracyJudge(inputs)
-        result.allowed, result.sdpa_error = judge.allowed, judge.sdpa_error
+        result.allowed_error, result.sdpa_error = judge.allowed, judge.sdpa_error
         result.sampled_requests = judge.sampled_requests
         result.sampled_rows = judge.sampled_rows
         self._note_picks(inputs, result)

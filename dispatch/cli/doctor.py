@@ -59,19 +59,18 @@ def diagnose() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    versions: tuple[Any, ...] = (None, None, None)
-    try:
-        import torch
-
-        versions = (torch.__version__, torch.version.cuda, torch.version.hip)
-    except Exception:  # the error is shown with the libraries
-        pass
-    return {
+    found: dict[str, Any] = {
         "attn_dispatch": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **dict(zip(("torch", "cuda", "hip"), versions, strict=True)),
-    }
+    } | dict.fromkeys(("torch", "cuda", "hip"))
+    with contextlib.suppress(Exception):  # the error is shown with the libraries
+        import torch
+
+        found |= {
+            "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip
+        }  # fmt: skip
+    return found
 
 
 def _libraries() -> list[dict[str, Any]]:
@@ -133,15 +132,8 @@ def _environment() -> list[dict[str, Any]]:
             READERS[variable.name]()
         except AttnDispatchError as problem:
             error = str(problem)
-        found.append(
-            {
-                "name": variable.name,
-                "value": variable.value,
-                "default": variable.default,
-                "form": variable.form,
-                "error": error,
-            }
-        )
+        facts = {key: getattr(variable, key) for key in ("name", "value", "default", "form")}
+        found.append({**facts, "error": error})
     return found
 
 

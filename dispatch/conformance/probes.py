@@ -6,7 +6,6 @@ accept, and values that they reject.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ __all__ = [
     "is_request",
     "probes_for",
     "refusals",
-    "unprobed_fields",
 ]
 
 #: Field -> values to try, in addition to those that a backend's declaration names. Pairs use the
@@ -350,8 +348,3 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
         new_lens=new_lens,
         **{"ranges": ranges, **changes},
     )
-
-
-def unprobed_fields() -> set[str]:
-    """Fields of the spec that are in no table here; a test keeps this empty."""
-    return {field.name for field in dataclasses.fields(AttentionSpec)} - {*VALUES, *WITHOUT_PROBES}

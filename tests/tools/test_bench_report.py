@@ -75,7 +75,7 @@ def test_backends_are_right_on_every_kind_of_case(features):
     for row in result.rows:
         assert row.status in ("ok", "refused"), row
         if row.status == "ok":
-            assert row.error <= result.allowed
+            assert row.error <= result.allowed_error
             assert row.timing.calls == 3
     assert result.rows[1].status == "ok"
     assert result.failed == []

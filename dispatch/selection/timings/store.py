@@ -26,6 +26,7 @@ __all__ = [
     "TuningWarning",
     "cache_folder",
     "conflict_with",
+    "cpu_model",
     "driver_version",
     "forget_tables",
     "machine_of",
@@ -69,12 +70,13 @@ def machine_of(device: DeviceProfile) -> Machine:
         if name not in _WITHOUT_EFFECT and (version := device.library(name).version) is not None
     } | {"attn_dispatch": __version__}
     if device.vendor == "cpu":  # its profile is the same for all CPUs
-        versions["cpu"] = f"{_cpu_model()}, {os.cpu_count()} processors"
+        versions["cpu"] = f"{cpu_model()}, {os.cpu_count()} processors"
     pairs = tuple(sorted(versions.items()))
     return Machine(device.name, device.arch, driver_version(device.vendor), pairs)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name of the processor, or its architecture if the system does not state it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
