@@ -107,13 +107,6 @@ def _profile_of(kind: str, index: int | None) -> DeviceProfile:
     return dataclasses.replace(hardware, other_libraries="looked up")
 
 
-def _bandwidth(properties: Any) -> float | None:
-    """Bytes per second from the memory's clock and width, with two transfers per cycle."""
-    clock_khz = getattr(properties, "memory_clock_rate", None)
-    bits = getattr(properties, "memory_bus_width", None)
-    return 2 * clock_khz * 1e3 * bits / 8 if clock_khz and bits else None
-
-
 def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
     """A profile from torch.cuda.get_device_properties."""
     if hip_version:
@@ -122,6 +115,8 @@ def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
     else:
         capability = (int(properties.major), int(properties.minor))
         vendor, arch = "nvidia", f"sm{capability[0]}{capability[1]}"
+    clock_khz = getattr(properties, "memory_clock_rate", None)
+    bits = getattr(properties, "memory_bus_width", None)
     return DeviceProfile(
         vendor=vendor,
         arch=arch,
@@ -130,5 +125,6 @@ def _describe_cuda(properties: Any, hip_version: str | None) -> DeviceProfile:
         num_sms=int(properties.multi_processor_count),
         shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", None),
         l2_bytes=getattr(properties, "L2_cache_size", None),
-        memory_bandwidth=_bandwidth(properties),
+        # Two transfers per cycle.
+        memory_bandwidth=2 * clock_khz * 1e3 * bits / 8 if clock_khz and bits else None,
     )

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from attn_dispatch.errors import BackendFailure
+from attn_dispatch.errors import BackendFailure, summary_of
 
 __all__ = [
     "LIBRARIES",
@@ -157,8 +157,7 @@ def import_library(module: str, part: str | None = None) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a broken library may raise OSError, SystemExit, ...
-        summary = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        _broken[name] = summary
+        _broken[name] = summary = summary_of(error)
         raise BackendFailure(f"{module} cannot be imported here: {summary}") from error
 
 

@@ -17,7 +17,7 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.runtime.guard import make_impl
-from attn_dispatch.runtime.recovery import raise_attempt_failed, single_phase
+from attn_dispatch.runtime.recovery import raise_attempt_failed
 from attn_dispatch.runtime.routing import PartFailed, RoutedBuilder, RoutedImpl, Router
 from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.report import Selection
@@ -94,15 +94,15 @@ class LayerBinding:
 
     def raise_failed(self, error: Exception, batch: AttentionBatch | None, doing: str) -> NoReturn:
         """Raise AttemptFailed for the backend that raised, or the error itself if it is final."""
-        name, phase = self.names[0], None if batch is None else single_phase(batch)
+        name = self.names[0]
         if isinstance(error, PartFailed):
-            name, phase = error.backend, single_phase(error.batch)
-            cause = error.__cause__
+            name, batch, cause = error.backend, error.batch, error.__cause__
             assert isinstance(cause, Exception)
             error = cause
-        if len(self.selections) == 1:
-            phase = None  # an encoder's layer has only one phase
-        raise_attempt_failed(error, name, phase, doing, self.version)
+        phases = set() if batch is None else set(batch.phases)
+        # The phase is not stated for an encoder's layer, which has only one.
+        is_stated = len(phases) == 1 and len(self.selections) > 1
+        raise_attempt_failed(error, name, phases.pop() if is_stated else None, doing, self.version)
 
     def accepts(self, metadata: BatchMetadata) -> bool:
         """Whether metadata was built for the same backends."""

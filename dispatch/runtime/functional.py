@@ -90,7 +90,9 @@ def attention(
         >>> attention(query, key, value, query_lens=[2, 3]).shape
         torch.Size([5, 8, 64])
     """
-    _check_arguments(query, key, value, kv_cache, block_table, out)
+    _check_arguments(
+        query=query, key=key, value=value, kv_cache=kv_cache, block_table=block_table, out=out
+    )
     _check_scales(kv_cache, k_scale, v_scale)
     if query_lens is None:
         query_lens = [len(query)]
@@ -180,38 +182,30 @@ def _is_one_request(query_lens: Any) -> bool:
         return False
 
 
-def _check_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> None:
-    tensors: dict[str, tuple[Any, int]] = {
-        "query": (query, 3),
-        "key": (key, 3),
-        "value": (value, 3),
-        "kv_cache": (kv_cache, 5),
-        "block_table": (block_table, 2),
-        "out": (out, 3),
-    }
-    for name, (tensor, rank) in tensors.items():
+#: Argument -> its number of dimensions.
+_RANKS = {"query": 3, "key": 3, "value": 3, "kv_cache": 5, "block_table": 2, "out": 3}
+
+
+def _check_arguments(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
         if tensor is None and name != "query":
             continue
         check_tensors(**{name: tensor})
-        if tensor is None or tensor.dim() != rank:
+        if tensor is None or tensor.dim() != _RANKS[name]:
             found = "None" if tensor is None else tuple(tensor.shape)
             raise InvalidInputError(
-                f"{name} must be a tensor of {rank} dimensions, not {found}. Queries, keys and "
-                "values are (num_tokens, num_heads, head_size) without a batch dimension; "
+                f"{name} must be a tensor of {_RANKS[name]} dimensions, not {found}. Queries, keys "
+                "and values are (num_tokens, num_heads, head_size) without a batch dimension; "
                 "query_lens separates the requests."
             )
-    if (kv_cache is None) != (block_table is None):
+    has_key, has_value, has_cache, has_table = (
+        tensors[name] is not None for name in ("key", "value", "kv_cache", "block_table")
+    )
+    if has_cache != has_table:
         raise InvalidInputError("kv_cache and block_table go together: give both, or neither.")
-    if key is None and kv_cache is None:
+    if not has_key and not has_cache:
         raise InvalidInputError("Give key and value, or kv_cache and block_table, or all of them.")
-    if (key is None) != (value is None):
+    if has_key != has_value:
         raise InvalidInputError("key and value go together: give both, or None for both.")
 
 

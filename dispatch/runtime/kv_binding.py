@@ -65,11 +65,7 @@ def bind_kv_caches(
 
 
 def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> AttentionSpec:
-    """A layer's spec; if it left its block size open, with the cache's block size and layout.
-
-    Raises:
-        InvalidInputError: the cache does not fit the layer.
-    """
+    """A layer's spec; if it left its block size open, with the cache's block size and layout."""
     if kv_cache is None:
         raise InvalidInputError(f"The cache of layer {name!r} is None; give a tensor.")
     check_tensors(kv_cache=kv_cache)

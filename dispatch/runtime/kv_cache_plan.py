@@ -172,6 +172,10 @@ def _check_types(layers: object, shared: object) -> None:
             )
 
 
+#: Fields that must be equal in layers that share a cache.
+_CACHE_FIELDS = ("num_kv_heads", "head_size", "head_size_v", "kv_cache_dtype", "kv_scales", "dtype")
+
+
 def _check_sharing(
     name: str, spec: AttentionSpec, cached: Mapping[str, AttentionSpec], shared: Mapping[str, str]
 ) -> None:
@@ -189,14 +193,7 @@ def _check_sharing(
             f"Layer {name!r} shares the cache of {target!r}, which is not a layer with a cache of "
             "its own. Name the layer that writes it."
         )
-    for field in (
-        "num_kv_heads",
-        "head_size",
-        "head_size_v",
-        "kv_cache_dtype",
-        "kv_scales",
-        "dtype",
-    ):
+    for field in _CACHE_FIELDS:
         if getattr(spec, field) != getattr(cached[target], field):
             raise InvalidInputError(
                 f"Layer {name!r} shares the cache of {target!r}, but their {field} differ: "
@@ -237,26 +234,21 @@ def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _
 def _ranks(
     spec: AttentionSpec, context: SelectionContext, sizes: tuple[int, ...]
 ) -> dict[Phase, dict[_Choice, tuple[int, int]]]:
-    """Phase -> the choices that the layer's backends accept, and the rank of each.
-
-    Raises:
-        UnsupportedError: in one of the phases no choice is accepted.
-    """
+    """Phase -> the choices that the layer's backends accept, and the rank of each."""
     block_sizes = sizes if spec.block_size is None else (spec.block_size,)
     layouts = tuple(STRIDE_ORDERS) if spec.kv_cache_layout is None else (spec.kv_cache_layout,)
     ranks: dict[Phase, dict[_Choice, tuple[int, int]]] = {}
     for phase in phases_of(spec):
-        refusals = []
-        ranks[phase] = {}
+        ranks[phase], rejected = {}, []
         for block_size, layout in itertools.product(block_sizes, layouts):
             choice = spec.replace(block_size=block_size, kv_cache_layout=layout)
             report = context.report(choice, phase)
             if report.picked is None:
-                refusals.append(report)
+                rejected.append(report)
             else:
                 ranks[phase][block_size, layout] = _rank(context, report, layout)
         if not ranks[phase]:
-            raise UnsupportedError(str(refusals[0]), refusals[0])
+            raise UnsupportedError(str(rejected[0]), rejected[0])
     return ranks
 
 

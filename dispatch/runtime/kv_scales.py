@@ -84,11 +84,7 @@ class LayerScales:
         kv_cache: torch.Tensor | None,
         slots: torch.Tensor | None,
     ) -> bool:
-        """Derive the scales from the keys and values that go to the cache; False if none do.
-
-        Raises:
-            InvalidInputError: the cache is another layer's, and so are its scales.
-        """
+        """Derive the scales from the keys and values that go to the cache; False if none do."""
         if kv_cache is None or not is_fp8(kv_cache.dtype):
             return False
         if self.spec.kv_sharing:

@@ -372,11 +372,7 @@ class Attention(LayerScales, nn.Module):
             check_quantized(self, output, output_scale, output_block_scale)
         if kv_cache is None:
             kv_cache = self.kv_cache
-        elif (
-            not isinstance(kv_cache, torch.Tensor)
-            or kv_cache.dim() != 5
-            or (kv_cache.shape[2] != spec.block_size)
-        ):
+        else:
             check_block_size(self, kv_cache)
         given = (query, key, value, kv_cache)
         results = (output, lse, output_scale, output_block_scale)

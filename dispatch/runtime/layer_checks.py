@@ -39,9 +39,10 @@ def unflatten(
 
 
 def check_block_size(layer: _Layer, kv_cache: torch.Tensor) -> None:
-    """Check that a cache is a tensor and, if it is one of blocks, has the layer's block size."""
-    check_tensors(kv_cache=kv_cache)
-    if kv_cache.dim() == 5 and layer.spec.block_size not in (None, kv_cache.shape[2]):
+    """Check that a cache is a tensor and, if it has blocks, that they have the layer's size."""
+    if not isinstance(kv_cache, torch.Tensor) or kv_cache.dim() != 5:
+        check_tensors(kv_cache=kv_cache)
+    elif layer.spec.block_size not in (None, kv_cache.shape[2]):
         raise InvalidInputError(
             f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {layer.prefix!r} was "
             f"made with block_size={layer.spec.block_size}. Give it a cache of its own plan."

@@ -18,7 +18,6 @@ from attn_dispatch.errors import (
     UnsupportedError,
     summary_of,
 )
-from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.log import logger
@@ -36,7 +35,7 @@ from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
 from attn_dispatch.selection.version import library_broke_since
 
-__all__ = ["AttemptFailed", "raise_attempt_failed", "single_phase", "with_fallback"]
+__all__ = ["AttemptFailed", "raise_attempt_failed", "with_fallback"]
 
 T = TypeVar("T")
 
@@ -155,14 +154,11 @@ def _check_may_go_on(
 def _requirement(spec: AttentionSpec, context: SelectionContext, failure: Failure) -> Rule | None:
     """The rule that requires the backend in a phase of the failure, if there is one."""
     for phase in _phases(spec, failure):
-        named = (
-            rule
-            for rule in context.rules
-            if rule.name == failure.backend and rule.applies(phase, spec.kind)
-        )
-        first = next(named, None)  # rules of a lower rank do not count
-        if first is not None and first.mode is Mode.REQUIRE:
-            return first
+        for rule in context.rules:
+            if rule.name == failure.backend and rule.applies(phase, spec.kind):
+                if rule.mode is Mode.REQUIRE:
+                    return rule
+                break  # rules of a lower rank do not count
     return None
 
 
@@ -178,7 +174,7 @@ def _check_another_is_left(
     try:
         for each in _phases(spec, failures[-1]):
             context.select(spec, each)
-    except UnsupportedError as refusal:
+    except UnsupportedError as rejection:
         tried = [f for f in failures if phase is None or f.phase in (None, phase)]
         if len({each.backend for each in tried}) > 1:
             causes_text = "; ".join(f"{f.backend} {f.doing}: {f.cause}" for f in tried)
@@ -187,7 +183,7 @@ def _check_another_is_left(
                 "Check the values, layouts and devices of what was passed."
             ) from causes[-1]
         raise BackendFailure(
-            f"{failures[-1]}. No other backend can take its place. {refusal}"
+            f"{failures[-1]}. No other backend can take its place. {rejection}"
         ) from causes[-1]
 
 
@@ -204,9 +200,3 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure):
         return True
     return isinstance(error, InputsModified) or is_out_of_memory(error) or is_device_lost(error)
-
-
-def single_phase(batch: AttentionBatch) -> Phase | None:
-    """The phase that all requests are in, or None if there are both."""
-    phases = set(batch.phases)
-    return phases.pop() if len(phases) == 1 else None

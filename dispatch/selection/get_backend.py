@@ -23,8 +23,8 @@ def _make_spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**fields)
 
 
-#: (num_heads, num_kv_heads) of a layer whose head counts are left open: those of many models.
-_OPEN_HEADS = (32, 8)
+#: A layer whose head counts are left open: its KV heads, and the query heads of each.
+_OPEN_KV_HEADS, _OPEN_GROUP = 8, 4
 
 #: The same for multi-head latent attention: those of DeepSeek-V3.
 _OPEN_MLA_HEADS = 128
@@ -103,11 +103,8 @@ def get_attn_backend(
         num_heads = _OPEN_MLA_HEADS if num_heads is None else num_heads
         num_kv_heads = 1 if num_kv_heads is None else num_kv_heads
     elif num_heads is None:
-        heads, kv_heads = _OPEN_HEADS
-        if num_kv_heads is None:
-            num_heads, num_kv_heads = heads, kv_heads
-        else:
-            num_heads = heads // kv_heads * num_kv_heads
+        num_kv_heads = _OPEN_KV_HEADS if num_kv_heads is None else num_kv_heads
+        num_heads = _OPEN_GROUP * num_kv_heads
     try:
         spec = _make_spec(
             num_heads=num_heads,

@@ -93,18 +93,12 @@ class Report:
             "measured": None if self.measured is None else self.measured.asdict(),
         }
 
-    def refusals(self) -> str:
-        """A line for every reason of every rejected candidate."""
-        return "\n".join(
-            f"  {verdict.name}: {reason}" for verdict in self.verdicts for reason in verdict.reasons
-        )
-
     def __str__(self) -> str:
         phase = f", {self.phase}" if self.phase else ""
         lines = [f"{self.spec} on {self.device.name} ({self.device.arch}){phase}"]
         lines.append(f"picked {self.picked}: {self.because}" if self.picked else self.because)
-        refusals = self.refusals()
-        return "\n".join(lines + ([refusals] if refusals else []))
+        lines += [f"  {each.name}: {reason}" for each in self.verdicts for reason in each.reasons]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

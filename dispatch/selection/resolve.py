@@ -201,12 +201,12 @@ def _warn_of_last_resort(report: Report) -> None:
         return
     # Backends for other devices are omitted.
     here = [v for v in report.verdicts if all(r.code is not ReasonCode.DEVICE for r in v.reasons)]
-    refused = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
+    rejected = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
     text = (
         f"{report.picked} serves this layer on {report.device.name}: right, but slow. "
-        "Faster backends were rejected:\n" + "\n".join(refused)
+        "Faster backends were rejected:\n" + "\n".join(rejected)
     )
-    if report.device.is_gpu and refused and text not in _warned:
+    if report.device.is_gpu and rejected and text not in _warned:
         _warned.add(text)
         warnings.warn(text, ReferenceFallbackWarning, stacklevel=4)
 

@@ -54,12 +54,18 @@ class TuningWarning(UserWarning):
 
 def driver_version(vendor: str) -> str | None:
     """The version of the kernel's driver, or None if the system does not state it."""
+    path = _DRIVER_FILES.get(vendor)
+    return None if path is None else _found_in(path, r"\b(\d+(?:\.\d+)+)\b")
+
+
+def _found_in(path: str, pattern: str) -> str | None:
+    """The group that a pattern finds in a file of the system, or None."""
     try:
-        text = Path(_DRIVER_FILES[vendor]).read_text(encoding="utf-8", errors="replace")
-    except (KeyError, OSError):
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return None
-    found = re.search(r"\b\d+(\.\d+)+\b", text)
-    return found[0] if found else None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1].strip() if found else None
 
 
 def machine_of(device: DeviceProfile) -> Machine:
@@ -77,12 +83,7 @@ def machine_of(device: DeviceProfile) -> Machine:
 
 def cpu_model() -> str:
     """The name of the processor, or its architecture if the system does not state it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.machine()
-    found = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+    return _found_in("/proc/cpuinfo", r"^model name\s*: *(.+)$") or platform.machine()
 
 
 def cache_folder() -> Path:
@@ -186,9 +187,7 @@ def _measured_here(machine: Machine) -> tuple[Table, ...]:
         own = table_path(machine)
     except InvalidInputError:
         return ()
-    found = (
-        _usable(own, machine) if os.path.isfile(own) else ()
-    )  # unlike Path.is_file, it never raises
+    found = _usable(own, machine) if os.path.isfile(own) else ()  # Path.is_file may raise
     if not found:
         _warn_of_stale(own, machine)
     return found
