@@ -32,7 +32,6 @@ class LayerBinding:
     """The backends of a layer. A layer replaces it as a whole, so that its parts fit each other.
 
     Attributes:
-        spec: the layer.
         profile: of the device.
         selections: of each phase.
         names: of the backends that its batches may go to.
@@ -42,7 +41,6 @@ class LayerBinding:
         version: of the context of the selections.
     """
 
-    spec: AttentionSpec
     profile: DeviceProfile
     selections: dict[Phase, Selection]
     names: tuple[str, ...]
@@ -81,7 +79,6 @@ class LayerBinding:
                 raise_attempt_failed(error, name, None, "when it was built", context.version)
         first, *others = router.backends
         return cls(
-            spec=spec,
             profile=context.device,
             selections=selections,
             names=router.backends,

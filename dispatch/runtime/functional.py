@@ -153,9 +153,7 @@ def attention(
         out = torch.empty(shape, dtype=query.dtype, device=query.device)
     output = out
 
-    def attempt(
-        context: SelectionContext,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def attempt(context: SelectionContext) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         selection = context.select(spec, phase)
         backend_cls, doing = selection.backend_cls, "when it was built"
         try:
@@ -165,9 +163,7 @@ def attention(
             builder = backend_cls.make_builder(spec, query.device)
             doing = "when it was called"
             metadata = builder.build(batch)
-            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-            result = impl.forward(scales, query, key, value, kv_cache, metadata, output)
-            return result
+            return impl.forward(scales, query, key, value, kv_cache, metadata, output)
         except Exception as error:
             raise_attempt_failed(error, selection.name, phase, doing, context.version)
 

@@ -37,7 +37,7 @@ def bind_kv_caches(
             fit it; or two layers of the model have the same prefix. No cache is bound then.
         UnsupportedError: no backend, or not the required one, takes blocks of the cache's size.
     """
-    named = _attention_layers(layers) if isinstance(layers, nn.Module) else _by_name(layers)
+    named = _layers_by_name(layers)
     if not isinstance(caches, Mapping):
         raise InvalidInputError(
             f"caches is a {type(caches).__name__}; give a mapping from layer names to caches, as "
@@ -102,7 +102,15 @@ def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> Attent
     return spec.replace(block_size=shape[2], kv_cache_layout=layout)
 
 
-def _by_name(layers: object) -> dict[str, Attention]:
+def _layers_by_name(layers: object) -> dict[str, Attention]:
+    named: dict[str, Attention] = {}
+    if isinstance(layers, nn.Module):
+        for each in layers.modules():
+            if isinstance(each, Attention) and named.setdefault(each.prefix, each) is not each:
+                raise InvalidInputError(
+                    f"Two layers of the model have the prefix {each.prefix!r}. Give each its own."
+                )
+        return named
     if not isinstance(layers, Mapping):
         raise InvalidInputError(
             f"layers is a {type(layers).__name__}; give a model, or a mapping from names to its "
@@ -113,14 +121,5 @@ def _by_name(layers: object) -> dict[str, Attention]:
             raise InvalidInputError(
                 f"layers has a {type(layer).__name__} under {shown(name)}; give Attention layers."
             )
-    return dict(layers)
-
-
-def _attention_layers(model: nn.Module) -> dict[str, Attention]:
-    named: dict[str, Attention] = {}
-    for module in model.modules():
-        if isinstance(module, Attention) and named.setdefault(module.prefix, module) is not module:
-            raise InvalidInputError(
-                f"Two layers of the model have the prefix {module.prefix!r}. Give each its own."
-            )
+        named[name] = layer
     return named

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -116,8 +117,8 @@ def plan_kv_cache(
         InvalidInputError: a sharing layer's target is missing or does not fit, or an argument is
             of another type.
     """
+    shared = {} if shared is None else shared
     _check_types(layers, shared)
-    shared = dict(shared or {})
     cached = {
         name: spec for name, spec in layers.items() if AttentionType(spec.attn_type).has_kv_cache
     }
@@ -143,28 +144,24 @@ def plan_kv_cache(
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, context.device.arch)
-    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
+    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, dict(shared))
 
 
-def _check_types(layers: object, shared: object) -> None:
-    if not isinstance(layers, Mapping):
-        raise InvalidInputError(
-            f"layers is a {type(layers).__name__}; it must be a mapping from the name of each "
-            "layer to its AttentionSpec."
-        )
+def _check_types(layers: Any, shared: Any) -> None:
+    for name, mapping, content in (
+        ("layers", layers, "the name of each layer to its AttentionSpec"),
+        ("shared", shared, "the name of a layer to that of the layer whose cache it reads"),
+    ):
+        if not isinstance(mapping, Mapping):
+            raise InvalidInputError(
+                f"{name} is a {type(mapping).__name__}; it must be a mapping from {content}."
+            )
     for name, spec in layers.items():
         if not isinstance(name, str) or not isinstance(spec, AttentionSpec):
             raise InvalidInputError(
                 f"layers has a {type(spec).__name__} under {shown(name)}; it must have an "
                 "AttentionSpec under each layer's name. That of an Attention layer is its spec."
             )
-    if shared is None:
-        return
-    if not isinstance(shared, Mapping):
-        raise InvalidInputError(
-            f"shared is a {type(shared).__name__}; it must be a mapping from the name of a layer "
-            "to that of the layer whose cache it reads."
-        )
     for name, target in shared.items():
         if not isinstance(name, str) or not isinstance(target, str):
             raise InvalidInputError(

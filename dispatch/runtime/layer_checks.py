@@ -60,8 +60,8 @@ def check_quantized(
     scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
     given = [name for name, scale in scales.items() if scale is not None]
     if quant is None or not is_e4m3(output.dtype) or given != [_SCALE_OF_QUANT[quant]]:
-        wants = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
+        takes = "" if quant is None else f", which takes {_SCALE_OF_QUANT[quant]} and e4m3"
         raise InvalidInputError(
             f"output is {output.dtype} with {' and '.join(given) or 'no scale'}; layer "
-            f"{layer.prefix!r} was made with output_quant={quant!r}{wants}."
+            f"{layer.prefix!r} was made with output_quant={quant!r}{takes}."
         )

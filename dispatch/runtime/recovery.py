@@ -30,7 +30,7 @@ from attn_dispatch.platforms.libraries import BrokenLibraryWarning
 from attn_dispatch.runtime.guard import InputsModified
 from attn_dispatch.selection import failure_record
 from attn_dispatch.selection.failure_record import Failure
-from attn_dispatch.selection.overrides import Mode, Rule
+from attn_dispatch.selection.overrides import Mode
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.selector import phases_of
 from attn_dispatch.selection.version import library_broke_since
@@ -137,29 +137,21 @@ def _phases(spec: AttentionSpec, failure: Failure) -> tuple[Phase, ...]:
 def _check_may_go_on(
     spec: AttentionSpec, context: SelectionContext, failure: Failure, error: BaseException
 ) -> None:
-    rule = _requirement(spec, context, failure)
-    if rule is not None:
-        raise BackendFailure(
-            f"{failure}. The backend is required by {rule}, so there is no fallback. Fix the "
-            f"backend, remove the override, or make it a preference with {failure.backend}?."
-        ) from error
+    for phase in _phases(spec, failure):
+        rules = (rule for rule in context.rules if rule.applies(phase, spec.kind))
+        first = next((rule for rule in rules if rule.name == failure.backend), None)
+        if first is not None and first.mode is Mode.REQUIRE:  # rules of a lower rank do not count
+            raise BackendFailure(
+                f"{failure}. The backend is required by {first}, so there is no fallback. Fix the "
+                "backend, remove the override, or make it a preference with "
+                f"{failure.backend}?."
+            ) from error
     if is_capturing():
         raise BackendFailure(
             f"{failure}. This call is being captured or traced, and what is captured so far cannot "
             "be taken back. Run each step once before it is captured: there another backend can "
             "take its place."
         ) from error
-
-
-def _requirement(spec: AttentionSpec, context: SelectionContext, failure: Failure) -> Rule | None:
-    """The rule that requires the backend in a phase of the failure, if there is one."""
-    for phase in _phases(spec, failure):
-        for rule in context.rules:
-            if rule.name == failure.backend and rule.applies(phase, spec.kind):
-                if rule.mode is Mode.REQUIRE:
-                    return rule
-                break  # rules of a lower rank do not count
-    return None
 
 
 def _check_another_is_left(

@@ -37,15 +37,12 @@ __all__ = [
 ]
 
 
-class Mode(str, Enum):
+class Mode(Enum):
     """What an override demands of a backend."""
 
     REQUIRE = "require"
     PREFER = "prefer"
     EXCLUDE = "exclude"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 class Source(str, Enum):
@@ -99,8 +96,6 @@ _ORIGINS = {
     Source.CONTEXT: "attention_backend()",
     Source.ENVIRONMENT: environment.BACKEND.name,
     Source.VLLM_ENVIRONMENT: environment.VLLM_BACKEND.name,
-    Source.MEASURED: "a measured table",
-    Source.PLATFORM: "the platform's order",
 }
 
 #: vLLM's names for backends that have another name here. A vLLM backend without a counterpart has

@@ -92,7 +92,7 @@ def _parse(data: Any, origin: str) -> Table:
         layer = _object(each, where, ("layer", "points"), ("kernel_provider",))
         key = _layer(layer["layer"], f"{where}.layer")
         if key in layers:
-            raise _Flaw(f"{where} is there twice")
+            raise _Flaw(f"{where} repeats a layer")
         given = _list(layer["points"], f"{where}.points", _MAX_POINTS)
         points = tuple(_point(p, f"{where}.points[{i}]") for i, p in enumerate(given))
         given = layer.get("kernel_provider", {})
