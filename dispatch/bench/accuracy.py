@@ -65,14 +65,16 @@ class AccuracyJudge:
         case = inputs.case
         sample = sample_of(case)
         starts = inputs.batch.query_start_list
-        self._rows = {request: rows + starts[request] for request, rows in sample.items()}
-        self._expected = {r: exact_rows(inputs, r, rows) for r, rows in sample.items()}
         self.sampled_requests = len(sample)
         self.sampled_rows = sum(len(rows) for rows in sample.values())
         beyond_sdpa = case.alibi or case.sinks or case.logits_soft_cap is not None
         self.sdpa_error = 0.0
+        self._expected: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # rows of the output, the oracle's
         for request, rows in sample.items():
-            expected = self._expected[request]
+            expected = exact_rows(inputs, request, rows)
+            self._expected.append(((rows + starts[request]).to(inputs.device), expected))
             if beyond_sdpa:
                 expected = exact_rows(inputs, request, rows, plain=True)
             own = distance(_sdpa_rows(inputs, request, rows).double(), expected, cancelled=0.0)
@@ -89,8 +91,8 @@ class AccuracyJudge:
         if not bool(output.isfinite().all()):
             return math.inf
         return max(
-            distance(output[rows.to(output.device)].double(), expected, cancelled=0.0)
-            for rows, expected in zip(self._rows.values(), self._expected.values(), strict=True)
+            distance(output[rows].double(), expected, cancelled=0.0)
+            for rows, expected in self._expected
         )
 
 

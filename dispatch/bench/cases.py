@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from attn_dispatch.interface.quantization import (
 )
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.selection.timings.table import LAYER_FIELDS
 
 __all__ = [
     "DECODE_QUERY_LEN",
@@ -140,49 +141,37 @@ class Case:
 
     def spec(self) -> AttentionSpec:
         """The layer."""
-        return AttentionSpec(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            dtype=self.torch_dtype,
-            kv_cache_dtype=self.kv_cache_dtype if self.has_kv_cache else "auto",
-            block_size=self.block_size if self.has_kv_cache else None,
-            attn_type=self.attn_type,
-            sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
-            alibi=self.alibi,
-            sinks=self.sinks,
-        )
+        fields = {name: getattr(self, name) for name in LAYER_FIELDS} | {"dtype": self.torch_dtype}
+        if not self.has_kv_cache:
+            fields |= {"kv_cache_dtype": "auto", "block_size": None}
+        return AttentionSpec(**fields)
 
-    def key_ranges(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(query_len,) int64 each: the first key that a query sees, and the one after the last."""
-        query_len, seq_len = self.query_lens[request], self.seq_lens[request]
-        positions = torch.arange(seq_len - query_len, seq_len, device="cpu")
-        first, end = torch.zeros_like(positions), torch.full_like(positions, seq_len)
-        if self.causal:
-            end = positions + 1
-        if self.sliding_window is not None:
-            first = positions - self.sliding_window + 1
-            if not self.causal:
-                end = positions + self.sliding_window
-        return first.clamp(0, seq_len), end.clamp(0, seq_len)
+    def key_ranges(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each request the first key that a query sees, and the one after the last.
+
+        (query_len,) int64 each.
+        """
+        for query_len, seq_len in zip(self.query_lens, self.seq_lens, strict=True):
+            positions = torch.arange(seq_len - query_len, seq_len, device="cpu")
+            first, end = torch.zeros_like(positions), torch.full_like(positions, seq_len)
+            if self.causal:
+                end = positions + 1
+            if self.sliding_window is not None:
+                first = positions - self.sliding_window + 1
+                if not self.causal:
+                    end = positions + self.sliding_window
+            yield first.clamp(0, seq_len), end.clamp(0, seq_len)
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of both products, for only the visible pairs."""
-        pairs = 0
-        for request in range(len(self.query_lens)):
-            first, end = self.key_ranges(request)
-            pairs += int((end - first).clamp(min=0).sum())
+        pairs = sum(int((end - first).clamp(min=0).sum()) for first, end in self.key_ranges())
         return 4 * self.head_size * self.num_heads * pairs
 
     @property
     def bytes(self) -> int:
         """The least traffic: keys and values that some query sees, queries and output, once."""
-        seen = 0
-        for request in range(len(self.query_lens)):
-            first, end = self.key_ranges(request)
-            seen += max(0, int(end.max()) - int(first.min()))
+        seen = sum(max(0, int(end.max()) - int(first.min())) for first, end in self.key_ranges())
         queries = 2 * self.num_tokens * self.num_heads * self.head_size
         row_bytes = self.head_size * self.stored_dtype.itemsize
         if has_token_scales(self.stored_dtype):

@@ -82,10 +82,8 @@ class BackendImplementation(Implementation):
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """The forward over metadata that is built once."""
         spec, output = inputs.spec, inputs.empty_output()
-        names = {Phase.PREFILL: self.name}
-        if "+" in self.name:
-            names = dict(zip(Phase, split_route(self.name), strict=True))
-        classes = {phase: class_of(name) for phase, name in names.items()}
+        routes = split_route(self.name) if "+" in self.name else (self.name,)
+        classes = {phase: class_of(name) for phase, name in zip(Phase, routes, strict=False)}
         features = {
             "scale": inputs.case.scale, "alibi_slopes": inputs.slopes, "sinks": inputs.sinks
         }  # fmt: skip
@@ -93,7 +91,7 @@ class BackendImplementation(Implementation):
         builders = {p: cls.make_builder(spec, inputs.device) for p, cls in classes.items()}
         impl: Any = impls[Phase.PREFILL]
         builder: Any = builders[Phase.PREFILL]
-        if "+" in self.name:
+        if len(routes) > 1:
             impl, builder = RoutedImpl(impls, classes), RoutedBuilder(builders)
         metadata = builder.build(inputs.batch)
         arguments = (inputs.query, inputs.key, inputs.value, inputs.kv_cache, metadata, output)

@@ -105,9 +105,7 @@ class Inputs:
         case = self.case
         needed = [-(-n // case.block_size) for n in case.seq_lens]
         order = torch.randperm(sum(needed), generator=self._host, device="cpu").int()
-        table = torch.zeros(len(needed), max(needed), dtype=torch.int32, device="cpu")
-        for request, blocks in enumerate(order.split(needed)):
-            table[request, : len(blocks)] = blocks
+        table = torch.nn.utils.rnn.pad_sequence(list(order.split(needed)), batch_first=True)
         dtype = kv_cache_torch_dtype(
             case.kv_cache_dtype, case.torch_dtype, detect_device(self.device).arch
         )

@@ -319,16 +319,16 @@ class Bench:
                 call()  # compiled by the first call; possibly tuned by this one
                 if self._device.type != "cpu":
                     row.host_us = host_time_us(call, self.clock)
-        left = [(row, call) for row, call in entries if row.status == "ok"]
-        calls = {f"{row.name} / {row.variant}": call for row, call in left}
+        left = {f"{r.name} / {r.variant}": (r, call) for r, call in entries if r.status == "ok"}
         timings = measure(
-            calls,
+            {name: call for name, (_, call) in left.items()},
             self.clock,
             budget_s=self._budget_s,
             rounds=self._rounds,
-            host_us={f"{row.name} / {row.variant}": row.host_us or 0.0 for row, _ in left},
+            host_us={name: row.host_us or 0.0 for name, (row, _) in left.items()},
         )
-        for (row, call), timing in zip(left, timings.values(), strict=True):
+        for name, (row, call) in left.items():
+            timing = timings[name]
             with _failures_noted(row):
                 if isinstance(timing, Exception):
                     raise timing

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.models.config import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
     from attn_dispatch.selection.report import Report
@@ -38,15 +37,14 @@ class _Section:
     """One kind of layer and its decisions; name and indices are those in the model, if any."""
 
     name: str | None
-    layers: tuple[int, ...]
-    spec: AttentionSpec
+    group: LayerGroup
     reports: tuple[Report, ...]
 
     def asdict(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "layers": list(self.layers),
-            "spec": self.spec.asdict(),
+            "layers": list(self.group.layers),
+            "spec": self.group.spec.asdict(),
             "reports": [report.asdict() for report in self.reports],
         }
 
@@ -143,7 +141,7 @@ def _explain_all(
         reports: tuple[Report, ...] = ()
         if phase is None or phase in phases_of(group.spec):
             reports = explain_spec(group.spec, profile, backend=backend, phase=phase)
-        sections.append(_Section(name if named else None, group.layers, group.spec, reports))
+        sections.append(_Section(name if named else None, group, reports))
     if not any(section.reports for section in sections):
         raise InvalidInputError(
             f"No requested layer has a {phase} phase: an encoder only has a prefill. "
@@ -177,7 +175,7 @@ def _print_overview(console: Console, sections: Sequence[_Section]) -> None:
         picked = {report.phase: report.picked or "none" for report in section.reports}
         cells = (picked.get(phase, "-") for phase in Phase)
         style = "red" if "none" in picked.values() else ""
-        table.add_row(section.name, str(len(section.layers)), *cells, style=style)
+        table.add_row(section.name, str(len(section.group.layers)), *cells, style=style)
     console.print()
     console.print(table)
 
@@ -186,9 +184,9 @@ def _print_section(console: Console, section: _Section, phase: Phase | None) -> 
     console.print()
     if section.name is not None:
         console.print(section.name, style="bold underline", end="")
-        plural = "" if len(section.layers) == 1 else "s"
-        console.print(f", layer{plural} {_indices(section.layers)}")
-    console.print(str(section.spec))
+        layers = section.group.layers
+        console.print(f", layer{'' if len(layers) == 1 else 's'} {_indices(layers)}")
+    console.print(str(section.group.spec))
     console.print()
     if not section.reports:
         console.print(f"These layers have no {phase} phase.", style="dim")

@@ -130,8 +130,8 @@ def tune(
             rounds=rounds,
             replaces_unreadable=output is None,
         )
-        if output is None:
-            _warn_if_unreadable(path)
+        if tuner.unreadable:
+            print(f"{tuner.unreadable} It is measured again.", file=sys.stderr)
         chosen, notes = _choose_cases(cases, config, fields_from_flags(flags), grid)
         tasks, more = tuner.tasks(chosen)
         done, complete = _run(tuner, tasks, time_budget)
@@ -151,15 +151,6 @@ def _read(path: Path) -> Table:
     from attn_dispatch.selection.timings.reader import read_table
 
     return read_table(path)
-
-
-def _warn_if_unreadable(path: Path) -> None:
-    """Print a warning if the file in the cache folder is corrupt and will be replaced."""
-    try:
-        if path.exists():
-            _read(path)
-    except InvalidInputError as error:
-        print(f"{error} It is measured again.", file=sys.stderr)
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:

@@ -11,8 +11,7 @@ import torch
 from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
 from attn_dispatch.conformance.kv_encoding import int8_rows, per_head
-from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.conformance.tolerance import ErrorBound, require, require_rejected
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.interface.spec import AttentionSpec
 
@@ -177,22 +176,12 @@ def _rejects_before_writing(target: BackendUnderTest, spec: AttentionSpec) -> No
     }
     for what, output in outputs.items():
         after = step.kv_cache.clone()
-        _require_rejected(target, step, after, what, output=output)
+        call = partial(step.forward, target.cls, after, output=output)
+        require_rejected(call, f"{what} was given, and no InvalidInputError was raised")
         require(not _changed_slots(step, after), f"{what} was rejected after the cache was written")
     sizes = (3, 2, 16, spec.num_kv_heads + 1, step.kv_cache.shape[-1])
     other = allocate_kv_cache(sizes, STRIDE_ORDERS["NHD"], step.kv_cache.dtype, target.device)
-    _require_rejected(target, step, other, "a cache of another shape")
-
-
-def _require_rejected(
-    target: BackendUnderTest,
-    step: EngineStep,
-    cache: torch.Tensor,
-    what: str,
-    **arguments: torch.Tensor,
-) -> None:
-    try:
-        step.forward(target.cls, cache, **arguments)
-    except InvalidInputError:
-        return
-    raise CheckFailed(f"{what} was given, and no InvalidInputError was raised")
+    require_rejected(
+        partial(step.forward, target.cls, other),
+        "a cache of another shape was given, and no InvalidInputError was raised",
+    )

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
@@ -151,14 +151,12 @@ class Run:
     Attributes:
         returned: what forward returned.
         cache: the cache afterwards, or None; the step's own is unchanged.
-        scale: the output's, if it is quantized as a whole.
-        block_scale: the output's, if it is quantized by groups.
+        scales: of a quantized output: `scale` or `block_scale`, as for `compare_with_oracle`.
     """
 
     returned: Any
     cache: Any
-    scale: float = 1.0
-    block_scale: torch.Tensor | None = None
+    scales: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output(self) -> torch.Tensor:
@@ -175,34 +173,27 @@ class BackendUnderTest:
         cls: the backend.
         device: of its tensors.
         profile: the device as capabilities describe it.
-        base: the plain layer that everything is tried on.
-        probes: every value that is tried, declared or not.
         quick: run fewer checks.
     """
 
     cls: type[AttentionBackend]
     device: torch.device
     profile: DeviceProfile
-    base: AttentionSpec
-    probes: tuple[Probe, ...]
     quick: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        backend_cls: type[AttentionBackend],
-        device: torch.device,
-        profile: DeviceProfile,
-        quick: bool,
-    ) -> BackendUnderTest:
-        """The backend with the values to try.
+    @cached_property
+    def base(self) -> AttentionSpec:
+        """The plain layer that everything is tried on.
 
         Raises:
-            InvalidInputError: it accepts no layer here.
+            InvalidInputError: the backend accepts no layer here.
         """
-        base = base_spec(backend_cls, profile)
-        probes = tuple(probes_for(backend_cls, base, profile))
-        return cls(backend_cls, device, profile, base, probes, quick)
+        return base_spec(self.cls, self.profile)
+
+    @cached_property
+    def probes(self) -> tuple[Probe, ...]:
+        """Every value that is tried, declared or not."""
+        return tuple(probes_for(self.cls, self.base, self.profile))
 
     @property
     def name(self) -> str:
@@ -270,19 +261,19 @@ class BackendUnderTest:
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
-        scaling, scale, block_scale = {}, 1.0, None
+        scaling, scales = {}, {}
         spec = step.spec
         if spec.output_quant is not None:
             dtype = kv_cache_torch_dtype("fp8", spec.dtype, self.profile.arch)
             shape = step.output_shape
             scaling["output"] = torch.empty(shape, dtype=dtype, device=self.device)
             if spec.output_quant == "fp8_e4m3":
-                scale = _OUTPUT_SCALE
-                scaling["output_scale"] = torch.tensor(scale, device=self.device)
+                scales["scale"] = _OUTPUT_SCALE
+                scaling["output_scale"] = torch.tensor(_OUTPUT_SCALE, device=self.device)
             else:
                 groups = shape[1] * shape[2] // GROUP_SIZE
-                block_scale = torch.zeros(shape[0], groups, device=self.device)
-                scaling["output_block_scale"] = block_scale
+                scales["block_scale"] = torch.zeros(shape[0], groups, device=self.device)
+                scaling["output_block_scale"] = scales["block_scale"]
         try:
             with inputs_unchanged(step, may_change):
                 returned = step.forward(self.cls, cache, **scaling, **more)
@@ -293,16 +284,13 @@ class BackendUnderTest:
             # It was declared; since then a library that it needs turned out to be broken.
             raise Skipped(f"not possible on this machine: {reasons[0]}") from error
         require_returned(step, returned)
-        return Run(returned, cache, scale, block_scale)
+        return Run(returned, cache, scales)
 
     def judge(self, step: EngineStep, done: Run) -> ErrorBound:
         """Compare what was run with the oracle."""
+        propagates_nan = self.cls.propagates_nan
         return compare_with_oracle(
-            step,
-            done.returned,
-            scale=done.scale,
-            block_scale=done.block_scale,
-            propagates_nan=self.cls.propagates_nan,
+            step, done.returned, propagates_nan=propagates_nan, **done.scales
         )
 
     def run_and_judge(self, step: EngineStep) -> ErrorBound:

@@ -20,10 +20,9 @@ def layer_of(step: EngineStep, **more: Any) -> Attention:
         step: the step.
         **more: further arguments of Attention, such as `backend`.
     """
-    fields = {f.name: getattr(step.spec, f.name) for f in dataclasses.fields(step.spec)}
-    for derived in ("alibi", "kv_sharing"):
-        del fields[derived]
-    fields |= {
+    derived = ("alibi", "kv_sharing")
+    names = {field.name for field in dataclasses.fields(step.spec)}.difference(derived)
+    fields = {name: getattr(step.spec, name) for name in names} | {
         "scale": step.scale,
         "alibi_slopes": step.slopes,
         "sinks": step.sinks,

@@ -279,7 +279,7 @@ def rows(target: BackendUnderTest) -> list[Check]:
         )
     table["more queries than keys"] = (
         "The first queries see nothing, and are 0.",
-        base if base.block_size is None else target.spec_with(block_size=None),
+        target.spec_with(block_size=None),
         {"query_lens": (5, 3), "seq_lens": (2, 0)},
     )
     return checks_of_cases(target, table)

@@ -165,19 +165,12 @@ def graphs(target: BackendUnderTest) -> Iterator[Check]:
     for kind, (layer, padding) in kinds.items():
         if layer is None:
             continue
-        yield Check(
-            f"static buffers{kind}",
-            "Metadata over static buffers computes the step that was copied there.",
-            layer,
-            partial(_graph, target, layer, False, padding),
-        )
-        yield Check(
-            f"capture and replay{kind}",
-            "A captured graph, replayed for other steps, computes them.",
-            layer,
-            partial(_graph, target, layer, True, padding),
-            needs="cuda",
-        )
+        test = partial(_graph, target, layer, padding=padding)
+        shows = "Metadata over static buffers computes the step that was copied there."
+        yield Check(f"static buffers{kind}", shows, layer, partial(test, is_captured=False))
+        shows = "A captured graph, replayed for other steps, computes them."
+        test = partial(test, is_captured=True)
+        yield Check(f"capture and replay{kind}", shows, layer, test, needs="cuda")
 
 
 class _Capture:
@@ -253,7 +246,7 @@ class _Capture:
 
 
 def _graph(
-    target: BackendUnderTest, spec: AttentionSpec, is_captured: bool, padding: int
+    target: BackendUnderTest, spec: AttentionSpec, *, is_captured: bool, padding: int
 ) -> ErrorBound:
     """Steps of other lengths and fewer requests, one after another, through one capture."""
     block_size = spec.block_size or 0

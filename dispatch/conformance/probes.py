@@ -107,6 +107,7 @@ _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"causal": False},
 )
 
+_NO_CACHE = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
 _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
 )
@@ -244,12 +245,10 @@ def _companions(field: str, value: Any) -> list[dict[str, Any]]:
         return [{"kv_cache_dtype": name} for name in ("fp8_e4m3", "fp8", *FP8[1:])]
     if field == "attn_type":
         has_cache = AttentionType(value).has_kv_cache
-        no_cache = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
-        return [{"causal": None, **({} if has_cache else no_cache)}]
+        return [{"causal": None, **({} if has_cache else _NO_CACHE)}]
     if value == ALIBI_SYMMETRIC:  # with causality the slopes are signed in any case
-        no_cache = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
-        encoder = {"attn_type": AttentionType.ENCODER_ONLY, "causal": None, **no_cache}
-        return [{"causal": False}, {"causal": False, **no_cache}, encoder]
+        encoder = {"attn_type": AttentionType.ENCODER_ONLY, "causal": None, **_NO_CACHE}
+        return [{"causal": False}, {"causal": False, **_NO_CACHE}, encoder]
     if value == "fp8_e4m3_group128":
         return [{}, {"head_size_v": 128}, {"head_size": 128, "head_size_v": None}]
     return [{}]

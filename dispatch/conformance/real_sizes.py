@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,19 @@ LONGEST, _IN_ALL = 6000, 9000
 _SPREAD = 2.0
 #: PyTorch's own error counts up to this many units in the last place: more would be its fault.
 _MOST_EPS = 4
+_Lens = tuple[int, ...]
+#: Kinds of batches: the number of requests, and their new tokens.
+_KINDS: tuple[tuple[int, Callable[[random.Random, _Lens], _Lens]], ...] = (
+    # Chunks of prompts whose beginning is in the cache.
+    (2, lambda source, seqs: tuple(max(2, source.randint(n // 20, n // 2)) for n in seqs)),
+    # Prompts of any length, and one long prompt.
+    (5, lambda _, seqs: seqs),
+    (1, lambda _, seqs: seqs),
+    # Decodes.
+    (6, lambda _, seqs: (1,) * len(seqs)),
+    # A decode, drafts to verify, a chunk and a prompt.
+    (4, lambda _, seqs: (1, 4, max(2, seqs[2] // 3), seqs[3])),
+)
 #: Draws for each head size and ratio; the kinds of batches take turns.
 _DRAWS, _QUICK_DRAWS = 8, 3
 
@@ -90,16 +103,18 @@ def draws(
     source = random.Random(f"{head_size} {heads}")
     windows = [*WINDOWS]
     source.shuffle(windows)
-    kinds = itertools.cycle((_chunks, _ragged, _prompt, _decodes, _mixed))
     found = []
-    for index in range(_QUICK_DRAWS if target.quick else _DRAWS):
+    for index, (count, new_tokens) in zip(
+        range(_QUICK_DRAWS if target.quick else _DRAWS), itertools.cycle(_KINDS), strict=False
+    ):
         # One in four is without a window.
         tried = [None] if index % 4 == 3 else windows[index:] + windows[:index]
-        lens = next(kinds)(source, longest)
+        seq_lens = _seq_lens(source, longest, count)
+        query_lens = new_tokens(source, seq_lens)
         spec = _layer(target, head_size, heads, tried, source, index)
         if spec is not None:
             seed = source.getrandbits(32)
-            found.append(Case(spec=spec, query_lens=lens[0], seq_lens=lens[1], seed=seed))
+            found.append(Case(spec=spec, query_lens=query_lens, seq_lens=seq_lens, seed=seed))
     return found
 
 
@@ -144,42 +159,10 @@ def _layer(
     return None
 
 
-_Lens = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _chunks(source: random.Random, longest: int) -> _Lens:
-    """Chunks of prompts whose beginning is in the cache."""
-    seqs = _within(source, longest, 2)
-    return tuple(max(2, source.randint(n // 20, n // 2)) for n in seqs), seqs
-
-
-def _ragged(source: random.Random, longest: int) -> _Lens:
-    """Prompts of any length."""
-    lens = _within(source, longest, 5)
-    return lens, lens
-
-
-def _prompt(source: random.Random, longest: int) -> _Lens:
-    """One long prompt."""
-    length = source.randint(longest * 2 // 3, longest)
-    return (length,), (length,)
-
-
-def _decodes(source: random.Random, longest: int) -> _Lens:
-    """One token each."""
-    seqs = _within(source, longest, 6)
-    return (1,) * len(seqs), seqs
-
-
-def _mixed(source: random.Random, longest: int) -> _Lens:
-    """Decodes, drafts to verify, a chunk and a prompt."""
-    seqs = _within(source, longest, 4)
-    return (1, 4, max(2, seqs[2] // 3), seqs[3]), seqs
-
-
-def _within(source: random.Random, longest: int, count: int) -> tuple[int, ...]:
+def _seq_lens(source: random.Random, longest: int, count: int) -> _Lens:
     """Lengths of `count` requests; the first is long."""
-    lens = [source.randint(longest // 2, longest)]
+    least = longest // 2 if count > 1 else longest * 2 // 3
+    lens = [source.randint(least, longest)]
     rest = max(8, (_IN_ALL * longest // LONGEST - lens[0]) // max(1, count - 1))
     return (*lens, *(source.randint(4, rest) for _ in range(count - 1)))
 

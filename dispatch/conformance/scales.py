@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check
-from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.conformance.tolerance import ErrorBound, require_rejected
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["scales"]
@@ -54,11 +53,8 @@ def _agrees(target: BackendUnderTest, spec: AttentionSpec, factor: float) -> Err
 def _is_rejected(target: BackendUnderTest, scale: float) -> None:
     step = target.step(target.base)
     step.scale = scale
-    try:
-        step.impl_of(target.cls)
-    except InvalidInputError:
-        return
-    raise CheckFailed(
+    require_rejected(
+        partial(step.impl_of, target.cls),
         f"scale={scale} was accepted: every score would be NaN or infinite. AttentionImpl.__init__ "
-        "rejects it with an InvalidInputError; call it"
+        "rejects it with an InvalidInputError; call it",
     )

@@ -94,7 +94,7 @@ def checks_for(
                 f"{backend_cls.get_name()} cannot be verified here: "
                 f"{'; '.join(map(str, reasons))}. Give a --device that it runs on."
             )
-        target = BackendUnderTest.of(backend_cls, torch_device, profile, quick)
+        target = BackendUnderTest(backend_cls, torch_device, profile, quick)
         return [
             dataclasses.replace(check, group=name)
             for name, group in GROUPS.items()

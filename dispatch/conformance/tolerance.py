@@ -8,10 +8,12 @@ unit in the last place: see docs/verify.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+
+from attn_dispatch.errors import InvalidInputError
 
 __all__ = [
     "LSE_FLOOR",
@@ -21,6 +23,7 @@ __all__ = [
     "allowance",
     "distance",
     "require",
+    "require_rejected",
     "row_errors",
     "worst_of",
 ]
@@ -65,6 +68,15 @@ def require(holds: bool, message: str) -> None:
     """Raise CheckFailed with this sentence unless the condition holds."""
     if not holds:
         raise CheckFailed(message)
+
+
+def require_rejected(call: Callable[[], object], message: str) -> None:
+    """Raise CheckFailed with this sentence unless the call raises an InvalidInputError."""
+    try:
+        call()
+    except InvalidInputError:
+        return
+    raise CheckFailed(message)
 
 
 def row_errors(

@@ -6,7 +6,7 @@ The meaning of each model's keys is data, see `families`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -99,17 +99,19 @@ def layers_from_config(
     _check_extra(extra)
     model_type = _model_type(config)
     wrapper = WRAPPERS.get(model_type)
-    text, more = config, _Outer()
+    text, image_tokens = config, None
+    defaults: Mapping[str, Any] = {}
     if wrapper is not None:
-        text, model_type, more = _unwrap(config, model_type, wrapper)
+        text, model_type, image_tokens = _unwrap(config, model_type, wrapper)
+        defaults = wrapper.text_defaults.get(model_type, {})
     _require_known(model_type)
     dtype = dtype or read_dtype(text) or read_dtype(config) or torch.float32
     groups: dict[AttentionSpec, list[int]] = {}
     readers = []
     for stack in FAMILIES[model_type]:
-        reader = ConfigReader(text, model_type, {**stack.defaults, **more.defaults})
+        reader = ConfigReader(text, model_type, {**stack.defaults, **defaults})
         readers.append(reader)
-        for layer, fields in enumerate(_layers(reader, stack, more)):
+        for layer, fields in enumerate(_layers(reader, stack, image_tokens)):
             groups.setdefault(_spec(fields, dtype, extra), []).append(layer)
     _reject_unread(readers)
     named = zip(_names(list(groups)), groups.items(), strict=True)
@@ -149,18 +151,10 @@ def _require_known(model_type: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Outer:
-    """What a multimodal model adds: tokens of an image, and defaults of its language model."""
-
-    range_tokens: int | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
 def _unwrap(
     config: Mapping[str, Any], model_type: str, wrapper: Wrapper
-) -> tuple[Mapping[str, Any], str, _Outer]:
-    """The language model's config, its model_type, and what the wrapper adds to it."""
+) -> tuple[Mapping[str, Any], str, int | None]:
+    """The language model's config, its model_type, and the tokens of an image if they count."""
     outer = ConfigReader(config, model_type, wrapper.defaults)
     text, text_type = config.get("text_config"), wrapper.text
     if text is None and wrapper.may_be_flat:
@@ -174,10 +168,10 @@ def _unwrap(
         )
     _check_requires(ConfigReader(text, text_type, {}), wrapper.requires)
     tokens = outer.optional_integer(wrapper.range_tokens) if wrapper.range_tokens else None
-    return text, text_type, _Outer(tokens, wrapper.text_defaults.get(text_type, {}))
+    return text, text_type, tokens
 
 
-def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str, Any]]:
+def _layers(reader: ConfigReader, stack: Stack, image_tokens: int | None) -> list[dict[str, Any]]:
     """The fields of AttentionSpec of each layer of a stack."""
     _check_requires(reader, stack.requires)
     for key in stack.ignores:
@@ -196,8 +190,8 @@ def _layers(reader: ConfigReader, stack: Stack, outer: _Outer) -> list[dict[str,
     if stack.bidirectional and reader.flag(stack.bidirectional):
         base["attn_type"] = AttentionType.ENCODER_ONLY
         windows = [None if window is None else window // 2 + 1 for window in windows]
-    elif outer.range_tokens is not None:
-        _check_ranges(reader, windows, outer.range_tokens)
+    elif image_tokens is not None:
+        _check_ranges(reader, windows, image_tokens)
         base["bidirectional_ranges"] = True
     full = stack.full_layers(reader) if stack.full_layers else {}
     shared = 0

@@ -2,13 +2,11 @@
 
 The decoder consists of a token embedding, blocks of pre-norm (RMSNorm) grouped-query attention
 with rotary position embedding (RoPE) and a pre-norm SwiGLU MLP, a final RMSNorm and a linear head.
-One layer has a sliding window and one a logits soft cap; see ``DemoConfig.layers``. Two methods
-compute the same function:
+One layer has a sliding window and one a logits soft cap; see ``DemoConfig.layers``.
 
-* ``DemoModel.forward`` passes each layer's query, key and value to a callable, which can use a
-  paged cache and a batch of requests in different states.
-* ``DemoModel.dense_logits`` is the reference: whole sequences, with the dense causal attention of
-  the conformance suite's float64 oracle.
+``DemoModel.forward`` passes each layer's query, key and value to a callable, which can use a paged
+cache. ``DemoModel.dense_logits`` is the reference: the same function of whole sequences, with the
+attention of the conformance suite's float64 oracle.
 """
 
 from __future__ import annotations

@@ -1,19 +1,14 @@
 """Character-level tokenizer of the demo model, for sums such as ``48+76=124;``.
 
-A text is a sequence of sums, each ended by ``;``; the last one may end after its ``=`` (a
-question). The vocabulary has 15 tokens: padding, begin-of-text (BOS), the ten digits, ``+``, ``=``
-and ``;``. One character is one token.
+A text is a sequence of sums, each ended by ``;``; the last may end after its ``=`` (a question).
+One character is one token; padding and begin-of-text (BOS) are two more.
 
-In the ids, every maximal run of digits is reversed: ``48+76=124;`` becomes the tokens
-``8 4 + 6 7 = 4 2 1 ;``. The decoder then writes an answer in the order in which carries
-propagate, which a small model can learn exactly. ``encode`` and ``decode`` do the reversal, so
-callers only see ordinary numbers. It has two consequences:
+In the ids every run of digits is reversed: ``48+76=124;`` becomes ``8 4 + 6 7 = 4 2 1 ;``. So an
+answer is written in the order in which carries propagate, which a small model can learn exactly.
+The ids of an unfinished answer are its low digits; it ends at ``;`` (``END_ID``).
 
-* Generation ends at ``;`` (``END_ID``). The ids of an unfinished answer are its low digits: the
-  first two ids of the answer ``124`` decode to ``24``.
-* Only encode a text that ends after ``+``, ``=`` or ``;``, not between two digits. Then the ids of
-  a longer text begin with the ids of its prefixes, and requests can share the cached keys and
-  values of shared worked examples.
+Only encode a text that ends after ``+``, ``=`` or ``;``, not between two digits. Then the ids of a
+longer text begin with the ids of its prefixes, and requests can share cached keys and values.
 """
 
 from __future__ import annotations

@@ -200,6 +200,8 @@ class Tuner:
     clock: Clock | None = None
     rounds: int | None = None
     replaces_unreadable: bool = False
+    #: Why the file could not be read, if it is replaced for that reason.
+    unreadable: str = field(default="", init=False)
     #: The file's points, replaced by this tuner's own.
     _points: _Points = field(default_factory=dict, init=False)
     _own: _Points = field(default_factory=dict, init=False)
@@ -238,10 +240,11 @@ class Tuner:
             return {}
         try:
             table = read_table(self.path)
-        except InvalidInputError:
-            if self.replaces_unreadable:
-                return {}
-            raise
+        except InvalidInputError as error:
+            if not self.replaces_unreadable:
+                raise
+            self.unreadable = str(error)
+            return {}
         problem = conflict_with(table, self.machine)
         if not problem:
             return table.layers

@@ -405,7 +405,7 @@ def test_every_declared_pair_is_covered(name):
 @pytest.mark.parametrize("name", ["REFERENCE", "TORCH_SDPA"])
 def test_every_feature_shows_in_every_set(name):
     """No feature hides another: the oracle without one of them is far from the oracle."""
-    target = BackendUnderTest.of(backend(name), torch.device("cpu"), CPU, quick=False)
+    target = BackendUnderTest(backend(name), torch.device("cpu"), CPU)
     checks = [c for c in checks_for(target.cls, "cpu") if c.group in ("numbers", "pairs")]
     for check in checks:
         if check.spec.sliding_window in (1, 10_000):  # see one key, and all: nothing to hide

@@ -487,7 +487,7 @@ def test_padding_rows_of_a_graph_are_checked(rows):
 
 
 def target_of(cls):
-    return BackendUnderTest.of(cls, torch.device("cpu"), CPU, quick=False)
+    return BackendUnderTest(cls, torch.device("cpu"), CPU)
 
 
 def test_real_sizes_are_skipped_without_a_gpu():

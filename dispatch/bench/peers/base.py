@@ -19,10 +19,9 @@ from attn_dispatch.errors import summary_of
 __all__ = [
     "Peer",
     "PeerMissing",
+    "arguments_of",
     "call_of",
-    "features_of",
     "first_of",
-    "lengths_of",
     "only_known",
     "refusal_of",
     "window_of",
@@ -42,9 +41,7 @@ class Peer(Implementation):
     """
 
     kind = "peer"
-
-    def __init__(self) -> None:
-        self.provider = self.version = ""
+    provider = version = ""
 
     @abstractmethod
     def load(self) -> None:
@@ -118,12 +115,17 @@ def first_of(result: Any) -> torch.Tensor:
 
 
 def call_of(function: Callable[..., Any], arguments: dict[str, Any]) -> Call:
-    """A call of a function that returns its output."""
-    return lambda: first_of(function(**arguments))
+    """A call of a function that returns its output, or only writes it to `out`."""
+
+    def call() -> torch.Tensor:
+        result = function(**arguments)
+        return first_of(arguments["out"] if result is None else result)
+
+    return call
 
 
-def features_of(inputs: Inputs) -> dict[str, Any]:
-    """The queries and the features of the layer, under FlashAttention's names."""
+def arguments_of(inputs: Inputs) -> dict[str, Any]:
+    """The queries, the features of the layer and the lengths, under FlashAttention's names."""
     case = inputs.case
     return {
         "q": inputs.query,
@@ -131,13 +133,7 @@ def features_of(inputs: Inputs) -> dict[str, Any]:
         "causal": case.causal,
         "window_size": window_of(case),
         "softcap": case.logits_soft_cap or 0.0,
-    }
-
-
-def lengths_of(inputs: Inputs) -> dict[str, Any]:
-    """The lengths of the batch, under FlashAttention's names."""
-    return {
         "cu_seqlens_q": inputs.query_start_loc,
-        "max_seqlen_q": max(inputs.case.query_lens),
-        "max_seqlen_k": max(inputs.case.seq_lens),
+        "max_seqlen_q": max(case.query_lens),
+        "max_seqlen_k": max(case.seq_lens),
     }

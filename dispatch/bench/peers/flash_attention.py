@@ -12,9 +12,8 @@ from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers.base import (
     Peer,
     PeerMissing,
+    arguments_of,
     call_of,
-    features_of,
-    lengths_of,
     only_known,
     refusal_of,
 )
@@ -82,7 +81,7 @@ class _FlashAttention(Peer):
         raise NotImplementedError
 
     def _prepare_vllm(self, inputs: Inputs, paged: bool) -> Call:
-        arguments = {**features_of(inputs), **lengths_of(inputs)}
+        arguments = arguments_of(inputs)
         arguments |= _pages(inputs, "block_table") if paged else _rows(inputs)
         arguments |= {
             "window_size": list(arguments["window_size"]),
@@ -125,8 +124,7 @@ class FlashAttention2(_FlashAttention):
         paged = paged and self._needs_pages(inputs.case)
         key, value = inputs.kv_cache.unbind(1) if paged else inputs.ragged_keys_and_values()
         arguments = {
-            **features_of(inputs),
-            **lengths_of(inputs),
+            **arguments_of(inputs),
             "k": key,
             "v": value,
             "cu_seqlens_k": inputs.key_start_loc(),
@@ -150,14 +148,12 @@ class FlashAttention3(_FlashAttention):
         return super().supports(case)
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
-        features, lengths = features_of(inputs), lengths_of(inputs)
+        arguments = arguments_of(inputs)
         if not paged:
-            return call_of(self._function, {**features, **lengths, **_rows(inputs)})
+            return call_of(self._function, arguments | _rows(inputs))
         key, value = inputs.kv_cache.unbind(1)
-        del lengths["max_seqlen_k"]
-        arguments = {
-            **features,
-            **lengths,
+        del arguments["max_seqlen_k"]
+        arguments |= {
             "k_cache": key,
             "v_cache": value,
             "cache_seqlens": inputs.seq_lens,
@@ -182,11 +178,11 @@ class FlashAttention4(_FlashAttention):
             self.provider = "vllm.vllm_flash_attn"
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
-        arguments, lengths = features_of(inputs), lengths_of(inputs)
+        arguments = arguments_of(inputs)
+        lengths = {name: arguments.pop(name) for name in ("max_seqlen_q", "max_seqlen_k")}
         if inputs.case.sliding_window is None:
             del arguments["window_size"]
         if inputs.sinks is not None:
             arguments["learnable_sink"] = inputs.sinks.bfloat16()
         arguments |= _pages(inputs, "page_table") if paged else _rows(inputs)
-        arguments["cu_seqlens_q"] = lengths.pop("cu_seqlens_q")
         return call_of(self._function, arguments | only_known(self._function, lengths))

@@ -66,9 +66,8 @@ class FlashInfer(Peer):
         if inputs.kv_cache is None:
             wrapper = self._wrapper("BatchPrefillWithRaggedKVCacheWrapper", backend=variant)
             self._plan(wrapper, inputs, starts, inputs.key_start_loc(), causal=case.causal)
-            arguments = (inputs.query, inputs.key, inputs.value)
-            return lambda: first_of(wrapper.run(*arguments, **options))
-        arguments = (inputs.query, inputs.kv_cache)
+            return lambda: first_of(wrapper.run(inputs.query, inputs.key, inputs.value, **options))
+        arguments: tuple[Any, ...] = (inputs.query, inputs.kv_cache)
         if variant.startswith("decode"):
             name, with_tensor_cores = "BatchDecodeWithPagedKVCacheWrapper", "tensor" in variant
             wrapper = self._wrapper(name, use_tensor_cores=with_tensor_cores)

@@ -19,9 +19,9 @@ from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers.base import (
     Peer,
     PeerMissing,
-    features_of,
+    arguments_of,
+    call_of,
     first_of,
-    lengths_of,
     refusal_of,
     window_of,
 )
@@ -72,17 +72,16 @@ class VllmTriton(Peer):
 
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """See Peer."""
-        case, function, output = inputs.case, self._function, inputs.empty_output()
+        case = inputs.case
         key, value = inputs.kv_cache.unbind(1)
         padded = 1 << (case.head_size - 1).bit_length()
         segments = (case.num_tokens, case.num_heads, _VLLM_SEGMENTS)
         buffer: dict[str, Any] = {"dtype": torch.float32, "device": inputs.device}
         arguments: dict[str, Any] = {
-            **features_of(inputs),
-            **lengths_of(inputs),
+            **arguments_of(inputs),
             "k": key,
             "v": value,
-            "out": output,
+            "out": inputs.empty_output(),
             "seqused_k": inputs.seq_lens,
             "block_table": inputs.block_table,
             "q_descale": None,
@@ -102,15 +101,10 @@ class VllmTriton(Peer):
         if case.is_quantized:
             arguments["k_descale"] = inputs.layer._k_scale.reshape(1)
             arguments["v_descale"] = inputs.layer._v_scale.reshape(1)
-            if "kv_quant_mode" in inspect.signature(function).parameters:
+            if "kv_quant_mode" in inspect.signature(self._function).parameters:
                 modes = importlib.import_module("vllm.v1.kv_cache_interface").KVQuantMode
                 arguments["kv_quant_mode"] = modes.FP8_PER_TENSOR
-
-        def call() -> torch.Tensor:
-            function(**arguments)
-            return output
-
-        return call
+        return call_of(self._function, arguments)
 
 
 class TorchVarlen(Peer):
