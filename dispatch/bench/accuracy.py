@@ -69,9 +69,8 @@ class AccuracyJudge:
         self.sampled_rows = sum(len(rows) for rows in sample.values())
         beyond_sdpa = case.alibi or case.sinks or case.logits_soft_cap is not None
         self.sdpa_error = 0.0
-        self._expected: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # rows of the output, the oracle's
+        #: Rows of the output, and their values by the oracle.
+        self._expected: list[tuple[torch.Tensor, torch.Tensor]] = []
         for request, rows in sample.items():
             expected = exact_rows(inputs, request, rows)
             self._expected.append(((rows + starts[request]).to(inputs.device), expected))

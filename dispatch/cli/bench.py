@@ -25,6 +25,7 @@ from attn_dispatch.cli.output import (
     progress,
     write_json_file,
 )
+from attn_dispatch.cli.spec_flags import flag_name
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import check_writable
 
@@ -166,7 +167,7 @@ def _choose_cases(
             "give --sweep context or --sweep batch."
         )
     if given and sweep is None:
-        flag = "--" + next(iter(given)).replace("_", "-")
+        flag = flag_name(next(iter(given)))
         raise InvalidInputError(f"{flag} describes the layer of a --sweep; cases have their own.")
     found = [] if path is None else load_cases(path)
     if name_filter is not None and path is not None:

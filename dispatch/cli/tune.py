@@ -102,6 +102,7 @@ def tune(
     again. Exits with 1 if a backend was wrong or failed.
     """
     from attn_dispatch.platforms.detect import detect_device, resolve_device
+    from attn_dispatch.selection.timings.reader import read_table
     from attn_dispatch.selection.timings.store import (
         forget_tables,
         machine_of,
@@ -115,7 +116,7 @@ def tune(
         torch_device = resolve_device(device)
         profile = detect_device(torch_device)
     if listing or show:
-        named = () if output is None else (_read(output),)
+        named = () if output is None else (read_table(output),)
         _print_tables(console, named or tables_for(profile), torch_device, whole=show)
         return
     grid = _grid(steps, requests, lengths)
@@ -140,17 +141,11 @@ def tune(
         console.print(note)
     _print_outcome(console, path, len(tasks), done)
     if path.exists():
-        _print_tables(console, (_read(path),), torch_device, whole=False)
+        _print_tables(console, (read_table(path),), torch_device, whole=False)
     if any(each.problems for each in done):
         raise typer.Exit(1)
     if not complete:
         raise typer.Exit(130)
-
-
-def _read(path: Path) -> Table:
-    from attn_dispatch.selection.timings.reader import read_table
-
-    return read_table(path)
 
 
 def _grid(steps: str | None, requests: str | None, lengths: str | None) -> Grid:

@@ -32,23 +32,16 @@ _QUICK = ("mixed", "decodes")
 def calls(target: BackendUnderTest) -> Iterator[Check]:
     """Padding rows are written, and new memory may hold anything."""
     plain = target.spec_with("returns_lse") or target.base
+    shows = "Rows that belong to no request are 0, and their lse is −inf."
     for kind, spec in [("", plain), *target.layers("no cache", "sinks", "window", "mask")]:
         for name in _QUICK if target.quick or kind else _PADDED:
             case = dict(_PADDED[name])
             if spec.block_size is None and "query_lens" in case and spec.causal:
                 case["seq_lens"] = case["query_lens"]
-            yield Check(
-                ", ".join(filter(None, ("padding rows", name, kind))),
-                "Rows that belong to no request are 0, and their lse is −inf.",
-                spec,
-                partial(_padded, target, spec, case),
-            )
-    yield Check(
-        "memory as it was allocated",
-        "Nothing depends on what newly allocated memory holds.",
-        plain,
-        partial(_over_nan, target, plain),
-    )
+            title = ", ".join(filter(None, ("padding rows", name, kind)))
+            yield Check(title, shows, spec, partial(_padded, target, spec, case))
+    shows = "Nothing depends on what newly allocated memory holds."
+    yield Check("memory as it was allocated", shows, plain, partial(_over_nan, target, plain))
 
 
 def _padded(target: BackendUnderTest, spec: AttentionSpec, case: Mapping[str, Any]) -> ErrorBound:

@@ -316,10 +316,6 @@ class EngineStep(CaseTensors):
             if tensor is not None:
                 tensor[len(tensor) - self.case.padding :] = number
 
-    def set_scales(self, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
-        """Give the layer other scales; keys and values stay as they are."""
-        self.layer = layer_with((k_scale, v_scale), self.device)
-
     def _make_cache(
         self,
         tensors: Sequence[Sequence[torch.Tensor]],

@@ -261,7 +261,8 @@ class BackendUnderTest:
         """
         if cache is None and step.kv_cache is not None:
             cache = step.kv_cache.clone()
-        scaling, scales = {}, {}
+        scaling: dict[str, torch.Tensor] = {}
+        scales: dict[str, Any] = {}
         spec = step.spec
         if spec.output_quant is not None:
             dtype = kv_cache_torch_dtype("fp8", spec.dtype, self.profile.arch)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import MEMORY, EngineStep
+from attn_dispatch.conformance.cases import MEMORY, EngineStep, layer_with
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -72,7 +72,7 @@ def _double_cache_scale(index: int) -> _Change:
     def change(step: EngineStep) -> None:
         scales = [step.layer._k_scale, step.layer._v_scale]
         scales[index] = 2 * scales[index]
-        step.set_scales(*scales)
+        step.layer = layer_with(scales, step.device)
         name = ("keys", "values")[index]
         setattr(step, name, [2 * each for each in getattr(step, name)])
 
@@ -200,46 +200,31 @@ def garbage(target: BackendUnderTest) -> Iterator[Check]:
         change(step)
         return target.run_and_judge(step)
 
-    yield Check(
-        "rows past the batch",
-        "Rows of query, key and value beyond the batch's tokens may be NaN.",
-        base,
-        partial(after, lambda step: step.fill_padding(math.nan), base, padding=3),
-    )
+    shows = "Rows of query, key and value beyond the batch's tokens may be NaN."
+    test = partial(after, lambda step: step.fill_padding(math.nan), base, padding=3)
+    yield Check("rows past the batch", shows, base, test)
     if base.block_size is None:
         return
-    yield Check(
-        "NaN past a request's end",
+    shows = (
         "The cache may hold NaN past a request's last key and in free blocks, and the block table "
-        "any number past its last block.",
-        base,
-        partial(target.agrees, base),
+        "any number past its last block."
     )
+    yield Check("NaN past a request's end", shows, base, partial(target.agrees, base))
     plain = target.spec_with(kv_cache_dtype="auto")
     if plain is None:
         return
-    yield Check(
-        "stale keys past a request's end",
-        "Keys that an earlier request left past a request's end are not read.",
-        plain,
-        partial(after, _stale, plain),
-    )
-    yield Check(
-        "NaN of another request",
-        "NaN among the values of one request stays in its rows.",
-        plain,
-        partial(_nan_stays_in_its_request, target, plain),
-    )
+    shows = "Keys that an earlier request left past a request's end are not read."
+    yield Check("stale keys past a request's end", shows, plain, partial(after, _stale, plain))
+    shows = "NaN among the values of one request stays in its rows."
+    test = partial(_nan_stays_in_its_request, target, plain)
+    yield Check("NaN of another request", shows, plain, test)
     window = target.spec_with("sliding_window", kv_cache_dtype="auto")
     if window is not None and window.causal:
         beyond = (window.sliding_window or 0) + 2 * (window.block_size or 0)
         case = {"query_lens": (1, 9, 3), "seq_lens": (beyond + 5, beyond + 9, beyond + 14)}
-        yield Check(
-            "freed by the window",
-            "Blocks that a sliding window has passed may hold NaN.",
-            window,
-            partial(after, _free_what_the_window_passed, window, **case),
-        )
+        shows = "Blocks that a sliding window has passed may hold NaN."
+        test = partial(after, _free_what_the_window_passed, window, **case)
+        yield Check("freed by the window", shows, window, test)
 
 
 def _nan_stays_in_its_request(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:

@@ -55,12 +55,8 @@ def batches(target: BackendUnderTest) -> Iterator[Check]:
     cases["drafts"] = ("A decode may have several tokens.", base, drafts)
     yield from checks_of_cases(target, cases)
     if AttentionType(base.attn_type).has_kv_cache and base.block_size is not None:
-        yield Check(
-            "each phase by itself",
-            "The metadata of each phase gives the same as that of the whole batch.",
-            base,
-            partial(_phase_by_phase, target),
-        )
+        shows = "The metadata of each phase gives the same as that of the whole batch."
+        yield Check("each phase by itself", shows, base, partial(_phase_by_phase, target))
 
 
 def _phase_by_phase(target: BackendUnderTest) -> ErrorBound:

@@ -127,14 +127,11 @@ def _sees_nothing(target: BackendUnderTest) -> Iterator[Check]:
                 "planted": (("query", 1, 0, 1, _NAN),),
             },
         )
+    shows = "A row that sees no key is 0, whatever its query holds."
     for name, (spec, case) in nan_queries.items():
         if spec is not None:
-            yield Check(
-                f"NaN in queries that see no key, {name}",
-                "A row that sees no key is 0, whatever its query holds.",
-                spec,
-                partial(_rows_without_keys, target, spec, case),
-            )
+            test = partial(_rows_without_keys, target, spec, case)
+            yield Check(f"NaN in queries that see no key, {name}", shows, spec, test)
 
 
 def _rows_without_keys(

@@ -1,20 +1,29 @@
-"""Checks of numbers: every declared value by itself and in pairs; undeclared ones are rejected."""
+"""Checks of numbers: every declared value by itself and in pairs, and any finite scale.
+
+Undeclared values, and scales that are not finite, are rejected.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Skipped, checks_of_cases
 from attn_dispatch.conformance.probes import Probe, covering
-from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require
+from attn_dispatch.conformance.tolerance import (
+    CheckFailed,
+    ErrorBound,
+    require,
+    require_rejected,
+)
 from attn_dispatch.errors import AttnDispatchError
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.selection.registry import check_backend_class
 
-__all__ = ["declaration", "lse", "numbers", "pairs", "refused"]
+__all__ = ["declaration", "lse", "numbers", "pairs", "refused", "scales"]
 
 #: The number of sets of features under `quick`.
 _QUICK_SETS = 5
@@ -36,6 +45,18 @@ _BY_HAND = (
     "kv_cache_layout",
     "output_quant",
 )
+
+
+#: Multiples of head_size ** -0.5. With the large ones a row is nearly the value of one key.
+_FACTORS = {
+    "0": 0.0,
+    "negative": -0.8,
+    "large and negative": -12.0,
+    "tiny": 1e-30,
+    "large": 12.0,
+}
+_QUICK_FACTORS = ("0", "negative")
+_REJECTED_SCALES = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def declaration(target: BackendUnderTest) -> Iterator[Check]:
@@ -122,6 +143,36 @@ def lse(target: BackendUnderTest) -> list[Check]:
         "blind rows": ("The lse of a row that sees no key is −inf.", spec("custom_mask"), {}),
     }
     return checks_of_cases(target, table)
+
+
+def scales(target: BackendUnderTest) -> Iterator[Check]:
+    """0, negative, tiny and large scales, with the features that change how scores are computed."""
+    others = target.layers("soft cap", "window", "ALiBi", "sinks", "mask", "no cache", "lse")
+    shows = "Any finite scale gives the oracle's result."
+    for kind, spec in [("", target.base), *others]:
+        for name in _QUICK_FACTORS if target.quick or kind else _FACTORS:
+            test = partial(_agrees_with_scale, target, spec, _FACTORS[name])
+            yield Check(f"{name}, {kind}" if kind else name, shows, spec, test)
+    shows = "The impl's constructor rejects a scale that is not finite."
+    for name, scale in _REJECTED_SCALES.items():
+        test = partial(_rejects_scale, target, scale)
+        yield Check(f"{name} is rejected", shows, target.base, test)
+
+
+def _agrees_with_scale(target: BackendUnderTest, spec: AttentionSpec, factor: float) -> ErrorBound:
+    step = target.step(spec)
+    step.scale = factor * spec.head_size**-0.5
+    return target.run_and_judge(step)
+
+
+def _rejects_scale(target: BackendUnderTest, scale: float) -> None:
+    step = target.step(target.base)
+    step.scale = scale
+    require_rejected(
+        partial(step.impl_of, target.cls),
+        f"scale={scale} was accepted: every score would be NaN or infinite. AttentionImpl.__init__ "
+        "rejects it with an InvalidInputError; call it",
+    )
 
 
 def refused(target: BackendUnderTest) -> Iterator[Check]:

@@ -69,14 +69,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _Checks(pytest.Collector):
-    """The checks of one backend."""
-
-    def __init__(self, *, device: str | None, quick: bool, **more: Any) -> None:
-        super().__init__(**more)
-        self._device, self._quick = device, quick
+    """The checks of the backend of this name."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        for parameters in conformance_checks(self.name, self._device, quick=self._quick):
+        option = self.config.getoption
+        device, quick = option("--attn-dispatch-device"), option("--attn-dispatch-quick")
+        for parameters in conformance_checks(self.name, device, quick=quick):
             (check,) = parameters.values
             yield _Item.from_parent(self, name=check.full_name, check=check)
 
@@ -107,12 +105,7 @@ def pytest_collection_modifyitems(
         from attn_dispatch.errors import AttnDispatchError
 
         for name in names:
-            collector = _Checks.from_parent(
-                session,
-                name=name,
-                device=config.getoption("--attn-dispatch-device"),
-                quick=config.getoption("--attn-dispatch-quick"),
-            )
+            collector = _Checks.from_parent(session, name=name)
             found = list(collector.collect())
             items += found
             # Reported as for every other collector, or the terminal's count is wrong.

@@ -19,7 +19,6 @@ from attn_dispatch.conformance import (
     numeric,
     overlaps,
     real_sizes,
-    scales,
 )
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Outcome, run
 from attn_dispatch.conformance.tolerance import worst_of
@@ -48,7 +47,7 @@ GROUPS: dict[str, Callable[[BackendUnderTest], Iterable[Check]]] = {
     "lse": numeric.lse,
     "inputs": inputs.inputs,
     "garbage": inputs.garbage,
-    "scales": scales.scales,
+    "scales": numeric.scales,
     "non_finite": non_finite.non_finite,
     "rows": inputs.rows,
     "calls": calls.calls,

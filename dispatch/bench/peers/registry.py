@@ -32,17 +32,7 @@ from attn_dispatch.bench.peers.flash_attention import (
 )
 from attn_dispatch.bench.peers.flashinfer import FlashInfer
 
-__all__ = [
-    "PEERS",
-    "FlashAttention2",
-    "FlashAttention3",
-    "FlashAttention4",
-    "FlashInfer",
-    "Peer",
-    "PeerMissing",
-    "TorchVarlen",
-    "VllmTriton",
-]
+__all__ = ["PEERS", "Peer", "PeerMissing", "TorchVarlen", "VllmTriton"]
 
 #: The arguments of vLLM's engine for splitting long requests: segments, and the number of programs
 #: that are not split.

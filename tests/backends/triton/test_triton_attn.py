@@ -325,7 +325,7 @@ def test_sinks_of_zero_and_of_infinite_weight(sink, same_as):
     output = run(step, **SMALL)
     expected = torch.zeros_like(output)
     if same_as == "none":
-        step.sinks, step.spec = None, step.spec.replace(sinks=False)
+        step.sinks, step.case = None, step.case.replace(spec=step.spec.replace(sinks=False))
         expected = run(step, **SMALL)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
