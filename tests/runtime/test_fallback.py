@@ -140,12 +140,12 @@ def test_only_the_failed_part_of_a_batch_falls_back():
 def test_fallback_continues_until_a_backend_works():
     step = Step(Case(spec=layer_spec(), **MIXED))
     others = [faulty("impl"), faulty("plan", name="SECOND"), faulty("launch", name="THIRD")]
-    with registered(*others), warnings.catch_warnings(record=True) as told:
+    with registered(*others), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = layer_of(step)
         step.check(call(layer, step))
     assert names(layer) == {"prefill": "REFERENCE", "decode": "REFERENCE"}
-    assert [str(each.message).split(" failed")[0] for each in told] == [
+    assert [str(each.message).split(" failed")[0] for each in caught] == [
         "TORCH_SDPA",
         "SECOND",
         "THIRD",
@@ -201,8 +201,8 @@ def test_a_substitute_accepts_the_same_caches():
     step = Step(Case(spec=layer_spec(), **MIXED))
     with registered(faulty("impl"), second), falls_back("From now on REFERENCE"):
         layer = layer_of(step)
-    refused = next(v for v in layer.selections[Phase.DECODE].verdicts if v.name == "SECOND")
-    assert "TORCH_SDPA, which failed, has another layout" in str(refused.reasons[0])
+    verdict = next(v for v in layer.selections[Phase.DECODE].verdicts if v.name == "SECOND")
+    assert "TORCH_SDPA, which failed, has another layout" in str(verdict.reasons[0])
 
 
 # --- Warnings and reports ----------------------------------------------------------------------
@@ -218,11 +218,11 @@ def test_later_layers_exclude_a_failed_backend_with_the_reason():
             warnings.simplefilter("error")
             later = layer_of(step)
     assert tries(backend) == 1
-    refused = next(v for v in later.selections[Phase.DECODE].verdicts if v.name == "TORCH_SDPA")
-    (reason,) = refused.reasons
+    verdict = next(v for v in later.selections[Phase.DECODE].verdicts if v.name == "TORCH_SDPA")
+    (reason,) = verdict.reasons
     assert reason.code is ReasonCode.FAILED
-    for told in ("when it was built", "RuntimeError: no kernel image", "forget_failures()"):
-        assert told in str(later.selections[Phase.DECODE])
+    for part in ("when it was built", "RuntimeError: no kernel image", "forget_failures()"):
+        assert part in str(later.selections[Phase.DECODE])
 
 
 def test_earlier_layers_exclude_a_failed_backend():
@@ -246,11 +246,11 @@ def test_a_failure_does_not_affect_another_spec():
 
 def test_a_failure_warns_once_for_each_backend_and_cause():
     steps = [Step(Case(spec=layer_spec(head_size=size), **MIXED)) for size in (8, 16, 24)]
-    with registered(faulty("launch")), warnings.catch_warnings(record=True) as told:
+    with registered(faulty("launch")), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in steps:
             step.check(call(layer_of(step), step))
-    text = str(*(each.message for each in told if each.category is BackendFallbackWarning))
+    text = str(*(each.message for each in caught if each.category is BackendFallbackWarning))
     assert len(failures()) == 3
     for part in (
         "TORCH_SDPA failed at its launch: RuntimeError: no kernel image is available.",
@@ -294,10 +294,10 @@ def test_a_required_backend_raises_with_its_cause(where, how):
         registered(faulty(where, error)),
         pytest.raises(
             BackendFailure, match=r"undefined symbol.* is required by .*TORCH_SDPA\?"
-        ) as told,
+        ) as caught,
     ):
         call(REQUIRED[how](lambda **more: layer_of(step, **more)), step)
-    assert told.value.__cause__ is error
+    assert caught.value.__cause__ is error
     assert failures() == ()
 
 
@@ -358,9 +358,9 @@ SEEN = [
 @pytest.mark.parametrize("where", MADE + CALLED)
 def test_errors_that_no_backend_can_prevent_are_raised_unchanged(where, error):
     step = Step(Case(spec=layer_spec(), **MIXED))
-    with registered(faulty(where, error)), pytest.raises(type(error)) as told:
+    with registered(faulty(where, error)), pytest.raises(type(error)) as caught:
         call(layer_of(step), step)
-    assert told.value is error
+    assert caught.value is error
     assert failures() == ()
 
 
@@ -454,7 +454,7 @@ def test_threads_fall_back_with_one_warning(shared):
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=(layer,)) for layer in layers]
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for thread in threads:
                 thread.start()
@@ -464,7 +464,7 @@ def test_threads_fall_back_with_one_warning(shared):
     assert len(outputs) == 30
     for output in outputs:
         step.check(output)
-    assert [each.category for each in told].count(BackendFallbackWarning) == 1
+    assert [each.category for each in caught].count(BackendFallbackWarning) == 1
 
 
 def test_a_copy_of_a_layer_works_after_a_fallback():
@@ -494,17 +494,17 @@ def test_the_function_falls_back_once(where):
 @pytest.mark.parametrize("where", MADE + CALLED)
 def test_the_function_raises_for_a_required_backend(where):
     query = torch.randn(5, 4, 8)
-    with registered(faulty(where)), pytest.raises(BackendFailure, match="is required by") as told:
+    with registered(faulty(where)), pytest.raises(BackendFailure, match="is required by") as caught:
         attention(query, query, query, backend="TORCH_SDPA")
-    assert isinstance(told.value.__cause__, RuntimeError)
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize("error", SEEN, ids=lambda error: f"{type(error).__name__}-{error}"[:40])
 def test_the_function_raises_errors_that_no_backend_can_prevent(error):
     query = torch.randn(5, 4, 8)
-    with registered(faulty("launch", error)), pytest.raises(type(error)) as told:
+    with registered(faulty("launch", error)), pytest.raises(type(error)) as caught:
         attention(query, query, query)
-    assert told.value is error
+    assert caught.value is error
 
 
 def test_a_call_selects_nothing_while_no_backend_fails(monkeypatch):

@@ -120,7 +120,7 @@ def test_an_int8_cache_is_recognized_by_its_dtype(brings_keys):
 
 
 def test_a_cache_with_values_of_another_size():
-    """Without new values nothing says how wide they are but the cache: as wide as the keys."""
+    """Without new values, their size is that of the cache, which is that of the keys."""
     step = Step(Case(spec=layer_spec(), query_lens=(1,), seq_lens=(5,), brings_keys=False))
     assert call(step).shape == (1, 4, 8)
 

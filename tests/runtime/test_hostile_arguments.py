@@ -363,7 +363,7 @@ def test_any_value_is_accepted_or_rejected_with_one_clear_error(helper, name):
             assert len(message) > 20, (kind, message)
             assert len(message) < 2000, (kind, message)
             for tensor, old in zip(watched, before, strict=True):
-                assert torch.equal(as_bytes(tensor), old), f"{kind} was refused after a write"
+                assert torch.equal(as_bytes(tensor), old), f"{kind} was rejected after a write"
         except Exception as error:
             pytest.fail(f"{helper}({name}={kind}) raised {type(error).__name__}: {error}")
 

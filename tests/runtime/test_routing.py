@@ -34,8 +34,8 @@ ORDERS = {
     "prefills first": {"query_lens": (5, 3, 1, 1), "seq_lens": (5, 8, 9, 4)},
     "decodes first": {"query_lens": (1, 1, 5, 3), "seq_lens": (9, 4, 5, 8)},
     "mixed": MIXED,
-    "decodes alone": {"query_lens": (1, 1), "seq_lens": (9, 4)},
-    "prefills alone": {"query_lens": (5, 3), "seq_lens": (5, 8)},
+    "only decodes": {"query_lens": (1, 1), "seq_lens": (9, 4)},
+    "only prefills": {"query_lens": (5, 3), "seq_lens": (5, 8)},
     "nothing": {"query_lens": (), "seq_lens": ()},
 }
 
@@ -260,7 +260,7 @@ def test_a_backend_that_rejects_a_phase_is_named():
         layer_of(Step(Case(spec=layer_spec(sinks=True), **MIXED)), backend=ROUTES[0])
 
 
-@pytest.mark.parametrize("order", ["prefills first", "decodes alone"])
+@pytest.mark.parametrize("order", ["prefills first", "only decodes"])
 def test_a_contradictory_batch_is_an_invalid_input(order):
     """It is rejected before a backend gets it, and no failure is recorded."""
     step = Step(Case(spec=layer_spec(), **ORDERS[order]))

@@ -254,9 +254,9 @@ def test_metadata_of_a_whole_batch_has_both_phases(measured):
     metadata = layer_of(step).build_metadata(step.batch)
     assert metadata.prefill_metadata.batch.query_lens == [4]
     assert metadata.decode_metadata.batch.query_lens == [1] * 4
-    alone = layer_of(step).build_metadata(AttentionBatch.create([1], [7]))
-    assert alone.prefill_metadata is None
-    assert alone.decode_metadata.batch.query_lens == [1]
+    decode = layer_of(step).build_metadata(AttentionBatch.create([1], [7]))
+    assert decode.prefill_metadata is None
+    assert decode.decode_metadata.batch.query_lens == [1]
 
 
 def test_an_encoder_is_routed_by_size(measured):

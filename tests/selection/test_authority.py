@@ -24,9 +24,9 @@ CPU = known_device("cpu")
 OURS, VLLM = "ATTN_DISPATCH_BACKEND", "VLLM_ATTENTION_BACKEND"
 
 
-def pick(**ask) -> str:
+def pick(**arguments) -> str:
     """The name of what an ordinary layer with a window gets on the CPU now."""
-    return resolve(layer(sliding_window=128), CPU, **ask).name
+    return resolve(layer(sliding_window=128), CPU, **arguments).name
 
 
 # --- Precedence -------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def test_a_kind_in_the_environment_outranks_a_context_for_everything(monkeypatch
 
 
 def test_the_source_of_a_decision_is_reported(monkeypatch):
-    def source(**ask):
-        return resolve(layer(), CPU, **ask).source
+    def source(**arguments):
+        return resolve(layer(), CPU, **arguments).source
 
     assert source() is Source.PLATFORM
     monkeypatch.setenv(VLLM, "TORCH_SDPA")
@@ -210,15 +210,15 @@ def test_a_copied_context_keeps_its_override():
 # --- The environment --------------------------------------------------------------------------
 
 
-def ask() -> str:
+def pick_by_keywords() -> str:
     return get_attn_backend(64, torch.float32, num_heads=8, device="cpu").get_name()
 
 
 def test_the_environment_is_read_at_every_call(monkeypatch):
-    seen = [ask()]
+    seen = [pick_by_keywords()]
     for value in ("REFERENCE", "TORCH_SDPA", "-TORCH_SDPA", ""):
         monkeypatch.setenv(OURS, value)
-        seen.append(ask())
+        seen.append(pick_by_keywords())
     assert seen == ["TORCH_SDPA", "REFERENCE", "TORCH_SDPA", "REFERENCE", "TORCH_SDPA"]
 
 
@@ -226,13 +226,13 @@ def test_the_environment_is_read_at_every_call(monkeypatch):
 def test_the_environment_names_backends_and_never_code(value, monkeypatch):
     monkeypatch.setenv(OURS, value)
     with pytest.raises(InvalidInputError, match=f"{OURS} '{value}' is malformed"):
-        ask()
+        pick_by_keywords()
 
 
 def test_a_mistake_in_the_environment_is_an_error_that_names_the_variable(monkeypatch):
     monkeypatch.setenv(OURS, "REFERENC")
     with pytest.raises(UnknownBackendError, match=f"{OURS} names .* Did you mean REFERENCE"):
-        ask()
+        pick_by_keywords()
 
 
 @pytest.mark.parametrize("name", ["TORCH_SDPA", "CPU_ATTN", "TORCH_SDPA_VLLM_V1", "torch_sdpa"])
@@ -259,7 +259,7 @@ def test_every_translation_is_applied_or_rejected(name, monkeypatch):
         assert resolve(layer(), explained_device(device)).name == VLLM_NAMES[name]
     else:
         with pytest.raises(UnknownBackendError, match=f"vLLM's name for {VLLM_NAMES[name]}, which"):
-            ask()
+            pick_by_keywords()
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "FLASHINFER"])
@@ -277,18 +277,18 @@ UNKNOWN_HERE = ["XFORMERS", "FLASHMLA", "PALLAS", "ROCM_AITER_UNIFIED_ATTN", "NO
 def test_vllms_name_without_a_counterpart_is_rejected(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     with pytest.raises(UnknownBackendError, match=f"{VLLM} names the backend '{name}'"):
-        ask()
+        pick_by_keywords()
 
 
 @pytest.mark.parametrize("name", ["TORCH_SDPA", "FLASHMLA"])
 def test_our_variable_outranks_vllms_even_with_an_unknown_name(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     monkeypatch.setenv(OURS, "REFERENCE")
-    assert ask() == "REFERENCE"
+    assert pick_by_keywords() == "REFERENCE"
 
 
 def test_vllms_variable_counts_if_ours_is_for_another_kind(monkeypatch):
     monkeypatch.setenv(VLLM, "FLASHMLA")
     monkeypatch.setenv(OURS, "mla=REFERENCE_MLA")
     with pytest.raises(UnknownBackendError, match=VLLM):
-        ask()
+        pick_by_keywords()

@@ -235,9 +235,9 @@ def test_a_device_elsewhere_may_be_explained_without_a_library():
     profile = explained_device("H200", without=["triton"])
     (report, _) = explain(layer(), profile)
     assert report.picked == "TORCH_VARLEN"
-    refused = {verdict.name: verdict.reasons for verdict in report.verdicts}
+    rejected = {verdict.name: verdict.reasons for verdict in report.verdicts}
     for name in ("HOPPER_ATTN", "TRITON_ATTN", "FLASH_ATTN", "FLASHINFER"):
-        assert [r.code for r in refused[name]] == [ReasonCode.LIBRARY]
+        assert [r.code for r in rejected[name]] == [ReasonCode.LIBRARY]
 
 
 # --- The warning ------------------------------------------------------------------------------

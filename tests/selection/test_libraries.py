@@ -56,7 +56,7 @@ def test_presence_and_version_are_found_without_an_import(site):
     site.remove("aiter")
     found = {library.name: library for library in installed_libraries()}
     assert found["flash_attn"] == Library("flash_attn", "2.8.3.post2")
-    assert found["flashinfer"] == Library("flashinfer", "unknown")  # no package's name that we know
+    assert found["flashinfer"] == Library("flashinfer", "unknown")  # of an unknown package
     assert found["aiter"] == Library("aiter")
 
 

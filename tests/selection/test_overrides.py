@@ -286,7 +286,7 @@ def test_a_phase_may_be_given_as_text():
         assert resolve(layer(), CPU, phase="decode").report.phase is Phase.DECODE
 
 
-@pytest.mark.parametrize("ask", [resolve, select, explain], ids=lambda f: f.__name__)
-def test_an_unknown_phase_is_rejected(ask):
+@pytest.mark.parametrize("function", [resolve, select, explain], ids=lambda f: f.__name__)
+def test_an_unknown_phase_is_rejected(function):
     with pytest.raises(InvalidInputError, match="phase='chunked' is neither"):
-        ask(layer(), CPU, phase="chunked")
+        function(layer(), CPU, phase="chunked")

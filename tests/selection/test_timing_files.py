@@ -112,13 +112,13 @@ def test_a_table_with_one_changed_value_is_read_or_rejected(place, value):
     try:
         table = parse_table(data, "it")
     except InvalidInputError as error:
-        refusal = str(error)
+        message = str(error)
     else:
         for times in table.layers.values():
             assert all(0 < us < 1e11 for p in times.points for us in p.times_us.values())
         return
-    assert refusal.startswith("it is not a table of times: ")
-    assert len(refusal) < 500
+    assert message.startswith("it is not a table of times: ")
+    assert len(message) < 500
 
 
 @given(st.sampled_from([place for place in PLACES if place]))
@@ -151,7 +151,7 @@ WRONG = {
     "another step": (("layers", 0, "points", 0, "step"), "train"),
     "code": (("layers", 0, "points", 0, "times_us"), {"os:system": 1.0}),
     "a pair where none can be": (("layers", 0, "points", 0, "times_us"), {"A+B": 1.0}),
-    "a layer twice": (("layers", 1, "layer"), good_data()["layers"][0]["layer"]),
+    "a repeated layer": (("layers", 1, "layer"), good_data()["layers"][0]["layer"]),
     "too many points": (("layers", 0, "points"), good_data()["layers"][0]["points"] * 1000),
     "no time": (("measured",), "yesterday"),
 }
@@ -180,7 +180,7 @@ BAD_FILES = {
     "a number without end": b'{"version": ' + b"9" * 10_000 + b"}",
     "another file": b'{"model_type": "llama"}',
     "nested as deep as the parser goes": b'{"version": ' + b"[" * 900 + b"]" * 900 + b"}",
-    "a key twice": b'{"version": 1, "version": 1}',
+    "a repeated key": b'{"version": 1, "version": 1}',
     "half a character": b'{"version": "\\ud800", "\\udfff": 1}',
     "no number": b'{"version": NaN}',
 }

@@ -289,12 +289,12 @@ def test_a_measurement_decides_and_is_reported_with_numbers(tmp_path, monkeypatc
     assert (prefill.picked, prefill.source) == ("TORCH_SDPA", Source.PLATFORM)
     assert prefill.measured is None
     assert (decode.picked, decode.source) == ("REFERENCE", Source.MEASURED)
-    for told in (
+    for part in (
         "10.0 us instead of 20.0 us",
         "decode of 4 requests with 64 keys each: ",
         str(path),
     ):
-        assert told in decode.because
+        assert part in decode.because
     data = json.loads(json.dumps(decode.asdict()))
     assert data["source"] == "measured table"
     assert data["measured"]["points"] == [
@@ -410,13 +410,13 @@ def test_select_reads_nothing_but_its_arguments(monkeypatch):
 
 
 def test_choosing_takes_microseconds():
-    """By the least of many runs; the bound is generous, for machines that do other things too."""
+    """The minimum of many runs. The bound is generous, for machines that are busy."""
     grid = itertools.product((1, 4, 16, 64, 256), (256, 1024, 4096, 16384))
     points = [point("decode", n, 1, length, A=20, B=10) for n, length in grid]
     routes = routes_of(times_of(*points), SIDES, captured=False)
     router = Router(dict.fromkeys(Phase, "A"), routes)
     batch = AttentionBatch.create([1] * 64, [4000] * 64)
-    assert router(batch) == (("B", None),)  # and what the batch knows of itself is known now
+    assert router(batch) == (("B", None),)  # it also fills the cached properties of the batch
 
     def mean_us():
         start = time.perf_counter()
@@ -430,25 +430,25 @@ def test_choosing_takes_microseconds():
 # --- Kernels of other packages -------------------------------------------------------------------
 
 
-def table_served_by(who):
-    """REFERENCE is the faster one, and these kernels were behind it."""
-    times = dataclasses.replace(times_of(*FAST_REFERENCE), kernel_provider={"REFERENCE": who})
+def table_served_by(provider):
+    """A table in which REFERENCE is the fastest, with the kernels of this provider."""
+    times = dataclasses.replace(times_of(*FAST_REFERENCE), kernel_provider={"REFERENCE": provider})
     return dataclasses.replace(table_of({}), layers={layer_key(SPEC): times})
 
 
-@pytest.mark.parametrize(("who", "picked"), [("ours", "REFERENCE"), ("others", "TORCH_SDPA")])
-def test_times_of_another_packages_kernels_are_ignored(who, picked, monkeypatch):
+@pytest.mark.parametrize(("provider", "picked"), [("ours", "REFERENCE"), ("others", "TORCH_SDPA")])
+def test_times_of_another_packages_kernels_are_ignored(provider, picked, monkeypatch):
     reference = registry.candidates()["REFERENCE"].backend_cls
     monkeypatch.setattr(reference, "kernel_provider", classmethod(lambda *_: "ours"))
     selection = select(
-        SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=(table_served_by(who),)
+        SPEC, detect_device("cpu"), phase=Phase.DECODE, tables=(table_served_by(provider),)
     )
     assert selection.name == picked
 
 
 def test_a_backend_whose_kernel_provider_raises_is_not_picked(monkeypatch):
     def fail(*_):
-        raise RuntimeError("who knows")
+        raise RuntimeError("no provider")
 
     reference = registry.candidates()["REFERENCE"].backend_cls
     monkeypatch.setattr(reference, "kernel_provider", classmethod(fail))
