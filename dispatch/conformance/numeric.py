@@ -155,8 +155,8 @@ def scales(target: BackendUnderTest) -> Iterator[Check]:
             yield Check(f"{name}, {kind}" if kind else name, shows, spec, test)
     shows = "The impl's constructor rejects a scale that is not finite."
     for name, scale in _REJECTED_SCALES.items():
-        test = partial(_rejects_scale, target, scale)
-        yield Check(f"{name} is rejected", shows, target.base, test)
+        rejects = partial(_rejects_scale, target, scale)
+        yield Check(f"{name} is rejected", shows, target.base, rejects)
 
 
 def _agrees_with_scale(target: BackendUnderTest, spec: AttentionSpec, factor: float) -> ErrorBound:
