@@ -35,10 +35,10 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         InvalidInputError: PyTorch does not support or cannot reach the device.
     """
     try:
-        settled = default_torch_device() if device is None else torch.device(device)
-        if settled.type == "cuda" and settled.index is None:
+        resolved = default_torch_device() if device is None else torch.device(device)
+        if resolved.type == "cuda" and resolved.index is None:
             return torch.device("cuda", torch.cuda.current_device())
-        return settled
+        return resolved
     except _NO_DEVICE as error:
         raise _unusable(device, error) from error
 
@@ -53,10 +53,10 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     Raises:
         InvalidInputError: PyTorch does not support or cannot reach the device.
     """
-    settled = resolve_device(device)
-    if settled.type not in ("cpu", "meta"):
-        _try_device(settled)
-    return settled
+    resolved = resolve_device(device)
+    if resolved.type not in ("cpu", "meta"):
+        _try_device(resolved)
+    return resolved
 
 
 @functools.cache
@@ -89,9 +89,9 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
     Raises:
         InvalidInputError: PyTorch does not support or cannot reach the device.
     """
-    settled = resolve_device(device)
+    resolved = resolve_device(device)
     try:
-        return _profile_of(settled.type, settled.index)
+        return _profile_of(resolved.type, resolved.index)
     except _NO_DEVICE as error:
         raise _unusable(device, error) from error
 

@@ -103,9 +103,8 @@ class LayerBinding:
 
     def accepts(self, metadata: BatchMetadata) -> bool:
         """Whether metadata was built for the same backends."""
-        mine, its = (
-            (type(each), getattr(each, "route", None)) for each in (self.builder, metadata.builder)
-        )
+        builders = (self.builder, metadata.builder)
+        mine, its = ((type(each), getattr(each, "route", None)) for each in builders)
         return mine == its
 
 

@@ -163,7 +163,9 @@ def attention(
             builder = backend_cls.make_builder(spec, query.device)
             doing = "when it was called"
             metadata = builder.build(batch)
-            return impl.forward(scales, query, key, value, kv_cache, metadata, output)
+            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+            result = impl.forward(scales, query, key, value, kv_cache, metadata, output)
+            return result
         except Exception as error:
             raise_attempt_failed(error, selection.name, phase, doing, context.version)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,12 +201,15 @@ def _check_sharing(
 #: (block size, layout).
 _Choice = tuple[int, str]
 
+#: Phase -> each choice that is accepted, and its rank; the lowest is the best.
+_Ranks = dict[Phase, dict[_Choice, tuple[int, int]]]
+
 
 def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _Choice:
     """The best block size and layout that every layer's backends accept, in every phase."""
     fixed = sorted({spec.block_size for spec in layers.values() if spec.block_size})
     sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *fixed]))
-    ranks: dict[AttentionSpec, dict[Phase, dict[_Choice, tuple[int, int]]]] = {}
+    ranks: dict[AttentionSpec, _Ranks] = {}
     for name, spec in layers.items():
         try:
             ranks[spec] = ranks.get(spec) or _ranks(spec, context, sizes)
@@ -228,13 +231,11 @@ def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _
     return min(common, key=total)
 
 
-def _ranks(
-    spec: AttentionSpec, context: SelectionContext, sizes: tuple[int, ...]
-) -> dict[Phase, dict[_Choice, tuple[int, int]]]:
-    """Phase -> the choices that the layer's backends accept, and the rank of each."""
-    block_sizes = sizes if spec.block_size is None else (spec.block_size,)
-    layouts = tuple(STRIDE_ORDERS) if spec.kv_cache_layout is None else (spec.kv_cache_layout,)
-    ranks: dict[Phase, dict[_Choice, tuple[int, int]]] = {}
+def _ranks(spec: AttentionSpec, context: SelectionContext, sizes: tuple[int, ...]) -> _Ranks:
+    """The choices that the layer's backends accept."""
+    block_sizes = (spec.block_size,) if spec.block_size else sizes
+    layouts = (spec.kv_cache_layout,) if spec.kv_cache_layout else tuple(STRIDE_ORDERS)
+    ranks: _Ranks = {}
     for phase in phases_of(spec):
         ranks[phase], rejected = {}, []
         for block_size, layout in itertools.product(block_sizes, layouts):
@@ -264,7 +265,7 @@ def _picked_cls(context: SelectionContext, report: Report) -> type[AttentionBack
     return context.candidates[str(report.picked)].loaded_cls
 
 
-def _conflict(accepted: Mapping[str, Mapping[Phase, Iterable[_Choice]]]) -> str:
+def _conflict(accepted: Mapping[str, _Ranks]) -> str:
     """A message with the smallest set of layers that conflict."""
     named: dict[frozenset[_Choice], str] = {}
     for name, phases in accepted.items():

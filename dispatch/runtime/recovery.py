@@ -93,41 +93,39 @@ def with_fallback(
     failures: list[Failure] = []
     causes: list[BaseException] = []
     while True:
-        if failed is None:
-            try:
-                context = context.after(failures)
-                result = attempt(context)
-            except AttemptFailed as raised:
-                failed = raised
+        if failed is not None:
+            error = failed.__cause__
+            assert error is not None
+            if library_broke_since(failed.version):  # selection rejects what needs it from now on
+                text = f"{summary_of(error)}. It is not used from now on."
+                logger.warning(text)
+                warnings.warn(text, BrokenLibraryWarning, stacklevel=3)
             else:
-                _record(spec, context, failures)
-                return result
-        error = failed.__cause__
-        assert error is not None
-        if library_broke_since(failed.version):  # selection rejects what needs it from now on
-            text = f"{summary_of(error)}. It is not used from now on."
-            logger.warning(text)
-            warnings.warn(text, BrokenLibraryWarning, stacklevel=3)
-            failed = None
-            continue
-        failure = Failure(
-            failed.backend,
-            spec.replace(kv_cache_layout=None),
-            context.device.arch,
-            failed.phase or phase,
-            failed.doing,
-            summary_of(error),
-        )
-        _check_may_go_on(spec, context, failure, error)
-        if failure in failures:
-            raise BackendFailure(
-                f"{failure}. It was selected again after it had failed, which is a bug of "
-                f"attn-dispatch. Exclude it by the override -{failure.backend}."
-            ) from error
-        failures.append(failure)
-        causes.append(error)
-        _check_another_is_left(spec, context, failures, causes)
-        failed = None
+                failure = Failure(
+                    failed.backend,
+                    spec.replace(kv_cache_layout=None),
+                    context.device.arch,
+                    failed.phase or phase,
+                    failed.doing,
+                    summary_of(error),
+                )
+                _check_may_go_on(spec, context, failure, error)
+                if failure in failures:
+                    raise BackendFailure(
+                        f"{failure}. It was selected again after it had failed, which is a bug of "
+                        f"attn-dispatch. Exclude it by the override -{failure.backend}."
+                    ) from error
+                failures.append(failure)
+                causes.append(error)
+                _check_another_is_left(spec, context, failures, causes)
+        try:
+            context = context.after(failures)
+            result = attempt(context)
+        except AttemptFailed as raised:
+            failed = raised
+        else:
+            _record(spec, context, failures)
+            return result
 
 
 def _phases(spec: AttentionSpec, failure: Failure) -> tuple[Phase, ...]:

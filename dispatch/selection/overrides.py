@@ -173,19 +173,16 @@ def _backend_name(value: str, source: Source, names: frozenset[str]) -> str:
     translated = name if name in names else VLLM_NAMES.get(name, name)
     if translated in names:
         return translated
-    meant = ""
+    meant = remedy = ""
     if translated != name:
         meant = f" It is vLLM's name for {translated}, which is not registered here."
+    if source is Source.VLLM_ENVIRONMENT:
+        ours = environment.BACKEND.name
+        remedy = f" If it is only for vLLM, set {ours}, which outranks it, or unset it."
     raise UnknownBackendError(
         f"{_ORIGINS[source]} names the backend {value!r}, which is not registered.{meant}"
-        f"{_did_you_mean(name, names)} Registered are: {', '.join(sorted(names))}."
-        + (_VLLM_REMEDY if source is Source.VLLM_ENVIRONMENT else "")
+        f"{_did_you_mean(name, names)} Registered are: {', '.join(sorted(names))}.{remedy}"
     )
-
-
-_VLLM_REMEDY = (
-    f" If it is only for vLLM, set {environment.BACKEND.name}, which outranks it, or unset it."
-)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from attn_dispatch.errors import BackendFailure, InvalidInputError
 from attn_dispatch.interface.backend import INTERFACE_VERSION, AttentionBackend
 from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode
@@ -124,8 +126,6 @@ _PARTS: dict[str, type] = {
 
 def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
     """Whether a known device exists on which the backend may get alibi="symmetric"."""
-    import torch
-
     spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
     try:
         constraint = cls.capabilities.fields["alibi"]

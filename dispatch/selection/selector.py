@@ -89,12 +89,12 @@ def decide(
         found = tuple(verdicts.values())
         return Report(spec, device, phase, picked, source, because, full_cls_name, found, measured)
 
-    settled: set[str] = set()  # already decided by a higher-priority rule
+    decided: set[str] = set()  # already decided by a higher-priority rule
     unmet = ""
     for rule in rules:
-        if rule.name in settled:
+        if rule.name in decided:
             continue
-        settled.add(rule.name)
+        decided.add(rule.name)
         if rule.mode is Mode.EXCLUDE:
             code, field = ReasonCode.EXCLUDED, "override"
             if isinstance(rule, FailureExclusion):

@@ -221,9 +221,10 @@ class TimingEvidence:
             "picked": self.pick,
             "points": [
                 {
-                    **dict(
-                        zip(("step", "requests", "tokens", "keys"), each.point.key, strict=True)
-                    ),
+                    "step": each.point.step,
+                    "requests": each.point.requests,
+                    "tokens": each.point.tokens,
+                    "keys": each.point.keys,
                     "picked": each.picked,
                     "picked_us": each.picked_us,
                     "declared": each.default,
