@@ -61,28 +61,47 @@ class _Pages:
 
 @aggregate
 class _Buffers:
-    """A program's shared memory: queries, two tiles of weights, and rings of keys and values."""
+    """A thread block's shared memory, as one of its programs uses it.
+
+    A program has one tile of queries, two of weights, and rings of keys and values.
+    """
 
     queries: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
     k: TmaRing
     v: TmaRing
+    PROGRAM: gl.constexpr
+
+    @gluon.jit
+    def of(self, PROGRAM: gl.constexpr):
+        """The buffers of another program of the block."""
+        return _Buffers(
+            self.queries, self.weights, self.k.ring(PROGRAM), self.v.ring(PROGRAM), PROGRAM
+        )
+
+    @gluon.jit
+    def weights_of(self, n):
+        """Tile n's weights, (ROWS, KEYS)."""
+        return self.weights.index(2 * self.PROGRAM + (n & 1))
 
 
 @gluon.jit
 def _allocate(dtype: gl.constexpr, CONFIG: gl.constexpr):
+    """The buffers of a block's first program."""
     D: gl.constexpr = CONFIG.D
     ROWS: gl.constexpr = CONFIG.ROWS
     KEYS: gl.constexpr = CONFIG.KEYS
     STAGES: gl.constexpr = CONFIG.STAGES
+    PROGRAMS: gl.constexpr = CONFIG.PROGRAMS
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
     Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
     return _Buffers(
-        gl.allocate_shared_memory(dtype, [ROWS, D], Q),
-        gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], P),
-        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1),
-        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1),
+        gl.allocate_shared_memory(dtype, [PROGRAMS, ROWS, D], Q),
+        gl.allocate_shared_memory(dtype, [PROGRAMS * 2, ROWS, KEYS], P),
+        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1, PROGRAMS),
+        make_ring(dtype, STAGES, STAGES, KEYS, D, TILE, 1, PROGRAMS),
+        0,
     )
 
 
@@ -96,7 +115,7 @@ def _load_pages(ring, n, pages, first_row, tile, work):
     PAGE: gl.constexpr = pages.desc.block_type.shape[0]
     PER_TILE: gl.constexpr = CONFIG.KEYS // PAGE
     HALVES: gl.constexpr = CONFIG.D // _HALF
-    BOXES: gl.constexpr = CONFIG.STAGES * HALVES * PER_TILE
+    BOXES: gl.constexpr = ring.tiles.shape[0] * HALVES * PER_TILE
     boxes = reinterpret(ring.tiles, pages.desc.dtype, [BOXES, PAGE, _HALF], pages.desc.layout)
     table = pages.block_table_ptr + work.request.to(gl.int64) * pages.table_stride
     kv_head = work.kv_head()
@@ -184,8 +203,8 @@ def _load_queries(q_smem, q_ptr, stride_t, stride_h, work):
 
 
 @gluon.jit
-def _store_weights(weights, n, p):
-    weights.index(n & 1).store(gl.permute(p.to(weights.dtype), (1, 0)))
+def _store_weights(weights, p):
+    weights.store(gl.permute(p.to(weights.dtype), (1, 0)))
     fence_async_shared()
 
 
@@ -193,7 +212,7 @@ def _store_weights(weights, n, p):
 def _output_mma(buffers, stage, n, acc):
     """Issue the product of the values in a stage of the ring and tile n's weights."""
     values = buffers.v.tiles.index(stage).permute((1, 0))
-    weights = buffers.weights.index(n & 1).permute((1, 0))
+    weights = buffers.weights_of(n).permute((1, 0))
     return warpgroup_mma(values, weights, acc, is_async=True)
 
 
@@ -208,14 +227,15 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
     BY_ROW: gl.constexpr = gl.SliceLayout(0, MMA)
     k_ring = buffers.k
     v_ring = buffers.v
-    q = buffers.queries.permute((1, 0))
+    queries = buffers.queries.index(buffers.PROGRAM)
+    q = queries.permute((1, 0))
     zero = gl.zeros([KEYS, ROWS], gl.float32, MMA)
     col = gl.arange(0, KEYS, gl.SliceLayout(1, MMA))
     n = 0  # tiles taken from the rings
     while share.position < share.end:
         work, share = share.next()
         if work.unit >= 0:
-            _load_queries(buffers.queries, q_ptr, q_stride_t, q_stride_h, work)
+            _load_queries(queries, q_ptr, q_stride_t, q_stride_h, work)
             rows = work.rows(BY_ROW)
             slopes = gl.zeros([ROWS], gl.float32, BY_ROW)
             if CONFIG.ALIBI:
@@ -231,7 +251,7 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
             p, m_i, l_i, alpha = _softmax(
                 s, m_i, l_i, work.first_tile * KEYS + col, rows.positions, slopes, work, scale
             )
-            _store_weights(buffers.weights, n, p)
+            _store_weights(buffers.weights_of(n), p)
             v_ring.wait(n)
             _zero_unseen(v_ring.tiles.index(stage), work.first_tile, work)
             for tile in range(work.first_tile + 1, work.last_tile):
@@ -245,7 +265,7 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
                 p, m_i, l_i, alpha = _softmax(
                     s, m_i, l_i, tile * KEYS + col, rows.positions, slopes, work, scale
                 )
-                _store_weights(buffers.weights, n, p)
+                _store_weights(buffers.weights_of(n), p)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 v_ring.release(before)
                 acc = acc * alpha[None, :]
@@ -298,8 +318,6 @@ def hopper_decode_kernel(
     parts = Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     PROGRAMS: gl.constexpr = CONFIG.PROGRAMS
     buffers = _allocate(pages_desc.dtype, CONFIG)
-    if PROGRAMS == 2:
-        buffers_1 = _allocate(pages_desc.dtype, CONFIG)
     fence_async_shared()
 
     output.store_empty(space)
@@ -320,6 +338,7 @@ def hopper_decode_kernel(
             [24],
         )  # fmt: skip
     else:
+        buffers_1 = buffers.of(1)
         share_1 = space.share(program + 1, size, tiles_per_program)
         barrier()
         gl.warp_specialize(

@@ -80,7 +80,8 @@ class Output:
         out = gl.where(rows.sees_no_key[None, :], 0.0, acc * factor[None, :])
         out = out.to(self.out_ptr.dtype.element_ty)
         out = gl.convert_layout(gl.permute(out, (1, 0)), LAYOUT)
-        rows = work.rows(gl.SliceLayout(1, LAYOUT))
+        # Computed again in this layout, they would stay in registers since the queries were loaded.
+        rows = rows.to(gl.SliceLayout(1, LAYOUT))
         self.store(out, rows.tokens, rows.heads, rows.ok)
 
     @gluon.jit

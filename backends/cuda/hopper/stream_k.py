@@ -37,6 +37,17 @@ class Rows:
     positions: gl.tensor
     sees_no_key: gl.tensor
 
+    @gluon.jit
+    def to(self, LAYOUT: gl.constexpr):
+        """The same rows in another layout."""
+        return Rows(
+            gl.convert_layout(self.ok, LAYOUT),
+            gl.convert_layout(self.tokens, LAYOUT),
+            gl.convert_layout(self.heads, LAYOUT),
+            gl.convert_layout(self.positions, LAYOUT),
+            gl.convert_layout(self.sees_no_key, LAYOUT),
+        )
+
 
 @aggregate
 class WorkTile:
@@ -193,8 +204,9 @@ class Share:
         first_program = (begin // self.tiles_per_program).to(gl.int32)
         last_program = ((begin + some - 1) // self.tiles_per_program).to(gl.int32)
         skipped = first_key // space.config.KEYS
-        # Loaded again, so that what was loaded above need not stay in registers.
-        q_start, q_len, seq_len, first_key, _, _ = space._lengths(request, unit >= 0)
+        # Loaded again, so that what was loaded above need not stay in registers. With the same mask
+        # the compiler would merge the loads; a share that is not at its end has a request.
+        q_start, q_len, seq_len, first_key, _, _ = space._lengths(request, True)
         work = WorkTile(
             request, q_start, q_len, seq_len, first_key, unit, skipped + first, skipped + last,
             (first == 0) & (last == tiles), last_program - first_program + 1, first_program,

@@ -42,7 +42,7 @@ def aggregate(cls):
 
 @aggregate
 class TmaRing:
-    """A ring of STAGES stages in shared memory. Tile number n is in stage n % STAGES.
+    """A ring of STAGES stages in shared memory. Tile number n is in stage FIRST + n % STAGES.
 
     `full` and `empty` have a barrier for each stage. A barrier's phase flips each time that its
     stage is filled or released, so tile n waits for the parity of n // STAGES.
@@ -51,13 +51,20 @@ class TmaRing:
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
+    FIRST: gl.constexpr
     STAGES: gl.constexpr
     TILE_BYTES: gl.constexpr
 
     @gluon.jit
+    def ring(self, INDEX: gl.constexpr):
+        """One of the rings that `make_ring` has made with this one."""
+        FIRST: gl.constexpr = INDEX * self.STAGES
+        return TmaRing(self.tiles, self.full, self.empty, FIRST, self.STAGES, self.TILE_BYTES)
+
+    @gluon.jit
     def acquire(self, n):
         """For the producer: wait until tile n can be loaded, and return its stage."""
-        stage = n % self.STAGES
+        stage = self.FIRST + n % self.STAGES
         mbarrier.wait(self.empty.index(stage), ((n // self.STAGES) & 1) ^ 1)
         mbarrier.expect(self.full.index(stage), self.TILE_BYTES)
         return stage
@@ -71,7 +78,7 @@ class TmaRing:
     @gluon.jit
     def wait(self, n):
         """For a consumer: wait until tile n is loaded, and return its stage."""
-        stage = n % self.STAGES
+        stage = self.FIRST + n % self.STAGES
         mbarrier.wait(self.full.index(stage), (n // self.STAGES) & 1)
         return stage
 
@@ -84,19 +91,20 @@ class TmaRing:
 @gluon.jit
 def make_ring(
     dtype: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
-    D: gl.constexpr, LAYOUT: gl.constexpr, CONSUMERS: gl.constexpr,
+    D: gl.constexpr, LAYOUT: gl.constexpr, CONSUMERS: gl.constexpr, RINGS: gl.constexpr = 1,
 ):  # fmt: skip
     """A ring of TILES tiles (ROWS, D) of 16-bit values, TILES // STAGES in each stage.
 
-    A fence must follow, before warp_specialize.
+    It is the first of RINGS rings in the same arrays, which take less shared memory than an array
+    for each. A fence must follow, before warp_specialize.
     """
-    tiles = gl.allocate_shared_memory(dtype, [TILES, ROWS, D], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
+    tiles = gl.allocate_shared_memory(dtype, [RINGS * TILES, ROWS, D], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(RINGS * STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return TmaRing(tiles, full, empty, STAGES, TILES // STAGES * ROWS * D * 2)
+    return TmaRing(tiles, full, empty, 0, STAGES, TILES // STAGES * ROWS * D * 2)
 
 
 @gluon.constexpr_function
