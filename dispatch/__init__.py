@@ -21,7 +21,7 @@ _HOMES = {
     "interface.impl": "AttentionImpl AttentionLayer MLAAttentionImpl",
     "interface.kv_access": "write_kv_cache",
     "interface.kv_blocks": "copy_blocks swap_blocks",
-    "interface.kv_cache": "allocate_kv_cache",
+    "interface.kv_cache": "STRIDE_ORDERS allocate_kv_cache kv_cache_shape",
     "interface.metadata": "AttentionMetadata AttentionMetadataBuilder",
     "interface.quantization": "stored_head_size",
     "interface.spec": "AttentionSpec MLADims",

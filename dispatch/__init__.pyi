@@ -22,7 +22,9 @@ from attn_dispatch.interface.impl import MLAAttentionImpl as MLAAttentionImpl
 from attn_dispatch.interface.kv_access import write_kv_cache as write_kv_cache
 from attn_dispatch.interface.kv_blocks import copy_blocks as copy_blocks
 from attn_dispatch.interface.kv_blocks import swap_blocks as swap_blocks
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS as STRIDE_ORDERS
 from attn_dispatch.interface.kv_cache import allocate_kv_cache as allocate_kv_cache
+from attn_dispatch.interface.kv_cache import kv_cache_shape as kv_cache_shape
 from attn_dispatch.interface.metadata import AttentionMetadata as AttentionMetadata
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder as AttentionMetadataBuilder
 from attn_dispatch.interface.quantization import stored_head_size as stored_head_size
