@@ -1,0 +1,131 @@
+"""Waves with given registers, and instructions executed on them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_dispatch.emulation.assembly import parse_instruction
+from attn_dispatch.emulation.decode import decode
+from attn_dispatch.emulation.operands import EXEC, M0, VCC
+from attn_dispatch.emulation.targets import Target, target_named
+from attn_dispatch.emulation.waves import WaveGroup, new_registers
+
+#: Named scalar registers: the first one, and whether a wave of 64 lanes has two of it.
+_NAMED = {"vcc": (VCC, True), "exec": (EXEC, True), "m0": (M0, False)}
+
+
+@dataclass
+class RunOfGroup:
+    """What a group of waves needs of a launch.
+
+    Attributes:
+        target: the GPU.
+        waves_per_workgroup: all waves of a group are one workgroup, unless a test gives a number.
+        memory, lds, scratch: None where no instruction of a test accesses them.
+    """
+
+    target: Target
+    waves_per_workgroup: int
+    memory: Any = None
+    lds: Any = None
+    scratch: Any = None
+
+
+def group_of(
+    target: str | Target,
+    waves: int = 2,
+    vgprs: int = 32,
+    agprs: int = 32,
+    *,
+    run: RunOfGroup | None = None,
+    **registers: Any,
+) -> WaveGroup:
+    """A group of waves with all lanes in EXEC.
+
+    Args:
+        target: the GPU or its name.
+        waves: how many.
+        vgprs: vector registers.
+        agprs: accumulation registers.
+        run: what the waves share.
+        registers: values by name: `v3`, `a3`, `s3`, `vcc`, `exec`, `m0`, `scc`. A value broadcasts
+            to (waves, lanes), or (waves,) for scalar registers. Its bits are written: arrays of 64
+            bits an element fill two registers, those of 16 bits one with a 0 above; an int is a
+            uint32, a float a float32, and an int for `vcc` or `exec` has a bit for each lane.
+    """
+    target = target_named(target) if isinstance(target, str) else target
+    run = run or RunOfGroup(target, waves)
+    files = new_registers(waves, target.wave_size, vgprs, agprs)
+    group = WaveGroup(run, np.arange(waves), files, np.zeros(waves, bool))  # type: ignore[arg-type]
+    for name, value in registers.items():
+        put_register(group, name, value)
+    return group
+
+
+def put_register(group: WaveGroup, name: str, value: Any) -> None:
+    """Write registers as `group_of` does."""
+    if name == "scc":
+        group.scc[:] = value
+        return
+    if name in _NAMED:
+        first, is_mask = _NAMED[name]
+        if is_mask and group.lanes == 64 and isinstance(value, int):
+            value = np.uint64(value)
+        file = "s"
+    else:
+        found = re.fullmatch(r"([vas])(\d+)", name)
+        assert found, name
+        file, first = found[1], int(found[2])
+    array = getattr(group, f"{file}_u32")
+    for i, words in enumerate(_words(value)):
+        array[first + i] = words
+    group.exec_changed()
+
+
+def _words(value: Any) -> list[NDArray[np.uint32]]:
+    """The bits of a value as one or two arrays of 32 bits."""
+    if isinstance(value, float):
+        value = np.float32(value)
+    if isinstance(value, int):
+        value = np.uint32(value & 0xFFFFFFFF)
+    value = np.asarray(value)
+    if value.dtype.kind == "i" and value.dtype.itemsize < 4:
+        value = value.view(f"u{value.dtype.itemsize}")
+    if value.dtype.itemsize == 2:
+        value = value.view(np.uint16).astype(np.uint32)
+    if value.dtype.itemsize == 8:
+        bits = value.view(np.uint64)
+        return [bits.astype(np.uint32), (bits >> np.uint64(32)).astype(np.uint32)]
+    return [value.view(np.uint32)]
+
+
+def register(group: WaveGroup, name: str, dtype: Any = np.uint32) -> NDArray[Any]:
+    """The value of registers as (waves, lanes) or (waves,) of a dtype, as `group_of` takes them.
+
+    A dtype of 16 bits takes the lower half. `vcc` and `exec` give (waves, lanes) bool.
+    """
+    if name in ("vcc", "exec"):
+        return group.lane_mask(_NAMED[name][0])
+    file, first = name[0], int(name[1:])
+    array = getattr(group, f"{file}_u32")
+    dtype = np.dtype(dtype)
+    if dtype.itemsize == 8:
+        low, high = array[first].astype(np.uint64), array[first + 1].astype(np.uint64)
+        return (low | high << np.uint64(32)).view(dtype)
+    if dtype.itemsize == 2:
+        return array[first].astype(np.uint16).view(dtype)
+    return array[first].copy().view(dtype)
+
+
+def execute(group: WaveGroup, *texts: str) -> WaveGroup:
+    """Decode and execute instructions one after another; returns the group."""
+    for text in texts:
+        decoded = decode(parse_instruction(text, 1), group.run.target)
+        with np.errstate(all="ignore"):
+            decoded.execute(group)
+    return group
