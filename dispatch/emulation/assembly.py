@@ -1,0 +1,203 @@
+"""The assembly text of a kernel, as LLVM prints it: descriptor, arguments, instructions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from attn_dispatch.emulation.errors import EmulationError
+
+__all__ = ["Argument", "Assembly", "Instruction", "parse_instruction"]
+
+#: Instructions after which another one than the next may follow, or a wave may have to wait.
+_ENDS_BLOCK = re.compile(r"s_(c?branch|endpgm|barrier(_wait)?$)")
+#: Bits of an encoding or of an opcode's name that say nothing about what is computed.
+_ENCODING = re.compile(r"_(e32|e64|e64_dpp|dpp|e32_dpp|sdwa)$")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, or one half of a dual-issued one.
+
+    Attributes:
+        line: its number in the text, from 1.
+        text: as it is written, without a comment.
+        opcode: its name without the encoding (`_e32`, `_e64`, `_dpp`, `_sdwa`).
+        encoding: that part of the name, or "".
+        operands: destinations and sources, in order.
+        modifiers: name -> value, "" for those that have none.
+        source: the place in the Python file that it comes from, or "".
+        second: the other half of a dual-issued instruction.
+    """
+
+    line: int
+    text: str
+    opcode: str
+    encoding: str
+    operands: tuple[str, ...]
+    modifiers: Mapping[str, str]
+    source: str = ""
+    second: Instruction | None = None
+
+    @property
+    def ends_block(self) -> bool:
+        """Whether control may go on elsewhere."""
+        return bool(_ENDS_BLOCK.match(self.opcode))
+
+    def __str__(self) -> str:
+        place = f" ({self.source})" if self.source else ""
+        return f"line {self.line}: {self.text}{place}"
+
+
+def parse_instruction(text: str, line: int = 0, source: str = "") -> Instruction:
+    """Parse one line without its comment; `a :: b` is one instruction with a second half."""
+    first, _, other = text.partition("::")
+    second = parse_instruction(other, line, source) if other else None
+    name, _, rest = first.strip().partition(" ")
+    operands, modifiers = [], {}
+    for part in _split(rest, ","):
+        words = list(_split(part, " \t"))
+        # A modifier before any operand, as in `s_waitcnt vmcnt(0)`, counts as the operand.
+        operands.append(words[0])
+        for word in words[1:]:
+            key, _, value = word.partition(":")
+            modifiers[key] = value
+    encoding = _ENCODING.search(name)
+    opcode = name[: encoding.start()] if encoding else name
+    return Instruction(
+        line,
+        text.strip(),
+        opcode.replace("v_dual_", "v_"),
+        encoding[1] if encoding else "",
+        tuple(operands),
+        modifiers,
+        source,
+        second,
+    )
+
+
+def _split(text: str, separators: str) -> Iterator[str]:
+    """The parts between separators that are not in brackets, without empty ones."""
+    depth, part = 0, ""
+    for char in text:
+        depth += (char in "([") - (char in ")]")
+        if char in separators and not depth:
+            if part.strip():
+                yield part.strip()
+            part = ""
+        else:
+            part += char
+    if part.strip():
+        yield part.strip()
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument in the kernel's argument segment.
+
+    Attributes:
+        offset: in bytes.
+        size: in bytes.
+        kind: LLVM's `value_kind`: "global_buffer", "by_value", or "hidden_...".
+    """
+
+    offset: int
+    size: int
+    kind: str
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the runtime adds it, not the caller."""
+        return self.kind.startswith("hidden_")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The text of one kernel.
+
+    Raises:
+        EmulationError: it has no kernel descriptor.
+    """
+
+    text: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not re.search(r"^\s*\.amdhsa_kernel ", self.text, re.M):
+            raise EmulationError(
+                "This is no assembly of an AMD kernel: it has no .amdhsa_kernel. Give the text of "
+                'compiled.asm["amdgcn"].'
+            )
+
+    @cached_property
+    def name(self) -> str:
+        """The kernel's."""
+        return self._first(r"\.amdhsa_kernel (\S+)")
+
+    @cached_property
+    def target_name(self) -> str:
+        """The architecture that it was compiled for, such as gfx942."""
+        return self._first(r'\.amdgcn_target "[\w-]+--(\w+)')
+
+    def _first(self, pattern: str) -> str:
+        found = re.search(pattern, self.text)
+        return found[1] if found else ""
+
+    def descriptor(self, key: str) -> int:
+        """A field of the kernel descriptor, `.amdhsa_KEY`; 0 if it is not there."""
+        return int(self._first(rf"\.amdhsa_{key} (\d+)") or 0)
+
+    @cached_property
+    def arguments(self) -> tuple[Argument, ...]:
+        """All arguments, in order, hidden ones too."""
+        pattern = r"\.offset: +(\d+)\n\s+\.size: +(\d+)\n\s+\.value_kind: +(\w+)"
+        found = re.findall(pattern, self.text)
+        return tuple(Argument(int(offset), int(size), kind) for offset, size, kind in found)
+
+    @cached_property
+    def _body(self) -> tuple[list[Instruction], dict[str, int]]:
+        """The instructions, and the index of the one that each label is before."""
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        inside, source = False, ""
+        for number, whole in enumerate(self.text.splitlines(), 1):
+            code, _, comment = whole.partition(";")
+            code = code.strip()
+            label = re.fullmatch(r"([\w.$]+):", code)
+            if label and label[1] == self.name:
+                inside = True
+            elif not inside or not code:
+                continue
+            elif label:
+                labels[label[1]] = len(instructions)
+            elif code.startswith(".section"):
+                break
+            elif code.startswith(".loc"):
+                source = comment.split("@")[0].strip()
+            elif not code.startswith("."):
+                instructions.append(parse_instruction(code, number, source))
+        return instructions, labels
+
+    @property
+    def instructions(self) -> list[Instruction]:
+        """All instructions, in order."""
+        return self._body[0]
+
+    @cached_property
+    def blocks(self) -> list[list[Instruction]]:
+        """The instructions by basic block: control enters at the first and leaves at the last."""
+        return [self.instructions[start:end] for start, end in self._bounds]
+
+    @cached_property
+    def _bounds(self) -> list[tuple[int, int]]:
+        instructions, labels = self._body
+        ends = {i + 1 for i, each in enumerate(instructions) if each.ends_block}
+        starts = sorted({0, *ends, *labels.values()} - {len(instructions)})
+        return list(zip(starts, [*starts[1:], len(instructions)], strict=True))
+
+    @cached_property
+    def block_of_label(self) -> dict[str, int]:
+        """The index of the block that begins at a label."""
+        index = {start: i for i, (start, _) in enumerate(self._bounds)}
+        return {label: index[at] for label, at in self._body[1].items() if at in index}

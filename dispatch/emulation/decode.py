@@ -1,0 +1,169 @@
+"""From an instruction's text to what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from attn_dispatch.emulation import (
+    conversions,
+    cross_lane,
+    lds_instructions,
+    matrix_instructions,
+    packed,
+    scalar,
+    scalar_memory,
+    vector,
+    vector_memory,
+)
+from attn_dispatch.emulation.assembly import Assembly, Instruction
+from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.operands import VCC, parse_operand
+from attn_dispatch.emulation.semantics import Execute, Operation, Semantics
+from attn_dispatch.emulation.targets import Target, target_named
+from attn_dispatch.emulation.waits import decode_wait
+
+if TYPE_CHECKING:
+    from attn_dispatch.emulation.waves import WaveGroup
+
+__all__ = ["Decoded", "decode", "unknown_instructions"]
+
+#: What the emulator has no part for: caches, the instruction fetch, timing and power; and what ends
+#: a block, which the machine does.
+_NO_EFFECT = frozenset(
+    """
+    s_nop s_sleep s_clause s_delay_alu s_setprio s_waitcnt_depctr s_wait_alu s_wait_event
+    s_set_inst_prefetch_distance s_inst_prefetch s_prefetch_inst s_prefetch_data s_code_end
+    s_icache_inv s_dcache_inv s_dcache_wb s_sendmsg s_sethalt s_version s_round_mode
+    buffer_gl0_inv buffer_gl1_inv buffer_inv buffer_wbl2 buffer_wbinvl1 buffer_wbinvl1_vol
+    global_inv global_wb global_wbinv
+    s_barrier_signal s_barrier s_barrier_wait s_endpgm s_branch
+    s_cbranch_scc0 s_cbranch_scc1 s_cbranch_vccz s_cbranch_vccnz s_cbranch_execz s_cbranch_execnz
+    """.split()
+)
+
+#: The modules that know instructions, by how their names begin; the first that knows one decodes it.
+_FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation | None], ...]] = {
+    "s": (scalar.decode, scalar_memory.decode),
+    "v": (
+        vector.decode,
+        packed.decode,
+        conversions.decode,
+        cross_lane.decode,
+        matrix_instructions.decode,
+        scalar.decode,  # v_s_exp_f32 and others
+    ),
+    "ds": (lds_instructions.decode, cross_lane.decode),
+    "global": (vector_memory.decode,),
+    "flat": (vector_memory.decode,),
+    "scratch": (vector_memory.decode,),
+    "buffer": (vector_memory.decode,),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An instruction that can be executed.
+
+    Attributes:
+        text: as it was parsed.
+        execute: changes the state of waves as the instruction does.
+        reads: `Registers.ids` that it reads, or writes at once.
+        writes: those that it writes when it is finished: results of loads.
+        registers: both.
+        opcodes: its name, or two of a dual-issued one.
+    """
+
+    text: Instruction
+    execute: Execute
+    reads: frozenset[int]
+    writes: frozenset[int]
+    registers: frozenset[int]
+    opcodes: tuple[str, ...]
+
+
+def decode(instruction: Instruction, target: Target) -> Decoded:
+    """Decode an instruction of a target.
+
+    Raises:
+        UnknownInstruction: the emulator does not know it, or not in this form.
+    """
+    halves = [instruction] if instruction.second is None else [instruction, instruction.second]
+    found = [_semantics(each, target) for each in halves]
+    writes = frozenset[int]().union(*[each.results for each in found if isinstance(each, Semantics)])
+    registers = frozenset[int]().union(*[_registers(each) for each in halves])
+    return Decoded(
+        instruction,
+        _together(found, instruction),
+        registers - writes,
+        writes,
+        registers,
+        tuple(each.opcode for each in halves),
+    )
+
+
+def _semantics(instruction: Instruction, target: Target) -> Semantics | Operation:
+    wait = decode_wait(instruction, target)
+    if wait is not None:
+        return Semantics(wait)
+    if instruction.opcode in _NO_EFFECT:
+        return Semantics(lambda group: None)
+    try:
+        for family in _FAMILIES.get(instruction.opcode.split("_")[0], ()):
+            found = family(instruction, target)
+            if found is not None:
+                return found
+    except UnknownInstruction as error:
+        raise UnknownInstruction(f"{instruction}: {error}.") from None
+    except (IndexError, KeyError, ValueError) as error:
+        raise UnknownInstruction(
+            f"{instruction}: this form is not known ({type(error).__name__}: {error})."
+        ) from error
+    raise UnknownInstruction(f"{instruction}: {instruction.opcode} is not known on {target.name}.")
+
+
+def _together(found: list[Semantics | Operation], instruction: Instruction) -> Execute:
+    """One function. Both halves of a dual-issued instruction read before either one writes."""
+    if len(found) == 1:
+        return found[0].execute
+    first, second = found
+    if not (isinstance(first, Operation) and isinstance(second, Operation)):
+        raise UnknownInstruction(f"{instruction}: this pair is not known.")
+
+    def both(group: WaveGroup) -> None:
+        # A result may be a view of a register that the other half writes.
+        one, two = np.copy(first.compute(group)), second.compute(group)
+        second.commit(group, two)
+        first.commit(group, one)
+
+    return both
+
+
+def _registers(instruction: Instruction) -> frozenset[int]:
+    """All registers that the text names, and VCC where an instruction uses it without its name."""
+    operands = (parse_operand(text) for text in instruction.operands)
+    named = frozenset(i for each in operands if each.registers for i in each.registers.ids)
+    uses_vcc = "vcc" in instruction.opcode or instruction.opcode.startswith("v_div_fmas")
+    return named | {VCC, VCC + 1} if uses_vcc else named
+
+
+def unknown_instructions(text: str, arch: str) -> list[str]:
+    """What the emulator does not know of a kernel: one message for each opcode.
+
+    Args:
+        text: the kernel's assembly.
+        arch: the target that it was compiled for.
+
+    Raises:
+        EmulationError: the target is not emulated, or the text is no kernel's.
+    """
+    target, found = target_named(arch), {}
+    for instruction in Assembly(text).instructions:
+        try:
+            decode(instruction, target)
+        except UnknownInstruction as error:
+            found.setdefault(instruction.opcode, str(error))
+    return list(found.values())

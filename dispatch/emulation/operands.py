@@ -1,0 +1,387 @@
+"""Operands of instructions: what their text means, how they are read and written.
+
+A reader or writer is made once, when an instruction is decoded, and is called for each group of
+waves that executes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.numerics import high32, low32, to_u64
+
+if TYPE_CHECKING:
+    from attn_dispatch.emulation.waves import WaveGroup
+
+__all__ = [
+    "EXEC",
+    "F16",
+    "F32",
+    "I16",
+    "I32",
+    "I64",
+    "M0",
+    "NUM_SGPRS",
+    "TTMP0",
+    "U16",
+    "U32",
+    "U64",
+    "VCC",
+    "Kind",
+    "Operand",
+    "Reader",
+    "Registers",
+    "Writer",
+    "mask_reader",
+    "mask_writer",
+    "parse_operand",
+    "scalar_reader",
+    "scalar_writer",
+    "vector_reader",
+    "vector_writer",
+]
+
+#: Reads an operand of all waves of a group.
+Reader = Callable[["WaveGroup"], Any]
+#: Writes a value for all waves of a group.
+Writer = Callable[["WaveGroup", Any], None]
+
+VCC, TTMP0, M0, EXEC = 106, 108, 125, 126
+NUM_SGPRS = 128
+_NAMED = {
+    "flat_scratch": (102, 2),
+    "flat_scratch_lo": (102, 1),
+    "flat_scratch_hi": (103, 1),
+    "xnack_mask": (104, 2),
+    "xnack_mask_lo": (104, 1),
+    "xnack_mask_hi": (105, 1),
+    "vcc": (VCC, 2),
+    "vcc_lo": (VCC, 1),
+    "vcc_hi": (VCC + 1, 1),
+    "m0": (M0, 1),
+    "exec": (EXEC, 2),
+    "exec_lo": (EXEC, 1),
+    "exec_hi": (EXEC + 1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the bits of an operand mean.
+
+    Attributes:
+        name: such as "f32".
+        dtype: of the arrays that readers return and writers take.
+        words: 32-bit registers that it takes; 0 for a half of one.
+    """
+
+    name: str
+    dtype: Any
+    words: int = 1
+
+    @property
+    def is_float(self) -> bool:
+        """Whether `-x` and `|x|` mean the float's sign."""
+        return self.name.startswith("f")
+
+
+U32, I32, F32 = Kind("u32", np.uint32), Kind("i32", np.int32), Kind("f32", np.float32)
+U64, I64 = Kind("u64", np.uint64, 2), Kind("i64", np.int64, 2)
+U16, I16, F16 = Kind("u16", np.uint16, 0), Kind("i16", np.int16, 0), Kind("f16", np.float16, 0)
+
+#: The first register of each file in the numbers by which pending registers are known.
+_FILES = {"s": 0, "v": 1000, "a": 2000}
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Consecutive registers.
+
+    Attributes:
+        file: "v" for vector, "a" for accumulation, "s" for scalar registers.
+        first: the number of the first one.
+        count: how many.
+    """
+
+    file: str
+    first: int
+    count: int
+
+    @property
+    def ids(self) -> range:
+        """Numbers that are unique over all files."""
+        start = _FILES[self.file] + self.first
+        return range(start, start + self.count)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A parsed operand: registers, or a constant.
+
+    Attributes:
+        text: of the registers or the constant, without what is around it.
+        registers: None for a constant.
+        negate: `-x` or `neg(x)`.
+        absolute: `|x|` or `abs(x)`.
+        sign_extend: `sext(x)`, of SDWA.
+        half: 0 for `.l` and 1 for `.h`, None if the text names no half.
+    """
+
+    text: str
+    registers: Registers | None
+    negate: bool = False
+    absolute: bool = False
+    sign_extend: bool = False
+    half: int | None = None
+
+    def require_registers(self, file: str = "vas") -> Registers:
+        """The registers.
+
+        Raises:
+            UnknownInstruction: it is a constant, or in none of these files.
+        """
+        if self.registers is None or self.registers.file not in file:
+            raise UnknownInstruction(f"{self.text} is no register of the kinds {', '.join(file)}")
+        return self.registers
+
+
+def parse_operand(text: str) -> Operand:
+    """Parse the text of an operand, without modifiers that follow it."""
+    flags: dict[str, Any] = {}
+    inner = text.strip()
+    while True:
+        around = (
+            re.fullmatch(r"(neg|abs|sext)\((.*)\)", inner)
+            or re.fullmatch(r"(-)(?=[vsa|\[t])(.*)", inner)
+            or re.fullmatch(r"(\|)(.*)\|", inner)
+        )
+        if not around:
+            break
+        name = {"neg": "negate", "-": "negate", "abs": "absolute", "|": "absolute"}
+        flags[name.get(around[1], "sign_extend")] = True
+        inner = around[2]
+    if inner.endswith((".l", ".h")):
+        flags["half"] = int(inner.endswith(".h"))
+        inner = inner[:-2]
+    return Operand(inner, _registers(inner), **flags)
+
+
+def _registers(text: str) -> Registers | None:
+    if text in _NAMED:
+        first, count = _NAMED[text]
+        return Registers("s", first, count)
+    found = re.fullmatch(r"([vsa]|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])", text)
+    if not found:
+        return None
+    first = int(found[2] or found[3])
+    count = int(found[4] or first) - first + 1
+    if found[1] == "ttmp":
+        return Registers("s", TTMP0 + first, count)
+    return Registers(found[1], first, count)
+
+
+def constant(text: str, kind: Kind) -> Any:
+    """A constant as a NumPy scalar of the kind.
+
+    A float constant of an integer operand is its bits. A 32-bit literal of a signed 64-bit operand
+    is extended by its sign.
+
+    Raises:
+        UnknownInstruction: the text is no constant.
+    """
+    text = "0" if text in ("null", "off") else text
+    literal = re.fullmatch(r"lit\((.*)\)", text)
+    text = literal[1] if literal else text
+    if re.fullmatch(r"-?\d+\.\d+(e[-+]?\d+)?", text):
+        if kind.is_float:
+            return kind.dtype(text)
+        as_float: Any = np.float32(text) if kind.words else np.float16(text)
+        return as_float.view(np.uint32 if kind.words else np.uint16).astype(kind.dtype)
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise UnknownInstruction(f"{text} is neither a register nor a constant") from None
+    if kind is I64 and text.startswith("0x") and 1 << 31 <= value < 1 << 32:
+        value -= 1 << 32
+    bits = 32 * kind.words or 16
+    unsigned: Any = {16: np.uint16, 32: np.uint32, 64: np.uint64}[bits](value & ((1 << bits) - 1))
+    return unsigned.view(kind.dtype)
+
+
+def _array(file: str, kind: Kind) -> Callable[[WaveGroup], NDArray[Any]]:
+    """The register file as an array of a kind with 16 or 32 bits."""
+    name = f"{file}_{kind.name}"
+    return lambda group: getattr(group, name)  # type: ignore[no-any-return]
+
+
+def vector_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
+    """Reads an operand of a vector instruction: an array that broadcasts to (waves, lanes).
+
+    Args:
+        operand: registers of any file, or a constant.
+        kind: what is read; `-x` and `|x|` of an integer change the sign bit of a float's bits.
+        half: of a 16-bit operand that names none, from `op_sel`.
+    """
+    return _with_signs(operand, kind, _plain_vector_reader(operand, kind, half))
+
+
+def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
+    registers = operand.registers
+    if operand.text in ("scc", "src_scc"):
+        return lambda group: group.scc[:, None].astype(kind.dtype)
+    if registers is None:
+        value = constant(operand.text, kind)
+        if not kind.words and half and operand.half is None:  # the upper half of a 32-bit constant
+            whole = int(constant(operand.text, U32)) >> 16
+            value = np.uint16(whole).view(kind.dtype)
+        return lambda group: value
+    first = registers.first
+    file = "column" if registers.file == "s" else registers.file
+    if kind.words == 2:
+        view = _array(file, U32)
+        dtype = kind.dtype
+        return lambda group: to_u64(view(group)[first], view(group)[first + 1]).view(dtype)
+    if not kind.words:
+        place = operand.half if operand.half is not None else half
+        halves = _array(file, kind)
+        return lambda group: halves(group)[first][..., place]
+    # The most frequent cases, without a call in between.
+    name = f"{file}_{kind.name}"
+    return lambda group: getattr(group, name)[first]
+
+
+def scalar_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
+    """Reads an operand of a scalar instruction: an array that broadcasts to (waves,)."""
+    return _with_signs(operand, kind, _plain_scalar_reader(operand, kind, half))
+
+
+def _plain_scalar_reader(operand: Operand, kind: Kind, half: int) -> Reader:
+    registers = operand.registers
+    if operand.text in ("scc", "src_scc"):
+        return lambda group: group.scc.astype(kind.dtype)
+    if registers is None:
+        value = constant(operand.text, kind)
+        return lambda group: value
+    first = operand.require_registers("s").first
+    if kind.words == 2:
+        dtype = kind.dtype
+        return lambda group: to_u64(group.s_u32[first], group.s_u32[first + 1]).view(dtype)
+    if not kind.words:
+        place = operand.half if operand.half is not None else half
+        halves = _array("s", kind)
+        return lambda group: halves(group)[first][..., place]
+    name = f"s_{kind.name}"
+    return lambda group: getattr(group, name)[first]
+
+
+def _with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
+    if kind.is_float:
+        if operand.absolute and operand.negate:
+            return lambda group: -np.abs(read(group))
+        if operand.absolute:
+            return lambda group: np.abs(read(group))
+        if operand.negate:
+            return lambda group: -read(group)
+        return read
+    # An instruction that moves bits, such as v_cndmask_b32, also takes these signs.
+    bits = 32 * kind.words or 16
+    sign = kind.dtype(1 << (bits - 1)) if kind in (U16, U32, U64) else None
+    if (operand.absolute or operand.negate) and sign is None:
+        raise UnknownInstruction(f"the sign of an integer operand {operand.text}")
+    if operand.absolute and operand.negate:
+        return lambda group: read(group) | sign
+    if operand.absolute:
+        return lambda group: read(group) & ~sign
+    if operand.negate:
+        return lambda group: read(group) ^ sign
+    return read
+
+
+def vector_writer(operand: Operand, kind: Kind, half: int | None = None) -> Writer:
+    """Writes a result, broadcast to (waves, lanes), where EXEC is set.
+
+    Args:
+        operand: vector or accumulation registers.
+        kind: of the result, whose dtype the value has.
+        half: of a 16-bit result: the half that is written while the other one stays; None writes 0
+            into the other half, if the operand names none.
+    """
+    registers = operand.require_registers("va")
+    first, file = registers.first, registers.file
+    if kind.words == 2:
+
+        def write_two(group: WaveGroup, value: Any) -> None:
+            array = getattr(group, f"{file}_u32")
+            value = np.asarray(value).view(np.uint64)
+            group.put(array[first], low32(value))
+            group.put(array[first + 1], high32(value))
+
+        return write_two
+    name = f"{file}_{kind.name}"
+    if not kind.words:
+        place = operand.half if operand.half is not None else half
+
+        def write_half(group: WaveGroup, value: Any) -> None:
+            halves = getattr(group, name)[first]
+            group.put(halves[..., place or 0], value)
+            if place is None:
+                group.put(halves[..., 1], kind.dtype(0))
+
+        return write_half
+
+    def write(group: WaveGroup, value: Any) -> None:
+        if group.full:
+            getattr(group, name)[first] = value
+        else:
+            np.copyto(getattr(group, name)[first], value, where=group.exec)
+
+    return write
+
+
+def scalar_writer(operand: Operand, kind: Kind) -> Writer:
+    """Writes a result, broadcast to (waves,); a write to EXEC takes effect at once."""
+    if operand.text == "null":
+        return lambda group, value: None
+    registers = operand.require_registers("s")
+    first = registers.first
+    if kind.words == 2:
+
+        def write_two(group: WaveGroup, value: Any) -> None:
+            value = np.asarray(value).view(np.uint64)
+            group.s_u32[first], group.s_u32[first + 1] = low32(value), high32(value)
+            if first == EXEC:
+                group.exec_changed()
+
+        return write_two
+    name = f"s_{kind.name}"
+
+    def write(group: WaveGroup, value: Any) -> None:
+        getattr(group, name)[first] = value
+        if first >= EXEC:
+            group.exec_changed()
+
+    return write
+
+
+def mask_reader(operand: Operand) -> Reader:
+    """Reads a lane mask, one bit a lane, as (waves, lanes) bool."""
+    if operand.registers is None:
+        value = bool(int(constant(operand.text, I32)))
+        return lambda group: np.full(group.exec.shape, value)
+    first = operand.require_registers("s").first
+    return lambda group: group.lane_mask(first)
+
+
+def mask_writer(operand: Operand) -> Writer:
+    """Writes (waves, lanes) bool as a lane mask, with 0 for lanes that EXEC leaves out."""
+    if operand.text == "null":
+        return lambda group, value: None
+    first = operand.require_registers("s").first
+    return lambda group, value: group.put_lane_mask(first, value)

@@ -1,0 +1,206 @@
+"""Memory operations that are not finished, and the instructions that wait for them.
+
+A wave issues memory operations and goes on. Each adds one to a counter, and is finished at the
+latest when an `s_waitcnt` (on RDNA4 `s_wait_loadcnt` and others) says that at most n of its counter
+may be left. Until then its result registers have no defined value, and its stores may not have
+arrived. AMD's ISA manuals, "data dependency resolution"; the order in which operations of a counter
+finish is that of LLVM's AMDGPU usage guide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.errors import UnknownInstruction, WaitFault
+from attn_dispatch.emulation.lds import LdsAccess
+from attn_dispatch.emulation.memory import StoresInFlight
+from attn_dispatch.emulation.targets import Target
+
+if TYPE_CHECKING:
+    from attn_dispatch.emulation.waves import WaveGroup
+
+__all__ = ["Pending", "check_registers", "counter_of", "decode_wait", "issue"]
+
+#: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
+#: and flat accesses finish in any order.
+_ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
+
+#: Counters by generation: kind of operation -> counters that it adds to.
+_COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
+    9: {
+        "load": ("vmcnt",), "store": ("vmcnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
+        "flat": ("vmcnt", "lgkmcnt"),
+    },
+    11: {
+        "load": ("vmcnt",), "store": ("vscnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
+        "flat": ("vmcnt", "lgkmcnt"),
+    },
+    12: {
+        "load": ("loadcnt",), "store": ("storecnt",), "lds": ("dscnt",), "scalar": ("kmcnt",),
+        "flat": ("loadcnt", "dscnt"),
+    },
+}  # fmt: skip
+
+
+def counter_of(kind: str, target: Target) -> tuple[str, ...]:
+    """The counters that a kind of operation adds to.
+
+    Args:
+        kind: "load" (also atomics that return a value), "store", "lds", "scalar" or "flat".
+        target: whose instruction set it is.
+    """
+    return _COUNTERS[target.generation][kind]
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A memory operation that nothing has waited for yet.
+
+    Attributes:
+        instruction: that issued it.
+        kind: as for `counter_of`.
+        counters: that it adds to and that still count it.
+        registers: `Registers.ids` that it will write.
+        access: of memory: stores that are in flight, or accesses of LDS.
+    """
+
+    instruction: Instruction
+    kind: str
+    counters: tuple[str, ...]
+    registers: frozenset[int] = frozenset()
+    access: StoresInFlight | LdsAccess | None = None
+
+    def is_same(self, other: Pending) -> bool:
+        """Whether both are the same instruction's, and counted by the same counters."""
+        return self.instruction is other.instruction and self.counters == other.counters
+
+    def only(self, waves: NDArray[np.int64]) -> Pending:
+        """The part of some of the waves."""
+        if self.access is None:
+            return self
+        return dataclasses.replace(self, access=self.access.only(waves))
+
+    def joined(self, other: Pending) -> Pending:
+        """The operation of the waves of both."""
+        if self.access is None:
+            return self
+        access: Any = self.access
+        return dataclasses.replace(self, access=access.joined(other.access))
+
+    def is_before(self, later: Pending) -> bool:
+        """Whether it is surely finished when a later one is."""
+        return self.kind in _ORDERED and _ORDERED[self.kind] == _ORDERED.get(later.kind)
+
+
+def issue(
+    group: WaveGroup,
+    instruction: Instruction,
+    kind: str,
+    registers: Iterable[int] = (),
+    access: StoresInFlight | LdsAccess | None = None,
+) -> None:
+    """Add an operation of all waves of a group to what is pending."""
+    counters = counter_of(kind, group.run.target)
+    made = Pending(instruction, kind, counters, frozenset(registers), access)
+    group.set_pending((*group.pending, made))
+
+
+def check_registers(
+    group: WaveGroup, instruction: Instruction, reads: frozenset[int], writes: frozenset[int]
+) -> None:
+    """Check that an instruction uses no register that a pending operation will write.
+
+    Args:
+        group: the waves that are about to execute it.
+        instruction: the instruction.
+        reads: `Registers.ids` that it reads, and those that it writes at once.
+        writes: those that it writes when it is finished, after earlier operations of its kind.
+
+    Raises:
+        WaitFault: it does.
+    """
+    for each in group.pending:
+        used = each.registers & (reads if each.kind in _ORDERED else reads | writes)
+        if used:
+            raise WaitFault(
+                f"{_register_name(min(used))} is used before the wait for the operation that "
+                f"writes it: {each.instruction}"
+            )
+
+
+def _register_name(number: int) -> str:
+    return f"{'sva'[number // 1000]}{number % 1000}"
+
+
+# Instructions that wait ---------------------------------------------------------------------------
+
+_RDNA4 = re.compile(r"s_wait_(load|store|ds|km|sample|bvh|exp)cnt(?:_(ds)cnt)?")
+#: No operation of these kinds exists here.
+_NEVER_COUNTED = ("expcnt", "samplecnt", "bvhcnt")
+
+
+def decode_wait(instruction: Instruction, target: Target) -> Callable[[WaveGroup], None] | None:
+    """What a wait does; None if the instruction is none."""
+    limits = _limits(instruction)
+    if limits is None:
+        return None
+
+    def wait(group: WaveGroup) -> None:
+        if group.pending:
+            for counter, limit in limits.items():
+                _wait(group, counter, limit)
+
+    return wait
+
+
+def _limits(instruction: Instruction) -> dict[str, int] | None:
+    """Counter -> how many operations may be left."""
+    opcode = instruction.opcode
+    if opcode == "s_waitcnt":
+        found = re.findall(r"(\w+)\((\d+)\)", instruction.text)
+        if not found:
+            raise UnknownInstruction(f"{instruction.text}: a wait that names no counter")
+        return {name: int(count) for name, count in found if name not in _NEVER_COUNTED}
+    if opcode == "s_waitcnt_vscnt":
+        return {"vscnt": int(instruction.operands[1], 0)}
+    if opcode == "s_wait_idle":
+        return dict.fromkeys(("loadcnt", "storecnt", "dscnt", "kmcnt"), 0)
+    found_name = _RDNA4.fullmatch(opcode)
+    if not found_name:
+        return None
+    value = int(instruction.operands[0], 0)
+    first = f"{found_name[1]}cnt"
+    if found_name[2]:  # two counters in one: the second in the lower six bits
+        return {first: value >> 8 & 63, "dscnt": value & 63}
+    return {} if first in _NEVER_COUNTED else {first: value}
+
+
+def _wait(group: WaveGroup, counter: str, limit: int) -> None:
+    """Finish all operations that must be finished if at most `limit` of a counter are left."""
+    counted = [each for each in group.pending if counter in each.counters]
+    if len(counted) <= limit:
+        return
+    left = []
+    for each in group.pending:
+        if counter not in each.counters:
+            left.append(each)
+            continue
+        # If it were not finished, neither would be those that finish only after it.
+        after = counted[counted.index(each) + 1 :]
+        at_least_left = 1 + sum(each.is_before(later) for later in after)
+        if at_least_left <= limit:
+            left.append(each)
+        elif len(each.counters) > 1:
+            others = tuple(name for name in each.counters if name != counter)
+            left.append(dataclasses.replace(each, counters=others))
+        elif isinstance(each.access, StoresInFlight):
+            group.run.memory.retire(each.access)
+    group.set_pending(tuple(left))

@@ -1,0 +1,175 @@
+"""The state of waves that are at the same instruction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_dispatch.emulation.operands import EXEC, NUM_SGPRS
+
+if TYPE_CHECKING:
+    from attn_dispatch.emulation.machine import Run
+    from attn_dispatch.emulation.waits import Pending
+
+__all__ = ["WaveGroup", "new_registers"]
+
+#: What registers hold before they are written: NaN as float32, and as two bfloat16 or float16.
+UNWRITTEN = 0xFFFFFFFF
+_KINDS = ("u32", "i32", "f32")
+_HALVES = ("u16", "i16", "f16")
+_DTYPES = {
+    "u32": np.uint32, "i32": np.int32, "f32": np.float32,
+    "u16": np.uint16, "i16": np.int16, "f16": np.float16,
+}  # fmt: skip
+
+
+class WaveGroup:
+    """Waves at the same instruction, whose registers are columns of the same arrays.
+
+    Register files are arrays of uint32, and views of their memory by other types:
+    `v_u32`, `v_i32`, `v_f32` and `a_...`: (registers, waves, lanes); `v_u16`, `v_i16`, `v_f16`:
+    (registers, waves, lanes, 2), the lower half first; `s_...`: (128, waves), or (128, waves, 2);
+    `column_...`: the same as `s_...` with an axis of 1 for the lanes.
+
+    Attributes:
+        run: what all waves of the launch share.
+        ids: (waves,) their numbers in the launch.
+        scc: (waves,) bool, the scalar condition code.
+        exec: (waves, lanes) bool, the lanes that execute; a copy of EXEC's bits.
+        full: whether all lanes of all waves execute.
+        block: the basic block that comes next.
+        waits_at_barrier: it goes on when all waves of the workgroup wait, too.
+        pending: memory operations that nothing has waited for yet, the oldest first.
+    """
+
+    s_u32: NDArray[np.uint32]
+    v_u32: NDArray[np.uint32]
+    a_u32: NDArray[np.uint32]
+
+    def __init__(
+        self,
+        run: Run,
+        ids: NDArray[np.int64],
+        registers: tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]],
+        scc: NDArray[np.bool_],
+    ) -> None:
+        self.run, self.ids, self.scc = run, ids, scc
+        self.num_waves, self.lanes = len(ids), run.target.wave_size
+        self._registers = registers
+        for file, array in zip("sva", registers, strict=True):
+            for kind in (*_KINDS, *_HALVES):
+                view = array.view(_DTYPES[kind])
+                if kind in _HALVES:
+                    view = view.reshape(*array.shape, 2)
+                setattr(self, f"{file}_{kind}", view)
+                if file == "s":
+                    setattr(self, f"column_{kind}", view[:, :, None])
+        self.block = 0
+        self.waits_at_barrier = False
+        self.pending: tuple[Pending, ...] = ()
+        self.pending_registers: frozenset[int] = frozenset()
+        self.exec_changed()
+
+    @property
+    def workgroups(self) -> NDArray[np.int64]:
+        """(waves,) the workgroup of each wave, by its number in this part of the launch."""
+        return self.ids // self.run.waves_per_workgroup
+
+    # EXEC and lane masks --------------------------------------------------------------------------
+
+    def exec_changed(self) -> None:
+        """Read EXEC again, after a write to its register."""
+        self.exec = self.lane_mask(EXEC)
+        self.full = bool(self.exec.all())
+
+    def lane_mask(self, first: int) -> NDArray[np.bool_]:
+        """(waves, lanes) bool: the bits of a scalar register, or of a pair if waves have 64."""
+        words = self.s_u32[first : first + self.lanes // 32].T
+        octets = np.ascontiguousarray(words).view(np.uint8)
+        return np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_)
+
+    def put_lane_mask(self, first: int, value: Any) -> None:
+        """Write bits of lanes; those that EXEC leaves out become 0."""
+        bits = np.ascontiguousarray(value & self.exec)
+        words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+        self.s_u32[first : first + words.shape[1]] = words.T
+        if first == EXEC:
+            self.exec_changed()
+
+    def put(self, target: NDArray[Any], value: Any) -> None:
+        """Write to (waves, lanes) of a register where EXEC is set."""
+        if self.full:
+            target[...] = value
+        else:
+            np.copyto(target, value, where=self.exec)
+
+    # Lanes of memory accesses ---------------------------------------------------------------------
+
+    def active(self, value: Any) -> NDArray[Any]:
+        """What broadcasts to (waves, lanes), as the values (k,) of the lanes that execute."""
+        whole = np.broadcast_to(value, self.exec.shape)
+        return whole.reshape(-1) if self.full else whole[self.exec]
+
+    @property
+    def active_waves(self) -> NDArray[np.int64]:
+        """(k,) the number of the wave of each lane that executes."""
+        return self.active(self.ids[:, None])
+
+    # Splitting and joining ------------------------------------------------------------------------
+
+    def only(self, chosen: NDArray[np.bool_]) -> WaveGroup:
+        """A group of some of the waves."""
+        scalar, *vector = self._registers
+        part = WaveGroup(
+            self.run,
+            self.ids[chosen],
+            (scalar[:, chosen], vector[0][:, chosen], vector[1][:, chosen]),
+            self.scc[chosen],
+        )
+        part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
+        part.set_pending(tuple(each.only(part.ids) for each in self.pending))
+        return part
+
+    def joins(self, other: WaveGroup) -> bool:
+        """Whether the two can be one group: same place, same operations pending."""
+        mine, others = self.pending, other.pending
+        return (
+            self.block == other.block
+            and self.waits_at_barrier == other.waits_at_barrier
+            and len(mine) == len(others)
+            and all(a.is_same(b) for a, b in zip(mine, others, strict=True))
+        )
+
+    def joined(self, other: WaveGroup) -> WaveGroup:
+        """One group of the waves of both."""
+        pairs = zip(self._registers, other._registers, strict=True)
+        scalar, vector, accumulation = (np.concatenate(pair, axis=1) for pair in pairs)
+        both = WaveGroup(
+            self.run,
+            np.concatenate([self.ids, other.ids]),
+            (scalar, vector, accumulation),
+            np.concatenate([self.scc, other.scc]),
+        )
+        both.block, both.waits_at_barrier = self.block, self.waits_at_barrier
+        pending = zip(self.pending, other.pending, strict=True)
+        both.set_pending(tuple(a.joined(b) for a, b in pending))
+        return both
+
+    def set_pending(self, pending: tuple[Pending, ...]) -> None:
+        """Replace the operations that are pending."""
+        self.pending = pending
+        self.pending_registers = frozenset().union(*[each.registers for each in pending])
+
+
+def new_registers(
+    waves: int, lanes: int, vgprs: int, agprs: int
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]:
+    """Register files that were never written, with all lanes in EXEC."""
+    scalar = np.full((NUM_SGPRS, waves), UNWRITTEN, np.uint32)
+    scalar[EXEC + lanes // 32 :] = 0
+    vector, accumulation = (
+        np.full((count, waves, lanes), UNWRITTEN, np.uint32) for count in (vgprs, agprs)
+    )
+    return scalar, vector, accumulation
