@@ -463,7 +463,7 @@ def test_times_apply_only_to_the_measured_flash_attention_package():
     spec = AttentionSpec(
         num_heads=64, num_kv_heads=8, head_size=64, dtype=torch.bfloat16, block_size=16
     )
-    shipped = Path(store.__file__).parent / "tables" / "nvidia-h200.json"
+    shipped = Path(store.__file__).parent / "nvidia-h200.json"
     tables = (read_table(shipped),)
     picks = {}
     for present in ("vllm", "flash_attn_interface"):

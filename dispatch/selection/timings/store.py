@@ -36,7 +36,7 @@ __all__ = [
     "write_table",
 ]
 
-_SHIPPED = Path(__file__).with_name("tables")
+_SHIPPED = Path(__file__).parent
 
 #: Libraries that compute no attention here, so that their versions change no time.
 _WITHOUT_EFFECT = {"transformers"}
