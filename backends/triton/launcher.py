@@ -57,7 +57,8 @@ class Launcher:
         self._specialized = [
             i for i, name in enumerate(names) if name not in constants and name not in unspecialized
         ]
-        self._tensors: list[int] | None = None
+        self._is_direct: bool | None = None
+        self._tensors: list[int] = []
         self._integers: list[int] = []
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
@@ -68,13 +69,16 @@ class Launcher:
             *args: of the kernel, in order, up to its first constexpr. Each always has the same
                 type, and each tensor the same dtype: other ones need another launcher.
         """
-        if not (_HAS_GPU and _can_call_directly()):
-            self.kernel[grid](*args, **self.constants, **self.options)
-            return
-        if self._tensors is None:
+        if self._is_direct is None:
             specialized = [(i, args[i]) for i in self._specialized]
             self._integers = [i for i, arg in specialized if isinstance(arg, int)]
             self._tensors = [i for i, arg in specialized if isinstance(arg, torch.Tensor)]
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            # Those on the CPU are for an emulated GPU, whose driver Triton asks at each launch.
+            self._is_direct = _HAS_GPU and _can_call_directly() and all(map(_is_on_gpu, tensors))
+        if not self._is_direct:
+            self.kernel[grid](*args, **self.constants, **self.options)
+            return
         device = torch.cuda.current_device()
         # All that Triton specializes on, at least. On AMD that includes whether 32-bit offsets
         # reach all of a tensor's memory.
@@ -113,6 +117,10 @@ class Launchers(dict[Any, Launcher]):
         if found is None:
             found = self[name] = Launcher(kernel, constants(), options or {})
         return found
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _is_small(tensor: torch.Tensor) -> bool:

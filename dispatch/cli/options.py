@@ -18,6 +18,7 @@ __all__ = [
     "Backends",
     "Config",
     "Device",
+    "Emulate",
     "JsonFile",
     "check_seconds",
     "device_to_run_on",
@@ -44,6 +45,15 @@ Backends: TypeAlias = Annotated[
 Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1. Default: the accelerator if there is one, else cpu."),
+]
+
+Emulate: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ARCH",
+        help="An AMD GPU to emulate on the CPU, instead of a device: gfx90a, gfx942, gfx950, "
+        "gfx1100, gfx1201.",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attn_dispatch.cli.options import Device, JsonFile, device_to_run_on
+from attn_dispatch.cli.options import Device, Emulate, JsonFile, device_to_run_on
 from attn_dispatch.cli.output import (
     check_json_file,
     make_console,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from attn_dispatch.conformance import Conformance
+    from attn_dispatch.conformance.emulated import EmulatedDevice
 
 __all__ = ["verify"]
 
@@ -31,6 +32,7 @@ _MAX_FAILURES = 20
 def verify(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered backend.")],
     device: Device = None,
+    emulate: Emulate = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="One value of each field, few pairs, without torch.compile."),
@@ -45,30 +47,48 @@ def verify(
     The checks cover every declared value, pairs of features, what is not declared, inputs that
     must have an effect, garbage that must have none, and the writes to the cache. Exits with 1 if
     a check fails.
+
+    With --emulate, Triton compiles the backend's kernels for an AMD GPU, and their instructions are
+    executed on the CPU. It needs `pip install 'attn-dispatch[emulate]'`.
     """
+    if emulate is not None and device is not None:
+        raise InvalidInputError("--emulate runs on the CPU: give it or --device, not both.")
     if json_path is not None:
         check_json_file(json_path, "backend", "outcomes")
     with noise_to_stderr():
-        report = _run(name, device, quick=quick, only=only)
+        emulated = None if emulate is None else _emulated_device(emulate)
+        report = _run(name, device, emulated, quick=quick, only=only)
     if json_path is not None:
         write_json_file(json_path, report.asdict())
-    _print_report(make_console(), report)
+    console = make_console()
+    _print_report(console, report)
+    if emulated is not None:
+        console.print(emulated.summary())
     if not report.passed:
         raise typer.Exit(1)
 
 
-def _run(name: str, device: str | None, *, quick: bool, only: str) -> Conformance:
+def _emulated_device(arch: str) -> EmulatedDevice:
+    from attn_dispatch.conformance.emulated import EmulatedDevice
+
+    return EmulatedDevice.named(arch)
+
+
+def _run(
+    name: str, device: str | None, emulated: EmulatedDevice | None, *, quick: bool, only: str
+) -> Conformance:
     from attn_dispatch.conformance import Conformance, backend_named, checks_for, run
 
-    backend_cls, torch_device = backend_named(name), device_to_run_on(device)
-    checks = checks_for(backend_cls, torch_device, quick=quick)
+    backend_cls = backend_named(name)
+    torch_device = device_to_run_on(device) if emulated is None else None
+    checks = checks_for(backend_cls, torch_device, quick=quick, emulate=emulated)
     chosen = [check for check in checks if only in check.full_name]
     if not chosen:
         groups = ", ".join(dict.fromkeys(check.group for check in checks))
         raise InvalidInputError(
             f"--only {only}: no check has that in its name. The groups are: {groups}."
         )
-    report = Conformance(backend_cls.get_name(), str(torch_device))
+    report = Conformance(backend_cls.get_name(), str(emulated or torch_device))
     with progress("verify", len(chosen), lines=False) as show:
         for done, check in enumerate(chosen):
             show(check.full_name, done)

@@ -1,6 +1,7 @@
 """The suite as a pytest plugin: one item for each check, or parameters for a test of your own.
 
     pytest --attn-dispatch-verify MY_BACKEND
+    pytest --attn-dispatch-verify MY_BACKEND --attn-dispatch-emulate gfx942
 
 Every pytest of an environment with attn-dispatch loads this module: so it imports only pytest, and
 the rest when the option is given.
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 __all__ = ["assert_conforms", "conformance_checks"]
 
 
-def conformance_checks(name: str, device: str | None = None, *, quick: bool = False) -> list[Any]:
+def conformance_checks(
+    name: str, device: str | None = None, *, quick: bool = False, emulate: str | None = None
+) -> list[Any]:
     """The checks of a registered backend, to parametrize a test with.
 
     Args:
         name: the backend's.
         device: cpu, cuda, cuda:1; None for the default device.
         quick: fewer checks.
+        emulate: an AMD GPU, such as "gfx942", to emulate on the CPU; instead of device.
 
     Raises:
         UnknownBackendError, BackendFailure: there is no such backend, or it cannot be loaded.
@@ -39,7 +43,7 @@ def conformance_checks(name: str, device: str | None = None, *, quick: bool = Fa
     """
     from attn_dispatch.conformance import backend_named, checks_for
 
-    checks = checks_for(backend_named(name), device, quick=quick)
+    checks = checks_for(backend_named(name), device, quick=quick, emulate=emulate)
     return [pytest.param(check, id=check.full_name) for check in checks]
 
 
@@ -65,6 +69,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Collect the checks that this registered backend must pass; repeatable.",
     )
     group.addoption("--attn-dispatch-device", metavar="DEVICE", help="cpu, cuda or cuda:1.")
+    group.addoption(
+        "--attn-dispatch-emulate",
+        metavar="ARCH",
+        help="An AMD GPU, such as gfx942, to emulate on the CPU; instead of a device.",
+    )
     group.addoption("--attn-dispatch-quick", action="store_true", help="Fewer checks.")
 
 
@@ -74,7 +83,8 @@ class _Checks(pytest.Collector):
     def collect(self) -> Iterator[pytest.Item]:
         option = self.config.getoption
         device, quick = option("--attn-dispatch-device"), option("--attn-dispatch-quick")
-        for parameters in conformance_checks(self.name, device, quick=quick):
+        emulate = option("--attn-dispatch-emulate")
+        for parameters in conformance_checks(self.name, device, quick=quick, emulate=emulate):
             (check,) = parameters.values
             yield _Item.from_parent(self, name=check.full_name, check=check)
 

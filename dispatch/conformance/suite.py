@@ -21,6 +21,7 @@ from attn_dispatch.conformance import (
     real_sizes,
 )
 from attn_dispatch.conformance.check import BackendUnderTest, Check, Outcome, run
+from attn_dispatch.conformance.emulated import EmulatedDevice
 from attn_dispatch.conformance.tolerance import worst_of
 from attn_dispatch.errors import (
     AttnDispatchError,
@@ -69,6 +70,7 @@ def checks_for(
     *,
     quick: bool = False,
     profile: DeviceProfile | None = None,
+    emulate: EmulatedDevice | str | None = None,
 ) -> list[Check]:
     """The checks that a backend must pass, generated from its capabilities.
 
@@ -78,12 +80,19 @@ def checks_for(
         quick: one value of each field, few sets of features, no compiler.
         profile: the device to test for, if not the real one: Triton's interpreter runs on a CPU
             what is declared for a GPU.
+        emulate: an AMD GPU, such as "gfx942", on whose emulation each check runs; instead of
+            `device` and `profile`.
 
     Raises:
         UnsupportedError: the backend does not run on the device.
-        InvalidInputError: it accepts no layer that could be tried.
+        InvalidInputError: it accepts no layer that could be tried; the GPU cannot be emulated.
         BackendFailure: its declaration raises an exception.
     """
+    if emulate is not None:
+        if device is not None or profile is not None:
+            raise InvalidInputError("Give a device or one to emulate, not both.")
+        emulate = EmulatedDevice.named(emulate) if isinstance(emulate, str) else emulate
+        device, profile = emulate.torch_device, emulate.profile
     torch_device = resolve_device(device)
     profile = profile or detect_device(torch_device)
     try:
@@ -94,12 +103,14 @@ def checks_for(
                 f"{'; '.join(map(str, reasons))}. Give a --device that it runs on."
             )
         target = BackendUnderTest(backend_cls, torch_device, profile, quick)
-        return [
+        checks = [
             dataclasses.replace(check, group=name)
             for name, group in GROUPS.items()
             for check in group(target)
-            if check.needs in ("", torch_device.type)
         ]
+        if emulate is not None:
+            return [emulate.check_on_it(check) for check in checks]
+        return [check for check in checks if check.needs in ("", torch_device.type)]
     except (AttnDispatchError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the backend's own code runs, and may raise anything
@@ -133,7 +144,7 @@ class Conformance:
 
     Attributes:
         backend: its name.
-        device: PyTorch's name of the device.
+        device: PyTorch's name of the device, or that of an emulated one.
         outcomes: of the checks that were run, in their order.
     """
 
@@ -190,6 +201,7 @@ def verify(
     quick: bool = False,
     only: str = "",
     profile: DeviceProfile | None = None,
+    emulate: EmulatedDevice | str | None = None,
 ) -> Conformance:
     """Run the checks of a backend.
 
@@ -199,12 +211,14 @@ def verify(
         quick: as for `checks_for`.
         only: checks whose `group/name` contains this.
         profile: as for `checks_for`.
+        emulate: as for `checks_for`.
 
     Raises:
         UnsupportedError, InvalidInputError, BackendFailure: as for `checks_for`.
     """
-    torch_device = resolve_device(device)
-    report = Conformance(backend_cls.get_name(), str(torch_device))
-    checks = checks_for(backend_cls, torch_device, quick=quick, profile=profile)
+    if isinstance(emulate, str):
+        emulate = EmulatedDevice.named(emulate)
+    report = Conformance(backend_cls.get_name(), str(emulate or resolve_device(device)))
+    checks = checks_for(backend_cls, device, quick=quick, profile=profile, emulate=emulate)
     report.outcomes += [run(check) for check in checks if only in check.full_name]
     return report

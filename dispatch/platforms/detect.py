@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,16 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
-__all__ = ["default_torch_device", "detect_device", "resolve_device", "usable_device"]
+__all__ = [
+    "default_torch_device",
+    "detect_device",
+    "emulated_profile",
+    "resolve_device",
+    "usable_device",
+]
+
+#: What the CPU is taken for; see `emulated_profile`.
+_emulated: DeviceProfile | None = None
 
 
 def default_torch_device() -> torch.device:
@@ -90,10 +101,30 @@ def detect_device(device: torch.device | str | None = None) -> DeviceProfile:
         InvalidInputError: PyTorch does not support or cannot reach the device.
     """
     resolved = resolve_device(device)
+    if _emulated is not None and resolved.type == "cpu":
+        return _emulated
     try:
         return _profile_of(resolved.type, resolved.index)
     except _NO_DEVICE as error:
         raise _unusable(device, error) from error
+
+
+@contextlib.contextmanager
+def emulated_profile(profile: DeviceProfile) -> Iterator[None]:
+    """Within this context the CPU is a device that is emulated on it, in all threads.
+
+    Layers that were made outside of it keep what was chosen for the CPU. The caller of a selection
+    calls `selection.version.changed`, because selections are kept by device.
+
+    Args:
+        profile: of the emulated device.
+    """
+    global _emulated
+    before, _emulated = _emulated, profile
+    try:
+        yield
+    finally:
+        _emulated = before
 
 
 @functools.cache

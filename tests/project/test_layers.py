@@ -14,7 +14,7 @@ from support.paths import ROOT
 
 #: Lowest first. Layers in one row may not import each other.
 LAYERS = [
-    ["version", "errors"],
+    ["version", "errors", "emulation"],
     ["environment", "arguments", "files", "locks", "log"],
     ["platforms"],
     ["interface"],
@@ -77,6 +77,26 @@ def test_no_import_goes_upwards(name):
         if layer(each) > layer(name) or (layer(each) == layer(name) and each.split(".")[:2] != own)
     ]
     assert wrong == []
+
+
+def test_the_emulator_imports_nothing_else_of_the_package():
+    own = [name for name in MODULES if name.split(".")[1:2] == ["emulation"]]
+    imported = {each for name in own for each in IMPORTS[name]}
+    assert own
+    assert [each for each in sorted(imported) if not each.startswith(f"{PACKAGE}.emulation.")] == []
+
+
+def test_only_the_driver_of_the_emulator_imports_triton_and_torch():
+    found = set()
+    for name, path in MODULES.items():
+        if name.split(".")[1:2] != ["emulation"]:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {module.split(".")[0] for module in modules} & {"torch", "triton"}:
+                found.add(name)
+    assert found == {f"{PACKAGE}.emulation.triton_driver"}
 
 
 def test_no_modules_import_each_other():

@@ -199,6 +199,7 @@ def launches(monkeypatch):
     """How often each launch was compiled, one by one."""
     kernel = FakeKernel()
     monkeypatch.setattr(launcher, "_HAS_GPU", True)
+    monkeypatch.setattr(launcher, "_is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: kernel.device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     kernel.device = 0

@@ -1,0 +1,439 @@
+"""A Triton driver whose GPU is emulated, and the two ways to launch kernels on it.
+
+Triton asks its active driver for the target, compiles for it, and calls the driver's launcher. So
+any kernel runs unchanged: with autotuning, heuristics, launch hooks, `tl.num_programs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
+
+from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.launch import LaunchReport, kernel_arguments, memory_of
+from attn_dispatch.emulation.machine import Kernel, WaveOrder
+from attn_dispatch.emulation.targets import TARGETS, Target, target_named
+
+__all__ = ["EmulatedDriver", "Emulation", "emulate_launch", "emulated"]
+
+#: Triton keeps compiled kernels by the number of the device. Those of no real device are used, and
+#: another for each target, so that kernels are never mixed.
+_FIRST_DEVICE = 1000
+#: Arguments that Triton adds to every kernel: pointers to scratch memory, which are null.
+_SCRATCH_POINTERS = 2
+#: Parsed kernels that are kept.
+_MAX_KERNELS = 256
+
+#: Launches run one at a time, whatever threads do.
+_one_launch = threading.RLock()
+
+
+class _EmulatedTarget(GPUTarget):  # type: ignore[misc]
+    """A class of its own for its repr, which is part of the keys of Triton's caches on disk.
+
+    So what the autotuner finds here is not taken for a measurement on a GPU.
+    """
+
+
+class Emulation:
+    """What is emulated within `emulated`.
+
+    Attributes:
+        target: the GPU.
+        wave_order: the order in which the waves of a program run.
+        unwritten: names of arguments whose memory counts as never written at launch.
+        launches: a report for each launch that ended, in order.
+    """
+
+    def __init__(self, target: Target, wave_order: WaveOrder, unwritten: Sequence[str]) -> None:
+        self.target, self.wave_order = target, wave_order
+        self.unwritten = frozenset(unwritten)
+        self.launches: list[LaunchReport] = []
+        self._thread = threading.get_ident()
+        self._names: set[str] = set()
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether this thread began it."""
+        return self._thread == threading.get_ident()
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        metadata: Any,
+        signature: Mapping[Any, Any],
+        values: Sequence[Any],
+    ) -> None:
+        """Run a kernel, and add its report to `launches`.
+
+        Args:
+            kernel: the kernel.
+            grid: programs in each dimension.
+            metadata: Triton's, of the compiled kernel.
+            signature, values: as for `kernel_arguments`.
+
+        Raises:
+            EmulationError: the kernel cannot be emulated with these arguments, or it is wrong.
+        """
+        if min(grid) < 0:
+            raise EmulationError(f"A grid of {grid} programs cannot be launched.")
+        arguments = kernel_arguments(signature, values)
+        self._names.update(argument.name for argument in arguments)
+        encoded = [argument.encoded() for argument in arguments]
+        visible = [each for each in kernel.assembly.arguments if not each.is_hidden]
+        if len(visible) != len(encoded) + _SCRATCH_POINTERS:
+            raise EmulationError(
+                f"{kernel.name} takes {len(visible)} arguments, and Triton {triton.__version__} "
+                f"gives {len(encoded)}: this version is not supported. 3.6 to 3.9 are."
+            )
+        memory = memory_of(arguments, self.unwritten)
+        start = time.perf_counter()
+        counts = kernel.launch(
+            grid, metadata.num_warps, metadata.shared, encoded, memory, wave_order=self.wave_order
+        )
+        self.launches.append(
+            LaunchReport(
+                kernel=kernel.name,
+                target=self.target.name,
+                grid=grid,
+                num_warps=metadata.num_warps,
+                vgprs=kernel.vgprs,
+                agprs=kernel.agprs,
+                lds_bytes=metadata.shared,
+                scratch_bytes=kernel.scratch_bytes,
+                counts=counts,
+                seconds=time.perf_counter() - start,
+            )
+        )
+
+    def check_unwritten(self) -> None:
+        """Raise EmulationError if a name in `unwritten` was the argument of no launch."""
+        unknown = sorted(self.unwritten - self._names)
+        if unknown and self.launches:
+            raise EmulationError(
+                f"unwritten={', '.join(unknown)}: no launch had such an argument. The arguments "
+                f"were: {', '.join(sorted(self._names))}."
+            )
+
+
+class _Launcher:
+    """What Triton calls to launch a compiled kernel, as its launcher for AMD GPUs.
+
+    Triton makes it for a kernel and keeps it; so it refers to no `Emulation`.
+    """
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self._signature, self._metadata = src.signature, metadata
+        self._name = src.name
+        for size in ("global_scratch_size", "profile_scratch_size"):
+            if getattr(metadata, size, 0):
+                raise EmulationError(
+                    f"{self._name} needs {getattr(metadata, size)} bytes of Triton's "
+                    f"{size.removesuffix('_size').replace('_', ' ')} memory, which is not emulated."
+                )
+        if metadata.num_ctas != 1:
+            raise EmulationError(
+                f"{self._name} has num_ctas={metadata.num_ctas}; clusters are not emulated."
+            )
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: Any,
+        function: Any,
+        packed_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], Any] | None,
+        exit_hook: Callable[[Any], Any] | None,
+        *values: Any,
+    ) -> None:
+        emulation, metadata = _current(), self._metadata
+        if emulation is None or emulation.target.name != metadata.target.arch:
+            raise EmulationError(
+                f"{self._name} was compiled to be emulated on {metadata.target.arch}. Launch it "
+                f'within `emulated("{metadata.target.arch}")`.'
+            )
+        kernel = _kernel(metadata.hash, self._name, emulation.target)
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        grid = (int(grid_x), int(grid_y), int(grid_z))
+        with _one_launch:
+            emulation.launch(kernel, grid, metadata, self._signature, values)
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+
+@functools.lru_cache(maxsize=_MAX_KERNELS)
+def _kernel(key: str, name: str, target: Target) -> Kernel:
+    """The kernel with this key in Triton's cache."""
+    group = get_cache_manager(key).get_group(f"{name[:150]}.json") or {}
+    paths = [path for file, path in group.items() if file.endswith(".amdgcn")]
+    if not paths:
+        raise EmulationError(
+            f"The assembly of {name} is not in Triton's cache. Unset TRITON_STORE_BINARY_ONLY, and "
+            "remove what was cached with it."
+        )
+    return Kernel(Path(paths[0]).read_text(encoding="utf-8"), target)
+
+
+class _Utilities:
+    """The driver's `utils`."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        """Load nothing: the launcher has the assembly.
+
+        The module is None, so that Triton does not ask the driver of that time to unload it.
+
+        Returns:
+            module, function, registers, spilled registers, threads that a program can have.
+        """
+        registers, spilled = (_note(binary, key) for key in (b".vgpr_count", b".vgpr_spill_count"))
+        return None, None, registers, spilled, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, Any]:
+        """What Triton and authors of kernels look up; clocks are 0, because there are none."""
+        target = self._target
+        return {
+            "arch": target.name,
+            "warpSize": target.wave_size,
+            "max_shared_mem": target.lds_bytes,
+            "max_num_regs": 256 * target.vgprs * target.wave_size,
+            "multiprocessor_count": 1,
+            "cooperativeLaunch": 0,
+            "sm_clock_rate": 0,
+            "mem_clock_rate": 0,
+            "mem_bus_width": 0,
+        }
+
+
+def _note(binary: bytes, key: bytes) -> int:
+    """An integer of the kernel's metadata, which is MessagePack in a note of the ELF file."""
+    _, found, rest = binary.partition(key)
+    if not found:
+        return 0
+    length = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(rest[0], 0)
+    return int.from_bytes(rest[1 : 1 + length], "big") if length else rest[0]
+
+
+class EmulatedDriver(DriverBase):  # type: ignore[misc]
+    """Triton's driver of an emulated GPU; tensors are on the CPU.
+
+    Args:
+        emulation: what launches are part of.
+    """
+
+    launcher_cls = _Launcher
+
+    def __init__(self, emulation: Emulation) -> None:
+        super().__init__()
+        self.emulation = emulation
+        self.utils = _Utilities(emulation.target)
+        self._device = _FIRST_DEVICE + list(TARGETS).index(emulation.target.name)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Whether Triton should choose it by itself: never."""
+        return False
+
+    def get_current_target(self) -> GPUTarget:
+        """What kernels are compiled for."""
+        target = self.emulation.target
+        return _EmulatedTarget("hip", target.name, target.wave_size)
+
+    def get_current_device(self) -> int:
+        """The number of the device; one for each target."""
+        return self._device
+
+    def set_current_device(self, device: int) -> None:
+        """Do nothing: there is one device.
+
+        Raises:
+            EmulationError: it is another one.
+        """
+        if device != self._device:
+            raise EmulationError(f"There is no device {device}: {self._device} is emulated.")
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream; launches have ended when they return."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """The device of the tensors."""
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        """PyTorch's module for the device."""
+        return torch.cpu
+
+    def get_benchmarker(self) -> Callable[..., Any]:
+        """What the autotuner times a kernel with."""
+        return _benchmark
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
+        """A buffer to clear a cache with; there is no cache."""
+        return torch.empty(0, dtype=torch.int32)
+
+    def clear_cache(self, cache: torch.Tensor) -> None:
+        """Do nothing: there is no cache."""
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        """The type in C++; only Triton's launchers in C need it.
+
+        Raises:
+            EmulationError: always.
+        """
+        raise EmulationError(f"No C++ code is generated for an emulated GPU, nor for its {ty}.")
+
+
+def _benchmark(kernel_call: Callable[[], Any], quantiles: Any = None, **more: Any) -> Any:
+    """Run a kernel once; every time is 1, because emulation measures none.
+
+    So the autotuner runs each configuration, and chooses the first that can be launched. It keeps
+    this function: outside of `emulated` the function of the driver of that time is called.
+    """
+    if _current() is None:
+        return triton.runtime.driver.active.get_benchmarker()(
+            kernel_call, quantiles=quantiles, **more
+        )
+    kernel_call()
+    return 1.0 if quantiles is None else [1.0] * len(quantiles)
+
+
+def _current() -> Emulation | None:
+    """The emulation whose driver is active in Triton."""
+    active = _installed()
+    return active.emulation if isinstance(active, EmulatedDriver) else None
+
+
+def _installed() -> Any:
+    """Triton's driver, or None if Triton has not chosen one yet.
+
+    `driver.active` would choose one, which fails on a machine without a GPU.
+    """
+    return getattr(triton.runtime.driver, "_active", None)
+
+
+@contextlib.contextmanager
+def emulated(
+    arch: str, *, wave_order: WaveOrder = "lockstep", unwritten: Sequence[str] = ()
+) -> Iterator[Emulation]:
+    """Run every Triton kernel on an emulated AMD GPU: `kernel[grid](...)` with CPU tensors.
+
+    Triton has one driver for all threads of a process: within the context every thread's launches
+    are emulated, one at a time. Contexts of one thread may be nested; two threads cannot emulate at
+    the same time. Autotuned kernels run each configuration and keep the first that can be launched,
+    also for later launches on a GPU in the same process.
+
+    Args:
+        arch: gfx90a, gfx942, gfx950, gfx1100 or gfx1201.
+        wave_order: "lockstep": all waves of a program go on together. "forward" and "backward": one
+            after another from barrier to barrier, the first or the last one first. A result that
+            depends on the order shows a missing barrier.
+        unwritten: names of arguments whose memory counts as never written when a kernel starts, so
+            that reading it before writing is a fault. An element of a tuple is `name[0]`, of a
+            named tuple `name.field`.
+
+    Yields:
+        The emulation; its `launches` are reports.
+
+    Raises:
+        EmulationError: the target is unknown; kernels are interpreted in this process; another
+            thread emulates; at the end: no launch had an argument of a name in `unwritten`. A
+            launch raises it for what cannot be emulated, and its subclasses for faults.
+        triton.runtime.errors.OutOfResources: a launch raises it, as on a GPU, for a kernel that
+            needs more LDS than the target has.
+
+    Example:
+        >>> with emulated("gfx942") as emulation:
+        ...     kernel[(64,)](x, y, out, n, BLOCK=256)
+        >>> emulation.launches[0].instructions
+    """
+    emulation = Emulation(target_named(arch), _checked_order(wave_order), unwritten)
+    _require_compiler()
+    outer = _current()
+    if outer is not None and not outer.is_of_this_thread:
+        raise EmulationError(
+            f"Another thread emulates {outer.target.name}, and Triton has one driver for all "
+            "threads. Wait for its end, or use a process."
+        )
+    before = _installed()
+    triton.runtime.driver.set_active(EmulatedDriver(emulation))
+    try:
+        yield emulation
+    finally:
+        triton.runtime.driver.set_active(before)
+    emulation.check_unwritten()
+
+
+def _checked_order(order: WaveOrder) -> WaveOrder:
+    if order not in get_args(WaveOrder):
+        raise EmulationError(
+            f"wave_order={order!r} is not one of: {', '.join(get_args(WaveOrder))}."
+        )
+    return order
+
+
+def _require_compiler() -> None:
+    """Raise EmulationError where @triton.jit makes kernels that Triton interprets."""
+    if triton.knobs.runtime.interpret or not isinstance(tl.sum, JITFunction):
+        raise EmulationError(
+            "TRITON_INTERPRET=1 is or was set, so Triton interprets kernels instead of compiling "
+            "them. Unset it and start a new process."
+        )
+
+
+def emulate_launch(
+    kernel: Any,
+    grid: Any,
+    args: Sequence[Any],
+    *,
+    arch: str,
+    wave_order: WaveOrder = "lockstep",
+    unwritten: Sequence[str] = (),
+    **more: Any,
+) -> LaunchReport:
+    """Launch a Triton kernel on an emulated AMD GPU.
+
+    Args:
+        kernel: a @triton.jit function, also with autotuning or heuristics.
+        grid: programs in each dimension, or a function of the constants, as in `kernel[grid]`.
+        args: the first arguments, in order; tensors are on the CPU, and are changed in place.
+        arch, wave_order, unwritten: as for `emulated`.
+        **more: further arguments, constants, and options such as num_warps.
+
+    Returns:
+        The report; the last one, if the kernel is autotuned.
+
+    Raises:
+        EmulationError, OutOfResources: as for `emulated`.
+
+    Example:
+        >>> emulate_launch(kernel, (64,), [x, y, out, n], arch="gfx942", BLOCK=256, num_warps=4)
+    """
+    with emulated(arch, wave_order=wave_order, unwritten=unwritten) as emulation:
+        kernel[grid](*args, **more)
+    if not emulation.launches:
+        raise EmulationError(
+            f"{getattr(kernel, '__name__', kernel)} launched nothing. If it was defined while "
+            "TRITON_INTERPRET=1 was set, unset it and start a new process."
+        )
+    return emulation.launches[-1]
