@@ -39,6 +39,8 @@ __all__ = [
     "Reader",
     "Registers",
     "Writer",
+    "check_alignment",
+    "constant",
     "mask_reader",
     "mask_writer",
     "parse_operand",
@@ -46,6 +48,7 @@ __all__ = [
     "scalar_writer",
     "vector_reader",
     "vector_writer",
+    "with_signs",
 ]
 
 #: Reads an operand of all waves of a group.
@@ -187,6 +190,29 @@ def _registers(text: str) -> Registers | None:
     return Registers(found[1], first, count)
 
 
+def check_alignment(registers: Registers, has_even_vectors: bool) -> None:
+    """Check where registers begin.
+
+    Args:
+        registers: of an operand.
+        has_even_vectors: two or more vector registers begin at an even number (gfx90a and later
+            CDNA).
+
+    Raises:
+        UnknownInstruction: the instruction set has no such operand.
+    """
+    unit = 1
+    if registers.file == "s" and registers.count > 1:
+        unit = 2 if registers.count == 2 else 4
+    elif registers.file in "va" and registers.count > 1 and has_even_vectors:
+        unit = 2
+    if registers.first % unit:
+        raise UnknownInstruction(
+            f"{registers.count} registers of the kind {registers.file} begin at "
+            f"{registers.first}, not at a multiple of {unit}"
+        )
+
+
 def constant(text: str, kind: Kind) -> Any:
     """A constant as a NumPy scalar of the kind.
 
@@ -229,7 +255,7 @@ def vector_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
         kind: what is read; `-x` and `|x|` of an integer change the sign bit of a float's bits.
         half: of a 16-bit operand that names none, from `op_sel`.
     """
-    return _with_signs(operand, kind, _plain_vector_reader(operand, kind, half))
+    return with_signs(operand, kind, _plain_vector_reader(operand, kind, half))
 
 
 def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
@@ -259,7 +285,7 @@ def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
 
 def scalar_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
     """Reads an operand of a scalar instruction: an array that broadcasts to (waves,)."""
-    return _with_signs(operand, kind, _plain_scalar_reader(operand, kind, half))
+    return with_signs(operand, kind, _plain_scalar_reader(operand, kind, half))
 
 
 def _plain_scalar_reader(operand: Operand, kind: Kind, half: int) -> Reader:
@@ -281,7 +307,8 @@ def _plain_scalar_reader(operand: Operand, kind: Kind, half: int) -> Reader:
     return lambda group: getattr(group, name)[first]
 
 
-def _with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
+def with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
+    """A reader of what `read` reads, with the signs that the operand has around it."""
     if kind.is_float:
         if operand.absolute and operand.negate:
             return lambda group: -np.abs(read(group))
