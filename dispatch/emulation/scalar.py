@@ -1,0 +1,170 @@
+"""Decodes instructions on scalar registers, which compute one value for a wave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.bits import high32, low32
+from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.operands import (
+    EXEC,
+    U64,
+    Kind,
+    Operand,
+    Reader,
+    Writer,
+    constant,
+    parse_operand,
+    scalar_reader,
+    scalar_writer,
+)
+from attn_dispatch.emulation.scalar_table import (
+    EXEC_TABLE,
+    PAIR,
+    SIGNED_16,
+    TABLE,
+    UNSIGNED_16,
+    ExecScalar,
+    Scalar,
+)
+from attn_dispatch.emulation.semantics import Execute, Semantics
+from attn_dispatch.emulation.targets import Target
+
+if TYPE_CHECKING:
+    from attn_dispatch.emulation.waves import WaveGroup
+
+__all__ = ["decode"]
+
+#: Why the emulator does not know these.
+_REJECTED = {
+    **dict.fromkeys(
+        ("s_getpc_b64", "s_setpc_b64", "s_swappc_b64", "s_call_b64", "s_rfe_b64"),
+        "instructions have no addresses here, so a kernel cannot call functions",
+    ),
+    **dict.fromkeys(
+        ("s_getreg_b32", "s_setreg_b32", "s_setreg_imm32_b32"),
+        "hardware registers, such as the rounding mode, are not emulated",
+    ),
+    **dict.fromkeys(("s_memtime", "s_memrealtime"), "there is no clock"),
+    "s_trap": "there is no trap handler",
+}
+
+
+def decode(instruction: Instruction, target: Target) -> Semantics | None:
+    """What an instruction on scalar registers does; None for an instruction of another family.
+
+    Raises:
+        UnknownInstruction: the form of its operands is not known.
+    """
+    opcode = instruction.opcode
+    if opcode in _REJECTED:
+        raise UnknownInstruction(_REJECTED[opcode])
+    if opcode not in TABLE and opcode not in EXEC_TABLE:
+        return None
+    if instruction.modifiers:
+        raise UnknownInstruction(f"the modifiers {', '.join(instruction.modifiers)} are not known")
+    operands = [parse_operand(text) for text in instruction.operands]
+    if opcode in EXEC_TABLE:
+        return Semantics(_execute_with_exec(EXEC_TABLE[opcode], operands, target))
+    return Semantics(_execute(TABLE[opcode], operands))
+
+
+def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
+    compute, new_scc = scalar.compute, scalar.scc
+    sources = operands if scalar.result is None else operands[1:]
+    readers = [
+        _reader(operand, kind) for operand, kind in zip(sources, scalar.sources, strict=True)
+    ]
+    if scalar.reads_result and scalar.result is not None:
+        readers.append(_reader(operands[0], scalar.result))
+    if scalar.reads_scc:
+        readers.append(lambda group: group.scc)
+    # Without registers, the result and SCC are single values, not one for each wave.
+    is_constant = len(readers) == len(sources) and all(each.registers is None for each in sources)
+
+    def set_scc(group: WaveGroup, value: Any) -> None:
+        group.scc = np.broadcast_to(value, group.ids.shape) if is_constant else value
+
+    if scalar.result is None:
+
+        def compare(group: WaveGroup) -> None:
+            set_scc(group, compute(*[read(group) for read in readers]))
+
+        return compare
+    write = _writer(operands[0], scalar.result)
+    if new_scc is None:
+        return lambda group: write(group, compute(*[read(group) for read in readers]))
+
+    def execute(group: WaveGroup) -> None:
+        values = [read(group) for read in readers]
+        result = compute(*values)
+        # Before the result is written: the values may be views of its registers.
+        set_scc(group, new_scc(result, *values))
+        write(group, result)
+
+    return execute
+
+
+def _execute_with_exec(scalar: ExecScalar, operands: list[Operand], target: Target) -> Execute:
+    destination, source = operands
+    if scalar.kind.words != target.wave_size // 32:
+        raise UnknownInstruction(f"EXEC has {target.wave_size} bits")
+    exec_ = parse_operand("exec" if scalar.kind is PAIR else "exec_lo")
+    read, read_exec = _reader(source, scalar.kind), _reader(exec_, scalar.kind)
+    write, write_exec = _writer(destination, scalar.kind), _writer(exec_, scalar.kind)
+    compute, is_set, saves = scalar.compute, scalar.is_set, scalar.saves
+
+    def execute(group: WaveGroup) -> None:
+        old = read_exec(group)
+        new = compute(read(group), old)
+        group.scc = is_set(new)
+        write(group, old if saves else new)
+        write_exec(group, new)
+
+    return execute
+
+
+def _reader(operand: Operand, kind: Kind) -> Reader:
+    if kind in (SIGNED_16, UNSIGNED_16):
+        value = kind.dtype(_constant_of_16_bits(operand, kind is SIGNED_16))
+        return lambda group: value
+    _check_count(operand, kind)
+    if kind is not PAIR:
+        return scalar_reader(operand, kind)
+    if operand.registers is None:
+        joined = np.asarray(constant(operand.text, U64))
+        words = np.stack([low32(joined), high32(joined)])[:, None]
+        return lambda group: words
+    first = operand.require_registers("s").first
+    return lambda group: group.s_u32[first : first + 2]
+
+
+def _check_count(operand: Operand, kind: Kind) -> None:
+    registers, count = operand.registers, max(kind.words, 1)
+    if registers is not None and registers.count != count:
+        raise UnknownInstruction(f"{operand.text} are {registers.count} registers, not {count}")
+
+
+def _constant_of_16_bits(operand: Operand, is_signed: bool) -> int:
+    value = int(operand.text, 0)
+    if operand.registers is not None or not -(1 << 15) <= value < 1 << 16:
+        raise UnknownInstruction(f"{operand.text} is no 16-bit constant")
+    value &= 0xFFFF
+    return value - (1 << 16) if is_signed and value >= 1 << 15 else value
+
+
+def _writer(operand: Operand, kind: Kind) -> Writer:
+    _check_count(operand, kind)
+    if kind is not PAIR or operand.text == "null":
+        return scalar_writer(operand, kind)
+    first = operand.require_registers("s").first
+
+    def write(group: WaveGroup, value: Any) -> None:
+        group.s_u32[first : first + 2] = value
+        if first == EXEC:
+            group.exec_changed()
+
+    return write

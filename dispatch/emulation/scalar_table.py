@@ -1,0 +1,374 @@
+"""What instructions on scalar registers compute: a table.
+
+The semantics are AMD's, from the pseudo-code in its instruction set manuals.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from attn_dispatch.emulation import bits, numerics
+from attn_dispatch.emulation.operands import F16, F32, I32, U32, U64, Kind
+
+__all__ = ["EXEC_TABLE", "PAIR", "SIGNED_16", "TABLE", "UNSIGNED_16", "ExecScalar", "Scalar"]
+
+#: Two registers as an array of (2, waves): fewer steps than to join them to 64 bits.
+PAIR = Kind("pair", np.uint32, 2)
+#: The 16-bit constants of instructions with a "k" in their names.
+SIGNED_16, UNSIGNED_16 = Kind("signed constant", np.int32), Kind("unsigned constant", np.uint32)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """What an instruction computes.
+
+    Attributes:
+        result: of the destination; None if the result is SCC, and there is no destination.
+        sources: of the operands.
+        compute: of the sources, then of the destination's value if `reads_result`, then of SCC if
+            `reads_scc`. All are (waves,), or (2, waves) for `PAIR`, or constants.
+        scc: the new SCC, of the result and then all that `compute` takes; None if it stays.
+        reads_result: the destination is a source, too.
+        reads_scc: so is SCC.
+    """
+
+    result: Kind | None
+    sources: tuple[Kind, ...]
+    compute: Callable[..., Any]
+    scc: Callable[..., Any] | None = None
+    reads_result: bool = False
+    reads_scc: bool = False
+
+
+@dataclass(frozen=True)
+class ExecScalar:
+    """An instruction that changes EXEC.
+
+    Attributes:
+        kind: of the source, the destination and EXEC.
+        compute: the new EXEC, of the source and EXEC.
+        is_set: the new SCC, of the new EXEC.
+        saves: the destination receives the old EXEC, not the new one.
+    """
+
+    kind: Kind
+    compute: Callable[[Any, Any], Any]
+    is_set: Callable[..., Any]
+    saves: bool
+
+
+#: By name; an instruction has several if the instruction sets call it differently.
+TABLE: dict[str, Scalar] = {}
+EXEC_TABLE: dict[str, ExecScalar] = {}
+
+#: Widths of the instructions that exist for one register and for two.
+_UNSIGNED = {32: U32, 64: U64}
+
+
+def _add(
+    names: str,
+    result: Kind | None,
+    sources: tuple[Kind, ...],
+    compute: Callable[..., Any],
+    scc: Callable[..., Any] | None = None,
+    *,
+    reads_result: bool = False,
+    reads_scc: bool = False,
+) -> None:
+    """Put an instruction in the table."""
+    scalar = Scalar(result, sources, compute, scc, reads_result, reads_scc)
+    TABLE.update(dict.fromkeys(names.split(), scalar))
+
+
+# SCC ----------------------------------------------------------------------------------------------
+def _nonzero(result: Any, *_: Any) -> Any:
+    return result != 0
+
+
+def _pair_nonzero(result: Any, *_: Any) -> Any:
+    return (result[0] | result[1]) != 0
+
+
+def _sum_overflows(result: Any, a: Any, b: Any) -> Any:
+    return ((a ^ result) & (b ^ result)) < 0
+
+
+def _difference_overflows(result: Any, a: Any, b: Any) -> Any:
+    return ((a ^ b) & (a ^ result)) < 0
+
+
+# Moves and selections -----------------------------------------------------------------------------
+def _same(a: Any) -> Any:
+    return a
+
+
+def _select(a: Any, b: Any, scc: Any) -> Any:
+    return np.where(scc, a, b)
+
+
+_add("s_mov_b32", U32, (U32,), _same)
+_add("s_mov_b64", PAIR, (PAIR,), _same)
+_add("s_movk_i32", I32, (SIGNED_16,), _same)
+_add("s_cmov_b32", U32, (U32,), _select, reads_result=True, reads_scc=True)
+_add("s_cmov_b64", PAIR, (PAIR,), _select, reads_result=True, reads_scc=True)
+_add("s_cmovk_i32", I32, (SIGNED_16,), _select, reads_result=True, reads_scc=True)
+_add("s_cselect_b32", U32, (U32, U32), _select, reads_scc=True)
+_add("s_cselect_b64", PAIR, (PAIR, PAIR), _select, reads_scc=True)
+
+# Bitwise ------------------------------------------------------------------------------------------
+#: Names without "s_" and "_b32" -> function.
+_BITWISE: dict[str, Callable[[Any, Any], Any]] = {
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "nand": lambda a, b: ~(a & b),
+    "nor": lambda a, b: ~(a | b),
+    "xnor": lambda a, b: ~(a ^ b),
+    "andn2": lambda a, b: a & ~b,
+    "orn2": lambda a, b: a | ~b,
+}
+_BITWISE |= {"and_not1": _BITWISE["andn2"], "or_not1": _BITWISE["orn2"]}
+#: The same with EXEC as the second source, and four more.
+_WITH_EXEC = {**_BITWISE, "andn1": lambda a, b: ~a & b, "orn1": lambda a, b: ~a | b}
+_WITH_EXEC |= {"and_not0": _WITH_EXEC["andn1"], "or_not0": _WITH_EXEC["orn1"]}
+
+
+def _add_bitwise(width: int, kind: Kind, is_set: Callable[..., Any]) -> None:
+    for name, function in _BITWISE.items():
+        _add(f"s_{name}_b{width}", kind, (kind, kind), function, is_set)
+    _add(f"s_not_b{width}", kind, (kind,), operator.invert, is_set)
+    for name, function in _WITH_EXEC.items():
+        EXEC_TABLE[f"s_{name}_saveexec_b{width}"] = ExecScalar(kind, function, is_set, True)
+        if name in ("andn1", "andn2", "and_not0", "and_not1"):
+            EXEC_TABLE[f"s_{name}_wrexec_b{width}"] = ExecScalar(kind, function, is_set, False)
+
+
+_add_bitwise(32, U32, _nonzero)
+_add_bitwise(64, PAIR, _pair_nonzero)
+
+
+# Integer arithmetic -------------------------------------------------------------------------------
+def _add_shifted_sum(shift: int) -> None:
+    """(a << shift) + b."""
+    places, wide_places, limit = np.uint32(shift), np.uint64(shift), np.uint64(1 << 32)
+    _add(
+        f"s_lshl{shift}_add_u32", U32, (U32, U32),
+        lambda a, b: (a << places) + b,
+        lambda _, a, b: (a.astype(np.uint64) << wide_places) + b >= limit,
+    )  # fmt: skip
+
+
+_add("s_add_u32 s_add_co_u32", U32, (U32, U32), operator.add, lambda r, a, b: r < a)
+_add("s_sub_u32 s_sub_co_u32", U32, (U32, U32), operator.sub, lambda r, a, b: a < b)
+_add("s_add_i32 s_add_co_i32", I32, (I32, I32), operator.add, _sum_overflows)
+_add("s_sub_i32 s_sub_co_i32", I32, (I32, I32), operator.sub, _difference_overflows)
+_add("s_addk_i32 s_addk_co_i32", I32, (SIGNED_16,), operator.add, _sum_overflows, reads_result=True)
+_add(
+    "s_addc_u32 s_add_co_ci_u32", U32, (U32, U32),
+    lambda a, b, carry: a + b + carry.astype(np.uint32),
+    lambda r, a, b, carry: (r < a) | (carry & (r == a)),
+    reads_scc=True,
+)  # fmt: skip
+_add(
+    "s_subb_u32 s_sub_co_ci_u32", U32, (U32, U32),
+    lambda a, b, borrow: a - b - borrow.astype(np.uint32),
+    lambda r, a, b, borrow: (a < b) | (borrow & (a == b)),
+    reads_scc=True,
+)  # fmt: skip
+_add("s_mul_i32", U32, (U32, U32), operator.mul)
+_add("s_mulk_i32", I32, (SIGNED_16,), operator.mul, reads_result=True)
+_add(
+    "s_mul_hi_u32", U32, (U32, U32),
+    lambda a, b: bits.high32(a.astype(np.uint64) * b.astype(np.uint64)),
+)  # fmt: skip
+_add(
+    "s_mul_hi_i32", I32, (I32, I32),
+    lambda a, b: (a.astype(np.int64) * b.astype(np.int64) >> np.int64(32)).astype(np.int32),
+)  # fmt: skip
+_add("s_add_nc_u64", U64, (U64, U64), operator.add)
+_add("s_sub_nc_u64", U64, (U64, U64), operator.sub)
+_add("s_mul_u64", U64, (U64, U64), operator.mul)
+_add("s_min_i32", I32, (I32, I32), np.minimum, lambda r, a, b: a < b)
+_add("s_min_u32", U32, (U32, U32), np.minimum, lambda r, a, b: a < b)
+_add("s_max_i32", I32, (I32, I32), np.maximum, lambda r, a, b: a >= b)
+_add("s_max_u32", U32, (U32, U32), np.maximum, lambda r, a, b: a >= b)
+_add("s_abs_i32", I32, (I32,), np.abs, _nonzero)
+_add("s_absdiff_i32", I32, (I32, I32), lambda a, b: np.abs(a - b), _nonzero)
+for _shift in (1, 2, 3, 4):
+    _add_shifted_sum(_shift)
+
+
+# Shifts and bit fields ----------------------------------------------------------------------------
+def _place(number: Any, kind: Kind) -> Any:
+    """The lower 5 or 6 bits of a bit's number, in the kind's type."""
+    return (number & np.uint32(32 * kind.words - 1)).astype(kind.dtype)
+
+
+def _bit(number: Any, kind: Kind) -> Any:
+    return kind.dtype(1) << _place(number, kind)
+
+
+def _field(extract: Callable[..., Any], a: Any, b: Any) -> Any:
+    """The bits of `a` from the number in the lower bits of `b` on; their count is 16 bits above."""
+    return extract(a, b, b >> np.uint32(16) & np.uint32(127))
+
+
+def _add_bit_fields(width: int, kind: Kind) -> None:
+    signed = np.dtype(f"int{width}").type
+    _add(
+        f"s_ashr_i{width}", kind, (kind, U32),
+        lambda a, b: (a.view(signed) >> _place(b, kind).astype(signed)).view(kind.dtype), _nonzero,
+    )  # fmt: skip
+    _add(f"s_lshl_b{width}", kind, (kind, U32), lambda a, b: a << _place(b, kind), _nonzero)
+    _add(f"s_lshr_b{width}", kind, (kind, U32), lambda a, b: a >> _place(b, kind), _nonzero)
+    _add(f"s_bfe_u{width}", kind, (kind, U32), partial(_field, bits.extract_bits), _nonzero)
+    _add(f"s_bfe_i{width}", kind, (kind, U32), partial(_field, bits.extract_signed_bits), _nonzero)
+    _add(
+        f"s_bitset0_b{width}", kind, (U32,), lambda b, old: old & ~_bit(b, kind), reads_result=True
+    )
+    _add(f"s_bitset1_b{width}", kind, (U32,), lambda b, old: old | _bit(b, kind), reads_result=True)
+    _add(f"s_bitcmp0_b{width}", None, (kind, U32), lambda a, b: (a & _bit(b, kind)) == 0)
+    _add(f"s_bitcmp1_b{width}", None, (kind, U32), lambda a, b: (a & _bit(b, kind)) != 0)
+
+
+for _width, _kind in _UNSIGNED.items():
+    _add_bit_fields(_width, _kind)
+_add("s_bfm_b32", U32, (U32, U32), bits.bit_mask_32)
+_add("s_bfm_b64", U64, (U32, U32), bits.bit_mask_64)
+
+
+# Bit counts, searches and rearrangements ----------------------------------------------------------
+def _leading_sign_bits(a: Any) -> Any:
+    top = a.dtype.type(8 * a.dtype.itemsize - 1)
+    return bits.leading_zeros(np.where(a >> top, ~a, a))
+
+
+def _quads(a: Any) -> Any:
+    """The lowest bit of each four is set if one of them is."""
+    kind = a.dtype.type
+    a = a | a >> kind(1)
+    return (a | a >> kind(2)) & kind(0x1111111111111111 & int(~kind(0)))
+
+
+def _quad_mask(a: Any) -> Any:
+    """One bit for each four, in the lower bits."""
+    kind, packed = a.dtype.type, _quads(a)
+    for distance, mask in ((3, 0x0303030303030303), (6, 0x000F000F000F000F), (12, 0xFF000000FF)):
+        packed = (packed | packed >> kind(distance)) & kind(mask & int(~kind(0)))
+    return packed if kind is np.uint32 else (packed | packed >> kind(24)) & kind(0xFFFF)
+
+
+def _replicate(a: Any) -> Any:
+    """Each bit twice: uint32 to uint64."""
+    spread = a.astype(np.uint64)
+    for distance, mask in (
+        (16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F),
+        (2, 0x3333333333333333), (1, 0x5555555555555555),
+    ):  # fmt: skip
+        spread = (spread | spread << np.uint64(distance)) & np.uint64(mask)
+    return spread * np.uint64(3)
+
+
+def _add_bit_counts(width: int, kind: Kind) -> None:
+    _add(f"s_bcnt0_i32_b{width}", U32, (kind,), lambda a: bits.count_bits(~a), _nonzero)
+    _add(f"s_bcnt1_i32_b{width}", U32, (kind,), bits.count_bits, _nonzero)
+    _add(f"s_ff0_i32_b{width}", U32, (kind,), lambda a: bits.trailing_zeros(~a))
+    _add(f"s_ff1_i32_b{width} s_ctz_i32_b{width}", U32, (kind,), bits.trailing_zeros)
+    _add(f"s_flbit_i32_b{width} s_clz_i32_u{width}", U32, (kind,), bits.leading_zeros)
+    _add(f"s_brev_b{width}", kind, (kind,), bits.reverse_bits)
+    _add(f"s_wqm_b{width}", kind, (kind,), lambda a: _quads(a) * a.dtype.type(15), _nonzero)
+    _add(f"s_quadmask_b{width}", kind, (kind,), _quad_mask, _nonzero)
+
+
+for _width, _kind in _UNSIGNED.items():
+    _add_bit_counts(_width, _kind)
+_add("s_flbit_i32 s_cls_i32", U32, (U32,), _leading_sign_bits)
+_add("s_flbit_i32_i64 s_cls_i32_i64", U32, (U64,), _leading_sign_bits)
+_add("s_bitreplicate_b64_b32", U64, (U32,), _replicate)
+_add("s_sext_i32_i8", I32, (I32,), lambda a: a.astype(np.int8).astype(np.int32))
+_add("s_sext_i32_i16", I32, (I32,), lambda a: a.astype(np.int16).astype(np.int32))
+_LOW, _HIGH, _HALF = np.uint32(0xFFFF), np.uint32(0xFFFF0000), np.uint32(16)
+_add("s_pack_ll_b32_b16", U32, (U32, U32), lambda a, b: a & _LOW | b << _HALF)
+_add("s_pack_lh_b32_b16", U32, (U32, U32), lambda a, b: a & _LOW | b & _HIGH)
+_add("s_pack_hl_b32_b16", U32, (U32, U32), lambda a, b: a >> _HALF | b << _HALF)
+_add("s_pack_hh_b32_b16", U32, (U32, U32), lambda a, b: a >> _HALF | b & _HIGH)
+
+# Comparisons --------------------------------------------------------------------------------------
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": lambda a, b: a == b,
+    "lg": lambda a, b: (a < b) | (a > b),
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+}
+#: "n...": not. They differ from the opposite comparison if an operand is NaN.
+_COMPARE_FLOATS = {
+    **_COMPARE,
+    "neq": lambda a, b: a != b,
+    "nlg": lambda a, b: ~((a < b) | (a > b)),
+    "ngt": lambda a, b: ~(a > b),
+    "nge": lambda a, b: ~(a >= b),
+    "nlt": lambda a, b: ~(a < b),
+    "nle": lambda a, b: ~(a <= b),
+    "o": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "u": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+for _name, _function in {**_COMPARE, "lg": operator.ne}.items():
+    _add(f"s_cmp_{_name}_i32", None, (I32, I32), _function)
+    _add(f"s_cmp_{_name}_u32", None, (U32, U32), _function)
+    _add(f"s_cmpk_{_name}_i32", None, (I32, SIGNED_16), _function)
+    _add(f"s_cmpk_{_name}_u32", None, (U32, UNSIGNED_16), _function)
+for _name, _function in _COMPARE_FLOATS.items():
+    _add(f"s_cmp_{_name}_f32", None, (F32, F32), _function)
+    _add(f"s_cmp_{_name}_f16", None, (F16, F16), _function)
+_add("s_cmp_eq_u64", None, (PAIR, PAIR), lambda a, b: ~_pair_nonzero(a ^ b))
+_add("s_cmp_lg_u64", None, (PAIR, PAIR), lambda a, b: _pair_nonzero(a ^ b))
+
+
+# Floating point: RDNA -----------------------------------------------------------------------------
+def _propagates_nan(choose: Callable[..., Any], a: Any, b: Any) -> Any:
+    return np.where(np.isnan(a) | np.isnan(b), a + b, choose(a, b))
+
+
+def _pack_halves(a: Any, b: Any) -> Any:
+    low, high = (numerics.to_float16_toward_zero(x).view(np.uint16) for x in (a, b))
+    return low.astype(np.uint32) | high.astype(np.uint32) << _HALF
+
+
+_add("s_add_f32", F32, (F32, F32), operator.add)
+_add("s_sub_f32", F32, (F32, F32), operator.sub)
+_add("s_mul_f32", F32, (F32, F32), operator.mul)
+_add("s_min_f32 s_min_num_f32", F32, (F32, F32), numerics.minimum_number)
+_add("s_max_f32 s_max_num_f32", F32, (F32, F32), numerics.maximum_number)
+_add("s_minimum_f32", F32, (F32, F32), partial(_propagates_nan, numerics.minimum_number))
+_add("s_maximum_f32", F32, (F32, F32), partial(_propagates_nan, numerics.maximum_number))
+_add("s_fmac_f32", F32, (F32, F32), numerics.fused_multiply_add, reads_result=True)
+_add("s_fmaak_f32 s_fmamk_f32", F32, (F32, F32, F32), numerics.fused_multiply_add)
+_add("s_ceil_f32", F32, (F32,), np.ceil)
+_add("s_floor_f32", F32, (F32,), np.floor)
+_add("s_trunc_f32", F32, (F32,), np.trunc)
+_add("s_rndne_f32", F32, (F32,), np.rint)
+_add("s_cvt_f32_i32", F32, (I32,), lambda a: a.astype(np.float32))
+_add("s_cvt_f32_u32", F32, (U32,), lambda a: a.astype(np.float32))
+_add("s_cvt_i32_f32", I32, (F32,), lambda a: numerics.to_integer(a, np.int32))
+_add("s_cvt_u32_f32", U32, (F32,), lambda a: numerics.to_integer(a, np.uint32))
+_add("s_cvt_f32_f16", F32, (F16,), lambda a: a.astype(np.float32))
+_add(
+    "s_cvt_hi_f32_f16", F32, (U32,),
+    lambda a: (a >> _HALF).astype(np.uint16).view(np.float16).astype(np.float32),
+)  # fmt: skip
+_add("s_cvt_pk_rtz_f16_f32", U32, (F32, F32), _pack_halves)
+
+# The vector unit computes these for a scalar, on RDNA4.
+_add("v_s_exp_f32", F32, (F32,), numerics.exp2)
+_add("v_s_log_f32", F32, (F32,), numerics.log2)
+_add("v_s_rcp_f32", F32, (F32,), numerics.reciprocal)
+_add("v_s_rsq_f32", F32, (F32,), numerics.reciprocal_sqrt)
+_add("v_s_sqrt_f32", F32, (F32,), numerics.sqrt)
