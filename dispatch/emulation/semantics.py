@@ -23,10 +23,12 @@ class Semantics:
         execute: changes the state of the waves.
         results: `Registers.ids` of the results of a memory operation, which `execute` has written,
             but which have no defined value before the matching wait.
+        sources: `Registers.ids` that it reads, if it has results: one register may be both.
     """
 
     execute: Execute
     results: frozenset[int] = frozenset()
+    sources: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

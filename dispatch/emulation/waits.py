@@ -37,15 +37,15 @@ _ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
 _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
     9: {
         "load": ("vmcnt",), "store": ("vmcnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
-        "flat": ("vmcnt", "lgkmcnt"),
+        "flat": ("vmcnt", "lgkmcnt"), "flat_store": ("vmcnt", "lgkmcnt"),
     },
     11: {
         "load": ("vmcnt",), "store": ("vscnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
-        "flat": ("vmcnt", "lgkmcnt"),
+        "flat": ("vmcnt", "lgkmcnt"), "flat_store": ("vscnt", "lgkmcnt"),
     },
     12: {
         "load": ("loadcnt",), "store": ("storecnt",), "lds": ("dscnt",), "scalar": ("kmcnt",),
-        "flat": ("loadcnt", "dscnt"),
+        "flat": ("loadcnt", "dscnt"), "flat_store": ("storecnt", "dscnt"),
     },
 }  # fmt: skip
 
@@ -54,7 +54,8 @@ def counter_of(kind: str, target: Target) -> tuple[str, ...]:
     """The counters that a kind of operation adds to.
 
     Args:
-        kind: "load" (also atomics that return a value), "store", "lds", "scalar" or "flat".
+        kind: "load" (also atomics that return a value), "store", "lds", "scalar", "flat" or
+            "flat_store".
         target: whose instruction set it is.
     """
     return _COUNTERS[target.generation][kind]

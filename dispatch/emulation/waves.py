@@ -83,6 +83,8 @@ class WaveGroup:
         """Read EXEC again, after a write to its register."""
         self.exec = self.lane_mask(EXEC)
         self.full = bool(self.exec.all())
+        self._active_waves: NDArray[np.int64] | None = None
+        self._active_workgroups: NDArray[np.int64] | None = None
 
     def lane_mask(self, first: int) -> NDArray[np.bool_]:
         """(waves, lanes) bool: the bits of a scalar register, or of a pair if waves have 64."""
@@ -115,19 +117,27 @@ class WaveGroup:
     @property
     def active_waves(self) -> NDArray[np.int64]:
         """(k,) the number of the wave of each lane that executes."""
-        return self.active(self.ids[:, None])
+        if self._active_waves is None:
+            self._active_waves = self.active(self.ids[:, None])
+        return self._active_waves
+
+    @property
+    def active_workgroups(self) -> NDArray[np.int64]:
+        """(k,) the workgroup of each lane that executes."""
+        if self._active_workgroups is None:
+            self._active_workgroups = self.active(self.workgroups[:, None])
+        return self._active_workgroups
 
     # Splitting and joining ------------------------------------------------------------------------
 
     def only(self, chosen: NDArray[np.bool_]) -> WaveGroup:
         """A group of some of the waves."""
-        scalar, *vector = self._registers
-        part = WaveGroup(
-            self.run,
-            self.ids[chosen],
-            (scalar[:, chosen], vector[0][:, chosen], vector[1][:, chosen]),
-            self.scc[chosen],
+        # Not array[:, chosen]: its axes would have another order in memory, and no 16-bit views.
+        scalar, vector, accumulation = (
+            np.compress(chosen, array, axis=1) for array in self._registers
         )
+        registers = (scalar, vector, accumulation)
+        part = WaveGroup(self.run, self.ids[chosen], registers, self.scc[chosen])
         part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
         part.set_pending(tuple(each.only(part.ids) for each in self.pending))
         return part
