@@ -32,7 +32,7 @@ from attn_dispatch.emulation.waits import issue
 if TYPE_CHECKING:
     from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["decode"]
+__all__ = ["OPCODES", "decode"]
 
 
 def decode(instruction: Instruction, target: Target) -> Semantics | None:
@@ -265,3 +265,5 @@ _DECODERS: dict[str, _Decoder] = {
     "ds_permute_b32": _permute,
     "ds_swizzle_b32": _swizzle,
 }
+#: The instructions of this module.
+OPCODES = frozenset(_DECODERS)
