@@ -87,6 +87,12 @@ class WrittenBytes:
         for index in unit_indices(starts, size, unit):
             view[index] = repeated(1, unit)
 
+    def copy(self) -> WrittenBytes:
+        """An independent copy."""
+        other = WrittenBytes(0)
+        other._shadow = Bytes(self._shadow.data.copy())
+        return other
+
     def mark_range(self, start: int, end: int) -> None:
         """Note that the bytes [start, end) were written."""
         self._shadow.data[start:end] = 1

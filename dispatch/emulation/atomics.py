@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.access import Bytes
 from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.numerics import from_bfloat16, to_bfloat16
 
 __all__ = ["ATOMIC_OPERATIONS", "apply_atomic"]
 
@@ -103,13 +104,8 @@ def _add_bfloat16_pair(old: _Unsigned, source: _Unsigned, _: _Unsigned) -> _Unsi
 
     The sum is rounded to float32 first. That changes nothing: 24 bits >= 2 * 8 + 2.
     """
-    halves = [part.view(np.uint16).astype(np.uint32) << np.uint32(16) for part in (old, source)]
-    total = halves[0].view(np.float32) + halves[1].view(np.float32)
-    bits = total.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    pairs: _Unsigned = np.where(np.isnan(total), quiet, rounded).astype(np.uint16).view(np.uint32)
-    return pairs
+    total = from_bfloat16(old.view(np.uint16)) + from_bfloat16(source.view(np.uint16))
+    return to_bfloat16(total).view(np.uint32)
 
 
 #: Integer operations, of 4 and 8 bytes: (memory, operand, compare) -> memory.

@@ -107,6 +107,22 @@ def test_host_writes_count_as_written():
         region.write(7, b"\1\2")
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_a_region_can_be_restored(written):
+    memory, region = memory_of(8, written)
+    address = lanes(region.address)
+    memory.store(address, words(1), 4, lanes(0))
+    saved = region.saved()
+    for _ in range(2):
+        memory.store(address, words((2,), (3,)), 8, lanes(1))
+        region.restore(saved)
+        assert memory.load(address, 4, lanes(2)).tolist() == [[1]]  # no store is in flight
+        assert region.data[4:].tolist() == [0xFF] * 4
+        if not written:
+            with pytest.raises(UnwrittenRead):
+                memory.load(address, 8, lanes(2))
+
+
 # Bounds -------------------------------------------------------------------------------------------
 
 
