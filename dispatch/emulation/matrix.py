@@ -35,6 +35,8 @@ __all__ = ["MatrixShape", "multiply_cdna", "multiply_rdna3", "multiply_rdna4", "
 
 _F64 = NDArray[np.float64]
 _U32 = NDArray[np.uint32]
+#: Larger temporary arrays leave the cache, and each call gets their pages from the system again.
+_PRODUCTS_AT_ONCE = 1 << 14
 _SMALLEST_FLOAT32 = 2.0**-126
 _SMALLEST_FLOAT16 = 2.0**-14
 
@@ -181,7 +183,7 @@ def multiply_cdna(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float)
     Returns:
         The bits of D, (shape.accumulator_registers, waves, 64).
     """
-    return _rounded(shape, _accumulate(shape, a, b, c))
+    return _multiply(shape, a, b, c)
 
 
 def multiply_rdna4(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float) -> _U32:
@@ -198,12 +200,12 @@ def multiply_rdna4(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float
         The bits of D, (shape.accumulator_registers, waves, 32).
     """
     if _BITS[shape.accumulator] == 32:
-        return _rounded(shape, _accumulate(shape, a, b, c))
+        return _multiply(shape, a, b, c)
     if isinstance(c, np.ndarray):
         words = c.view(np.uint32)
         halves = np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)), axis=1)
         c = _from_16_bits(halves.reshape(-1, *c.shape[1:]), shape.accumulator)
-    rounded = _rounded(shape, _accumulate(shape, a, b, c))
+    rounded = _multiply(shape, a, b, c)
     return np.asarray(rounded[0::2] | rounded[1::2] << np.uint32(16))
 
 
@@ -240,17 +242,31 @@ def multiply_rdna3(
             )
     a, b = a[..., :16], b[..., :16]
     if _BITS[shape.accumulator] == 32:
-        return _rounded(shape, _accumulate(shape, a, b, c))
+        return _multiply(shape, a, b, c)
     shift = np.uint32(16 if in_upper_half else 0)
     if isinstance(c, np.ndarray):
         registers = c.view(np.uint32)
         destination = registers if destination is None else destination
         c = _from_16_bits(registers >> shift & np.uint32(0xFFFF), shape.accumulator)
-    rounded = np.asarray(_rounded(shape, _accumulate(shape, a, b, c)) << shift)
+    rounded = np.asarray(_multiply(shape, a, b, c) << shift)
     if destination is None:
         return rounded
     kept = np.uint32(0xFFFF if in_upper_half else 0xFFFF0000)
     return np.asarray(rounded | destination & kept)
+
+
+def _multiply(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float) -> _U32:
+    """The bits of D: (rows of a lane in all blocks, waves, lanes), with 16 bits not yet packed."""
+    waves = a.shape[1]
+    step = max(1, _PRODUCTS_AT_ONCE // (shape.m * shape.n * shape.blocks))
+    if waves <= step:
+        return _rounded(shape, _accumulate(shape, a, b, c))
+    result = np.empty((shape.m * shape.n * shape.blocks // shape.lanes, waves, shape.lanes), "u4")
+    for start in range(0, waves, step):
+        part = slice(start, start + step)
+        c_part = c[:, part] if isinstance(c, np.ndarray) else c
+        result[:, part] = _rounded(shape, _accumulate(shape, a[:, part], b[:, part], c_part))
+    return result
 
 
 def _accumulate(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float) -> _F64:

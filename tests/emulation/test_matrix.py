@@ -1,12 +1,6 @@
-"""Matrix instructions, against matrices that are distributed to registers element by element.
-
-Where an element is follows AMD's matrix instruction calculator, which describes CDNA2, CDNA3, RDNA3
-and RDNA4; the double-rate forms of gfx950 follow the CDNA4 ISA manual.
-"""
+"""Matrix instructions, against matrices whose elements are put in registers one by one."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
@@ -16,6 +10,15 @@ from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
 from attn_dispatch.emulation.matrix import multiply_cdna, multiply_rdna3, multiply_rdna4, shape_of
 from attn_dispatch.emulation.numerics import from_bfloat16
 from attn_dispatch.emulation.targets import target_named
+from support.matrix_layouts import (
+    cdna_accumulator,
+    cdna_operand,
+    gather,
+    rdna3_operand,
+    rdna4_operand,
+    rdna_accumulator,
+    scatter,
+)
 
 WAVES = 3
 #: target, opcode, m (also n), k, blocks, formats of A and B.
@@ -131,66 +134,6 @@ def random_codes(rng, shape, format):
         return values.astype(np.float16).view(np.uint16).astype(np.uint32)
     finite = np.flatnonzero(np.isfinite(fp8.decode_table(format)))
     return rng.choice(finite, shape).astype(np.uint32)
-
-
-# Layouts: (register, lanes, first bit) of an element.
-def cdna_operand(i, k, block, size, depth, blocks, bits):
-    """A[i][k] of a block, or B[k][i], for CDNA."""
-    in_lane = depth * size * blocks // 64  # consecutive k of a lane
-    if bits == 8 and depth * size == 2048:  # f8f6f4: two runs of 16
-        lane = size * (k % (depth // 2) // 16) + i
-        position = k // (depth // 2) * 16 + k % 16
-    elif blocks > 1:
-        lane, position = size * block + i, k
-    else:
-        lane, position = size * (k // in_lane) + i, k % in_lane
-    return position * bits // 32, [lane], position * bits % 32
-
-
-def cdna_accumulator(i, j, block, size):
-    """D[i][j] of a block, for CDNA."""
-    if size == 4:
-        return i, [4 * block + j], 0
-    if size == 16:
-        return 4 * block + i % 4, [16 * (i // 4) + j], 0
-    return 16 * block + 4 * (i // 8) + i % 4, [32 * (i // 4) % 64 + j], 0
-
-
-def rdna3_operand(i, k, bits):
-    return k * bits // 32, [i, i + 16], k * bits % 32
-
-
-def rdna4_operand(i, k, bits):
-    if bits == 8:
-        return k // 4 % 2, [16 * (k // 8) + i], 8 * (k % 4)
-    return 2 * (k // 8) + k // 2 % 2, [16 * (k // 4 % 2) + i], 16 * (k % 2)
-
-
-def rdna_accumulator(target, i, j, bits, in_upper_half=False):
-    if target == "gfx1100":
-        return i // 2, [16 * i % 32 + j], 16 * in_upper_half
-    if bits == 32:
-        return i % 8, [16 * (i // 8) + j], 0
-    return i // 2 % 4, [16 * (i // 8) + j], 16 * (i % 2)
-
-
-def scatter(codes, place, registers, lanes):
-    """Registers that hold an array (waves, blocks, rows, columns)."""
-    words = np.zeros((registers, len(codes), lanes), np.uint32)
-    for block, i, j in itertools.product(*map(range, codes.shape[1:])):
-        register, where, bit = place(i, j, block)
-        for lane in where:
-            words[register, :, lane] |= codes[:, block, i, j] << np.uint32(bit)
-    return words
-
-
-def gather(words, place, shape, bits):
-    """The array (waves, blocks, rows, columns) that registers hold."""
-    codes = np.zeros(shape, np.uint32)
-    for block, i, j in itertools.product(*map(range, shape[1:])):
-        register, (lane,), bit = place(i, j, block)
-        codes[:, block, i, j] = words[register, :, lane] >> np.uint32(bit) & ((1 << bits) - 1)
-    return codes
 
 
 def expected_codes(a, b, c, format):
@@ -423,6 +366,19 @@ def test_sums_that_overflow_are_infinite_and_tiny_negative_ones_are_minus_zero()
     assert (multiply_cdna(shape, a, b, 0.0).view(np.float32) == np.inf).all()
     a, b = np.float32([[[[1.0e-30]]], [[[-1.0e-30]]]]).repeat(64, 3).view(np.uint32)
     assert (multiply_cdna(shape, a, b, 0.0) == 0x80000000).all()
+
+
+def test_many_waves_have_the_results_of_each_wave():
+    """More waves than are multiplied at once."""
+    shape = shape_of("v_mfma_f32_32x32x4_2b_f16", target_named("gfx942"))
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((2, 2, 41, 128)).astype(np.float16).view(np.uint32)
+    c = rng.standard_normal((32, 41, 64)).astype(np.float32)
+    each = [slice(wave, wave + 1) for wave in range(41)]
+    single = [multiply_cdna(shape, a[:, wave], b[:, wave], c[:, wave]) for wave in each]
+    assert np.array_equal(multiply_cdna(shape, a, b, c), np.concatenate(single, axis=1))
+    single = [multiply_cdna(shape, a[:, wave], b[:, wave], -0.5) for wave in each]
+    assert np.array_equal(multiply_cdna(shape, a, b, -0.5), np.concatenate(single, axis=1))
 
 
 def test_integer_sums_wrap_around():
