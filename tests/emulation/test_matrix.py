@@ -404,6 +404,17 @@ def test_gfx90a_flushes_denormals_of_16_bit_products(format):
     assert (multiply_cdna(new, zeros, ones, c) == c).all()
 
 
+def test_gfx90a_flushes_c_before_the_sum_and_d_after_it():
+    shape = shape_of("v_mfma_f32_4x4x4bf16_1k", target_named("gfx90a"))
+    smallest, one, tiny = (np.zeros((2, 1, 64), np.uint32) for _ in range(3))
+    smallest[0], one[0], tiny[0] = 0x0080, 0x3F80, 0x2000  # 2**-126, 1, 2**-63 in k 0
+    c = np.full((4, 1, 64), 0x00400000, np.uint32)  # 2**-127
+    assert (multiply_cdna(shape, smallest, one, c) == 0x00800000).all()
+    half = np.where(one, np.uint32(0x3F00), np.uint32(0))
+    assert not multiply_cdna(shape, smallest, half, 0.0).any()
+    assert (multiply_cdna(shape, tiny, tiny, 0.0) == 0x00800000).all()
+
+
 def test_products_of_float32_denormals_are_not_flushed_on_gfx90a():
     shape = shape_of("v_mfma_f32_16x16x4f32", target_named("gfx90a"))
     a = np.full((1, 1, 64), 1, np.uint32)
