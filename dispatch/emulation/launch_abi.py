@@ -5,7 +5,6 @@ LLVM's AMDGPU usage guide, "kernel argument segment" and "initial kernel executi
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from attn_dispatch.emulation.waves import WaveGroup, new_registers
 if TYPE_CHECKING:
     from attn_dispatch.emulation.machine import Run
 
-__all__ = ["SCRATCH_DESCRIPTOR_BASE", "initial_registers", "kernel_arguments"]
+__all__ = ["SCRATCH_DESCRIPTOR_BASE", "argument_segment", "initial_registers"]
 
 #: User registers in the order in which they are given out, with how many each takes.
 _USER_REGISTERS = (
@@ -37,11 +36,11 @@ _USER_REGISTERS = (
 SCRATCH_DESCRIPTOR_BASE = 0x5C00
 
 
-def kernel_arguments(
+def argument_segment(
     assembly: Assembly,
     grid: tuple[int, int, int],
     workgroup_size: int,
-    arguments: Sequence[int | float],
+    arguments: Sequence[int],
 ) -> NDArray[np.uint8]:
     """The bytes of the argument segment.
 
@@ -49,7 +48,8 @@ def kernel_arguments(
         assembly: the kernel.
         grid: workgroups in each dimension.
         workgroup_size: lanes of a workgroup.
-        arguments: values of the arguments that are not hidden; those that are left out are 0.
+        arguments: the bits of the arguments that are not hidden, as integers; those that are left
+            out are 0.
 
     Raises:
         EmulationError: there are more values than arguments, or one does not fit.
@@ -69,9 +69,7 @@ def kernel_arguments(
     return segment
 
 
-def _as_bytes(argument: Argument, value: int | float) -> bytes:
-    if isinstance(value, float):
-        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[argument.size], value)
+def _as_bytes(argument: Argument, value: int) -> bytes:
     bits = 8 * argument.size
     if not -(1 << (bits - 1)) <= value < 1 << bits:
         raise EmulationError(

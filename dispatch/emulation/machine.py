@@ -19,21 +19,22 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Assembly, Instruction
 from attn_dispatch.emulation.decode import Decoded, decode
-from attn_dispatch.emulation.errors import EmulationError, KernelFault
-from attn_dispatch.emulation.launch_abi import initial_registers, kernel_arguments
+from attn_dispatch.emulation.errors import EmulationError, KernelFault, WaveOrderFault
+from attn_dispatch.emulation.launch_abi import argument_segment, initial_registers
 from attn_dispatch.emulation.lds import Lds, LdsAccess
 from attn_dispatch.emulation.memory import GlobalMemory
 from attn_dispatch.emulation.operands import EXEC, VCC
 from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.waits import check_registers
+from attn_dispatch.emulation.waits import check_registers, finish_all
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["Kernel", "LaunchCounts", "Run", "WaveOrder"]
 
 #: "lockstep": all waves go on together. "forward" and "backward": the waves of a workgroup run one
-#: after another from barrier to barrier, the first or the last one first; workgroups too.
-WaveOrder = Literal["lockstep", "forward", "backward"]
+#: after another from barrier to barrier, the first or the last one first; workgroups too. "both":
+#: the launch runs in either order, from the same memory, and the results must be equal.
+WaveOrder = Literal["lockstep", "forward", "backward", "both"]
 
 #: Waves that run at a time: enough that NumPy's time per call is small, and that the registers of
 #: all of them stay in a CPU's cache.
@@ -48,7 +49,9 @@ class LaunchCounts:
     """What a launch executed.
 
     Attributes:
-        instructions: opcode -> how often waves executed it.
+        instructions: opcode -> how often waves executed it; a dual-issued one counts as two.
+        lines: line of the assembly -> how often waves executed it.
+        sources: place in the Python source -> instructions that waves executed there.
         waves: that ran.
         lds_bytes_read, lds_bytes_written: by all lanes.
         scratch_bytes_read, scratch_bytes_written: private memory, which is mostly spilled
@@ -57,6 +60,8 @@ class LaunchCounts:
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
+    lines: Counter[int] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
     waves: int = 0
     lds_bytes_read: int = 0
     lds_bytes_written: int = 0
@@ -142,7 +147,7 @@ class Kernel:
         grid: tuple[int, int, int],
         num_waves: int,
         lds_bytes: int,
-        arguments: Sequence[int | float],
+        arguments: Sequence[int],
         memory: GlobalMemory,
         *,
         wave_order: WaveOrder = "lockstep",
@@ -153,7 +158,7 @@ class Kernel:
             grid: workgroups in each dimension.
             num_waves: of a workgroup.
             lds_bytes: of a workgroup.
-            arguments: those that are not hidden, in order; addresses are those of `memory`.
+            arguments: the bits of those that are not hidden, in order; addresses are `memory`'s.
             memory: what the kernel may access.
             wave_order: in which order the waves of a workgroup run.
 
@@ -172,9 +177,11 @@ class Kernel:
                 f"{self.name} needs {lds_bytes} bytes of LDS; {self.target.name} has "
                 f"{self.target.lds_bytes}."
             )
+        if wave_order == "both":
+            return self._launch_in_both_orders(grid, num_waves, lds_bytes, arguments, memory)
         start = time.perf_counter()
         segment = memory.allocate(
-            kernel_arguments(self.assembly, grid, num_waves * self.target.wave_size, arguments),
+            argument_segment(self.assembly, grid, num_waves * self.target.wave_size, arguments),
             f"the arguments of {self.name}",
         )
         counts = LaunchCounts()
@@ -190,6 +197,36 @@ class Kernel:
         finally:
             memory.remove(segment)
         counts.seconds = time.perf_counter() - start
+        return counts
+
+
+    def _launch_in_both_orders(
+        self,
+        grid: tuple[int, int, int],
+        num_waves: int,
+        lds_bytes: int,
+        arguments: Sequence[int],
+        memory: GlobalMemory,
+    ) -> LaunchCounts:
+        """Run forward, then backward from the same memory, and compare all memory."""
+
+        def run(order: WaveOrder) -> LaunchCounts:
+            return self.launch(grid, num_waves, lds_bytes, arguments, memory, wave_order=order)
+
+        before = [region.saved() for region in memory.regions]
+        run("forward")
+        first = [region.data.copy() for region in memory.regions]
+        for region, saved in zip(memory.regions, before, strict=True):
+            region.restore(saved)
+        counts = run("backward")
+        for region, expected in zip(memory.regions, first, strict=True):
+            if not np.array_equal(region.data, expected):
+                byte = int((region.data != expected).argmax())
+                raise WaveOrderFault(
+                    f"Byte {byte} of {region.name!r} depends on the order in which waves run: "
+                    f"{expected[byte]:#04x} if the first wave of a workgroup runs first, "
+                    f"{region.data[byte]:#04x} if the last one does."
+                )
         return counts
 
 
@@ -232,6 +269,8 @@ class Run:
             self._run(self._by_order(group))
         for index, times in self._executed.items():
             for each in self.kernel.block(index):
+                counts.lines[each.text.line] += times
+                counts.sources[each.text.source.rpartition(":")[0]] += times
                 for name in each.opcodes:
                     counts.instructions[name] += times
         counts.lds_bytes_read += self.lds.bytes_read
@@ -300,8 +339,7 @@ class Run:
         last = self.kernel.assembly.blocks[group.block][-1]
         following = group.block + 1
         if last.opcode == "s_endpgm":
-            for each in group.pending:
-                self.memory.retire_pending(each.access)
+            finish_all(group)
             return []
         if last.opcode == "s_branch":
             group.block = self._block_at(last)

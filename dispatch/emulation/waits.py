@@ -27,7 +27,7 @@ from attn_dispatch.emulation.targets import Target
 if TYPE_CHECKING:
     from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["Pending", "check_registers", "counter_of", "decode_wait", "issue"]
+__all__ = ["Pending", "check_registers", "counter_of", "decode_wait", "finish_all", "issue"]
 
 #: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
 #: and flat accesses finish in any order.
@@ -202,6 +202,18 @@ def _wait(group: WaveGroup, counter: str, limit: int) -> None:
         elif len(each.counters) > 1:
             others = tuple(name for name in each.counters if name != counter)
             left.append(dataclasses.replace(each, counters=others))
-        elif isinstance(each.access, StoresInFlight):
-            group.run.memory.retire(each.access)
+        else:
+            _finish(group, each)
     group.set_pending(tuple(left))
+
+
+def finish_all(group: WaveGroup) -> None:
+    """Finish everything, as at the end of a wave."""
+    for each in group.pending:
+        _finish(group, each)
+    group.set_pending(())
+
+
+def _finish(group: WaveGroup, operation: Pending) -> None:
+    if isinstance(operation.access, StoresInFlight):
+        group.run.memory.retire(operation.access)
