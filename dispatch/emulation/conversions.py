@@ -116,7 +116,7 @@ def _power_of_two(scale: Any) -> Any:
 def _decode_two_scaled(format: str, result: str) -> _Function:
     """Two codes times a power of two, as two numbers of the result's format in one word."""
     table = fp8.decode_table(format).astype(np.float64)
-    encode = {
+    encode: _Function = {
         "f32": lambda exact: exact.astype(np.float32),
         "f16": lambda exact: exact.astype(np.float16),
         "bf16": lambda exact: numerics.to_bfloat16(exact.astype(np.float32)),

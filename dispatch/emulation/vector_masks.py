@@ -63,7 +63,7 @@ _ORDER: dict[str, _Function] = {
     "ge": np.greater_equal,
 }
 _OF_INTEGERS = {**_ORDER, "ne": np.not_equal}
-#: With NaN, the comparisons in the lower part are not those with the opposite names.
+#: With NaN, `nge` is not `lt`: it is true.
 _OF_FLOATS = {
     **_ORDER,
     "lg": _less_or_greater,
@@ -80,12 +80,8 @@ _OF_FLOATS = {
 #: Opcode -> kind of both sources and function; `v_cmpx_...` writes EXEC.
 COMPARISONS: dict[str, tuple[Kind, _Function]] = {
     f"v_cmp{x}_{name}_{kind.name}": (kind, compare)
-    for kinds, functions in (
-        ((F32, F16), _OF_FLOATS),
-        ((I16, U16, I32, U32, I64, U64), _OF_INTEGERS),
-    )
-    for kind in kinds
-    for name, compare in functions.items()
+    for kind in (F32, F16, I16, U16, I32, U32, I64, U64)
+    for name, compare in (_OF_FLOATS if kind.is_float else _OF_INTEGERS).items()
     for x in ("", "x")
 }
 

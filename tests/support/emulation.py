@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,3 +129,95 @@ def execute(group: WaveGroup, *texts: str) -> WaveGroup:
         with np.errstate(all="ignore"):
             decoded.execute(group)
     return group
+
+
+# Tables of instructions ---------------------------------------------------------------------------
+class Row(NamedTuple):
+    """An instruction with what it reads and what it must write.
+
+    Attributes:
+        target: the GPU.
+        text: the instruction. Its result is v0 and its sources are v2, v4 and v6.
+        sources: for v2, v4 and v6, as `group_of` takes them. An array of one dimension has the
+            values of the first lanes, which repeat.
+        result: the expected value of v0, or a dict of registers. A float's NaN equals any NaN; bool
+            is a lane mask.
+        registers: others that the instruction reads.
+    """
+
+    target: str
+    text: str
+    sources: tuple[Any, ...]
+    result: Any
+    registers: dict[str, Any] = {}  # noqa: RUF012
+
+
+def check_row(row: Row) -> None:
+    """Execute the instruction of a row, and compare what it wrote."""
+    lanes = target_named(row.target).wave_size
+    registers = dict(zip(("v2", "v4", "v6"), row.sources, strict=False)) | row.registers
+    given = {name: _repeated(value, lanes) for name, value in registers.items()}
+    group = execute(group_of(row.target, **given), row.text)
+    expected = row.result if isinstance(row.result, dict) else {"v0": row.result}
+    for name, value in expected.items():
+        check_register(group, name, _repeated(value, lanes))
+
+
+def _repeated(value: Any, lanes: int) -> Any:
+    is_list = isinstance(value, np.ndarray) and value.ndim == 1
+    return np.resize(value, lanes) if is_list else value
+
+
+def check_register(group: WaveGroup, name: str, value: Any) -> None:
+    """Compare the value of a register in all lanes; the value's dtype says what its bits are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = np.uint32(value & 0xFFFFFFFF)
+    want = np.asarray(value)
+    if want.dtype == np.bool_:
+        first = _NAMED[name][0] if name in _NAMED else int(name[1:])
+        got = group.lane_mask(first)
+    else:
+        got = register(group, name, want.dtype)
+    want = np.broadcast_to(want, got.shape)
+    np.testing.assert_array_equal(got, want, err_msg=name)
+    if want.dtype.kind == "f":
+        number = ~np.isnan(want)
+        signs = np.signbit(got)[number], np.signbit(want)[number]
+        np.testing.assert_array_equal(*signs, err_msg=f"signs of {name}")
+
+
+def u16(*values: int) -> NDArray[np.uint16]:
+    return np.array(values, np.uint16)
+
+
+def i16(*values: int) -> NDArray[np.int16]:
+    return np.array(values, np.int16)
+
+
+def f16(*values: float) -> NDArray[np.float16]:
+    return np.array(values, np.float16)
+
+
+def u32(*values: int) -> NDArray[np.uint32]:
+    return np.array(values, np.uint32)
+
+
+def i32(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+def f32(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+def u64(*values: int) -> NDArray[np.uint64]:
+    return np.array(values, np.uint64)
+
+
+def i64(*values: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+def mask(*values: int) -> NDArray[np.bool_]:
+    """Bits of the first lanes."""
+    return np.array(values, bool)
