@@ -169,18 +169,21 @@ def _note_units(
     several = repeated(_SEVERAL, unit)
     for index in unit_indices(starts, size, unit):
         before: NDArray[Any] = view.take(index, mode="clip")
-        if (before == own).all():
-            continue
         after = own
         if before.any():
-            if (before != (before & repeated(0xFF, 1)) * repeated(1, unit)).any():
-                return False
-            # A wave's atomic operation does not make its earlier plain write an atomic one.
-            mine = before & ~repeated(_ATOMIC, unit) == plain
-            others = several | (before & repeated(mark, unit))
-            after = np.where(before == 0, own, np.where(mine, before & own, others))
-            if (before == after).all():
+            if ((before == own) | (before == several)).all():  # most often noted before
                 continue
+            mine = before & ~repeated(_ATOMIC, unit) == plain
+            free = mine | (before == 0)
+            if (
+                mark
+            ):  # a wave's atomic operation does not make its earlier plain write an atomic one
+                after = np.where(mine, before & own, own)
+            if not free.all():
+                if unit > 1 and (before != (before & repeated(0xFF, 1)) * repeated(1, unit)).any():
+                    return False
+                others = several | (before & repeated(mark, unit)) if mark else several
+                after = np.where(free, after, others)
         view[index] = after
         mixed = view.take(index, mode="clip") != after
         if mixed.any():  # several waves of this access
