@@ -168,9 +168,14 @@ def _sources_in_lanes(selector: Operand, crosses: bool, lanes: int) -> Reader:
 def _permlane_swap(
     instruction: Instruction, operands: list[Operand], modifiers: dict[str, str], lanes: int
 ) -> Semantics:
-    """Swap the second half of each row pair, or of the wave, with the first half of the source."""
+    """Swap the second half of each row pair, or of the wave, with the first half of the source.
+
+    `fi` and `bound_ctrl` are for lanes that do not execute.
+    """
     half = 16 if "16" in instruction.opcode else 32
     first, second = (_plain_vector(each) for each in operands)
+    for name in ("fi", "bound_ctrl"):
+        modifiers.pop(name, None)
 
     def execute(group: WaveGroup) -> None:
         if not group.full:

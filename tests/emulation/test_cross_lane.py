@@ -144,9 +144,10 @@ def test_permlane16_with_a_selector_in_each_lane(opcode):
 @pytest.mark.parametrize(
     ("width", "opcode"), [(16, "v_permlane16_swap_b32"), (32, "v_permlane32_swap_b32")]
 )
-def test_permlane_swap(width, opcode):
+@pytest.mark.parametrize("encoding", ["_e32 v0, v1", "_e64 v0, v1 bound_ctrl:1 fi:1"])
+def test_permlane_swap(width, opcode, encoding):
     first, second = values_by_lane(), values_by_lane() + np.uint32(500)
-    group = execute(group_of("gfx950", v0=first, v1=second), f"{opcode}_e32 v0, v1")
+    group = execute(group_of("gfx950", v0=first, v1=second), f"{opcode}{encoding}")
     in_first_half = LANES_64 % (2 * width) < width
     from_second = second[:, (LANES_64 - width) % 64]
     from_first = first[:, (LANES_64 + width) % 64]
