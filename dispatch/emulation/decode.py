@@ -21,7 +21,7 @@ from attn_dispatch.emulation import (
 )
 from attn_dispatch.emulation.assembly import Assembly, Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import VCC, parse_operand
+from attn_dispatch.emulation.operands import VCC, check_alignment, parse_operand
 from attn_dispatch.emulation.semantics import Execute, Operation, Semantics
 from attn_dispatch.emulation.targets import Target, target_named
 from attn_dispatch.emulation.waits import decode_wait
@@ -93,12 +93,14 @@ def decode(instruction: Instruction, target: Target) -> Decoded:
     """
     halves = [instruction] if instruction.second is None else [instruction, instruction.second]
     found = [_semantics(each, target) for each in halves]
-    writes = frozenset[int]().union(*[each.results for each in found if isinstance(each, Semantics)])
+    memory = [each for each in found if isinstance(each, Semantics)]
+    writes = frozenset[int]().union(*[each.results for each in memory])
+    sources = frozenset[int]().union(*[each.sources for each in memory])
     registers = frozenset[int]().union(*[_registers(each) for each in halves])
     return Decoded(
         instruction,
         _together(found, instruction),
-        registers - writes,
+        registers - writes | sources,
         writes,
         registers,
         tuple(each.opcode for each in halves),
@@ -112,6 +114,9 @@ def _semantics(instruction: Instruction, target: Target) -> Semantics | Operatio
     if instruction.opcode in _NO_EFFECT:
         return Semantics(lambda group: None)
     try:
+        for operand in map(parse_operand, instruction.operands):
+            if operand.registers:
+                check_alignment(operand.registers, target.is_cdna)
         for family in _FAMILIES.get(instruction.opcode.split("_")[0], ()):
             found = family(instruction, target)
             if found is not None:

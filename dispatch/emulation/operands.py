@@ -6,6 +6,7 @@ waves that executes it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,6 +100,10 @@ U32, I32, F32 = Kind("u32", np.uint32), Kind("i32", np.int32), Kind("f32", np.fl
 U64, I64 = Kind("u64", np.uint64, 2), Kind("i64", np.int64, 2)
 U16, I16, F16 = Kind("u16", np.uint16, 0), Kind("i16", np.int16, 0), Kind("f16", np.float16, 0)
 
+#: Registers of an operand -> the type of its float constants, and of their bits.
+_FLOATS: dict[int, tuple[Any, Any]] = {
+    0: (np.float16, np.uint16), 1: (np.float32, np.uint32), 2: (np.float64, np.uint64),
+}  # fmt: skip
 #: The first register of each file in the numbers by which pending registers are known.
 _FILES = {"s": 0, "v": 1000, "a": 2000}
 
@@ -155,6 +160,7 @@ class Operand:
         return self.registers
 
 
+@functools.lru_cache(maxsize=None)
 def parse_operand(text: str) -> Operand:
     """Parse the text of an operand, without modifiers that follow it."""
     flags: dict[str, Any] = {}
@@ -228,8 +234,9 @@ def constant(text: str, kind: Kind) -> Any:
     if re.fullmatch(r"-?\d+\.\d+(e[-+]?\d+)?", text):
         if kind.is_float:
             return kind.dtype(text)
-        as_float: Any = np.float32(text) if kind.words else np.float16(text)
-        return as_float.view(np.uint32 if kind.words else np.uint16).astype(kind.dtype)
+        floating, unsigned_type = _FLOATS[kind.words]
+        as_float: Any = floating(text)
+        return as_float.view(unsigned_type).astype(kind.dtype)
     try:
         value = int(text, 0)
     except ValueError:
