@@ -128,6 +128,8 @@ def test_writing_what_another_wave_read(size):
     with pytest.raises(RaceFault, match=f"store .* by wave 2 races: wave 1 has read byte {last}"):
         store(lds, 2, last, 1, 7)
     store(lds, 2, last, 1, 1)  # the value that is there
+    with pytest.raises(RaceFault, match=f"wave 1 has read byte {last}"):
+        store(lds, 2, last, 1, 7)  # wave 2 is now a writer, which is no reason
     lds.new_epoch()
     store(lds, 2, 16, size, 7)
 
