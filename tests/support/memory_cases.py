@@ -10,6 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.operands import EXEC
+from attn_dispatch.emulation.scratch import Scratch
+from attn_dispatch.emulation.targets import target_named
+
+from .emulation import RunOfGroup, group_of
+
 
 @dataclass(frozen=True)
 class Value:
@@ -112,3 +119,100 @@ def atomic_operands(operation: str, size: int, count: int, rng: np.random.Genera
 def operand(file: str, first: int, count: int) -> str:
     """The text of consecutive registers."""
     return f"{file}{first}" if count == 1 else f"{file}[{first}:{first + count - 1}]"
+
+
+# Vector memory ------------------------------------------------------------------------------------
+
+NUM_BYTES = 8192
+SCRATCH_BYTES = 256
+#: The last word of a descriptor: on RDNA, the range check of raw buffers.
+_LAST_WORD = {True: 0x00027000, False: 0x31004000}
+
+
+def descriptor(target, address, num_bytes):
+    """The words of a buffer's descriptor."""
+    last = _LAST_WORD[target_named(target).is_cdna]
+    return [address & 0xFFFFFFFF, address >> 32, num_bytes, last]
+
+
+class MemoryCase:
+    """Two waves, a region of random bytes, and a random offset in it for each lane.
+
+    v1 has the offset, v[2:3] the address, s[4:5] that of the region, s[8:11] its descriptor.
+    """
+
+    def __init__(self, target, space, partial=True, step=16):
+        self.rng = np.random.default_rng(11)
+        self.target, self.space = target_named(target), space
+        self.lanes = self.target.wave_size
+        self.memory, self.scratch = GlobalMemory(), Scratch(2, self.lanes, SCRATCH_BYTES)
+        self.region = self.memory.allocate(NUM_BYTES, "x", written=True)
+        self.region.data[:] = self.rng.integers(0, 256, NUM_BYTES)
+        self.fill_scratch()
+        run = RunOfGroup(self.target, 2, memory=self.memory, scratch=self.scratch)
+        self.group = group_of(self.target, 2, run=run)
+        for file in ("v", "a"):
+            array = getattr(self.group, f"{file}_u32")
+            array[...] = self.rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)
+        self.group.s_u32[4] = self.region.address & 0xFFFFFFFF
+        self.group.s_u32[5] = self.region.address >> 32
+        for i, word in enumerate(descriptor(target, self.region.address, NUM_BYTES)):
+            self.group.s_u32[8 + i] = word
+        count = 2 * self.lanes
+        within = SCRATCH_BYTES // 16 - 4 if space == "scratch" else count
+        order = self.rng.permutation(count) % within
+        self.place(step * order.reshape(2, -1) + 16)
+        if partial:
+            for word in range(self.lanes // 32):
+                self.group.s_u32[EXEC + word] = [0x88010F35, 0xFFFFFFFE]
+            self.group.exec_changed()
+        self.exec = self.group.exec.copy()
+
+    def place(self, offsets):
+        self.offsets = offsets
+        self.group.v_u32[1] = offsets
+        addresses = self.region.address + offsets.astype(np.int64)
+        self.group.v_u32[2], self.group.v_u32[3] = addresses & 0xFFFFFFFF, addresses >> 32
+
+    def fill_scratch(self):
+        shape = (2, self.lanes, SCRATCH_BYTES // 4)
+        words = self.rng.integers(0, 1 << 32, shape, dtype=np.uint32)
+        waves, lanes, places = (each.reshape(-1) for each in np.indices(shape))
+        self.scratch.store(waves, lanes, 4 * places, words.reshape(1, -1), 4)
+
+    def contents(self):
+        """Memory as a function (wave, lane) -> bytearray: the region, or a lane's private bytes."""
+        if self.space != "scratch":
+            shared = bytearray(self.region.data.tobytes())
+            return lambda wave, lane: shared
+        shape = (2, self.lanes, SCRATCH_BYTES)
+        waves, lanes, places = (each.reshape(-1) for each in np.indices(shape))
+        values = self.scratch.load(waves, lanes, places, 1).astype(np.uint8).reshape(shape)
+        private = [[bytearray(lane.tobytes()) for lane in wave] for wave in values]
+        return lambda wave, lane: private[wave][lane]
+
+    def bytes_of(self, contents):
+        return [bytes(contents(wave, lane)) for wave, lane in np.ndindex(2, self.lanes)]
+
+    def active(self):
+        """(wave, lane, offset) of each lane in EXEC, in order."""
+        return [
+            (wave, lane, int(self.offsets[wave, lane])) for wave, lane in np.argwhere(self.exec)
+        ]
+
+    def words(self, file, first, count):
+        return getattr(self.group, f"{file}_u32")[first : first + count].copy()
+
+    def text(self, opcode, data, offset=0, returns=""):
+        """An instruction at the lanes' offsets; `returns` is where a result goes."""
+        kind = opcode.split("_")[1]
+        where = {"global": ["v[2:3]", "off"], "flat": ["v[2:3]"], "scratch": ["v1", "off"]}
+        if self.space == "buffer":
+            parts = [data, "v1", "s[8:11]", "0"]
+        else:
+            parts = where[self.space].copy()
+            parts.insert(0 if kind == "load" else 1, data)
+            parts[:0] = [returns] if returns else []
+        modifiers = " offen" if self.space == "buffer" else ""
+        modifiers += f" offset:{offset}" if offset else ""
+        return f"{opcode} {', '.join(parts)}{modifiers}"
