@@ -89,15 +89,6 @@ def test_a_byte_that_was_never_written_may_not_be_read(size):
         load(lds, 0, 5, size, workgroup=0)
 
 
-def test_bytes_stay_written_after_a_barrier():
-    lds = Lds(1, 16)
-    store(lds, 0, 4)
-    lds.new_epoch()
-    load(lds, 1, 4)
-    with pytest.raises(UnwrittenRead):
-        load(lds, 1, 8)
-
-
 # Races --------------------------------------------------------------------------------------------
 
 
@@ -263,7 +254,6 @@ def test_a_barrier_of_some_workgroups():
         load(lds, 5, 16, workgroup=1)
     lds.new_epoch()
     load(lds, 5, 16, workgroup=1)
-    store(lds, 1, 16, value=1, workgroup=0)
 
 
 # Atomic operations --------------------------------------------------------------------------------
