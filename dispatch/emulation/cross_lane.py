@@ -65,6 +65,14 @@ def _plain_vector(operand: Operand) -> Reader:
     return vector_reader(operand, U32)
 
 
+def _picked(values: Any, lanes: NDArray[np.int64]) -> Any:
+    """The values (waves, lanes) of other lanes of the same wave, (1 or waves, lanes)."""
+    if len(lanes) == 1:
+        return values[:, lanes[0]]
+    starts = np.arange(len(values))[:, None] * values.shape[1]
+    return values.take(lanes + starts)
+
+
 # One lane -----------------------------------------------------------------------------------------
 def _lane_number(operand: Operand, lanes: int) -> Reader:
     """The number of a lane, which may differ from wave to wave, modulo the number of lanes."""
@@ -135,10 +143,10 @@ def _permlane16(
     reads_inactive, zeroes = ast.literal_eval(modifiers.pop("op_sel", "[0,0]"))
 
     def execute(group: WaveGroup) -> None:
-        index = np.broadcast_to(sources(group), group.exec.shape)
-        value = np.take_along_axis(read(group), index, axis=1)
+        index = sources(group)
+        value = _picked(read(group), index)
         if not reads_inactive and not group.full:
-            is_active = np.take_along_axis(group.exec, index, axis=1)
+            is_active = _picked(group.exec, index)
             value = np.where(is_active, value, np.uint32(0) if zeroes else old(group))
         write(group, value)
 
@@ -216,8 +224,7 @@ def _bpermute(
     lane, read = _lane_of_address(address, modifiers, lanes), _plain_vector(data)
 
     def value_of(group: WaveGroup) -> Any:
-        source = _active_or_zero(group, read(group))
-        return np.take_along_axis(source, lane(group), axis=1)
+        return _picked(_active_or_zero(group, read(group)), lane(group))
 
     return _lds_semantics(instruction, operands, value_of)
 
@@ -241,8 +248,10 @@ def _permute(
 
 def _lane_of_address(address: Operand, modifiers: dict[str, str], lanes: int) -> Reader:
     read, offset = _plain_vector(address), np.uint32(int(modifiers.pop("offset", "0"), 0))
-    mask = np.uint32(lanes - 1)
-    return lambda group: ((read(group) + offset) >> np.uint32(2) & mask).astype(np.int64)
+    two, mask = np.uint32(2), np.uint32(lanes - 1)
+    if not offset:
+        return lambda group: (read(group) >> two & mask).astype(np.int64)
+    return lambda group: (read(group) + offset >> two & mask).astype(np.int64)
 
 
 def _swizzle(

@@ -305,7 +305,12 @@ def _plain_scalar_reader(operand: Operand, kind: Kind, half: int) -> Reader:
     first = operand.require_registers("s").first
     if kind.words == 2:
         dtype = kind.dtype
-        return lambda group: to_u64(group.s_u32[first], group.s_u32[first + 1]).view(dtype)
+
+        def read_two(group: WaveGroup) -> Any:
+            pairs = np.ascontiguousarray(group.s_u32[first : first + 2].T)
+            return pairs.view(dtype)[:, 0]
+
+        return read_two
     if not kind.words:
         place = operand.half if operand.half is not None else half
         halves = _array("s", kind)
@@ -388,8 +393,8 @@ def scalar_writer(operand: Operand, kind: Kind) -> Writer:
     if kind.words == 2:
 
         def write_two(group: WaveGroup, value: Any) -> None:
-            value = np.asarray(value).view(np.uint64)
-            group.s_u32[first], group.s_u32[first + 1] = low32(value), high32(value)
+            pairs = np.ascontiguousarray(value).view(np.uint32).reshape(-1, 2)
+            group.s_u32[first : first + 2] = pairs.T
             if first == EXEC:
                 group.exec_changed()
 

@@ -11,6 +11,7 @@ from attn_dispatch.emulation.bits import high32, low32
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.operands import (
     EXEC,
+    U32,
     U64,
     Kind,
     Operand,
@@ -24,6 +25,7 @@ from attn_dispatch.emulation.operands import (
 from attn_dispatch.emulation.scalar_table import (
     EXEC_TABLE,
     PAIR,
+    PLACES,
     SIGNED_16,
     TABLE,
     UNSIGNED_16,
@@ -131,6 +133,8 @@ def _reader(operand: Operand, kind: Kind) -> Reader:
     if kind in (SIGNED_16, UNSIGNED_16):
         value = kind.dtype(_constant_of_16_bits(operand, kind is SIGNED_16))
         return lambda group: value
+    if kind in PLACES.values():
+        return _place_reader(operand, kind)
     _check_count(operand, kind)
     if kind is not PAIR:
         return scalar_reader(operand, kind)
@@ -146,6 +150,18 @@ def _check_count(operand: Operand, kind: Kind) -> None:
     registers, count = operand.registers, max(kind.words, 1)
     if registers is not None and registers.count != count:
         raise UnknownInstruction(f"{operand.text} are {registers.count} registers, not {count}")
+
+
+def _place_reader(operand: Operand, kind: Kind) -> Reader:
+    _check_count(operand, U32)
+    dtype, mask = kind.dtype, np.uint32(8 * np.dtype(kind.dtype).itemsize - 1)
+    read = scalar_reader(operand, U32)
+    if operand.registers is None and "scc" not in operand.text:
+        place = dtype(constant(operand.text, U32) & mask)
+        return lambda group: place
+    if kind is PLACES[U32]:
+        return lambda group: read(group) & mask
+    return lambda group: (read(group) & mask).astype(dtype)
 
 
 def _constant_of_16_bits(operand: Operand, is_signed: bool) -> int:

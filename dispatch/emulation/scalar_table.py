@@ -16,12 +16,25 @@ import numpy as np
 from attn_dispatch.emulation import bits, numerics
 from attn_dispatch.emulation.operands import F16, F32, I32, U32, U64, Kind
 
-__all__ = ["EXEC_TABLE", "PAIR", "SIGNED_16", "TABLE", "UNSIGNED_16", "ExecScalar", "Scalar"]
+__all__ = [
+    "EXEC_TABLE",
+    "PAIR",
+    "PLACES",
+    "SIGNED_16",
+    "TABLE",
+    "UNSIGNED_16",
+    "ExecScalar",
+    "Scalar",
+]
 
 #: Two registers as an array of (2, waves): fewer steps than to join them to 64 bits.
 PAIR = Kind("pair", np.uint32, 2)
 #: The 16-bit constants of instructions with a "k" in their names.
 SIGNED_16, UNSIGNED_16 = Kind("signed constant", np.int32), Kind("unsigned constant", np.uint32)
+
+#: The number of a bit of a register or pair, of which the lower 5 or 6 bits count, in the type of
+#: what is shifted: by that type.
+PLACES = {U32: Kind("place in 32", np.uint32), U64: Kind("place in 64", np.uint64)}
 
 
 @dataclass(frozen=True)
@@ -205,36 +218,25 @@ for _shift in (1, 2, 3, 4):
 
 
 # Shifts and bit fields ----------------------------------------------------------------------------
-def _place(number: Any, kind: Kind) -> Any:
-    """The lower 5 or 6 bits of a bit's number, in the kind's type."""
-    return (number & np.uint32(32 * kind.words - 1)).astype(kind.dtype)
-
-
-def _bit(number: Any, kind: Kind) -> Any:
-    return kind.dtype(1) << _place(number, kind)
-
-
 def _field(extract: Callable[..., Any], a: Any, b: Any) -> Any:
     """The bits of `a` from the number in the lower bits of `b` on; their count is 16 bits above."""
     return extract(a, b, b >> np.uint32(16) & np.uint32(127))
 
 
 def _add_bit_fields(width: int, kind: Kind) -> None:
-    signed = np.dtype(f"int{width}").type
+    place, signed, one = PLACES[kind], np.dtype(f"int{width}").type, kind.dtype(1)
+    _add(f"s_lshl_b{width}", kind, (kind, place), operator.lshift, _nonzero)
+    _add(f"s_lshr_b{width}", kind, (kind, place), operator.rshift, _nonzero)
     _add(
-        f"s_ashr_i{width}", kind, (kind, U32),
-        lambda a, b: (a.view(signed) >> _place(b, kind).astype(signed)).view(kind.dtype), _nonzero,
+        f"s_ashr_i{width}", kind, (kind, place),
+        lambda a, b: a.view(signed) >> b.view(signed), _nonzero,
     )  # fmt: skip
-    _add(f"s_lshl_b{width}", kind, (kind, U32), lambda a, b: a << _place(b, kind), _nonzero)
-    _add(f"s_lshr_b{width}", kind, (kind, U32), lambda a, b: a >> _place(b, kind), _nonzero)
     _add(f"s_bfe_u{width}", kind, (kind, U32), partial(_field, bits.extract_bits), _nonzero)
     _add(f"s_bfe_i{width}", kind, (kind, U32), partial(_field, bits.extract_signed_bits), _nonzero)
-    _add(
-        f"s_bitset0_b{width}", kind, (U32,), lambda b, old: old & ~_bit(b, kind), reads_result=True
-    )
-    _add(f"s_bitset1_b{width}", kind, (U32,), lambda b, old: old | _bit(b, kind), reads_result=True)
-    _add(f"s_bitcmp0_b{width}", None, (kind, U32), lambda a, b: (a & _bit(b, kind)) == 0)
-    _add(f"s_bitcmp1_b{width}", None, (kind, U32), lambda a, b: (a & _bit(b, kind)) != 0)
+    _add(f"s_bitset0_b{width}", kind, (place,), lambda b, old: old & ~(one << b), reads_result=True)
+    _add(f"s_bitset1_b{width}", kind, (place,), lambda b, old: old | one << b, reads_result=True)
+    _add(f"s_bitcmp0_b{width}", None, (kind, place), lambda a, b: (a & one << b) == 0)
+    _add(f"s_bitcmp1_b{width}", None, (kind, place), lambda a, b: (a & one << b) != 0)
 
 
 for _width, _kind in _UNSIGNED.items():
