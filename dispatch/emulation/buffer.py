@@ -76,28 +76,28 @@ class BufferSpace:
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
         """Values of `size` bytes; 0 where they are out of range."""
-        buffer, offsets, inside = self._accesses(group, size)
+        buffer, addresses, inside = self._accesses(group, size)
         if buffer.is_private:
-            return load_private(group, offsets, size)
+            return load_private(group, addresses, size)
         memory, waves = group.run.memory, group.active_waves
         if inside is None:
-            return memory.load(offsets, size, waves)
-        values = np.zeros((max(size // 4, 1), offsets.size), np.uint32)
-        for part, at, rows, chosen in _parts(offsets, size, inside):
+            return memory.load(addresses, size, waves)
+        values = np.zeros((max(size // 4, 1), addresses.size), np.uint32)
+        for part, at, rows, chosen in _parts(addresses, size, inside):
             values[rows, chosen] = memory.load(at[chosen], part, waves[chosen])
         return values
 
     def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
         """Store values where they are in range."""
-        buffer, offsets, inside = self._accesses(group, size)
+        buffer, addresses, inside = self._accesses(group, size)
         if buffer.is_private:
-            store_private(group, offsets, values, size)
+            store_private(group, addresses, values, size)
             return None
         memory, waves = group.run.memory, group.active_waves
         if inside is None:
-            return memory.store(offsets, values, size, waves)
+            return memory.store(addresses, values, size, waves)
         stored = None
-        for part, at, rows, chosen in _parts(offsets, size, inside):
+        for part, at, rows, chosen in _parts(addresses, size, inside):
             more = memory.store(at[chosen], values[rows, chosen], part, waves[chosen])
             stored = more if stored is None else stored.joined(more)
         return stored
@@ -132,8 +132,8 @@ class BufferSpace:
         """What the lanes in EXEC access.
 
         Returns:
-            The descriptor; the addresses (k,), or offsets in private memory; and which words are
-            in range, (words, k) or None for all.
+            The descriptor; the addresses (k,), or offsets in private memory; and what is in range:
+            None for everything, (1, k) for whole accesses, (words, k) for words.
         """
         buffer = self._descriptor(group)
         offsets = self._offsets(group)
@@ -145,8 +145,9 @@ class BufferSpace:
             # The scalar offset counts the bytes of all lanes.
             return buffer, offsets if scalar is None else offsets + scalar // group.lanes, None
         base, limit = _per_lane(group, buffer.base), _per_lane(group, buffer.num_bytes)
-        inside = None
-        if not (offsets + size <= limit).all():
+        whole = offsets + size <= limit
+        inside = None if whole.all() else whole[None]
+        if inside is not None and size > 4 and (whole != (offsets + 4 <= limit)).any():
             inside = _words_in_range(offsets, size, limit)
         if scalar is not None:
             self._check_scalar_offset(offsets, offsets + scalar, size, limit)
@@ -213,13 +214,12 @@ def _words_in_range(offsets: NDArray[np.int64], size: int, num_bytes: Any) -> ND
 
 def _parts(
     addresses: NDArray[np.int64], size: int, inside: NDArray[np.bool_]
-) -> list[tuple[int, NDArray[np.int64], slice, NDArray[np.bool_]]]:
-    """An access cut into (size, addresses (k,), rows of values, lanes (k,)) that are in range."""
-    whole: NDArray[np.bool_] = np.logical_and.reduce(inside)
-    parts: list[tuple[int, NDArray[np.int64], slice, NDArray[np.bool_]]] = [
-        (size, addresses, slice(None), whole)
-    ]
-    if not (inside == whole).all():  # some lanes are partly in range
+) -> list[tuple[int, NDArray[np.int64], slice, NDArray[np.int64]]]:
+    """An access cut into (size, addresses (k,), rows of values, lanes that are in range)."""
+    whole = inside[0] if len(inside) == 1 else np.logical_and.reduce(inside)
+    parts = [(size, addresses, slice(None), np.flatnonzero(whole))]
+    if len(inside) > 1:  # some lanes are partly in range
         for word, chosen in enumerate(inside):
-            parts.append((4, addresses + 4 * word, slice(word, word + 1), chosen & ~whole))
+            lanes = np.flatnonzero(chosen & ~whole)
+            parts.append((4, addresses + 4 * word, slice(word, word + 1), lanes))
     return parts

@@ -111,8 +111,10 @@ class WaveGroup:
 
     def active(self, value: Any) -> NDArray[Any]:
         """What broadcasts to (waves, lanes), as the values (k,) of the lanes that execute."""
-        whole = np.broadcast_to(value, self.exec.shape)
-        return whole.reshape(-1) if self.full else whole[self.exec]
+        if np.shape(value) != self.exec.shape:
+            value = np.broadcast_to(value, self.exec.shape)
+        active: NDArray[Any] = value.reshape(-1) if self.full else value[self.exec]
+        return active
 
     @property
     def active_waves(self) -> NDArray[np.int64]:
