@@ -263,6 +263,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     MIN_TILES=row.min_tiles,
                     HAS_REQUEST_LIST=requests is not None,
                     ALLOW_PTX=metadata.launches.is_nvidia and not is_interpreted(),
+                    RELEASING_THREADS=metadata.launches.releasing_threads(row.num_warps),
                     LENGTHS_PER_LOAD=row.lengths_per_load,
                     MERGE_TILE_MAX_PARTS=_MERGE_TILE_MAX_PARTS,
                     MERGE_PARTS_AT_ONCE=max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),

@@ -72,6 +72,7 @@ class LaunchTable:
         native_fp8: the formats of kernels/fp8.py that the compiler converts in hardware.
         descriptors: tensor descriptors are faster than pointers (TMA).
         fast_tanh: there is an instruction for tanh.
+        warp_size: threads of a warp, or lanes of a wave.
         gather_from: from this many query tokens for each key on, pages are gathered first.
     """
 
@@ -81,6 +82,7 @@ class LaunchTable:
     native_fp8: tuple[str, ...] = ()
     descriptors: bool = False
     fast_tanh: bool = False
+    warp_size: int = 32
     gather_from: int = 256
 
     def decode_for(self, head_size: int, element_bytes: int, is_few: bool = False) -> DecodeLaunch:

@@ -79,6 +79,10 @@ class Launches:
             profile.vendor == "nvidia",
         )
 
+    def releasing_threads(self, num_warps: int) -> int:
+        """`DecodeSchedule.RELEASING_THREADS` for programs of this many warps."""
+        return 0 if self.is_nvidia else num_warps * self.table.warp_size
+
 
 class Variant(NamedTuple):
     """What differs between the compiled attention kernels of one layer."""

@@ -10,6 +10,8 @@ size: PrefillLaunch(block_m, block_n, num_warps, num_stages).
 
 from __future__ import annotations
 
+import dataclasses
+
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 
 __all__ = ["ARCHS", "CDNA2", "CDNA3", "CDNA4", "RDNA3", "RDNA4", "table_for"]
@@ -29,9 +31,9 @@ _CDNA_PREFILL = {
     1024: PrefillLaunch(32, 16, 8, 1),
 }
 
-CDNA2 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL)
-CDNA3 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL, native_fp8=("e4m3fnuz", "e5m2fnuz"))
-CDNA4 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL, native_fp8=("e4m3", "e5m2"))
+CDNA2 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL, warp_size=64)
+CDNA3 = dataclasses.replace(CDNA2, native_fp8=("e4m3fnuz", "e5m2fnuz"))
+CDNA4 = dataclasses.replace(CDNA2, native_fp8=("e4m3", "e5m2"))
 
 #: Its matrix instructions need each operand twice in registers: from head size 256 on the queries
 #: fill them, and every tile size spills.

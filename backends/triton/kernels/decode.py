@@ -170,6 +170,23 @@ def _slot(first_slot, part, S: tl.constexpr):
 
 
 @triton.jit
+def _is_last_to_arrive(counter, parts, S: tl.constexpr):
+    """Whether this program is the last of a split's; then all parts can be loaded.
+
+    By NVIDIA's memory model one thread's release after a barrier covers the stores of all threads.
+    On AMD a release waits for the stores of its own wave only, and CDNA's barrier for none: so every
+    thread adds 1.
+    """
+    tl.debug_barrier()
+    if S.RELEASING_THREADS:
+        ones = tl.full([S.RELEASING_THREADS], 1, tl.int32)
+        before = tl.atomic_add(counter + (ones - 1), ones, sem="acq_rel", scope="gpu")
+        return tl.max(before) == parts * S.RELEASING_THREADS - 1
+    else:
+        return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+
+
+@triton.jit
 def _load_part(buffers, at, ok, F: tl.constexpr):
     """(outputs, log2-sums) of parts, not from the first-level cache: other programs wrote them."""
     d_idx = tl.arange(0, F.BLOCK_DV)
@@ -286,11 +303,7 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
             mask=tile.ok[:, None],
         )  # fmt: skip
         tl.store(buffers.lse + at, part_lse, mask=tile.ok)
-        # All threads' stores come before the one thread's release, and its acquire before their
-        # loads, which bypass the first-level cache.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(buffers.counters + split.first_slot, 1, sem="acq_rel", scope="gpu")
-        if arrived == split.parts - 1:
+        if _is_last_to_arrive(buffers.counters + split.first_slot, split.parts, S):
             tl.debug_barrier()
             if split.parts <= S.MERGE_TILE_MAX_PARTS:
                 merged = _merge_tile(split, buffers, tile.ok, F, S)

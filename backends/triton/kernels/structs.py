@@ -52,6 +52,7 @@ class DecodeSchedule(NamedTuple):
     MIN_TILES: int  # of keys, for a program that works, with Stream-K
     HAS_REQUEST_LIST: bool  # else all requests of the batch are computed
     ALLOW_PTX: bool  # NVIDIA's instructions may be used
+    RELEASING_THREADS: int  # all of a program, if each must release its own stores; else 0
     LENGTHS_PER_LOAD: int  # lengths of requests that are read at a time
     MERGE_TILE_MAX_PARTS: int  # up to this many parts are merged as whole tiles, more row by row
     MERGE_PARTS_AT_ONCE: int  # parts of a row that are merged at a time
