@@ -19,6 +19,7 @@ from attn_dispatch.emulation.operands import (
     U32,
     Operand,
     Reader,
+    constant,
     parse_operand,
     scalar_reader,
     scalar_writer,
@@ -74,13 +75,14 @@ def _picked(values: Any, lanes: NDArray[np.int64]) -> Any:
 
 
 # One lane -----------------------------------------------------------------------------------------
-def _lane_number(operand: Operand, lanes: int) -> Reader:
-    """The number of a lane, which may differ from wave to wave, modulo the number of lanes."""
+def _lane_index(operand: Operand, lanes: int) -> Callable[[WaveGroup], tuple[Any, Any]]:
+    """The index of one lane in (waves, lanes): its number is modulo the number of lanes."""
     read = scalar_reader(operand, U32)
     if operand.registers is None:
-        lane = int(read(None)) % lanes  # type: ignore[arg-type]
-        return lambda group: lane
-    return lambda group: (read(group) & np.uint32(lanes - 1)).astype(np.int64)
+        index = slice(None), int(constant(operand.text, U32)) % lanes
+        return lambda group: index
+    mask = np.uint32(lanes - 1)
+    return lambda group: (np.arange(group.num_waves), read(group) & mask)
 
 
 def _readlane(
@@ -88,10 +90,10 @@ def _readlane(
 ) -> Semantics:
     destination, source, number = operands
     write, read = scalar_writer(destination, U32), _plain_vector(source)
-    lane = _lane_number(number, lanes)
+    index = _lane_index(number, lanes)
 
     def execute(group: WaveGroup) -> None:
-        write(group, read(group)[np.arange(group.num_waves), lane(group)])
+        write(group, read(group)[index(group)])
 
     return Semantics(execute)
 
@@ -118,10 +120,10 @@ def _writelane(
     """EXEC has no effect."""
     destination, source, number = operands
     target, read = _plain_vector(destination), scalar_reader(source, U32)
-    lane = _lane_number(number, lanes)
+    index = _lane_index(number, lanes)
 
     def execute(group: WaveGroup) -> None:
-        target(group)[np.arange(group.num_waves), lane(group)] = read(group)
+        target(group)[index(group)] = read(group)
 
     return Semantics(execute)
 
