@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from attn_dispatch.conformance.check import Check, skip
-from attn_dispatch.conformance.tolerance import ErrorBound
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
+from attn_dispatch.errors import InvalidInputError, summary_of
 from attn_dispatch.platforms.detect import emulated_profile
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
@@ -113,14 +113,29 @@ class EmulatedDevice:
 
     def _run(self, check: Check) -> ErrorBound | None:
         with self.running():
-            return check.test()
+            try:
+                return check.test()
+            except Exception as error:
+                places = _notes(error)
+                if not places:
+                    raise
+                raise CheckFailed(f"it raises {summary_of(error)} ({'; '.join(places)})") from error
 
     def summary(self) -> str:
         """What ran, as a sentence or two."""
         if not self.launches:
-            return f"No Triton kernel was launched: nothing was emulated on {self.profile.arch}."
+            return f"No Triton kernel ran to its end on the emulated {self.profile.arch}."
         return (
             f"{self.profile.arch}: {self.launches} launches, {self.instructions / 1e6:.1f} million "
             f"wave instructions, {self.seconds:.0f} s. It is an emulated instruction set, not "
             "hardware."
         )
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    """The notes of an exception and its causes: the emulator adds where in a kernel it failed."""
+    notes: list[str] = []
+    while error is not None:
+        notes += getattr(error, "__notes__", ())
+        error = error.__cause__
+    return notes

@@ -191,7 +191,7 @@ class _Region:
     def view(self) -> NDArray[np.uint8]:
         """The bytes, in place."""
         array = (ctypes.c_uint8 * (self.end - self.start)).from_address(self.start)
-        return np.frombuffer(array, np.uint8)
+        return np.frombuffer(memoryview(array), np.uint8)
 
 
 def memory_of(arguments: Iterable[KernelArgument], unwritten: Collection[str] = ()) -> GlobalMemory:

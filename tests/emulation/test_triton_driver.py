@@ -1,14 +1,11 @@
 """Triton's launches on the emulator: what is compiled, which arguments arrive, what is reported.
 
 Most tests need Triton to compile. Where it interprets kernels, because the machine has no GPU, they
-run in a process of their own. A fake machine records what it receives; the real one is tested in
-the other files.
+run in a process of their own. In most of them a fake machine records what it receives.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 import threading
@@ -24,12 +21,12 @@ triton = pytest.importorskip("triton", minversion="3.6")
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
 
-from attn_dispatch.cli import app  # noqa: E402
 from attn_dispatch.emulation import (  # noqa: E402
     TARGETS,
     EmulationError,
+    MemoryFault,
+    UnwrittenRead,
     emulate_launch,
     emulated,
     triton_driver,
@@ -37,23 +34,16 @@ from attn_dispatch.emulation import (  # noqa: E402
 from attn_dispatch.emulation.assembly import Assembly  # noqa: E402
 from attn_dispatch.emulation.launch import KernelArgument, memory_of  # noqa: E402
 from attn_dispatch.emulation.machine import LaunchCounts  # noqa: E402
+from support.compiling import (  # noqa: E402
+    needs_compiler,
+    only_where_interpreted,
+    passed_where_compiled,
+)
 
-INTERPRETS = triton.knobs.runtime.interpret
-needs_compiler = pytest.mark.skipif(INTERPRETS, reason="Triton interprets kernels in this process")
 
-
-@pytest.mark.skipif(not INTERPRETS, reason="the tests run in this process")
+@only_where_interpreted
 def test_in_a_process_that_compiles():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
+    assert passed_where_compiled(__file__) > 40
 
 
 # The arguments of a launch.
@@ -265,6 +255,26 @@ def test_empty_tensors_have_no_memory():
     assert memory_of([KernelArgument("x", "*fp32", torch.empty(0))]).regions == ()
 
 
+@needs_compiler
+@pytest.mark.parametrize("arch", TARGETS)
+def test_results_are_written_in_place(arch):
+    out = torch.full((1010,), 7.0)
+    report = run_add(arch, out=out[5:1005], n=990)
+    assert torch.equal(out[5:995], (X + Y)[:990])
+    assert bool((out[:5] == 7).all())
+    assert bool((out[995:] == 7).all())
+    assert report.counts.waves == 16
+    assert report.instructions >= 16 * 10  # loads, an addition and a store take that many
+
+
+@needs_compiler
+def test_faults_are_raised_by_the_launch():
+    with pytest.raises(MemoryFault, match="x_ptr"):
+        run_add(x=torch.randn(900))
+    with pytest.raises(UnwrittenRead, match="y_ptr"):
+        run_add(unwritten=("y_ptr",))
+
+
 # The driver.
 
 
@@ -386,7 +396,7 @@ def test_functions_that_launch_nothing_are_rejected():
         emulate_launch(Interpreted(), (1,), [], arch="gfx942")
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="kernels are compiled in this process")
+@only_where_interpreted
 def test_interpreted_kernels_are_rejected():
     with pytest.raises(EmulationError, match=r"TRITON_INTERPRET=1 .* start a new process"):
         run_add()
@@ -405,24 +415,3 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == f"Emulation needs {missing}: pip install 'attn-dispatch[emulate]'.\n"
-
-
-# Verifying a backend.
-
-
-def run_cli(*arguments):
-    done = CliRunner().invoke(app, ["verify", *arguments])
-    return done.exit_code, done.output
-
-
-def test_emulate_excludes_device():
-    code, text = run_cli("TRITON_ATTN", "--emulate", "gfx942", "--device", "cpu")
-    assert code == 2
-    assert "give it or --device, not both" in text
-
-
-@needs_compiler
-def test_targets_that_are_not_emulated_are_rejected():
-    code, text = run_cli("TRITON_ATTN", "--emulate", "sm90")
-    assert code == 2
-    assert "'sm90' is not emulated. The targets are: gfx90a, gfx942" in " ".join(text.split())
