@@ -32,7 +32,7 @@ def test_one_threads_release_after_a_barrier_is_too_little_on_cdna(arch):
     """What the kernel did until 2026-11-27: other waves' stores may arrive after the atomic."""
     run_split_decode(arch)
     with (
-        mock.patch.object(Launches, "releasing_threads", lambda self, num_warps: 0),
-        pytest.raises(WaitFault, match="part_out_ptr.* still in flight"),
+        mock.patch.object(Launches, "releasing_threads", return_value=0),
+        pytest.raises(WaitFault, match=r"part_out_ptr.* still in flight"),
     ):
         run_split_decode(arch)

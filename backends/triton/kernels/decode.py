@@ -174,8 +174,8 @@ def _is_last_to_arrive(counter, parts, S: tl.constexpr):
     """Whether this program is the last of a split's; then all parts can be loaded.
 
     By NVIDIA's memory model one thread's release after a barrier covers the stores of all threads.
-    On AMD a release waits for the stores of its own wave only, and CDNA's barrier for none: so every
-    thread adds 1.
+    On AMD a release waits for the stores of its own wave only, and a barrier on CDNA for none: so
+    every thread adds 1.
     """
     tl.debug_barrier()
     if S.RELEASING_THREADS:
