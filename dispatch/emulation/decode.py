@@ -151,7 +151,9 @@ def _registers(instruction: Instruction) -> frozenset[int]:
     """All registers that the text names, and VCC where an instruction uses it without its name."""
     operands = (parse_operand(text) for text in instruction.operands)
     named = frozenset(i for each in operands if each.registers for i in each.registers.ids)
-    uses_vcc = "vcc" in instruction.opcode or instruction.opcode.startswith("v_div_fmas")
+    opcode, is_short = instruction.opcode, len(instruction.operands) == 3
+    uses_vcc = "vcc" in opcode or opcode.startswith("v_div_fmas")
+    uses_vcc |= opcode == "v_cndmask_b32" and is_short  # dual-issued
     return named | {VCC, VCC + 1} if uses_vcc else named
 
 

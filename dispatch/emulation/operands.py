@@ -251,7 +251,7 @@ def constant(text: str, kind: Kind) -> Any:
 def _array(file: str, kind: Kind) -> Callable[[WaveGroup], NDArray[Any]]:
     """The register file as an array of a kind with 16 or 32 bits."""
     name = f"{file}_{kind.name}"
-    return lambda group: getattr(group, name)  # type: ignore[no-any-return]
+    return lambda group: getattr(group, name)
 
 
 def vector_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
@@ -331,7 +331,7 @@ def with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
         return read
     # An instruction that moves bits, such as v_cndmask_b32, also takes these signs.
     bits = 32 * kind.words or 16
-    sign = kind.dtype(1 << (bits - 1)) if kind in (U16, U32, U64) else None
+    sign: Any = kind.dtype(1 << (bits - 1)) if kind in (U16, U32, U64) else None
     if (operand.absolute or operand.negate) and sign is None:
         raise UnknownInstruction(f"the sign of an integer operand {operand.text}")
     if operand.absolute and operand.negate:

@@ -14,7 +14,14 @@ import numpy as np
 from attn_dispatch.emulation import numerics, vector_masks
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.lanes import mbcnt_masks
-from attn_dispatch.emulation.modifiers import Form, VectorOperands, applied, by_opcode, decode_form
+from attn_dispatch.emulation.modifiers import (
+    Form,
+    VectorOperands,
+    applied,
+    by_opcode,
+    decode_form,
+    in_float32,
+)
 from attn_dispatch.emulation.operands import (
     F16,
     F32,
@@ -227,10 +234,10 @@ _FLOAT32 = {
 }
 
 _FLOAT16 = {
-    "v_add_f16": Form(F16, (F16, F16), np.add),
-    "v_sub_f16": Form(F16, (F16, F16), np.subtract),
-    "v_subrev_f16": Form(F16, (F16, F16), lambda a, b: b - a),
-    "v_mul_f16": Form(F16, (F16, F16), np.multiply),
+    "v_add_f16": Form(F16, (F16, F16), in_float32(np.add)),
+    "v_sub_f16": Form(F16, (F16, F16), in_float32(np.subtract)),
+    "v_subrev_f16": Form(F16, (F16, F16), in_float32(lambda a, b: b - a)),
+    "v_mul_f16": Form(F16, (F16, F16), in_float32(np.multiply)),
     "v_fma_f16 v_fmamk_f16 v_fmaak_f16": Form(
         F16, (F16, F16, F16), numerics.fused_multiply_add, keeps_half=True
     ),

@@ -62,9 +62,9 @@ _ORDER: dict[str, _Function] = {
     "gt": np.greater,
     "ge": np.greater_equal,
 }
-_OF_INTEGERS = {**_ORDER, "ne": np.not_equal}
+_OF_INTEGERS: dict[str, _Function] = {**_ORDER, "ne": np.not_equal}
 #: With NaN, `nge` is not `lt`: it is true.
-_OF_FLOATS = {
+_OF_FLOATS: dict[str, _Function] = {
     **_ORDER,
     "lg": _less_or_greater,
     "o": _ordered,
@@ -170,18 +170,26 @@ def _decode_selection(instruction: Instruction, target: Target, kind: Kind) -> O
 
 # Carries ------------------------------------------------------------------------------------------
 def _add(a: Any, b: Any, carry: Any) -> Any:
-    return a + b + carry
+    """The sum and its carry; `carry` is None or comes in. So in the other functions."""
+    total = a + b
+    if carry is None:
+        return total, total < a
+    result = total + carry
+    return result, (total < a) | (result < total)
 
 
 def _subtract(a: Any, b: Any, borrow: Any) -> Any:
-    return a - b - borrow
+    difference = a - b
+    if borrow is None:
+        return difference, a < b
+    return difference - borrow, (a < b) | (difference < borrow)
 
 
 def _subtract_reversed(a: Any, b: Any, borrow: Any) -> Any:
-    return b - a - borrow
+    return _subtract(b, a, borrow)
 
 
-#: Opcode -> exact result of int64 sources, and whether a carry comes in.
+#: Opcode -> function of uint32 sources, and whether a carry comes in.
 CARRIES: dict[str, tuple[_Function, bool]] = {
     "v_add_co_u32": (_add, False),
     "v_sub_co_u32": (_subtract, False),
@@ -195,7 +203,6 @@ CARRIES: dict[str, tuple[_Function, bool]] = {
     "v_sub_co_ci_u32": (_subtract, True),
     "v_subrev_co_ci_u32": (_subtract_reversed, True),
 }
-_LARGEST_U32 = 0xFFFFFFFF
 
 
 def _decode_carry(
@@ -209,11 +216,8 @@ def _decode_carry(
     read_carry = mask_reader(parse_operand(carry_in[0])) if takes_carry else None
 
     def both(group: WaveGroup) -> Any:
-        carry = np.int64(0) if read_carry is None else read_carry(group)
-        a, b = read_first(group).astype(np.int64), read_second(group).astype(np.int64)
-        exact = compute(a, b, carry)
-        # Below 0 or above the largest, the 64-bit value differs from its lower half.
-        return exact.astype(np.uint32), (exact < 0) | (exact > _LARGEST_U32)
+        carry = None if read_carry is None else read_carry(group)
+        return compute(read_first(group), read_second(group), carry)
 
     return operands.two_results(result, U32, both, mask_writer(parse_operand(carry_out)))
 
