@@ -32,6 +32,10 @@ __all__ = ["Pending", "check_registers", "counter_of", "decode_wait", "finish_al
 #: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
 #: and flat accesses finish in any order.
 _ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
+#: The same by how the opcode begins.
+_ORDER_OF_OPCODE = {
+    "global": "vector memory", "scratch": "vector memory", "buffer": "vector memory", "ds": "LDS",
+}  # fmt: skip
 
 #: Counters by generation: kind of operation -> counters that it adds to.
 _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -123,13 +127,16 @@ def check_registers(
         group: the waves that are about to execute it.
         instruction: the instruction.
         reads: `Registers.ids` that it reads, and those that it writes at once.
-        writes: those that it writes when it is finished, after earlier operations of its kind.
+        writes: those that it writes when it is finished, which is after earlier operations of the
+            same order.
 
     Raises:
         WaitFault: it does.
     """
+    order = _ORDER_OF_OPCODE.get(instruction.opcode.split("_")[0])
     for each in group.pending:
-        used = each.registers & (reads if each.kind in _ORDERED else reads | writes)
+        is_before = order is not None and _ORDERED.get(each.kind) == order
+        used = each.registers & (reads if is_before else reads | writes)
         if used:
             raise WaitFault(
                 f"{_register_name(min(used))} is used before the wait for the operation that "

@@ -412,6 +412,8 @@ def test_both_halves_may_be_loaded_without_a_wait():
     case = Case("gfx942", partial=False)
     execute(case.group, "ds_read_u16_d16 v4, v1")
     use(case.group, "ds_read_u16_d16_hi v4, v1 offset:2")
+    with pytest.raises(WaitFault, match="v4 is used"):  # it may finish first
+        use(case.group, "global_load_short_d16_hi v4, v[2:3], off")
 
 
 def test_a_load_in_flight_crosses_a_barrier():

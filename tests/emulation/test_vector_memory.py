@@ -372,8 +372,9 @@ def test_both_halves_may_be_loaded_without_a_wait():
     case = MemoryCase("gfx942", "global", partial=False)
     execute(case.group, "global_load_short_d16 v4, v[2:3], off")
     use(case.group, "global_load_short_d16_hi v4, v[2:3], off offset:2")
-    with pytest.raises(WaitFault, match="v4 is used"):
-        use(case.group, "v_add_u32_e32 v4, v5, v6")
+    for text in ("v_add_u32_e32 v4, v5, v6", "ds_read_u16_d16_hi v4, v1"):
+        with pytest.raises(WaitFault, match="v4 is used"):
+            use(case.group, text)
 
 
 @pytest.mark.parametrize(
