@@ -43,7 +43,6 @@ __all__ = [
     "by_opcode",
     "clamped",
     "decode_form",
-    "in_float32",
     "saturated",
     "selections",
 ]
@@ -90,19 +89,6 @@ def clamped(value: Any) -> Any:
     """A float between 0 and 1; NaN and -0 become 0."""
     kind = value.dtype.type
     return np.where(value > 0, np.minimum(value, kind(1)), kind(0))
-
-
-def in_float32(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """A sum, difference or product of two float16, rounded once; NumPy's own one is slower.
-
-    float32 has more than twice the digits of float16, so that the second rounding changes nothing
-    (Figueroa, 1995, "When is double rounding innocuous?").
-    """
-
-    def narrow(a: Any, b: Any) -> Any:
-        return compute(a.astype(np.float32), b.astype(np.float32)).astype(np.float16)
-
-    return narrow
 
 
 def saturated(compute: Callable[..., Any], kind: Kind) -> Callable[..., Any]:

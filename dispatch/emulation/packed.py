@@ -19,7 +19,6 @@ from attn_dispatch.emulation.modifiers import (
     applied,
     by_opcode,
     clamped,
-    in_float32,
     saturated,
     selections,
 )
@@ -61,8 +60,8 @@ def _shift_right(amount: Any, value: Any) -> Any:
 #: all sources.
 FORMS: dict[str, Form] = by_opcode(
     {
-        "v_pk_add_f16": Form(F16, (F16, F16), in_float32(np.add)),
-        "v_pk_mul_f16": Form(F16, (F16, F16), in_float32(np.multiply)),
+        "v_pk_add_f16": Form(F16, (F16, F16), np.add),
+        "v_pk_mul_f16": Form(F16, (F16, F16), np.multiply),
         "v_pk_fma_f16": Form(F16, (F16, F16, F16), numerics.fused_multiply_add),
         "v_pk_min_f16 v_pk_min_num_f16": Form(F16, (F16, F16), _SMALLER),
         "v_pk_max_f16 v_pk_max_num_f16": Form(F16, (F16, F16), _LARGER),

@@ -20,7 +20,6 @@ from attn_dispatch.emulation.modifiers import (
     applied,
     by_opcode,
     decode_form,
-    in_float32,
 )
 from attn_dispatch.emulation.operands import (
     F16,
@@ -87,6 +86,31 @@ def _absolute_difference_add(a: Any, b: Any, c: Any) -> Any:
 
 def _pack(low: Any, high: Any) -> Any:
     return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+
+def _permute(high: Any, low: Any, selector: Any) -> Any:
+    """v_perm_b32; quicker where all lanes select the same bytes, as kernels mostly do."""
+    selectors = np.asarray(selector)
+    is_scalar = selectors.ndim == 0 or selectors.shape[-1] == 1
+    if is_scalar and (selectors == selectors.flat[0]).all():
+        chosen = [int(selectors.flat[0]) >> 8 * i & 0xFF for i in range(4)]
+        if max(chosen) < 8:
+            return _permute_uniformly(high, low, chosen)
+    return numerics.permute_bytes(high, low, selector)
+
+
+def _permute_uniformly(high: Any, low: Any, chosen: list[int]) -> Any:
+    """A word of four bytes, each from `low` (0 to 3) or `high` (4 to 7)."""
+    masks: dict[tuple[bool, int], int] = {}  # of the bytes that come from one word by one shift
+    for i, byte in enumerate(chosen):
+        key = (byte >= 4, 8 * (i - byte % 4))
+        masks[key] = masks.get(key, 0) | 0xFF << 8 * i
+    result = np.uint32(0)
+    for (is_high, shift), mask in masks.items():
+        word = high if is_high else low
+        moved = word << np.uint32(shift) if shift >= 0 else word >> np.uint32(-shift)
+        result = result | (moved & np.uint32(mask))
+    return result
 
 
 # Floats -------------------------------------------------------------------------------------------
@@ -191,7 +215,7 @@ _BITS = {
     "v_ffbl_b32 v_ctz_i32_b32": Form(U32, (U32,), numerics.trailing_zeros),
     "v_alignbit_b32": Form(U32, (U32, U32, U32), numerics.align_bits),
     "v_alignbyte_b32": Form(U32, (U32, U32, U32), numerics.align_bytes),
-    "v_perm_b32": Form(U32, (U32, U32, U32), numerics.permute_bytes),
+    "v_perm_b32": Form(U32, (U32, U32, U32), _permute),
     "v_pack_b32_f16": Form(U32, (U16, U16), _pack),
 }
 
@@ -234,10 +258,10 @@ _FLOAT32 = {
 }
 
 _FLOAT16 = {
-    "v_add_f16": Form(F16, (F16, F16), in_float32(np.add)),
-    "v_sub_f16": Form(F16, (F16, F16), in_float32(np.subtract)),
-    "v_subrev_f16": Form(F16, (F16, F16), in_float32(lambda a, b: b - a)),
-    "v_mul_f16": Form(F16, (F16, F16), in_float32(np.multiply)),
+    "v_add_f16": Form(F16, (F16, F16), np.add),
+    "v_sub_f16": Form(F16, (F16, F16), np.subtract),
+    "v_subrev_f16": Form(F16, (F16, F16), lambda a, b: b - a),
+    "v_mul_f16": Form(F16, (F16, F16), np.multiply),
     "v_fma_f16 v_fmamk_f16 v_fmaak_f16": Form(
         F16, (F16, F16, F16), numerics.fused_multiply_add, keeps_half=True
     ),

@@ -434,6 +434,29 @@ def test_every_opcode_has_a_row():
     assert {opcode for table in known for opcode in table} - tested == {"v_nop"}
 
 
+@pytest.mark.parametrize("selector", [0x05040100, 0x03020706, 0x00010203, 0x07060302, 0x0C0D0B08])
+def test_permute_with_one_selector_for_all_lanes(selector):
+    bytes_of = bytes.fromhex("80112233445566f7")  # of v4 (0 to 3) and v2 (4 to 7)
+    low, high = np.frombuffer(bytes_of, np.uint32)
+    constants = {8: 0x00, 11: 0xFF, 12: 0x00, 13: 0xFF}
+    expected = [
+        constants[byte] if byte > 7 else bytes_of[byte] for byte in selector.to_bytes(4, "little")
+    ]
+    result = u32(int.from_bytes(expected, "little"))
+    for text in (f"v_perm_b32 v0, v2, v4, {selector:#x}", "v_perm_b32 v0, v2, v4, s5"):
+        check_row(Row(CDNA, text, (u32(high), u32(low)), result, {"s5": selector}))
+    varies = u32(selector, 0x03020100)
+    row = Row(CDNA, "v_perm_b32 v0, v2, v4, v6", (u32(high), u32(low), varies),
+              u32(result[0], low))  # fmt: skip
+    check_row(row)
+
+
+def test_permute_with_a_selector_for_each_wave():
+    group = group_of(CDNA, v2=0x77665544, v4=0x33221100, s5=u32(0x03020100, 0x07060504))
+    execute(group, "v_perm_b32 v0, v2, v4, s5")
+    assert register(group, "v0")[:, 0].tolist() == [0x33221100, 0x77665544]
+
+
 def test_nop_changes_nothing():
     group = group_of(CDNA, v0=3)
     before = group.v_u32.copy()
