@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,12 +27,14 @@ from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
 __all__ = [
+    "ADDRESSINGS",
     "AMD",
     "FEATURES",
     "HOPPER",
     "NVIDIA",
     "SIZES",
     "Case",
+    "Compilation",
     "Launch",
     "covering_set",
     "full_set",
@@ -40,6 +43,11 @@ __all__ = [
 
 NVIDIA = tuple(name for name, device in KNOWN_DEVICES.items() if device.vendor == "nvidia")
 AMD = tuple(name for name, device in KNOWN_DEVICES.items() if device.vendor == "amd")
+
+#: Triton compiles a kernel for AMD by which tensors are under 2 GiB: it reads those by buffer
+#: instructions, and others by global ones. All are, all but the KV cache, or none. "mixed" is what
+#: runs in serving, and "buffer" with a small cache.
+ADDRESSINGS = ("buffer", "mixed", "global")
 
 #: Steps as (query_lens, seq_lens). The first three have requests for the decode kernel, enough for
 #: every device, and one whose keys the prefill kernel takes as they come, from pages, or gathered.
@@ -61,6 +69,7 @@ class Case:
         fields: of AttentionSpec, over those of LAYER.
         lens: query_lens and seq_lens.
         archs: where it is compiled, of the covering set; None for one of each vendor, in turns.
+        addressings: with which, of the covering set, on AMD.
         odd_rows: new keys lie where no tensor descriptor can describe them.
         only: of what is launched, kernels with this in their name.
         decode_row: how Hopper's decode kernel is launched, whatever the step.
@@ -70,9 +79,18 @@ class Case:
     fields: Mapping[str, Any]
     lens: tuple[tuple[int, ...], tuple[int, ...]] = FRESH
     archs: tuple[str, ...] | None = None
+    addressings: tuple[str, ...] = ("mixed",)
     odd_rows: bool = False
     only: str = ""
     decode_row: DecodeLaunch | None = None
+
+
+class Compilation(NamedTuple):
+    """A case, the device that it is compiled for, and one of ADDRESSINGS; "" on NVIDIA."""
+
+    case: Case
+    arch: str
+    addressing: str
 
 
 LAYER: dict[str, Any] = {
@@ -89,13 +107,21 @@ SIZES = tuple(
     for size in (64, 128, 256, 512)
 )
 
+#: "pages" and "gathered" together launch every kernel that reads or writes the cache.
 FEATURES = (
     Case(name="head size 80, float16", fields={"head_size": 80, "dtype": torch.float16}),
     Case(name="head size 192, values 128", fields={"head_size": 192, "head_size_v": 128}),
     Case(name="float32", fields={"dtype": torch.float32}),
     Case(name="float32, head size 512", fields={"dtype": torch.float32, "head_size": 512}),
-    Case(name="pages", fields={}, lens=PAGES),
-    Case(name="gathered", fields={}, lens=GATHERED),
+    Case(name="pages", fields={}, lens=PAGES, archs=("sm100", *AMD), addressings=ADDRESSINGS),
+    Case(
+        name="gathered",
+        fields={},
+        lens=GATHERED,
+        archs=("sm120", *AMD),
+        addressings=ADDRESSINGS,
+        only="gather_kv",
+    ),
     Case(name="no descriptors", fields={}, odd_rows=True, archs=("sm90", "sm100")),
     Case(name="fp8_e4m3", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=PAGES),
     Case(name="fp8_e4m3 gathered", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=GATHERED),
@@ -190,21 +216,31 @@ _DECODES = tuple(
 HOPPER = _PREFILLS + _DECODES
 
 
-def covering_set() -> list[tuple[Case, str]]:
-    """The cases and devices that the table has: each case on a device of each vendor at least."""
+def covering_set() -> list[Compilation]:
+    """What the table has: each case on a device of each vendor at least.
+
+    The table has "mixed". The others are compiled as well where a case says so, which covers
+    each kernel on each AMD device.
+    """
     pairs = [(case, arch) for case in SIZES for arch in (*NVIDIA, *AMD)]
     pairs += [(case, "sm90") for case in HOPPER]
     for i, case in enumerate(FEATURES):
         archs = case.archs or (NVIDIA[i % len(NVIDIA)], AMD[i % len(AMD)])
         pairs += [(case, arch) for arch in archs]
-    return pairs
-
-
-def full_set() -> list[tuple[Case, str]]:
-    """Every case on every device."""
     return [
-        *itertools.product((*SIZES, *FEATURES), (*NVIDIA, *AMD)),
-        *itertools.product(HOPPER, ("sm90",)),
+        Compilation(case, arch, addressing)
+        for case, arch in pairs
+        for addressing in (case.addressings if arch in AMD else ("",))
+    ]
+
+
+def full_set() -> list[Compilation]:
+    """Every case on every device in every addressing."""
+    cases = (*SIZES, *FEATURES)
+    return [
+        *itertools.starmap(Compilation, itertools.product(cases, NVIDIA, ("",))),
+        *itertools.starmap(Compilation, itertools.product(cases, AMD, ADDRESSINGS)),
+        *itertools.starmap(Compilation, itertools.product(HOPPER, ("sm90",), ("",))),
     ]
 
 
@@ -213,18 +249,28 @@ def full_set() -> list[tuple[Case, str]]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a Launcher was made of and called with; `programs` are those of its grid."""
+    """What a Launcher was made of and called with.
+
+    Attributes:
+        programs: of its grid.
+        cache: names of the arguments that are the KV cache or a part of it.
+    """
 
     kernel: Any
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     args: tuple[Any, ...]
     programs: int
+    cache: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         """The kernel's name without its last word."""
         return str(self.kernel.__name__).removesuffix("_kernel")
+
+    def is_small(self, name: str, addressing: str) -> bool:
+        """Whether a tensor, by its argument's name, is under 2 GiB in one of ADDRESSINGS."""
+        return addressing == "buffer" or (addressing == "mixed" and name not in self.cache)
 
 
 @contextlib.contextmanager
@@ -279,7 +325,23 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)
         )
-    return [launch for launch in launches if case.only in launch.name]
+    return [
+        dataclasses.replace(launch, cache=_cache_arguments(kv_cache, launch))
+        for launch in launches
+        if case.only in launch.name
+    ]
+
+
+def _cache_arguments(kv_cache: torch.Tensor | None, launch: Launch) -> frozenset[str]:
+    """The names of a launch's arguments that share the cache's memory."""
+    if kv_cache is None:
+        return frozenset()
+    address = kv_cache.untyped_storage().data_ptr()
+    return frozenset(
+        name
+        for name, value in zip(launch.kernel.arg_names, launch.args, strict=False)
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == address
+    )
 
 
 def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:

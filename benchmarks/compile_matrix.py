@@ -5,9 +5,10 @@
 No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
 more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1;
-so is a Hopper decode kernel of which fewer programs fit on an SM than are launched for it. With
---check, so is a table in docs/kernels.md that differs from the compiler's figures; --write updates
-it. A covering set is compiled; --full compiles every case for every device.
+so is a Hopper decode kernel of which fewer programs fit on an SM than are launched for it, and an
+AMD kernel with an instruction that attn_dispatch.emulation does not know. With --check, so is a
+table in docs/kernels.md that differs from the compiler's figures; --write updates it. A covering
+set is compiled; --full compiles every case for every device, on AMD with tensors of every size.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ from compile_cases import (
     NVIDIA,
     SIZES,
     Case,
+    Compilation,
     Launch,
     covering_set,
     full_set,
     launches_of,
 )
+from occupancy import UNITS
 
+from attn_dispatch.emulation.decode import unknown_instructions
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
@@ -88,6 +92,7 @@ class Report:
     """What the compiler made of a launch.
 
     Attributes:
+        addressing: one of ADDRESSINGS of compile_cases.py, or "".
         registers: per thread; on AMD all vector registers.
         shared_bytes: of one program.
         spilled_bytes: of one thread: what it stores to local memory, or its scratch on AMD.
@@ -99,6 +104,7 @@ class Report:
     case: str
     arch: str
     kernel: str
+    addressing: str = ""
     registers: int = 0
     shared_bytes: int = 0
     spilled_bytes: int = 0
@@ -113,59 +119,12 @@ class Report:
         return f"{self.registers}{spilled} · {self.shared_bytes / 1024:.0f} · {self.programs}"
 
     def __str__(self) -> str:
-        words = f"{self.arch} {self.kernel}, {self.case}: {self.cell} {self.matrix}"
+        name = ", ".join(filter(None, [self.kernel, self.case, self.addressing]))
+        words = f"{self.arch} {name}: {self.cell} {self.matrix}"
         return "\n    ".join([words.rstrip(), *self.problems])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What the programs on one SM, CU or, on RDNA, pair of CUs share (vendors' manuals).
-
-    Attributes:
-        shared_bytes: shared memory or LDS.
-        reserved_bytes: of it, that the system takes for each program.
-        partitions: schedulers or SIMDs, each with its own registers.
-        registers: of a partition, for one lane.
-        granule: registers of a lane are given out in multiples of this.
-        warps: that a partition holds.
-        programs: that the unit holds.
-    """
-
-    shared_bytes: int
-    reserved_bytes: int = 0
-    partitions: int = 4
-    registers: int = 512
-    granule: int = 8
-    warps: int = 16
-    programs: int = 32
-
-    def holds(self, shared_bytes: int, registers: int, num_warps: int) -> int:
-        """Programs that fit at a time; 0 if not even one does."""
-        rounded = -(-max(registers, 1) // self.granule) * self.granule
-        warps = self.partitions * min(self.warps, self.registers // rounded)
-        by_memory = self.shared_bytes // max(shared_bytes + self.reserved_bytes, 1)
-        return min(self.programs, warps // num_warps, by_memory)
-
-
-_KIB = 1024
-_CDNA = Unit(shared_bytes=64 * _KIB, warps=8)
-_RDNA = Unit(shared_bytes=128 * _KIB, registers=1536, granule=24)
-UNITS = {
-    "sm80": Unit(shared_bytes=164 * _KIB, reserved_bytes=_KIB),
-    "sm86": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=16),
-    "sm89": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=24),
-    "sm90": Unit(shared_bytes=228 * _KIB, reserved_bytes=_KIB),
-    "sm100": Unit(shared_bytes=228 * _KIB, reserved_bytes=_KIB),
-    "sm120": Unit(shared_bytes=100 * _KIB, reserved_bytes=_KIB, warps=12, programs=24),
-    "gfx90a": _CDNA,
-    "gfx942": _CDNA,
-    "gfx950": dataclasses.replace(_CDNA, shared_bytes=160 * _KIB),
-    "gfx1100": _RDNA,
-    "gfx1201": _RDNA,
-}
-
-
-def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
+def compiled(launch: Launch, arch: str, addressing: str) -> tuple[Any, str]:
     """The kernel that Triton compiles for a launch, and the log of ptxas, "" on AMD."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -175,12 +134,12 @@ def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
     if arch.startswith("sm"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm")), 32)
     else:
-        target = GPUTarget("hip", arch, 64 if UNITS[arch].warps == _CDNA.warps else 32)
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     types: dict[str, str] = dict.fromkeys(launch.constants, "constexpr")
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
-        types[name], attributes[(i,)] = _argument(launch, name, value)
+        types[name], attributes[(i,)] = _argument(launch, name, value, addressing)
         if types[name] == "constexpr":
             constants[name] = value
     types = {name: types[name] for name in launch.kernel.arg_names}
@@ -188,17 +147,19 @@ def compiled(launch: Launch, arch: str) -> tuple[Any, str]:
     source_cls = GluonASTSource if is_gluon else ASTSource
     source = source_cls(launch.kernel, types, constants, attributes)
     said = io.StringIO()
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
-        triton.knobs.nvidia.dump_ptxas_log = True
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = arch in NVIDIA  # a kernel from Triton's cache has no log
         return triton.compile(source, target=target, options=dict(launch.options)), said.getvalue()
 
 
-def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any]]]:
-    """The type that Triton gives an argument, and what it assumes about its value.
-
-    On AMD, Triton also notices tensors under 2 GiB. A cache is larger, so no tensor counts as one.
-    """
+def _argument(
+    launch: Launch, name: str, value: Any, addressing: str
+) -> tuple[str, list[list[Any]]]:
+    """The type that Triton gives an argument, and what it assumes about its value."""
     aligned: list[list[Any]] = [["tt.divisibility", 16]]
+    small: list[list[Any]] = [["tt.pointer_range", 32]]
     kernel = launch.kernel
     if hasattr(value, "block_shape"):  # a tensor descriptor
         layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
@@ -206,6 +167,7 @@ def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any
     if isinstance(value, torch.Tensor):
         is_open = name in (kernel.do_not_specialize_on_alignment or ())
         known = [] if is_open or value.data_ptr() % 16 else aligned
+        known = known + (small if launch.is_small(name, addressing) else [])
         return f"*{_TYPES[value.dtype]}", known
     if isinstance(value, float):
         return "fp32", []
@@ -214,13 +176,13 @@ def _argument(launch: Launch, name: str, value: Any) -> tuple[str, list[list[Any
     return ("constexpr", []) if value == 1 else ("i32", aligned if value % 16 == 0 else [])
 
 
-def report_on(case: Case, launch: Launch, arch: str) -> Report:
+def report_on(case: Case, launch: Launch, arch: str, addressing: str) -> Report:
     """Compile a launch and look at the result."""
     features = launch.constants.get("F")
     kernel = f"{launch.name} from {features.SOURCE}" if launch.name == "prefill" else launch.name
-    report = Report(case=case.name, arch=arch, kernel=kernel)
+    report = Report(case=case.name, arch=arch, kernel=kernel, addressing=addressing)
     try:
-        kernel_of, log = compiled(launch, arch)
+        kernel_of, log = compiled(launch, arch, addressing)
     except Exception as error:  # any error must be in the table
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         said = f"does not compile: {type(error).__name__}: {lines[-1].strip()}"
@@ -243,6 +205,7 @@ def report_on(case: Case, launch: Launch, arch: str) -> Report:
         report,
         has_matrix=multiplies and (is_half or arch.startswith("gfx9")),
         at_once=launch.programs // (KNOWN_DEVICES[arch].num_sms or 1) if is_persistent else 0,
+        unknown=unknown_instructions(assembly, arch) if arch in AMD else (),
     )
 
 
@@ -255,13 +218,16 @@ def figures_of(assembly: str, log: str) -> tuple[int, int]:
     return int(registers), int(spilled)
 
 
-def judged(report: Report, has_matrix: bool, at_once: int = 0) -> Report:
+def judged(
+    report: Report, has_matrix: bool, at_once: int = 0, unknown: Iterable[str] = ()
+) -> Report:
     """The report with its problems.
 
     Args:
         report: of a kernel that compiles.
         has_matrix: it multiplies, and the device has instructions for that in its dtype.
         at_once: programs that are launched for each SM, as many as it should hold.
+        unknown: what the emulator reports of instructions that it does not know.
     """
     problems = []
     limit = KNOWN_DEVICES[report.arch].shared_memory_bytes or 0
@@ -278,31 +244,34 @@ def judged(report: Report, has_matrix: bool, at_once: int = 0) -> Report:
         problems.append("multiplies without matrix instructions")
     if report.programs < at_once:
         problems.append(f"an SM holds {report.programs} programs of {at_once}")
+    problems += [f"cannot be emulated: {each}" for each in unknown]
     return dataclasses.replace(report, problems=tuple(problems))
 
 
 # Running ------------------------------------------------------------------------------------------
 
 
-def reports_for(pair: tuple[Case, str]) -> list[Report]:
+def reports_for(compilation: Compilation) -> list[Report]:
     """Reports on all that a case launches on a device."""
-    case, arch = pair
+    case, arch, addressing = compilation
     torch.set_num_threads(1)
-    return [report_on(case, each, arch) for each in launches_of(case, KNOWN_DEVICES[arch])]
+    launches = launches_of(case, KNOWN_DEVICES[arch])
+    return [report_on(case, each, arch, addressing) for each in launches]
 
 
-def run(pairs: Sequence[tuple[Case, str]], jobs: int) -> list[Report]:
-    """Reports on all pairs, in their order; progress goes to stderr."""
+def run(compilations: Sequence[Compilation], jobs: int) -> list[Report]:
+    """Reports on all of them, in their order; progress goes to stderr."""
     start, found = time.monotonic(), []
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"], os.environ["TRITON_ALWAYS_COMPILE"] = cache, "1"
+        os.environ["TRITON_CACHE_DIR"] = cache
         os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # Triton's default, which 3.10 will change
         os.environ.pop("TRITON_INTERPRET", None)
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            for pair, reports in zip(pairs, pool.imap(reports_for, pairs), strict=True):
+            results = pool.imap(reports_for, compilations)
+            for (case, arch, addressing), reports in zip(compilations, results, strict=True):
                 found += reports
-                seconds = time.monotonic() - start
-                print(f"{seconds:5.0f} s  {pair[1]} {pair[0].name}", file=sys.stderr)
+                words = f"{arch} {case.name} {addressing}".rstrip()
+                print(f"{time.monotonic() - start:5.0f} s  {words}", file=sys.stderr)
                 for report in reports:
                     if report.problems:
                         print(report, file=sys.stderr, flush=True)
@@ -319,8 +288,9 @@ _IN_FEATURES = ("decode", "prefill", "gather_kv", "write_kv")
 
 
 def cells_of(reports: Iterable[Report]) -> dict[Place, str]:
-    """The cells that reports fill."""
-    places = {(_column(r.kernel), r.case, r.arch): r for r in reports}
+    """The cells that reports fill: on AMD, those of tensors as they usually are."""
+    usual = (report for report in reports if report.addressing in ("", "mixed"))
+    places = {(_column(r.kernel), r.case, r.arch): r for r in usual}
     return {place: report.cell for place, report in places.items()}
 
 
@@ -337,10 +307,10 @@ def tables(cells: Mapping[Place, str], triton: str) -> str:
             for kernel, case in itertools.product(_IN_SIZES, SIZES)
         ]
         parts.append(_table(["Kernel", "Head size", *archs], rows))
+    pairs = dict.fromkeys((c.name, arch) for c, arch, _ in covering_set() if c not in SIZES)
     rows = [
-        [case.name, arch, *(cells.get((kernel, case.name, arch), "") for kernel in _IN_FEATURES)]
-        for case, arch in covering_set()
-        if case not in SIZES
+        [case, arch, *(cells.get((kernel, case, arch), "") for kernel in _IN_FEATURES)]
+        for case, arch in pairs
     ]
     parts.append(_table(["Case", "On", *_IN_FEATURES], rows))
     return "\n".join([*parts, ""])
@@ -411,12 +381,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed here: pip install 'triton>=3.6'")
-    pairs = [
-        (case, arch)
-        for case, arch in (full_set() if args.full else covering_set())
-        if args.arch in (None, arch) and args.filter in case.name
+    compilations = [
+        each
+        for each in (full_set() if args.full else covering_set())
+        if args.arch in (None, each.arch) and args.filter in each.case.name
     ]
-    reports = run(pairs, args.jobs)
+    reports = run(compilations, args.jobs)
     bad = [report for report in reports if report.problems]
     for report in bad if args.check or args.write else reports:
         print(report)

@@ -232,7 +232,7 @@ def test_the_compiled_kernel_uses_that_much_shared_memory(name):
     (case,) = (case for case in cases.HOPPER if case.name == name)
     (launch,) = cases.launches_of(case, KNOWN_DEVICES["sm90"])
     with mock.patch.dict(os.environ):  # undoes the changes of `run`
-        (report,) = matrix.run([(case, "sm90")], 1)
+        (report,) = matrix.run([cases.Compilation(case, "sm90", "")], 1)
     assert report.problems == ()
     most = shared_bytes(case.fields["head_size"], case.decode_row, launch.constants["CONFIG"].ROWS)
     assert 0 <= most - report.shared_bytes < 512

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 
 import pytest
+import torch
 
 from support.paths import ROOT
 
@@ -55,7 +57,7 @@ def test_matrix_covers_every_known_gpu():
     assert {device.arch for device in GPUS} == set(matrix.UNITS) == {*cases.NVIDIA, *cases.AMD}
     for case in cases.FEATURES:
         vendors = {
-            KNOWN_DEVICES[arch].vendor for each, arch in cases.covering_set() if each is case
+            KNOWN_DEVICES[arch].vendor for each, arch, _ in cases.covering_set() if each is case
         }
         assert vendors == {"nvidia", "amd"} or case.archs is not None
 
@@ -65,7 +67,7 @@ def recorded(name, arch="sm90"):
 
 
 def test_recorder_covers_each_kernel():
-    assert set(recorded("gathered")) == {"write_kv", "decode", "gather_kv", "prefill"}
+    assert set(recorded("fp8_e4m3 gathered")) == {"write_kv", "decode", "gather_kv", "prefill"}
     assert set(recorded("batch invariant")) >= {"decode", "prefill"}
 
 
@@ -81,6 +83,70 @@ def test_recorder_covers_each_kernel():
 def test_cases_cover_each_source_of_keys(case, arch, source):
     found = recorded(case, arch)["prefill"].constants["F"].SOURCE
     assert found == source
+
+
+def test_amd_kernels_are_compiled_for_tensors_of_each_size():
+    """Each case as it usually runs, and each kernel on each device in all three ways."""
+    found = {}
+    for case, arch, addressing in cases.covering_set():
+        if arch in cases.NVIDIA:
+            assert addressing == ""
+            continue
+        found.setdefault((case.name, arch), []).append(addressing)
+    assert all("mixed" in each for each in found.values())
+    kernels = set()
+    for case in (case for case in cases.FEATURES if case.addressings == cases.ADDRESSINGS):
+        assert all(found[case.name, arch] == list(cases.ADDRESSINGS) for arch in cases.AMD)
+        kernels |= set(recorded(case.name, "gfx942"))
+    assert kernels == {"write_kv", "decode", "gather_kv", "prefill"}
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "cache"),
+    [
+        ("pages", "write_kv", "k_ptr v_ptr"),
+        ("pages", "decode", "k_ptr v_ptr"),
+        ("pages", "prefill", "k_src v_src"),
+        ("gathered", "gather_kv", "k_ptr v_ptr"),
+        ("128", "prefill", ""),  # the call's own keys
+        ("int8_per_token_head", "decode", "k_ptr v_ptr k_row_scales_ptr v_row_scales_ptr"),
+    ],
+)
+def test_only_the_cache_is_large(case, kernel, cache):
+    launch = recorded(case, "gfx942")[kernel]
+    # A kernel that reads no scales is given any tensor in their place.
+    ignored = {"k_scale_ptr", "v_scale_ptr"}
+    if "int8" not in case:
+        ignored |= {"k_row_scales_ptr", "v_row_scales_ptr"}
+    args = zip(launch.kernel.arg_names, launch.args, strict=False)
+    tensors = {name for name, value in args if isinstance(value, torch.Tensor)} - ignored
+    assert {name for name in tensors if not launch.is_small(name, "mixed")} == set(cache.split())
+    assert all(launch.is_small(name, "buffer") for name in tensors)
+    assert not any(launch.is_small(name, "global") for name in tensors)
+
+
+def test_sizes_are_those_that_triton_finds():
+    from triton.backends.amd.compiler import HIPBackend
+
+    args = {"k_ptr": torch.zeros(64), "q_ptr": torch.zeros(64), "slots_ptr": torch.zeros(64)}
+    kernel = types.SimpleNamespace(
+        arg_names=list(args), do_not_specialize=[], do_not_specialize_on_alignment=["slots_ptr"]
+    )
+    launch = cases.Launch(kernel, {}, {}, tuple(args.values()), 1, frozenset(["k_ptr"]))
+    large = torch.empty(1 << 31, dtype=torch.uint8, device="meta")
+    for name, small in args.items():
+        by_triton = {
+            addressing: HIPBackend.parse_attr(
+                HIPBackend.get_tensor_specialization(tensor, align=name != "slots_ptr")
+            )
+            for addressing, tensor in (
+                ("buffer", small),
+                ("mixed", large if name == "k_ptr" else small),
+                ("global", large),
+            )
+        }
+        for addressing, attributes in by_triton.items():
+            assert matrix._argument(launch, name, small, addressing)[1] == attributes
 
 
 def test_recording_restores_launchers():
@@ -110,6 +176,12 @@ def test_kernel_within_limits_has_no_problem():
 def test_problem_is_reported(figures, words):
     (problem,) = matrix.judged(report(**figures), has_matrix=True).problems
     assert words in problem
+
+
+def test_unknown_instruction_is_reported():
+    unknown = ["line 7: v_new_b32 v0, v1: v_new_b32 is not known on gfx942."]
+    (problem,) = matrix.judged(report(), has_matrix=True, unknown=unknown).problems
+    assert problem == f"cannot be emulated: {unknown[0]}"
 
 
 def test_figures_of_ptxas_and_amd_assembly():
@@ -148,6 +220,16 @@ def test_tables_round_trip():
     assert matrix.read_tables(written) == (matrix.cells_of(REPORTS), "3.7.1")
 
 
+def test_tables_have_the_usual_size_of_tensors():
+    reports = [
+        matrix.Report(case="pages", arch="gfx942", kernel="decode", registers=n, addressing=each)
+        for n, each in enumerate(cases.ADDRESSINGS)
+    ]
+    assert matrix.cells_of(reports) == {("decode", "pages", "gfx942"): reports[1].cell}
+    assert str(reports[1]).startswith("gfx942 decode, pages, mixed: 1 ")
+    assert str(REPORTS[1]).startswith("sm80 decode, fp8_e4m3fnuz: 55 ")
+
+
 def test_outdated_page_is_reported(tmp_path, monkeypatch, capsys):
     page = tmp_path / "kernels.md"
     page.write_text("<!-- compile-matrix -->\n<!-- compile-matrix end -->\n")
@@ -181,8 +263,9 @@ def test_exit_status_for_problems_and_outdated_pages(tmp_path, monkeypatch, caps
 
     assert main("--write") == main("--check") == 0
     assert main("--check", "--arch", "sm80", "--filter", "128", found=report(registers=9)) == 1
-    assert [(case.name, arch) for case, arch in asked[-1]] == [("128", "sm80")]
+    assert [(case.name, arch) for case, arch, _ in asked[-1]] == [("128", "sm80")]
     assert main("--arch", "sm90", found=matrix.judged(report(matrix=""), has_matrix=True)) == 1
     assert "without matrix instructions" in capsys.readouterr().out
     assert main("--full") == 0
-    assert len(asked[-1]) == len(CASES) * len(GPUS) + len(cases.HOPPER)
+    on_amd = len(cases.AMD) * len(cases.ADDRESSINGS)
+    assert len(asked[-1]) == len(CASES) * (len(cases.NVIDIA) + on_amd) + len(cases.HOPPER)
