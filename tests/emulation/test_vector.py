@@ -12,6 +12,7 @@ from attn_dispatch.emulation import vector, vector_masks
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.operands import parse_operand
 from attn_dispatch.emulation.targets import target_named
 from support.emulation import (
     Row,
@@ -33,6 +34,7 @@ from support.emulation import (
 
 NAN, INF = math.nan, math.inf
 M = 0xFFFFFFFF
+VCC_IDS = parse_operand("vcc").require_registers().ids
 TOP = 0x80000000
 CDNA, RDNA, RDNA4 = "gfx942", "gfx1100", "gfx1201"
 
@@ -432,6 +434,11 @@ def test_every_opcode_has_a_row():
     known = [vector.FORMS, vector_masks.CLASSES, vector_masks.SELECTIONS, vector_masks.CARRIES]
     known += [vector_masks.OTHERS, vector.SPECIAL]
     assert {opcode for table in known for opcode in table} - tested == {"v_nop"}
+
+
+def test_dual_issued_selection_reads_vcc_without_its_name():
+    text = "v_dual_cndmask_b32 v0, v2, v4 :: v_dual_mov_b32 v1, v3"
+    assert set(VCC_IDS) <= decode(parse_instruction(text), target_named(RDNA)).reads
 
 
 @pytest.mark.parametrize("selector", [0x05040100, 0x03020706, 0x00010203, 0x07060302, 0x0C0D0B08])
