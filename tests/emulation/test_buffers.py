@@ -149,3 +149,14 @@ def test_private_memory_through_a_buffer():
         assert after(wave, lane)[8:12] == raw[4:]
     with pytest.raises(UnknownInstruction, match="private memory"):
         execute(case.group, "buffer_atomic_add v5, off, s[0:3], 0 offset:8")
+
+
+@pytest.mark.parametrize(("name", "size"), [("ubyte", 1), ("ushort", 2), ("dword", 4)])
+def test_last_access_within_the_range(name, size):
+    case = MemoryCase("gfx942", "buffer", partial=False)
+    case.group.s_u32[10] = 64
+    case.group.v_u32[1] = np.where(np.arange(64) % 2, 64 - size, 64 - size + 1)
+    execute(case.group, f"buffer_load_{name} v4, v1, s[8:11], 0 offen")
+    value = int.from_bytes(case.region.data[64 - size : 64].tobytes(), "little")
+    expected = np.broadcast_to(np.where(np.arange(64) % 2, value, 0), (2, 64))
+    np.testing.assert_array_equal(register(case.group, "v4"), expected)
