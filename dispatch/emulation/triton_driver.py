@@ -34,8 +34,8 @@ __all__ = ["EmulatedDriver", "Emulation", "emulate_launch", "emulated"]
 _FIRST_DEVICE = 1000
 #: Arguments that Triton adds to every kernel: pointers to scratch memory, which are null.
 _SCRATCH_POINTERS = 2
-#: Parsed kernels that are kept.
-_MAX_KERNELS = 256
+#: Parsed kernels that are kept. One takes up to 20 MB, and a second or two to parse again.
+_MAX_KERNELS = 64
 
 #: Launches run one at a time, whatever threads do.
 _one_launch = threading.RLock()
