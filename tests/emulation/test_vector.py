@@ -178,7 +178,7 @@ SMALL_INTEGERS = [
 ]  # fmt: skip
 
 #: A denormal number, and the largest number.
-SMALL, LARGE = 3.4028234663852886e38
+SMALL, LARGE = 2.0**-140, 3.4028234663852886e38
 FLOATS = [
     Row(CDNA, "v_add_f32_e32 v0, v2, v4", (f32(1, SMALL, INF), f32(2, SMALL, -INF)),
         f32(3, 2 * SMALL, NAN)),

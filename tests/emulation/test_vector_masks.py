@@ -35,8 +35,6 @@ M = 0xFFFFFFFF
 VCC_IDS = parse_operand("vcc").require_registers().ids
 TOP = 0x80000000
 CDNA, RDNA, RDNA4 = "gfx942", "gfx1100", "gfx1201"
-
-
 LARGE = 3.4028234663852886e38
 A = u32(1, M, 0x7FFFFFFF)
 ROWS = [
