@@ -8,7 +8,7 @@ import pytest
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, WaitFault
-from attn_dispatch.emulation.operands import EXEC
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.vector_memory import opcodes
 from attn_dispatch.emulation.waits import check_registers
@@ -346,7 +346,7 @@ def test_unknown_form(target, text):
 
 
 def use(group, text):
-    decoded = decode(parse_instruction(text, 1), group.run.target)
+    decoded = decode(parse_instruction(text, 1), group.shared.target)
     check_registers(group, decoded.text, decoded.reads, decoded.writes)
 
 
@@ -356,7 +356,7 @@ def test_result_is_used_before_the_wait():
     execute(case.group, "global_load_dwordx2 v[4:5], v[2:3], off")
     for text in (
         "v_mov_b32_e32 v8, v5",
-        "global_load_dword v4, v[4:5], off",  # the result is its own address
+        "global_load_dwordx2 v[4:5], v[4:5], off",  # the results are their own address
         "global_atomic_add v4, v[6:7], v4, off sc0",
         "buffer_store_dword v4, v1, s[8:11], 0 offen",
         "buffer_atomic_add v4, v1, s[8:11], 0 offen sc0",
