@@ -7,7 +7,7 @@ buffer.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.memory import StoresInFlight
 from attn_dispatch.emulation.operands import U32, parse_operand, scalar_reader
 from attn_dispatch.emulation.transfers import registers_of
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [
     "AddressSpace",
@@ -73,11 +71,11 @@ class GlobalSpace:
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
         """Values of `size` bytes."""
-        return group.run.memory.load(self._addresses(group), size, group.active_waves)
+        return group.shared.memory.load(self._addresses(group), size, group.active_waves)
 
     def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
         """Store values."""
-        return group.run.memory.store(self._addresses(group), values, size, group.active_waves)
+        return group.shared.memory.store(self._addresses(group), values, size, group.active_waves)
 
     def atomic(
         self,
@@ -89,7 +87,7 @@ class GlobalSpace:
     ) -> _U32Array:
         """Apply an atomic operation."""
         addresses, waves = self._addresses(group), group.active_waves
-        return group.run.memory.atomic(operation, addresses, operand, compare, size, waves)
+        return group.shared.memory.atomic(operation, addresses, operand, compare, size, waves)
 
 
 def _global_addresses(
@@ -167,14 +165,14 @@ class PrivateSpace:
 
 def load_private(group: WaveGroup, offsets: NDArray[np.int64], size: int) -> _U32Array:
     """Values of `size` bytes at offsets (k,) of the private memory of the lanes in EXEC."""
-    return group.run.scratch.load(group.active_waves, active_lanes(group), offsets, size)
+    return group.shared.scratch.load(group.active_waves, active_lanes(group), offsets, size)
 
 
 def store_private(
     group: WaveGroup, offsets: NDArray[np.int64], values: _U32Array, size: int
 ) -> None:
     """Store values (words, k) at offsets (k,) of the private memory of the lanes in EXEC."""
-    group.run.scratch.store(group.active_waves, active_lanes(group), offsets, values, size)
+    group.shared.scratch.store(group.active_waves, active_lanes(group), offsets, values, size)
 
 
 def active_lanes(group: WaveGroup) -> NDArray[np.int64]:

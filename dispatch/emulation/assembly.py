@@ -138,7 +138,7 @@ class Assembly:
     @cached_property
     def target_name(self) -> str:
         """The architecture that it was compiled for, such as gfx942."""
-        return self._first(r'\.amdgcn_target "[\w-]+--(\w+)')
+        return self._first(r'\.amdgcn_target "[^"]*-(gfx\w+)[:"]')
 
     def _first(self, pattern: str) -> str:
         found = re.search(pattern, self.text)

@@ -8,7 +8,7 @@ own, as LLVM's AMDGPU usage guide says of "relaxed buffer OOB mode".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,7 @@ from attn_dispatch.emulation.memory import StoresInFlight
 from attn_dispatch.emulation.operands import U32, parse_operand, scalar_reader
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.transfers import registers_of
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["BufferSpace"]
 
@@ -79,7 +77,7 @@ class BufferSpace:
         buffer, addresses, inside = self._accesses(group, size)
         if buffer.is_private:
             return load_private(group, addresses, size)
-        memory, waves = group.run.memory, group.active_waves
+        memory, waves = group.shared.memory, group.active_waves
         if inside is None:
             return memory.load(addresses, size, waves)
         values = np.zeros((max(size // 4, 1), addresses.size), np.uint32)
@@ -93,7 +91,7 @@ class BufferSpace:
         if buffer.is_private:
             store_private(group, addresses, values, size)
             return None
-        memory, waves = group.run.memory, group.active_waves
+        memory, waves = group.shared.memory, group.active_waves
         if inside is None:
             return memory.store(addresses, values, size, waves)
         stored = None
@@ -121,7 +119,7 @@ class BufferSpace:
         found = np.zeros((size // 4, addresses.size), np.uint32)
         expected = None if compare is None else compare[:, chosen]
         waves = group.active_waves[chosen]
-        found[:, chosen] = group.run.memory.atomic(
+        found[:, chosen] = group.shared.memory.atomic(
             operation, addresses[chosen], operand[:, chosen], expected, size, waves
         )
         return found

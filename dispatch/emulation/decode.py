@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,31 +20,29 @@ from attn_dispatch.emulation import (
 )
 from attn_dispatch.emulation.assembly import Assembly, Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import VCC, check_alignment, parse_operand
+from attn_dispatch.emulation.operands import check_alignment, parse_operand
+from attn_dispatch.emulation.registers import VCC
 from attn_dispatch.emulation.semantics import Execute, Operation, Semantics
 from attn_dispatch.emulation.targets import Target, target_named
 from attn_dispatch.emulation.waits import decode_wait
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["Decoded", "decode", "unknown_instructions"]
 
 #: What the emulator has no part for: caches, the instruction fetch, timing and power; and what ends
 #: a block, which the machine does.
-_NO_EFFECT = frozenset(
-    """
-    s_nop s_sleep s_clause s_delay_alu s_setprio s_waitcnt_depctr s_wait_alu s_wait_event
-    s_set_inst_prefetch_distance s_inst_prefetch s_prefetch_inst s_prefetch_data s_code_end
-    s_icache_inv s_dcache_inv s_dcache_wb s_sendmsg s_sethalt s_version s_round_mode
-    buffer_gl0_inv buffer_gl1_inv buffer_inv buffer_wbl2 buffer_wbinvl1 buffer_wbinvl1_vol
-    global_inv global_wb global_wbinv
-    s_barrier_signal s_barrier s_barrier_wait s_endpgm s_branch
-    s_cbranch_scc0 s_cbranch_scc1 s_cbranch_vccz s_cbranch_vccnz s_cbranch_execz s_cbranch_execnz
-    """.split()
-)
+_NO_EFFECT = {
+    "s_nop", "s_sleep", "s_clause", "s_delay_alu", "s_setprio", "s_waitcnt_depctr", "s_wait_alu",
+    "s_wait_event", "s_set_inst_prefetch_distance", "s_inst_prefetch", "s_prefetch_inst",
+    "s_prefetch_data", "s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_sendmsg",
+    "s_sethalt", "s_version", "s_round_mode", "buffer_gl0_inv", "buffer_gl1_inv", "buffer_inv",
+    "buffer_wbl2", "buffer_wbinvl1", "buffer_wbinvl1_vol", "global_inv", "global_wb",
+    "global_wbinv", "s_barrier_signal", "s_barrier", "s_barrier_wait", "s_endpgm", "s_branch",
+    "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s_cbranch_vccnz", "s_cbranch_execz",
+    "s_cbranch_execnz",
+}  # fmt: skip
 
-#: The modules that know instructions, by how their names begin; the first that knows one decodes it.
+#: The modules that know instructions, by how their names begin; the first that knows one counts.
 _FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation | None], ...]] = {
     "s": (scalar.decode, scalar_memory.decode),
     "v": (
@@ -167,7 +164,8 @@ def unknown_instructions(text: str, arch: str) -> list[str]:
     Raises:
         EmulationError: the target is not emulated, or the text is no kernel's.
     """
-    target, found = target_named(arch), {}
+    target = target_named(arch)
+    found: dict[str, str] = {}
     for instruction in Assembly(text).instructions:
         try:
             decode(instruction, target)

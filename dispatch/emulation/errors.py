@@ -11,6 +11,7 @@ __all__ = [
     "UnwrittenRead",
     "WaitFault",
     "WaveOrderFault",
+    "add_note",
 ]
 
 
@@ -47,3 +48,8 @@ class WaitFault(KernelFault):
 
 class WaveOrderFault(KernelFault):
     """The result depends on the order in which the waves of a workgroup run."""
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add to an error's `__notes__`, which tracebacks show since Python 3.11."""
+    error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined]

@@ -6,18 +6,17 @@ LLVM's AMDGPU usage guide, "kernel argument segment" and "initial kernel executi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Argument, Assembly
 from attn_dispatch.emulation.errors import EmulationError
-from attn_dispatch.emulation.operands import TTMP0
+from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.registers import TTMP0
+from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.waves import WaveGroup, new_registers
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.machine import Run
 
 __all__ = ["SCRATCH_DESCRIPTOR_BASE", "argument_segment", "initial_registers"]
 
@@ -94,34 +93,39 @@ def _hidden_value(argument: Argument, grid: tuple[int, int, int], workgroup_size
     return values.get(name, 0)
 
 
-def initial_registers(run: Run, argument_address: int) -> WaveGroup:
-    """All waves of a run, before their first instruction.
+def initial_registers(
+    assembly: Assembly, shared: Shared, registers: tuple[int, int], argument_address: int
+) -> WaveGroup:
+    """All waves that run at a time, before their first instruction.
 
     Args:
-        run: which workgroups of which kernel.
-        argument_address: of the argument segment, in the run's memory.
+        assembly: the kernel.
+        shared: which workgroups run.
+        registers: vector and accumulation registers of a lane.
+        argument_address: of the argument segment, in the memory.
     """
-    kernel, target = run.kernel, run.target
-    waves = len(run.workgroups) * run.waves_per_workgroup
-    registers = new_registers(waves, target.wave_size, kernel.vgprs, kernel.agprs)
-    group = WaveGroup(run, np.arange(waves), registers, np.zeros(waves, np.bool_))
+    target, waves = shared.target, shared.num_waves
+    files = new_registers(waves, target.wave_size, *registers)
+    group = WaveGroup(shared, np.arange(waves), files, np.zeros(waves, np.bool_))
     scalar = group.s_u32
-    _user_registers(kernel.assembly, scalar, run, argument_address)
-    number = group.ids % run.waves_per_workgroup
-    workgroup = run.workgroups[group.workgroups]
-    width, height, _ = run.grid
+    _user_registers(assembly, scalar, shared.memory, argument_address)
+    number = group.ids % shared.waves_per_workgroup
+    workgroup = shared.workgroups[group.workgroups]
+    width, height, _ = shared.grid
     place = (workgroup % width, workgroup // width % height, workgroup // (width * height))
     if target.generation >= 12:
         scalar[TTMP0 + 9] = place[0]
         scalar[TTMP0 + 7] = place[1] | place[2] << 16
         scalar[TTMP0 + 8] = number << 25
     else:
-        _workgroup_registers(kernel.assembly, scalar, place)
+        _workgroup_registers(assembly, scalar, place)
     group.v_u32[0] = (number * target.wave_size)[:, None] + np.arange(target.wave_size)
     return group
 
 
-def _user_registers(assembly: Assembly, scalar: NDArray[Any], run: Run, address: int) -> None:
+def _user_registers(
+    assembly: Assembly, scalar: NDArray[Any], memory: GlobalMemory, address: int
+) -> None:
     at = 0
     for name, count in _USER_REGISTERS:
         if not assembly.descriptor(f"user_sgpr_{name}"):
@@ -134,7 +138,7 @@ def _user_registers(assembly: Assembly, scalar: NDArray[Any], run: Run, address:
     preloaded = assembly.descriptor("user_sgpr_kernarg_preload_length")
     if preloaded:
         first = 4 * assembly.descriptor("user_sgpr_kernarg_preload_offset")
-        words = run.memory.region_at(address + first).data[first : first + 4 * preloaded]
+        words = memory.region_at(address + first).data[first : first + 4 * preloaded]
         scalar[at : at + preloaded] = words.view(np.uint32)[:, None]
 
 

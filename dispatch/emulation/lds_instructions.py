@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +30,7 @@ from attn_dispatch.emulation.transfers import (
     registers_of,
 )
 from attn_dispatch.emulation.waits import issue
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode", "opcodes"]
 
@@ -180,7 +177,7 @@ def _load(instruction: Instruction, form: _One) -> Semantics:
 
     def load(group: WaveGroup) -> None:
         workgroups, waves = group.active_workgroups, group.active_waves
-        values, access = group.run.lds.load(workgroups, offsets(group), size, waves)
+        values, access = group.shared.lds.load(workgroups, offsets(group), size, waves)
         if form.transposes:
             values = _transposed(values, group, instruction)
         write(group, values)
@@ -211,7 +208,7 @@ def _store(instruction: Instruction, transfer: Transfer) -> Semantics:
 
     def store(group: WaveGroup) -> None:
         workgroups, waves = group.active_workgroups, group.active_waves
-        access = group.run.lds.store(workgroups, offsets(group), read(group), size, waves)
+        access = group.shared.lds.store(workgroups, offsets(group), read(group), size, waves)
         issue(group, instruction, "lds", access=access)
 
     return Semantics(store)
@@ -226,7 +223,7 @@ def _load_two(instruction: Instruction, form: _Two) -> Semantics:
 
     def load(group: WaveGroup) -> None:
         workgroups, waves = _twice(group.active_workgroups), _twice(group.active_waves)
-        values, access = group.run.lds.load(workgroups, offsets(group), size, waves)
+        values, access = group.shared.lds.load(workgroups, offsets(group), size, waves)
         # (words, 2 values, k) -> (2 values, words, k)
         values = values.reshape(words, 2, -1).swapaxes(0, 1).reshape(2 * words, -1)
         write(group, values)
@@ -244,7 +241,7 @@ def _store_two(instruction: Instruction, form: _Two) -> Semantics:
     def store(group: WaveGroup) -> None:
         workgroups, waves = _twice(group.active_workgroups), _twice(group.active_waves)
         values = np.concatenate([each(group) for each in read], axis=1)
-        access = group.run.lds.store(workgroups, offsets(group), values, size, waves)
+        access = group.shared.lds.store(workgroups, offsets(group), values, size, waves)
         issue(group, instruction, "lds", access=access)
 
     return Semantics(store)
@@ -279,7 +276,7 @@ def _atomic(instruction: Instruction, form: _Atomic, target: Target) -> Semantic
 
     def atomic(group: WaveGroup) -> None:
         operand, *compare = (each(group) for each in read)
-        found, access = group.run.lds.atomic(
+        found, access = group.shared.lds.atomic(
             operation,
             group.active_workgroups,
             offsets(group),

@@ -19,12 +19,18 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Assembly, Instruction
 from attn_dispatch.emulation.decode import Decoded, decode
-from attn_dispatch.emulation.errors import EmulationError, KernelFault, WaveOrderFault
+from attn_dispatch.emulation.errors import (
+    EmulationError,
+    KernelFault,
+    WaveOrderFault,
+    add_note,
+)
 from attn_dispatch.emulation.launch_abi import argument_segment, initial_registers
 from attn_dispatch.emulation.lds import Lds, LdsAccess
 from attn_dispatch.emulation.memory import GlobalMemory
-from attn_dispatch.emulation.operands import EXEC, VCC
+from attn_dispatch.emulation.registers import EXEC, VCC
 from attn_dispatch.emulation.scratch import Scratch
+from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import check_registers, finish_all
 from attn_dispatch.emulation.waves import WaveGroup
@@ -168,9 +174,8 @@ class Kernel:
             KernelFault: the kernel did what the hardware forbids or leaves undefined.
         """
         if wave_order not in get_args(WaveOrder):
-            raise EmulationError(
-                f"{wave_order!r} is no order of waves. Give one of {', '.join(get_args(WaveOrder))}."
-            )
+            names = ", ".join(get_args(WaveOrder))
+            raise EmulationError(f"{wave_order!r} is no order of waves. Give one of {names}.")
         lds_bytes = max(lds_bytes, self.assembly.descriptor("group_segment_fixed_size"))
         if lds_bytes > self.target.lds_bytes:
             raise EmulationError(
@@ -192,13 +197,15 @@ class Kernel:
         try:
             for first in range(0, len(workgroups), at_once):
                 part = workgroups[first : first + at_once]
-                run = Run(self, grid, part, num_waves, lds_bytes, memory, wave_order)
-                run.finish(segment.address, counts)
+                lds = Lds(len(part), lds_bytes)
+                lanes = self.target.wave_size
+                scratch = Scratch(len(part) * num_waves, lanes, self.scratch_bytes)
+                shared = Shared(self.target, grid, part, num_waves, memory, lds, scratch)
+                Run(self, shared, wave_order).finish(segment.address, counts)
         finally:
             memory.remove(segment)
         counts.seconds = time.perf_counter() - start
         return counts
-
 
     def _launch_in_both_orders(
         self,
@@ -231,38 +238,22 @@ class Kernel:
 
 
 class Run:
-    """Some workgroups of a launch, which run at the same time.
+    """Runs workgroups of a launch at the same time.
 
-    Attributes:
+    Args:
         kernel: the kernel.
-        target: the GPU.
-        grid: workgroups in each dimension, of the whole launch.
-        workgroups: (workgroups,) the numbers of those that run, in the launch.
-        waves_per_workgroup: how many waves each has.
-        memory, lds, scratch: what all waves share.
+        shared: which workgroups, and what their waves share.
+        wave_order: in which order the waves of a workgroup run.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        workgroups: NDArray[np.int64],
-        num_waves: int,
-        lds_bytes: int,
-        memory: GlobalMemory,
-        wave_order: WaveOrder,
-    ) -> None:
-        self.kernel, self.target, self.grid = kernel, kernel.target, grid
-        self.workgroups, self.waves_per_workgroup = workgroups, num_waves
-        self.memory, self._order = memory, wave_order
-        self.lds = Lds(len(workgroups), lds_bytes)
-        waves = len(workgroups) * num_waves
-        self.scratch = Scratch(waves, self.target.wave_size, kernel.scratch_bytes)
+    def __init__(self, kernel: Kernel, shared: Shared, wave_order: WaveOrder) -> None:
+        self.kernel, self.shared, self._order = kernel, shared, wave_order
         self._executed: Counter[int] = Counter()
 
     def finish(self, argument_address: int, counts: LaunchCounts) -> None:
         """Run until all waves have ended, and add what they executed to the counts."""
-        group = initial_registers(self, argument_address)
+        registers = (self.kernel.vgprs, self.kernel.agprs)
+        group = initial_registers(self.kernel.assembly, self.shared, registers, argument_address)
         group.block = self.kernel.first_block
         counts.waves += group.num_waves
         with np.errstate(all="ignore"):
@@ -273,23 +264,23 @@ class Run:
                 counts.sources[each.text.source.rpartition(":")[0]] += times
                 for name in each.opcodes:
                     counts.instructions[name] += times
-        counts.lds_bytes_read += self.lds.bytes_read
-        counts.lds_bytes_written += self.lds.bytes_written
-        counts.scratch_bytes_read += self.scratch.bytes_read
-        counts.scratch_bytes_written += self.scratch.bytes_written
+        counts.lds_bytes_read += self.shared.lds.bytes_read
+        counts.lds_bytes_written += self.shared.lds.bytes_written
+        counts.scratch_bytes_read += self.shared.scratch.bytes_read
+        counts.scratch_bytes_written += self.shared.scratch.bytes_written
 
     def _by_order(self, group: WaveGroup) -> list[WaveGroup]:
         """The group, or one for each wave number if waves run one after another."""
         if self._order == "lockstep":
             return [group]
-        number = group.ids % self.waves_per_workgroup
-        return [group.only(number == i) for i in range(self.waves_per_workgroup)]
+        number = group.ids % self.shared.waves_per_workgroup
+        return [group.only(number == i) for i in range(self.shared.waves_per_workgroup)]
 
     def _rank(self, group: WaveGroup) -> int:
         """Groups of the lowest rank run first, until they wait or end."""
         if self._order == "lockstep":
             return 0
-        number = int(group.ids[0] % self.waves_per_workgroup)
+        number = int(group.ids[0] % self.shared.waves_per_workgroup)
         return number if self._order == "forward" else -number
 
     def _run(self, groups: list[WaveGroup]) -> None:
@@ -302,10 +293,10 @@ class Run:
             group = min(ready, key=lambda each: (self._rank(each), each.block))
             groups.remove(group)
             for other in ready:
-                if other is not group and self._rank(other) == self._rank(group):
-                    if group.joins(other):
-                        groups.remove(other)
-                        group = group.joined(other)
+                is_next = other is not group and self._rank(other) == self._rank(group)
+                if is_next and group.joins(other):
+                    groups.remove(other)
+                    group = group.joined(other)
             is_alone = not any(self._rank(each) == self._rank(group) for each in groups)
             while True:
                 executed += self._execute_block(group)
@@ -330,7 +321,8 @@ class Run:
                     check_registers(group, parsed, reads, writes)
                 instruction.execute(group)
             except Exception as error:
-                error.add_note(f"{self.kernel.name} on {self.target.name}, {instruction.text}")
+                target = self.shared.target.name
+                add_note(error, f"{self.kernel.name} on {target}, {instruction.text}")
                 raise
         return len(block)
 
@@ -367,7 +359,7 @@ class Run:
         for group in groups:
             group.waits_at_barrier = False
             in_flight += [e.access for e in group.pending if isinstance(e.access, LdsAccess)]
-        self.lds.new_epoch(in_flight)
+        self.shared.lds.new_epoch(in_flight)
 
 
 def _vcc_is_set(group: WaveGroup) -> NDArray[np.bool_]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,7 @@ from attn_dispatch.emulation.operands import (
 )
 from attn_dispatch.emulation.semantics import Execute, Semantics
 from attn_dispatch.emulation.targets import Target
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode"]
 

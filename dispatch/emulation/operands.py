@@ -10,35 +10,28 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.numerics import high32, low32, to_u64
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.registers import EXEC, M0, TTMP0, VCC, Registers
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [
-    "EXEC",
     "F16",
     "F32",
     "I16",
     "I32",
     "I64",
-    "M0",
-    "NUM_SGPRS",
-    "TTMP0",
     "U16",
     "U32",
     "U64",
-    "VCC",
     "Kind",
     "Operand",
     "Reader",
-    "Registers",
     "Writer",
     "check_alignment",
     "constant",
@@ -53,12 +46,10 @@ __all__ = [
 ]
 
 #: Reads an operand of all waves of a group.
-Reader = Callable[["WaveGroup"], Any]
+Reader = Callable[[WaveGroup], Any]
 #: Writes a value for all waves of a group.
-Writer = Callable[["WaveGroup", Any], None]
+Writer = Callable[[WaveGroup, Any], None]
 
-VCC, TTMP0, M0, EXEC = 106, 108, 125, 126
-NUM_SGPRS = 128
 _NAMED = {
     "flat_scratch": (102, 2),
     "flat_scratch_lo": (102, 1),
@@ -104,29 +95,6 @@ U16, I16, F16 = Kind("u16", np.uint16, 0), Kind("i16", np.int16, 0), Kind("f16",
 _FLOATS: dict[int, tuple[Any, Any]] = {
     0: (np.float16, np.uint16), 1: (np.float32, np.uint32), 2: (np.float64, np.uint64),
 }  # fmt: skip
-#: The first register of each file in the numbers by which pending registers are known.
-_FILES = {"s": 0, "v": 1000, "a": 2000}
-
-
-@dataclass(frozen=True)
-class Registers:
-    """Consecutive registers.
-
-    Attributes:
-        file: "v" for vector, "a" for accumulation, "s" for scalar registers.
-        first: the number of the first one.
-        count: how many.
-    """
-
-    file: str
-    first: int
-    count: int
-
-    @property
-    def ids(self) -> range:
-        """Numbers that are unique over all files."""
-        start = _FILES[self.file] + self.first
-        return range(start, start + self.count)
 
 
 @dataclass(frozen=True)
@@ -160,7 +128,7 @@ class Operand:
         return self.registers
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse_operand(text: str) -> Operand:
     """Parse the text of an operand, without modifiers that follow it."""
     flags: dict[str, Any] = {}

@@ -7,7 +7,7 @@ For each of the two results, `op_sel` and `op_sel_hi` say which half of each sou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +39,7 @@ from attn_dispatch.emulation.operands import (
 )
 from attn_dispatch.emulation.semantics import Operation
 from attn_dispatch.emulation.targets import Target
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["FORMS", "MIXED", "decode"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.bits import high32, low32
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.operands import (
-    EXEC,
     U32,
     U64,
     Kind,
@@ -22,6 +21,7 @@ from attn_dispatch.emulation.operands import (
     scalar_reader,
     scalar_writer,
 )
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.scalar_table import (
     EXEC_TABLE,
     PAIR,
@@ -34,9 +34,7 @@ from attn_dispatch.emulation.scalar_table import (
 )
 from attn_dispatch.emulation.semantics import Execute, Semantics
 from attn_dispatch.emulation.targets import Target
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,7 @@ from attn_dispatch.emulation.operands import U32, parse_operand, scalar_reader
 from attn_dispatch.emulation.semantics import Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode"]
 
@@ -101,7 +99,7 @@ def _check_alignment(base: Any, offset: Any, size: int) -> None:
 def _load(group: WaveGroup, at: int, offset: Any, size: int) -> NDArray[np.uint32]:
     base = to_u64(group.s_u32[at], group.s_u32[at + 1]).view(np.int64)
     _check_alignment(base, offset, size)
-    return group.run.memory.load(base + offset, size, group.ids)
+    return group.shared.memory.load(base + offset, size, group.ids)
 
 
 def _buffer_load(group: WaveGroup, at: int, offset: Any, size: int) -> NDArray[np.uint32]:
@@ -117,5 +115,5 @@ def _buffer_load(group: WaveGroup, at: int, offset: Any, size: int) -> NDArray[n
     waves = np.broadcast_to(group.ids, starts.shape)
     values = np.zeros(starts.shape, np.uint32)
     if inside.any():
-        values[inside] = group.run.memory.load((base + starts)[inside], step, waves[inside])[0]
+        values[inside] = group.shared.memory.load((base + starts)[inside], step, waves[inside])[0]
     return values

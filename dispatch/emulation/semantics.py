@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["Execute", "Operation", "Semantics"]
 
 #: Executes an instruction for all waves of a group.
-Execute = Callable[["WaveGroup"], None]
+Execute = Callable[[WaveGroup], None]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import Registers, parse_operand
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.operands import parse_operand
+from attn_dispatch.emulation.registers import Registers
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [
     "CACHE_MODIFIERS",

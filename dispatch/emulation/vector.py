@@ -7,7 +7,7 @@ same meaning on all targets that have it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +37,7 @@ from attn_dispatch.emulation.operands import (
 )
 from attn_dispatch.emulation.semantics import Operation, Semantics
 from attn_dispatch.emulation.targets import Target
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["FORMS", "SPECIAL", "decode"]
 

@@ -6,7 +6,7 @@ A lane mask is a scalar register (two for waves of 64 lanes) with a bit for each
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.modifiers import VectorOperands, clamped
 from attn_dispatch.emulation.operands import (
-    EXEC,
     F16,
     F32,
     I16,
@@ -24,18 +23,16 @@ from attn_dispatch.emulation.operands import (
     U16,
     U32,
     U64,
-    VCC,
     Kind,
     Reader,
     mask_reader,
     mask_writer,
     parse_operand,
 )
+from attn_dispatch.emulation.registers import EXEC, VCC
 from attn_dispatch.emulation.semantics import Operation, Semantics
 from attn_dispatch.emulation.targets import Target
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["CARRIES", "CLASSES", "COMPARISONS", "OTHERS", "SELECTIONS", "decode"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 from attn_dispatch.emulation.address_spaces import AddressSpace, GlobalSpace, PrivateSpace
 from attn_dispatch.emulation.assembly import Instruction
@@ -31,9 +30,7 @@ from attn_dispatch.emulation.transfers import (
     registers_of,
 )
 from attn_dispatch.emulation.waits import issue
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
+from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode", "opcodes"]
 

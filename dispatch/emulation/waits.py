@@ -12,30 +12,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction, WaitFault
 from attn_dispatch.emulation.lds import LdsAccess
 from attn_dispatch.emulation.memory import StoresInFlight
+from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
 from attn_dispatch.emulation.targets import Target
+from attn_dispatch.emulation.waves import WaveGroup
 
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.waves import WaveGroup
-
-__all__ = ["Pending", "check_registers", "counter_of", "decode_wait", "finish_all", "issue"]
-
-#: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
-#: and flat accesses finish in any order.
-_ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
-#: The same by how the opcode begins.
-_ORDER_OF_OPCODE = {
-    "global": "vector memory", "scratch": "vector memory", "buffer": "vector memory", "ds": "LDS",
-}  # fmt: skip
+__all__ = ["check_registers", "counter_of", "decode_wait", "finish_all", "issue"]
 
 #: Counters by generation: kind of operation -> counters that it adds to.
 _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -65,46 +51,6 @@ def counter_of(kind: str, target: Target) -> tuple[str, ...]:
     return _COUNTERS[target.generation][kind]
 
 
-@dataclass(frozen=True, eq=False)
-class Pending:
-    """A memory operation that nothing has waited for yet.
-
-    Attributes:
-        instruction: that issued it.
-        kind: as for `counter_of`.
-        counters: that it adds to and that still count it.
-        registers: `Registers.ids` that it will write.
-        access: of memory: stores that are in flight, or accesses of LDS.
-    """
-
-    instruction: Instruction
-    kind: str
-    counters: tuple[str, ...]
-    registers: frozenset[int] = frozenset()
-    access: StoresInFlight | LdsAccess | None = None
-
-    def is_same(self, other: Pending) -> bool:
-        """Whether both are the same instruction's, and counted by the same counters."""
-        return self.instruction is other.instruction and self.counters == other.counters
-
-    def only(self, waves: NDArray[np.int64]) -> Pending:
-        """The part of some of the waves."""
-        if self.access is None:
-            return self
-        return dataclasses.replace(self, access=self.access.only(waves))
-
-    def joined(self, other: Pending) -> Pending:
-        """The operation of the waves of both."""
-        if self.access is None:
-            return self
-        access: Any = self.access
-        return dataclasses.replace(self, access=access.joined(other.access))
-
-    def is_before(self, later: Pending) -> bool:
-        """Whether it is surely finished when a later one is."""
-        return self.kind in _ORDERED and _ORDERED[self.kind] == _ORDERED.get(later.kind)
-
-
 def issue(
     group: WaveGroup,
     instruction: Instruction,
@@ -113,7 +59,7 @@ def issue(
     access: StoresInFlight | LdsAccess | None = None,
 ) -> None:
     """Add an operation of all waves of a group to what is pending."""
-    counters = counter_of(kind, group.run.target)
+    counters = counter_of(kind, group.shared.target)
     made = Pending(instruction, kind, counters, frozenset(registers), access)
     group.set_pending((*group.pending, made))
 
@@ -133,9 +79,9 @@ def check_registers(
     Raises:
         WaitFault: it does.
     """
-    order = _ORDER_OF_OPCODE.get(instruction.opcode.split("_")[0])
+    order = ORDER_OF_OPCODE.get(instruction.opcode.split("_")[0])
     for each in group.pending:
-        is_before = order is not None and _ORDERED.get(each.kind) == order
+        is_before = order is not None and ORDERED.get(each.kind) == order
         used = each.registers & (reads if is_before else reads | writes)
         if used:
             raise WaitFault(
@@ -223,4 +169,4 @@ def finish_all(group: WaveGroup) -> None:
 
 def _finish(group: WaveGroup, operation: Pending) -> None:
     if isinstance(operation.access, StoresInFlight):
-        group.run.memory.retire(operation.access)
+        group.shared.memory.retire(operation.access)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.operands import EXEC, NUM_SGPRS
-
-if TYPE_CHECKING:
-    from attn_dispatch.emulation.machine import Run
-    from attn_dispatch.emulation.waits import Pending
+from attn_dispatch.emulation.pending import Pending
+from attn_dispatch.emulation.registers import EXEC, NUM_SGPRS
+from attn_dispatch.emulation.shared import Shared
 
 __all__ = ["WaveGroup", "new_registers"]
 
@@ -34,7 +32,7 @@ class WaveGroup:
     `column_...`: the same as `s_...` with an axis of 1 for the lanes.
 
     Attributes:
-        run: what all waves of the launch share.
+        shared: what all waves of the launch share.
         ids: (waves,) their numbers in the launch.
         scc: (waves,) bool, the scalar condition code.
         exec: (waves, lanes) bool, the lanes that execute; a copy of EXEC's bits.
@@ -50,13 +48,13 @@ class WaveGroup:
 
     def __init__(
         self,
-        run: Run,
+        shared: Shared,
         ids: NDArray[np.int64],
         registers: tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]],
         scc: NDArray[np.bool_],
     ) -> None:
-        self.run, self.ids, self.scc = run, ids, scc
-        self.num_waves, self.lanes = len(ids), run.target.wave_size
+        self.shared, self.ids, self.scc = shared, ids, scc
+        self.num_waves, self.lanes = len(ids), shared.target.wave_size
         self._registers = registers
         for file, array in zip("sva", registers, strict=True):
             for kind in (*_KINDS, *_HALVES):
@@ -75,7 +73,7 @@ class WaveGroup:
     @property
     def workgroups(self) -> NDArray[np.int64]:
         """(waves,) the workgroup of each wave, by its number in this part of the launch."""
-        return self.ids // self.run.waves_per_workgroup
+        return self.ids // self.shared.waves_per_workgroup
 
     # EXEC and lane masks --------------------------------------------------------------------------
 
@@ -139,7 +137,7 @@ class WaveGroup:
             np.compress(chosen, array, axis=1) for array in self._registers
         )
         registers = (scalar, vector, accumulation)
-        part = WaveGroup(self.run, self.ids[chosen], registers, self.scc[chosen])
+        part = WaveGroup(self.shared, self.ids[chosen], registers, self.scc[chosen])
         part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
         part.set_pending(tuple(each.only(part.ids) for each in self.pending))
         return part
@@ -159,7 +157,7 @@ class WaveGroup:
         pairs = zip(self._registers, other._registers, strict=True)
         scalar, vector, accumulation = (np.concatenate(pair, axis=1) for pair in pairs)
         both = WaveGroup(
-            self.run,
+            self.shared,
             np.concatenate([self.ids, other.ids]),
             (scalar, vector, accumulation),
             np.concatenate([self.scc, other.scc]),

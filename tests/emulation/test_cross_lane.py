@@ -217,7 +217,7 @@ def test_swizzle(exec_):
 )
 def test_result_is_used_before_the_wait(text):
     group = execute(group_of("gfx942", v0=LANES_64, v1=LANES_64), text)
-    decoded = decode(parse_instruction("v_mov_b32_e32 v3, v2"), group.run.target)
+    decoded = decode(parse_instruction("v_mov_b32_e32 v3, v2"), group.shared.target)
     with pytest.raises(WaitFault, match="v2 is used before the wait"):
         check_registers(group, decoded.text, decoded.reads, decoded.writes)
     execute(group, "s_waitcnt lgkmcnt(0)")

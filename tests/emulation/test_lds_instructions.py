@@ -10,10 +10,10 @@ from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import RaceFault, UnknownInstruction, WaitFault
 from attn_dispatch.emulation.lds import Lds
 from attn_dispatch.emulation.lds_instructions import opcodes
-from attn_dispatch.emulation.operands import EXEC
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers
-from support.emulation import RunOfGroup, execute, group_of, register
+from support.emulation import execute, group_of, register, shared_by
 from support.memory_cases import ATOMIC_RESULTS, Value, atomic_operands, operand
 
 BYTES = 8192
@@ -143,8 +143,8 @@ class Case:
             number = np.full_like(places, workgroup)
             self.lds.store(number, places, contents[workgroup][None], 4, 2 * number)
         self.lds.new_epoch()
-        run = RunOfGroup(self.target, 2, lds=self.lds)
-        self.group = group_of(self.target, 4, run=run)
+        shared = shared_by(self.target, 2, lds=self.lds)
+        self.group = group_of(self.target, 4, shared=shared)
         for file in ("v", "a"):
             array = getattr(self.group, f"{file}_u32")
             array[...] = self.rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)
@@ -363,7 +363,7 @@ def test_sum_of_address_and_offset_has_32_bits():
 
 
 def test_no_lane_accesses_lds():
-    group = group_of("gfx942", run=RunOfGroup(target_named("gfx942"), 2, lds=Lds(1, 64)), exec=0)
+    group = group_of("gfx942", shared=shared_by(target_named("gfx942"), 2, lds=Lds(1, 64)), exec=0)
     execute(
         group, "ds_read_b32 v4, v1", "ds_write_b64 v1, v[4:5]", "ds_read2_b32 v[4:5], v1 offset1:1"
     )
@@ -394,7 +394,7 @@ def test_unknown_form(text):
 
 
 def use(group, text):
-    decoded = decode(parse_instruction(text, 1), group.run.target)
+    decoded = decode(parse_instruction(text, 1), group.shared.target)
     check_registers(group, decoded.text, decoded.reads, decoded.writes)
 
 
@@ -420,7 +420,7 @@ def test_a_load_in_flight_crosses_a_barrier():
     """Another wave may overwrite LDS after the barrier only if the load was waited for."""
     for waits in (False, True):
         lds, target = Lds(1, 256), target_named("gfx1100")
-        group = group_of(target, 2, run=RunOfGroup(target, 2, lds=lds), v1=4 * np.arange(32))
+        group = group_of(target, 2, shared=shared_by(target, 2, lds=lds), v1=4 * np.arange(32))
         first, second = group.only(group.ids == 0), group.only(group.ids == 1)
         execute(first, "ds_store_b32 v1, v1", "s_waitcnt lgkmcnt(0)")
         lds.new_epoch()

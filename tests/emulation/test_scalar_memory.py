@@ -9,7 +9,7 @@ from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, Wait
 from attn_dispatch.emulation.memory import GlobalMemory
 from attn_dispatch.emulation.targets import target_named
 from attn_dispatch.emulation.waits import check_registers
-from support.emulation import RunOfGroup, execute, group_of, put_register
+from support.emulation import execute, group_of, put_register, shared_by
 
 
 def wide(*values):
@@ -27,8 +27,8 @@ def memory_of(words):
 
 def loading_group(target="gfx942", count=32, **registers):
     memory, address = memory_of(np.arange(count) * 0x01010101)
-    run = RunOfGroup(target_named(target), 2, memory=memory)
-    group = group_of(target, 2, run=run, **registers)
+    shared = shared_by(target_named(target), 2, memory=memory)
+    group = group_of(target, 2, shared=shared, **registers)
     put_register(group, "s2", wide(address, address + 16))
     return group, address
 
@@ -77,7 +77,7 @@ def test_load_offset(text, place):
 )  # fmt: skip
 def test_load_of_less_than_a_word(opcode, offset, value):
     memory, address = memory_of([0x85848382])
-    group = group_of("gfx1201", run=RunOfGroup(target_named("gfx1201"), 2, memory=memory))
+    group = group_of("gfx1201", shared=shared_by(target_named("gfx1201"), 2, memory=memory))
     put_register(group, "s2", wide(address))
     execute(group, f"{opcode} s8, s[2:3], {offset}")
     assert group.s_u32[8].tolist() == [value, value]
@@ -108,7 +108,7 @@ def test_result_of_a_load_is_used_before_the_wait():
     group, _ = loading_group()
     execute(group, "s_load_dword s8, s[2:3], 0x0")
     for text in ("s_add_u32 s9, s8, 1", "s_mov_b32 s8, 0"):
-        decoded = decode(parse_instruction(text), group.run.target)
+        decoded = decode(parse_instruction(text), group.shared.target)
         with pytest.raises(WaitFault, match="s8 is used before the wait"):
             check_registers(group, decoded.text, decoded.reads, decoded.writes)
     execute(group, "s_waitcnt lgkmcnt(0)")
@@ -118,7 +118,7 @@ def test_result_of_a_load_is_used_before_the_wait():
 @pytest.mark.parametrize("opcode", ["s_buffer_load_dwordx4", "s_buffer_load_b128"])
 def test_buffer_load_is_zero_outside_of_the_buffer(opcode):
     memory, address = memory_of(np.arange(32) + 1)
-    group = group_of("gfx942", run=RunOfGroup(target_named("gfx942"), 2, memory=memory))
+    group = group_of("gfx942", shared=shared_by(target_named("gfx942"), 2, memory=memory))
     put_register(group, "s4", wide(address))
     put_register(group, "s6", np.array([16, 128], np.uint32))
     put_register(group, "s7", 0x27000)

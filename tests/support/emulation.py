@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,11 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.decode import decode
-from attn_dispatch.emulation.operands import EXEC, M0, VCC
+from attn_dispatch.emulation.lds import Lds
+from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.registers import EXEC, M0, VCC
+from attn_dispatch.emulation.scratch import Scratch
+from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target, target_named
 from attn_dispatch.emulation.waves import WaveGroup, new_registers
 
@@ -19,21 +22,24 @@ from attn_dispatch.emulation.waves import WaveGroup, new_registers
 _NAMED = {"vcc": (VCC, True), "exec": (EXEC, True), "m0": (M0, False)}
 
 
-@dataclass
-class RunOfGroup:
-    """What a group of waves needs of a launch.
-
-    Attributes:
-        target: the GPU.
-        waves_per_workgroup: all waves of a group are one workgroup, unless a test gives a number.
-        memory, lds, scratch: None where no instruction of a test accesses them.
-    """
-
-    target: Target
-    waves_per_workgroup: int
-    memory: Any = None
-    lds: Any = None
-    scratch: Any = None
+def shared_by(
+    target: Target,
+    waves: int,
+    *,
+    memory: GlobalMemory | None = None,
+    lds: Lds | None = None,
+    scratch: Scratch | None = None,
+) -> Shared:
+    """What the waves of one workgroup share; what is not given is empty."""
+    return Shared(
+        target,
+        (1, 1, 1),
+        np.zeros(1, np.int64),
+        waves,
+        memory or GlobalMemory(),
+        lds or Lds(1, 0),
+        scratch or Scratch(waves, target.wave_size, 0),
+    )
 
 
 def group_of(
@@ -42,7 +48,7 @@ def group_of(
     vgprs: int = 32,
     agprs: int = 32,
     *,
-    run: RunOfGroup | None = None,
+    shared: Shared | None = None,
     **registers: Any,
 ) -> WaveGroup:
     """A group of waves with all lanes in EXEC.
@@ -52,16 +58,16 @@ def group_of(
         waves: how many.
         vgprs: vector registers.
         agprs: accumulation registers.
-        run: what the waves share.
+        shared: what the waves share.
         registers: values by name: `v3`, `a3`, `s3`, `vcc`, `exec`, `m0`, `scc`. A value broadcasts
             to (waves, lanes), or (waves,) for scalar registers. Its bits are written: arrays of 64
             bits an element fill two registers, those of 16 bits one with a 0 above; an int is a
             uint32, a float a float32, and an int for `vcc` or `exec` has a bit for each lane.
     """
     target = target_named(target) if isinstance(target, str) else target
-    run = run or RunOfGroup(target, waves)
+    shared = shared or shared_by(target, waves)
     files = new_registers(waves, target.wave_size, vgprs, agprs)
-    group = WaveGroup(run, np.arange(waves), files, np.zeros(waves, bool))  # type: ignore[arg-type]
+    group = WaveGroup(shared, np.arange(waves), files, np.zeros(waves, bool))
     for name, value in registers.items():
         put_register(group, name, value)
     return group
@@ -125,7 +131,7 @@ def register(group: WaveGroup, name: str, dtype: Any = np.uint32) -> NDArray[Any
 def execute(group: WaveGroup, *texts: str) -> WaveGroup:
     """Decode and execute instructions one after another; returns the group."""
     for text in texts:
-        decoded = decode(parse_instruction(text, 1), group.run.target)
+        decoded = decode(parse_instruction(text, 1), group.shared.target)
         with np.errstate(all="ignore"):
             decoded.execute(group)
     return group

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from attn_dispatch.emulation.memory import GlobalMemory
-from attn_dispatch.emulation.operands import EXEC
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.targets import target_named
 
-from .emulation import RunOfGroup, group_of
+from .emulation import group_of, shared_by
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class MemoryCase:
         self.region = self.memory.allocate(NUM_BYTES, "x", written=True)
         self.region.data[:] = self.rng.integers(0, 256, NUM_BYTES)
         self.fill_scratch()
-        run = RunOfGroup(self.target, 2, memory=self.memory, scratch=self.scratch)
-        self.group = group_of(self.target, 2, run=run)
+        shared = shared_by(self.target, 2, memory=self.memory, scratch=self.scratch)
+        self.group = group_of(self.target, 2, shared=shared)
         for file in ("v", "a"):
             array = getattr(self.group, f"{file}_u32")
             array[...] = self.rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)

@@ -1,0 +1,64 @@
+"""Memory operations that a wave has issued and not waited for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.lds import LdsAccess
+from attn_dispatch.emulation.memory import StoresInFlight
+
+__all__ = ["ORDERED", "ORDER_OF_OPCODE", "Pending"]
+
+#: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
+#: and flat accesses finish in any order.
+ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
+#: The same by how the opcode begins.
+ORDER_OF_OPCODE = {
+    "global": "vector memory", "scratch": "vector memory", "buffer": "vector memory", "ds": "LDS",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A memory operation that nothing has waited for yet.
+
+    Attributes:
+        instruction: that issued it.
+        kind: as for `counter_of`.
+        counters: that it adds to and that still count it.
+        registers: `Registers.ids` that it will write.
+        access: of memory: stores that are in flight, or accesses of LDS.
+    """
+
+    instruction: Instruction
+    kind: str
+    counters: tuple[str, ...]
+    registers: frozenset[int] = frozenset()
+    access: StoresInFlight | LdsAccess | None = None
+
+    def is_same(self, other: Pending) -> bool:
+        """Whether both are the same instruction's, and counted by the same counters."""
+        return self.instruction is other.instruction and self.counters == other.counters
+
+    def only(self, waves: NDArray[np.int64]) -> Pending:
+        """The part of some of the waves."""
+        if self.access is None:
+            return self
+        return dataclasses.replace(self, access=self.access.only(waves))
+
+    def joined(self, other: Pending) -> Pending:
+        """The operation of the waves of both."""
+        if self.access is None:
+            return self
+        access: Any = self.access
+        return dataclasses.replace(self, access=access.joined(other.access))
+
+    def is_before(self, later: Pending) -> bool:
+        """Whether it is surely finished when a later one is."""
+        return self.kind in ORDERED and ORDERED[self.kind] == ORDERED.get(later.kind)
