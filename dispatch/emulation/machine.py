@@ -357,8 +357,10 @@ class Run:
         """Let all waves pass their barrier."""
         in_flight = []
         for group in groups:
-            group.waits_at_barrier = False
-            in_flight += [e.access for e in group.pending if isinstance(e.access, LdsAccess)]
+            # RDNA4: accesses after the signal are not ordered with other waves' after the barrier.
+            late = (*group.pending, *(group.after_signal or ()))
+            in_flight += [each.access for each in late if isinstance(each.access, LdsAccess)]
+            group.waits_at_barrier, group.after_signal = False, None
         self.shared.lds.new_epoch(in_flight)
 
 

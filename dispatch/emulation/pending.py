@@ -31,7 +31,8 @@ class Pending:
     Attributes:
         instruction: that issued it.
         kind: as for `counter_of`.
-        counters: that it adds to and that still count it.
+        counters: that it adds to and that still count it; none for a store that was waited for only
+            after the signal of a barrier.
         registers: `Registers.ids` that it will write.
         access: of memory: stores that are in flight, or accesses of LDS.
     """
@@ -41,6 +42,11 @@ class Pending:
     counters: tuple[str, ...]
     registers: frozenset[int] = frozenset()
     access: StoresInFlight | LdsAccess | None = None
+
+    @property
+    def is_store(self) -> bool:
+        """Whether other waves can see in memory if it has finished."""
+        return isinstance(self.access, StoresInFlight)
 
     def is_same(self, other: Pending) -> bool:
         """Whether both are the same instruction's, and counted by the same counters."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.errors import UnknownInstruction, WaitFault
+from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, WaitFault
 from attn_dispatch.emulation.lds import LdsAccess
 from attn_dispatch.emulation.memory import StoresInFlight
 from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
@@ -62,6 +62,8 @@ def issue(
     counters = counter_of(kind, group.shared.target)
     made = Pending(instruction, kind, counters, frozenset(registers), access)
     group.set_pending((*group.pending, made))
+    if group.after_signal is not None and isinstance(access, LdsAccess):
+        group.after_signal += (made,)
 
 
 def check_registers(
@@ -102,7 +104,15 @@ _NEVER_COUNTED = ("expcnt", "samplecnt", "bvhcnt")
 
 
 def decode_wait(instruction: Instruction, target: Target) -> Callable[[WaveGroup], None] | None:
-    """What a wait does; None if the instruction is none."""
+    """What a wait, or the signal of a barrier, does; None if the instruction is none.
+
+    Raises:
+        UnknownInstruction: a named barrier, or a wait that names no counter.
+    """
+    if instruction.opcode in ("s_barrier_signal", "s_barrier_wait"):
+        if instruction.operands != ("-1",):
+            raise UnknownInstruction(f"{instruction}: only the barrier -1 is known.")
+        return _signal if instruction.opcode == "s_barrier_signal" else _wait_for_signals
     limits = _limits(instruction)
     if limits is None:
         return None
@@ -152,12 +162,29 @@ def _wait(group: WaveGroup, counter: str, limit: int) -> None:
         at_least_left = 1 + sum(each.is_before(later) for later in after)
         if at_least_left <= limit:
             left.append(each)
-        elif len(each.counters) > 1:
+        elif len(each.counters) > 1 or (group.after_signal is not None and each.is_store):
+            # The signal did not say that the store has arrived: the next one will.
             others = tuple(name for name in each.counters if name != counter)
             left.append(dataclasses.replace(each, counters=others))
         else:
             _finish(group, each)
     group.set_pending(tuple(left))
+
+
+def _signal(group: WaveGroup) -> None:
+    """Other waves may pass the barrier, whether what is pending has finished or not (RDNA4)."""
+    if group.after_signal is not None:
+        raise KernelFault("A wave signals a barrier again, and has not waited for the last one.")
+    for each in group.pending:
+        if not each.counters:
+            _finish(group, each)
+    group.set_pending(tuple(each for each in group.pending if each.counters))
+    group.after_signal = tuple(e for e in group.pending if isinstance(e.access, LdsAccess))
+
+
+def _wait_for_signals(group: WaveGroup) -> None:
+    if group.after_signal is None:
+        raise KernelFault("A wave waits at a barrier that it has not signalled: it never ends.")
 
 
 def finish_all(group: WaveGroup) -> None:

@@ -40,6 +40,8 @@ class WaveGroup:
         block: the basic block that comes next.
         waits_at_barrier: it goes on when all waves of the workgroup wait, too.
         pending: memory operations that nothing has waited for yet, the oldest first.
+        after_signal: accesses of LDS that may happen after the signal of a barrier that the waves
+            have signalled but not passed; None if there is no such barrier.
     """
 
     s_u32: NDArray[np.uint32]
@@ -68,6 +70,7 @@ class WaveGroup:
         self.waits_at_barrier = False
         self.pending: tuple[Pending, ...] = ()
         self.pending_registers: frozenset[int] = frozenset()
+        self.after_signal: tuple[Pending, ...] | None = None
         self.exec_changed()
 
     @property
@@ -140,16 +143,18 @@ class WaveGroup:
         part = WaveGroup(self.shared, self.ids[chosen], registers, self.scc[chosen])
         part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
         part.set_pending(tuple(each.only(part.ids) for each in self.pending))
+        if self.after_signal is not None:
+            part.after_signal = tuple(each.only(part.ids) for each in self.after_signal)
         return part
 
     def joins(self, other: WaveGroup) -> bool:
         """Whether the two can be one group: same place, same operations pending."""
-        mine, others = self.pending, other.pending
         return (
             self.block == other.block
             and self.waits_at_barrier == other.waits_at_barrier
-            and len(mine) == len(others)
-            and all(a.is_same(b) for a, b in zip(mine, others, strict=True))
+            and (self.after_signal is None) == (other.after_signal is None)
+            and _are_same(self.pending, other.pending)
+            and _are_same(self.after_signal or (), other.after_signal or ())
         )
 
     def joined(self, other: WaveGroup) -> WaveGroup:
@@ -163,14 +168,23 @@ class WaveGroup:
             np.concatenate([self.scc, other.scc]),
         )
         both.block, both.waits_at_barrier = self.block, self.waits_at_barrier
-        pending = zip(self.pending, other.pending, strict=True)
-        both.set_pending(tuple(a.joined(b) for a, b in pending))
+        both.set_pending(_joined(self.pending, other.pending))
+        if self.after_signal is not None and other.after_signal is not None:
+            both.after_signal = _joined(self.after_signal, other.after_signal)
         return both
 
     def set_pending(self, pending: tuple[Pending, ...]) -> None:
         """Replace the operations that are pending."""
         self.pending = pending
         self.pending_registers = frozenset().union(*[each.registers for each in pending])
+
+
+def _are_same(one: tuple[Pending, ...], other: tuple[Pending, ...]) -> bool:
+    return len(one) == len(other) and all(a.is_same(b) for a, b in zip(one, other, strict=True))
+
+
+def _joined(one: tuple[Pending, ...], other: tuple[Pending, ...]) -> tuple[Pending, ...]:
+    return tuple(a.joined(b) for a, b in zip(one, other, strict=True))
 
 
 def new_registers(
