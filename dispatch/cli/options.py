@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsJson",
+    "Addressing",
     "Backends",
     "Config",
     "Device",
@@ -53,6 +54,15 @@ Emulate: TypeAlias = Annotated[
         metavar="ARCH",
         help="An AMD GPU to emulate on the CPU, instead of a device: gfx90a, gfx942, gfx950, "
         "gfx1100, gfx1201.",
+    ),
+]
+
+Addressing: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="With --emulate: buffer (all tensors are under 2 GiB), mixed (caches are not) or "
+        "global (no buffer instructions).",
     ),
 ]
 

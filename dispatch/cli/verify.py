@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attn_dispatch.cli.options import Device, Emulate, JsonFile, device_to_run_on
+from attn_dispatch.cli.options import Addressing, Device, Emulate, JsonFile, device_to_run_on
 from attn_dispatch.cli.output import (
     check_json_file,
     make_console,
@@ -33,6 +33,7 @@ def verify(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered backend.")],
     device: Device = None,
     emulate: Emulate = None,
+    addressing: Addressing = "buffer",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="One value of each field, few pairs, without torch.compile."),
@@ -56,7 +57,7 @@ def verify(
     if json_path is not None:
         check_json_file(json_path, "backend", "outcomes")
     with noise_to_stderr():
-        emulated = None if emulate is None else _emulated_device(emulate)
+        emulated = None if emulate is None else _emulated_device(emulate, addressing)
         report = _run(name, device, emulated, quick=quick, only=only)
     if json_path is not None:
         write_json_file(json_path, report.asdict())
@@ -68,10 +69,10 @@ def verify(
         raise typer.Exit(1)
 
 
-def _emulated_device(arch: str) -> EmulatedDevice:
+def _emulated_device(arch: str, addressing: str) -> EmulatedDevice:
     from attn_dispatch.conformance.emulated import EmulatedDevice
 
-    return EmulatedDevice.named(arch)
+    return EmulatedDevice.named(arch, addressing)
 
 
 def _run(

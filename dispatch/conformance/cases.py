@@ -234,7 +234,10 @@ class EngineStep(CaseTensors):
         kv_cache: None without a cache, as are the batch's block table and slots.
         batch: as an engine gives it.
         exact_keys, exact_values: those of each request, before a cache rounded them.
+        min_cache_bytes: the storage of a copy of the cache has at least this size.
     """
+
+    min_cache_bytes: int = 0
 
     key: Any = None
     value: Any = None
@@ -309,6 +312,14 @@ class EngineStep(CaseTensors):
         shape, view = _MEMORY[self.case.memory](len(rows), heads, size)
         laid = view(torch.full(shape, math.nan, dtype=rows.dtype, device=device))
         return laid.copy_(rows)
+
+    def copy_of_cache(self) -> torch.Tensor:
+        """A copy of the cache, for a call to write to."""
+        copy: torch.Tensor = self.kv_cache.clone()
+        storage = copy.untyped_storage()
+        if storage.nbytes() < self.min_cache_bytes:
+            storage.resize_(self.min_cache_bytes)
+        return copy
 
     def fill_padding(self, number: float) -> None:
         """Overwrite the rows of query, key and value that belong to no request."""

@@ -174,12 +174,14 @@ class BackendUnderTest:
         device: of its tensors.
         profile: the device as capabilities describe it.
         quick: run fewer checks.
+        min_cache_bytes: `EngineStep.min_cache_bytes` of all steps.
     """
 
     cls: type[AttentionBackend]
     device: torch.device
     profile: DeviceProfile
     quick: bool = False
+    min_cache_bytes: int = 0
 
     @cached_property
     def base(self) -> AttentionSpec:
@@ -235,6 +237,7 @@ class BackendUnderTest:
     def step(self, spec: AttentionSpec, **case: Any) -> EngineStep:
         """A step of this layer; `case` as for `case_for`."""
         step = EngineStep(case_for(spec, **case), self.device, self.profile.arch)
+        step.min_cache_bytes = self.min_cache_bytes
         if spec.logits_soft_cap:
             step.scale *= max(1.0, _NEAR_CAP * spec.logits_soft_cap)
         return step
@@ -260,7 +263,7 @@ class BackendUnderTest:
             CheckFailed: it modified its inputs, or returned what is no result.
         """
         if cache is None and step.kv_cache is not None:
-            cache = step.kv_cache.clone()
+            cache = step.copy_of_cache()
         scaling: dict[str, torch.Tensor] = {}
         scales: dict[str, Any] = {}
         spec = step.spec

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
@@ -26,7 +26,13 @@ from attn_dispatch.selection.version import changed
 if TYPE_CHECKING:
     from attn_dispatch.emulation import Emulation
 
-__all__ = ["EmulatedDevice"]
+__all__ = ["Addressing", "EmulatedDevice"]
+
+#: How kernels access memory. Triton uses buffer instructions, whose offsets have 32 bits, for
+#: tensors in storages under 2 GiB. "buffer": all tensors are; "mixed": all but caches, which is
+#: what engines have; "global": Triton uses none.
+Addressing = Literal["buffer", "mixed", "global"]
+_LARGE_BYTES = 1 << 31
 
 #: Compute units of an emulated device. Kernels start programs for each; an emulator runs them one
 #: after another, and a few show the same as 304.
@@ -39,24 +45,30 @@ class EmulatedDevice:
 
     Attributes:
         profile: of the product with this architecture, but with few compute units.
+        addressing: how kernels access memory.
         launches: Triton kernels that were launched.
         instructions: that their waves executed.
         seconds: that their emulation took, without their compilation.
     """
 
     profile: DeviceProfile
+    addressing: Addressing = "buffer"
     launches: int = 0
     instructions: int = 0
     seconds: float = 0.0
 
     @classmethod
-    def named(cls, arch: str) -> EmulatedDevice:
+    def named(cls, arch: str, addressing: str = "buffer") -> EmulatedDevice:
         """The device of an architecture, after a first use of what it needs.
 
         Raises:
-            InvalidInputError: it is not emulated; NumPy or Triton is not installed; or Triton
-                interprets kernels in this process.
+            InvalidInputError: it is not emulated; there is no such addressing; NumPy or Triton is
+                not installed; or Triton interprets kernels in this process.
         """
+        if addressing not in get_args(Addressing):
+            raise InvalidInputError(
+                f"{addressing!r} is no addressing. Give one of {', '.join(get_args(Addressing))}."
+            )
         try:
             from attn_dispatch.emulation import EmulationError, emulated
         except ImportError as error:
@@ -73,10 +85,15 @@ class EmulatedDevice:
             num_sms=_COMPUTE_UNITS,
             other_libraries="looked up",
         )
-        return cls(profile)
+        return cls(profile, cast("Addressing", addressing))
 
     def __str__(self) -> str:
-        return f"{self.profile.arch} (emulated)"
+        return f"{self.profile.arch} (emulated, {self.addressing} addressing)"
+
+    @property
+    def min_cache_bytes(self) -> int:
+        """The least size of a cache's storage."""
+        return _LARGE_BYTES if self.addressing == "mixed" else 0
 
     @property
     def torch_device(self) -> torch.device:
@@ -93,7 +110,11 @@ class EmulatedDevice:
         from attn_dispatch.emulation import emulated
 
         profile = self.profile
-        with emulated(profile.arch) as emulation, contextlib.ExitStack() as stack:
+        buffer_ops = self.addressing != "global"
+        with (
+            emulated(profile.arch, buffer_ops=buffer_ops) as emulation,
+            contextlib.ExitStack() as stack,
+        ):
             stack.callback(changed)  # selections for the CPU, before and afterwards, are others
             stack.enter_context(emulated_profile(profile))
             changed()

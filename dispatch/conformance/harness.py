@@ -32,7 +32,7 @@ def layer_of(step: EngineStep, **more: Any) -> Attention:
     if step.spec.alibi == ALIBI_SYMMETRIC:
         fields["alibi"] = ALIBI_SYMMETRIC
     layer = Attention(**fields, **more)
-    layer.kv_cache = None if step.kv_cache is None else step.kv_cache.clone()
+    layer.kv_cache = None if step.kv_cache is None else step.copy_of_cache()
     if step.spec.kv_cache_dtype.startswith("fp8"):
         layer.set_kv_scales(step.layer._k_scale, step.layer._v_scale)
     return layer

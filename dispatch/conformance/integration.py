@@ -73,7 +73,7 @@ def _phase_by_phase(target: BackendUnderTest) -> ErrorBound:
         "the metadata counts (num_prefills, num_prefill_tokens, num_decode_tokens) as "
         f"{found}, and the batch has {counts}",
     )
-    impl, cache = step.impl_of(target.cls), step.kv_cache.clone()
+    impl, cache = step.impl_of(target.cls), step.copy_of_cache()
     expected = step.expected()[0]
     output = torch.full_like(expected, torch.nan).to(target.device, target.base.dtype)
     parts = {Phase.PREFILL: metadata.prefill_metadata, Phase.DECODE: metadata.decode_metadata}

@@ -102,7 +102,8 @@ def checks_for(
                 f"{backend_cls.get_name()} cannot be verified here: "
                 f"{'; '.join(map(str, reasons))}. Give a --device that it runs on."
             )
-        target = BackendUnderTest(backend_cls, torch_device, profile, quick)
+        min_cache_bytes = emulate.min_cache_bytes if emulate is not None else 0
+        target = BackendUnderTest(backend_cls, torch_device, profile, quick, min_cache_bytes)
         checks = [
             dataclasses.replace(check, group=name)
             for name, group in GROUPS.items()

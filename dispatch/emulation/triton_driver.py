@@ -30,7 +30,7 @@ from attn_dispatch.emulation.targets import TARGETS, Target, target_named
 __all__ = ["EmulatedDriver", "Emulation", "emulate_launch", "emulated"]
 
 #: Triton keeps compiled kernels by the number of the device. Those of no real device are used, and
-#: another for each target, so that kernels are never mixed.
+#: others for each target and for each of its settings, so that kernels are never mixed.
 _FIRST_DEVICE = 1000
 #: Arguments that Triton adds to every kernel: pointers to scratch memory, which are null.
 _SCRATCH_POINTERS = 2
@@ -54,12 +54,15 @@ class Emulation:
     Attributes:
         target: the GPU.
         wave_order: the order in which the waves of a program run.
+        buffer_ops: whether Triton may use buffer instructions.
         unwritten: names of arguments whose memory counts as never written at launch.
         launches: a report for each launch that ended, in order.
     """
 
-    def __init__(self, target: Target, wave_order: WaveOrder, unwritten: Sequence[str]) -> None:
-        self.target, self.wave_order = target, wave_order
+    def __init__(
+        self, target: Target, wave_order: WaveOrder, unwritten: Sequence[str], buffer_ops: bool
+    ) -> None:
+        self.target, self.wave_order, self.buffer_ops = target, wave_order, buffer_ops
         self.unwritten = frozenset(unwritten)
         self.launches: list[LaunchReport] = []
         self._thread = threading.get_ident()
@@ -247,7 +250,8 @@ class EmulatedDriver(DriverBase):  # type: ignore[misc]
         super().__init__()
         self.emulation = emulation
         self.utils = _Utilities(emulation.target)
-        self._device = _FIRST_DEVICE + list(TARGETS).index(emulation.target.name)
+        number = list(TARGETS).index(emulation.target.name)
+        self._device = _FIRST_DEVICE + 2 * number + emulation.buffer_ops
 
     @classmethod
     def is_active(cls) -> bool:
@@ -334,7 +338,11 @@ def _installed() -> Any:
 
 @contextlib.contextmanager
 def emulated(
-    arch: str, *, wave_order: WaveOrder = "lockstep", unwritten: Sequence[str] = ()
+    arch: str,
+    *,
+    wave_order: WaveOrder = "lockstep",
+    unwritten: Sequence[str] = (),
+    buffer_ops: bool = True,
 ) -> Iterator[Emulation]:
     """Run every Triton kernel on an emulated AMD GPU: `kernel[grid](...)` with CPU tensors.
 
@@ -351,6 +359,8 @@ def emulated(
         unwritten: names of arguments whose memory counts as never written when a kernel starts, so
             that reading it before writing is a fault. An element of a tuple is `name[0]`, of a
             named tuple `name.field`.
+        buffer_ops: let Triton use buffer instructions for tensors in storages under 2 GiB, as it
+            does by default; else all loads and stores are global ones.
 
     Yields:
         The emulation; its `launches` are reports.
@@ -367,7 +377,8 @@ def emulated(
         ...     kernel[(64,)](x, y, out, n, BLOCK=256)
         >>> emulation.launches[0].instructions
     """
-    emulation = Emulation(target_named(arch), _checked_order(wave_order), unwritten)
+    order = _checked_order(wave_order)
+    emulation = Emulation(target_named(arch), order, unwritten, buffer_ops)
     _require_compiler()
     outer = _current()
     if outer is not None and not outer.is_of_this_thread:
@@ -376,11 +387,13 @@ def emulated(
             "threads. Wait for its end, or use a process."
         )
     before = _installed()
-    triton.runtime.driver.set_active(EmulatedDriver(emulation))
-    try:
-        yield emulation
-    finally:
-        triton.runtime.driver.set_active(before)
+    with triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = buffer_ops
+        triton.runtime.driver.set_active(EmulatedDriver(emulation))
+        try:
+            yield emulation
+        finally:
+            triton.runtime.driver.set_active(before)
     emulation.check_unwritten()
 
 
@@ -409,6 +422,7 @@ def emulate_launch(
     arch: str,
     wave_order: WaveOrder = "lockstep",
     unwritten: Sequence[str] = (),
+    buffer_ops: bool = True,
     **more: Any,
 ) -> LaunchReport:
     """Launch a Triton kernel on an emulated AMD GPU.
@@ -417,7 +431,7 @@ def emulate_launch(
         kernel: a @triton.jit function, also with autotuning or heuristics.
         grid: programs in each dimension, or a function of the constants, as in `kernel[grid]`.
         args: the first arguments, in order; tensors are on the CPU, and are changed in place.
-        arch, wave_order, unwritten: as for `emulated`.
+        arch, wave_order, unwritten, buffer_ops: as for `emulated`.
         **more: further arguments, constants, and options such as num_warps.
 
     Returns:
@@ -429,7 +443,8 @@ def emulate_launch(
     Example:
         >>> emulate_launch(kernel, (64,), [x, y, out, n], arch="gfx942", BLOCK=256, num_warps=4)
     """
-    with emulated(arch, wave_order=wave_order, unwritten=unwritten) as emulation:
+    settings: Any = {"wave_order": wave_order, "unwritten": unwritten, "buffer_ops": buffer_ops}
+    with emulated(arch, **settings) as emulation:
         kernel[grid](*args, **more)
     if not emulation.launches:
         raise EmulationError(

@@ -54,7 +54,7 @@ def test_verify_on_an_emulated_gpu():
     code, text = run_cli("TRITON_ATTN", "--emulate", "gfx942", "--quick", "--only", "layer/eager")
     text = " ".join(text.split())
     assert code == 0, text
-    assert "TRITON_ATTN on gfx942 (emulated): 1 checks, none failed" in text
+    assert "TRITON_ATTN on gfx942 (emulated, buffer addressing): 1 checks, none failed" in text
     launches = re.search(r"gfx942: (\d+) launches, .* wave instructions, \d+ s", text)
     assert int(launches[1]) >= 2  # the cache is written, and attention computed
     assert text.endswith("It is an emulated instruction set, not hardware.")
