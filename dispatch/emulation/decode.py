@@ -11,6 +11,7 @@ from attn_dispatch.emulation import (
     conversions,
     cross_lane,
     lds_instructions,
+    loads_to_lds,
     matrix_instructions,
     packed,
     scalar,
@@ -54,10 +55,10 @@ _FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation
         scalar.decode,  # v_s_exp_f32 and others
     ),
     "ds": (lds_instructions.decode, cross_lane.decode),
-    "global": (vector_memory.decode,),
+    "global": (loads_to_lds.decode, vector_memory.decode),
     "flat": (vector_memory.decode,),
     "scratch": (vector_memory.decode,),
-    "buffer": (vector_memory.decode,),
+    "buffer": (loads_to_lds.decode, vector_memory.decode),
 }
 
 
@@ -93,7 +94,7 @@ def decode(instruction: Instruction, target: Target) -> Decoded:
     memory = [each for each in found if isinstance(each, Semantics)]
     writes = frozenset[int]().union(*[each.results for each in memory])
     sources = frozenset[int]().union(*[each.sources for each in memory])
-    registers = frozenset[int]().union(*[_registers(each) for each in halves])
+    registers = sources.union(*[_registers(each, target) for each in halves])
     return Decoded(
         instruction,
         _together(found, instruction),
@@ -144,14 +145,17 @@ def _together(found: list[Semantics | Operation], instruction: Instruction) -> E
     return both
 
 
-def _registers(instruction: Instruction) -> frozenset[int]:
-    """All registers that the text names, and VCC where an instruction uses it without its name."""
+def _registers(instruction: Instruction, target: Target) -> frozenset[int]:
+    """All registers that the text names, and VCC where an instruction uses it without its name.
+
+    A wave of 32 lanes uses the lower half of VCC; its upper half is a register like any other.
+    """
     operands = (parse_operand(text) for text in instruction.operands)
     named = frozenset(i for each in operands if each.registers for i in each.registers.ids)
     opcode, is_short = instruction.opcode, len(instruction.operands) == 3
     uses_vcc = "vcc" in opcode or opcode.startswith("v_div_fmas")
     uses_vcc |= opcode == "v_cndmask_b32" and is_short  # dual-issued
-    return named | {VCC, VCC + 1} if uses_vcc else named
+    return named | set(range(VCC, VCC + target.wave_size // 32)) if uses_vcc else named
 
 
 def unknown_instructions(text: str, arch: str) -> list[str]:

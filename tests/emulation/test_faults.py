@@ -128,6 +128,29 @@ def test_a_result_that_nothing_waited_for_is_a_fault(arch, without):
     assert any(re.search(rf"tiny on {arch}, line \d+: ", note) for note in caught.value.__notes__)
 
 
+def test_the_upper_half_of_vcc_is_no_condition_of_32_lanes():
+    """The compiler loads other values into it: a branch on VCC need not wait for them."""
+    lines = {
+        "address": "s_load_b64 s[4:5], s[0:1], 0x0",
+        "wait": "s_waitcnt lgkmcnt(0)",
+        "condition": "s_mov_b32 vcc_lo, 1",
+        "load": "s_load_b32 vcc_hi, s[4:5], 0x0",
+        "branch": "s_cbranch_vccz .LEND",
+        "wait for it": "s_waitcnt lgkmcnt(0)",
+        "offset": "v_lshlrev_b32_e32 v1, 2, v0",
+        "value": "v_mov_b32_e32 v2, vcc_hi",
+        "store": "global_store_b32 v1, v2, s[4:5]",
+        "end": ".LEND:",
+    }
+    data = np.full(64, 7, np.uint32)
+    data[1:] = 0
+    launch("gfx1100", "\n".join(lines.values()), data)
+    assert data.tolist() == [7] * 32 + [0] * 32
+    del lines["wait for it"]
+    with pytest.raises(WaitFault, match="s107 is used before the wait"):
+        launch("gfx1100", "\n".join(lines.values()), data)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_store_that_another_wave_reads_must_have_been_waited_for(arch):
     """Through memory: a barrier orders the waves, but only a wait makes the stores arrive."""
