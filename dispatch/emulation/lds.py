@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes, WrittenBytes
+from attn_dispatch.emulation.access import Bytes, WrittenBytes, repeated, unit_indices
 from attn_dispatch.emulation.atomics import apply_atomic
-from attn_dispatch.emulation.errors import MemoryFault, RaceFault, UnwrittenRead
+from attn_dispatch.emulation.errors import MemoryFault, RaceFault, UnwrittenRead, WaitFault
 from attn_dispatch.emulation.races import AccessKind, RaceDetector
 
 __all__ = ["Lds", "LdsAccess"]
@@ -26,6 +26,8 @@ class LdsAccess:
         waves: int64 (k,).
         size: bytes of each lane.
         is_read, is_write: both for an atomic operation.
+        arrives_later: a load into LDS, which is not ordered with other accesses of its wave before
+            the wait for it.
     """
 
     starts: NDArray[np.int64]
@@ -33,6 +35,7 @@ class LdsAccess:
     size: int
     is_read: bool
     is_write: bool
+    arrives_later: bool = False
 
     def only(self, waves: NDArray[np.int64]) -> LdsAccess:
         """The accesses of some waves, given by their numbers."""
@@ -81,6 +84,7 @@ class Lds:
         self._bytes = Bytes(np.full(num_bytes, 0xFF, np.uint8))
         self._written = WrittenBytes(num_bytes)
         self._races = RaceDetector(self._bytes)
+        self._arriving = Bytes(np.zeros(0, np.uint8))  # 1 for bytes that a load may write later
         self._used = (bytes_each, 0)  # the offsets [low, high) contain all that it has noted
 
     def load(
@@ -96,10 +100,12 @@ class Lds:
             MemoryFault: an access is not within the LDS of the workgroup.
             UnwrittenRead: a byte was never written.
             RaceFault: another wave has written a byte since the last barrier.
+            WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
         starts = self._starts(workgroups, offsets, size, waves, "load")
         self._check_written(starts, size, waves, "load")
         self._check_race("load", starts, size, waves)
+        self._check_arrived("load", starts, size, waves)
         self._races.note_read(starts, size, waves)
         self.bytes_read += size * starts.size
         access = LdsAccess(starts, waves, size, is_read=True, is_write=False)
@@ -112,16 +118,27 @@ class Lds:
         values: NDArray[np.uint32],
         size: int,
         waves: NDArray[np.int64],
+        *,
+        arriving: bool = False,
     ) -> LdsAccess:
         """Store values (words, k), and return a record of the access.
+
+        Args:
+            workgroups, offsets, waves: int64 (k,).
+            values: uint32 (words, k).
+            size: bytes of each lane.
+            arriving: a load into LDS, whose values may arrive at any time until `arrived`.
 
         Raises:
             MemoryFault: an access is not within the LDS of the workgroup.
             RaceFault: another wave has read or written a byte since the last barrier, or two lanes
                 write different values to one byte.
+            WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
         starts = self._starts(workgroups, offsets, size, waves, "store")
         self._check_race("store", starts, size, waves, values)
+        if not arriving:  # loads into LDS arrive in order
+            self._check_arrived("store", starts, size, waves)
         self._bytes.scatter(starts, values, size)
         differs = self._bytes.gather(starts, size) != _kept(values, size)
         if differs.any():
@@ -133,7 +150,9 @@ class Lds:
         self._races.note_write(starts, size, waves)
         self._written.mark(starts, size)
         self.bytes_written += size * starts.size
-        return LdsAccess(starts, waves, size, is_read=False, is_write=True)
+        if arriving:
+            self._mark_arriving(starts, size, 1)
+        return LdsAccess(starts, waves, size, False, True, arriving)
 
     def atomic(
         self,
@@ -162,6 +181,7 @@ class Lds:
             UnwrittenRead: a byte was never written.
             RaceFault: another wave has read or written a byte since the last barrier, other than by
                 an atomic operation.
+            WaitFault: nothing has waited for a load into LDS that writes a byte.
             EmulationError: unknown operation.
         """
         starts = self._starts(workgroups, offsets, size, waves, "atomic operation")
@@ -174,11 +194,16 @@ class Lds:
             )
         self._check_written(starts, size, waves, "atomic operation")
         self._check_race("atomic operation", starts, size, waves)
+        self._check_arrived("atomic operation", starts, size, waves)
         found = apply_atomic(self._bytes, operation, starts, operand, compare, size)
         self._races.note_write(starts, size, waves, atomic=True)
         self.bytes_read += size * starts.size
         self.bytes_written += size * starts.size
         return found, LdsAccess(starts, waves, size, is_read=True, is_write=True)
+
+    def arrived(self, access: LdsAccess) -> None:
+        """A wait has finished a load into LDS."""
+        self._mark_arriving(access.starts, access.size, 0)
 
     def new_epoch(
         self,
@@ -265,6 +290,27 @@ class Lds:
             f"{byte % self._stride} since the last barrier. A barrier must be between the two, and "
             "the first must have waited for its access."
         )
+
+    def _mark_arriving(self, starts: NDArray[np.int64], size: int, flag: int) -> None:
+        if not self._arriving.data.size:  # most kernels have no such loads
+            self._arriving = Bytes(np.zeros_like(self._bytes.data))
+        unit = self._arriving.unit(starts, size)
+        for index in unit_indices(starts, size, unit):
+            self._arriving.views[unit][index] = repeated(flag, unit)
+
+    def _check_arrived(
+        self, kind: str, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64]
+    ) -> None:
+        """Check that an access does not depend on when loads into LDS arrive."""
+        if not self._arriving.data.size:
+            return
+        arriving = self._arriving.gather(starts, size)
+        if arriving.any():
+            lane = int(arriving.any(axis=0).argmax())
+            raise WaitFault(
+                f"{self._access(kind, starts, size, waves, lane)} is before the wait for the load "
+                "into LDS that writes the same bytes."
+            )
 
     def _access(
         self,

@@ -22,7 +22,8 @@ class Semantics:
         execute: changes the state of the waves.
         results: `Registers.ids` of the results of a memory operation, which `execute` has written,
             but which have no defined value before the matching wait.
-        sources: `Registers.ids` that it reads, if it has results: one register may be both.
+        sources: `Registers.ids` that it reads, where the text does not say so: if it has results,
+            as one register may be both, or if it reads registers without naming them.
     """
 
     execute: Execute

@@ -197,3 +197,5 @@ def finish_all(group: WaveGroup) -> None:
 def _finish(group: WaveGroup, operation: Pending) -> None:
     if isinstance(operation.access, StoresInFlight):
         group.shared.memory.retire(operation.access)
+    elif operation.access is not None and operation.access.arrives_later:
+        group.shared.lds.arrived(operation.access)

@@ -314,8 +314,6 @@ def test_no_lane_accesses_memory():
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        ("gfx942", "global_load_dword v4, v[2:3], off lds"),
-        ("gfx942", "global_load_lds_dword v[2:3], off"),
         ("gfx942", "global_load_dword v4, v2, off"),
         ("gfx942", "global_load_dword v4, v[2:3], s[4:5]"),
         ("gfx942", "global_load_dwordx2 v4, v[2:3], off"),
@@ -333,7 +331,6 @@ def test_no_lane_accesses_memory():
         ("gfx942", "buffer_load_dword v4, v1, s[8:11], 0"),
         ("gfx942", "buffer_load_dword v4, off, s[8:11], 0 offen"),
         ("gfx942", "buffer_load_dword v4, v1, s[8:11], 0 idxen"),
-        ("gfx942", "buffer_load_dword v1, s[8:11], 0 offen lds"),
         ("gfx942", "buffer_load_dword v4, v1, s[8:9], 0 offen"),
         ("gfx942", "buffer_load_dword v4, v1, s[8:11], 0 offen tfe"),
         ("gfx942", "buffer_load_format_x v4, v1, s[8:11], 0 offen"),

@@ -1,0 +1,76 @@
+"""Loads from a buffer or global memory straight into LDS (CDNA).
+
+AMD's CDNA ISA manuals, "memory buffer load to LDS": the values do not pass through registers. The
+lanes of a wave store next to each other from the address in M0 on, those in EXEC only. A load
+counts in vmcnt, and its values are in LDS only after the wait for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attn_dispatch.emulation.address_spaces import GlobalSpace, active_lanes
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.buffer import BufferSpace
+from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.registers import M0
+from attn_dispatch.emulation.semantics import Semantics
+from attn_dispatch.emulation.targets import Target
+from attn_dispatch.emulation.transfers import (
+    CACHE_MODIFIERS,
+    check_modifiers,
+    integer_modifier,
+    register_ids,
+)
+from attn_dispatch.emulation.waits import issue
+from attn_dispatch.emulation.waves import WaveGroup
+
+__all__ = ["decode"]
+
+#: End of the opcode -> bytes of a lane. How lanes of other sizes are placed in LDS is not known.
+_SIZES = {"dword": 4, "dwordx4": 16}
+#: Opcode -> targets that have it.
+_TARGETS = {
+    "buffer_load_dword": ("gfx90a", "gfx942", "gfx950"),
+    "buffer_load_dwordx4": ("gfx950",),
+    "global_load_lds_dword": ("gfx942", "gfx950"),
+    "global_load_lds_dwordx4": ("gfx950",),
+}
+
+
+def decode(instruction: Instruction, target: Target) -> Semantics | None:
+    """Decode a load into LDS; None for other instructions."""
+    opcode, is_buffer = instruction.opcode, "lds" in instruction.modifiers
+    if not (is_buffer or opcode.startswith("global_load_lds_")):
+        return None
+    if target.name not in _TARGETS.get(opcode, ()):
+        raise UnknownInstruction(f"{opcode} into LDS is not known on {target.name}")
+    offset = integer_modifier(instruction, "offset")
+    space: BufferSpace | GlobalSpace
+    if is_buffer:
+        check_modifiers(instruction, {"lds", "offset", "offen", *CACHE_MODIFIERS})
+        vector, descriptor, scalar = instruction.operands
+        if ("offen" in instruction.modifiers) != (vector != "off"):
+            raise UnknownInstruction(f"the offset {vector} with or without offen")
+        space = BufferSpace(vector, descriptor, scalar, offset, target)
+    else:
+        check_modifiers(instruction, {"offset", *CACHE_MODIFIERS})
+        vector, base = instruction.operands
+        space = GlobalSpace(vector, base, offset)
+    size = _SIZES[opcode.rpartition("_")[2]]
+
+    def load(group: WaveGroup) -> None:
+        values = space.load(group, size)
+        # The instruction's offset counts in the address in memory and in that in LDS.
+        first = group.active(group.s_u32[M0, :, None].astype(np.int64)) + offset
+        access = group.shared.lds.store(
+            group.active_workgroups,
+            first + size * active_lanes(group),
+            values,
+            size,
+            group.active_waves,
+            arriving=True,
+        )
+        issue(group, instruction, "load", access=access)
+
+    return Semantics(load, sources=register_ids(instruction.operands) | {M0})
