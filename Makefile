@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
+.PHONY: demo test emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -25,6 +25,15 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Kernels for AMD GPUs, executed by an emulator, one process for each GPU.
+EMULATE ?= gfx942 gfx1100
+EMULATION_ARGS ?= --quick --only numbers,pairs,scales,cache,layer,bits
+emulation: export TRITON_INTERPRET = 0
+emulation: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m emulated tests/emulation
+	printf '%s\n' $(EMULATE) | xargs -P 2 -I ARCH \
+		$(BIN)/attn-dispatch verify TRITON_ATTN --emulate ARCH $(EMULATION_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

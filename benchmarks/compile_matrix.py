@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every known GPU, and check the result.
 
-    python benchmarks/compile_matrix.py [--arch sm90] [--filter fp8] [--full] [--check | --write]
+    python benchmarks/compile_matrix.py [--arch amd] [--filter fp8] [--full] [--check | --write]
 
 No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
@@ -371,7 +371,9 @@ def settle(reports: Iterable[Report], triton: str, is_whole: bool, write: bool) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, compare or write."""
     parser = argparse.ArgumentParser(description="Compile every kernel for every known GPU.")
-    parser.add_argument("--arch", choices=(*NVIDIA, *AMD), help="only this device")
+    vendors = {"nvidia": NVIDIA, "amd": AMD}
+    names = (*vendors, *NVIDIA, *AMD)
+    parser.add_argument("--arch", choices=names, help="only this device, or this vendor's")
     parser.add_argument("--filter", default="", help="cases that have this in their name")
     parser.add_argument("--full", action="store_true", help="every case on every device")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
@@ -381,10 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed here: pip install 'triton>=3.6'")
+    archs = names if args.arch is None else vendors.get(args.arch, (args.arch,))
     compilations = [
         each
         for each in (full_set() if args.full else covering_set())
-        if args.arch in (None, each.arch) and args.filter in each.case.name
+        if each.arch in archs and args.filter in each.case.name
     ]
     reports = run(compilations, args.jobs)
     bad = [report for report in reports if report.problems]

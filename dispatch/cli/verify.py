@@ -40,7 +40,10 @@ def verify(
     ] = False,
     json_path: JsonFile = None,
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Only checks whose group/name contains this.")
+        str,
+        typer.Option(
+            metavar="TEXT,...", help="Only checks whose group/name contains one of these texts."
+        ),
     ] = "",
 ) -> None:
     """Test a backend against a float64 oracle, by checks generated from what it declares.
@@ -83,7 +86,7 @@ def _run(
     backend_cls = backend_named(name)
     torch_device = device_to_run_on(device) if emulated is None else None
     checks = checks_for(backend_cls, torch_device, quick=quick, emulate=emulated)
-    chosen = [check for check in checks if only in check.full_name]
+    chosen = [check for check in checks if check.is_among(only)]
     if not chosen:
         groups = ", ".join(dict.fromkeys(check.group for check in checks))
         raise InvalidInputError(

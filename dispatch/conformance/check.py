@@ -83,6 +83,10 @@ class Check:
         """`group/name`."""
         return f"{self.group}/{self.name}"
 
+    def is_among(self, only: str) -> bool:
+        """Whether `group/name` contains one of these texts, which are separated by commas."""
+        return any(text.strip() in self.full_name for text in only.split(","))
+
 
 @dataclass(frozen=True)
 class Outcome:

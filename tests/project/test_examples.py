@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -30,6 +32,16 @@ def test_minimal_backend_runs():
     assert "and with sinks:  REFERENCE" in printed
     assert "MINIMAL: sinks=True is not supported" in printed
     assert "MINIMAL and REFERENCE agree" in printed
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_a_kernel_runs_on_emulated_gpus():
+    printed = run(str(EXAMPLES / "emulate_kernel.py"))
+    errors = re.findall(r"^softmax on (gfx\w+) \(emulated\).* largest error (\S+)$", printed, re.M)
+    assert len(errors) == 5
+    assert all(float(error) < 1e-7 for _, error in errors)
+    assert "is outside of all regions" in printed
+    assert "(emulate_kernel.py:27:" in printed
 
 
 def test_minimal_backend_passes_its_verification():
