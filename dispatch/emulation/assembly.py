@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +16,9 @@ __all__ = ["Argument", "Assembly", "Instruction", "parse_instruction"]
 _ENDS_BLOCK = re.compile(r"s_(c?branch|endpgm|barrier(_wait)?$)")
 #: Bits of an encoding or of an opcode's name that say nothing about what is computed.
 _ENCODING = re.compile(r"_(e32|e64|e64_dpp|dpp|e32_dpp|sdwa)$")
+#: What separates operands, and an operand from modifiers: not what is in brackets.
+_COMMA, _SPACE = re.compile(r",(?![^(\[]*[)\]])"), re.compile(r"\s+(?![^(\[]*[)\]])")
+_LABEL = re.compile(r"([\w.$]+):")
 
 
 @dataclass(frozen=True)
@@ -53,44 +57,28 @@ class Instruction:
 
 def parse_instruction(text: str, line: int = 0, source: str = "") -> Instruction:
     """Parse one line without its comment; `a :: b` is one instruction with a second half."""
+    text = text.strip()
     first, _, other = text.partition("::")
     second = parse_instruction(other, line, source) if other else None
     name, _, rest = first.strip().partition(" ")
     operands, modifiers = [], {}
-    for part in _split(rest, ","):
-        words = list(_split(part, " \t"))
+    for part in _COMMA.split(rest):
         # A modifier before any operand, as in `s_waitcnt vmcnt(0)`, counts as the operand.
-        operands.append(words[0])
-        for word in words[1:]:
+        operand, *words = _SPACE.split(part.strip())
+        if operand:
+            operands.append(operand)
+        for word in words:
             key, _, value = word.partition(":")
             modifiers[key] = value
-    encoding = _ENCODING.search(name)
-    opcode = name[: encoding.start()] if encoding else name
-    return Instruction(
-        line,
-        text.strip(),
-        opcode.replace("v_dual_", "v_"),
-        encoding[1] if encoding else "",
-        tuple(operands),
-        modifiers,
-        source,
-        second,
-    )
+    opcode, encoding = _opcode_and_encoding(name)
+    return Instruction(line, text, opcode, encoding, tuple(operands), modifiers, source, second)
 
 
-def _split(text: str, separators: str) -> Iterator[str]:
-    """The parts between separators that are not in brackets, without empty ones."""
-    depth, part = 0, ""
-    for char in text:
-        depth += (char in "([") - (char in ")]")
-        if char in separators and not depth:
-            if part.strip():
-                yield part.strip()
-            part = ""
-        else:
-            part += char
-    if part.strip():
-        yield part.strip()
+@functools.cache
+def _opcode_and_encoding(name: str) -> tuple[str, str]:
+    found = _ENCODING.search(name)
+    opcode = name[: found.start()] if found else name
+    return opcode.replace("v_dual_", "v_"), found[1] if found else ""
 
 
 @dataclass(frozen=True)
@@ -164,7 +152,7 @@ class Assembly:
         for number, whole in enumerate(self.text.splitlines(), 1):
             code, _, comment = whole.partition(";")
             code = code.strip()
-            label = re.fullmatch(r"([\w.$]+):", code)
+            label = _LABEL.fullmatch(code) if code.endswith(":") else None
             if label and label[1] == self.name:
                 inside = True
             elif not inside or not code:
