@@ -1,191 +1,328 @@
 """Are wrong AMD kernels noticed? Changes one executed instruction at a time, and runs a step.
 
-    python benchmarks/amd_mutations.py gfx942 [--count 100] [--kind barrier] [--seed 1]
+    python benchmarks/amd_mutations.py gfx942 --count 150
+    python benchmarks/amd_mutations.py gfx942 --kind barrier --count 0 --json barriers.json
 
-A step of TRITON_ATTN with a prefill, decodes and a write to the cache runs on the emulated GPU.
-Then an instruction that the step executes is replaced by a similar one: another operation, swapped
-operands, another offset, another lane, nothing in the place of a barrier or a wait. A change is
-noticed if the result differs from the float64 oracle by more than is allowed, or if the emulator
-finds a fault. Changes that make no difference (a barrier that another one makes superfluous, a
-mask that is full) cannot be noticed; all that were not are printed.
+Steps of TRITON_ATTN with a prefill, decodes and a write to the cache run on the emulated GPU. Then
+an instruction that they execute is changed as a bug of a compiler or of a GPU would do it: another
+operation, register, offset or lane, EXEC not restored, a weaker wait, no barrier
+(`amd_changes.KINDS`). A change is noticed if the emulator finds a fault, or if the result differs
+from the float64 oracle by more than is allowed. A change of a barrier or a wait that is not noticed
+when waves run in lockstep runs in both orders of waves, too. What the first step does not notice
+runs in the second one, which has more requests.
+
+What was not noticed is printed with its class:
+
+- no effect: each time, the changed instruction leaves the same registers and the same operations
+  pending as the original one. So it cannot be noticed, and does not count in the rates.
+- same result: it has an effect, but the result and the cache have the same bits.
+- small difference: less than the error that is allowed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import random
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+import triton
+from amd_changes import KINDS, Change, changes_of, is_memory_or_control
 
+from attn_dispatch import __version__
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.conformance.cases import EngineStep
-from attn_dispatch.conformance.check import BackendUnderTest
-from attn_dispatch.conformance.emulated import emulated_device
+from attn_dispatch.conformance.check import BackendUnderTest, same_bits
+from attn_dispatch.conformance.emulated import EmulatedDevice
 from attn_dispatch.conformance.tolerance import CheckFailed
-from attn_dispatch.emulation import TARGETS, EmulationError, triton_driver
-from attn_dispatch.emulation.machine import Kernel
-from attn_dispatch.emulation.targets import Target
+from attn_dispatch.emulation import TARGETS, Emulation, EmulationError, machine
+from attn_dispatch.emulation.assembly import parse_instruction
+from attn_dispatch.emulation.decode import Decoded, decode
+from attn_dispatch.emulation.machine import Kernel, LaunchCounts, WaveOrder
+from attn_dispatch.emulation.waves import WaveGroup
 
-#: kind -> (pattern of an instruction, its replacement).
-CHANGES: dict[str, tuple[tuple[str, str], ...]] = {
-    "arithmetic": (
-        (r"^v_add_f32", "v_sub_f32"),
-        (r"^v_mul_f32", "v_add_f32"),
-        (r"^v_max_f32|^v_max_num_f32", "v_min_f32"),
-        (r"^v_lshlrev_b32", "v_lshrrev_b32"),
-        (r"^v_or_b32", "v_and_b32"),
-        (r"^v_and_b32", "v_or_b32"),
-        (r"^s_add_i32", "s_sub_i32"),
-        (r"^s_add_co_i32", "s_sub_co_i32"),
-    ),
-    "comparison": (
-        (r"^v_cmp_gt_", "v_cmp_lt_"),
-        (r"^v_cmp_lt_", "v_cmp_ge_"),
-        (r"^v_cmp_le_", "v_cmp_gt_"),
-        (r"^s_cmp_lt_i32", "s_cmp_gt_i32"),
-        (r"^(v_cndmask_b32\S*) (\S+), (\S+), (\S+),", r"\1 \2, \4, \3,"),
-    ),
-    "operands": (
-        (r"^(v_(?:mfma|wmma)\S+) (\S+), (\S+), (\S+),", r"\1 \2, \4, \3,"),
-        (r"^(v_perm_b32) (\S+), (\S+), (\S+),", r"\1 \2, \4, \3,"),
-        (r"offset:(\d+)$", "offset:+16"),
-    ),
-    "lanes": (
-        (r"quad_perm:\[1,0,3,2\]", "quad_perm:[2,3,0,1]"),
-        (r"row_shr:8", "row_shr:4"),
-        (r"swizzle\(SWAP,16\)", "swizzle(SWAP,8)"),
-    ),
-    "barrier": ((r"^s_barrier(_wait -1)?$", "s_nop 0"),),
-    "wait": ((r"^s_waitcnt .*$|^s_wait_(load|ds|km|store)cnt.*$", "s_nop 0"),),
-}
+__all__ = ["MutatedSteps", "Outcome", "mutated_steps"]
+
+NO_EFFECT, SAME_RESULT, SMALL_DIFFERENCE = "no effect", "same result", "small difference"
+#: Changes that the order of waves may show.
+_ORDER_KINDS = ("barrier", "dropped wait", "weaker wait")
+#: (query_lens, seq_lens) of the steps.
+STEPS = (
+    ((3, 1, 24), (21, 160, 204)),
+    ((1, 1, 5, 1, 40, 1, 1), (90, 7, 33, 260, 100, 129, 64)),
+)
+#: A changed kernel that executes this many times as much as all steps does not end.
+_ENDLESS = 2
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change of one line of a kernel's assembly."""
+class Outcome:
+    """What became of a change.
 
-    kernel: str
-    line: int
-    before: str
-    after: str
+    Attributes:
+        change: the change.
+        noticed_by: "wrong result", the name of a fault, "does not end"; "" if nothing noticed it.
+        unnoticed: `NO_EFFECT`, `SAME_RESULT` or `SMALL_DIFFERENCE` if nothing noticed it.
+        message: of the fault.
+    """
+
+    change: Change
+    noticed_by: str = ""
+    unnoticed: str = ""
+    message: str = ""
 
 
-def run_step(target: BackendUnderTest, step: EngineStep) -> None:
-    """Run the step and compare it with the oracle; raises CheckFailed or EmulationError."""
-    target.run_and_judge(step)
+class MutatedSteps:
+    """Steps of TRITON_ATTN on an emulated GPU, whose kernels can be changed.
+
+    Args:
+        device: the GPU.
+        emulation: the one that is active.
+        steps: (query_lens, seq_lens) of each.
+
+    Attributes:
+        kernels: what the steps launch, with the lines of the assembly that are executed.
+    """
+
+    def __init__(
+        self,
+        device: EmulatedDevice,
+        emulation: Emulation,
+        steps: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = STEPS,
+    ) -> None:
+        self._emulation = emulation
+        self._target = BackendUnderTest(TritonAttnBackend, torch.device("cpu"), device.profile)
+        spec = self._target.base.replace(
+            head_size=64, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16, block_size=16
+        )
+        self._steps = [
+            self._target.step(spec, query_lens=query_lens, seq_lens=seq_lens)
+            for query_lens, seq_lens in steps
+        ]
+        self.kernels: dict[Kernel, set[int]] = {}
+        with self._recorded():
+            self._expected = [self._run(step) for step in self._steps]
+        self._limit = _ENDLESS * sum(each.instructions for each in emulation.launches)
+
+    def _run(self, step: EngineStep) -> tuple[torch.Tensor, ...]:
+        """The result and the cache; raises CheckFailed if they are wrong, or EmulationError."""
+        done = self._target.forward(step)
+        self._target.judge(step, done)
+        return done.returned, done.cache
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        launch = Kernel.launch
+
+        def recorded(kernel: Kernel, *args: object, **more: object) -> LaunchCounts:
+            counts = launch(kernel, *args, **more)  # type: ignore[arg-type]
+            self.kernels.setdefault(kernel, set()).update(counts.lines)
+            return counts
+
+        with mock.patch.object(Kernel, "launch", recorded):
+            yield
+
+    def changes(self, kinds: Collection[str]) -> list[Change]:
+        """All changes of some kinds to instructions that the steps execute."""
+        return [
+            change
+            for kernel, lines in self.kernels.items()
+            for change in changes_of(kernel, lines, kinds)
+        ]
+
+    def outcome(self, change: Change) -> Outcome:
+        """Run the steps with a change, until one notices it."""
+        orders: tuple[WaveOrder, ...] = ("lockstep", "both")
+        differs = False
+        for step, expected in zip(self._steps, self._expected, strict=True):
+            for order in orders if change.kind in _ORDER_KINDS else orders[:1]:
+                try:
+                    with self._changed(change, order):
+                        found = self._run(step)
+                except CheckFailed as error:
+                    return Outcome(change, "wrong result", message=str(error))
+                except EmulationError as error:
+                    message = str(error)
+                    name = "does not end" if "does not end" in message else type(error).__name__
+                    return Outcome(change, name, message=message)
+                differs |= not all(map(same_bits, found, expected))
+        if differs:
+            return Outcome(change, unnoticed=SMALL_DIFFERENCE)
+        return Outcome(change, unnoticed=NO_EFFECT if self._has_no_effect(change) else SAME_RESULT)
+
+    @contextlib.contextmanager
+    def _changed(self, change: Change, order: WaveOrder) -> Iterator[None]:
+        with (
+            changed(change),
+            mock.patch.object(self._emulation, "wave_order", order),
+            mock.patch.object(machine, "_LIMIT", self._limit),
+        ):
+            yield
+
+    def _has_no_effect(self, change: Change) -> bool:
+        """Whether the changed instruction always leaves the same state as the original one."""
+        block, at = _place(change.kernel, change.line)
+        original = change.kernel.block(block)[at]
+        if is_memory_or_control(original.text):
+            return False
+        other, differences = _decoded(change.kernel, original, change.after), [0]
+
+        def compared(group: WaveGroup) -> None:
+            copy = group.only(np.ones(group.num_waves, np.bool_))
+            other.execute(copy)
+            original.execute(group)
+            differences[0] += not _is_same(copy, group)
+
+        change.kernel.block(block)[at] = dataclasses.replace(original, execute=compared)
+        try:
+            for step in self._steps:
+                self._run(step)
+        finally:
+            change.kernel.block(block)[at] = original
+        return not differences[0]
+
+
+def _is_same(one: WaveGroup, other: WaveGroup) -> bool:
+    """Whether registers and pending operations are the same."""
+    return (
+        np.array_equal(one.s_u32, other.s_u32)
+        and np.array_equal(one.v_u32, other.v_u32)
+        and np.array_equal(one.a_u32, other.a_u32)
+        and np.array_equal(one.scc, other.scc)
+        and len(one.pending) == len(other.pending)
+        and all(a.is_same(b) for a, b in zip(one.pending, other.pending, strict=True))
+    )
+
+
+def _place(kernel: Kernel, line: int) -> tuple[int, int]:
+    """The block and the position in it of the instruction in a line."""
+    for index, block in enumerate(kernel.assembly.blocks):
+        for at, instruction in enumerate(block):
+            if instruction.line == line:
+                return index, at
+    raise ValueError(f"{kernel.name} has no instruction in line {line}.")
+
+
+def _decoded(kernel: Kernel, original: Decoded, text: str) -> Decoded:
+    """Another instruction in the place of one."""
+    parsed = parse_instruction(text, original.text.line, original.text.source)
+    return decode(parsed, kernel.target)
 
 
 @contextlib.contextmanager
 def changed(change: Change) -> Iterator[None]:
-    """Within it, the kernel has the changed line."""
-    read: Callable[..., Kernel] = triton_driver._kernel.__wrapped__
-
-    def kernel_of(key: str, name: str, target: Target) -> Kernel:
-        kernel = read(key, name, target)
-        if change.kernel != key:
-            return kernel
-        lines = kernel.assembly.text.splitlines()
-        lines[change.line - 1] = change.after
-        return Kernel("\n".join(lines), target)
-
-    with mock.patch.object(triton_driver, "_kernel", kernel_of):
-        yield
-
-
-def executed_lines(run: Callable[[], None]) -> dict[str, set[tuple[int, str]]]:
-    """Kernel's key -> lines, with their texts, that a run executes."""
-    found: dict[str, set[tuple[int, str]]] = {}
-    read: Callable[..., Kernel] = triton_driver._kernel.__wrapped__
-
-    def kernel_of(key: str, name: str, target: Target) -> Kernel:
-        kernel = read(key, name, target)
-        launch = kernel.launch
-
-        def recorded(*args: object, **more: object) -> object:
-            counts = launch(*args, **more)  # type: ignore[arg-type]
-            texts = {each.line: each.text for each in kernel.assembly.instructions}
-            found.setdefault(key, set()).update((line, texts[line]) for line in counts.lines)
-            return counts
-
-        kernel.launch = recorded  # type: ignore[method-assign, assignment]
-        return kernel
-
-    with mock.patch.object(triton_driver, "_kernel", kernel_of):
-        run()
-    return found
-
-
-def changes_of(executed: dict[str, set[tuple[int, str]]], kinds: list[str]) -> list[Change]:
-    """All changes of these kinds to what was executed."""
-    found = []
-    for key, lines in executed.items():
-        for line, text in sorted(lines):
-            for pattern, replacement in (pair for kind in kinds for pair in CHANGES[kind]):
-                if re.search(pattern, text):
-                    after = re.sub(pattern, replacement, text, count=1)
-                    moved = re.search(r"offset:(\d+)$", text)
-                    if moved and replacement == "offset:+16":
-                        after = text.replace(moved[0], f"offset:{int(moved[1]) + 16}")
-                    found.append(Change(key, line, text, after))
-    return found
-
-
-def outcome(run: Callable[[], None]) -> str:
-    """What notices the change: "" if nothing does."""
+    """Within this context, the kernel has the change."""
+    kernel = change.kernel
+    edits = [(change.line, change.after), *((line, "s_nop 0") for line in change.removed)]
+    undo = []
+    for line, text in edits:
+        block, at = _place(kernel, line)
+        decoded, parsed = kernel.block(block), kernel.assembly.blocks[block]
+        undo.append((decoded, parsed, at, decoded[at]))
+        decoded[at] = _decoded(kernel, decoded[at], text)
+        parsed[at] = decoded[at].text
     try:
-        run()
-    except CheckFailed:
-        return "wrong result"
-    except EmulationError as error:
-        return type(error).__name__
-    return ""
+        yield
+    finally:
+        for decoded, parsed, at, original in reversed(undo):
+            decoded[at], parsed[at] = original, original.text
+
+
+@contextlib.contextmanager
+def mutated_steps(arch: str, steps: Sequence[Any] = STEPS) -> Iterator[MutatedSteps]:
+    """The steps on an emulated GPU, within which they run."""
+    torch.set_num_threads(1)
+    device = EmulatedDevice.named(arch)
+    with device.running() as emulation:
+        yield MutatedSteps(device, emulation, steps)
+
+
+def balanced(changes: list[Change], count: int, seed: int) -> list[Change]:
+    """A random choice with the same number of each kind, as far as there are any; 0: all."""
+    random.Random(seed).shuffle(changes)
+    if not count:
+        return changes
+    turn: Counter[str] = Counter()
+    ranked = []
+    for change in changes:
+        turn[change.kind] += 1
+        ranked.append((turn[change.kind], change))
+    return [change for _, change in sorted(ranked, key=lambda each: each[0])[:count]]
+
+
+# Output -------------------------------------------------------------------------------------------
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Rates by kind, and what noticed the changes."""
+    rows = []
+    for kind in [*KINDS, "all"]:
+        of_kind = [each for each in outcomes if kind in (each.change.kind, "all")]
+        counted = [each for each in of_kind if each.unnoticed != NO_EFFECT]
+        if of_kind:
+            noticed = Counter(each.noticed_by for each in counted if each.noticed_by)
+            rate = f"{sum(noticed.values()) / len(counted):.0%}" if counted else "-"
+            by = ", ".join(f"{name} {count}" for name, count in noticed.most_common())
+            rows.append(
+                f"{kind:<14}{len(of_kind):>6}{len(of_kind) - len(counted):>11}"
+                f"{sum(noticed.values()):>9}{rate:>7}  {by}"
+            )
+    return "\n".join(
+        [f"{'kind':<14}{'tried':>6}{'no effect':>11}{'noticed':>9}{'rate':>7}  by", *rows]
+    )
+
+
+def as_json(outcome: Outcome) -> dict[str, str | int]:
+    """An outcome as a record."""
+    change = outcome.change
+    return {
+        "kernel": change.kernel.name,
+        "kind": change.kind,
+        "line": change.line,
+        "before": change.before,
+        "after": change.after,
+        "noticed_by": outcome.noticed_by,
+        "unnoticed": outcome.unnoticed,
+        "message": outcome.message,
+    }
 
 
 def main() -> int:
     """Run, change, print."""
     parser = argparse.ArgumentParser(description="Are wrong AMD kernels noticed?")
     parser.add_argument("arch", choices=tuple(TARGETS))
-    parser.add_argument("--count", type=int, default=100, help="changes that are tried")
-    parser.add_argument("--kind", choices=tuple(CHANGES), action="append", help="default: all")
+    parser.add_argument("--count", type=int, default=100, help="changes that are tried; 0: all")
+    parser.add_argument("--kind", choices=tuple(KINDS), action="append", help="default: all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--wave-order", default="lockstep")
+    parser.add_argument("--json", help="file for a record of each change")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with emulated_device(args.arch, wave_order=args.wave_order) as device:
-        target = BackendUnderTest(TritonAttnBackend, torch.device("cpu"), device.profile)
-        spec = target.base.replace(
-            head_size=64, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16, block_size=16
-        )
-        step = target.step(spec, query_lens=(1, 24, 3, 1), seq_lens=(39, 44, 21, 300))
-
-        def run() -> None:
-            run_step(target, step)
-
-        executed = executed_lines(run)
-        possible = changes_of(executed, args.kind or list(CHANGES))
-        random.Random(args.seed).shuffle(possible)
-        chosen, start = possible[: args.count], time.monotonic()
-        noticed: dict[str, int] = {}
-        for change in chosen:
-            with changed(change):
-                how = outcome(run)
-            noticed[how] = noticed.get(how, 0) + 1
-            if not how:
-                print(f"not noticed: line {change.line}: {change.before}  ->  {change.after}")
-        run()
-    missed = noticed.pop("", 0)
-    kinds = ", ".join(f"{name} {count}" for name, count in sorted(noticed.items()))
+    start, outcomes = time.monotonic(), []
+    with mutated_steps(args.arch) as steps:
+        possible = steps.changes(args.kind or list(KINDS))
+        for change in balanced(list(possible), args.count, args.seed):
+            outcomes.append(steps.outcome(change))
+            if outcomes[-1].unnoticed:
+                print(f"{outcomes[-1].unnoticed}: {change}", flush=True)
     print(
-        f"{args.arch}: {len(chosen) - missed} of {len(chosen)} changes noticed ({kinds}); "
-        f"{len(possible)} possible; {time.monotonic() - start:.0f} s"
+        f"{args.arch}, seed {args.seed}: {len(outcomes)} of {len(possible)} changes; attn-dispatch "
+        f"{__version__}, Triton {triton.__version__}; {time.monotonic() - start:.0f} s"
     )
+    print(table(outcomes))
+    if args.json:
+        record = {"arch": args.arch, "seed": args.seed, "triton": triton.__version__}
+        record["changes"] = [as_json(each) for each in outcomes]
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
     return 0
 
 
