@@ -7,9 +7,11 @@ of their own; the group that is farthest behind runs first, so that groups meet 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -37,9 +39,10 @@ from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["Kernel", "LaunchCounts", "Run", "WaveOrder"]
 
-#: "lockstep": all waves go on together. "forward" and "backward": the waves of a workgroup run one
-#: after another from barrier to barrier, the first or the last one first; workgroups too. "both":
-#: the launch runs in either order, from the same memory, and the results must be equal.
+#: "lockstep": all waves go on together. "forward" and "backward": workgroups run one after another,
+#: and the waves of a workgroup one after another from barrier to barrier, the first or the last one
+#: first. "both": the launch runs in either order, from the same memory, and the results must be
+#: equal.
 WaveOrder = Literal["lockstep", "forward", "backward", "both"]
 
 #: Waves that run at a time: enough that NumPy's time per call is small, and that the registers of
@@ -132,8 +135,8 @@ class Kernel:
         """
         found = self._decoded.get(index)
         if found is None:
-            blocks = self.assembly.blocks
-            found = [decode(each, self.target) for each in blocks[index]]
+            with _no_garbage_collection():
+                found = [decode(each, self.target) for each in self.assembly.blocks[index]]
             self._decoded[index] = found
         return found
 
@@ -193,7 +196,7 @@ class Kernel:
         workgroups = np.arange(grid[0] * grid[1] * grid[2])
         if wave_order == "backward":
             workgroups = workgroups[::-1]
-        at_once = max(1, _WAVES_AT_ONCE // num_waves)
+        at_once = max(1, _WAVES_AT_ONCE // num_waves) if wave_order == "lockstep" else 1
         try:
             for first in range(0, len(workgroups), at_once):
                 part = workgroups[first : first + at_once]
@@ -235,6 +238,18 @@ class Kernel:
                     f"{region.data[byte]:#04x} if the last one does."
                 )
         return counts
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python looks for cycles after some number of new objects: half of the time to decode."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Run:
