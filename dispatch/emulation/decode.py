@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ _NO_EFFECT = {
     "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s_cbranch_vccnz", "s_cbranch_execz",
     "s_cbranch_execnz",
 }  # fmt: skip
+
+_NOTHING, _NO_REGISTERS = Semantics(lambda group: None), frozenset[int]()
 
 #: The modules that know instructions, by how their names begin; the first that knows one counts.
 _FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation | None], ...]] = {
@@ -91,30 +94,35 @@ def decode(instruction: Instruction, target: Target) -> Decoded:
     """
     halves = [instruction] if instruction.second is None else [instruction, instruction.second]
     found = [_semantics(each, target) for each in halves]
-    memory = [each for each in found if isinstance(each, Semantics)]
-    writes = frozenset[int]().union(*[each.results for each in memory])
-    sources = frozenset[int]().union(*[each.sources for each in memory])
-    registers = sources.union(*[_registers(each, target) for each in halves])
+    registers = _registers(instruction, target)
+    if instruction.second is not None:
+        registers |= _registers(instruction.second, target)
+    writes = sources = _NO_REGISTERS
+    for each in found:
+        if isinstance(each, Semantics) and (each.results or each.sources):
+            writes, sources = writes | each.results, sources | each.sources
+    if sources:
+        registers |= sources
     return Decoded(
         instruction,
         _together(found, instruction),
-        registers - writes | sources,
+        registers - writes | sources if writes else registers,
         writes,
         registers,
-        tuple(each.opcode for each in halves),
+        tuple([each.opcode for each in halves]),
     )
 
 
 def _semantics(instruction: Instruction, target: Target) -> Semantics | Operation:
-    wait = decode_wait(instruction, target)
-    if wait is not None:
-        return Semantics(wait)
+    if instruction.opcode.startswith(("s_wait", "s_barrier")):
+        wait = decode_wait(instruction, target)
+        if wait is not None:
+            return Semantics(wait)
     if instruction.opcode in _NO_EFFECT:
-        return Semantics(lambda group: None)
+        return _NOTHING
     try:
-        for operand in map(parse_operand, instruction.operands):
-            if operand.registers:
-                check_alignment(operand.registers, target.is_cdna)
+        for operand in instruction.operands:
+            _checked_ids(operand, target.is_cdna)
         for family in _FAMILIES.get(instruction.opcode.split("_")[0], ()):
             found = family(instruction, target)
             if found is not None:
@@ -126,6 +134,16 @@ def _semantics(instruction: Instruction, target: Target) -> Semantics | Operatio
             f"{instruction}: this form is not known ({type(error).__name__}: {error})."
         ) from error
     raise UnknownInstruction(f"{instruction}: {instruction.opcode} is not known on {target.name}.")
+
+
+@functools.cache
+def _checked_ids(text: str, has_even_vectors: bool) -> frozenset[int]:
+    """The `Registers.ids` of an operand, whose alignment is checked."""
+    registers = parse_operand(text).registers
+    if registers is None:
+        return frozenset()
+    check_alignment(registers, has_even_vectors)
+    return frozenset(registers.ids)
 
 
 def _together(found: list[Semantics | Operation], instruction: Instruction) -> Execute:
@@ -150,8 +168,8 @@ def _registers(instruction: Instruction, target: Target) -> frozenset[int]:
 
     A wave of 32 lanes uses the lower half of VCC; its upper half is a register like any other.
     """
-    operands = (parse_operand(text) for text in instruction.operands)
-    named = frozenset(i for each in operands if each.registers for i in each.registers.ids)
+    ids = [_checked_ids(text, target.is_cdna) for text in instruction.operands]
+    named = _NO_REGISTERS.union(*ids)
     opcode, is_short = instruction.opcode, len(instruction.operands) == 3
     uses_vcc = "vcc" in opcode or opcode.startswith("v_div_fmas")
     uses_vcc |= opcode == "v_cndmask_b32" and is_short  # dual-issued

@@ -1,7 +1,7 @@
 """Operands of instructions: what their text means, how they are read and written.
 
-A reader or writer is made once, when an instruction is decoded, and is called for each group of
-waves that executes it.
+A reader or writer is made once for all instructions with the same operand, and is called for each
+group of waves that executes one of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _NAMED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """What the bits of an operand mean.
 
@@ -116,6 +116,9 @@ class Operand:
     absolute: bool = False
     sign_extend: bool = False
     half: int | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.text)  # quicker than that of all fields
 
     def require_registers(self, file: str = "vas") -> Registers:
         """The registers.
@@ -222,6 +225,7 @@ def _array(file: str, kind: Kind) -> Callable[[WaveGroup], NDArray[Any]]:
     return lambda group: getattr(group, name)
 
 
+@functools.cache
 def vector_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
     """Reads an operand of a vector instruction: an array that broadcasts to (waves, lanes).
 
@@ -258,6 +262,7 @@ def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
     return lambda group: getattr(group, name)[first]
 
 
+@functools.cache
 def scalar_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
     """Reads an operand of a scalar instruction: an array that broadcasts to (waves,)."""
     return with_signs(operand, kind, _plain_scalar_reader(operand, kind, half))
@@ -311,6 +316,7 @@ def with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
     return read
 
 
+@functools.cache
 def vector_writer(operand: Operand, kind: Kind, half: int | None = None) -> Writer:
     """Writes a result, broadcast to (waves, lanes), where EXEC is set.
 
@@ -352,6 +358,7 @@ def vector_writer(operand: Operand, kind: Kind, half: int | None = None) -> Writ
     return write
 
 
+@functools.cache
 def scalar_writer(operand: Operand, kind: Kind) -> Writer:
     """Writes a result, broadcast to (waves,); a write to EXEC takes effect at once."""
     if operand.text == "null":
@@ -377,6 +384,7 @@ def scalar_writer(operand: Operand, kind: Kind) -> Writer:
     return write
 
 
+@functools.cache
 def mask_reader(operand: Operand) -> Reader:
     """Reads a lane mask, one bit a lane, as (waves, lanes) bool."""
     if operand.registers is None:
@@ -386,6 +394,7 @@ def mask_reader(operand: Operand) -> Reader:
     return lambda group: group.lane_mask(first)
 
 
+@functools.cache
 def mask_writer(operand: Operand) -> Writer:
     """Writes (waves, lanes) bool as a lane mask, with 0 for lanes that EXEC leaves out."""
     if operand.text == "null":

@@ -11,7 +11,7 @@ import pytest
 from attn_dispatch.emulation import vector_masks
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.decode import decode
-from attn_dispatch.emulation.operands import parse_operand
+from attn_dispatch.emulation.registers import VCC
 from attn_dispatch.emulation.targets import target_named
 from support.emulation import (
     Row,
@@ -32,7 +32,6 @@ from support.emulation import (
 
 NAN, INF = math.nan, math.inf
 M = 0xFFFFFFFF
-VCC_IDS = parse_operand("vcc").require_registers().ids
 TOP = 0x80000000
 CDNA, RDNA, RDNA4 = "gfx942", "gfx1100", "gfx1201"
 LARGE = 3.4028234663852886e38
@@ -179,4 +178,4 @@ def test_masks_have_0_outside_of_exec():
 
 def test_dual_issued_selection_reads_vcc_without_its_name():
     text = "v_dual_cndmask_b32 v0, v2, v4 :: v_dual_mov_b32 v1, v3"
-    assert set(VCC_IDS) <= decode(parse_instruction(text), target_named(RDNA)).reads
+    assert VCC in decode(parse_instruction(text), target_named(RDNA)).reads
