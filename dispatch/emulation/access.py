@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,7 @@ def unit_indices(starts: NDArray[np.int64], size: int, unit: int) -> Iterator[ND
         yield index + step if step else index
 
 
+@functools.cache
 def repeated(code: int, unit: int) -> np.unsignedinteger[Any]:
     """An integer of `unit` bytes, each of which is `code`."""
     value: np.unsignedinteger[Any] = _UNSIGNED[unit](int.from_bytes(bytes([code] * unit), "little"))

@@ -53,6 +53,7 @@ class RaceDetector:
         self._writers = Bytes(np.zeros_like(memory.data))
         self._readers = Bytes(np.zeros_like(memory.data))
         self._code_table = np.zeros(0, np.uint64)
+        self._last: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # waves, their codes
 
     def forget(self, stride: int, rows: NDArray[np.int64] | slice, low: int, high: int) -> None:
         """Forget the accesses to the columns [low, high) of some rows of `stride` bytes."""
@@ -100,11 +101,15 @@ class RaceDetector:
 
     def _codes(self, waves: NDArray[np.int64]) -> NDArray[np.uint64]:
         """The code of each wave, in each byte of an integer of 8 bytes."""
+        if self._last is not None and self._last[0] is waves:  # most often the same array
+            return self._last[1]
         # A table, because the remainder of a division takes longer than all else.
         if waves.size and int(waves.max()) >= self._code_table.size:
             code = np.arange(2 * int(waves.max()) + 1, dtype=np.uint64) % np.uint64(_CODES)
             self._code_table = (code + np.uint64(1)) * np.uint64(repeated(1, 8))
-        return self._code_table[waves]
+        codes = self._code_table[waves]
+        self._last = waves, codes
+        return codes
 
     def _first_conflict(
         self,
