@@ -34,7 +34,7 @@ from attn_dispatch.emulation.registers import EXEC, VCC
 from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.waits import check_registers, finish_all
+from attn_dispatch.emulation.waits import check_registers, finish_all, publish
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["Kernel", "LaunchCounts", "Run", "WaveOrder"]
@@ -352,6 +352,8 @@ class Run:
             group.block = self._block_at(last)
             return [group]
         if last.opcode in ("s_barrier", "s_barrier_wait"):
+            if last.opcode == "s_barrier":
+                publish(group)
             group.block, group.waits_at_barrier = following, True
             return [group]
         if not last.opcode.startswith("s_cbranch"):

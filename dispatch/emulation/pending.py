@@ -31,8 +31,7 @@ class Pending:
     Attributes:
         instruction: that issued it.
         kind: as for `counter_of`.
-        counters: that it adds to and that still count it; none for a store that was waited for only
-            after the signal of a barrier.
+        counters: that it adds to and that still count it.
         registers: `Registers.ids` that it will write.
         access: of memory: stores that are in flight, or accesses of LDS.
     """
@@ -44,9 +43,9 @@ class Pending:
     access: StoresInFlight | LdsAccess | None = None
 
     @property
-    def is_store(self) -> bool:
-        """Whether other waves can see in memory if it has finished."""
-        return isinstance(self.access, StoresInFlight)
+    def has_stores(self) -> bool:
+        """Whether lanes have stored to global memory."""
+        return isinstance(self.access, StoresInFlight) and bool(self.access.parts)
 
     def is_same(self, other: Pending) -> bool:
         """Whether both are the same instruction's, and counted by the same counters."""
@@ -64,7 +63,3 @@ class Pending:
             return self
         access: Any = self.access
         return dataclasses.replace(self, access=access.joined(other.access))
-
-    def is_before(self, later: Pending) -> bool:
-        """Whether it is surely finished when a later one is."""
-        return self.kind in ORDERED and ORDERED[self.kind] == ORDERED.get(later.kind)

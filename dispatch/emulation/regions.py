@@ -192,7 +192,8 @@ class Region:
                 raise WaitFault(
                     f"{self._access(kind, start, size, int(waves[lane]))} reads byte "
                     f"{start + byte} of {self.name!r}, but a store to it by {storing} is still in "
-                    "flight: the storing wave has not waited for it."
+                    "flight: the storing wave has not waited for it, or has come to no barrier and "
+                    "done no atomic operation after the wait."
                 )
 
     def _mark_owners(self) -> NDArray[np.int32]:

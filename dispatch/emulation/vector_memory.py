@@ -29,7 +29,7 @@ from attn_dispatch.emulation.transfers import (
     register_ids,
     registers_of,
 )
-from attn_dispatch.emulation.waits import issue
+from attn_dispatch.emulation.waits import issue, publish
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode", "opcodes"]
@@ -203,6 +203,7 @@ def _atomic(instruction: Instruction, form: _Form, target: Target) -> Semantics:
         kind = "flat" if returns else "flat_store"
 
     def atomic(group: WaveGroup) -> None:
+        publish(group, group.exec.any(axis=1))
         values = read(group)
         compare = values[words:] if compares else None
         found = space.atomic(group, operation, values[:words], compare, size)

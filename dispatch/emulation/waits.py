@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, WaitFault
@@ -21,7 +25,7 @@ from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["check_registers", "counter_of", "decode_wait", "finish_all", "issue"]
+__all__ = ["check_registers", "counter_of", "decode_wait", "finish_all", "issue", "publish"]
 
 #: Counters by generation: kind of operation -> counters that it adds to.
 _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -152,18 +156,18 @@ def _wait(group: WaveGroup, counter: str, limit: int) -> None:
     counted = [each for each in group.pending if counter in each.counters]
     if len(counted) <= limit:
         return
-    left = []
+    left, at_least = [], Counter(ORDERED.get(each.kind) for each in counted)
     for each in group.pending:
         if counter not in each.counters:
             left.append(each)
             continue
         # If it were not finished, neither would be those that finish only after it.
-        after = counted[counted.index(each) + 1 :]
-        at_least_left = 1 + sum(each.is_before(later) for later in after)
+        order = ORDERED.get(each.kind)
+        at_least_left = at_least[order] if order else 1
+        at_least[order] -= 1
         if at_least_left <= limit:
             left.append(each)
-        elif len(each.counters) > 1 or (group.after_signal is not None and each.is_store):
-            # The signal did not say that the store has arrived: the next one will.
+        elif len(each.counters) > 1:
             others = tuple(name for name in each.counters if name != counter)
             left.append(dataclasses.replace(each, counters=others))
         else:
@@ -175,10 +179,7 @@ def _signal(group: WaveGroup) -> None:
     """Other waves may pass the barrier, whether what is pending has finished or not (RDNA4)."""
     if group.after_signal is not None:
         raise KernelFault("A wave signals a barrier again, and has not waited for the last one.")
-    for each in group.pending:
-        if not each.counters:
-            _finish(group, each)
-    group.set_pending(tuple(each for each in group.pending if each.counters))
+    publish(group)
     group.after_signal = tuple(e for e in group.pending if isinstance(e.access, LdsAccess))
 
 
@@ -192,10 +193,33 @@ def finish_all(group: WaveGroup) -> None:
     for each in group.pending:
         _finish(group, each)
     group.set_pending(())
+    publish(group)
+
+
+def publish(group: WaveGroup, chosen: NDArray[np.bool_] | None = None) -> None:
+    """Let other waves read what waves have stored and waited for.
+
+    To be called when waves come to a barrier, or do an atomic operation on global memory: what
+    other waves do later may be ordered with these stores. A wait by itself orders nothing.
+
+    Args:
+        group: the waves.
+        chosen: (waves,) bool, which of them; None for all.
+    """
+    if not group.unpublished:
+        return
+    now, left = group.unpublished, group.unpublished[:0]
+    if chosen is not None and not chosen.all():
+        now = tuple(each.only(group.ids[chosen]) for each in group.unpublished)
+        left = tuple(each.only(group.ids[~chosen]) for each in group.unpublished)
+    for each in now:
+        if isinstance(each.access, StoresInFlight):
+            group.shared.memory.retire(each.access)
+    group.unpublished = tuple(each for each in left if each.has_stores)
 
 
 def _finish(group: WaveGroup, operation: Pending) -> None:
     if isinstance(operation.access, StoresInFlight):
-        group.shared.memory.retire(operation.access)
+        group.unpublished += (operation,)
     elif operation.access is not None and operation.access.arrives_later:
         group.shared.lds.arrived(operation.access)

@@ -40,6 +40,7 @@ class WaveGroup:
         block: the basic block that comes next.
         waits_at_barrier: it goes on when all waves of the workgroup wait, too.
         pending: memory operations that nothing has waited for yet, the oldest first.
+        unpublished: stores that have arrived, but which nothing orders with other waves yet.
         after_signal: accesses of LDS that may happen after the signal of a barrier that the waves
             have signalled but not passed; None if there is no such barrier.
     """
@@ -70,6 +71,7 @@ class WaveGroup:
         self.waits_at_barrier = False
         self.pending: tuple[Pending, ...] = ()
         self.pending_registers: frozenset[int] = frozenset()
+        self.unpublished: tuple[Pending, ...] = ()
         self.after_signal: tuple[Pending, ...] | None = None
         self.exec_changed()
 
@@ -143,6 +145,8 @@ class WaveGroup:
         part = WaveGroup(self.shared, self.ids[chosen], registers, self.scc[chosen])
         part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
         part.set_pending(tuple(each.only(part.ids) for each in self.pending))
+        stored = [each.only(part.ids) for each in self.unpublished]
+        part.unpublished = tuple(each for each in stored if each.has_stores)
         if self.after_signal is not None:
             part.after_signal = tuple(each.only(part.ids) for each in self.after_signal)
         return part
@@ -169,6 +173,7 @@ class WaveGroup:
         )
         both.block, both.waits_at_barrier = self.block, self.waits_at_barrier
         both.set_pending(_joined(self.pending, other.pending))
+        both.unpublished = self.unpublished + other.unpublished
         if self.after_signal is not None and other.after_signal is not None:
             both.after_signal = _joined(self.after_signal, other.after_signal)
         return both

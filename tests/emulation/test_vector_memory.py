@@ -11,7 +11,7 @@ from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, Wait
 from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.vector_memory import opcodes
-from attn_dispatch.emulation.waits import check_registers
+from attn_dispatch.emulation.waits import check_registers, publish
 from support.emulation import execute, register
 from support.memory_cases import (
     ATOMIC_RESULTS,
@@ -403,7 +403,7 @@ def test_both_halves_may_be_loaded_without_a_wait():
         ),
     ],
 )
-def test_a_store_is_seen_by_other_waves_after_the_wait(target, store, load, wait):
+def test_a_store_is_seen_by_other_waves_after_the_wait_and_a_barrier(target, store, load, wait):
     case = MemoryCase(target, "global", partial=False)
     case.place(np.stack([4 * np.arange(case.lanes)] * 2))
     first, second = (case.group.only(case.group.ids == i) for i in (0, 1))
@@ -414,5 +414,8 @@ def test_a_store_is_seen_by_other_waves_after_the_wait(target, store, load, wait
     if store.startswith("flat"):
         execute(first, "s_waitcnt lgkmcnt(0)")
     execute(first, wait)
+    with pytest.raises(WaitFault, match="no barrier"):  # nothing orders the load with the wait
+        execute(second, load)
+    publish(first)  # as at a barrier
     execute(second, load)
     np.testing.assert_array_equal(register(second, "v5"), register(first, "v4"))
