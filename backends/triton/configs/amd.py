@@ -1,8 +1,10 @@
 """How the Triton kernels are launched on AMD GPUs, by architecture.
 
-Chosen by what the compiler reports (docs/kernels.md), not measured: the largest tiles with which
-two programs of four waves fit on a CU, without spills where that is possible. A program has 64 KiB
-of LDS, on gfx950 more.
+No AMD GPU measured them. They were chosen by what the compiler reports, and by what the kernels
+execute on an emulated GPU (docs/kernels.md, benchmarks/amd_counts.py): few instructions for each
+pair of a query and a key, few spills, and enough waves on a SIMD. A tile should give each wave
+whole matrix instructions of its own: waves that share one repeat it. A program has 64 KiB of LDS,
+on gfx950 more.
 
 Rows are head size: DecodeLaunch(block_n, num_warps, num_stages, programs_per_sm, ...) and head
 size: PrefillLaunch(block_m, block_n, num_warps, num_stages).
@@ -17,16 +19,16 @@ from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTabl
 __all__ = ["ARCHS", "CDNA2", "CDNA3", "CDNA4", "RDNA3", "RDNA4", "table_for"]
 
 _CDNA_DECODE = {
-    64: DecodeLaunch(64, 2, 2, 4),
-    128: DecodeLaunch(32, 4, 2, 2, min_tiles=8),
+    64: DecodeLaunch(32, 1, 2, 8, min_tiles=8),
+    128: DecodeLaunch(32, 2, 2, 4, min_tiles=8),
     256: DecodeLaunch(16, 4, 2, 2, min_tiles=16),
     512: DecodeLaunch(16, 4, 2, 2, min_tiles=16, max_rows=32),
     1024: DecodeLaunch(16, 4, 1, 1, min_tiles=16, max_rows=16),
 }
 _CDNA_PREFILL = {
-    64: PrefillLaunch(128, 64, 4, 2),
+    64: PrefillLaunch(128, 32, 4, 2),
     128: PrefillLaunch(128, 32, 4, 2),
-    256: PrefillLaunch(64, 32, 4, 1),
+    256: PrefillLaunch(64, 16, 4, 1),
     512: PrefillLaunch(32, 16, 4, 1),
     1024: PrefillLaunch(32, 16, 8, 1),
 }
@@ -36,7 +38,7 @@ CDNA3 = dataclasses.replace(CDNA2, native_fp8=("e4m3fnuz", "e5m2fnuz"))
 CDNA4 = dataclasses.replace(CDNA2, native_fp8=("e4m3", "e5m2"))
 
 #: Its matrix instructions need each operand twice in registers: from head size 256 on the queries
-#: fill them, and every tile size spills.
+#: fill them, and every tile size of prefill spills.
 RDNA3 = LaunchTable(
     decode={
         64: DecodeLaunch(32, 2, 1, 4, min_tiles=8),
@@ -48,8 +50,8 @@ RDNA3 = LaunchTable(
     prefill={
         64: PrefillLaunch(128, 32, 8, 1),
         128: PrefillLaunch(64, 16, 4, 1, options={"waves_per_eu": 4}),
-        256: PrefillLaunch(32, 16, 8, 1),
-        512: PrefillLaunch(32, 16, 16, 1),
+        256: PrefillLaunch(64, 16, 8, 1),
+        512: PrefillLaunch(64, 16, 16, 1),
         1024: PrefillLaunch(16, 16, 16, 1),
     },
 )
@@ -64,8 +66,8 @@ RDNA4 = LaunchTable(
     prefill={
         64: PrefillLaunch(128, 32, 4, 1),
         128: PrefillLaunch(64, 32, 4, 1),
-        256: PrefillLaunch(64, 16, 8, 1),
-        512: PrefillLaunch(32, 16, 16, 1),
+        256: PrefillLaunch(64, 16, 4, 1),
+        512: PrefillLaunch(64, 16, 16, 1),
         1024: PrefillLaunch(16, 16, 16, 1),
     },
 )
