@@ -106,13 +106,16 @@ def _multiply_add_wide(a: _Array, b: _Array, c: _Array) -> NDArray[np.float64]:
     addend = c.astype(np.float64)
     total = np.asarray(product + addend)
     bits = total.view(np.int64)
-    suspect = ((bits & _MIDPOINT_ZEROS) == 0) & (total != 0) & np.isfinite(total)
+    suspect = (bits & _MIDPOINT_ZEROS) == 0
     if not suspect.any():
         return total
     addend_part = total - product
     error = (product - (total - addend_part)) + (addend - addend_part)
+    suspect &= np.abs(error) > 0  # the error of an infinity is NaN
+    if not suspect.any():
+        return total
     step = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
-    return np.where(suspect & (error != 0), bits + step, bits).view(np.float64)
+    return np.where(suspect, bits + step, bits).view(np.float64)
 
 
 def fused_multiply_add(a: _Array, b: _Array, c: _Array) -> _Array:
