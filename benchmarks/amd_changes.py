@@ -201,12 +201,14 @@ def _weaker_wait(instruction: Instruction, kernel: Kernel) -> Iterator[str]:
     text = instruction.text
     if not _is_wait(instruction):
         return
-    places = [(found.span(1), (1,)) for found in _COUNTER.finditer(text)]
-    for pattern, steps in ((_TWO_COUNTERS, (1, 0x100)), (_ONE_COUNTER, (1,))):
-        single = pattern.match(text)
-        if single:
-            places.append((single.span(1), steps))
-            break
+    places: list[tuple[tuple[int, int], tuple[int, ...]]] = [
+        (found.span(1), (1,)) for found in _COUNTER.finditer(text)
+    ]
+    both, one = _TWO_COUNTERS.match(text), _ONE_COUNTER.match(text)
+    if both:
+        places.append((both.span(1), (1, 0x100)))
+    elif one:
+        places.append((one.span(1), (1,)))
     for (start, end), steps in places:
         for step in steps:
             yield f"{text[:start]}{int(text[start:end], 0) + step}{text[end:]}"

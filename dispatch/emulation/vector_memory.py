@@ -203,7 +203,7 @@ def _atomic(instruction: Instruction, form: _Form, target: Target) -> Semantics:
         kind = "flat" if returns else "flat_store"
 
     def atomic(group: WaveGroup) -> None:
-        publish(group, group.exec.any(axis=1))
+        publish(group, only_active=True)
         values = read(group)
         compare = values[words:] if compares else None
         found = space.atomic(group, operation, values[:words], compare, size)

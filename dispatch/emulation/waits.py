@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, WaitFault
@@ -196,7 +195,7 @@ def finish_all(group: WaveGroup) -> None:
     publish(group)
 
 
-def publish(group: WaveGroup, chosen: NDArray[np.bool_] | None = None) -> None:
+def publish(group: WaveGroup, *, only_active: bool = False) -> None:
     """Let other waves read what waves have stored and waited for.
 
     To be called when waves come to a barrier, or do an atomic operation on global memory: what
@@ -204,12 +203,13 @@ def publish(group: WaveGroup, chosen: NDArray[np.bool_] | None = None) -> None:
 
     Args:
         group: the waves.
-        chosen: (waves,) bool, which of them; None for all.
+        only_active: only those with lanes in EXEC.
     """
     if not group.unpublished:
         return
     now, left = group.unpublished, group.unpublished[:0]
-    if chosen is not None and not chosen.all():
+    chosen = np.asarray(group.exec.any(axis=1))
+    if only_active and not chosen.all():
         now = tuple(each.only(group.ids[chosen]) for each in group.unpublished)
         left = tuple(each.only(group.ids[~chosen]) for each in group.unpublished)
     for each in now:
