@@ -309,10 +309,11 @@ def main() -> int:
     start, outcomes = time.monotonic(), []
     with mutated_steps(args.arch) as steps:
         possible = steps.changes(args.kind or list(KINDS))
-        for change in balanced(list(possible), args.count, args.seed):
-            outcomes.append(steps.outcome(change))
-            if outcomes[-1].unnoticed:
-                print(f"{outcomes[-1].unnoticed}: {change}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # the table is of what was tried until then
+            for change in balanced(list(possible), args.count, args.seed):
+                outcomes.append(steps.outcome(change))
+                if outcomes[-1].unnoticed:
+                    print(f"{outcomes[-1].unnoticed}: {change}", flush=True)
     print(
         f"{args.arch}, seed {args.seed}: {len(outcomes)} of {len(possible)} changes; attn-dispatch "
         f"{__version__}, Triton {triton.__version__}; {time.monotonic() - start:.0f} s"
