@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-
 from attn_dispatch.emulation.address_spaces import AddressSpace, GlobalSpace, PrivateSpace
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.buffer import BufferSpace
