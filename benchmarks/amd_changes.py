@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from attn_dispatch.emulation.assembly import Instruction, parse_instruction
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.instructions.decode import decode
 from attn_dispatch.emulation.machine import Kernel
 
 __all__ = ["KINDS", "Change", "changes_of", "is_memory_or_control"]

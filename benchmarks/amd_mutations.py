@@ -47,7 +47,7 @@ from attn_dispatch.conformance.emulated import EmulatedDevice
 from attn_dispatch.conformance.tolerance import CheckFailed
 from attn_dispatch.emulation import TARGETS, Emulation, EmulationError, machine
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import Decoded, decode
+from attn_dispatch.emulation.instructions.decode import Decoded, decode
 from attn_dispatch.emulation.machine import Kernel, LaunchCounts, WaveOrder
 from attn_dispatch.emulation.waves import WaveGroup
 

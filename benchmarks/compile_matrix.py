@@ -46,7 +46,7 @@ from compile_cases import (
 )
 from occupancy import UNITS
 
-from attn_dispatch.emulation.decode import unknown_instructions
+from attn_dispatch.emulation.instructions.decode import unknown_instructions
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"

@@ -2,7 +2,8 @@
 
 A table belongs to a set of devices. Its rows are by head size; the smallest that fits is used. The
 rows of Hopper were measured for heads of 64, 128 and 256 (benchmarks/NOTES.md). All others were
-chosen by what the compiler reports (docs/kernels.md), because no such GPU was at hand.
+chosen by what the compiler reports (docs/kernels.md), AMD's also by what the kernels execute on
+emulated GPUs, because no such GPU was at hand.
 """
 
 from __future__ import annotations

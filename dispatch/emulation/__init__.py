@@ -20,6 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attn_dispatch.emulation.emulate import emulate_launch as emulate_launch
+    from attn_dispatch.emulation.emulate import emulated as emulated
     from attn_dispatch.emulation.errors import EmulationError as EmulationError
     from attn_dispatch.emulation.errors import KernelFault as KernelFault
     from attn_dispatch.emulation.errors import MemoryFault as MemoryFault
@@ -33,15 +35,14 @@ if TYPE_CHECKING:
     from attn_dispatch.emulation.targets import Target as Target
     from attn_dispatch.emulation.targets import target_named as target_named
     from attn_dispatch.emulation.triton_driver import Emulation as Emulation
-    from attn_dispatch.emulation.triton_driver import emulate_launch as emulate_launch
-    from attn_dispatch.emulation.triton_driver import emulated as emulated
 
 _HOMES = {
     "errors": "EmulationError KernelFault MemoryFault RaceFault UnknownInstruction UnwrittenRead "
     "WaitFault WaveOrderFault",
     "launch": "LaunchReport",
     "targets": "TARGETS Target target_named",
-    "triton_driver": "Emulation emulate_launch emulated",
+    "triton_driver": "Emulation",
+    "emulate": "emulate_launch emulated",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

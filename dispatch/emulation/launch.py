@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attn_dispatch.emulation.errors import EmulationError
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Argument, Assembly
 from attn_dispatch.emulation.errors import EmulationError
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.registers import TTMP0
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.waves import WaveGroup, new_registers

@@ -20,18 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Assembly, Instruction
-from attn_dispatch.emulation.decode import Decoded, decode
 from attn_dispatch.emulation.errors import (
     EmulationError,
     KernelFault,
     WaveOrderFault,
     add_note,
 )
+from attn_dispatch.emulation.instructions.decode import Decoded, decode
 from attn_dispatch.emulation.launch_abi import argument_segment, initial_registers
-from attn_dispatch.emulation.lds import Lds, LdsAccess
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
+from attn_dispatch.emulation.memory.lds import Lds, LdsAccess
+from attn_dispatch.emulation.memory.scratch import Scratch
 from attn_dispatch.emulation.registers import EXEC, VCC
-from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import check_registers, finish_all, publish

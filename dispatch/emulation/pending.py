@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.lds import LdsAccess
-from attn_dispatch.emulation.memory import StoresInFlight
+from attn_dispatch.emulation.memory.global_memory import StoresInFlight
+from attn_dispatch.emulation.memory.lds import LdsAccess
 
 __all__ = ["ORDERED", "ORDER_OF_OPCODE", "Pending"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.lds import Lds
-from attn_dispatch.emulation.memory import GlobalMemory
-from attn_dispatch.emulation.scratch import Scratch
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
+from attn_dispatch.emulation.memory.lds import Lds
+from attn_dispatch.emulation.memory.scratch import Scratch
 from attn_dispatch.emulation.targets import Target
 
 __all__ = ["Shared"]

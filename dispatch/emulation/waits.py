@@ -18,8 +18,8 @@ import numpy as np
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, WaitFault
-from attn_dispatch.emulation.lds import LdsAccess
-from attn_dispatch.emulation.memory import StoresInFlight
+from attn_dispatch.emulation.memory.global_memory import StoresInFlight
+from attn_dispatch.emulation.memory.lds import LdsAccess
 from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup

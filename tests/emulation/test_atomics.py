@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation.access import Bytes
-from attn_dispatch.emulation.atomics import ATOMIC_OPERATIONS, apply_atomic
 from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.memory.access import Bytes
+from attn_dispatch.emulation.memory.atomics import ATOMIC_OPERATIONS, apply_atomic
 
 
 @pytest.fixture(autouse=True)

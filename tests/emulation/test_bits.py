@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import bits
+from attn_dispatch.emulation.arithmetic import bits
 
 #: Words with few and many bits, at both ends.
 WORDS = [0, 1, 2, 3, 0x80, 0xFF, 0x8000, 0x12345678, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xDEADBEEF]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.cross_lane import OPCODES
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import UnknownInstruction, WaitFault
+from attn_dispatch.emulation.instructions.cross_lane import OPCODES
+from attn_dispatch.emulation.instructions.decode import decode
 from attn_dispatch.emulation.waits import check_registers
 from support.emulation import execute, group_of, put_register, register
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_dispatch.emulation import fp8
+from attn_dispatch.emulation.arithmetic import fp8
 
 DTYPES = {
     "e4m3": torch.float8_e4m3fn,

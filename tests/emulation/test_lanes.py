@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import lanes
+from attn_dispatch.emulation.arithmetic import lanes
 from attn_dispatch.emulation.errors import UnknownInstruction
 
 every_size = pytest.mark.parametrize("wave_size", [32, 64])

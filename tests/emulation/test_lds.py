@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.errors import EmulationError, MemoryFault, RaceFault, UnwrittenRead
-from attn_dispatch.emulation.lds import Lds
+from attn_dispatch.emulation.memory.lds import Lds
 
 SIZES = [1, 2, 4, 8, 12, 16]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import RaceFault, UnknownInstruction, WaitFault
-from attn_dispatch.emulation.lds import Lds
-from attn_dispatch.emulation.lds_instructions import opcodes
+from attn_dispatch.emulation.instructions.decode import decode
+from attn_dispatch.emulation.instructions.lds_instructions import opcodes
+from attn_dispatch.emulation.memory.lds import Lds
 from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers

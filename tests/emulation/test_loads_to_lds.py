@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode, unknown_instructions
 from attn_dispatch.emulation.errors import (
     MemoryFault,
     RaceFault,
@@ -16,7 +15,8 @@ from attn_dispatch.emulation.errors import (
     UnwrittenRead,
     WaitFault,
 )
-from attn_dispatch.emulation.lds import Lds
+from attn_dispatch.emulation.instructions.decode import decode, unknown_instructions
+from attn_dispatch.emulation.memory.lds import Lds
 from attn_dispatch.emulation.registers import M0
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from support.assembly import kernel_text, launch

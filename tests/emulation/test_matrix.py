@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import fp8
+from attn_dispatch.emulation.arithmetic import fp8
+from attn_dispatch.emulation.arithmetic.matrix import (
+    multiply_cdna,
+    multiply_rdna3,
+    multiply_rdna4,
+    shape_of,
+)
+from attn_dispatch.emulation.arithmetic.numerics import from_bfloat16
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
-from attn_dispatch.emulation.matrix import multiply_cdna, multiply_rdna3, multiply_rdna4, shape_of
-from attn_dispatch.emulation.numerics import from_bfloat16
 from attn_dispatch.emulation.targets import target_named
 from support.matrix_layouts import (
     cdna_accumulator,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.errors import EmulationError, MemoryFault, UnwrittenRead, WaitFault
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 
 SIZES = [1, 2, 4, 8, 12, 16, 32, 64]
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6")
 
-from attn_dispatch.emulation.lds import Lds
+from attn_dispatch.emulation.memory.lds import Lds
 from support.compiling import needs_compiler, only_where_interpreted, passed_where_compiled
 from support.paths import ROOT
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import numerics
+from attn_dispatch.emulation.arithmetic import numerics
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import packed
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.instructions import packed
+from attn_dispatch.emulation.instructions.decode import decode
 from attn_dispatch.emulation.targets import target_named
 from support.emulation import (
     Row,

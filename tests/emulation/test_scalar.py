@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.scalar_table import EXEC_TABLE, TABLE
+from attn_dispatch.emulation.instructions.scalar_table import EXEC_TABLE, TABLE
 from support.emulation import execute, group_of, put_register
 
 ONES, TOP = 0xFFFFFFFF, 0x80000000

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, WaitFault
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.instructions.decode import decode
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.targets import target_named
 from attn_dispatch.emulation.waits import check_registers
 from support.emulation import execute, group_of, put_register, shared_by

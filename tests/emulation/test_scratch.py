@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.errors import MemoryFault, UnwrittenRead
-from attn_dispatch.emulation.scratch import Scratch
+from attn_dispatch.emulation.memory.scratch import Scratch
 
 SIZES = [1, 2, 4, 8, 12, 16]
 

@@ -285,7 +285,7 @@ def test_every_launch_in_the_context_is_emulated(launches):
     def hook(metadata):
         names.append(metadata.get()["name"])
 
-    before = triton_driver._installed()
+    before = triton_driver.installed()
     triton.knobs.runtime.launch_enter_hook.add(hook)
     try:
         with emulated("gfx1201") as emulation:
@@ -297,7 +297,7 @@ def test_every_launch_in_the_context_is_emulated(launches):
     assert [report.grid for report in emulation.launches] == [(4, 1, 1), (2, 1, 1), (64, 3, 1)]
     assert names == ["add_kernel"] * 3
     assert f".vgpr_count:     {compiled.n_regs}" in compiled.asm["amdgcn"]
-    assert triton_driver._installed() is before
+    assert triton_driver.installed() is before
     with pytest.raises(EmulationError, match=r'Launch it within `emulated\("gfx1201"\)`'):
         compiled.run(2, 1, 1, 0, None, None, None, None, None, X, Y, OUT, 1000, 256)
 
@@ -350,10 +350,10 @@ def test_contexts_nest_in_a_thread_and_exclude_other_threads(launches):
 
 @needs_compiler
 def test_the_driver_is_restored_after_an_error(launches):
-    before = triton_driver._installed()
+    before = triton_driver.installed()
     with pytest.raises(EmulationError, match="Argument y_ptr is a tensor on meta"):
         run_add(y=torch.empty(1000, device="meta"))
-    assert triton_driver._installed() is before
+    assert triton_driver.installed() is before
     assert launches == []
 
 

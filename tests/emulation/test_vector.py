@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import vector
 from attn_dispatch.emulation.assembly import parse_instruction
+from attn_dispatch.emulation.instructions import vector
 from support.emulation import (
     Row,
     check_row,

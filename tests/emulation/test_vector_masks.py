@@ -8,9 +8,9 @@ import operator
 import numpy as np
 import pytest
 
-from attn_dispatch.emulation import vector_masks
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
+from attn_dispatch.emulation.instructions import vector_masks
+from attn_dispatch.emulation.instructions.decode import decode
 from attn_dispatch.emulation.registers import VCC
 from attn_dispatch.emulation.targets import target_named
 from support.emulation import (

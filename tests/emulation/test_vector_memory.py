@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
 from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, WaitFault
+from attn_dispatch.emulation.instructions.decode import decode
+from attn_dispatch.emulation.instructions.vector_memory import opcodes
 from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
-from attn_dispatch.emulation.vector_memory import opcodes
 from attn_dispatch.emulation.waits import check_registers, publish
 from support.emulation import execute, register
 from support.memory_cases import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attn_dispatch.emulation.machine import Kernel, LaunchCounts, WaveOrder
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.targets import target_named
 
 __all__ = ["kernel_text", "launch"]

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import parse_instruction
-from attn_dispatch.emulation.decode import decode
-from attn_dispatch.emulation.lds import Lds
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.instructions.decode import decode
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
+from attn_dispatch.emulation.memory.lds import Lds
+from attn_dispatch.emulation.memory.scratch import Scratch
 from attn_dispatch.emulation.registers import EXEC, M0, VCC
-from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target, target_named
 from attn_dispatch.emulation.waves import WaveGroup, new_registers

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attn_dispatch.emulation.memory import GlobalMemory
+from attn_dispatch.emulation.memory.global_memory import GlobalMemory
+from attn_dispatch.emulation.memory.scratch import Scratch
 from attn_dispatch.emulation.registers import EXEC
-from attn_dispatch.emulation.scratch import Scratch
 from attn_dispatch.emulation.targets import target_named
 
 from .emulation import group_of, shared_by

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from attn_dispatch.emulation.bits import (
+from attn_dispatch.emulation.arithmetic.bits import (
     align_bits,
     align_bytes,
     bit_mask_32,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.arithmetic.bits import to_u64
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.bits import to_u64
 from attn_dispatch.emulation.errors import KernelFault, MemoryFault, UnknownInstruction
-from attn_dispatch.emulation.operands import U32, parse_operand, scalar_reader
-from attn_dispatch.emulation.semantics import Semantics
+from attn_dispatch.emulation.instructions.operands import U32, parse_operand, scalar_reader
+from attn_dispatch.emulation.instructions.semantics import Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
 from attn_dispatch.emulation.waves import WaveGroup

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes, repeated, unit_indices
+from attn_dispatch.emulation.memory.access import Bytes, repeated, unit_indices
 
 __all__ = ["AccessKind", "Conflict", "RaceDetector"]
 

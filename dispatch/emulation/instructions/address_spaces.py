@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.bits import to_u64
+from attn_dispatch.emulation.arithmetic.bits import to_u64
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.memory import StoresInFlight
-from attn_dispatch.emulation.operands import U32, parse_operand, scalar_reader
-from attn_dispatch.emulation.transfers import registers_of
+from attn_dispatch.emulation.instructions.operands import U32, parse_operand, scalar_reader
+from attn_dispatch.emulation.instructions.transfers import registers_of
+from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.emulation import numerics
+from attn_dispatch.emulation.arithmetic import numerics
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.modifiers import (
+from attn_dispatch.emulation.instructions.modifiers import (
     Form,
     applied,
     by_opcode,
@@ -22,7 +22,7 @@ from attn_dispatch.emulation.modifiers import (
     saturated,
     selections,
 )
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.operands import (
     F16,
     F32,
     I16,
@@ -37,7 +37,7 @@ from attn_dispatch.emulation.operands import (
     vector_writer,
     with_signs,
 )
-from attn_dispatch.emulation.semantics import Operation
+from attn_dispatch.emulation.instructions.semantics import Operation
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

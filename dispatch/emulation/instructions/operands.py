@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.arithmetic.numerics import high32, low32, to_u64
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.numerics import high32, low32, to_u64
 from attn_dispatch.emulation.registers import EXEC, M0, TTMP0, VCC, Registers
 from attn_dispatch.emulation.waves import WaveGroup
 

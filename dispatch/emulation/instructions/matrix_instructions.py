@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
-from attn_dispatch.emulation.matrix import (
+from attn_dispatch.emulation.arithmetic.matrix import (
     MatrixShape,
     multiply_cdna,
     multiply_rdna3,
     multiply_rdna4,
     shape_of,
 )
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
+from attn_dispatch.emulation.instructions.operands import (
     F16,
     F32,
     I32,
@@ -27,7 +27,7 @@ from attn_dispatch.emulation.operands import (
     constant,
     parse_operand,
 )
-from attn_dispatch.emulation.semantics import Execute, Semantics
+from attn_dispatch.emulation.instructions.semantics import Execute, Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import parse_operand
+from attn_dispatch.emulation.instructions.operands import parse_operand
 from attn_dispatch.emulation.registers import Registers
 from attn_dispatch.emulation.waves import WaveGroup
 

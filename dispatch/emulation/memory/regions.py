@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes, WrittenBytes
 from attn_dispatch.emulation.errors import EmulationError, UnwrittenRead, WaitFault
+from attn_dispatch.emulation.memory.access import Bytes, WrittenBytes
 
 __all__ = ["Region", "SavedRegion", "Store", "StoresInFlight", "access_text"]
 

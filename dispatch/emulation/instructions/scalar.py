@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from attn_dispatch.emulation.arithmetic.bits import high32, low32
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.bits import high32, low32
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.operands import (
     U32,
     U64,
     Kind,
@@ -21,8 +21,7 @@ from attn_dispatch.emulation.operands import (
     scalar_reader,
     scalar_writer,
 )
-from attn_dispatch.emulation.registers import EXEC
-from attn_dispatch.emulation.scalar_table import (
+from attn_dispatch.emulation.instructions.scalar_table import (
     EXEC_TABLE,
     PAIR,
     PLACES,
@@ -32,7 +31,8 @@ from attn_dispatch.emulation.scalar_table import (
     ExecScalar,
     Scalar,
 )
-from attn_dispatch.emulation.semantics import Execute, Semantics
+from attn_dispatch.emulation.instructions.semantics import Execute, Semantics
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

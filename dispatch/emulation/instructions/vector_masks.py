@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.emulation import numerics
+from attn_dispatch.emulation.arithmetic import numerics
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.modifiers import VectorOperands, clamped
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.modifiers import VectorOperands, clamped
+from attn_dispatch.emulation.instructions.operands import (
     F16,
     F32,
     I16,
@@ -29,8 +29,8 @@ from attn_dispatch.emulation.operands import (
     mask_writer,
     parse_operand,
 )
+from attn_dispatch.emulation.instructions.semantics import Operation, Semantics
 from attn_dispatch.emulation.registers import EXEC, VCC
-from attn_dispatch.emulation.semantics import Operation, Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

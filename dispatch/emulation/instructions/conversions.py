@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.emulation import fp8, numerics
+from attn_dispatch.emulation.arithmetic import fp8, numerics
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.modifiers import Form, by_opcode, decode_form
-from attn_dispatch.emulation.operands import F16, F32, I16, I32, U16, U32, U64, Kind
-from attn_dispatch.emulation.semantics import Operation
+from attn_dispatch.emulation.instructions.modifiers import Form, by_opcode, decode_form
+from attn_dispatch.emulation.instructions.operands import F16, F32, I16, I32, U16, U32, U64, Kind
+from attn_dispatch.emulation.instructions.semantics import Operation
 from attn_dispatch.emulation.targets import Target
 
 __all__ = ["FORMS", "fp8_forms", "decode"]

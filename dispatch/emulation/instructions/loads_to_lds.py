@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_dispatch.emulation.address_spaces import GlobalSpace, active_lanes
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.buffer import BufferSpace
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.registers import M0
-from attn_dispatch.emulation.semantics import Semantics
-from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.transfers import (
+from attn_dispatch.emulation.instructions.address_spaces import GlobalSpace, active_lanes
+from attn_dispatch.emulation.instructions.buffer import BufferSpace
+from attn_dispatch.emulation.instructions.semantics import Semantics
+from attn_dispatch.emulation.instructions.transfers import (
     CACHE_MODIFIERS,
     check_modifiers,
     integer_modifier,
     register_ids,
 )
+from attn_dispatch.emulation.registers import M0
+from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
 from attn_dispatch.emulation.waves import WaveGroup
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes, WrittenBytes, repeated, unit_indices
-from attn_dispatch.emulation.atomics import apply_atomic
 from attn_dispatch.emulation.errors import MemoryFault, RaceFault, UnwrittenRead, WaitFault
-from attn_dispatch.emulation.races import AccessKind, RaceDetector
+from attn_dispatch.emulation.memory.access import Bytes, WrittenBytes, repeated, unit_indices
+from attn_dispatch.emulation.memory.atomics import apply_atomic
+from attn_dispatch.emulation.memory.races import AccessKind, RaceDetector
 
 __all__ = ["Lds", "LdsAccess"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes, WrittenBytes
 from attn_dispatch.emulation.errors import MemoryFault, UnwrittenRead
+from attn_dispatch.emulation.memory.access import Bytes, WrittenBytes
 
 __all__ = ["Scratch"]
 

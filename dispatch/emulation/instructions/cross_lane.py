@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.arithmetic.lanes import permlane16_sources, swizzle_sources
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.lanes import permlane16_sources, swizzle_sources
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.operands import (
     U32,
     Operand,
     Reader,
@@ -26,7 +26,7 @@ from attn_dispatch.emulation.operands import (
     vector_reader,
     vector_writer,
 )
-from attn_dispatch.emulation.semantics import Semantics
+from attn_dispatch.emulation.instructions.semantics import Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
 from attn_dispatch.emulation.waves import WaveGroup

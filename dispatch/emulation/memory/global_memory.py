@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.atomics import apply_atomic
 from attn_dispatch.emulation.errors import EmulationError, MemoryFault
-from attn_dispatch.emulation.regions import Region, StoresInFlight, access_text
+from attn_dispatch.emulation.memory.atomics import apply_atomic
+from attn_dispatch.emulation.memory.regions import Region, StoresInFlight, access_text
 
 __all__ = ["GlobalMemory", "Region", "StoresInFlight"]
 

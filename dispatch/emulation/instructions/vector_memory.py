@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from attn_dispatch.emulation.address_spaces import AddressSpace, GlobalSpace, PrivateSpace
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.buffer import BufferSpace
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.semantics import Semantics
-from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.transfers import (
+from attn_dispatch.emulation.instructions.address_spaces import (
+    AddressSpace,
+    GlobalSpace,
+    PrivateSpace,
+)
+from attn_dispatch.emulation.instructions.buffer import BufferSpace
+from attn_dispatch.emulation.instructions.semantics import Semantics
+from attn_dispatch.emulation.instructions.transfers import (
     CACHE_MODIFIERS,
     CDNA_LOADS,
     CDNA_STORES,
@@ -29,6 +32,7 @@ from attn_dispatch.emulation.transfers import (
     register_ids,
     registers_of,
 )
+from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue, publish
 from attn_dispatch.emulation.waves import WaveGroup
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.arithmetic.lanes import dpp_sources, row_bank_lanes
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.lanes import dpp_sources, row_bank_lanes
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.operands import (
     U32,
     Kind,
     Reader,
@@ -30,7 +30,7 @@ from attn_dispatch.emulation.operands import (
     vector_writer,
     with_signs,
 )
-from attn_dispatch.emulation.semantics import Operation
+from attn_dispatch.emulation.instructions.semantics import Operation
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.emulation import numerics, vector_masks
+from attn_dispatch.emulation.arithmetic import numerics
+from attn_dispatch.emulation.arithmetic.lanes import mbcnt_masks
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.lanes import mbcnt_masks
-from attn_dispatch.emulation.modifiers import (
+from attn_dispatch.emulation.instructions import vector_masks
+from attn_dispatch.emulation.instructions.modifiers import (
     Form,
     VectorOperands,
     applied,
     by_opcode,
     decode_form,
 )
-from attn_dispatch.emulation.operands import (
+from attn_dispatch.emulation.instructions.operands import (
     F16,
     F32,
     I16,
@@ -35,7 +36,7 @@ from attn_dispatch.emulation.operands import (
     vector_reader,
     vector_writer,
 )
-from attn_dispatch.emulation.semantics import Operation, Semantics
+from attn_dispatch.emulation.instructions.semantics import Operation, Semantics
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.semantics import Semantics
-from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.transfers import (
+from attn_dispatch.emulation.instructions.semantics import Semantics
+from attn_dispatch.emulation.instructions.transfers import (
     LDS_LOADS,
     LDS_STORES,
     Transfer,
@@ -29,6 +28,7 @@ from attn_dispatch.emulation.transfers import (
     register_ids,
     registers_of,
 )
+from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
 from attn_dispatch.emulation.waves import WaveGroup
 

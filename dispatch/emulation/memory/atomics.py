@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.access import Bytes
+from attn_dispatch.emulation.arithmetic.numerics import from_bfloat16, to_bfloat16
 from attn_dispatch.emulation.errors import EmulationError
-from attn_dispatch.emulation.numerics import from_bfloat16, to_bfloat16
+from attn_dispatch.emulation.memory.access import Bytes
 
 __all__ = ["ATOMIC_OPERATIONS", "apply_atomic"]
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attn_dispatch.emulation import (
+from attn_dispatch.emulation.assembly import Assembly, Instruction
+from attn_dispatch.emulation.errors import UnknownInstruction
+from attn_dispatch.emulation.instructions import (
     conversions,
     cross_lane,
     lds_instructions,
@@ -20,11 +22,9 @@ from attn_dispatch.emulation import (
     vector,
     vector_memory,
 )
-from attn_dispatch.emulation.assembly import Assembly, Instruction
-from attn_dispatch.emulation.errors import UnknownInstruction
-from attn_dispatch.emulation.operands import check_alignment, parse_operand
+from attn_dispatch.emulation.instructions.operands import check_alignment, parse_operand
+from attn_dispatch.emulation.instructions.semantics import Execute, Operation, Semantics
 from attn_dispatch.emulation.registers import VCC
-from attn_dispatch.emulation.semantics import Execute, Operation, Semantics
 from attn_dispatch.emulation.targets import Target, target_named
 from attn_dispatch.emulation.waits import decode_wait
 from attn_dispatch.emulation.waves import WaveGroup

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation import fp8
+from attn_dispatch.emulation.arithmetic import fp8
+from attn_dispatch.emulation.arithmetic.numerics import from_bfloat16, to_bfloat16
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
-from attn_dispatch.emulation.numerics import from_bfloat16, to_bfloat16
 from attn_dispatch.emulation.targets import Target
 
 __all__ = ["MatrixShape", "multiply_cdna", "multiply_rdna3", "multiply_rdna4", "shape_of"]

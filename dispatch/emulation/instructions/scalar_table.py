@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.emulation import bits, numerics
-from attn_dispatch.emulation.operands import F16, F32, I32, U32, U64, Kind
+from attn_dispatch.emulation.arithmetic import bits, numerics
+from attn_dispatch.emulation.instructions.operands import F16, F32, I32, U32, U64, Kind
 
 __all__ = [
     "EXEC_TABLE",

@@ -1,0 +1,1 @@
+"""Global memory, LDS and private memory, and what is watched in them."""
