@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 from attn_dispatch.emulation.errors import EmulationError
 
@@ -44,11 +43,6 @@ class Instruction:
     modifiers: Mapping[str, str]
     source: str = ""
     second: Instruction | None = None
-
-    @property
-    def ends_block(self) -> bool:
-        """Whether control may go on elsewhere."""
-        return bool(_ENDS_BLOCK.match(self.opcode))
 
     def __str__(self) -> str:
         place = f" ({self.source})" if self.source else ""
@@ -95,55 +89,57 @@ class Argument:
     size: int
     kind: str
 
-    @property
-    def is_hidden(self) -> bool:
-        """Whether the runtime adds it, not the caller."""
-        return self.kind.startswith("hidden_")
 
-
-@dataclass(frozen=True)
 class Assembly:
     """The text of one kernel.
+
+    Args:
+        text: as LLVM prints it.
+
+    Attributes:
+        name: the kernel's.
+        target_name: the architecture that it was compiled for, such as gfx942.
+        arguments: those that the caller gives, in order.
+        hidden_arguments: those that the runtime adds.
+        instructions: all of them, in order.
+        blocks: the instructions by basic block: control enters at the first and leaves at the last.
+        block_of_label: label -> the index of the block that begins there.
 
     Raises:
         EmulationError: it has no kernel descriptor.
     """
 
-    text: str = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if not re.search(r"^\s*\.amdhsa_kernel ", self.text, re.M):
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.name = self._first(r"^\s*\.amdhsa_kernel (\S+)")
+        if not self.name:
             raise EmulationError(
                 "This is no assembly of an AMD kernel: it has no .amdhsa_kernel. Give the text of "
                 'compiled.asm["amdgcn"].'
             )
-
-    @cached_property
-    def name(self) -> str:
-        """The kernel's."""
-        return self._first(r"\.amdhsa_kernel (\S+)")
-
-    @cached_property
-    def target_name(self) -> str:
-        """The architecture that it was compiled for, such as gfx942."""
-        return self._first(r'\.amdgcn_target "[^"]*-(gfx\w+)[:"]')
+        self.target_name = self._first(r'\.amdgcn_target "[^"]*-(gfx\w+)[:"]')
+        pattern = r"\.offset: +(\d+)\n\s+\.size: +(\d+)\n\s+\.value_kind: +(\w+)"
+        found = re.findall(pattern, text)
+        arguments = [Argument(int(offset), int(size), kind) for offset, size, kind in found]
+        self.hidden_arguments = [each for each in arguments if each.kind.startswith("hidden_")]
+        self.arguments = [each for each in arguments if each not in self.hidden_arguments]
+        self.instructions, labels = self._body()
+        end = len(self.instructions)
+        ends = [i for i, each in enumerate(self.instructions, 1) if _ENDS_BLOCK.match(each.opcode)]
+        starts = sorted({0, *ends, *labels.values()} - {end})
+        bounds = zip(starts, [*starts[1:], end], strict=True)
+        self.blocks = [self.instructions[first:last] for first, last in bounds]
+        index = {start: i for i, start in enumerate(starts)}
+        self.block_of_label = {label: index[at] for label, at in labels.items() if at < end}
 
     def _first(self, pattern: str) -> str:
-        found = re.search(pattern, self.text)
+        found = re.search(pattern, self.text, re.MULTILINE)
         return found[1] if found else ""
 
     def descriptor(self, key: str) -> int:
         """A field of the kernel descriptor, `.amdhsa_KEY`; 0 if it is not there."""
         return int(self._first(rf"\.amdhsa_{key} (\d+)") or 0)
 
-    @cached_property
-    def arguments(self) -> tuple[Argument, ...]:
-        """All arguments, in order, hidden ones too."""
-        pattern = r"\.offset: +(\d+)\n\s+\.size: +(\d+)\n\s+\.value_kind: +(\w+)"
-        found = re.findall(pattern, self.text)
-        return tuple(Argument(int(offset), int(size), kind) for offset, size, kind in found)
-
-    @cached_property
     def _body(self) -> tuple[list[Instruction], dict[str, int]]:
         """The instructions, and the index of the one that each label is before."""
         instructions: list[Instruction] = []
@@ -166,26 +162,3 @@ class Assembly:
             elif not code.startswith("."):
                 instructions.append(parse_instruction(code, number, source))
         return instructions, labels
-
-    @property
-    def instructions(self) -> list[Instruction]:
-        """All instructions, in order."""
-        return self._body[0]
-
-    @cached_property
-    def blocks(self) -> list[list[Instruction]]:
-        """The instructions by basic block: control enters at the first and leaves at the last."""
-        return [self.instructions[start:end] for start, end in self._bounds]
-
-    @cached_property
-    def _bounds(self) -> list[tuple[int, int]]:
-        instructions, labels = self._body
-        ends = {i + 1 for i, each in enumerate(instructions) if each.ends_block}
-        starts = sorted({0, *ends, *labels.values()} - {len(instructions)})
-        return list(zip(starts, [*starts[1:], len(instructions)], strict=True))
-
-    @cached_property
-    def block_of_label(self) -> dict[str, int]:
-        """The index of the block that begins at a label."""
-        index = {start: i for i, (start, _) in enumerate(self._bounds)}
-        return {label: index[at] for label, at in self._body[1].items() if at in index}

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.assembly import Argument, Assembly
+from attn_dispatch.emulation.assembly import Assembly
 from attn_dispatch.emulation.errors import EmulationError
 from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.registers import TTMP0
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.waves import WaveGroup, new_registers
 
-__all__ = ["SCRATCH_DESCRIPTOR_BASE", "argument_segment", "initial_registers"]
+__all__ = ["SCRATCH_DESCRIPTOR_BASE", "argument_segment", "initial_waves"]
 
 #: User registers in the order in which they are given out, with how many each takes.
 _USER_REGISTERS = (
@@ -51,49 +51,27 @@ def argument_segment(
             out are 0.
 
     Raises:
-        EmulationError: there are more values than arguments, or one does not fit.
+        EmulationError: there are more values than arguments.
     """
-    visible = [each for each in assembly.arguments if not each.is_hidden]
-    if len(arguments) > len(visible):
+    if len(arguments) > len(assembly.arguments):
         raise EmulationError(
-            f"{assembly.name} takes {len(visible)} arguments; {len(arguments)} were given."
+            f"{assembly.name} takes {len(assembly.arguments)} arguments; {len(arguments)} were "
+            "given."
         )
-    segment = np.zeros(assembly.descriptor("kernarg_size"), np.uint8)
-    for argument, value in zip(visible, arguments, strict=False):
-        _put(segment, argument, _as_bytes(argument, value))
-    for argument in assembly.arguments:
-        value = _hidden_value(argument, grid, workgroup_size)
-        if value:
-            _put(segment, argument, _as_bytes(argument, value))
-    return segment
+    hidden = {"hidden_grid_dims": 3}  # what else a runtime gives, such as a queue, is 0 here
+    for axis, programs, lanes in zip("xyz", grid, (workgroup_size, 1, 1), strict=True):
+        hidden[f"hidden_block_count_{axis}"] = programs
+        hidden[f"hidden_group_size_{axis}"] = lanes
+    values = list(zip(assembly.arguments, arguments, strict=False))
+    values += [(each, hidden.get(each.kind, 0)) for each in assembly.hidden_arguments]
+    segment = bytearray(assembly.descriptor("kernarg_size"))
+    for argument, value in values:
+        end = argument.offset + argument.size
+        segment[argument.offset : end] = value.to_bytes(argument.size, "little")
+    return np.frombuffer(segment, np.uint8)
 
 
-def _as_bytes(argument: Argument, value: int) -> bytes:
-    bits = 8 * argument.size
-    if not -(1 << (bits - 1)) <= value < 1 << bits:
-        raise EmulationError(
-            f"The argument at offset {argument.offset} has {bits} bits; {value} does not fit."
-        )
-    return (value & ((1 << bits) - 1)).to_bytes(argument.size, "little")
-
-
-def _put(segment: NDArray[np.uint8], argument: Argument, data: bytes) -> None:
-    segment[argument.offset : argument.offset + argument.size] = np.frombuffer(data, np.uint8)
-
-
-def _hidden_value(argument: Argument, grid: tuple[int, int, int], workgroup_size: int) -> int:
-    """What the runtime puts there; 0 for what the emulator has not, such as a queue."""
-    name, _, axis = argument.kind.removeprefix("hidden_").rpartition("_")
-    if argument.kind == "hidden_grid_dims":
-        return 3
-    if not argument.is_hidden or axis not in "xyz":
-        return 0
-    dimension = "xyz".index(axis)
-    values = {"block_count": grid[dimension], "group_size": 1 if dimension else workgroup_size}
-    return values.get(name, 0)
-
-
-def initial_registers(
+def initial_waves(
     assembly: Assembly, shared: Shared, registers: tuple[int, int], argument_address: int
 ) -> WaveGroup:
     """All waves that run at a time, before their first instruction.
@@ -119,8 +97,20 @@ def initial_registers(
         scalar[TTMP0 + 8] = number << 25
     else:
         _workgroup_registers(assembly, scalar, place)
+    group.block = _first_block(assembly)
     group.v_u32[0] = (number * target.wave_size)[:, None] + np.arange(target.wave_size)
     return group
+
+
+def _first_block(assembly: Assembly) -> int:
+    """The block at which waves start.
+
+    With preloaded arguments, hardware skips the first 256 bytes, which load them in software.
+    """
+    if not assembly.descriptor("user_sgpr_kernarg_preload_length"):
+        return 0
+    branch = next(each for each in assembly.instructions if each.opcode == "s_branch")
+    return assembly.block_of_label[branch.operands[0]]
 
 
 def _user_registers(

@@ -8,36 +8,30 @@ of their own; the group that is farthest behind runs first, so that groups meet 
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.assembly import Assembly, Instruction
-from attn_dispatch.emulation.errors import (
-    EmulationError,
-    KernelFault,
-    WaveOrderFault,
-    add_note,
-)
+from attn_dispatch.emulation.assembly import Assembly
+from attn_dispatch.emulation.errors import EmulationError, KernelFault, WaveOrderFault, add_note
 from attn_dispatch.emulation.instructions.decode import Decoded, decode
-from attn_dispatch.emulation.launch_abi import argument_segment, initial_registers
+from attn_dispatch.emulation.launch_abi import argument_segment, initial_waves
 from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.memory.lds import Lds, LdsAccess
 from attn_dispatch.emulation.memory.scratch import Scratch
 from attn_dispatch.emulation.registers import EXEC, VCC
 from attn_dispatch.emulation.shared import Shared
 from attn_dispatch.emulation.targets import Target
-from attn_dispatch.emulation.waits import check_registers, finish_all, publish
+from attn_dispatch.emulation.waits import check_registers, finish_all
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["Kernel", "LaunchCounts", "Run", "WaveOrder"]
+__all__ = ["Kernel", "LaunchCounts", "WaveOrder"]
 
 #: "lockstep": all waves go on together. "forward" and "backward": workgroups run one after another,
 #: and the waves of a workgroup one after another from barrier to barrier, the first or the last one
@@ -65,7 +59,6 @@ class LaunchCounts:
         lds_bytes_read, lds_bytes_written: by all lanes.
         scratch_bytes_read, scratch_bytes_written: private memory, which is mostly spilled
             registers.
-        seconds: that the emulation took.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -76,7 +69,6 @@ class LaunchCounts:
     lds_bytes_written: int = 0
     scratch_bytes_read: int = 0
     scratch_bytes_written: int = 0
-    seconds: float = 0.0
 
     @property
     def total(self) -> int:
@@ -91,41 +83,30 @@ class Kernel:
         text: its assembly, as LLVM prints it.
         target: the GPU that it was compiled for.
 
+    Attributes:
+        name: the kernel's.
+        assembly: its text in parts.
+        vgprs: vector registers of a lane, without accumulation registers.
+        agprs: accumulation registers of a lane.
+        scratch_bytes: private memory of a lane.
+
     Raises:
         EmulationError: the text is no kernel's, or another target's.
     """
 
     def __init__(self, text: str, target: Target) -> None:
         self.assembly, self.target = Assembly(text), target
+        self.name = self.assembly.name
         compiled_for = self.assembly.target_name
         if compiled_for != target.name:
             raise EmulationError(
                 f"{self.name} was compiled for {compiled_for}, and cannot run on {target.name}."
             )
+        registers = self.assembly.descriptor("next_free_vgpr")
+        self.vgprs = self.assembly.descriptor("accum_offset") or registers
+        self.agprs = max(registers - self.vgprs, 0)
+        self.scratch_bytes = self.assembly.descriptor("private_segment_fixed_size")
         self._decoded: dict[int, list[Decoded]] = {}
-
-    @property
-    def name(self) -> str:
-        """The kernel's name."""
-        return self.assembly.name
-
-    @cached_property
-    def scratch_bytes(self) -> int:
-        """Private memory of a lane."""
-        return self.assembly.descriptor("private_segment_fixed_size")
-
-    @cached_property
-    def vgprs(self) -> int:
-        """Vector registers of a lane, without accumulation registers."""
-        offset = self.assembly.descriptor("accum_offset")
-        return offset or self.assembly.descriptor("next_free_vgpr")
-
-    @cached_property
-    def agprs(self) -> int:
-        """Accumulation registers of a lane."""
-        if not self.assembly.descriptor("accum_offset"):
-            return 0
-        return max(self.assembly.descriptor("next_free_vgpr") - self.vgprs, 0)
 
     def block(self, index: int) -> list[Decoded]:
         """The instructions of a basic block, decoded at the first use.
@@ -139,17 +120,6 @@ class Kernel:
                 found = [decode(each, self.target) for each in self.assembly.blocks[index]]
             self._decoded[index] = found
         return found
-
-    @cached_property
-    def first_block(self) -> int:
-        """The block at which waves start.
-
-        With preloaded arguments, hardware skips the first 256 bytes, which load them in software.
-        """
-        if not self.assembly.descriptor("user_sgpr_kernarg_preload_length"):
-            return 0
-        branch = next(each for each in self.assembly.instructions if each.opcode == "s_branch")
-        return self.assembly.block_of_label[branch.operands[0]]
 
     def launch(
         self,
@@ -176,9 +146,6 @@ class Kernel:
             UnknownInstruction: the emulator does not know an instruction.
             KernelFault: the kernel did what the hardware forbids or leaves undefined.
         """
-        if wave_order not in get_args(WaveOrder):
-            names = ", ".join(get_args(WaveOrder))
-            raise EmulationError(f"{wave_order!r} is no order of waves. Give one of {names}.")
         lds_bytes = max(lds_bytes, self.assembly.descriptor("group_segment_fixed_size"))
         if lds_bytes > self.target.lds_bytes:
             raise EmulationError(
@@ -186,58 +153,74 @@ class Kernel:
                 f"{self.target.lds_bytes}."
             )
         if wave_order == "both":
-            return self._launch_in_both_orders(grid, num_waves, lds_bytes, arguments, memory)
-        start = time.perf_counter()
-        segment = memory.allocate(
-            argument_segment(self.assembly, grid, num_waves * self.target.wave_size, arguments),
-            f"the arguments of {self.name}",
-        )
-        counts = LaunchCounts()
+            run = partial(self.launch, grid, num_waves, lds_bytes, arguments, memory)
+            return _in_both_orders(run, memory)
+        lanes, counts = self.target.wave_size, LaunchCounts()
         workgroups = np.arange(grid[0] * grid[1] * grid[2])
         if wave_order == "backward":
             workgroups = workgroups[::-1]
         at_once = max(1, _WAVES_AT_ONCE // num_waves) if wave_order == "lockstep" else 1
+        segment = memory.allocate(
+            argument_segment(self.assembly, grid, num_waves * lanes, arguments),
+            f"the arguments of {self.name}",
+        )
         try:
             for first in range(0, len(workgroups), at_once):
                 part = workgroups[first : first + at_once]
                 lds = Lds(len(part), lds_bytes)
-                lanes = self.target.wave_size
                 scratch = Scratch(len(part) * num_waves, lanes, self.scratch_bytes)
                 shared = Shared(self.target, grid, part, num_waves, memory, lds, scratch)
-                Run(self, shared, wave_order).finish(segment.address, counts)
+                registers = (self.vgprs, self.agprs)
+                waves = initial_waves(self.assembly, shared, registers, segment.address)
+                with np.errstate(all="ignore"):
+                    executed = _Run(self, shared).finish(_by_order(waves, wave_order))
+                self._count(executed, shared, counts)
         finally:
             memory.remove(segment)
-        counts.seconds = time.perf_counter() - start
         return counts
 
-    def _launch_in_both_orders(
-        self,
-        grid: tuple[int, int, int],
-        num_waves: int,
-        lds_bytes: int,
-        arguments: Sequence[int],
-        memory: GlobalMemory,
-    ) -> LaunchCounts:
-        """Run forward, then backward from the same memory, and compare all memory."""
+    def _count(self, executed: Counter[int], shared: Shared, counts: LaunchCounts) -> None:
+        """Add what waves executed; `executed`: index of a block -> how often."""
+        for index, times in executed.items():
+            for each in self.block(index):
+                counts.lines[each.text.line] += times
+                counts.sources[each.text.source.rpartition(":")[0]] += times
+                for name in each.opcodes:
+                    counts.instructions[name] += times
+        counts.waves += shared.num_waves
+        counts.lds_bytes_read += shared.lds.bytes_read
+        counts.lds_bytes_written += shared.lds.bytes_written
+        counts.scratch_bytes_read += shared.scratch.bytes_read
+        counts.scratch_bytes_written += shared.scratch.bytes_written
 
-        def run(order: WaveOrder) -> LaunchCounts:
-            return self.launch(grid, num_waves, lds_bytes, arguments, memory, wave_order=order)
 
-        before = [region.saved() for region in memory.regions]
-        run("forward")
-        first = [region.data.copy() for region in memory.regions]
-        for region, saved in zip(memory.regions, before, strict=True):
-            region.restore(saved)
-        counts = run("backward")
-        for region, expected in zip(memory.regions, first, strict=True):
-            if not np.array_equal(region.data, expected):
-                byte = int((region.data != expected).argmax())
-                raise WaveOrderFault(
-                    f"Byte {byte} of {region.name!r} depends on the order in which waves run: "
-                    f"{expected[byte]:#04x} if the first wave of a workgroup runs first, "
-                    f"{region.data[byte]:#04x} if the last one does."
-                )
-        return counts
+def _in_both_orders(run: Callable[..., LaunchCounts], memory: GlobalMemory) -> LaunchCounts:
+    """Run forward, then backward from the same memory, and compare all memory."""
+    before = [region.saved() for region in memory.regions]
+    run(wave_order="forward")
+    first = [region.data.copy() for region in memory.regions]
+    for region, saved in zip(memory.regions, before, strict=True):
+        region.restore(saved)
+    counts = run(wave_order="backward")
+    for region, expected in zip(memory.regions, first, strict=True):
+        if not np.array_equal(region.data, expected):
+            byte = int((region.data != expected).argmax())
+            raise WaveOrderFault(
+                f"Byte {byte} of {region.name!r} depends on the order in which waves run: "
+                f"{expected[byte]:#04x} if the first wave of a workgroup runs first, "
+                f"{region.data[byte]:#04x} if the last one does."
+            )
+    return counts
+
+
+def _by_order(waves: WaveGroup, order: WaveOrder) -> list[WaveGroup]:
+    """One group in lockstep; else one for each wave of the only workgroup, with its rank."""
+    if order == "lockstep":
+        return [waves]
+    groups = [waves.only(waves.ids == number) for number in waves.ids]
+    for number, group in enumerate(groups):
+        group.rank = -number if order == "backward" else number
+    return groups
 
 
 @contextmanager
@@ -252,82 +235,38 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Run:
-    """Runs workgroups of a launch at the same time.
+class _Run:
+    """Runs workgroups of a launch at the same time."""
 
-    Args:
-        kernel: the kernel.
-        shared: which workgroups, and what their waves share.
-        wave_order: in which order the waves of a workgroup run.
-    """
-
-    def __init__(self, kernel: Kernel, shared: Shared, wave_order: WaveOrder) -> None:
-        self.kernel, self.shared, self._order = kernel, shared, wave_order
+    def __init__(self, kernel: Kernel, shared: Shared) -> None:
+        self._kernel, self._shared = kernel, shared
         self._executed: Counter[int] = Counter()
 
-    def finish(self, argument_address: int, counts: LaunchCounts) -> None:
-        """Run until all waves have ended, and add what they executed to the counts."""
-        registers = (self.kernel.vgprs, self.kernel.agprs)
-        group = initial_registers(self.kernel.assembly, self.shared, registers, argument_address)
-        group.block = self.kernel.first_block
-        counts.waves += group.num_waves
-        with np.errstate(all="ignore"):
-            self._run(self._by_order(group))
-        for index, times in self._executed.items():
-            for each in self.kernel.block(index):
-                counts.lines[each.text.line] += times
-                counts.sources[each.text.source.rpartition(":")[0]] += times
-                for name in each.opcodes:
-                    counts.instructions[name] += times
-        counts.lds_bytes_read += self.shared.lds.bytes_read
-        counts.lds_bytes_written += self.shared.lds.bytes_written
-        counts.scratch_bytes_read += self.shared.scratch.bytes_read
-        counts.scratch_bytes_written += self.shared.scratch.bytes_written
-
-    def _by_order(self, group: WaveGroup) -> list[WaveGroup]:
-        """The group, or one for each wave number if waves run one after another."""
-        if self._order == "lockstep":
-            return [group]
-        number = group.ids % self.shared.waves_per_workgroup
-        return [group.only(number == i) for i in range(self.shared.waves_per_workgroup)]
-
-    def _rank(self, group: WaveGroup) -> int:
-        """Groups of the lowest rank run first, until they wait or end."""
-        if self._order == "lockstep":
-            return 0
-        number = int(group.ids[0] % self.shared.waves_per_workgroup)
-        return number if self._order == "forward" else -number
-
-    def _run(self, groups: list[WaveGroup]) -> None:
+    def finish(self, groups: list[WaveGroup]) -> Counter[int]:
+        """Run until all waves have ended; returns index of a block -> how often waves ran it."""
         executed = 0
         while groups:
             ready = [group for group in groups if not group.waits_at_barrier]
             if not ready:
                 self._release(groups)
                 continue
-            group = min(ready, key=lambda each: (self._rank(each), each.block))
+            group = min(ready, key=lambda each: (each.rank, each.block))
             groups.remove(group)
             for other in ready:
-                is_next = other is not group and self._rank(other) == self._rank(group)
-                if is_next and group.joins(other):
+                if other is not group and group.joins(other):
                     groups.remove(other)
                     group = group.joined(other)
-            is_alone = not any(self._rank(each) == self._rank(group) for each in groups)
-            while True:
-                executed += self._execute_block(group)
-                if executed > _LIMIT:
-                    raise KernelFault(
-                        f"{self.kernel.name} does not end: it has executed {executed} instructions."
-                    )
-                parts = self._next(group)
-                if len(parts) != 1 or not is_alone or parts[0].waits_at_barrier:
-                    groups += parts
-                    break
-                (group,) = parts
+            executed += self._execute_block(group)
+            if executed > _LIMIT:
+                raise KernelFault(
+                    f"{self._kernel.name} does not end: it has executed {executed} instructions."
+                )
+            groups += self._next(group)
+        return self._executed
 
     def _execute_block(self, group: WaveGroup) -> int:
         """Execute a basic block up to its last instruction; returns how many instructions."""
-        block = self.kernel.block(group.block)
+        block = self._kernel.block(group.block)
         self._executed[group.block] += group.num_waves
         for instruction in block:
             try:
@@ -336,67 +275,54 @@ class Run:
                     check_registers(group, parsed, reads, writes)
                 instruction.execute(group)
             except Exception as error:
-                target = self.shared.target.name
-                add_note(error, f"{self.kernel.name} on {target}, {instruction.text}")
+                target = self._shared.target.name
+                add_note(error, f"{self._kernel.name} on {target}, {instruction.text}")
                 raise
         return len(block)
 
     def _next(self, group: WaveGroup) -> list[WaveGroup]:
         """The group at the block that comes next; none if it has ended, two if waves differ."""
-        last = self.kernel.assembly.blocks[group.block][-1]
-        following = group.block + 1
+        assembly = self._kernel.assembly
+        last = assembly.blocks[group.block][-1]
+        group.block += 1
         if last.opcode == "s_endpgm":
             finish_all(group)
             return []
-        if last.opcode == "s_branch":
-            group.block = self._block_at(last)
-            return [group]
         if last.opcode in ("s_barrier", "s_barrier_wait"):
-            if last.opcode == "s_barrier":
-                publish(group)
-            group.block, group.waits_at_barrier = following, True
-            return [group]
-        if not last.opcode.startswith("s_cbranch"):
-            group.block = following
-            return [group]
-        taken = _CONDITIONS[last.opcode](group)
-        if taken.all() or not taken.any():
-            group.block = self._block_at(last) if taken.all() else following
-            return [group]
-        jump, stay = group.only(taken), group.only(~taken)
-        jump.block, stay.block = self._block_at(last), following
-        return [jump, stay]
-
-    def _block_at(self, branch: Instruction) -> int:
-        return self.kernel.assembly.block_of_label[branch.operands[0]]
+            group.waits_at_barrier = True
+        elif last.opcode == "s_branch":
+            group.block = assembly.block_of_label[last.operands[0]]
+        elif last.opcode in _CONDITIONS:
+            taken = _CONDITIONS[last.opcode](group)
+            differ = taken.any() and not taken.all()
+            parts = [group.only(taken), group.only(~taken)] if differ else [group]
+            if taken.any():
+                parts[0].block = assembly.block_of_label[last.operands[0]]
+            return parts
+        return [group]
 
     def _release(self, groups: Iterable[WaveGroup]) -> None:
         """Let all waves pass their barrier."""
         in_flight = []
         for group in groups:
             # RDNA4: accesses after the signal are not ordered with other waves' after the barrier.
-            late = (*group.pending, *(group.after_signal or ()))
-            in_flight += [each.access for each in late if isinstance(each.access, LdsAccess)]
+            late = (*[each.access for each in group.pending], *(group.after_signal or ()))
+            in_flight += [access for access in late if isinstance(access, LdsAccess)]
             group.waits_at_barrier, group.after_signal = False, None
-        self.shared.lds.new_epoch(in_flight)
+        self._shared.lds.new_epoch(in_flight)
 
 
-def _vcc_is_set(group: WaveGroup) -> NDArray[np.bool_]:
-    words = group.s_u32[VCC : VCC + group.lanes // 32]
-    return np.asarray((words != 0).any(axis=0))
-
-
-def _exec_is_set(group: WaveGroup) -> NDArray[np.bool_]:
-    words = group.s_u32[EXEC : EXEC + group.lanes // 32]
-    return np.asarray((words != 0).any(axis=0))
+def _any_bit(group: WaveGroup, first: int) -> NDArray[np.bool_]:
+    """(waves,) whether a scalar register, or a pair if waves have 64 lanes, is not 0."""
+    return np.asarray(group.s_u32[first : first + group.lanes // 32].any(axis=0))
 
 
 #: Which waves take a branch, (waves,) bool.
 _CONDITIONS: dict[str, Callable[[WaveGroup], NDArray[np.bool_]]] = {
     "s_cbranch_scc0": lambda group: ~group.scc,
     "s_cbranch_scc1": lambda group: group.scc,
-    "s_cbranch_vccz": lambda group: ~_vcc_is_set(group),
-    "s_cbranch_vccnz": _vcc_is_set,
-    "s_cbranch_execz": lambda group: ~_exec_is_set(group),
-    "s_cbranch_execnz": _exec_is_set,
+    "s_cbranch_vccz": lambda group: ~_any_bit(group, VCC),
+    "s_cbranch_vccnz": lambda group: _any_bit(group, VCC),
+    "s_cbranch_execz": lambda group: ~_any_bit(group, EXEC),
+    "s_cbranch_execnz": lambda group: _any_bit(group, EXEC),
 }

@@ -30,7 +30,7 @@ class Pending:
 
     Attributes:
         instruction: that issued it.
-        kind: as for `counter_of`.
+        kind: as for `waits.issue`.
         counters: that it adds to and that still count it.
         registers: `Registers.ids` that it will write.
         access: of memory: stores that are in flight, or accesses of LDS.
@@ -41,11 +41,6 @@ class Pending:
     counters: tuple[str, ...]
     registers: frozenset[int] = frozenset()
     access: StoresInFlight | LdsAccess | None = None
-
-    @property
-    def has_stores(self) -> bool:
-        """Whether lanes have stored to global memory."""
-        return isinstance(self.access, StoresInFlight) and bool(self.access.parts)
 
     def is_same(self, other: Pending) -> bool:
         """Whether both are the same instruction's, and counted by the same counters."""

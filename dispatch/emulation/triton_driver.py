@@ -1,4 +1,4 @@
-"""A Triton driver whose GPU is emulated, and the two ways to launch kernels on it.
+"""A Triton driver whose GPU is emulated.
 
 Triton asks its active driver for the target, compiles for it, and calls the driver's launcher. So
 any kernel runs unchanged: with autotuning, heuristics, launch hooks, `tl.num_programs`.
@@ -94,11 +94,11 @@ class Emulation:
         arguments = kernel_arguments(signature, values)
         self._names.update(argument.name for argument in arguments)
         encoded = [argument.encoded() for argument in arguments]
-        visible = [each for each in kernel.assembly.arguments if not each.is_hidden]
-        if len(visible) != len(encoded) + _SCRATCH_POINTERS:
+        expected = len(kernel.assembly.arguments) - _SCRATCH_POINTERS
+        if len(encoded) != expected:
             raise EmulationError(
-                f"{kernel.name} takes {len(visible)} arguments, and Triton {triton.__version__} "
-                f"gives {len(encoded)}: this version is not supported. 3.6 to 3.9 are."
+                f"{kernel.name} takes {expected} arguments, and Triton {triton.__version__} gives "
+                f"{len(encoded)}: this version is not supported. 3.6 to 3.9 are."
             )
         memory = memory_of(arguments, self.unwritten)
         start = time.perf_counter()

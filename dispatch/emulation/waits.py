@@ -24,7 +24,7 @@ from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["check_registers", "counter_of", "decode_wait", "finish_all", "issue", "publish"]
+__all__ = ["check_registers", "decode_wait", "finish_all", "issue", "publish"]
 
 #: Counters by generation: kind of operation -> counters that it adds to.
 _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
@@ -43,17 +43,6 @@ _COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def counter_of(kind: str, target: Target) -> tuple[str, ...]:
-    """The counters that a kind of operation adds to.
-
-    Args:
-        kind: "load" (also atomics that return a value), "store", "lds", "scalar", "flat" or
-            "flat_store".
-        target: whose instruction set it is.
-    """
-    return _COUNTERS[target.generation][kind]
-
-
 def issue(
     group: WaveGroup,
     instruction: Instruction,
@@ -61,12 +50,21 @@ def issue(
     registers: Iterable[int] = (),
     access: StoresInFlight | LdsAccess | None = None,
 ) -> None:
-    """Add an operation of all waves of a group to what is pending."""
-    counters = counter_of(kind, group.shared.target)
+    """Add an operation of all waves of a group to what is pending.
+
+    Args:
+        group: the waves.
+        instruction: that they execute.
+        kind: "load" (also atomics that return a value), "store", "lds", "scalar", "flat" or
+            "flat_store".
+        registers: `Registers.ids` that it will write.
+        access: of memory, if it is watched.
+    """
+    counters = _COUNTERS[group.shared.target.generation][kind]
     made = Pending(instruction, kind, counters, frozenset(registers), access)
     group.set_pending((*group.pending, made))
     if group.after_signal is not None and isinstance(access, LdsAccess):
-        group.after_signal += (made,)
+        group.after_signal += (access,)
 
 
 def check_registers(
@@ -101,17 +99,17 @@ def _register_name(number: int) -> str:
 
 # Instructions that wait ---------------------------------------------------------------------------
 
-_RDNA4 = re.compile(r"s_wait_(load|store|ds|km|sample|bvh|exp)cnt(?:_(ds)cnt)?")
-#: No operation of these kinds exists here.
-_NEVER_COUNTED = ("expcnt", "samplecnt", "bvhcnt")
+_RDNA4 = re.compile(r"s_wait_(load|store|ds|km|sample|bvh|exp)cnt(_dscnt)?")
 
 
 def decode_wait(instruction: Instruction, target: Target) -> Callable[[WaveGroup], None] | None:
-    """What a wait, or the signal of a barrier, does; None if the instruction is none.
+    """What a wait or a barrier does; None if the instruction is none.
 
     Raises:
         UnknownInstruction: a named barrier, or a wait that names no counter.
     """
+    if instruction.opcode == "s_barrier":
+        return publish
     if instruction.opcode in ("s_barrier_signal", "s_barrier_wait"):
         if instruction.operands != ("-1",):
             raise UnknownInstruction(f"{instruction}: only the barrier -1 is known.")
@@ -129,25 +127,24 @@ def decode_wait(instruction: Instruction, target: Target) -> Callable[[WaveGroup
 
 
 def _limits(instruction: Instruction) -> dict[str, int] | None:
-    """Counter -> how many operations may be left."""
+    """Counter -> how many operations may be left; also counters that nothing here adds to."""
     opcode = instruction.opcode
     if opcode == "s_waitcnt":
         found = re.findall(r"(\w+)\((\d+)\)", instruction.text)
         if not found:
             raise UnknownInstruction(f"{instruction.text}: a wait that names no counter")
-        return {name: int(count) for name, count in found if name not in _NEVER_COUNTED}
+        return {name: int(count) for name, count in found}
     if opcode == "s_waitcnt_vscnt":
         return {"vscnt": int(instruction.operands[1], 0)}
     if opcode == "s_wait_idle":
         return dict.fromkeys(("loadcnt", "storecnt", "dscnt", "kmcnt"), 0)
-    found_name = _RDNA4.fullmatch(opcode)
-    if not found_name:
+    name = _RDNA4.fullmatch(opcode)
+    if not name:
         return None
     value = int(instruction.operands[0], 0)
-    first = f"{found_name[1]}cnt"
-    if found_name[2]:  # two counters in one: the second in the lower six bits
-        return {first: value >> 8 & 63, "dscnt": value & 63}
-    return {} if first in _NEVER_COUNTED else {first: value}
+    if name[2]:  # two counters in one: the second in the lower six bits
+        return {f"{name[1]}cnt": value >> 8 & 63, "dscnt": value & 63}
+    return {f"{name[1]}cnt": value}
 
 
 def _wait(group: WaveGroup, counter: str, limit: int) -> None:
@@ -179,7 +176,8 @@ def _signal(group: WaveGroup) -> None:
     if group.after_signal is not None:
         raise KernelFault("A wave signals a barrier again, and has not waited for the last one.")
     publish(group)
-    group.after_signal = tuple(e for e in group.pending if isinstance(e.access, LdsAccess))
+    accesses = [each.access for each in group.pending]
+    group.after_signal = tuple([each for each in accesses if isinstance(each, LdsAccess)])
 
 
 def _wait_for_signals(group: WaveGroup) -> None:
@@ -205,21 +203,16 @@ def publish(group: WaveGroup, *, only_active: bool = False) -> None:
         group: the waves.
         only_active: only those with lanes in EXEC.
     """
-    if not group.unpublished:
-        return
-    now, left = group.unpublished, group.unpublished[:0]
-    chosen = np.asarray(group.exec.any(axis=1))
-    if only_active and not chosen.all():
-        now = tuple(each.only(group.ids[chosen]) for each in group.unpublished)
-        left = tuple(each.only(group.ids[~chosen]) for each in group.unpublished)
-    for each in now:
-        if isinstance(each.access, StoresInFlight):
-            group.shared.memory.retire(each.access)
-    group.unpublished = tuple(each for each in left if each.has_stores)
+    now, left = group.unpublished, StoresInFlight()
+    if only_active and not group.full:
+        chosen = np.asarray(group.exec.any(axis=1))
+        now, left = now.only(group.ids[chosen]), now.only(group.ids[~chosen])
+    group.shared.memory.retire(now)
+    group.unpublished = left
 
 
 def _finish(group: WaveGroup, operation: Pending) -> None:
     if isinstance(operation.access, StoresInFlight):
-        group.unpublished += (operation,)
+        group.unpublished = group.unpublished.joined(operation.access)
     elif operation.access is not None and operation.access.arrives_later:
         group.shared.lds.arrived(operation.access)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.memory.global_memory import StoresInFlight
+from attn_dispatch.emulation.memory.lds import LdsAccess
 from attn_dispatch.emulation.pending import Pending
 from attn_dispatch.emulation.registers import EXEC, NUM_SGPRS
 from attn_dispatch.emulation.shared import Shared
@@ -14,10 +17,8 @@ from attn_dispatch.emulation.shared import Shared
 __all__ = ["WaveGroup", "new_registers"]
 
 #: What registers hold before they are written: NaN as float32, and as two bfloat16 or float16.
-UNWRITTEN = 0xFFFFFFFF
-_KINDS = ("u32", "i32", "f32")
-_HALVES = ("u16", "i16", "f16")
-_DTYPES = {
+_UNWRITTEN = 0xFFFFFFFF
+_DTYPES: dict[str, Any] = {
     "u32": np.uint32, "i32": np.int32, "f32": np.float32,
     "u16": np.uint16, "i16": np.int16, "f16": np.float16,
 }  # fmt: skip
@@ -39,10 +40,12 @@ class WaveGroup:
         full: whether all lanes of all waves execute.
         block: the basic block that comes next.
         waits_at_barrier: it goes on when all waves of the workgroup wait, too.
+        rank: groups of the lowest rank run first, until they wait or end; waves of different ranks
+            never become one group.
         pending: memory operations that nothing has waited for yet, the oldest first.
         unpublished: stores that have arrived, but which nothing orders with other waves yet.
         after_signal: accesses of LDS that may happen after the signal of a barrier that the waves
-            have signalled but not passed; None if there is no such barrier.
+            have signalled but not passed (RDNA4); None if there is no such barrier.
     """
 
     s_u32: NDArray[np.uint32]
@@ -53,26 +56,25 @@ class WaveGroup:
         self,
         shared: Shared,
         ids: NDArray[np.int64],
-        registers: tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]],
+        registers: Sequence[NDArray[np.uint32]],
         scc: NDArray[np.bool_],
     ) -> None:
         self.shared, self.ids, self.scc = shared, ids, scc
         self.num_waves, self.lanes = len(ids), shared.target.wave_size
         self._registers = registers
         for file, array in zip("sva", registers, strict=True):
-            for kind in (*_KINDS, *_HALVES):
-                view = array.view(_DTYPES[kind])
-                if kind in _HALVES:
+            for kind, dtype in _DTYPES.items():
+                view = array.view(dtype)
+                if view.itemsize == 2:
                     view = view.reshape(*array.shape, 2)
                 setattr(self, f"{file}_{kind}", view)
                 if file == "s":
                     setattr(self, f"column_{kind}", view[:, :, None])
-        self.block = 0
-        self.waits_at_barrier = False
+        self.block, self.waits_at_barrier, self.rank = 0, False, 0
         self.pending: tuple[Pending, ...] = ()
         self.pending_registers: frozenset[int] = frozenset()
-        self.unpublished: tuple[Pending, ...] = ()
-        self.after_signal: tuple[Pending, ...] | None = None
+        self.unpublished = StoresInFlight()
+        self.after_signal: tuple[LdsAccess, ...] | None = None
         self.exec_changed()
 
     @property
@@ -138,45 +140,47 @@ class WaveGroup:
     def only(self, chosen: NDArray[np.bool_]) -> WaveGroup:
         """A group of some of the waves."""
         # Not array[:, chosen]: its axes would have another order in memory, and no 16-bit views.
-        scalar, vector, accumulation = (
-            np.compress(chosen, array, axis=1) for array in self._registers
-        )
-        registers = (scalar, vector, accumulation)
-        part = WaveGroup(self.shared, self.ids[chosen], registers, self.scc[chosen])
-        part.block, part.waits_at_barrier = self.block, self.waits_at_barrier
-        part.set_pending(tuple(each.only(part.ids) for each in self.pending))
-        stored = [each.only(part.ids) for each in self.unpublished]
-        part.unpublished = tuple(each for each in stored if each.has_stores)
+        registers = [np.compress(chosen, array, axis=1) for array in self._registers]
+        part = self._at_same_place(self.ids[chosen], registers, self.scc[chosen])
+        part.set_pending(tuple([each.only(part.ids) for each in self.pending]))
+        part.unpublished = self.unpublished.only(part.ids)
         if self.after_signal is not None:
-            part.after_signal = tuple(each.only(part.ids) for each in self.after_signal)
+            part.after_signal = tuple([each.only(part.ids) for each in self.after_signal])
         return part
 
     def joins(self, other: WaveGroup) -> bool:
         """Whether the two can be one group: same place, same operations pending."""
         return (
-            self.block == other.block
-            and self.waits_at_barrier == other.waits_at_barrier
+            (self.block, self.waits_at_barrier, self.rank)
+            == (other.block, other.waits_at_barrier, other.rank)
             and (self.after_signal is None) == (other.after_signal is None)
-            and _are_same(self.pending, other.pending)
-            and _are_same(self.after_signal or (), other.after_signal or ())
+            and len(self.pending) == len(other.pending)
+            and all(a.is_same(b) for a, b in zip(self.pending, other.pending, strict=True))
         )
 
     def joined(self, other: WaveGroup) -> WaveGroup:
         """One group of the waves of both."""
         pairs = zip(self._registers, other._registers, strict=True)
-        scalar, vector, accumulation = (np.concatenate(pair, axis=1) for pair in pairs)
-        both = WaveGroup(
-            self.shared,
+        both = self._at_same_place(
             np.concatenate([self.ids, other.ids]),
-            (scalar, vector, accumulation),
+            [np.concatenate(pair, axis=1) for pair in pairs],
             np.concatenate([self.scc, other.scc]),
         )
-        both.block, both.waits_at_barrier = self.block, self.waits_at_barrier
-        both.set_pending(_joined(self.pending, other.pending))
-        both.unpublished = self.unpublished + other.unpublished
+        operations = zip(self.pending, other.pending, strict=True)
+        both.set_pending(tuple([one.joined(another) for one, another in operations]))
+        both.unpublished = self.unpublished.joined(other.unpublished)
         if self.after_signal is not None and other.after_signal is not None:
-            both.after_signal = _joined(self.after_signal, other.after_signal)
+            both.after_signal = self.after_signal + other.after_signal
         return both
+
+    def _at_same_place(
+        self, ids: NDArray[np.int64], registers: Sequence[NDArray[Any]], scc: NDArray[np.bool_]
+    ) -> WaveGroup:
+        """A new group at the place of this one."""
+        group = WaveGroup(self.shared, ids, registers, scc)
+        group.block, group.waits_at_barrier = self.block, self.waits_at_barrier
+        group.rank = self.rank
+        return group
 
     def set_pending(self, pending: tuple[Pending, ...]) -> None:
         """Replace the operations that are pending."""
@@ -184,21 +188,9 @@ class WaveGroup:
         self.pending_registers = frozenset().union(*[each.registers for each in pending])
 
 
-def _are_same(one: tuple[Pending, ...], other: tuple[Pending, ...]) -> bool:
-    return len(one) == len(other) and all(a.is_same(b) for a, b in zip(one, other, strict=True))
-
-
-def _joined(one: tuple[Pending, ...], other: tuple[Pending, ...]) -> tuple[Pending, ...]:
-    return tuple(a.joined(b) for a, b in zip(one, other, strict=True))
-
-
-def new_registers(
-    waves: int, lanes: int, vgprs: int, agprs: int
-) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]:
+def new_registers(waves: int, lanes: int, vgprs: int, agprs: int) -> list[NDArray[np.uint32]]:
     """Register files that were never written, with all lanes in EXEC."""
-    scalar = np.full((NUM_SGPRS, waves), UNWRITTEN, np.uint32)
-    scalar[EXEC + lanes // 32 :] = 0
-    vector, accumulation = (
-        np.full((count, waves, lanes), UNWRITTEN, np.uint32) for count in (vgprs, agprs)
-    )
-    return scalar, vector, accumulation
+    shapes = ((NUM_SGPRS, waves), (vgprs, waves, lanes), (agprs, waves, lanes))
+    files = [np.full(shape, _UNWRITTEN, np.uint32) for shape in shapes]
+    files[0][EXEC + lanes // 32 :] = 0
+    return files

@@ -95,8 +95,8 @@ def test_descriptor_and_arguments():
     assert (assembly.name, assembly.target_name) == ("tiny", "gfx90a")
     assert assembly.descriptor("private_segment_fixed_size") == 20
     assert assembly.descriptor("no_such_field") == 0
-    found = [(each.offset, each.size, each.is_hidden) for each in assembly.arguments]
-    assert found == [(0, 8, False), (8, 4, False), (12, 4, True)]
+    assert [(each.offset, each.size) for each in assembly.arguments] == [(0, 8), (8, 4)]
+    assert [(each.offset, each.size) for each in assembly.hidden_arguments] == [(12, 4)]
 
 
 def test_other_text_is_rejected():
