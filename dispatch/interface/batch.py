@@ -126,8 +126,9 @@ class AttentionBatch:
             seq_lens: keys of each request, the new ones included.
             block_table: as the attribute; int64 is taken too.
             block_size: as the attribute. With it and a block table, but without a slot_mapping,
-                the slots of the new tokens are derived: they are the last query_len ones of each
-                request, and −1 for a request without keys, which pads the batch.
+                the slots of the new keys are derived: they are the last ones of each request,
+                key_lens of them or else query_lens, and −1 for a request without keys, which pads
+                the batch.
             slot_mapping: as the attribute; int32 is taken too.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go; None for the default device.
@@ -163,9 +164,10 @@ class AttentionBatch:
         if slot_mapping is not None:
             check_slot_tensor(slot_mapping)
             slot_mapping = slot_mapping.to(device, torch.int64)
-        elif block_table is not None and block_size is not None and keys is None:
-            check_room(block_table, queries, seqs, max_seq_len, block_size)
-            slot_mapping = compute_slots(queries, seqs, block_table, block_size).to(device)
+        elif block_table is not None and block_size is not None:
+            written = queries if keys is None else keys
+            check_room(block_table, written, seqs, max_seq_len, block_size, is_query=keys is None)
+            slot_mapping = compute_slots(written, seqs, block_table, block_size).to(device)
         mask = more.get("custom_mask")
         if mask is not None:
             check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)

@@ -194,17 +194,28 @@ def _is_readable(tensor: torch.Tensor) -> bool:
 
 def check_room(
     block_table: torch.Tensor,
-    queries: torch.Tensor,
+    new: torch.Tensor,
     seqs: torch.Tensor,
     longest: int,
     block_size: int,
+    *,
+    is_query: bool = True,
 ) -> None:
-    """Check that the last query_len positions of each request exist and have blocks."""
-    wrong = (seqs < queries) & (seqs > 0)
+    """Check that the last positions of each request, those of its new keys, exist and have blocks.
+
+    Args:
+        block_table: (num_reqs, max_blocks).
+        new: (num_reqs,) how many new keys each request has.
+        seqs: (num_reqs,) how many keys, the new ones included.
+        longest: the largest of `seqs`.
+        block_size: tokens per block.
+        is_query: the new keys are those of the new tokens.
+    """
+    wrong = (seqs < new) & (seqs > 0)
     if wrong.any():
-        request = int(wrong.nonzero()[0])
+        request, what = int(wrong.nonzero()[0]), "tokens" if is_query else "rows of key"
         raise InvalidInputError(
-            f"Request {request} has {int(queries[request])} new tokens and {int(seqs[request])} "
+            f"Request {request} has {int(new[request])} new {what} and {int(seqs[request])} "
             "keys. seq_lens counts the new ones too."
         )
     check_columns(block_table, longest, block_size)
