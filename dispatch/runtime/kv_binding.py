@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,12 +16,14 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.interface.validation import check_tensors
 from attn_dispatch.runtime.layer import Attention
+from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
 
 __all__ = ["bind_kv_caches"]
 
 
 def bind_kv_caches(
-    layers: nn.Module | Mapping[str, Attention], caches: Mapping[str, torch.Tensor]
+    layers: nn.Module | Mapping[str, Attention] | Sequence[Attention],
+    caches: Mapping[str, torch.Tensor],
 ) -> None:
     """Give each layer its cache, by name; a sharing layer gets the cache of its target.
 
@@ -29,7 +31,8 @@ def bind_kv_caches(
     again. Layers of encoders have no cache. Layers that share a cache also share its scales.
 
     Args:
-        layers: a model, whose Attention layers are named by their prefix; or layers by name.
+        layers: a model or a list, whose Attention layers are named by their prefix; or layers by
+            name.
         caches: layer name -> cache, as KVCachePlan.allocate makes them.
 
     Raises:
@@ -103,19 +106,16 @@ def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> Attent
 
 
 def _layers_by_name(layers: object) -> dict[str, Attention]:
-    named: dict[str, Attention] = {}
     if isinstance(layers, nn.Module):
-        for each in layers.modules():
-            if isinstance(each, Attention) and named.setdefault(each.prefix, each) is not each:
-                raise InvalidInputError(
-                    f"Two layers of the model have the prefix {each.prefix!r}. Give each its own."
-                )
-        return named
+        return layers_of_model(layers)
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
+        return layers_by_prefix(layers)
     if not isinstance(layers, Mapping):
         raise InvalidInputError(
-            f"layers is a {type(layers).__name__}; give a model, or a mapping from names to its "
-            "Attention layers."
+            f"layers is a {type(layers).__name__}; give a model, a list of its Attention layers, "
+            "or a mapping from names to them."
         )
+    named: dict[str, Attention] = {}
     for name, layer in layers.items():
         if not isinstance(layer, Attention):
             raise InvalidInputError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -20,6 +21,9 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device import DeviceProfile
+from attn_dispatch.runtime.kv_regions import KVRegion, regions_of
+from attn_dispatch.runtime.layer import Attention
+from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
 from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.report import Report
 from attn_dispatch.selection.resolve import SelectionContext
@@ -91,9 +95,37 @@ class KVCachePlan:
         }
         return caches | {name: caches[target] for name, target in self.shared.items()}
 
+    def regions(self, num_blocks: int, *, split: bool = True) -> list[KVRegion]:
+        """Where the content of a block is in each cache of `allocate(num_blocks)`.
+
+        A cache that layers share is listed once, under the layer that writes it; `shared` names
+        the others. The regions of a block do not overlap, and together they are the block.
+
+        Args:
+            num_blocks: of each cache.
+            split: False for one region with content "block" per cache, in place of one for each
+                kind of content.
+
+        Raises:
+            InvalidInputError: num_blocks is not an integer, or negative.
+        """
+        num_blocks = as_int("num_blocks", num_blocks, 0)
+        return [
+            region
+            for name, shape in self.shapes.items()
+            for region in regions_of(
+                name,
+                self.specs[name],
+                (num_blocks, *shape),
+                self.stride_orders[name],
+                self.dtypes[name],
+                split=split,
+            )
+        ]
+
 
 def plan_kv_cache(
-    layers: Mapping[str, AttentionSpec],
+    layers: nn.Module | Mapping[str, AttentionSpec | Attention] | Sequence[Attention],
     device: torch.device | str | DeviceProfile | None = None,
     *,
     shared: Mapping[str, str] | None = None,
@@ -105,36 +137,46 @@ def plan_kv_cache(
     this device's order.
 
     Args:
-        layers: layer name -> spec. A block_size or kv_cache_layout of None is chosen by the plan;
-            any other value is kept.
-        device: as for `resolve`.
-        shared: layer name -> the layer whose cache it reads, for layers with kv_sharing.
-        backend: as for `resolve`.
+        layers: layer name -> spec or layer; or a model or a list, whose Attention layers are named
+            by their prefix. A block_size or kv_cache_layout of None is chosen by the plan; any
+            other value is kept. What a layer took from a cache that is bound to it is open again.
+        device: as for `resolve`; None for the device of each layer, if layers are given.
+        shared: layer name -> the layer whose cache it reads, for specs with kv_sharing; Attention
+            layers name theirs.
+        backend: as for `resolve`; only for specs, as layers keep the overrides they were made
+            with.
 
     Raises:
         UnsupportedError: no layout and block size is accepted by all; the message names the
             smallest set of layers that conflict, with what each accepts. Or a layer has no backend.
-        InvalidInputError: a sharing layer's target is missing or does not fit, or an argument is
-            of another type.
+        InvalidInputError: a sharing layer's target is missing or does not fit, an argument is
+            of another type, a model has no Attention layer, or two layers have one name.
     """
+    named = _by_name(layers)
     shared = {} if shared is None else shared
-    _check_types(layers, shared)
+    _check_types(named, shared)
+    modules = {name: each for name, each in named.items() if isinstance(each, Attention)}
+    shared = _with_targets(shared, modules)
+    if modules and backend is not None:
+        raise InvalidInputError(
+            f"backend={shown(backend)} is given with Attention layers, which keep the overrides "
+            "they were made with. Give it to the layers, or plan over their specs."
+        )
+    specs = {name: _spec_of(each) for name, each in named.items()}
     cached = {
-        name: spec for name, spec in layers.items() if AttentionType(spec.attn_type).has_kv_cache
+        name: spec for name, spec in specs.items() if AttentionType(spec.attn_type).has_kv_cache
     }
     for name in shared:
         if name not in cached:
             raise InvalidInputError(f"shared= names {name!r}, which is not a layer with a cache.")
     for name, spec in cached.items():
         _check_sharing(name, spec, cached, shared)
-    # Without tables: they compare backends over one cache, and not block sizes or layouts. What
-    # they pick for a batch must take the cache that is planned here.
-    context = dataclasses.replace(SelectionContext.current(device, backend), tables=())
-    block_size, layout = _choose(cached, context)
+    contexts = {name: _context(modules.get(name), device, backend) for name in cached}
+    block_size, layout = _choose(cached, contexts)
     choice = {"block_size": block_size, "kv_cache_layout": layout}
-    specs = dict(layers) | {name: spec.replace(**choice) for name, spec in cached.items()}
+    specs |= {name: spec.replace(**choice) for name, spec in cached.items()}
     shapes, orders, dtypes = {}, {}, {}
-    for name in cached:
+    for name, context in contexts.items():
         if name in shared:
             continue
         spec = specs[name]
@@ -144,29 +186,80 @@ def plan_kv_cache(
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, context.device.arch)
-    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, dict(shared))
+    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
 
 
-def _check_types(layers: Any, shared: Any) -> None:
-    for name, mapping, content in (
-        ("layers", layers, "the name of each layer to its AttentionSpec"),
-        ("shared", shared, "the name of a layer to that of the layer whose cache it reads"),
-    ):
-        if not isinstance(mapping, Mapping):
+def _by_name(layers: Any) -> Mapping[Any, Any]:
+    """Specs or layers by name, still unchecked."""
+    if isinstance(layers, Mapping):
+        return layers
+    if isinstance(layers, nn.Module):
+        named = layers_of_model(layers)
+        if not named:
             raise InvalidInputError(
-                f"{name} is a {type(mapping).__name__}; it must be a mapping from {content}."
+                f"The {type(layers).__name__} has no Attention layer. Make its attention layers "
+                "by attn_dispatch.Attention, or give a mapping from names to specs."
             )
-    for name, spec in layers.items():
-        if not isinstance(name, str) or not isinstance(spec, AttentionSpec):
+        return named
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
+        return layers_by_prefix(layers)
+    raise InvalidInputError(
+        f"layers is a {type(layers).__name__}; it must be a mapping from the name of each layer to "
+        "its AttentionSpec, a model, or a list of Attention layers."
+    )
+
+
+def _check_types(named: Mapping[Any, Any], shared: Any) -> None:
+    for name, each in named.items():
+        if not isinstance(name, str) or not isinstance(each, (AttentionSpec, Attention)):
             raise InvalidInputError(
-                f"layers has a {type(spec).__name__} under {shown(name)}; it must have an "
-                "AttentionSpec under each layer's name. That of an Attention layer is its spec."
+                f"layers has a {type(each).__name__} under {shown(name)}; it must have an "
+                "AttentionSpec or an Attention layer under each layer's name."
             )
+    if not isinstance(shared, Mapping):
+        raise InvalidInputError(
+            f"shared is a {type(shared).__name__}; it must be a mapping from the name of a layer "
+            "to that of the layer whose cache it reads."
+        )
     for name, target in shared.items():
         if not isinstance(name, str) or not isinstance(target, str):
             raise InvalidInputError(
                 f"shared has {shown(target)} under {shown(name)}; both must be names of layers."
             )
+
+
+def _with_targets(shared: Mapping[str, str], modules: Mapping[str, Attention]) -> dict[str, str]:
+    """`shared`, and the layers whose caches Attention layers read."""
+    targets = dict(shared)
+    for name, each in modules.items():
+        target = each.kv_sharing_target_layer_name
+        if target is not None and targets.setdefault(name, target) != target:
+            raise InvalidInputError(
+                f"Layer {name!r} was made to read the cache of {target!r}, and shared= names "
+                f"{targets[name]!r}. Leave it out of shared=."
+            )
+    return targets
+
+
+def _spec_of(each: AttentionSpec | Attention) -> AttentionSpec:
+    """A spec; that of a layer without what it took from a cache."""
+    return each._declared_spec if isinstance(each, Attention) else each
+
+
+def _context(
+    module: Attention | None,
+    device: torch.device | str | DeviceProfile | None,
+    backend: str | None,
+) -> SelectionContext:
+    """The context in which a layer's backends are picked."""
+    rules = None
+    if module is not None:
+        rules = module._rules
+        device = module._device if device is None else device
+    context = SelectionContext.current(device, backend, rules=rules)
+    # Without tables: they compare backends over one cache, and not block sizes or layouts. What
+    # they pick for a batch must take the cache that is planned here.
+    return dataclasses.replace(context, tables=())
 
 
 #: Fields that must be equal in layers that share a cache.
@@ -205,29 +298,34 @@ _Choice = tuple[int, str]
 _Ranks = dict[Phase, dict[_Choice, tuple[int, int]]]
 
 
-def _choose(layers: Mapping[str, AttentionSpec], context: SelectionContext) -> _Choice:
+def _choose(
+    layers: Mapping[str, AttentionSpec], contexts: Mapping[str, SelectionContext]
+) -> _Choice:
     """The best block size and layout that every layer's backends accept, in every phase."""
     fixed = sorted({spec.block_size for spec in layers.values() if spec.block_size})
     sizes = tuple(dict.fromkeys([*BLOCK_SIZES, *fixed]))
-    ranks: dict[AttentionSpec, _Ranks] = {}
+    found: dict[tuple[object, ...], _Ranks] = {}
+    ranks: dict[str, _Ranks] = {}
     for name, spec in layers.items():
+        context = contexts[name]
+        key = (spec, context.device, context.rules)
         try:
-            ranks[spec] = ranks.get(spec) or _ranks(spec, context, sizes)
+            ranks[name] = found[key] = found.get(key) or _ranks(spec, context, sizes)
         except UnsupportedError as error:
             raise UnsupportedError(f"Layer {name!r}: {error}", error.report) from error
 
     def total(choice: _Choice) -> tuple[int, ...]:
-        each = (by[choice] for spec in layers.values() for by in ranks[spec].values())
+        each = (by[choice] for phases in ranks.values() for by in phases.values())
         return tuple(map(sum, zip(*each, strict=True)))
 
-    accepted = [by for phases in ranks.values() for by in phases.values()]
+    accepted = [by for phases in found.values() for by in phases.values()]
     common = [
         choice
         for choice in itertools.product(sizes, STRIDE_ORDERS)
         if all(choice in by for by in accepted)
     ]
     if not common:
-        raise UnsupportedError(_conflict({name: ranks[spec] for name, spec in layers.items()}))
+        raise UnsupportedError(_conflict(ranks))
     return min(common, key=total)
 
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from attn_dispatch import plan_kv_cache
+from attn_dispatch import Attention, attention_backend, bind_kv_caches, plan_kv_cache
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import AnyOf, MultipleOf, OneOf
 from attn_dispatch.interface.types import AttentionType
@@ -333,3 +333,139 @@ def test_a_layer_without_a_backend_is_named_with_the_reasons():
     assert message.startswith("Layer 'hopeless': ")
     assert "TORCH_SDPA: sinks=True is not supported" in message
     assert "TORCH_SDPA: block_size" not in message
+
+
+# --- Layers in place of specs -----------------------------------------------------------------
+
+SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32}
+
+
+def attention_layer(prefix: str = "", **fields) -> Attention:
+    return Attention(**{**SHAPE, "device": "cpu", "block_size": None, "prefix": prefix, **fields})
+
+
+class Model(torch.nn.Module):
+    """Three layers under names that are not their prefixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = attention_layer("layers.0")
+        self.rest = torch.nn.ModuleList(
+            [
+                attention_layer("layers.1", sliding_window=8),
+                attention_layer("layers.2", kv_sharing_target_layer_name="layers.0"),
+            ]
+        )
+        self.norm = torch.nn.LayerNorm(4)
+
+
+def layers_of(model: Model) -> list[Attention]:
+    return [model.first, *model.rest]
+
+
+FORMS = {
+    "a model": lambda model: model,
+    "a list": layers_of,
+    "a tuple": lambda model: tuple(layers_of(model)),
+    "a module list": lambda model: torch.nn.ModuleList(layers_of(model)),
+    "layers by name": lambda model: {each.prefix: each for each in layers_of(model)},
+    "layers and a spec by name": lambda model: {
+        "layers.0": model.first.spec,
+        "layers.1": model.rest[0],
+        "layers.2": model.rest[1],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_layers_gives_the_plan_of_their_specs(form):
+    model = Model()
+    specs = {each.prefix: each.spec for each in layers_of(model)}
+    expected = plan_kv_cache(specs, "cpu", shared={"layers.2": "layers.0"})
+    assert plan_kv_cache(FORMS[form](model)) == expected
+
+
+@pytest.mark.parametrize("form", ["a model", "a list", "layers by name"])
+def test_the_caches_of_a_models_plan_fit_the_model(form):
+    model = Model()
+    plan = plan_kv_cache(FORMS[form](model))
+    caches = plan.allocate(3, "cpu")
+    bind_kv_caches(FORMS[form](model), caches)
+    assert model.first.kv_cache is caches["layers.0"]
+    assert model.rest[1].kv_cache is caches["layers.0"]
+    assert {each.spec for each in layers_of(model)} == set(plan.specs.values())
+
+
+def test_what_a_layer_took_from_a_cache_is_planned_again():
+    model = Model()
+    bind_kv_caches(
+        model,
+        plan_kv_cache({**FORMS["layers by name"](model), "z": layer(block_size=32)}).allocate(
+            1, "cpu"
+        ),
+    )
+    assert model.first.spec.block_size == 32
+    assert plan_kv_cache(model).block_size == 16
+
+
+def test_layers_keep_the_overrides_that_they_were_made_with():
+    with registered(make_backend("ONLY_128", block_size=blocks(128))):
+        required = attention_layer("a", backend="decode=ONLY_128")
+        with attention_backend("decode=ONLY_128"):
+            inside = attention_layer("b")
+        assert plan_kv_cache([required, attention_layer("c")]).block_size == 128
+        assert plan_kv_cache([inside]).block_size == 128
+        with attention_backend("decode=ONLY_128"):
+            assert plan_kv_cache([attention_layer("d", backend="REFERENCE")]).block_size == 16
+
+
+def test_equal_specs_with_different_overrides_conflict():
+    with registered(
+        make_backend("ONLY_16", block_size=blocks(16)),
+        make_backend("ONLY_32", block_size=blocks(32)),
+    ):
+        layers = [attention_layer("a", backend="ONLY_16"), attention_layer("b", backend="ONLY_32")]
+        with pytest.raises(UnsupportedError) as error:
+            plan_kv_cache(layers)
+    assert "  a: block_size 16 in NHD or HND\n  b: block_size 32 in NHD or HND\n" in str(
+        error.value
+    )
+
+
+def test_a_layer_on_the_meta_device_is_planned_for_the_given_device():
+    model = [attention_layer("a", device="meta")]
+    assert plan_kv_cache(model, "cpu").shapes == {"a": (2, 16, 2, 16)}
+
+
+WRONG_LAYERS = {
+    "equal prefixes": (lambda: [attention_layer(), attention_layer()], "have the prefix ''"),
+    "a list of specs": (lambda: [open_layer()], r"layers\[0\] is .*, which has no name"),
+    "a model without layers": (lambda: torch.nn.Linear(1, 1), "The Linear has no Attention layer"),
+    "a spec": (open_layer, "layers is a AttentionSpec; it must be a mapping"),
+    "a string": (lambda: "layers", "layers is a str; it must be a mapping"),
+    "another module by name": (lambda: {"a": torch.nn.Linear(1, 1)}, "layers has a Linear under"),
+    "a target that is missing": (
+        lambda: [attention_layer("b", kv_sharing_target_layer_name="a")],
+        "Layer 'b' shares the cache of 'a', which is not a layer with a cache of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize(("layers", "message"), WRONG_LAYERS.values(), ids=WRONG_LAYERS)
+def test_wrong_layers_are_rejected(layers, message):
+    with pytest.raises(InvalidInputError, match=message):
+        plan_kv_cache(layers())
+
+
+def test_an_override_for_layers_that_have_their_own_is_rejected():
+    with pytest.raises(InvalidInputError, match="backend='REFERENCE' is given with Attention"):
+        plan_kv_cache([attention_layer()], backend="REFERENCE")
+
+
+def test_another_target_than_the_layers_own_is_rejected():
+    with pytest.raises(
+        InvalidInputError, match=r"made to read the cache of 'layers\.0', and shared="
+    ):
+        plan_kv_cache(Model(), shared={"layers.2": "layers.1"})
+    plan = plan_kv_cache(Model(), shared={"layers.2": "layers.0"})
+    assert plan.shared == {"layers.2": "layers.0"}
