@@ -37,8 +37,9 @@ def emulated(
     Args:
         arch: gfx90a, gfx942, gfx950, gfx1100 or gfx1201.
         wave_order: "lockstep": all waves of a program go on together. "forward" and "backward": one
-            after another from barrier to barrier, the first or the last one first. A result that
-            depends on the order shows a missing barrier.
+            after another from barrier to barrier, the first or the last one first. "both": forward
+            and then backward, from the same memory; a result that differs is a fault, and shows
+            that a barrier is missing.
         unwritten: names of arguments whose memory counts as never written when a kernel starts, so
             that reading it before writing is a fault. An element of a tuple is `name[0]`, of a
             named tuple `name.field`.
@@ -60,8 +61,10 @@ def emulated(
         ...     kernel[(64,)](x, y, out, n, BLOCK=256)
         >>> emulation.launches[0].instructions
     """
-    order = _checked_order(wave_order)
-    emulation = Emulation(target_named(arch), order, unwritten, buffer_ops)
+    if wave_order not in get_args(WaveOrder):
+        orders = ", ".join(get_args(WaveOrder))
+        raise EmulationError(f"wave_order={wave_order!r} is not one of: {orders}.")
+    emulation = Emulation(target_named(arch), wave_order, unwritten, buffer_ops)
     _require_compiler()
     outer = current()
     if outer is not None and not outer.is_of_this_thread:
@@ -78,14 +81,6 @@ def emulated(
         finally:
             triton.runtime.driver.set_active(before)
     emulation.check_unwritten()
-
-
-def _checked_order(order: WaveOrder) -> WaveOrder:
-    if order not in get_args(WaveOrder):
-        raise EmulationError(
-            f"wave_order={order!r} is not one of: {', '.join(get_args(WaveOrder))}."
-        )
-    return order
 
 
 def _require_compiler() -> None:

@@ -15,8 +15,6 @@ from attn_dispatch.emulation.errors import EmulationError
 from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from attn_dispatch.emulation.machine import LaunchCounts
 
 __all__ = ["KernelArgument", "LaunchReport", "kernel_arguments", "memory_of"]
@@ -180,20 +178,6 @@ def _descriptor(name: str, value: Any) -> Iterator[KernelArgument]:
     yield from (KernelArgument(f"{name}.strides", "i64", stride) for stride in value.strides)
 
 
-@dataclass
-class _Region:
-    """Memory of one storage, or of storages that share memory."""
-
-    start: int
-    end: int
-    names: list[str]
-
-    def view(self) -> NDArray[np.uint8]:
-        """The bytes, in place."""
-        array = (ctypes.c_uint8 * (self.end - self.start)).from_address(self.start)
-        return np.frombuffer(memoryview(array), np.uint8)
-
-
 def memory_of(arguments: Iterable[KernelArgument], unwritten: Collection[str] = ()) -> GlobalMemory:
     """The memory that a kernel may access: the storages of its tensors, in place.
 
@@ -206,34 +190,35 @@ def memory_of(arguments: Iterable[KernelArgument], unwritten: Collection[str] = 
             one that is not.
     """
     memory = GlobalMemory()
-    for region in _regions(arguments):
-        new = [name for name in region.names if name in unwritten]
-        if new and len(new) != len(region.names):
-            others = ", ".join(name for name in region.names if name not in new)
+    for start, end, names in _regions(arguments):
+        new = [name for name in names if name in unwritten]
+        if new and len(new) != len(names):
+            others = ", ".join(name for name in names if name not in new)
             raise EmulationError(
                 f"{', '.join(new)} cannot count as unwritten: its storage is also that of "
                 f"{others}. Name all of them or none."
             )
-        memory.add(region.start, region.view(), ", ".join(region.names), written=not new)
+        array = (ctypes.c_uint8 * (end - start)).from_address(start)
+        memory.add(start, np.frombuffer(array, np.uint8), ", ".join(names), written=not new)
     return memory
 
 
-def _regions(arguments: Iterable[KernelArgument]) -> list[_Region]:
-    """One for each storage; storages that overlap, as views that NumPy made do, are one region."""
+def _regions(arguments: Iterable[KernelArgument]) -> list[tuple[int, int, list[str]]]:
+    """(start, end, names of arguments) of each storage.
+
+    Storages that overlap, as those of views that NumPy made do, are one region.
+    """
     found = []
     for argument in arguments:
         tensor = argument.tensor if argument.is_pointer else None
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            start = int(storage.data_ptr())
-            found.append(_Region(start, start + int(storage.nbytes()), [argument.name]))
-    regions: list[_Region] = []
-    for region in sorted(found, key=lambda each: (each.start, each.end)):
-        if region.start == region.end:
-            continue
-        if regions and region.start < regions[-1].end:
-            regions[-1].end = max(regions[-1].end, region.end)
-            regions[-1].names += region.names
+        if tensor is not None and tensor.untyped_storage().nbytes():
+            start = int(tensor.untyped_storage().data_ptr())
+            found.append((start, start + int(tensor.untyped_storage().nbytes()), argument.name))
+    regions: list[tuple[int, int, list[str]]] = []
+    for first, last, name in sorted(found, key=lambda each: each[:2]):
+        if regions and first < regions[-1][1]:
+            start, end, names = regions.pop()
+            regions.append((start, max(end, last), [*names, name]))
         else:
-            regions.append(region)
+            regions.append((first, last, [name]))
     return regions

@@ -7,10 +7,8 @@ of their own; the group that is farthest behind runs first, so that groups meet 
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -114,12 +112,10 @@ class Kernel:
         Raises:
             UnknownInstruction: the emulator does not know one of them.
         """
-        found = self._decoded.get(index)
-        if found is None:
-            with _no_garbage_collection():
-                found = [decode(each, self.target) for each in self.assembly.blocks[index]]
-            self._decoded[index] = found
-        return found
+        if index not in self._decoded:
+            instructions = self.assembly.blocks[index]
+            self._decoded[index] = [decode(each, self.target) for each in instructions]
+        return self._decoded[index]
 
     def launch(
         self,
@@ -221,18 +217,6 @@ def _by_order(waves: WaveGroup, order: WaveOrder) -> list[WaveGroup]:
     for number, group in enumerate(groups):
         group.rank = -number if order == "backward" else number
     return groups
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Python looks for cycles after some number of new objects: half of the time to decode."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Run:

@@ -31,7 +31,7 @@ __all__ = ["EmulatedDriver", "Emulation", "current", "installed"]
 _FIRST_DEVICE = 1000
 #: Arguments that Triton adds to every kernel: pointers to scratch memory, which are null.
 _SCRATCH_POINTERS = 2
-#: Parsed kernels that are kept. One takes up to 20 MB, and a second or two to parse again.
+#: Decoded kernels that are kept. One takes up to 20 MB.
 _MAX_KERNELS = 64
 
 #: Launches run one at a time, whatever threads do.
@@ -264,15 +264,6 @@ class EmulatedDriver(DriverBase):  # type: ignore[misc]
         """The number of the device; one for each target."""
         return self._device
 
-    def set_current_device(self, device: int) -> None:
-        """Do nothing: there is one device.
-
-        Raises:
-            EmulationError: it is another one.
-        """
-        if device != self._device:
-            raise EmulationError(f"There is no device {device}: {self._device} is emulated.")
-
     def get_current_stream(self, device: int) -> int:
         """The default stream; launches have ended when they return."""
         return 0
@@ -288,13 +279,6 @@ class EmulatedDriver(DriverBase):  # type: ignore[misc]
     def get_benchmarker(self) -> Callable[..., Any]:
         """What the autotuner times a kernel with."""
         return _benchmark
-
-    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
-        """A buffer to clear a cache with; there is no cache."""
-        return torch.empty(0, dtype=torch.int32)
-
-    def clear_cache(self, cache: torch.Tensor) -> None:
-        """Do nothing: there is no cache."""
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         """The type in C++; only Triton's launchers in C need it.
