@@ -122,7 +122,7 @@ def _row_parts(
         row = torch.empty(stored, dtype=dtype, device="meta")
         scale = token_scales(row)  # only quantization.py knows where in a row it is
         itemsize = scale.element_size()
-        first = scale.storage_offset() * itemsize
+        first = int(scale.storage_offset()) * itemsize
         parts.append(("padding", used, first - used))
         parts.append((f"{name}_scale", first, itemsize))
         used = first + itemsize
