@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from attn_dispatch.conformance import oracle
 from attn_dispatch.conformance.kv_encoding import (
     dequantized,
     encoded_parts,
+    layer_with,
     nan_cache,
     stored_size,
 )
@@ -42,7 +42,6 @@ __all__ = [
     "CaseTensors",
     "EngineStep",
     "layer_spec",
-    "layer_with",
 ]
 
 _View = Callable[[torch.Tensor], torch.Tensor]
@@ -446,14 +445,3 @@ class EngineStep(CaseTensors):
             part._table, part._slots = self._table[list(chosen)], self._slots[new]
         part.batch = part._make_batch()
         return part
-
-
-def layer_with(scales: Sequence[torch.Tensor], device: torch.device) -> Any:
-    """A layer with the scales of its keys and values."""
-    k_scale, v_scale = (scale.to(device) for scale in scales)
-    return SimpleNamespace(
-        _k_scale=k_scale,
-        _v_scale=v_scale,
-        _k_scale_float=math.nan if k_scale.dim() else float(k_scale),
-        _v_scale_float=math.nan if v_scale.dim() else float(v_scale),
-    )

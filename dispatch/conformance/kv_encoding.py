@@ -1,9 +1,11 @@
-"""What a KV cache holds of some values. The formulas are those of docs/numerics.md."""
+"""What a KV cache holds of some values, and its scales; formulas: docs/numerics.md."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ __all__ = [
     "dequantized",
     "encoded_parts",
     "int8_rows",
+    "layer_with",
     "nan_cache",
     "per_head",
     "stored_size",
@@ -102,3 +105,14 @@ def dequantized(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
 def per_head(scale: torch.Tensor) -> torch.Tensor:
     """A scale, or one for each head, that broadcasts over (..., heads, size)."""
     return scale[:, None] if scale.dim() else scale
+
+
+def layer_with(scales: Sequence[torch.Tensor], device: torch.device) -> Any:
+    """A layer with the scales of its keys and values."""
+    k_scale, v_scale = (scale.to(device) for scale in scales)
+    return SimpleNamespace(
+        _k_scale=k_scale,
+        _v_scale=v_scale,
+        _k_scale_float=math.nan if k_scale.dim() else float(k_scale),
+        _v_scale_float=math.nan if v_scale.dim() else float(v_scale),
+    )

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from attn_dispatch.conformance import oracle
-from attn_dispatch.conformance.cases import Case, layer_with
+from attn_dispatch.conformance.cases import Case
 from attn_dispatch.conformance.check import BackendUnderTest, Check, skip
+from attn_dispatch.conformance.kv_encoding import layer_with
 from attn_dispatch.conformance.tolerance import (
     CheckFailed,
     ErrorBound,
