@@ -14,7 +14,7 @@ from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers
 from support.emulation import execute, group_of, register, shared_by
-from support.memory_cases import ATOMIC_RESULTS, Value, atomic_operands, operand
+from support.memory_cases import Value, operand
 
 BYTES = 8192
 LOADS = {
@@ -27,19 +27,6 @@ LOADS = {
 STORES = {
     "b8": Value(1), "b16": Value(2), "b32": Value(4), "b64": Value(8), "b96": Value(12),
     "b128": Value(16), "b8_d16_hi": Value(1, half=1), "b16_d16_hi": Value(2, half=1),
-}  # fmt: skip
-#: Opcode without "ds_" -> operation of ATOMIC_RESULTS, bytes; the returning form has `_rtn`.
-ATOMICS = {
-    f"{name}{8 * size}": (operation, size)
-    for size in (4, 8)
-    for name, operation in (
-        ("add_u", "add"), ("sub_u", "sub"), ("inc_u", "inc"), ("dec_u", "dec"), ("min_i", "smin"),
-        ("max_i", "smax"), ("min_u", "umin"), ("max_u", "umax"), ("and_b", "and"), ("or_b", "or"),
-        ("xor_b", "xor"),
-    )
-} | {
-    "add_f32": ("add_f32", 4), "add_f64": ("add_f64", 8), "pk_add_f16": ("pk_add_f16", 4),
-    "pk_add_bf16": ("pk_add_bf16", 4),
 }  # fmt: skip
 CDNA, RDNA = ("gfx90a", "gfx942", "gfx950"), ("gfx1100", "gfx1201")
 
@@ -66,51 +53,13 @@ STORE_TWO_ROWS = [
     *rows("two", TWO, ("write2_", "store_2addr_")),
     *rows("two", STRIDED, ("write2st64_", "store_2addr_stride64_")),
 ]
-FLOATS_OF = {
-    "gfx90a": ("add_f32", "add_f64"),
-    "gfx942": ("add_f32", "add_f64", "pk_add_f16", "pk_add_bf16"),
-    "gfx950": ("add_f32", "add_f64", "pk_add_f16", "pk_add_bf16"),
-    "gfx1100": ("add_f32",),
-    "gfx1201": ("add_f32", "pk_add_f16", "pk_add_bf16"),
-}
-
-
-def returning(name):
-    start, _, end = name.rpartition("_")
-    return f"{start}_rtn_{end}"
-
-
-ATOMIC_ROWS = [
-    pytest.param(target, f"ds_{name}", operation, size, returns, id=f"{target}-{name}")
-    for target, floats in FLOATS_OF.items()
-    for plain, (operation, size) in ATOMICS.items()
-    if "f" not in plain.partition("add_")[2] or plain in floats
-    for name, returns in ((plain, False), (returning(plain), True))
-]
-COMPARE_ROWS = [
-    pytest.param(target, f"ds_{name}_b{bits}", bits // 8, id=f"{target}-{name}_b{bits}")
-    for targets, plain in ((CDNA, "cmpst"), (RDNA, "cmpstore"))
-    for target in targets
-    for name in (plain, f"{plain}_rtn")
-    for bits in (32, 64)
-]
-ATOMIC_ROWS += [
-    pytest.param(
-        target, f"ds_{name}_rtn_b{bits}", "swap", bits // 8, True, id=f"{target}-{name}_b{bits}"
-    )
-    for targets, name in ((CDNA, "wrxchg"), (RDNA, "storexchg"))
-    for target in targets
-    for bits in (32, 64)
-]
 TRANSPOSED = ("gfx950", "ds_read_b64_tr_b16")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_opcode_has_a_row(target):
     tested = {TRANSPOSED}
-    for table in (
-        LOAD_ROWS, STORE_ROWS, LOAD_TWO_ROWS, STORE_TWO_ROWS, ATOMIC_ROWS, COMPARE_ROWS,
-    ):  # fmt: skip
+    for table in (LOAD_ROWS, STORE_ROWS, LOAD_TWO_ROWS, STORE_TWO_ROWS):
         tested |= {row.values[:2] for row in table}
     assert opcodes(target_named(target)) == {name for each, name in tested if each == target}
 
@@ -257,68 +206,6 @@ def test_store_of_two_values(target, opcode, value, partial):
     assert len(case.group.pending) == 1
 
 
-@pytest.mark.parametrize(("target", "opcode", "operation", "size", "returns"), once(ATOMIC_ROWS))
-def test_atomic(target, opcode, operation, size, returns):
-    """Several lanes access each address: they take turns in the order of the lanes."""
-    case, words = Case(target, partial=True), size // 4
-    case.place(case.addresses % 5 * 8 + 16)
-    operands = atomic_operands(operation, size, 4 * case.lanes, case.rng)
-    contents = atomic_operands(operation, size, 2 * 8, case.rng)
-    raw = np.frombuffer(b"".join(x.to_bytes(8, "little") for x in contents), np.uint32)
-    raw = raw.reshape(2, 8, 2)
-    for workgroup in range(2):
-        places = 16 + 8 * np.arange(8, dtype=np.int64)
-        number = np.full(8, workgroup)
-        case.lds.store(number, places, raw[workgroup].T, 8, 2 * number)
-    case.lds.new_epoch()
-    for word in range(words):
-        case.group.v_u32[4 + word] = np.reshape(
-            [x >> (32 * word) & 0xFFFFFFFF for x in operands], case.exec.shape
-        )
-    expected, found = case.memory(), case.words("v", 8, words)
-    for wave, lane, workgroup, address in case.active():
-        memory = expected[workgroup]
-        old = int.from_bytes(memory[address : address + size], "little")
-        new = ATOMIC_RESULTS[operation](old, operands[wave * case.lanes + lane], size)
-        memory[address : address + size] = new.to_bytes(size, "little")
-        found[:, wave, lane] = [old >> (32 * i) & 0xFFFFFFFF for i in range(words)]
-    to = f"{operand('v', 8, words)}, " if returns else ""
-    before = case.words("v", 8, words)
-    execute(case.group, f"{opcode} {to}v1, {operand('v', 4, words)}")
-    assert case.memory() == expected
-    np.testing.assert_array_equal(case.words("v", 8, words), found if returns else before)
-    (pending,) = case.group.pending
-    assert pending.registers == (set(range(1008, 1008 + words)) if returns else set())
-
-
-@pytest.mark.parametrize(("target", "opcode", "size"), once(COMPARE_ROWS))
-def test_compare_and_swap(target, opcode, size):
-    """CDNA names what it compares with first, RDNA the new value."""
-    case = Case(target, partial=True)
-    words, returns = size // 4, "_rtn" in opcode
-    memory = case.memory()
-    equal = case.rng.random(case.exec.shape) < 0.5
-    new, compare = case.words("v", 4, words), case.words("v", 8, words)
-    found = case.words("v", 12, words)
-    expected = case.memory()
-    for wave, lane, workgroup, address in case.active():
-        raw = bytes(memory[workgroup][address : address + size])
-        if equal[wave, lane]:
-            compare[:, wave, lane] = Value(size).loaded(raw, ())
-            stored = Value(size).stored(new[:, wave, lane].tolist())
-            expected[workgroup][address : address + size] = stored
-        found[:, wave, lane] = Value(size).loaded(raw, ())
-    case.group.v_u32[8 : 8 + words] = compare
-    before = case.words("v", 12, words)
-    data = [operand("v", 4, words), operand("v", 8, words)]
-    if target in CDNA:
-        data.reverse()
-    to = f"{operand('v', 12, words)}, " if returns else ""
-    execute(case.group, f"{opcode} {to}v1, {', '.join(data)}")
-    assert case.memory() == expected
-    np.testing.assert_array_equal(case.words("v", 12, words), found if returns else before)
-
-
 def test_transposing_load():
     """Lane i of 16 takes element i of four rows; each row is what four lanes point at."""
     case = Case(TRANSPOSED[0], partial=False)
@@ -381,8 +268,9 @@ def test_no_lane_accesses_lds():
         "ds_read_b32 s4, v1",
         "ds_read_b32 v4, s1",
         "ds_write_b32 v1, v4.h",
-        "ds_add_u32 v1, v2, v3",
-        "ds_cmpst_b32 v1, v2",
+        "ds_write2_b32 v1, v2",
+        "ds_write_b32 v1, v2, v3",
+        "ds_add_u32 v1, v2",
         "ds_load_b32 v4, v1",
         "ds_consume v1",
         "ds_read_b64_tr_b16 v[4:5], v1",

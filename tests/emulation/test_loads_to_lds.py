@@ -183,7 +183,7 @@ def test_a_wave_reads_its_own_values_without_a_wait(without):
         run(own=True, without=without)
 
 
-@pytest.mark.parametrize("text", ["ds_write_b32 v1, v1", "ds_add_u32 v1, v1", "ds_write_b8 v1, v1"])
+@pytest.mark.parametrize("text", ["ds_write_b32 v1, v1", "ds_write_b8 v1, v1"])
 def test_a_wave_writes_its_own_values_without_a_wait(text):
     with pytest.raises(WaitFault, match="before the wait for the load into LDS"):
         run(before={"wait": text})

@@ -21,10 +21,6 @@ def floats(*values):
     return np.array(values, np.float32)
 
 
-def halves(*values):
-    return np.array(values, np.float16)
-
-
 #: Instruction (names that mean the same with "|"), registers before for two waves, registers after.
 #: SCC is 1 in the first wave and 0 in the second one before; where it is not given, it stays.
 ROWS = [
@@ -42,9 +38,6 @@ ROWS = [
     ("s_movk_i32 s0, 0x7f", {}, {"s0": 0x7F}),
     ("s_movk_i32 s0, 0x8000", {}, {"s0": 0xFFFF8000}),
     ("s_movk_i32 s0, -2", {}, {"s0": 0xFFFFFFFE}),
-    ("s_cmov_b32 s0, s1", {"s0": 7, "s1": 8}, {"s0": (8, 7)}),
-    ("s_cmov_b64 s[0:1], s[2:3]", {"s0": wide(7), "s2": wide(8)}, {"s0": wide(8, 7)}),
-    ("s_cmovk_i32 s0, 0xffff", {"s0": 7}, {"s0": (ONES, 7)}),
     ("s_cselect_b32 s0, s1, s2", {"s1": 1, "s2": 2}, {"s0": (1, 2)}),
     ("s_cselect_b32 s0, -1, 0", {}, {"s0": (ONES, 0)}),
     ("s_cselect_b64 s[0:1], s[2:3], 1", {"s2": wide(1 << 40)}, {"s0": wide(1 << 40, 1)}),
@@ -120,7 +113,6 @@ ROWS = [
     ("s_max_u32 s0, s1, s2", {"s1": (ONES, 1), "s2": (1, 2)}, {"s0": (ONES, 2), "scc": (1, 0)}),
     ("s_abs_i32 s0, s1", {"s1": (ONES, 0)}, {"s0": (1, 0), "scc": (1, 0)}),
     ("s_abs_i32 s0, s1", {"s1": (TOP, 5)}, {"s0": (TOP, 5), "scc": (1, 1)}),
-    ("s_absdiff_i32 s0, s1, s2", {"s1": (3, 5), "s2": (5, 5)}, {"s0": (2, 0), "scc": (1, 0)}),
     ("s_lshl1_add_u32 s0, s1, s2", {"s1": (TOP, 3), "s2": 1}, {"s0": (1, 7), "scc": (1, 0)}),
     ("s_lshl2_add_u32 s0, s1, s2", {"s1": (TOP >> 1, 3), "s2": 1}, {"s0": (1, 13), "scc": (1, 0)}),
     ("s_lshl3_add_u32 s0, s1, s2", {"s1": (0x1FFFFFFF, 3), "s2": 8},
@@ -150,7 +142,6 @@ ROWS = [
     ("s_bfe_i64 s[0:1], s[2:3], 0x200000", {"s2": wide(TOP, 1 << 32)},
      {"s0": wide(-TOP, 0), "scc": (1, 0)}),
     ("s_bfm_b32 s0, s1, s2", {"s1": (3, 32), "s2": (33, 1)}, {"s0": (14, 0)}),
-    ("s_bfm_b64 s[0:1], s2, s3", {"s2": (3, 64), "s3": (40, 1)}, {"s0": wide(7 << 40, 0)}),
     ("s_bitset0_b32 s0, s1", {"s0": ONES, "s1": (31, 33)}, {"s0": (TOP - 1, ONES - 2)}),
     ("s_bitset1_b32 s0, s1", {"s0": 1, "s1": (31, 33)}, {"s0": (TOP + 1, 3)}),
     ("s_bitset0_b64 s[0:1], s2", {"s0": wide(-1), "s2": (63, 64)}, {"s0": wide(TOP64 - 1, -2)}),
@@ -160,12 +151,8 @@ ROWS = [
     ("s_bitcmp0_b64 s[2:3], s4", {"s2": wide(1 << 40), "s4": (40, 8)}, {"scc": (0, 1)}),
     ("s_bitcmp1_b64 s[2:3], s4", {"s2": wide(1 << 40), "s4": (8, 104)}, {"scc": (0, 1)}),
     # Bit counts, searches and rearrangements
-    ("s_bcnt0_i32_b32 s0, s1", {"s1": (ONES, 3)}, {"s0": (0, 30), "scc": (0, 1)}),
     ("s_bcnt1_i32_b32 s0, s1", {"s1": (0, 0x70001)}, {"s0": (0, 4), "scc": (0, 1)}),
-    ("s_bcnt0_i32_b64 s0, s[2:3]", {"s2": wide(-1, 3)}, {"s0": (0, 62), "scc": (0, 1)}),
     ("s_bcnt1_i32_b64 s0, s[2:3]", {"s2": wide(0, 7 << 31)}, {"s0": (0, 3), "scc": (0, 1)}),
-    ("s_ff0_i32_b32 s0, s1", {"s1": (ONES, 7)}, {"s0": (ONES, 3)}),
-    ("s_ff0_i32_b64 s0, s[2:3]", {"s2": wide(-1, ONES)}, {"s0": (ONES, 32)}),
     ("s_ff1_i32_b32|s_ctz_i32_b32 s0, s1", {"s1": (0, 0x50)}, {"s0": (ONES, 4)}),
     ("s_ff1_i32_b64|s_ctz_i32_b64 s0, s[2:3]", {"s2": wide(0, 5 << 40)}, {"s0": (ONES, 40)}),
     ("s_flbit_i32_b32|s_clz_i32_u32 s0, s1", {"s1": (0, 0xFFFFFF)}, {"s0": (ONES, 8)}),
@@ -173,18 +160,8 @@ ROWS = [
     ("s_flbit_i32_b64 s0, s[2:3]", {"s2": wide(1 << 62, ONES)}, {"s0": (1, 32)}),
     ("s_flbit_i32|s_cls_i32 s0, s1", {"s1": (ONES, 0xF0000000)}, {"s0": (ONES, 4)}),
     ("s_flbit_i32 s0, s1", {"s1": (0, 0x0FFFFFFF)}, {"s0": (ONES, 4)}),
-    ("s_flbit_i32_i64|s_cls_i32_i64 s0, s[2:3]", {"s2": wide(-1, -5)}, {"s0": (ONES, 61)}),
-    ("s_flbit_i32_i64 s0, s[2:3]", {"s2": wide(0, 1 << 33)}, {"s0": (ONES, 30)}),
     ("s_brev_b32 s0, s1", {"s1": (1, 0xC0000001)}, {"s0": (TOP, 0x80000003)}),
     ("s_brev_b64 s[0:1], s[2:3]", {"s2": wide(1, 6)}, {"s0": wide(TOP64, 6 << 60)}),
-    ("s_wqm_b32 s0, s1", {"s1": (0x00080410, 0)}, {"s0": (0x000F0FF0, 0), "scc": (1, 0)}),
-    ("s_wqm_b64 s[0:1], s[2:3]", {"s2": wide(TOP64 | 0x21, 0)},
-     {"s0": wide(0xF0000000000000FF, 0), "scc": (1, 0)}),
-    ("s_quadmask_b32 s0, s1", {"s1": (0x80080410, 0)}, {"s0": (0x96, 0), "scc": (1, 0)}),
-    ("s_quadmask_b64 s[0:1], s[2:3]", {"s2": wide(0x8000_1000_0200_0041, 0)},
-     {"s0": wide(0b1000_1000_0100_0011, 0), "scc": (1, 0)}),
-    ("s_bitreplicate_b64_b32 s[0:1], s2", {"s2": (0x80000005, ONES)},
-     {"s0": wide(0xC000000000000033, -1)}),
     ("s_sext_i32_i8 s0, s1", {"s1": (0x180, 0x17F)}, {"s0": (0xFFFFFF80, 0x7F)}),
     ("s_sext_i32_i16 s0, s1", {"s1": (0x18000, 0x17FFF)}, {"s0": (0xFFFF8000, 0x7FFF)}),
     ("s_pack_ll_b32_b16 s0, s1, s2", {"s1": 0x11112222, "s2": 0x33334444}, {"s0": 0x44442222}),
@@ -226,10 +203,6 @@ ROWS = [
      {"s0": floats(2, -0.0)}),
     ("s_max_f32|s_max_num_f32 s0, s1, s2", {"s1": floats(NAN, -0.0), "s2": floats(2, 0.0)},
      {"s0": floats(2, 0.0)}),
-    ("s_minimum_f32 s0, s1, s2", {"s1": floats(NAN, 0.0), "s2": floats(2, -0.0)},
-     {"s0": floats(NAN, -0.0)}),
-    ("s_maximum_f32 s0, s1, s2", {"s1": floats(1, -0.0), "s2": floats(NAN, 0.0)},
-     {"s0": floats(NAN, 0.0)}),
     ("s_fmac_f32 s0, s1, s2",
      {"s0": floats(-1, 1), "s1": floats(1 + 2**-12, 2), "s2": floats(1 - 2**-12, 3)},
      {"s0": floats(-(2.0**-24), 7)}),
@@ -246,10 +219,6 @@ ROWS = [
     ("s_cvt_i32_f32 s0, s1", {"s1": floats(-1.75, 1e20)}, {"s0": (ONES, TOP - 1)}),
     ("s_cvt_u32_f32 s0, s1", {"s1": floats(-1.75, 1e20)}, {"s0": (0, ONES)}),
     ("s_cvt_i32_f32 s0, s1", {"s1": floats(NAN, 2.5)}, {"s0": (0, 2)}),
-    ("s_cvt_f32_f16 s0, s1", {"s1": halves(1.5, -2)}, {"s0": floats(1.5, -2)}),
-    ("s_cvt_hi_f32_f16 s0, s1", {"s1": (0x3E000000, 0xC000FFFF)}, {"s0": floats(1.5, -2)}),
-    ("s_cvt_pk_rtz_f16_f32 s0, s1, s2", {"s1": floats(1.5, 1e9), "s2": floats(-2, 1 + 2**-11)},
-     {"s0": (0xC0003E00, 0x3C007BFF)}),
     ("v_s_exp_f32 s0, s1", {"s1": floats(3, -1)}, {"s0": floats(8, 0.5)}),
     ("v_s_log_f32 s0, s1", {"s1": floats(8, 0.5)}, {"s0": floats(3, -1)}),
     ("v_s_rcp_f32 s0, s1", {"s1": floats(4, 0.0)}, {"s0": floats(0.25, INF)}),
@@ -269,8 +238,7 @@ FLOAT_COMPARISONS = {
 #: Instructions with EXEC -> for each pair of bits of the source and EXEC: 00, 01, 10, 11.
 EXEC_FUNCTIONS = {
     "and": 0b0001, "or": 0b0111, "xor": 0b0110, "nand": 0b1110, "nor": 0b1000, "xnor": 0b1001,
-    "andn1": 0b0100, "and_not0": 0b0100, "andn2": 0b0010, "and_not1": 0b0010,
-    "orn1": 0b1101, "or_not0": 0b1101, "orn2": 0b1011, "or_not1": 0b1011,
+    "andn2": 0b0010, "and_not1": 0b0010, "orn2": 0b1011, "or_not1": 0b1011,
 }  # fmt: skip
 
 
@@ -303,12 +271,10 @@ def test_result_and_scc(text, before, after):
     assert group.scc.tolist() == expected.scc.tolist()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("name", FLOAT_COMPARISONS)
-def test_float_comparison(name, dtype):
-    a = np.array([1, 2, 3, NAN], dtype)
-    group = group_of("gfx1201", 4, s1=a, s2=np.array([2, 2, 2, 2], dtype))
-    execute(group, f"s_cmp_{name}_f{8 * np.dtype(dtype).itemsize} s1, s2")
+def test_float_comparison(name):
+    group = group_of("gfx1201", 4, s1=floats(1, 2, 3, NAN), s2=2.0)
+    execute(group, f"s_cmp_{name}_f32 s1, s2")
     assert group.scc.tolist() == [bool(each) for each in FLOAT_COMPARISONS[name]]
 
 
@@ -317,8 +283,7 @@ def test_exec_functions(opcode):
     wide_exec = opcode.endswith("b64")
     group = group_of("gfx942" if wide_exec else "gfx1100", 2, exec=0b1010)
     put_register(group, "s2", wide(0b1100) if wide_exec else 0b1100)
-    function, _, rest = opcode.removeprefix("s_").rpartition("_")[0].rpartition("_")
-    table = EXEC_FUNCTIONS[function]
+    table = EXEC_FUNCTIONS[opcode.removeprefix("s_").partition("_saveexec")[0]]
     execute(group, f"{opcode} s[0:1], s[2:3]" if wide_exec else f"{opcode} s0, s2")
     bits = [table >> (3 - (2 * (0b1100 >> i & 1) + (0b1010 >> i & 1))) & 1 for i in range(4)]
     zeros = table >> 3 & 1
@@ -326,11 +291,7 @@ def test_exec_functions(opcode):
     np.testing.assert_array_equal(group.exec[0], expected)
     np.testing.assert_array_equal(group.lane_mask(126), group.exec)
     assert group.scc.all() == expected.any()
-    saved = group.lane_mask(0)[0]
-    if rest == "saveexec":
-        assert saved.nonzero()[0].tolist() == [1, 3]
-    else:
-        np.testing.assert_array_equal(saved, expected)
+    assert group.lane_mask(0)[0].nonzero()[0].tolist() == [1, 3]
 
 
 def test_exec_function_needs_the_width_of_a_wave():
@@ -353,7 +314,7 @@ def test_move_to_exec_changes_the_lanes():
 
 def test_every_opcode_has_a_row():
     with_rows = {param.values[0].split()[0] for param in each_name()}
-    with_rows |= {f"s_cmp_{name}_f{width}" for name in FLOAT_COMPARISONS for width in (16, 32)}
+    with_rows |= {f"s_cmp_{name}_f32" for name in FLOAT_COMPARISONS}
     assert set(TABLE) == with_rows
 
 

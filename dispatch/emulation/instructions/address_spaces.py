@@ -1,64 +1,29 @@
 """Where vector memory instructions access memory: global and private memory.
 
-Each space has the same three methods, which access memory for the lanes in EXEC. Buffers are in
-buffer.py.
+The spaces have the same methods, which access memory for the lanes in EXEC; k is their number.
+Buffers are in buffer.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.arithmetic.bits import to_u64
-from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.instructions.operands import U32, parse_operand, scalar_reader
 from attn_dispatch.emulation.instructions.transfers import registers_of
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = [
-    "AddressSpace",
-    "GlobalSpace",
-    "PrivateSpace",
-    "active_lanes",
-    "load_private",
-    "store_private",
-]
+__all__ = ["GlobalSpace", "PrivateSpace", "active_lanes", "load_private", "store_private"]
 
 _U32Array = NDArray[np.uint32]
 
 
-class AddressSpace(Protocol):
-    """Accesses of one instruction; k is the number of lanes in EXEC."""
-
-    def load(self, group: WaveGroup, size: int) -> _U32Array:
-        """Values of `size` bytes, uint32 (words, k), extended with zeros."""
-        ...
-
-    def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
-        """Store uint32 (words, k); returns stores that have to be waited for."""
-        ...
-
-    def atomic(
-        self,
-        group: WaveGroup,
-        operation: str,
-        operand: _U32Array,
-        compare: _U32Array | None,
-        size: int,
-    ) -> _U32Array:
-        """Apply an atomic operation; returns what was in memory, uint32 (words, k)."""
-        ...
-
-
 class GlobalSpace:
     """Global memory, by 64-bit addresses.
-
-    An address of flat instructions may lie in LDS or private memory. None does here: kernels take
-    such addresses from `src_shared_base` and `src_private_base`, which operands.py rejects.
 
     Args:
         vector: a pair of registers with the address; one with an offset if there is a base.
@@ -67,49 +32,26 @@ class GlobalSpace:
     """
 
     def __init__(self, vector: str, base: str, offset: int) -> None:
-        self._addresses = _global_addresses(vector, base, offset)
+        self._offset = np.int64(offset)
+        self._base = None if base in ("off", "null") else registers_of(base, "s", 2).first
+        self._vector = registers_of(vector, "v", 2 if self._base is None else 1).first
+
+    def addresses(self, group: WaveGroup) -> NDArray[np.int64]:
+        """The address of each lane in EXEC, (k,)."""
+        low: Any = group.v_u32[self._vector]
+        if self._base is None:
+            begin = to_u64(low, group.v_u32[self._vector + 1]).view(np.int64)
+            return group.active(begin + self._offset)
+        begin = to_u64(group.s_u32[self._base], group.s_u32[self._base + 1]).view(np.int64)
+        return group.active((begin + self._offset)[:, None] + low)
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
-        """Values of `size` bytes."""
-        return group.shared.memory.load(self._addresses(group), size, group.active_waves)
+        """Values of `size` bytes, uint32 (words, k), extended with zeros."""
+        return group.shared.memory.load(self.addresses(group), size, group.active_waves)
 
     def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
-        """Store values."""
-        return group.shared.memory.store(self._addresses(group), values, size, group.active_waves)
-
-    def atomic(
-        self,
-        group: WaveGroup,
-        operation: str,
-        operand: _U32Array,
-        compare: _U32Array | None,
-        size: int,
-    ) -> _U32Array:
-        """Apply an atomic operation."""
-        addresses, waves = self._addresses(group), group.active_waves
-        return group.shared.memory.atomic(operation, addresses, operand, compare, size, waves)
-
-
-def _global_addresses(
-    vector: str, base: str, offset: int
-) -> Callable[[WaveGroup], NDArray[np.int64]]:
-    """Reads the address of each lane in EXEC, (k,)."""
-    added = np.int64(offset)
-    if base in ("off", "null"):
-        low = registers_of(vector, "v", 2).first
-
-        def from_vector(group: WaveGroup) -> NDArray[np.int64]:
-            addresses = to_u64(group.v_u32[low], group.v_u32[low + 1]).view(np.int64)
-            return group.active(addresses + added if offset else addresses)
-
-        return from_vector
-    lane, low = registers_of(vector, "v", 1).first, registers_of(base, "s", 2).first
-
-    def from_base(group: WaveGroup) -> NDArray[np.int64]:
-        begin = to_u64(group.s_u32[low], group.s_u32[low + 1]).view(np.int64) + added
-        return group.active(begin[:, None] + group.v_u32[lane])
-
-    return from_base
+        """Store uint32 (words, k); returns stores that have to be waited for."""
+        return group.shared.memory.store(self.addresses(group), values, size, group.active_waves)
 
 
 class PrivateSpace:
@@ -122,45 +64,26 @@ class PrivateSpace:
     """
 
     def __init__(self, vector: str, scalar: str, offset: int) -> None:
-        lane = None if vector == "off" else registers_of(vector, "v", 1).first
-        added: Any = np.uint32(offset & 0xFFFFFFFF)
-        read_scalar = None if scalar == "off" else scalar_reader(parse_operand(scalar), U32)
+        self._lane = None if vector == "off" else registers_of(vector, "v", 1).first
+        self._offset = np.uint32(offset & 0xFFFFFFFF)
+        operand = parse_operand(scalar)
+        self._read_scalar = None if scalar == "off" else scalar_reader(operand, U32)
 
-        def offsets(group: WaveGroup) -> NDArray[np.int64]:
-            total = added
-            if read_scalar:
-                total = np.asarray(read_scalar(group) + total).reshape(-1, 1)
-            if lane is not None:
-                total = group.v_u32[lane] + total
-            return group.active(total).astype(np.int64)
-
-        self._offsets = offsets
+    def _offsets(self, group: WaveGroup) -> NDArray[np.int64]:
+        total: Any = self._offset
+        if self._read_scalar:
+            total = np.asarray(self._read_scalar(group) + total).reshape(-1, 1)
+        if self._lane is not None:
+            total = group.v_u32[self._lane] + total
+        return group.active(total).astype(np.int64)
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
-        """Values of `size` bytes."""
+        """Values of `size` bytes, as in global memory."""
         return load_private(group, self._offsets(group), size)
 
-    def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
+    def store(self, group: WaveGroup, values: _U32Array, size: int) -> None:
         """Store values; no other lane can see them, so that there is nothing to wait for."""
         store_private(group, self._offsets(group), values, size)
-        return None
-
-    def atomic(
-        self,
-        group: WaveGroup,
-        operation: str,
-        operand: _U32Array,
-        compare: _U32Array | None,
-        size: int,
-    ) -> _U32Array:
-        """There are none.
-
-        Raises:
-            UnknownInstruction: always.
-        """
-        raise UnknownInstruction(
-            f"The atomic operation {operation} on private memory is not known."
-        )
 
 
 def load_private(group: WaveGroup, offsets: NDArray[np.int64], size: int) -> _U32Array:

@@ -7,17 +7,18 @@ own, as LLVM's AMDGPU usage guide says of "relaxed buffer OOB mode".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.arithmetic.bits import to_u64
-from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction
+from attn_dispatch.emulation.assembly import Instruction
+from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.instructions.address_spaces import load_private, store_private
 from attn_dispatch.emulation.instructions.operands import U32, parse_operand, scalar_reader
-from attn_dispatch.emulation.instructions.transfers import registers_of
+from attn_dispatch.emulation.instructions.transfers import integer_modifier, registers_of
 from attn_dispatch.emulation.launch_abi import SCRATCH_DESCRIPTOR_BASE
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.targets import Target
@@ -35,143 +36,95 @@ _ADDS_LANE, _TYPE = np.uint32(1 << 23), np.uint32(3 << 30)
 _RANGE_CHECK = np.uint32(3 << 28)
 
 
-@dataclass(frozen=True)
-class _Descriptor:
-    """The descriptors of the waves of a group.
+class _Descriptor(NamedTuple):
+    """The descriptors of the waves of a group: address and bytes of the range, int64 (waves, 1)."""
 
-    Attributes:
-        base: the address, int64 for all waves or (waves, 1).
-        num_bytes: of the range, int64 for all waves or (waves, 1).
-        is_private: it describes private memory.
-    """
-
-    base: Any
-    num_bytes: Any
+    base: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
     is_private: bool
 
 
 class BufferSpace:
-    """A buffer.
+    """A buffer, with the same methods as the spaces in address_spaces.py.
 
     Args:
-        vector: a register with an offset, or "off".
-        descriptor: four scalar registers.
-        scalar: an offset that does not count in the range check: a scalar register or a constant.
-        offset: in bytes.
+        instruction: with `offset:`, and `offen` if there is a vector register.
+        where: its operands: a register with an offset, or "off"; four scalar registers with a
+            descriptor; a scalar offset, which is known for private memory only.
         target: whose instruction set it is.
     """
 
-    def __init__(
-        self, vector: str, descriptor: str, scalar: str, offset: int, target: Target
-    ) -> None:
+    def __init__(self, instruction: Instruction, where: list[str], target: Target) -> None:
+        vector, descriptor, scalar = where
+        if ("offen" in instruction.modifiers) != (vector != "off"):
+            raise UnknownInstruction(f"the offset {vector} with or without offen")
         self._lane = None if vector == "off" else registers_of(vector, "v", 1).first
         self._first = registers_of(descriptor, "s", 4).first
         operand = parse_operand(scalar)
         self._read_scalar = None if scalar in ("0", "null") else scalar_reader(operand, U32)
-        self._offset, self._target = np.int64(offset), target
+        self._offset, self._target = np.int64(integer_modifier(instruction, "offset")), target
         # Most descriptors stay the same: the last one's words and what they mean.
         self._last: tuple[bytes, _Descriptor] | None = None
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
         """Values of `size` bytes; 0 where they are out of range."""
-        buffer, addresses, inside = self._accesses(group, size)
+        buffer, offsets = self._descriptor(group), self._offsets(group)
         if buffer.is_private:
-            return load_private(group, addresses, size)
+            return load_private(group, self._private_offsets(group, offsets), size)
         memory, waves = group.shared.memory, group.active_waves
-        if inside is None:
-            return memory.load(addresses, size, waves)
-        values = np.zeros((max(size // 4, 1), addresses.size), np.uint32)
-        for part, at, rows, chosen in _parts(addresses, size, inside):
-            values[rows, chosen] = memory.load(at[chosen], part, waves[chosen])
+        values = np.zeros((max(size // 4, 1), waves.size), np.uint32)
+        for part, rows, lanes, at in self._parts(group, buffer, offsets, size):
+            values[rows, lanes] = memory.load(at[lanes], part, waves[lanes])
         return values
 
     def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
         """Store values where they are in range."""
-        buffer, addresses, inside = self._accesses(group, size)
+        buffer, offsets = self._descriptor(group), self._offsets(group)
         if buffer.is_private:
-            store_private(group, addresses, values, size)
+            store_private(group, self._private_offsets(group, offsets), values, size)
             return None
         memory, waves = group.shared.memory, group.active_waves
-        if inside is None:
-            return memory.store(addresses, values, size, waves)
-        stored = None
-        for part, at, rows, chosen in _parts(addresses, size, inside):
-            more = memory.store(at[chosen], values[rows, chosen], part, waves[chosen])
-            stored = more if stored is None else stored.joined(more)
+        stored = StoresInFlight()
+        for part, rows, lanes, at in self._parts(group, buffer, offsets, size):
+            stored = stored.joined(memory.store(at[lanes], values[rows, lanes], part, waves[lanes]))
         return stored
 
-    def atomic(
-        self,
-        group: WaveGroup,
-        operation: str,
-        operand: _U32Array,
-        compare: _U32Array | None,
-        size: int,
-    ) -> _U32Array:
-        """Apply an atomic operation where it is in range; elsewhere the result is 0."""
-        buffer, addresses, inside = self._accesses(group, size)
-        if buffer.is_private:
-            raise UnknownInstruction(
-                f"The atomic operation {operation} on private memory is not known."
-            )
-        # An atomic operation is in range as a whole or not at all.
-        chosen = slice(None) if inside is None else inside.all(axis=0)
-        found = np.zeros((size // 4, addresses.size), np.uint32)
-        expected = None if compare is None else compare[:, chosen]
-        waves = group.active_waves[chosen]
-        found[:, chosen] = group.shared.memory.atomic(
-            operation, addresses[chosen], operand[:, chosen], expected, size, waves
-        )
-        return found
-
-    def _accesses(
-        self, group: WaveGroup, size: int
-    ) -> tuple[_Descriptor, NDArray[np.int64], NDArray[np.bool_] | None]:
-        """What the lanes in EXEC access.
-
-        Returns:
-            The descriptor; the addresses (k,), or offsets in private memory; and what is in range:
-            None for everything, (1, k) for whole accesses, (words, k) for words.
-        """
-        buffer = self._descriptor(group)
-        offsets = self._offsets(group)
-        scalar: Any = None
-        if self._read_scalar:
-            column = np.asarray(self._read_scalar(group)).astype(np.int64).reshape(-1, 1)
-            scalar = group.active(column)
-        if buffer.is_private:
-            # The scalar offset counts the bytes of all lanes.
-            return buffer, offsets if scalar is None else offsets + scalar // group.lanes, None
-        base, limit = _per_lane(group, buffer.base), _per_lane(group, buffer.num_bytes)
-        whole = offsets + size <= limit
-        inside = None if whole.all() else whole[None]
-        if inside is not None and size > 4 and (whole != (offsets + 4 <= limit)).any():
-            inside = _words_in_range(offsets, size, limit)
-        if scalar is not None:
-            self._check_scalar_offset(offsets, offsets + scalar, size, limit)
-            offsets = offsets + scalar
-        return buffer, base + offsets, inside
-
     def _offsets(self, group: WaveGroup) -> NDArray[np.int64]:
-        """The sum (k,) of the vector's and the instruction's offset, in more than 32 bits."""
+        """The sum of the vector's and the instruction's offset, in more than 32 bits."""
         if self._lane is None:
-            return group.active(self._offset)
-        offsets = group.active(group.v_u32[self._lane]).astype(np.int64)
-        return offsets + self._offset if self._offset else offsets
+            return np.broadcast_to(self._offset, group.exec.shape)
+        return group.v_u32[self._lane].astype(np.int64) + self._offset
 
-    def _check_scalar_offset(
-        self, without: NDArray[np.int64], total: NDArray[np.int64], size: int, limit: Any
-    ) -> None:
-        """Check that the range check has one result, with the scalar offset and without it.
+    def _private_offsets(self, group: WaveGroup, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(k,); the scalar offset counts the bytes of all lanes."""
+        if self._read_scalar:
+            scalar = np.asarray(self._read_scalar(group)).astype(np.int64).reshape(-1, 1)
+            offsets = offsets + scalar // group.lanes
+        return group.active(offsets)
 
-        LLVM says that the scalar offset does not count, AMD's manuals of CDNA that it does.
+    def _parts(
+        self, group: WaveGroup, buffer: _Descriptor, offsets: NDArray[np.int64], size: int
+    ) -> Iterator[tuple[int, slice, Any, NDArray[np.int64]]]:
+        """What is in range: size, rows of values, lanes of those in EXEC, addresses (k,).
+
+        Whole accesses come first, then single words of those that are partly in range.
         """
-        results = [_words_in_range(offsets, size, limit) for offsets in (without, total)]
-        if (results[0] != results[1]).any():
-            raise MemoryFault(
-                "A buffer access is in range without its scalar offset and out of range with it. "
-                f"What {self._target.name} does is not known."
+        if self._read_scalar:
+            raise UnknownInstruction(
+                "A buffer access with a scalar offset is not known: LLVM says that it does not "
+                "count in the range check, AMD's manuals of CDNA that it does."
             )
+        addresses = group.active(buffer.base + offsets)
+        whole = group.active(offsets + size <= buffer.num_bytes)
+        if whole.all():
+            yield size, slice(None), slice(None), addresses
+            return
+        yield size, slice(None), np.flatnonzero(whole), addresses
+        for word in range(size // 4 if size > 4 else 0):
+            inside = group.active(offsets + 4 * word + 4 <= buffer.num_bytes) & ~whole
+            if inside.any():
+                rows = slice(word, word + 1)
+                yield 4, rows, np.flatnonzero(inside), addresses + 4 * word
 
     def _descriptor(self, group: WaveGroup) -> _Descriptor:
         words = group.s_u32[self._first : self._first + 4]
@@ -190,34 +143,4 @@ class BufferSpace:
         if not self._target.is_cdna and ((last & _RANGE_CHECK) != _RANGE_CHECK).any():
             raise UnknownInstruction("Only the range check of raw buffers (3) is known.")
         address = to_u64(base, high & ~_STRIDE_AND_SWIZZLE).view(np.int64)
-        return _Descriptor(_uniform(address), _uniform(num_bytes.astype(np.int64)), is_private)
-
-
-def _uniform(values: NDArray[np.int64]) -> Any:
-    """One value if it is the same for all waves, otherwise (waves, 1)."""
-    return values[0] if (values == values[0]).all() else values[:, None]
-
-
-def _per_lane(group: WaveGroup, values: Any) -> Any:
-    """One value for all lanes in EXEC, or (k,)."""
-    return values if np.ndim(values) == 0 else group.active(values)
-
-
-def _words_in_range(offsets: NDArray[np.int64], size: int, num_bytes: Any) -> NDArray[np.bool_]:
-    """(words, k): which 32 bits of an access are within the range."""
-    unit = min(size, 4)
-    words = [offsets + first + unit <= num_bytes for first in range(0, size, unit)]
-    return np.stack(words)
-
-
-def _parts(
-    addresses: NDArray[np.int64], size: int, inside: NDArray[np.bool_]
-) -> list[tuple[int, NDArray[np.int64], slice, NDArray[np.int64]]]:
-    """An access cut into (size, addresses (k,), rows of values, lanes that are in range)."""
-    whole = inside[0] if len(inside) == 1 else np.logical_and.reduce(inside)
-    parts = [(size, addresses, slice(None), np.flatnonzero(whole))]
-    if len(inside) > 1:  # some lanes are partly in range
-        for word, chosen in enumerate(inside):
-            lanes = np.flatnonzero(chosen & ~whole)
-            parts.append((4, addresses + 4 * word, slice(word, word + 1), lanes))
-    return parts
+        return _Descriptor(address[:, None], num_bytes.astype(np.int64)[:, None], is_private)

@@ -59,7 +59,6 @@ _FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation
     ),
     "ds": (lds_instructions.decode, cross_lane.decode),
     "global": (loads_to_lds.decode, vector_memory.decode),
-    "flat": (vector_memory.decode,),
     "scratch": (vector_memory.decode,),
     "buffer": (loads_to_lds.decode, vector_memory.decode),
 }

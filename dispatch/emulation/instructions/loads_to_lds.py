@@ -49,10 +49,7 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
     space: BufferSpace | GlobalSpace
     if is_buffer:
         check_modifiers(instruction, {"lds", "offset", "offen", *CACHE_MODIFIERS})
-        vector, descriptor, scalar = instruction.operands
-        if ("offen" in instruction.modifiers) != (vector != "off"):
-            raise UnknownInstruction(f"the offset {vector} with or without offen")
-        space = BufferSpace(vector, descriptor, scalar, offset, target)
+        space = BufferSpace(instruction, list(instruction.operands), target)
     else:
         check_modifiers(instruction, {"offset", *CACHE_MODIFIERS})
         vector, base = instruction.operands

@@ -28,7 +28,6 @@ from attn_dispatch.emulation.instructions.scalar_table import (
     SIGNED_16,
     TABLE,
     UNSIGNED_16,
-    ExecScalar,
     Scalar,
 )
 from attn_dispatch.emulation.instructions.semantics import Execute, Semantics
@@ -68,7 +67,7 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
         raise UnknownInstruction(f"the modifiers {', '.join(instruction.modifiers)} are not known")
     operands = [parse_operand(text) for text in instruction.operands]
     if opcode in EXEC_TABLE:
-        return Semantics(_execute_with_exec(EXEC_TABLE[opcode], operands, target))
+        return Semantics(_execute_with_exec(opcode, operands, target))
     return Semantics(_execute(TABLE[opcode], operands))
 
 
@@ -108,20 +107,20 @@ def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
     return execute
 
 
-def _execute_with_exec(scalar: ExecScalar, operands: list[Operand], target: Target) -> Execute:
+def _execute_with_exec(opcode: str, operands: list[Operand], target: Target) -> Execute:
+    kind, compute, is_set = EXEC_TABLE[opcode]
     destination, source = operands
-    if scalar.kind.words != target.wave_size // 32:
+    if kind.words != target.wave_size // 32:
         raise UnknownInstruction(f"EXEC has {target.wave_size} bits")
-    exec_ = parse_operand("exec" if scalar.kind is PAIR else "exec_lo")
-    read, read_exec = _reader(source, scalar.kind), _reader(exec_, scalar.kind)
-    write, write_exec = _writer(destination, scalar.kind), _writer(exec_, scalar.kind)
-    compute, is_set, saves = scalar.compute, scalar.is_set, scalar.saves
+    exec_ = parse_operand("exec" if kind is PAIR else "exec_lo")
+    read, read_exec = _reader(source, kind), _reader(exec_, kind)
+    write, write_exec = _writer(destination, kind), _writer(exec_, kind)
 
     def execute(group: WaveGroup) -> None:
         old = read_exec(group)
         new = compute(read(group), old)
         group.scc = is_set(new)
-        write(group, old if saves else new)
+        write(group, old)
         write_exec(group, new)
 
     return execute

@@ -14,18 +14,9 @@ from typing import Any
 import numpy as np
 
 from attn_dispatch.emulation.arithmetic import bits, numerics
-from attn_dispatch.emulation.instructions.operands import F16, F32, I32, U32, U64, Kind
+from attn_dispatch.emulation.instructions.operands import F32, I32, U32, U64, Kind
 
-__all__ = [
-    "EXEC_TABLE",
-    "PAIR",
-    "PLACES",
-    "SIGNED_16",
-    "TABLE",
-    "UNSIGNED_16",
-    "ExecScalar",
-    "Scalar",
-]
+__all__ = ["EXEC_TABLE", "PAIR", "PLACES", "SIGNED_16", "TABLE", "UNSIGNED_16", "Scalar"]
 
 #: Two registers as an array of (2, waves): fewer steps than to join them to 64 bits.
 PAIR = Kind("pair", np.uint32, 2)
@@ -59,29 +50,11 @@ class Scalar:
     reads_scc: bool = False
 
 
-@dataclass(frozen=True)
-class ExecScalar:
-    """An instruction that changes EXEC.
-
-    Attributes:
-        kind: of the source, the destination and EXEC.
-        compute: the new EXEC, of the source and EXEC.
-        is_set: the new SCC, of the new EXEC.
-        saves: the destination receives the old EXEC, not the new one.
-    """
-
-    kind: Kind
-    compute: Callable[[Any, Any], Any]
-    is_set: Callable[..., Any]
-    saves: bool
-
-
 #: By name; an instruction has several if the instruction sets call it differently.
 TABLE: dict[str, Scalar] = {}
-EXEC_TABLE: dict[str, ExecScalar] = {}
-
-#: Widths of the instructions that exist for one register and for two.
-_UNSIGNED = {32: U32, 64: U64}
+#: Instructions that save EXEC in their destination and change it: the kind of all registers, the
+#: new EXEC of the source and the old one, and the new SCC of the new EXEC.
+EXEC_TABLE: dict[str, tuple[Kind, Callable[[Any, Any], Any], Callable[..., Any]]] = {}
 
 
 def _add(
@@ -128,14 +101,11 @@ def _select(a: Any, b: Any, scc: Any) -> Any:
 _add("s_mov_b32", U32, (U32,), _same)
 _add("s_mov_b64", PAIR, (PAIR,), _same)
 _add("s_movk_i32", I32, (SIGNED_16,), _same)
-_add("s_cmov_b32", U32, (U32,), _select, reads_result=True, reads_scc=True)
-_add("s_cmov_b64", PAIR, (PAIR,), _select, reads_result=True, reads_scc=True)
-_add("s_cmovk_i32", I32, (SIGNED_16,), _select, reads_result=True, reads_scc=True)
 _add("s_cselect_b32", U32, (U32, U32), _select, reads_scc=True)
 _add("s_cselect_b64", PAIR, (PAIR, PAIR), _select, reads_scc=True)
 
 # Bitwise ------------------------------------------------------------------------------------------
-#: Names without "s_" and "_b32" -> function.
+#: Names without "s_" and the width -> function.
 _BITWISE: dict[str, Callable[[Any, Any], Any]] = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
@@ -144,26 +114,15 @@ _BITWISE: dict[str, Callable[[Any, Any], Any]] = {
     "nor": lambda a, b: ~(a | b),
     "xnor": lambda a, b: ~(a ^ b),
     "andn2": lambda a, b: a & ~b,
+    "and_not1": lambda a, b: a & ~b,
     "orn2": lambda a, b: a | ~b,
+    "or_not1": lambda a, b: a | ~b,
 }
-_BITWISE |= {"and_not1": _BITWISE["andn2"], "or_not1": _BITWISE["orn2"]}
-#: The same with EXEC as the second source, and four more.
-_WITH_EXEC = {**_BITWISE, "andn1": lambda a, b: ~a & b, "orn1": lambda a, b: ~a | b}
-_WITH_EXEC |= {"and_not0": _WITH_EXEC["andn1"], "or_not0": _WITH_EXEC["orn1"]}
-
-
-def _add_bitwise(width: int, kind: Kind, is_set: Callable[..., Any]) -> None:
-    for name, function in _BITWISE.items():
-        _add(f"s_{name}_b{width}", kind, (kind, kind), function, is_set)
-    _add(f"s_not_b{width}", kind, (kind,), operator.invert, is_set)
-    for name, function in _WITH_EXEC.items():
-        EXEC_TABLE[f"s_{name}_saveexec_b{width}"] = ExecScalar(kind, function, is_set, True)
-        if name in ("andn1", "andn2", "and_not0", "and_not1"):
-            EXEC_TABLE[f"s_{name}_wrexec_b{width}"] = ExecScalar(kind, function, is_set, False)
-
-
-_add_bitwise(32, U32, _nonzero)
-_add_bitwise(64, PAIR, _pair_nonzero)
+for _width, _kind, _is_set in ((32, U32, _nonzero), (64, PAIR, _pair_nonzero)):
+    _add(f"s_not_b{_width}", _kind, (_kind,), operator.invert, _is_set)
+    for _name, _function in _BITWISE.items():
+        _add(f"s_{_name}_b{_width}", _kind, (_kind, _kind), _function, _is_set)
+        EXEC_TABLE[f"s_{_name}_saveexec_b{_width}"] = _kind, _function, _is_set
 
 
 # Integer arithmetic -------------------------------------------------------------------------------
@@ -212,7 +171,6 @@ _add("s_min_u32", U32, (U32, U32), np.minimum, lambda r, a, b: a < b)
 _add("s_max_i32", I32, (I32, I32), np.maximum, lambda r, a, b: a >= b)
 _add("s_max_u32", U32, (U32, U32), np.maximum, lambda r, a, b: a >= b)
 _add("s_abs_i32", I32, (I32,), np.abs, _nonzero)
-_add("s_absdiff_i32", I32, (I32, I32), lambda a, b: np.abs(a - b), _nonzero)
 for _shift in (1, 2, 3, 4):
     _add_shifted_sum(_shift)
 
@@ -239,60 +197,18 @@ def _add_bit_fields(width: int, kind: Kind) -> None:
     _add(f"s_bitcmp1_b{width}", None, (kind, place), lambda a, b: (a & one << b) != 0)
 
 
-for _width, _kind in _UNSIGNED.items():
-    _add_bit_fields(_width, _kind)
+_add_bit_fields(32, U32)
+_add_bit_fields(64, U64)
 _add("s_bfm_b32", U32, (U32, U32), bits.bit_mask_32)
-_add("s_bfm_b64", U64, (U32, U32), bits.bit_mask_64)
 
 
-# Bit counts, searches and rearrangements ----------------------------------------------------------
-def _leading_sign_bits(a: Any) -> Any:
-    top = a.dtype.type(8 * a.dtype.itemsize - 1)
-    return bits.leading_zeros(np.where(a >> top, ~a, a))
-
-
-def _quads(a: Any) -> Any:
-    """The lowest bit of each four is set if one of them is."""
-    kind = a.dtype.type
-    a = a | a >> kind(1)
-    return (a | a >> kind(2)) & kind(0x1111111111111111 & int(~kind(0)))
-
-
-def _quad_mask(a: Any) -> Any:
-    """One bit for each four, in the lower bits."""
-    kind, packed = a.dtype.type, _quads(a)
-    for distance, mask in ((3, 0x0303030303030303), (6, 0x000F000F000F000F), (12, 0xFF000000FF)):
-        packed = (packed | packed >> kind(distance)) & kind(mask & int(~kind(0)))
-    return packed if kind is np.uint32 else (packed | packed >> kind(24)) & kind(0xFFFF)
-
-
-def _replicate(a: Any) -> Any:
-    """Each bit twice: uint32 to uint64."""
-    spread = a.astype(np.uint64)
-    for distance, mask in (
-        (16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F),
-        (2, 0x3333333333333333), (1, 0x5555555555555555),
-    ):  # fmt: skip
-        spread = (spread | spread << np.uint64(distance)) & np.uint64(mask)
-    return spread * np.uint64(3)
-
-
-def _add_bit_counts(width: int, kind: Kind) -> None:
-    _add(f"s_bcnt0_i32_b{width}", U32, (kind,), lambda a: bits.count_bits(~a), _nonzero)
-    _add(f"s_bcnt1_i32_b{width}", U32, (kind,), bits.count_bits, _nonzero)
-    _add(f"s_ff0_i32_b{width}", U32, (kind,), lambda a: bits.trailing_zeros(~a))
-    _add(f"s_ff1_i32_b{width} s_ctz_i32_b{width}", U32, (kind,), bits.trailing_zeros)
-    _add(f"s_flbit_i32_b{width} s_clz_i32_u{width}", U32, (kind,), bits.leading_zeros)
-    _add(f"s_brev_b{width}", kind, (kind,), bits.reverse_bits)
-    _add(f"s_wqm_b{width}", kind, (kind,), lambda a: _quads(a) * a.dtype.type(15), _nonzero)
-    _add(f"s_quadmask_b{width}", kind, (kind,), _quad_mask, _nonzero)
-
-
-for _width, _kind in _UNSIGNED.items():
-    _add_bit_counts(_width, _kind)
-_add("s_flbit_i32 s_cls_i32", U32, (U32,), _leading_sign_bits)
-_add("s_flbit_i32_i64 s_cls_i32_i64", U32, (U64,), _leading_sign_bits)
-_add("s_bitreplicate_b64_b32", U64, (U32,), _replicate)
+# Bit counts, searches and halves ------------------------------------------------------------------
+for _width, _kind in ((32, U32), (64, U64)):
+    _add(f"s_bcnt1_i32_b{_width}", U32, (_kind,), bits.count_bits, _nonzero)
+    _add(f"s_ff1_i32_b{_width} s_ctz_i32_b{_width}", U32, (_kind,), bits.trailing_zeros)
+    _add(f"s_flbit_i32_b{_width} s_clz_i32_u{_width}", U32, (_kind,), bits.leading_zeros)
+    _add(f"s_brev_b{_width}", _kind, (_kind,), bits.reverse_bits)
+_add("s_flbit_i32 s_cls_i32", U32, (U32,), bits.leading_sign_bits)
 _add("s_sext_i32_i8", I32, (I32,), lambda a: a.astype(np.int8).astype(np.int32))
 _add("s_sext_i32_i16", I32, (I32,), lambda a: a.astype(np.int16).astype(np.int32))
 _LOW, _HIGH, _HALF = np.uint32(0xFFFF), np.uint32(0xFFFF0000), np.uint32(16)
@@ -303,17 +219,22 @@ _add("s_pack_hh_b32_b16", U32, (U32, U32), lambda a, b: a >> _HALF | b & _HIGH)
 
 # Comparisons --------------------------------------------------------------------------------------
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": lambda a, b: a == b,
-    "lg": lambda a, b: (a < b) | (a > b),
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
+    "eq": operator.eq,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "lt": operator.lt,
+    "le": operator.le,
 }
+for _name, _function in {**_COMPARE, "lg": operator.ne}.items():
+    _add(f"s_cmp_{_name}_i32", None, (I32, I32), _function)
+    _add(f"s_cmp_{_name}_u32", None, (U32, U32), _function)
+    _add(f"s_cmpk_{_name}_i32", None, (I32, SIGNED_16), _function)
+    _add(f"s_cmpk_{_name}_u32", None, (U32, UNSIGNED_16), _function)
 #: "n...": not. They differ from the opposite comparison if an operand is NaN.
-_COMPARE_FLOATS = {
+_COMPARE_FLOATS: dict[str, Callable[[Any, Any], Any]] = {
     **_COMPARE,
-    "neq": lambda a, b: a != b,
+    "lg": lambda a, b: (a < b) | (a > b),
+    "neq": operator.ne,
     "nlg": lambda a, b: ~((a < b) | (a > b)),
     "ngt": lambda a, b: ~(a > b),
     "nge": lambda a, b: ~(a >= b),
@@ -322,35 +243,18 @@ _COMPARE_FLOATS = {
     "o": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
     "u": lambda a, b: np.isnan(a) | np.isnan(b),
 }
-for _name, _function in {**_COMPARE, "lg": operator.ne}.items():
-    _add(f"s_cmp_{_name}_i32", None, (I32, I32), _function)
-    _add(f"s_cmp_{_name}_u32", None, (U32, U32), _function)
-    _add(f"s_cmpk_{_name}_i32", None, (I32, SIGNED_16), _function)
-    _add(f"s_cmpk_{_name}_u32", None, (U32, UNSIGNED_16), _function)
 for _name, _function in _COMPARE_FLOATS.items():
     _add(f"s_cmp_{_name}_f32", None, (F32, F32), _function)
-    _add(f"s_cmp_{_name}_f16", None, (F16, F16), _function)
 _add("s_cmp_eq_u64", None, (PAIR, PAIR), lambda a, b: ~_pair_nonzero(a ^ b))
 _add("s_cmp_lg_u64", None, (PAIR, PAIR), lambda a, b: _pair_nonzero(a ^ b))
 
 
 # Floating point: RDNA -----------------------------------------------------------------------------
-def _propagates_nan(choose: Callable[..., Any], a: Any, b: Any) -> Any:
-    return np.where(np.isnan(a) | np.isnan(b), a + b, choose(a, b))
-
-
-def _pack_halves(a: Any, b: Any) -> Any:
-    low, high = (numerics.to_float16_toward_zero(x).view(np.uint16) for x in (a, b))
-    return low.astype(np.uint32) | high.astype(np.uint32) << _HALF
-
-
 _add("s_add_f32", F32, (F32, F32), operator.add)
 _add("s_sub_f32", F32, (F32, F32), operator.sub)
 _add("s_mul_f32", F32, (F32, F32), operator.mul)
 _add("s_min_f32 s_min_num_f32", F32, (F32, F32), numerics.minimum_number)
 _add("s_max_f32 s_max_num_f32", F32, (F32, F32), numerics.maximum_number)
-_add("s_minimum_f32", F32, (F32, F32), partial(_propagates_nan, numerics.minimum_number))
-_add("s_maximum_f32", F32, (F32, F32), partial(_propagates_nan, numerics.maximum_number))
 _add("s_fmac_f32", F32, (F32, F32), numerics.fused_multiply_add, reads_result=True)
 _add("s_fmaak_f32 s_fmamk_f32", F32, (F32, F32, F32), numerics.fused_multiply_add)
 _add("s_ceil_f32", F32, (F32,), np.ceil)
@@ -361,12 +265,6 @@ _add("s_cvt_f32_i32", F32, (I32,), lambda a: a.astype(np.float32))
 _add("s_cvt_f32_u32", F32, (U32,), lambda a: a.astype(np.float32))
 _add("s_cvt_i32_f32", I32, (F32,), lambda a: numerics.to_integer(a, np.int32))
 _add("s_cvt_u32_f32", U32, (F32,), lambda a: numerics.to_integer(a, np.uint32))
-_add("s_cvt_f32_f16", F32, (F16,), lambda a: a.astype(np.float32))
-_add(
-    "s_cvt_hi_f32_f16", F32, (U32,),
-    lambda a: (a >> _HALF).astype(np.uint16).view(np.float16).astype(np.float32),
-)  # fmt: skip
-_add("s_cvt_pk_rtz_f16_f32", U32, (F32, F32), _pack_halves)
 
 # The vector unit computes these for a scalar, on RDNA4.
 _add("v_s_exp_f32", F32, (F32,), numerics.exp2)

@@ -17,12 +17,8 @@ from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [
     "CACHE_MODIFIERS",
-    "CDNA_LOADS",
-    "CDNA_STORES",
-    "LDS_LOADS",
-    "LDS_STORES",
-    "RDNA_LOADS",
-    "RDNA_STORES",
+    "LOADS",
+    "STORES",
     "DataReader",
     "DataWriter",
     "Transfer",
@@ -63,79 +59,46 @@ class Transfer:
         return max(self.size // 4, 1)
 
 
-_WIDE = (4, 8, 12, 16)
-_CDNA_WIDE = dict(
-    zip(("dword", "dwordx2", "dwordx3", "dwordx4"), map(Transfer, _WIDE), strict=True)
+#: What is loaded, by the end of the opcode: on CDNA, on RDNA, and from LDS on both.
+_WIDE = [
+    ("dword", "b32", "b32", Transfer(4)),
+    ("dwordx2", "b64", "b64", Transfer(8)),
+    ("dwordx3", "b96", "b96", Transfer(12)),
+    ("dwordx4", "b128", "b128", Transfer(16)),
+]
+_LOADS = [
+    *_WIDE,
+    ("ubyte", "u8", "u8", Transfer(1)),
+    ("sbyte", "i8", "i8", Transfer(1, signed=True)),
+    ("ushort", "u16", "u16", Transfer(2)),
+    ("sshort", "i16", "i16", Transfer(2, signed=True)),
+    ("ubyte_d16", "d16_u8", "u8_d16", Transfer(1, half=0)),
+    ("ubyte_d16_hi", "d16_hi_u8", "u8_d16_hi", Transfer(1, half=1)),
+    ("sbyte_d16", "d16_i8", "i8_d16", Transfer(1, signed=True, half=0)),
+    ("sbyte_d16_hi", "d16_hi_i8", "i8_d16_hi", Transfer(1, signed=True, half=1)),
+    ("short_d16", "d16_b16", "u16_d16", Transfer(2, half=0)),
+    ("short_d16_hi", "d16_hi_b16", "u16_d16_hi", Transfer(2, half=1)),
+]
+#: The same for stores.
+_STORES = [
+    *_WIDE,
+    ("byte", "b8", "b8", Transfer(1)),
+    ("short", "b16", "b16", Transfer(2)),
+    ("byte_d16_hi", "d16_hi_b8", "b8_d16_hi", Transfer(1, half=1)),
+    ("short_d16_hi", "d16_hi_b16", "b16_d16_hi", Transfer(2, half=1)),
+]
+#: "cdna", "rdna" or "lds" -> end of the opcode -> what it loads or stores.
+LOADS, STORES = (
+    {name: {row[i]: row[3] for row in rows} for i, name in enumerate(("cdna", "rdna", "lds"))}
+    for rows in (_LOADS, _STORES)
 )
-_RDNA_WIDE = dict(zip(("b32", "b64", "b96", "b128"), map(Transfer, _WIDE), strict=True))
-
-#: What an opcode loads or stores, by the end of its name.
-CDNA_LOADS: dict[str, Transfer] = _CDNA_WIDE | {
-    "ubyte": Transfer(1),
-    "sbyte": Transfer(1, signed=True),
-    "ushort": Transfer(2),
-    "sshort": Transfer(2, signed=True),
-    "ubyte_d16": Transfer(1, half=0),
-    "ubyte_d16_hi": Transfer(1, half=1),
-    "sbyte_d16": Transfer(1, signed=True, half=0),
-    "sbyte_d16_hi": Transfer(1, signed=True, half=1),
-    "short_d16": Transfer(2, half=0),
-    "short_d16_hi": Transfer(2, half=1),
-}
-CDNA_STORES: dict[str, Transfer] = _CDNA_WIDE | {
-    "byte": Transfer(1),
-    "short": Transfer(2),
-    "byte_d16_hi": Transfer(1, half=1),
-    "short_d16_hi": Transfer(2, half=1),
-}
-RDNA_LOADS: dict[str, Transfer] = _RDNA_WIDE | {
-    "u8": Transfer(1),
-    "i8": Transfer(1, signed=True),
-    "u16": Transfer(2),
-    "i16": Transfer(2, signed=True),
-    "d16_u8": Transfer(1, half=0),
-    "d16_hi_u8": Transfer(1, half=1),
-    "d16_i8": Transfer(1, signed=True, half=0),
-    "d16_hi_i8": Transfer(1, signed=True, half=1),
-    "d16_b16": Transfer(2, half=0),
-    "d16_hi_b16": Transfer(2, half=1),
-}
-RDNA_STORES: dict[str, Transfer] = _RDNA_WIDE | {
-    "b8": Transfer(1),
-    "b16": Transfer(2),
-    "d16_hi_b8": Transfer(1, half=1),
-    "d16_hi_b16": Transfer(2, half=1),
-}
-LDS_LOADS: dict[str, Transfer] = _RDNA_WIDE | {
-    "u8": Transfer(1),
-    "i8": Transfer(1, signed=True),
-    "u16": Transfer(2),
-    "i16": Transfer(2, signed=True),
-    "u8_d16": Transfer(1, half=0),
-    "u8_d16_hi": Transfer(1, half=1),
-    "i8_d16": Transfer(1, signed=True, half=0),
-    "i8_d16_hi": Transfer(1, signed=True, half=1),
-    "u16_d16": Transfer(2, half=0),
-    "u16_d16_hi": Transfer(2, half=1),
-}
-LDS_STORES: dict[str, Transfer] = _RDNA_WIDE | {
-    "b8": Transfer(1),
-    "b16": Transfer(2),
-    "b8_d16_hi": Transfer(1, half=1),
-    "b16_d16_hi": Transfer(2, half=1),
-}
 
 
 # Operands and modifiers ---------------------------------------------------------------------------
 
 
 def registers_of(text: str, file: str, count: int) -> Registers:
-    """The registers of an operand.
-
-    Args:
-        text: the operand.
-        file: "v", "s", or "va" if accumulation registers are possible, too.
-        count: how many registers it must have.
+    """The `count` registers of an operand, of file "v" or "s", or "va" for vector or accumulation.
 
     Raises:
         UnknownInstruction: it is something else.
@@ -159,11 +122,7 @@ def integer_modifier(instruction: Instruction, name: str) -> int:
 
 
 def check_modifiers(instruction: Instruction, known: Collection[str]) -> None:
-    """Check that an instruction has no other modifiers.
-
-    Raises:
-        UnknownInstruction: it has.
-    """
+    """Raise `UnknownInstruction` if an instruction has other modifiers."""
     unknown = [name for name in instruction.modifiers if name not in known]
     if unknown:
         raise UnknownInstruction(f"the modifier {unknown[0]} is not known here")
@@ -174,12 +133,11 @@ def check_modifiers(instruction: Instruction, known: Collection[str]) -> None:
 
 def data_reader(text: str, transfer: Transfer) -> DataReader:
     """Reads what is stored, from vector or accumulation registers."""
-    registers = registers_of(text, "va", transfer.words)
-    name, first, last = _rows(registers)
+    name, rows = _rows(registers_of(text, "va", transfer.words))
 
     def read(group: WaveGroup) -> NDArray[np.uint32]:
-        rows: NDArray[np.uint32] = getattr(group, name)[first:last]
-        return rows.reshape(last - first, -1) if group.full else rows[:, group.exec]
+        values: NDArray[np.uint32] = getattr(group, name)[rows]
+        return values.reshape(transfer.words, -1) if group.full else values[:, group.exec]
 
     if transfer.half != 1:
         return read
@@ -188,43 +146,29 @@ def data_reader(text: str, transfer: Transfer) -> DataReader:
 
 def data_writer(text: str, transfer: Transfer) -> DataWriter:
     """Writes what was loaded, which is extended with zeros, to vector or accumulation registers."""
-    registers = registers_of(text, "va", transfer.words)
-    if transfer.half is not None:
-        return _half_writer(registers, transfer)
-    name, first, last = _rows(registers)
+    registers, half = registers_of(text, "va", transfer.words), transfer.half
+    name, rows = _rows(registers)
+    if half is not None:
+        name = f"{registers.file}_u16"
+    extended: Any = np.dtype(np.uint32 if half is None else np.uint16)
+    signed: Any = np.dtype(f"i{transfer.size}") if transfer.signed else None
 
-    def write(group: WaveGroup, values: NDArray[np.uint32]) -> None:
-        rows = getattr(group, name)[first:last]
+    def write(group: WaveGroup, values: NDArray[Any]) -> None:
+        if signed is not None:
+            values = values.astype(signed)
+        if signed is not None or half is not None:
+            values = values.astype(extended)
+        target = getattr(group, name)[rows]
+        if half is not None:
+            target = target[..., half]
         if group.full:
-            rows[...] = values.reshape(rows.shape)
+            target[...] = values.reshape(target.shape)
         else:
-            rows[:, group.exec] = values
+            target[:, group.exec] = values
 
-    if not transfer.signed:
-        return write
-    narrow: Any = {1: np.int8, 2: np.int16}[transfer.size]
-
-    def write_signed(group: WaveGroup, values: NDArray[np.uint32]) -> None:
-        write(group, values.astype(narrow).astype(np.int32).view(np.uint32))
-
-    return write_signed
+    return write
 
 
-def _half_writer(registers: Registers, transfer: Transfer) -> DataWriter:
-    name, first, half = f"{registers.file}_u16", registers.first, transfer.half
-    narrow: Any = np.int8 if transfer.signed else np.uint16
-
-    def write_half(group: WaveGroup, values: NDArray[np.uint32]) -> None:
-        halves = getattr(group, name)[first][..., half]
-        extended = values[0].astype(narrow).astype(np.uint16)
-        if group.full:
-            halves[...] = extended.reshape(halves.shape)
-        else:
-            halves[group.exec] = extended
-
-    return write_half
-
-
-def _rows(registers: Registers) -> tuple[str, int, int]:
-    """The attribute of a group that has these registers, and the range of rows."""
-    return f"{registers.file}_u32", registers.first, registers.first + registers.count
+def _rows(registers: Registers) -> tuple[str, slice]:
+    """The attribute of a group that has these registers, and their rows."""
+    return f"{registers.file}_u32", slice(registers.first, registers.first + registers.count)

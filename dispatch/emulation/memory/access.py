@@ -1,4 +1,4 @@
-"""Bytes that the lanes of many waves access in one step, and a shadow of the bytes written."""
+"""Bytes that the lanes of many waves access in one step, and flags of single bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bytes", "WrittenBytes", "repeated", "unit_indices"]
+__all__ = ["ByteFlags", "Bytes", "repeated", "unit_indices"]
 
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
     1: np.uint8,
@@ -75,39 +75,27 @@ class Bytes:
                 self.data[starts + byte] = raw[:, byte]
 
 
-class WrittenBytes:
-    """Which bytes of an array were written: 1 or 0 per byte."""
+class ByteFlags(Bytes):
+    """A flag of 1 or 0 for each byte of an array, such as whether it was written."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self._shadow = Bytes(np.zeros(num_bytes, np.uint8))
+    def __init__(self, num_bytes: int, flag: int = 0) -> None:
+        super().__init__(np.full(num_bytes, flag, np.uint8))
 
-    def mark(self, starts: NDArray[np.int64], size: int) -> None:
-        """Note that the `size` bytes from each start (k,) were written."""
-        unit = self._shadow.unit(starts, size)
-        view = self._shadow.views[unit]
+    def mark(self, starts: NDArray[np.int64], size: int, flag: int = 1) -> None:
+        """Set the flags of the `size` bytes from each start (k,)."""
+        unit = self.unit(starts, size)
         for index in unit_indices(starts, size, unit):
-            view[index] = repeated(1, unit)
+            self.views[unit][index] = repeated(flag, unit)
 
-    def copy(self) -> WrittenBytes:
-        """An independent copy."""
-        other = WrittenBytes(0)
-        other._shadow = Bytes(self._shadow.data.copy())
-        return other
-
-    def mark_range(self, start: int, end: int) -> None:
-        """Note that the bytes [start, end) were written."""
-        self._shadow.data[start:end] = 1
-
-    def first_unwritten(self, starts: NDArray[np.int64], size: int) -> tuple[int, int] | None:
-        """(lane, byte) of a byte that an access would read and that was never written."""
-        unit = self._shadow.unit(starts, size)
-        view = self._shadow.views[unit]
+    def first_clear(self, starts: NDArray[np.int64], size: int) -> tuple[int, int] | None:
+        """(lane, byte) of an access to a byte whose flag is 0."""
+        unit = self.unit(starts, size)
         for index in unit_indices(starts, size, unit):
-            missing = view.take(index, mode="clip") != repeated(1, unit)
-            if missing.any():
-                lane = int(missing.argmax())
+            clear = self.views[unit].take(index, mode="clip") != repeated(1, unit)
+            if clear.any():
+                lane = int(clear.argmax())
                 start = int(starts[lane])
-                return lane, start + int(self._shadow.data[start : start + size].argmin())
+                return lane, start + int(self.data[start : start + size].argmin())
         return None
 
 

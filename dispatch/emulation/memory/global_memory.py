@@ -92,9 +92,8 @@ class GlobalMemory:
 
     def remove(self, region: Region) -> None:
         """Allow no more accesses to a region."""
-        if region in self._regions:
-            at = self._regions.index(region)
-            del self._regions[at], self._starts[at]
+        at = self._regions.index(region)
+        del self._regions[at], self._starts[at]
 
     def region_at(self, address: int) -> Region:
         """The region that an address is in.
@@ -117,12 +116,8 @@ class GlobalMemory:
             UnwrittenRead: a byte was never written.
             WaitFault: another wave's store to a byte is in flight.
         """
-        parts = self._parts(addresses, size, waves, "load")
-        if len(parts) == 1:
-            region, _ = parts[0]
-            return region.load(addresses - region.address, size, waves)
-        values = np.zeros((max(size // 4, 1), addresses.size), np.uint32)
-        for region, lanes in parts:
+        values = np.empty((max(size // 4, 1), addresses.size), np.uint32)
+        for region, lanes in self._parts(addresses, size, waves, "load"):
             starts = addresses[lanes] - region.address
             values[:, lanes] = region.load(starts, size, waves[lanes])
         return values
@@ -139,16 +134,12 @@ class GlobalMemory:
         Raises:
             MemoryFault: an access is not within one region.
         """
-        stores = [
-            (
-                region.store(
-                    addresses[lanes] - region.address, values[:, lanes], size, waves[lanes]
-                ),
-                np.arange(addresses.size) if isinstance(lanes, slice) else np.arange(lanes.size),
-            )
-            for region, lanes in self._parts(addresses, size, waves, "store")
-        ]
-        return StoresInFlight(tuple(stores))
+        parts = []
+        for region, lanes in self._parts(addresses, size, waves, "store"):
+            starts = addresses[lanes] - region.address
+            store = region.store(starts, values[:, lanes], size, waves[lanes])
+            parts.append((store, np.arange(starts.size)))
+        return StoresInFlight(tuple(parts))
 
     def retire(self, in_flight: StoresInFlight) -> None:
         """The waves have waited for these stores: other waves may read what was stored."""
@@ -160,7 +151,6 @@ class GlobalMemory:
         operation: str,
         addresses: NDArray[np.int64],
         operand: NDArray[np.uint32],
-        compare: NDArray[np.uint32] | None,
         size: int,
         waves: NDArray[np.int64],
     ) -> NDArray[np.uint32]:
@@ -168,11 +158,10 @@ class GlobalMemory:
 
         Args:
             operation: one of `atomics.ATOMIC_OPERATIONS`.
-            addresses: int64 (k,).
-            operand: uint32 (words, k).
-            compare: uint32 (words, k), what "cmpswap" expects in memory.
+            addresses, waves: int64 (k,).
+            operand: uint32 (words, k); for "cmpswap" (2 * words, k), first the new value, then what
+                it expects in memory.
             size: 4 or 8 bytes.
-            waves: int64 (k,).
 
         Returns:
             What each lane found in memory, uint32 (words, k).
@@ -180,23 +169,17 @@ class GlobalMemory:
         Raises:
             MemoryFault, UnwrittenRead, WaitFault: as for a load; MemoryFault also if an address is
                 not a multiple of the size.
-            EmulationError: unknown operation.
         """
         misaligned = addresses & (size - 1) != 0
         if misaligned.any():
             lane = int(misaligned.argmax())
-            start = int(addresses[lane])
-            raise MemoryFault(
-                f"{access_text('atomic operation', size, start, int(waves[lane]))} is not aligned: "
-                f"the address must be a multiple of {size}."
-            )
+            access = access_text("atomic operation", size, addresses[lane], waves[lane])
+            raise MemoryFault(f"{access} is not aligned: the address must be a multiple of {size}.")
         found = np.empty((size // 4, addresses.size), np.uint32)
         for region, lanes in self._parts(addresses, size, waves, "atomic operation"):
             starts = addresses[lanes] - region.address
             region.check_read(starts, size, waves[lanes], "atomic operation")
-            expected = None if compare is None else compare[:, lanes]
-            source = operand[:, lanes]
-            found[:, lanes] = apply_atomic(region.bytes, operation, starts, source, expected, size)
+            found[:, lanes] = apply_atomic(region.bytes, operation, starts, operand[:, lanes], size)
         return found
 
     def _parts(
@@ -217,7 +200,7 @@ class GlobalMemory:
             start, count = int(addresses[lane]), int(outside.sum())
             others = f" {count} of {outside.size} lanes access such memory." if count > 1 else ""
             raise MemoryFault(
-                f"{access_text(kind, size, start, int(waves[lane]))} is "
+                f"{access_text(kind, size, start, waves[lane])} is "
                 f"{self._nearest(start, size)}{others}"
             )
         return [(self._regions[at], np.flatnonzero(index == at)) for at in np.unique(index)]

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.errors import MemoryFault, RaceFault, UnwrittenRead, WaitFault
-from attn_dispatch.emulation.memory.access import Bytes, WrittenBytes, repeated, unit_indices
-from attn_dispatch.emulation.memory.atomics import apply_atomic
-from attn_dispatch.emulation.memory.races import AccessKind, RaceDetector
+from attn_dispatch.emulation.memory.access import ByteFlags, Bytes
+from attn_dispatch.emulation.memory.races import RaceDetector
 
 __all__ = ["Lds", "LdsAccess"]
 
@@ -25,7 +24,7 @@ class LdsAccess:
         starts: int64 (k,) first byte in the memory of all workgroups.
         waves: int64 (k,).
         size: bytes of each lane.
-        is_read, is_write: both for an atomic operation.
+        is_write: a store or a load into LDS, otherwise a load.
         arrives_later: a load into LDS, which is not ordered with other accesses of its wave before
             the wait for it.
     """
@@ -33,7 +32,6 @@ class LdsAccess:
     starts: NDArray[np.int64]
     waves: NDArray[np.int64]
     size: int
-    is_read: bool
     is_write: bool
     arrives_later: bool = False
 
@@ -51,41 +49,33 @@ class LdsAccess:
 class Lds:
     """The LDS of all workgroups of a run; at first all bytes are 0xFF and unwritten.
 
-    Accesses have k lanes of any workgroups: `workgroups`, `offsets` and `waves` are int64 (k,).
-    The waves of a workgroup must have consecutive numbers. Values are uint32
-    (max(size // 4, 1), k).
+    Accesses have k lanes of any workgroups: `workgroups`, `offsets` and `waves` are int64 (k,), and
+    values are uint32 (max(size // 4, 1), k).
 
     A race is an access to a byte that another wave of the workgroup has written since the last
-    barrier, or a write of a byte that another wave has read. Two exceptions do not change what any
+    barrier, or a write of a byte that another wave has read. An exception does not change what any
     wave sees: a write of the value which is already there (Triton lets several waves write the same
-    copy of a small tensor), and atomic operations on the same byte. Different values that two lanes
-    of one instruction write to the same byte are a race as well.
+    copy of a small tensor). Different values that two lanes of one instruction write to the same
+    byte are a race as well.
 
     Args:
         num_workgroups: that run.
         bytes_each: LDS of a workgroup.
-        banks: of 4 bytes, for bank conflicts: 32, on gfx950 64.
-        count_conflicts: whether to count bank conflicts.
 
     Attributes:
         bytes_read, bytes_written: by all lanes so far.
-        bank_conflicts: an estimate of the extra cycles of accesses of 4 bytes: for each 32 lanes,
-            the most different words in one bank, less 1. The GPUs' own rules differ.
     """
 
-    def __init__(
-        self, num_workgroups: int, bytes_each: int, banks: int = 32, count_conflicts: bool = False
-    ) -> None:
+    def __init__(self, num_workgroups: int, bytes_each: int) -> None:
         self.bytes_each = bytes_each
-        self.bytes_read = self.bytes_written = self.bank_conflicts = 0
-        self._banks, self._count_conflicts = banks, count_conflicts
+        self.bytes_read = self.bytes_written = 0
         self._stride = (bytes_each + 15) // 16 * 16
         num_bytes = num_workgroups * self._stride
         self._bytes = Bytes(np.full(num_bytes, 0xFF, np.uint8))
-        self._written = WrittenBytes(num_bytes)
+        self._written = ByteFlags(num_bytes)
         self._races = RaceDetector(self._bytes)
-        self._arriving = Bytes(np.zeros(0, np.uint8))  # 1 for bytes that a load may write later
-        self._used = (bytes_each, 0)  # the offsets [low, high) contain all that it has noted
+        # 0 for bytes that a load into LDS may write later; most kernels have no such loads.
+        self._arrived: ByteFlags | None = None
 
     def load(
         self,
@@ -102,13 +92,21 @@ class Lds:
             RaceFault: another wave has written a byte since the last barrier.
             WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
-        starts = self._starts(workgroups, offsets, size, waves, "load")
-        self._check_written(starts, size, waves, "load")
-        self._check_race("load", starts, size, waves)
-        self._check_arrived("load", starts, size, waves)
-        self._races.note_read(starts, size, waves)
+        access = LdsAccess(
+            self._starts(workgroups, offsets, size, waves, "load"), waves, size, is_write=False
+        )
+        starts = access.starts
+        unwritten = self._written.first_clear(starts, size)
+        if unwritten is not None:
+            lane, byte = unwritten
+            raise UnwrittenRead(
+                f"{self._text(access, lane)} reads byte {byte % self._stride}, which was never "
+                "written."
+            )
+        self._check_race(access)
+        self._check_arrived(access)
+        self._races.note(starts, size, waves, is_write=False)
         self.bytes_read += size * starts.size
-        access = LdsAccess(starts, waves, size, is_read=True, is_write=False)
         return self._bytes.gather(starts, size), access
 
     def store(
@@ -136,74 +134,32 @@ class Lds:
             WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
         starts = self._starts(workgroups, offsets, size, waves, "store")
-        self._check_race("store", starts, size, waves, values)
+        access = LdsAccess(starts, waves, size, is_write=True, arrives_later=arriving)
+        self._check_race(access, values)
         if not arriving:  # loads into LDS arrive in order
-            self._check_arrived("store", starts, size, waves)
+            self._check_arrived(access)
         self._bytes.scatter(starts, values, size)
-        differs = self._bytes.gather(starts, size) != _kept(values, size)
+        kept = values & np.uint32((1 << (8 * size)) - 1) if size < 4 else values
+        differs = self._bytes.gather(starts, size) != kept
         if differs.any():
             lane = int(differs.any(axis=0).argmax())
             raise RaceFault(
-                f"{self._access('store', starts, size, waves, lane)} has another lane of the same "
-                "instruction that writes a different value to the same byte."
+                f"{self._text(access, lane)} has another lane of the same instruction that writes "
+                "a different value to the same byte."
             )
-        self._races.note_write(starts, size, waves)
+        self._races.note(starts, size, waves, is_write=True)
         self._written.mark(starts, size)
         self.bytes_written += size * starts.size
         if arriving:
-            self._mark_arriving(starts, size, 1)
-        return LdsAccess(starts, waves, size, False, True, arriving)
-
-    def atomic(
-        self,
-        operation: str,
-        workgroups: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        operand: NDArray[np.uint32],
-        compare: NDArray[np.uint32] | None,
-        size: int,
-        waves: NDArray[np.int64],
-    ) -> tuple[NDArray[np.uint32], LdsAccess]:
-        """Apply an atomic operation lane by lane.
-
-        Args:
-            operation: one of `atomics.ATOMIC_OPERATIONS`.
-            workgroups, offsets, waves: int64 (k,).
-            operand: uint32 (words, k).
-            compare: uint32 (words, k), what "cmpswap" expects in memory.
-            size: 4 or 8 bytes.
-
-        Returns:
-            What each lane found in memory, uint32 (words, k), and a record of the access.
-
-        Raises:
-            MemoryFault: an access is not within the LDS of the workgroup, or not aligned.
-            UnwrittenRead: a byte was never written.
-            RaceFault: another wave has read or written a byte since the last barrier, other than by
-                an atomic operation.
-            WaitFault: nothing has waited for a load into LDS that writes a byte.
-            EmulationError: unknown operation.
-        """
-        starts = self._starts(workgroups, offsets, size, waves, "atomic operation")
-        misaligned = starts & (size - 1) != 0
-        if misaligned.any():
-            lane = int(misaligned.argmax())
-            raise MemoryFault(
-                f"{self._access('atomic operation', starts, size, waves, lane)} is not aligned: "
-                f"the offset must be a multiple of {size}."
-            )
-        self._check_written(starts, size, waves, "atomic operation")
-        self._check_race("atomic operation", starts, size, waves)
-        self._check_arrived("atomic operation", starts, size, waves)
-        found = apply_atomic(self._bytes, operation, starts, operand, compare, size)
-        self._races.note_write(starts, size, waves, atomic=True)
-        self.bytes_read += size * starts.size
-        self.bytes_written += size * starts.size
-        return found, LdsAccess(starts, waves, size, is_read=True, is_write=True)
+            if self._arrived is None:
+                self._arrived = ByteFlags(self._bytes.data.size, 1)
+            self._arrived.mark(starts, size, 0)
+        return access
 
     def arrived(self, access: LdsAccess) -> None:
         """A wait has finished a load into LDS."""
-        self._mark_arriving(access.starts, access.size, 0)
+        if self._arrived is not None:
+            self._arrived.mark(access.starts, access.size)
 
     def new_epoch(
         self,
@@ -217,23 +173,11 @@ class Lds:
                 after it. They count as accesses of the new epoch too.
             workgroups: those whose waves have passed, all by default.
         """
-        low, high = self._used
-        if low < high:
+        if self._stride:
             chosen: Any = slice(None) if workgroups is None else workgroups
-            self._races.forget(self._stride, chosen, low, high)
-        if workgroups is None:
-            self._used = (self.bytes_each, 0)
+            self._races.forget(self._stride, chosen)
         for access in in_flight:
-            if not access.starts.size:
-                continue
-            offsets = access.starts % self._stride
-            self._note_use(int(offsets.min()), int(offsets.max()) + access.size)
-            if access.is_write:
-                self._races.note_write(access.starts, access.size, access.waves, access.is_read)
-            else:
-                self._races.note_read(access.starts, access.size, access.waves)
-
-    # Bounds and what was written ------------------------------------------------------------------
+            self._races.note(access.starts, access.size, access.waves, access.is_write)
 
     def _starts(
         self,
@@ -244,102 +188,42 @@ class Lds:
         kind: str,
     ) -> NDArray[np.int64]:
         """Where the accesses begin in the memory of all workgroups."""
-        if offsets.size:
-            low, high = int(offsets.min()), int(offsets.max()) + size
-            if low < 0 or high > self.bytes_each:
-                lane = int(((offsets < 0) | (offsets > self.bytes_each - size)).argmax())
-                raise MemoryFault(
-                    f"The {kind} of {size} bytes at offset {offsets[lane]} by wave {waves[lane]} "
-                    f"is outside of its LDS of {self.bytes_each} bytes."
-                )
-            self._note_use(low, high)
-        starts = workgroups * self._stride + offsets
-        if self._count_conflicts and size == 4 and offsets.size:
-            self.bank_conflicts += _bank_conflicts(starts, waves, self._banks)
-        return starts
-
-    def _note_use(self, low: int, high: int) -> None:
-        self._used = (min(low, self._used[0]), max(high, self._used[1]))
-
-    def _check_written(
-        self, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64], kind: str
-    ) -> None:
-        unwritten = self._written.first_unwritten(starts, size)
-        if unwritten is not None:
-            lane, byte = unwritten
-            raise UnwrittenRead(
-                f"{self._access(kind, starts, size, waves, lane)} reads byte "
-                f"{byte % self._stride}, which was never written."
+        outside = (offsets < 0) | (offsets > self.bytes_each - size)
+        if outside.any():
+            lane = int(outside.argmax())
+            raise MemoryFault(
+                f"The {kind} of {size} bytes at offset {offsets[lane]} by wave {waves[lane]} "
+                f"is outside of its LDS of {self.bytes_each} bytes."
             )
+        return workgroups * self._stride + offsets
 
-    def _check_race(
-        self,
-        kind: AccessKind,
-        starts: NDArray[np.int64],
-        size: int,
-        waves: NDArray[np.int64],
-        values: NDArray[np.uint32] | None = None,
-    ) -> None:
-        found = self._races.conflict(kind, starts, size, waves, values)
+    def _check_race(self, access: LdsAccess, values: NDArray[np.uint32] | None = None) -> None:
+        found = self._races.conflict(access.starts, access.size, access.waves, values)
         if found is None:
             return
-        lane, byte, wave, done = found
-        other = "several waves have" if wave is None else f"wave {wave} has"
+        other = "several waves have" if found.wave is None else f"wave {found.wave} has"
         raise RaceFault(
-            f"{self._access(kind, starts, size, waves, lane)} races: {other} {done} byte "
-            f"{byte % self._stride} since the last barrier. A barrier must be between the two, and "
-            "the first must have waited for its access."
+            f"{self._text(access, found.lane)} races: {other} {found.done} byte "
+            f"{found.byte % self._stride} since the last barrier. A barrier must be between the "
+            "two, and the first must have waited for its access."
         )
 
-    def _mark_arriving(self, starts: NDArray[np.int64], size: int, flag: int) -> None:
-        if not self._arriving.data.size:  # most kernels have no such loads
-            self._arriving = Bytes(np.zeros_like(self._bytes.data))
-        unit = self._arriving.unit(starts, size)
-        for index in unit_indices(starts, size, unit):
-            self._arriving.views[unit][index] = repeated(flag, unit)
-
-    def _check_arrived(
-        self, kind: str, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64]
-    ) -> None:
+    def _check_arrived(self, access: LdsAccess) -> None:
         """Check that an access does not depend on when loads into LDS arrive."""
-        if not self._arriving.data.size:
+        if self._arrived is None:
             return
-        arriving = self._arriving.gather(starts, size)
-        if arriving.any():
-            lane = int(arriving.any(axis=0).argmax())
+        pending = self._arrived.first_clear(access.starts, access.size)
+        if pending is not None:
             raise WaitFault(
-                f"{self._access(kind, starts, size, waves, lane)} is before the wait for the load "
-                "into LDS that writes the same bytes."
+                f"{self._text(access, pending[0])} is before the wait for the load into LDS that "
+                "writes the same bytes."
             )
 
-    def _access(
-        self,
-        kind: str,
-        starts: NDArray[np.int64],
-        size: int,
-        waves: NDArray[np.int64],
-        lane: int,
-    ) -> str:
-        workgroup, offset = divmod(int(starts[lane]), self._stride)
+    def _text(self, access: LdsAccess, lane: int) -> str:
+        """The first words of a message about an access."""
+        workgroup, offset = divmod(int(access.starts[lane]), self._stride)
+        kind = "store" if access.is_write else "load"
         return (
-            f"The {kind} of {size} bytes at offset {offset} of the LDS of workgroup {workgroup} by "
-            f"wave {waves[lane]}"
+            f"The {kind} of {access.size} bytes at offset {offset} of the LDS of workgroup "
+            f"{workgroup} by wave {access.waves[lane]}"
         )
-
-
-def _kept(values: NDArray[np.uint32], size: int) -> NDArray[np.uint32]:
-    """Values without the bits that a store of 1 or 2 bytes leaves out."""
-    return values & np.uint32((1 << (8 * size)) - 1) if size < 4 else values
-
-
-def _bank_conflicts(starts: NDArray[np.int64], waves: NDArray[np.int64], banks: int) -> int:
-    """Extra cycles: for each 32 lanes of a wave, the most different words in one bank, less 1."""
-    position = np.arange(starts.size)
-    first = np.concatenate([[True], np.diff(waves) != 0])
-    in_wave = position - np.maximum.accumulate(np.where(first, position, 0))
-    group = np.cumsum(in_wave % 32 == 0) - 1
-    word = starts >> 2
-    pairs = np.unique(np.stack([group, word]), axis=1)
-    in_bank = np.zeros((int(group[-1]) + 1, banks), np.int64)
-    np.add.at(in_bank, (pairs[0], pairs[1] % banks), 1)
-    return int((in_bank.max(axis=1) - 1).sum())

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.errors import MemoryFault, UnwrittenRead
-from attn_dispatch.emulation.memory.access import Bytes, WrittenBytes
+from attn_dispatch.emulation.memory.access import ByteFlags, Bytes
 
 __all__ = ["Scratch"]
 
@@ -24,7 +24,7 @@ class Scratch:
         self.bytes_read = self.bytes_written = 0
         self._lanes, self._stride = lanes, (bytes_each + 15) // 16 * 16
         num_bytes = num_waves * lanes * self._stride
-        self._bytes, self._written = Bytes(np.zeros(num_bytes, np.uint8)), WrittenBytes(num_bytes)
+        self._bytes, self._written = Bytes(np.zeros(num_bytes, np.uint8)), ByteFlags(num_bytes)
 
     def load(
         self,
@@ -43,7 +43,7 @@ class Scratch:
             UnwrittenRead: a byte was never written.
         """
         starts = self._starts(waves, lanes, offsets, size, "load")
-        unwritten = self._written.first_unwritten(starts, size)
+        unwritten = self._written.first_clear(starts, size)
         if unwritten is not None:
             at, byte = unwritten
             raise UnwrittenRead(
