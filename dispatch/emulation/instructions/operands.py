@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_dispatch.emulation.arithmetic.numerics import high32, low32, to_u64
+from attn_dispatch.emulation.arithmetic.bits import high32, low32, to_u64
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.registers import EXEC, M0, TTMP0, VCC, Registers
 from attn_dispatch.emulation.waves import WaveGroup
@@ -243,8 +243,9 @@ def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
         return lambda group: group.scc[:, None].astype(kind.dtype)
     if registers is None:
         value = constant(operand.text, kind)
-        if not kind.words and half and operand.half is None:  # the upper half of a 32-bit constant
-            whole = int(constant(operand.text, U32)) >> 16
+        if not kind.words and half and operand.half is None:
+            # The upper half of a 32-bit constant; an inline float of 16 bits has 0 there.
+            whole = 0 if "." in operand.text else int(constant(operand.text, U32)) >> 16
             value = np.uint16(whole).view(kind.dtype)
         return lambda group: value
     first = registers.first
