@@ -186,32 +186,26 @@ _ONE_COUNTER = re.compile(r"s_wait(?:cnt_vs|_load|_store|_ds|_km)cnt .*?(0x[0-9a
 _TWO_COUNTERS = re.compile(r"s_wait_(?:load|store)cnt_dscnt (0x[0-9a-f]+|\d+)$")
 
 
-def _is_wait(instruction: Instruction) -> bool:
-    patterns = (_COUNTER, _ONE_COUNTER, _TWO_COUNTERS)
-    return any(pattern.search(instruction.text) for pattern in patterns)
+def _limits(text: str) -> list[tuple[re.Match[str], tuple[int, ...]]]:
+    """The numbers of a wait, each with what allows one operation more of a counter."""
+    both, one = _TWO_COUNTERS.match(text), _ONE_COUNTER.match(text)
+    if both:
+        return [(both, (1, 0x100))]
+    return [(found, (1,)) for found in ([one] if one else _COUNTER.finditer(text))]
 
 
 def _dropped_wait(instruction: Instruction, kernel: Kernel) -> Iterator[str]:
-    if _is_wait(instruction):
+    if _limits(instruction.text):
         yield _NOTHING
 
 
 def _weaker_wait(instruction: Instruction, kernel: Kernel) -> Iterator[str]:
     """One operation more may be left, of one of the counters."""
     text = instruction.text
-    if not _is_wait(instruction):
-        return
-    places: list[tuple[tuple[int, int], tuple[int, ...]]] = [
-        (found.span(1), (1,)) for found in _COUNTER.finditer(text)
-    ]
-    both, one = _TWO_COUNTERS.match(text), _ONE_COUNTER.match(text)
-    if both:
-        places.append((both.span(1), (1, 0x100)))
-    elif one:
-        places.append((one.span(1), (1,)))
-    for (start, end), steps in places:
+    for found, steps in _limits(text):
+        start, end = found.span(1)
         for step in steps:
-            yield f"{text[:start]}{int(text[start:end], 0) + step}{text[end:]}"
+            yield f"{text[:start]}{int(found[1], 0) + step}{text[end:]}"
 
 
 #: Kind -> what it makes of an instruction.

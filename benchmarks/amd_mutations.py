@@ -1,7 +1,7 @@
 """Are wrong AMD kernels noticed? Changes one executed instruction at a time, and runs a step.
 
     python benchmarks/amd_mutations.py gfx942 --count 150
-    python benchmarks/amd_mutations.py gfx942 --kind barrier --count 0 --json barriers.json
+    python benchmarks/amd_mutations.py gfx942 --kind barrier --count 0
 
 Steps of TRITON_ATTN with a prefill, decodes and a write to the cache run on the emulated GPU. Then
 an instruction that they execute is changed as a bug of a compiler or of a GPU would do it: another
@@ -24,12 +24,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -46,7 +45,7 @@ from attn_dispatch.conformance.check import BackendUnderTest, same_bits
 from attn_dispatch.conformance.emulated import EmulatedDevice
 from attn_dispatch.conformance.tolerance import CheckFailed
 from attn_dispatch.emulation import TARGETS, Emulation, EmulationError, machine
-from attn_dispatch.emulation.assembly import parse_instruction
+from attn_dispatch.emulation.assembly import Instruction, parse_instruction
 from attn_dispatch.emulation.instructions.decode import Decoded, decode
 from attn_dispatch.emulation.machine import Kernel, LaunchCounts, WaveOrder
 from attn_dispatch.emulation.waves import WaveGroup
@@ -147,7 +146,11 @@ class MutatedSteps:
         for step, expected in zip(self._steps, self._expected, strict=True):
             for order in orders if change.kind in _ORDER_KINDS else orders[:1]:
                 try:
-                    with self._changed(change, order):
+                    with (
+                        changed(change),
+                        mock.patch.object(self._emulation, "wave_order", order),
+                        mock.patch.object(machine, "_LIMIT", self._limit),
+                    ):
                         found = self._run(step)
                 except CheckFailed as error:
                     return Outcome(change, "wrong result", message=str(error))
@@ -160,22 +163,12 @@ class MutatedSteps:
             return Outcome(change, unnoticed=SMALL_DIFFERENCE)
         return Outcome(change, unnoticed=NO_EFFECT if self._has_no_effect(change) else SAME_RESULT)
 
-    @contextlib.contextmanager
-    def _changed(self, change: Change, order: WaveOrder) -> Iterator[None]:
-        with (
-            changed(change),
-            mock.patch.object(self._emulation, "wave_order", order),
-            mock.patch.object(machine, "_LIMIT", self._limit),
-        ):
-            yield
-
     def _has_no_effect(self, change: Change) -> bool:
         """Whether the changed instruction always leaves the same state as the original one."""
-        block, at = _place(change.kernel, change.line)
-        original = change.kernel.block(block)[at]
+        original = decode(_instruction_at(change.kernel, change.line), change.kernel.target)
         if is_memory_or_control(original.text):
             return False
-        other, differences = _decoded(change.kernel, original, change.after), [0]
+        other, differences = _decoded(change.kernel, change.line, change.after), [0]
 
         def compared(group: WaveGroup) -> None:
             copy = group.only(np.ones(group.num_waves, np.bool_))
@@ -183,59 +176,58 @@ class MutatedSteps:
             original.execute(group)
             differences[0] += not _is_same(copy, group)
 
-        change.kernel.block(block)[at] = dataclasses.replace(original, execute=compared)
-        try:
+        watched = dataclasses.replace(original, execute=compared)
+        with _replaced(change.kernel, {change.line: watched}):
             for step in self._steps:
                 self._run(step)
-        finally:
-            change.kernel.block(block)[at] = original
         return not differences[0]
 
 
 def _is_same(one: WaveGroup, other: WaveGroup) -> bool:
     """Whether registers and pending operations are the same."""
+    states = [(each.s_u32, each.v_u32, each.a_u32, each.scc) for each in (one, other)]
     return (
-        np.array_equal(one.s_u32, other.s_u32)
-        and np.array_equal(one.v_u32, other.v_u32)
-        and np.array_equal(one.a_u32, other.a_u32)
-        and np.array_equal(one.scc, other.scc)
+        all(map(np.array_equal, *states))
         and len(one.pending) == len(other.pending)
         and all(a.is_same(b) for a, b in zip(one.pending, other.pending, strict=True))
     )
 
 
-def _place(kernel: Kernel, line: int) -> tuple[int, int]:
-    """The block and the position in it of the instruction in a line."""
+def _instruction_at(kernel: Kernel, line: int) -> Instruction:
+    return next(each for each in kernel.assembly.instructions if each.line == line)
+
+
+def _decoded(kernel: Kernel, line: int, text: str) -> Decoded:
+    """Another instruction in a line."""
+    source = _instruction_at(kernel, line).source
+    return decode(parse_instruction(text, line, source), kernel.target)
+
+
+@contextlib.contextmanager
+def _replaced(kernel: Kernel, replacements: Mapping[int, Decoded]) -> Iterator[None]:
+    """Within this context, the kernel has other instructions in some lines."""
+    undo = []
     for index, block in enumerate(kernel.assembly.blocks):
         for at, instruction in enumerate(block):
-            if instruction.line == line:
-                return index, at
-    raise ValueError(f"{kernel.name} has no instruction in line {line}.")
-
-
-def _decoded(kernel: Kernel, original: Decoded, text: str) -> Decoded:
-    """Another instruction in the place of one."""
-    parsed = parse_instruction(text, original.text.line, original.text.source)
-    return decode(parsed, kernel.target)
+            if instruction.line in replacements:
+                decoded = kernel.block(index)
+                undo.append((block, decoded, at, decoded[at]))
+                decoded[at] = replacements[instruction.line]
+                block[at] = decoded[at].text
+    try:
+        yield
+    finally:
+        for block, decoded, at, original in undo:
+            decoded[at], block[at] = original, original.text
 
 
 @contextlib.contextmanager
 def changed(change: Change) -> Iterator[None]:
     """Within this context, the kernel has the change."""
+    texts = dict.fromkeys(change.removed, "s_nop 0") | {change.line: change.after}
     kernel = change.kernel
-    edits = [(change.line, change.after), *((line, "s_nop 0") for line in change.removed)]
-    undo = []
-    for line, text in edits:
-        block, at = _place(kernel, line)
-        decoded, parsed = kernel.block(block), kernel.assembly.blocks[block]
-        undo.append((decoded, parsed, at, decoded[at]))
-        decoded[at] = _decoded(kernel, decoded[at], text)
-        parsed[at] = decoded[at].text
-    try:
+    with _replaced(kernel, {line: _decoded(kernel, line, texts[line]) for line in texts}):
         yield
-    finally:
-        for decoded, parsed, at, original in reversed(undo):
-            decoded[at], parsed[at] = original, original.text
 
 
 @contextlib.contextmanager
@@ -265,36 +257,17 @@ def balanced(changes: list[Change], count: int, seed: int) -> list[Change]:
 
 def table(outcomes: list[Outcome]) -> str:
     """Rates by kind, and what noticed the changes."""
-    rows = []
+    rows: list[tuple[object, ...]] = [("kind", "tried", "no effect", "noticed", "rate", "by")]
     for kind in [*KINDS, "all"]:
         of_kind = [each for each in outcomes if kind in (each.change.kind, "all")]
         counted = [each for each in of_kind if each.unnoticed != NO_EFFECT]
+        noticed = Counter(each.noticed_by for each in counted if each.noticed_by)
+        count, total = len(of_kind), sum(noticed.values())
+        rate = f"{total / len(counted):.0%}" if counted else "-"
+        by = ", ".join(f"{name} {number}" for name, number in noticed.most_common())
         if of_kind:
-            noticed = Counter(each.noticed_by for each in counted if each.noticed_by)
-            rate = f"{sum(noticed.values()) / len(counted):.0%}" if counted else "-"
-            by = ", ".join(f"{name} {count}" for name, count in noticed.most_common())
-            rows.append(
-                f"{kind:<14}{len(of_kind):>6}{len(of_kind) - len(counted):>11}"
-                f"{sum(noticed.values()):>9}{rate:>7}  {by}"
-            )
-    return "\n".join(
-        [f"{'kind':<14}{'tried':>6}{'no effect':>11}{'noticed':>9}{'rate':>7}  by", *rows]
-    )
-
-
-def as_json(outcome: Outcome) -> dict[str, str | int]:
-    """An outcome as a record."""
-    change = outcome.change
-    return {
-        "kernel": change.kernel.name,
-        "kind": change.kind,
-        "line": change.line,
-        "before": change.before,
-        "after": change.after,
-        "noticed_by": outcome.noticed_by,
-        "unnoticed": outcome.unnoticed,
-        "message": outcome.message,
-    }
+            rows.append((kind, count, count - len(counted), total, rate, by))
+    return "\n".join("{:<14}{:>6}{:>11}{:>9}{:>7}  {}".format(*row) for row in rows)
 
 
 def main() -> int:
@@ -304,7 +277,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="changes that are tried; 0: all")
     parser.add_argument("--kind", choices=tuple(KINDS), action="append", help="default: all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", help="file for a record of each change")
     args = parser.parse_args()
     start, outcomes = time.monotonic(), []
     with mutated_steps(args.arch) as steps:
@@ -319,11 +291,6 @@ def main() -> int:
         f"{__version__}, Triton {triton.__version__}; {time.monotonic() - start:.0f} s"
     )
     print(table(outcomes))
-    if args.json:
-        record = {"arch": args.arch, "seed": args.seed, "triton": triton.__version__}
-        record["changes"] = [as_json(each) for each in outcomes]
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
     return 0
 
 
