@@ -108,11 +108,11 @@ _WIDTHS = (
 )
 
 
-def class_of(opcode: str) -> str:
-    """The class of an instruction: "matrix", "vector", "slow", "lds", "memory", "scalar", "wait".
+CLASSES = ("matrix", "vector", "slow", "lds", "memory", "scalar", "wait")
 
-    "slow" are vector instructions that take four times as long.
-    """
+
+def class_of(opcode: str) -> str:
+    """One of CLASSES; "slow" are vector instructions that take four times as long."""
     if _MATRIX.match(opcode):
         return "matrix"
     if opcode.startswith("v_"):
@@ -319,36 +319,27 @@ def cycles_of_reading(step: EngineStep, arch: str) -> float:
     return 1000 / useful_pairs(step) * sum(step.case.seq_lens) * row_bytes / each
 
 
-HEADER = (
-    "row", "VGPRs", "LDS KiB", "scratch B", "waves/SIMD", "matrix", "vector", "slow", "LDS",
-    "memory", "scalar", "waits", "matrix FLOPs/useful", "vector/1000 pairs", "LDS B/pair",
-    "spill B/pair", "busiest", "estimate", "of the first",
-)  # fmt: skip
-
-
-def cells_of(found: Measurement, first: Measurement) -> list[str]:
-    """The cells of a row of the printed table."""
+def cells_of(found: Measurement, first: Measurement) -> dict[str, str]:
+    """Column of the printed table -> cell."""
     launch, classes, pairs = found.launch, found.classes, found.pairs
-    vector = 1000 * (classes["vector"] + classes["slow"]) / pairs
     busy = found.cycles()
     busiest = max(busy, key=lambda name: busy[name])
-    counts = [f"{classes[name] / 1000:.1f}k" for name in ("matrix", "vector", "slow", "lds")]
-    counts += [f"{classes[name] / 1000:.1f}k" for name in ("memory", "scalar", "wait")]
-    return [
-        shown_row(found.row),
-        str(launch.vgprs + launch.agprs),
-        f"{launch.lds_bytes / 1024:.0f}",
-        str(launch.scratch_bytes),
-        f"{found.waves:g}",
-        *counts,
-        f"{found.matrix_flops / found.useful_flops:.2f}",
-        f"{vector:.0f}",
-        f"{found.lds_bytes / pairs:.1f}",
-        f"{found.scratch_bytes / pairs:.2f}",
-        f"{busiest} {1000 * busy[busiest] / pairs:.0f}",
-        f"{found.estimate:.0f}",
-        f"{found.estimate / first.estimate:.2f}",
-    ]
+    names = {"lds": "LDS", "wait": "waits"}
+    return {
+        "row": shown_row(found.row),
+        "VGPRs": str(launch.vgprs + launch.agprs),
+        "LDS KiB": f"{launch.lds_bytes / 1024:.0f}",
+        "scratch B": str(launch.scratch_bytes),
+        "waves/SIMD": f"{found.waves:g}",
+        **{names.get(name, name): f"{classes[name] / 1000:.1f}k" for name in CLASSES},
+        "matrix FLOPs/useful": f"{found.matrix_flops / found.useful_flops:.2f}",
+        "vector/1000 pairs": f"{1000 * (classes['vector'] + classes['slow']) / pairs:.0f}",
+        "LDS B/pair": f"{found.lds_bytes / pairs:.1f}",
+        "spill B/pair": f"{found.scratch_bytes / pairs:.2f}",
+        "busiest": f"{busiest} {1000 * busy[busiest] / pairs:.0f}",
+        "estimate": f"{found.estimate:.0f}",
+        "of the first": f"{found.estimate / first.estimate:.2f}",
+    }
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -379,7 +370,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     find = table.prefill_for if kind is PrefillLaunch else table.decode_for
     usual = find(plan.block_of(args.head_size), dtype.itemsize)
     rows = [usual, *(parsed_row(text, kind, usual) for text in args.rows)]
-    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
     first: Measurement | None = None
     with device.running() as emulation:
 
@@ -395,8 +385,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for row in rows:
             found = measured(row, table, emulation, prepare)
-            first = first or found
-            print(f"| {' | '.join(cells_of(found, first))} |", flush=True)
+            cells = cells_of(found, first or found)
+            if first is None:
+                first = found
+                print(f"| {' | '.join(cells)} |\n|{' --- |' * len(cells)}")
+            print(f"| {' | '.join(cells.values())} |", flush=True)
         if args.kind == "decode":
             cycles = cycles_of_reading(prepare()[1], args.arch)
             print(f"Memory needs {cycles:.0f} cycles for the keys and values, by its bandwidth.")

@@ -50,7 +50,8 @@ class LaunchCounts:
     """What a launch executed.
 
     Attributes:
-        instructions: opcode -> how often waves executed it; a dual-issued one counts as two.
+        instructions: opcode -> how often waves executed it. A dual-issued one counts as two, with
+            names that begin with "v_dual_".
         lines: line of the assembly -> how often waves executed it.
         sources: place in the Python source -> instructions that waves executed there.
         waves: that ran.
@@ -181,8 +182,11 @@ class Kernel:
             for each in self.block(index):
                 counts.lines[each.text.line] += times
                 counts.sources[each.text.source.rpartition(":")[0]] += times
+                is_dual = len(each.opcodes) > 1
                 for name in each.opcodes:
-                    counts.instructions[name] += times
+                    counts.instructions[name.replace("v_", "v_dual_", 1) if is_dual else name] += (
+                        times
+                    )
         counts.waves += shared.num_waves
         counts.lds_bytes_read += shared.lds.bytes_read
         counts.lds_bytes_written += shared.lds.bytes_written

@@ -6,7 +6,7 @@ import pytest
 
 from attn_dispatch.emulation.assembly import Assembly, parse_instruction
 from attn_dispatch.emulation.errors import EmulationError
-from support.assembly import kernel_text
+from support.assembly import kernel_text, launch
 
 INSTRUCTIONS = {
     "v_add_f32_e32 v1, s0, v2": ("v_add_f32", "e32", ("v1", "s0", "v2"), {}),
@@ -56,6 +56,12 @@ def test_a_dual_issued_instruction_has_two_halves():
     found = parse_instruction("v_dual_mov_b32 v0, v1 :: v_dual_add_f32 v2, v3, v4")
     assert (found.opcode, found.operands) == ("v_mov_b32", ("v0", "v1"))
     assert (found.second.opcode, found.second.operands) == ("v_add_f32", ("v2", "v3", "v4"))
+
+
+def test_a_dual_issued_instruction_counts_as_two():
+    dual = "v_dual_mov_b32 v0, 1 :: v_dual_add_f32 v3, v3, v5"
+    found = launch("gfx1100", f"{dual}\nv_mov_b32_e32 v1, 2").instructions
+    assert found == {"v_dual_mov_b32": 1, "v_dual_add_f32": 1, "v_mov_b32": 1, "s_endpgm": 1}
 
 
 BODY = """

@@ -149,7 +149,7 @@ def test_a_step_is_counted(capsys):
     lens = ("--query-lens", "20", "--seq-lens", "20", "--head-size", "64")
     assert counts.main(["gfx942", *lens, "--rows", "128,64,4,1", "128,32,4,1"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    table, large, small = (dict(zip(counts.HEADER, line, strict=True)) for line in lines[2:5])
+    table, large, small = (dict(zip(lines[0], line, strict=True)) for line in lines[2:5])
     assert table["row"] == counts.shown_row(amd.CDNA3.prefill[64])
     assert (large["row"], small["row"]) == ("128,64,4,1", "128,32,4,1")
     assert table["of the first"] == "1.00"
