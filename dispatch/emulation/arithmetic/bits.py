@@ -1,7 +1,8 @@
 """Words and their bits on AMD GPUs, as pure functions on NumPy arrays.
 
-Inputs are uint32 or uint64 and broadcast against each other. The semantics are those of the
-pseudo-code in AMD's instruction set manuals (CDNA3, RDNA3, RDNA4).
+Inputs are arrays or scalars of uint32 or uint64, which broadcast against each other. Results are
+uint32 if the docstring does not say otherwise. The semantics are those of the pseudo-code in AMD's
+instruction set manuals (CDNA3, RDNA3, RDNA4).
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 __all__ = [
     "align_bits",
-    "align_bytes",
     "bit_mask_32",
     "bit_mask_64",
     "bitwise_ternary",
@@ -21,7 +20,6 @@ __all__ = [
     "extract_bits",
     "extract_signed_bits",
     "high32",
-    "insert_bits",
     "leading_sign_bits",
     "leading_zeros",
     "low32",
@@ -31,35 +29,26 @@ __all__ = [
     "trailing_zeros",
 ]
 
-_U32 = NDArray[np.uint32]
-_U64 = NDArray[np.uint64]
-_Array = NDArray[Any]
-
 #: The result of a bit search that finds nothing.
 _NONE_FOUND = np.uint32(0xFFFFFFFF)
 
 
-def to_u64(low: _Array, high: _Array) -> _U64:
+def to_u64(low: Any, high: Any) -> Any:
     """The uint64 whose halves are two uint32."""
-    joined: _U64 = np.asarray(low).astype(np.uint64) | (
-        np.asarray(high).astype(np.uint64) << np.uint64(32)
-    )
-    return joined
+    return np.asarray(low).astype(np.uint64) | np.asarray(high).astype(np.uint64) << np.uint64(32)
 
 
-def low32(x: _Array) -> _U32:
+def low32(x: Any) -> Any:
     """The lower half of uint64."""
-    low: _U32 = (x & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    return low
+    return (x & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
 
-def high32(x: _Array) -> _U32:
+def high32(x: Any) -> Any:
     """The upper half of uint64."""
-    high: _U32 = (x >> np.uint64(32)).astype(np.uint32)
-    return high
+    return (x >> np.uint64(32)).astype(np.uint32)
 
 
-def count_bits(x: _Array) -> _U32:
+def count_bits(x: Any) -> Any:
     """How many bits of uint32 or uint64 are set (v_bcnt_u32_b32 without its addend)."""
     if x.dtype == np.uint64:
         return count_bits(low32(x)) + count_bits(high32(x))
@@ -67,11 +56,10 @@ def count_bits(x: _Array) -> _U32:
     x = x - ((x >> np.uint32(1)) & np.uint32(0x55555555))
     x = (x & np.uint32(0x33333333)) + ((x >> np.uint32(2)) & np.uint32(0x33333333))
     x = (x + (x >> np.uint32(4))) & np.uint32(0x0F0F0F0F)
-    counts: _U32 = (x * np.uint32(0x01010101)) >> np.uint32(24)
-    return counts
+    return (x * np.uint32(0x01010101)) >> np.uint32(24)
 
 
-def leading_zeros(x: _Array) -> _U32:
+def leading_zeros(x: Any) -> Any:
     """Zeros above the highest set bit of uint32 or uint64; 0xFFFFFFFF if no bit is set.
 
     v_ffbh_u32, v_clz_i32_u32, s_flbit_i32_b32, s_flbit_i32_b64.
@@ -84,7 +72,7 @@ def leading_zeros(x: _Array) -> _U32:
     return np.where(x == 0, _NONE_FOUND, (32 - bit_length).astype(np.uint32))
 
 
-def leading_sign_bits(x: _Array) -> _U32:
+def leading_sign_bits(x: Any) -> Any:
     """Bits from the top of uint32 that equal the sign bit; 0xFFFFFFFF if all do.
 
     v_ffbh_i32, v_cls_i32, s_flbit_i32.
@@ -92,7 +80,7 @@ def leading_sign_bits(x: _Array) -> _U32:
     return leading_zeros(np.where(x >> np.uint32(31), ~x, x))
 
 
-def trailing_zeros(x: _Array) -> _U32:
+def trailing_zeros(x: Any) -> Any:
     """Zeros below the lowest set bit of uint32 or uint64; 0xFFFFFFFF if no bit is set.
 
     v_ffbl_b32, v_ctz_i32_b32, s_ff1_i32_b32, s_ff1_i32_b64.
@@ -101,18 +89,17 @@ def trailing_zeros(x: _Array) -> _U32:
     return np.where(x == 0, _NONE_FOUND, count_bits(np.asarray(~x & (x - one))))
 
 
-def reverse_bits(x: _Array) -> _Array:
+def reverse_bits(x: Any) -> Any:
     """The bits of uint32 or uint64 in reverse order (v_bfrev_b32, s_brev_b32, s_brev_b64)."""
     if x.dtype == np.uint64:
         return to_u64(low=reverse_bits(high32(x)), high=reverse_bits(low32(x)))
     for distance, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F)):
         shift, chosen = np.uint32(distance), np.uint32(mask)
         x = ((x >> shift) & chosen) | ((x & chosen) << shift)
-    reverse: _Array = np.asarray(x).byteswap()
-    return reverse
+    return np.asarray(x).byteswap()
 
 
-def extract_bits(x: _Array, offset: _Array, width: _Array) -> _Array:
+def extract_bits(x: Any, offset: Any, width: Any) -> Any:
     """An unsigned bit field of uint32 or uint64 (v_bfe_u32, s_bfe_u32, s_bfe_u64).
 
     Args:
@@ -124,11 +111,10 @@ def extract_bits(x: _Array, offset: _Array, width: _Array) -> _Array:
     one = kind(1)
     # A shift by the size of x or more gives 0 in NumPy, so such a width selects every bit.
     mask = (one << width.astype(kind)) - one
-    field: _Array = (x >> (offset.astype(kind) & kind(size - 1))) & mask
-    return field
+    return (x >> (offset.astype(kind) & kind(size - 1))) & mask
 
 
-def extract_signed_bits(x: _Array, offset: _Array, width: _Array) -> _Array:
+def extract_signed_bits(x: Any, offset: Any, width: Any) -> Any:
     """A bit field with its sign extended, in x's unsigned dtype (v_bfe_i32, s_bfe_i32, s_bfe_i64).
 
     Args:
@@ -143,42 +129,28 @@ def extract_signed_bits(x: _Array, offset: _Array, width: _Array) -> _Array:
     field = shifted.view(x.dtype) & ((one << widths) - one)
     # For width 0 this shift is by more than the size of x: 0, and so is the field.
     sign = one << (widths - one)
-    extended: _Array = (field ^ sign) - sign
-    return extended
+    return (field ^ sign) - sign
 
 
-def insert_bits(mask: _Array, x: _Array, y: _Array) -> _Array:
-    """Bits of x where the mask is set, of y elsewhere (v_bfi_b32)."""
-    merged: _Array = (mask & x) | (~mask & y)
-    return merged
-
-
-def bit_mask_32(width: _Array, offset: _Array) -> _U32:
+def bit_mask_32(width: Any, offset: Any) -> Any:
     """`width` ones from bit `offset` on; both modulo 32 (v_bfm_b32, s_bfm_b32)."""
     one, limit = np.uint32(1), np.uint32(31)
-    mask: _U32 = ((one << (width & limit)) - one) << (offset & limit)
-    return mask
+    return ((one << (width & limit)) - one) << (offset & limit)
 
 
-def bit_mask_64(width: _Array, offset: _Array) -> _U64:
+def bit_mask_64(width: Any, offset: Any) -> Any:
     """`width` ones from bit `offset` on, as uint64; both are uint32, modulo 64 (s_bfm_b64)."""
     one, limit = np.uint64(1), np.uint64(63)
     ones = (one << (width.astype(np.uint64) & limit)) - one
-    mask: _U64 = ones << (offset.astype(np.uint64) & limit)
-    return mask
+    return ones << (offset.astype(np.uint64) & limit)
 
 
-def align_bits(high: _Array, low: _Array, shift: _Array) -> _U32:
+def align_bits(high: Any, low: Any, shift: Any) -> Any:
     """32 bits of the 64 in (high, low), from bit `shift` modulo 32 on (v_alignbit_b32)."""
     return low32(to_u64(low, high) >> (shift & np.uint32(31)).astype(np.uint64))
 
 
-def align_bytes(high: _Array, low: _Array, shift: _Array) -> _U32:
-    """4 bytes of the 8 in (high, low), from byte `shift` modulo 4 on (v_alignbyte_b32)."""
-    return align_bits(high, low, (shift & np.uint32(3)) << np.uint32(3))
-
-
-def permute_bytes(high: _Array, low: _Array, selector: _Array) -> _U32:
+def permute_bytes(high: Any, low: Any, selector: Any) -> Any:
     """Four bytes chosen from the eight of (high, low) (v_perm_b32).
 
     Args:
@@ -187,23 +159,39 @@ def permute_bytes(high: _Array, low: _Array, selector: _Array) -> _U32:
         selector: uint32 of four selectors. 0 to 7 choose a byte, 8 to 11 repeat the sign of byte
             1, 3, 5 or 7, 12 is 0x00, and 13 or more is 0xFF.
     """
-    pair = to_u64(low, high)
-    result = np.zeros(np.broadcast_shapes(pair.shape, selector.shape), np.uint32)
-    for position in range(0, 32, 8):
-        chosen = (selector >> np.uint32(position)) & np.uint32(0xFF)
-        shift = (chosen & np.uint32(7)) << np.uint32(3)
-        byte = low32(pair >> shift.astype(np.uint64)) & np.uint32(0xFF)
-        if (chosen > 7).any():
-            sign_bit = ((chosen & np.uint32(3)) << np.uint32(4)) + np.uint32(15)
-            sign = low32(pair >> sign_bit.astype(np.uint64)) & np.uint32(1)
-            constant = np.where(chosen > 12, np.uint32(0xFF), np.uint32(0))
-            other = np.where(chosen < 12, sign * np.uint32(0xFF), constant)
-            byte = np.where(chosen < 8, byte, other)
-        result |= byte << np.uint32(position)
+    words = np.asarray(selector)
+    first = words.flat[0]
+    result = _permuted(high, low, int(first))
+    if (words == first).all():  # as in kernels
+        return result
+    for word in np.unique(words):
+        result = np.where(words == word, _permuted(high, low, int(word)), result)
     return result
 
 
-def bitwise_ternary(table: int, a: _Array, b: _Array, c: _Array) -> _Array:
+def _permuted(high: Any, low: Any, selector: int) -> Any:
+    """The bytes by one selector for all lanes."""
+    result = np.uint32(0)
+    masks: dict[tuple[bool, int], int] = {}  # of the bytes that come from one word by one shift
+    for i in range(4):
+        byte = selector >> 8 * i & 0xFF
+        if byte < 8:
+            key = (byte >= 4, 8 * (i - byte % 4))
+            masks[key] = masks.get(key, 0) | 0xFF << 8 * i
+        elif byte < 12:
+            word = high if byte >= 10 else low
+            sign = word >> np.uint32(16 * (byte % 2) + 15) & np.uint32(1)
+            result = result | sign * np.uint32(0xFF << 8 * i)
+        elif byte > 12:
+            result = result | np.uint32(0xFF << 8 * i)
+    for (is_high, shift), mask in masks.items():
+        word = high if is_high else low
+        moved = word << np.uint32(shift) if shift >= 0 else word >> np.uint32(-shift)
+        result = result | (moved & np.uint32(mask))
+    return result
+
+
+def bitwise_ternary(table: int, a: Any, b: Any, c: Any) -> Any:
     """Any bitwise function of three words (v_bitop3_b32, v_bitop3_b16).
 
     Args:

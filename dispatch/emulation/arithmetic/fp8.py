@@ -75,19 +75,17 @@ def decode_table(format: str) -> NDArray[np.float32]:
     return values
 
 
-def encode(x: NDArray[Any], format: str, saturate: bool = False) -> NDArray[np.uint32]:
+def encode(x: NDArray[Any], format: str) -> NDArray[np.uint32]:
     """Codes of float32 values, rounded to nearest even (v_cvt_pk_fp8_f32, v_cvt_pk_bf8_f32).
 
-    The pseudo-code leaves overflow to the FP16_OVFL bit of the MODE register (bit 23), which is 0
-    when a kernel starts. Triton sets it in kernels that cast to fp8 themselves. The kernels of
-    backends/triton clamp and round in integer arithmetic (`encode_fp8`) and do not depend on it.
+    A finite value that rounds beyond the largest becomes an infinity, or NaN in a format without
+    infinities. (With the FP16_OVFL bit of the MODE register it would become the largest. The bit is
+    0 when a kernel starts. Triton sets it in kernels that cast to fp8 themselves. The kernels of
+    backends/triton clamp and round in integer arithmetic (`encode_fp8`) and do not depend on it.)
 
     Args:
         x: float32.
         format: a key of `FORMATS`.
-        saturate: FP16_OVFL is set. A finite value that rounds beyond the largest becomes the
-            largest; infinities are as without. If it is not set, such a value becomes an infinity,
-            or NaN in a format without infinities, which is the code of an infinity there too.
 
     Returns:
         uint32 in 0 to 255. The sign of a NaN stays, but for the fnuz formats.
@@ -108,9 +106,7 @@ def encode(x: NDArray[Any], format: str, saturate: bool = False) -> NDArray[np.u
     code = np.where(is_small, steps.astype(np.uint32), normal)
     # Codes after the largest: infinity, or NaN. In the fnuz formats NaN is 0x80 for both signs.
     beyond = np.uint32(layout.largest_code + 1)
-    overflow = np.uint32(layout.largest_code) if saturate else beyond
-    code = np.where(code > layout.largest_code, overflow, code)
-    code = np.where(np.isinf(x), beyond, code)
+    code = np.where((code > layout.largest_code) | np.isinf(x), beyond, code)
     code = np.where(np.isnan(x), np.uint32(0x80 if layout.is_fnuz else 0x7F), code)
     has_sign = np.signbit(x)
     if layout.is_fnuz:  # neither zero nor NaN has a sign

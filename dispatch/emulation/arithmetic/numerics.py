@@ -1,7 +1,7 @@
 """Arithmetic of AMD GPUs as pure functions on NumPy arrays.
 
 Inputs broadcast against each other. Registers are uint32; callers view them as float32 or int32.
-The functions of bits.py are part of this module. The semantics are those of the pseudo-code in
+The semantics are those of the pseudo-code in
 AMD's instruction set manuals (CDNA3, RDNA3, RDNA4), with denormals enabled and rounding to nearest
 even, as Triton compiles kernels. Transcendental functions are computed in float64 and rounded:
 hardware may differ in the last bit.
@@ -16,74 +16,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from attn_dispatch.emulation.arithmetic.bits import (
-    align_bits,
-    align_bytes,
-    bit_mask_32,
-    bit_mask_64,
-    bitwise_ternary,
-    count_bits,
-    extract_bits,
-    extract_signed_bits,
-    high32,
-    insert_bits,
-    leading_sign_bits,
-    leading_zeros,
-    low32,
-    permute_bytes,
-    reverse_bits,
-    to_u64,
-    trailing_zeros,
-)
-
 __all__ = [
-    "align_bits",
-    "align_bytes",
-    "bit_mask_32",
-    "bit_mask_64",
-    "bitwise_ternary",
-    "cosine",
-    "count_bits",
     "division_fixup",
     "division_fmas",
     "division_scale",
     "exp2",
-    "extract_bits",
-    "extract_signed_bits",
     "flush_denormals",
-    "fraction",
-    "frexp_exponent",
-    "frexp_mantissa",
     "from_bfloat16",
     "fused_multiply_add",
-    "high32",
-    "insert_bits",
-    "leading_sign_bits",
-    "leading_zeros",
     "load_exponent",
     "log2",
-    "low32",
     "maximum_number",
     "median",
     "minimum_number",
-    "permute_bytes",
     "reciprocal",
     "reciprocal_sqrt",
-    "reverse_bits",
-    "sine",
     "sqrt",
     "to_bfloat16",
     "to_float16_toward_zero",
     "to_integer",
-    "to_u64",
-    "trailing_zeros",
 ]
 
 _F32 = NDArray[np.float32]
 _Array = NDArray[Any]
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
-_BELOW_ONE = np.float32(1 - 2.0**-24)
 #: In float64, a midpoint of two float32 or float16 values ends in at least this many zero bits.
 _MIDPOINT_ZEROS = np.int64((1 << 28) - 1)
 
@@ -91,8 +48,7 @@ _MIDPOINT_ZEROS = np.int64((1 << 28) - 1)
 # Floating point -----------------------------------------------------------------------------------
 def flush_denormals(x: _Array) -> _F32:
     """float32 with subnormal numbers replaced by zeros of the same sign."""
-    flushed: _F32 = x * (np.abs(x) >= _SMALLEST_NORMAL)  # NaN times zero is NaN
-    return flushed
+    return np.asarray(x * (np.abs(x) >= _SMALLEST_NORMAL))  # NaN times zero is NaN
 
 
 def _multiply_add_wide(a: _Array, b: _Array, c: _Array) -> NDArray[np.float64]:
@@ -152,29 +108,6 @@ def sqrt(x: _Array) -> _F32:
     return np.sqrt(flush_denormals(x))
 
 
-def _radians(turns: _Array) -> NDArray[np.float64]:
-    """An angle in float64; removing whole turns from it is exact."""
-    wide = turns.astype(np.float64)
-    angle: NDArray[np.float64] = (wide - np.rint(wide)) * (2 * np.pi)
-    return angle
-
-
-def sine(turns: _Array) -> _F32:
-    """Sine of an angle in turns, in float32 (v_sin_f32)."""
-    return np.sin(_radians(turns)).astype(np.float32)
-
-
-def cosine(turns: _Array) -> _F32:
-    """Cosine of an angle in turns, in float32 (v_cos_f32)."""
-    return np.cos(_radians(turns)).astype(np.float32)
-
-
-def fraction(x: _Array) -> _F32:
-    """x - floor(x) in float32, always below 1 (v_fract_f32)."""
-    part: _F32 = np.minimum(x - np.floor(x), _BELOW_ONE)
-    return part
-
-
 def maximum_number(a: _Array, b: _Array) -> _Array:
     """The larger of two floats; a number wins over NaN, and 0 over -0 (v_max_f32, v_max_num_f32).
 
@@ -212,16 +145,6 @@ def median(a: _Array, b: _Array, c: _Array) -> _Array:
 def load_exponent(x: _Array, exponent: _Array) -> _Array:
     """x * 2 ** exponent, rounded once, in x's dtype; the exponent is int32 or int16 (v_ldexp)."""
     return np.ldexp(x, exponent.astype(np.int32)).astype(x.dtype)
-
-
-def frexp_mantissa(x: _Array) -> _Array:
-    """The significand, of magnitude 0.5 up to 1; zero, infinity and NaN stay (v_frexp_mant)."""
-    return np.where(np.isfinite(x), np.frexp(x)[0], x)
-
-
-def frexp_exponent(x: _Array) -> NDArray[np.int32]:
-    """The int32 exponent that belongs to `frexp_mantissa`; 0 for zero, infinity and NaN."""
-    return np.where(np.isfinite(x), np.frexp(x)[1], 0).astype(np.int32)
 
 
 # Conversions --------------------------------------------------------------------------------------

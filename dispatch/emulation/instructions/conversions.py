@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from attn_dispatch.emulation.arithmetic import fp8, numerics
 from attn_dispatch.emulation.assembly import Instruction
-from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.instructions.modifiers import Form, by_opcode, decode_form
 from attn_dispatch.emulation.instructions.operands import F16, F32, I16, I32, U16, U32, U64, Kind
 from attn_dispatch.emulation.instructions.semantics import Operation
@@ -28,16 +26,9 @@ def _as(kind: Kind) -> _Function:
     return lambda a: a.astype(kind.dtype)
 
 
-def _to_integer(kind: Kind, round_first: _Function | None = None) -> _Function:
-    """Rounds toward zero, unless another rounding comes first."""
-    if round_first is None:
-        return lambda a: numerics.to_integer(a, kind.dtype)
-    return lambda a: numerics.to_integer(round_first(a), kind.dtype)
-
-
-def _nearest(a: Any) -> Any:
-    """The nearest integer; halves are rounded up."""
-    return np.floor(a.astype(np.float64) + 0.5)
+def _to_integer(kind: Kind) -> _Function:
+    """Rounds toward zero."""
+    return lambda a: numerics.to_integer(a, kind.dtype)
 
 
 def _byte(index: int) -> _Function:
@@ -69,14 +60,9 @@ FORMS: dict[str, Form] = by_opcode(
         "v_cvt_u32_f32": Form(U32, (F32,), _to_integer(U32)),
         "v_cvt_i16_f16": Form(I16, (F16,), _to_integer(I16)),
         "v_cvt_u16_f16": Form(U16, (F16,), _to_integer(U16)),
-        "v_cvt_flr_i32_f32 v_cvt_floor_i32_f32": Form(I32, (F32,), _to_integer(I32, np.floor)),
-        "v_cvt_rpi_i32_f32 v_cvt_nearest_i32_f32": Form(I32, (F32,), _to_integer(I32, _nearest)),
         "v_cvt_i32_i16": Form(I32, (I16,), _as(I32)),
         "v_cvt_u32_u16": Form(U32, (U16,), _as(U32)),
-        "v_cvt_f32_ubyte0": Form(F32, (U32,), _byte(0)),
-        "v_cvt_f32_ubyte1": Form(F32, (U32,), _byte(1)),
-        "v_cvt_f32_ubyte2": Form(F32, (U32,), _byte(2)),
-        "v_cvt_f32_ubyte3": Form(F32, (U32,), _byte(3)),
+        **{f"v_cvt_f32_ubyte{i}": Form(F32, (U32,), _byte(i)) for i in range(4)},
         "v_cvt_f32_bf16": Form(F32, (U16,), numerics.from_bfloat16),
         "v_cvt_pk_bf16_f32": Form(U32, (F32, F32), _packed(numerics.to_bfloat16)),
         "v_cvt_pk_f16_f32": Form(U32, (F32, F32), _packed(_as(F16))),
@@ -179,18 +165,4 @@ def decode(instruction: Instruction, target: Target) -> Operation | None:
     form = FORMS.get(instruction.opcode)
     if form is None and target.name not in _WITHOUT_FP8:
         form = fp8_forms(target.has_fnuz).get(instruction.opcode)
-    if form is None:
-        return None
-    if "byte_sel" in instruction.modifiers:
-        return _with_byte_selected(instruction, target, form)
-    return decode_form(instruction, target, form)
-
-
-def _with_byte_selected(instruction: Instruction, target: Target, form: Form) -> Operation:
-    """RDNA4 selects one of four codes in a register."""
-    if not instruction.opcode.startswith("v_cvt_f32_"):
-        raise UnknownInstruction("byte_sel of this instruction")
-    modifiers = dict(instruction.modifiers)
-    shift, compute = np.uint32(8 * int(modifiers.pop("byte_sel"))), form.compute
-    shifted = Form(form.result, form.sources, lambda a: compute(a >> shift))
-    return decode_form(replace(instruction, modifiers=modifiers), target, shifted)
+    return None if form is None else decode_form(instruction, target, form)

@@ -65,31 +65,6 @@ def _pack(low: Any, high: Any) -> Any:
     return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
 
 
-def _permute(high: Any, low: Any, selector: Any) -> Any:
-    """v_perm_b32; quicker where all lanes select the same bytes, as kernels mostly do."""
-    selectors = np.asarray(selector)
-    is_scalar = selectors.ndim == 0 or selectors.shape[-1] == 1
-    if is_scalar and (selectors == selectors.flat[0]).all():
-        chosen = [int(selectors.flat[0]) >> 8 * i & 0xFF for i in range(4)]
-        if max(chosen) < 8:
-            return _permute_uniformly(high, low, chosen)
-    return bits.permute_bytes(high, low, selector)
-
-
-def _permute_uniformly(high: Any, low: Any, chosen: list[int]) -> Any:
-    """A word of four bytes, each from `low` (0 to 3) or `high` (4 to 7)."""
-    masks: dict[tuple[bool, int], int] = {}  # of the bytes that come from one word by one shift
-    for i, byte in enumerate(chosen):
-        key = (byte >= 4, 8 * (i - byte % 4))
-        masks[key] = masks.get(key, 0) | 0xFF << 8 * i
-    result = np.uint32(0)
-    for (is_high, shift), mask in masks.items():
-        word = high if is_high else low
-        moved = word << np.uint32(shift) if shift >= 0 else word >> np.uint32(-shift)
-        result = result | (moved & np.uint32(mask))
-    return result
-
-
 # Floats -------------------------------------------------------------------------------------------
 _LARGER, _SMALLER = numerics.maximum_number, numerics.minimum_number
 
@@ -186,7 +161,7 @@ _OF_THREE: dict[str, _Function] = {
     "v_bfe_u32": lambda a, b, c: bits.extract_bits(a, b, c & _5_BITS),
     "v_bfi_b32": lambda mask, a, b: (mask & a) | (~mask & b),
     "v_alignbit_b32": bits.align_bits,
-    "v_perm_b32": _permute,
+    "v_perm_b32": bits.permute_bytes,
     "v_max3_i32 v_max3_u32 v_max3_i16 v_max3_u16": _then(np.maximum, np.maximum),
     "v_min3_i32 v_min3_u32 v_min3_i16 v_min3_u16": _then(np.minimum, np.minimum),
     "v_maxmin_i32 v_maxmin_u32 v_maxmin_i16 v_maxmin_u16": _then(np.maximum, np.minimum),
