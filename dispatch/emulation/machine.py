@@ -182,11 +182,9 @@ class Kernel:
             for each in self.block(index):
                 counts.lines[each.text.line] += times
                 counts.sources[each.text.source.rpartition(":")[0]] += times
-                is_dual = len(each.opcodes) > 1
-                for name in each.opcodes:
-                    counts.instructions[name.replace("v_", "v_dual_", 1) if is_dual else name] += (
-                        times
-                    )
+                for opcode in each.opcodes:
+                    is_dual = each.text.second is not None
+                    counts.instructions[f"v_dual_{opcode[2:]}" if is_dual else opcode] += times
         counts.waves += shared.num_waves
         counts.lds_bytes_read += shared.lds.bytes_read
         counts.lds_bytes_written += shared.lds.bytes_written

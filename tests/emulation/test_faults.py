@@ -7,7 +7,7 @@ memory, or one wave uses memory wrongly.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,37 +20,11 @@ from attn_dispatch.emulation.errors import (
     WaitFault,
     WaveOrderFault,
 )
-from support.assembly import launch
+from support.assembly import in_names_of, launch
 
 ARCHS = ("gfx942", "gfx1100")
 
 
-@dataclass(frozen=True)
-class Names:
-    """What the two instruction sets call the same."""
-
-    load_address: str
-    load: str
-    store: str
-    write_lds: str
-    read_lds: str
-    wait_lds: str
-    wait_load: str
-    wait_store: str
-    shift: str
-
-
-NAMES = {
-    "gfx942": Names(
-        "s_load_dwordx2", "global_load_dword", "global_store_dword", "ds_write_b32", "ds_read_b32",
-        "s_waitcnt lgkmcnt(0)", "s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)", "v_lshlrev_b32_e32",
-    ),
-    "gfx1100": Names(
-        "s_load_b64", "global_load_b32", "global_store_b32", "ds_store_b32", "ds_load_b32",
-        "s_waitcnt lgkmcnt(0)", "s_waitcnt vmcnt(0)", "s_waitcnt_vscnt null, 0x0",
-        "v_lshlrev_b32_e32",
-    ),
-}  # fmt: skip
 #: Lanes of two waves.
 LANES = {"gfx942": 128, "gfx1100": 64}
 
@@ -62,19 +36,18 @@ def exchange(arch: str, *, without: str = "") -> str:
         arch: the target.
         without: "barrier", or "wait" for the wait before it.
     """
-    names = NAMES[arch]
     lines = {
-        "address": f"{names.load_address} s[4:5], s[0:1], 0x0",
-        "offset": f"{names.shift} v1, 2, v0",
-        "write": f"{names.write_lds} v1, v0",
-        "wait": names.wait_lds,
+        "address": "s_load_b64 s[4:5], s[0:1], 0x0",
+        "offset": "v_lshlrev_b32_e32 v1, 2, v0",
+        "write": "ds_store_b32 v1, v0",
+        "wait": "s_waitcnt lgkmcnt(0)",
         "barrier": "s_barrier",
         "other": f"v_xor_b32_e32 v2, 0x{4 * LANES[arch] // 2:x}, v1",
-        "read": f"{names.read_lds} v3, v2",
-        "wait for it": names.wait_lds,
-        "store": f"{names.store} v1, v3, s[4:5]",
+        "read": "ds_load_b32 v3, v2",
+        "wait for it": "s_waitcnt lgkmcnt(0)",
+        "store": "global_store_b32 v1, v3, s[4:5]",
     }
-    return "\n".join(line for name, line in lines.items() if name != without)
+    return in_names_of(arch, *(line for name, line in lines.items() if name != without))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -107,21 +80,21 @@ def test_a_barrier_without_a_wait_before_it_is_a_race(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("without", ["wait for it", "wait of the address"])
 def test_a_result_that_nothing_waited_for_is_a_fault(arch, without):
-    names = NAMES[arch]
     lines = {
-        "address": f"{names.load_address} s[4:5], s[0:1], 0x0",
+        "address": "s_load_b64 s[4:5], s[0:1], 0x0",
         "wait of the address": "s_waitcnt lgkmcnt(0)",
-        "offset": f"{names.shift} v1, 2, v0",
-        "load": f"{names.load} v2, v1, s[4:5]",
-        "wait for it": names.wait_load,
+        "offset": "v_lshlrev_b32_e32 v1, 2, v0",
+        "load": "global_load_b32 v2, v1, s[4:5]",
+        "wait for it": "s_waitcnt vmcnt(0)",
         "add": "v_add_f32_e32 v2, 1.0, v2",
-        "store": f"{names.store} v1, v2, s[4:5]",
+        "store": "global_store_b32 v1, v2, s[4:5]",
     }
     data = np.arange(64, dtype=np.float32)
-    launch(arch, "\n".join(lines.values()), data)
+    launch(arch, in_names_of(arch, *lines.values()), data)
     executed = LANES[arch] // 2
     assert data.tolist() == [i + (i < executed) for i in range(64)]
-    broken = "\n".join(line for name, line in lines.items() if name != without)
+    del lines[without]
+    broken = in_names_of(arch, *lines.values())
     register = "v2" if without == "wait for it" else "s4"
     with pytest.raises(WaitFault, match=rf"{register} is used before the wait") as caught:
         launch(arch, broken, data)
@@ -154,40 +127,40 @@ def test_the_upper_half_of_vcc_is_no_condition_of_32_lanes():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_store_that_another_wave_reads_must_have_been_waited_for(arch):
     """Through memory: a barrier orders the waves, but only a wait makes the stores arrive."""
-    names, half = NAMES[arch], LANES[arch] // 2
+    half = LANES[arch] // 2
     lines = {
-        "address": f"{names.load_address} s[4:5], s[0:1], 0x0",
-        "offset": f"{names.shift} v1, 2, v0",
+        "address": "s_load_b64 s[4:5], s[0:1], 0x0",
+        "offset": "v_lshlrev_b32_e32 v1, 2, v0",
         "its wait": "s_waitcnt lgkmcnt(0)",
-        "store": f"{names.store} v1, v0, s[4:5]",
-        "wait": names.wait_store,
+        "store": "global_store_b32 v1, v0, s[4:5]",
+        "wait": "s_waitcnt_vscnt null, 0x0",
         "barrier": "s_barrier",
         "other": f"v_xor_b32_e32 v2, 0x{4 * half:x}, v1",
-        "load": f"{names.load} v3, v2, s[4:5]",
-        "wait for it": names.wait_load,
-        "to the second half": f"v_add_u32_e32 v1, 0x{8 * half:x}, v1"
-        if arch == "gfx942"
-        else f"v_add_nc_u32_e32 v1, 0x{8 * half:x}, v1",
-        "store it": f"{names.store} v1, v3, s[4:5]",
+        "load": "global_load_b32 v3, v2, s[4:5]",
+        "wait for it": "s_waitcnt vmcnt(0)",
+        "to the second half": f"v_add_nc_u32_e32 v1, 0x{8 * half:x}, v1",
+        "store it": "global_store_b32 v1, v3, s[4:5]",
     }
     data = np.zeros(4 * half, np.uint32)
-    launch(arch, "\n".join(lines.values()), data, num_waves=2)
+    launch(arch, in_names_of(arch, *lines.values()), data, num_waves=2)
     assert data[2 * half :].tolist() == [i ^ half for i in range(2 * half)]
-    broken = "\n".join(line for name, line in lines.items() if name != "wait")
+    del lines["wait"]
     with pytest.raises(WaitFault, match="in flight"):
-        launch(arch, broken, data, num_waves=2)
+        launch(arch, in_names_of(arch, *lines.values()), data, num_waves=2)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_result_that_depends_on_the_order_of_waves_is_a_fault(arch):
     """Both waves store their numbers to the same place of memory: the last one wins."""
-    names, half = NAMES[arch], LANES[arch] // 2
-    body = f"""
-    {names.load_address} s[4:5], s[0:1], 0x0
-    v_and_b32_e32 v1, 0x{half - 1:x}, v0
-    {names.shift} v1, 2, v1
-    s_waitcnt lgkmcnt(0)
-    {names.store} v1, v0, s[4:5]"""
+    half = LANES[arch] // 2
+    body = in_names_of(
+        arch,
+        "s_load_b64 s[4:5], s[0:1], 0x0",
+        f"v_and_b32_e32 v1, 0x{half - 1:x}, v0",
+        "v_lshlrev_b32_e32 v1, 2, v1",
+        "s_waitcnt lgkmcnt(0)",
+        "global_store_b32 v1, v0, s[4:5]",
+    )
     out = np.zeros(half, np.uint32)
     with pytest.raises(WaveOrderFault, match="argument 0"):
         launch(arch, body, out, num_waves=2, wave_order="both")
@@ -195,87 +168,61 @@ def test_a_result_that_depends_on_the_order_of_waves_is_a_fault(arch):
     assert out.tolist() == list(range(half))
 
 
+LOAD, STORE = "global_load_b32 v2, v1, s[4:5]", "global_store_b32 v1, v0, s[4:5]"
+ATOMIC = "global_atomic_add_u32 v1, v0, s[4:5]"
+ADD_4 = "v_add_nc_u32_e32 v1, 4, v1"
 ILLEGAL = {
-    "beyond the end": ("v_add_u32_e32 v1, 4, v1", "load", "after the end"),
-    "before the start": ("v_subrev_u32_e32 v1, 4, v1", "load", "outside of all regions"),
-    "a store beyond the end": ("v_add_u32_e32 v1, 4, v1", "store", "after the end"),
-    "an unaligned atomic": ("v_add_u32_e32 v1, 2, v1", "atomic", "aligned"),
-    "LDS beyond its end": ("v_add_u32_e32 v1, 4, v1", "LDS", "LDS"),
+    "beyond the end": (ADD_4, LOAD, "after the end"),
+    "before the start": ("v_subrev_nc_u32_e32 v1, 4, v1", LOAD, "outside of all regions"),
+    "a store beyond the end": (ADD_4, STORE, "after the end"),
+    "an unaligned atomic": ("v_add_nc_u32_e32 v1, 2, v1", ATOMIC, "aligned"),
+    "LDS beyond its end": (ADD_4, "ds_store_b32 v1, v0", "LDS"),
 }
+
+
+def run_lines(arch: str, *lines: str, **options: Any) -> None:
+    """Run lines, with s[4:5] the address of a word for each lane, and v1 the offset of its own."""
+    lanes = LANES[arch] // 2
+    first = ("s_load_b64 s[4:5], s[0:1], 0x0", "v_lshlrev_b32_e32 v1, 2, v0")
+    body = in_names_of(arch, *first, "s_waitcnt lgkmcnt(0)", *lines)
+    launch(arch, body, np.zeros(lanes, np.uint32), lds_bytes=4 * lanes, **options)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", ILLEGAL)
 def test_an_address_that_is_not_allowed_is_a_fault(arch, case):
     change, access, message = ILLEGAL[case]
-    names, lanes = NAMES[arch], LANES[arch] // 2
-    change = change if arch == "gfx942" else change.replace("_u32", "_nc_u32")
-    atomic = "global_atomic_add" if arch == "gfx942" else "global_atomic_add_u32"
-    accesses = {
-        "load": f"{names.load} v2, v1, s[4:5]",
-        "store": f"{names.store} v1, v0, s[4:5]",
-        "atomic": f"{atomic} v1, v0, s[4:5]",
-        "LDS": f"{names.write_lds} v1, v0",
-    }
-
-    def run(line):
-        body = f"""
-        {names.load_address} s[4:5], s[0:1], 0x0
-        {names.shift} v1, 2, v0
-        s_waitcnt lgkmcnt(0)
-        {line}
-        {accesses[access]}"""
-        launch(arch, body, np.zeros(lanes, np.uint32), lds_bytes=4 * lanes)
-
-    run("s_nop 0")
+    run_lines(arch, access)
     with pytest.raises(MemoryFault, match=message):
-        run(change)
+        run_lines(arch, change, access)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_scalar_load_of_an_odd_address_is_a_fault(arch):
     """Hardware would ignore the lowest two bits."""
-    names = NAMES[arch]
-    body = f"""
-    {names.load_address} s[4:5], s[0:1], 0x0
-    s_waitcnt lgkmcnt(0)
-    {names.load_address} s[6:7], s[4:5], OFFSET"""
-    launch(arch, body.replace("OFFSET", "0x4"), np.zeros(8, np.uint32))
+    run_lines(arch, "s_load_b64 s[6:7], s[4:5], 0x4")
     with pytest.raises(MemoryFault, match="aligned"):
-        launch(arch, body.replace("OFFSET", "0x6"), np.zeros(8, np.uint32))
+        run_lines(arch, "s_load_b64 s[6:7], s[4:5], 0x6")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("where", ["memory", "LDS", "private memory"])
-def test_a_read_of_what_was_never_written_is_a_fault(arch, where):
-    names, lanes = NAMES[arch], LANES[arch] // 2
-    size = "dword" if arch == "gfx942" else "b32"
-    write, read, wait = {
-        "memory": (f"{names.store} v1, v0, s[4:5]", f"{names.load} v2, v1, s[4:5]", "vmcnt"),
-        "LDS": (f"{names.write_lds} v1, v0", f"{names.read_lds} v2, v1", "lgkmcnt"),
-        "private memory": (
-            f"scratch_store_{size} off, v0, off offset:8",
-            f"scratch_load_{size} v2, off, off offset:8",
-            "vmcnt",
+@pytest.mark.parametrize(
+    ("write", "read", "wait"),
+    [
+        (STORE, LOAD, "s_waitcnt vmcnt(0)"),
+        ("ds_store_b32 v1, v0", "ds_load_b32 v2, v1", "s_waitcnt lgkmcnt(0)"),
+        (
+            "scratch_store_b32 off, v0, off offset:8",
+            "scratch_load_b32 v2, off, off offset:8",
+            "s_waitcnt vmcnt(0)",
         ),
-    }[where]
-
-    def run(*lines):
-        body = "\n".join(
-            [
-                f"{names.load_address} s[4:5], s[0:1], 0x0",
-                f"{names.shift} v1, 2, v0",
-                "s_waitcnt lgkmcnt(0)",
-                *lines,
-                f"s_waitcnt {wait}(0)",
-            ]
-        )
-        out = np.zeros(lanes, np.uint32)
-        launch(arch, body, out, lds_bytes=4 * lanes, scratch=16, unwritten=(0,))
-
-    run(write, read)
+    ],
+    ids=["memory", "LDS", "private memory"],
+)
+def test_a_read_of_what_was_never_written_is_a_fault(arch, write, read, wait):
+    run_lines(arch, write, read, wait, scratch=16, unwritten=(0,))
     with pytest.raises(UnwrittenRead):
-        run(read)
+        run_lines(arch, read, wait, scratch=16, unwritten=(0,))
 
 
 def test_every_fault_is_a_kernel_fault():

@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.errors import WaitFault, WaveOrderFault
-from support.assembly import launch
+from support.assembly import in_names_of, launch
 
 ARCHS = ("gfx942", "gfx1100")
-#: Where gfx942 has other names than gfx1100, without its wait for stores.
-CDNA_NAMES = {
-    "s_load_b64": "s_load_dwordx2",
-    "global_load_b32": "global_load_dword",
-    "global_store_b32": "global_store_dword",
-    "global_atomic_add_u32": "global_atomic_add",
-    "s_waitcnt_vscnt null, 0x0": "s_waitcnt vmcnt(0)",
-}
 WAIT = "s_waitcnt_vscnt null, 0x0"
 ATOMIC = "global_atomic_add_u32 v5, v2, s[4:5] offset:32"
 
@@ -30,28 +22,24 @@ def run(arch, *lines, other=1, wave_order="lockstep"):
         other: 0 for the workgroup's own word.
         wave_order: as for `launch`.
     """
-    body = "\n".join(
-        [
-            "s_load_b64 s[4:5], s[0:1], 0x0",
-            "s_mov_b32 exec_lo, 1",
-            "s_mov_b32 exec_hi, 0" if arch == "gfx942" else "",
-            "s_add_i32 s6, s2, 1",
-            "s_lshl_b32 s7, s2, 2",
-            "v_mov_b32_e32 v1, s7",
-            "v_mov_b32_e32 v2, s6",
-            "v_mov_b32_e32 v5, 0",
-            f"v_xor_b32_e32 v3, {4 * other}, v1",
-            "s_waitcnt lgkmcnt(0)",
-            "global_store_b32 v1, v2, s[4:5]",
-            *lines,
-            "global_load_b32 v4, v3, s[4:5]",
-            "s_waitcnt vmcnt(0)",
-            "global_store_b32 v1, v4, s[4:5] offset:16",
-        ]
+    body = in_names_of(
+        arch,
+        "s_load_b64 s[4:5], s[0:1], 0x0",
+        "s_mov_b32 exec_lo, 1",
+        "s_mov_b32 exec_hi, 0" if arch == "gfx942" else "",
+        "s_add_i32 s6, s2, 1",
+        "s_lshl_b32 s7, s2, 2",
+        "v_mov_b32_e32 v1, s7",
+        "v_mov_b32_e32 v2, s6",
+        "v_mov_b32_e32 v5, 0",
+        f"v_xor_b32_e32 v3, {4 * other}, v1",
+        "s_waitcnt lgkmcnt(0)",
+        "global_store_b32 v1, v2, s[4:5]",
+        *lines,
+        "global_load_b32 v4, v3, s[4:5]",
+        "s_waitcnt vmcnt(0)",
+        "global_store_b32 v1, v4, s[4:5] offset:16",
     )
-    if arch == "gfx942":
-        for name, on_cdna in CDNA_NAMES.items():
-            body = body.replace(name, on_cdna)
     data = np.zeros(9, np.uint32)
     launch(arch, body, data, grid=(4, 1, 1), wave_order=wave_order)
     return data[4:8].tolist()

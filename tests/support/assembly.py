@@ -8,7 +8,21 @@ from attn_dispatch.emulation.machine import Kernel, LaunchCounts, WaveOrder
 from attn_dispatch.emulation.memory.global_memory import GlobalMemory
 from attn_dispatch.emulation.targets import target_named
 
-__all__ = ["kernel_text", "launch"]
+__all__ = ["in_names_of", "kernel_text", "launch"]
+
+#: RDNA3's names -> CDNA's.
+_CDNA_NAMES = {
+    "s_load_b64": "s_load_dwordx2",
+    "global_load_b32": "global_load_dword",
+    "global_store_b32": "global_store_dword",
+    "global_atomic_add_u32": "global_atomic_add",
+    "scratch_load_b32": "scratch_load_dword",
+    "scratch_store_b32": "scratch_store_dword",
+    "ds_load_b32": "ds_read_b32",
+    "ds_store_b32": "ds_write_b32",
+    "_nc_u32": "_u32",
+    "s_waitcnt_vscnt null, 0x0": "s_waitcnt vmcnt(0)",
+}
 
 _DESCRIPTOR = """
 	.amdhsa_kernel {name}
@@ -25,6 +39,14 @@ _DESCRIPTOR = """
 		.amdhsa_accum_offset {accum_offset}
 	.end_amdhsa_kernel
 """
+
+
+def in_names_of(arch: str, *lines: str) -> str:
+    """Lines in RDNA3's names, in those of a target."""
+    body = "\n".join(lines)
+    for name, on_cdna in _CDNA_NAMES.items() if arch.startswith("gfx9") else ():
+        body = body.replace(name, on_cdna)
+    return body
 
 
 def kernel_text(
