@@ -130,17 +130,6 @@ def test_permlane16_from_lanes_that_do_not_execute(op_sel, reads_inactive, zeroe
     np.testing.assert_array_equal(register(group, "v1"), expected)
 
 
-@pytest.mark.parametrize("opcode", ["v_permlane16_var_b32", "v_permlanex16_var_b32"])
-def test_permlane16_with_a_selector_in_each_lane(opcode):
-    selectors = (LANES_32 * 5 + 3 + 16).astype(np.uint32)
-    group = execute(
-        group_of("gfx1201", v0=values_by_lane(32), v2=selectors), f"{opcode} v1, v0, v2"
-    )
-    rows = LANES_32 // 16 ^ (1 if "x16" in opcode else 0)
-    source = rows * 16 + selectors % 16
-    np.testing.assert_array_equal(register(group, "v1"), values_by_lane(32)[:, source])
-
-
 @pytest.mark.parametrize(
     ("width", "opcode"), [(16, "v_permlane16_swap_b32"), (32, "v_permlane32_swap_b32")]
 )
@@ -185,19 +174,6 @@ def test_bpermute(target, exec_, offset):
 
 
 @pytest.mark.parametrize("exec_", [(1 << 64) - 1, SOME])
-def test_permute_keeps_the_last_writer(exec_):
-    address = (np.arange(64) // 2 * 4 + 64).astype(np.uint32)
-    old = np.full((2, 64), 77, np.uint32)
-    group = group_of("gfx942", v0=address, v1=values_by_lane(), v2=old, exec=exec_)
-    execute(group, "ds_permute_b32 v2, v0, v1")
-    active, written = bits_of(exec_), np.zeros((2, 64), np.uint32)
-    for lane in range(64):
-        if active[lane]:
-            written[:, address[lane] // 4 % 64] = values_by_lane()[:, lane]
-    np.testing.assert_array_equal(register(group, "v2"), np.where(active, written, old))
-
-
-@pytest.mark.parametrize("exec_", [(1 << 64) - 1, SOME])
 def test_swizzle(exec_):
     old = np.full((2, 64), 77, np.uint32)
     group = group_of("gfx942", v1=values_by_lane(), v2=old, exec=exec_)
@@ -211,7 +187,6 @@ def test_swizzle(exec_):
     "text",
     [
         "ds_bpermute_b32 v2, v0, v1",
-        "ds_permute_b32 v2, v0, v1",
         "ds_swizzle_b32 v2, v1 offset:swizzle(SWAP,16)",
     ],
 )
