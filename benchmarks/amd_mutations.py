@@ -186,11 +186,8 @@ class MutatedSteps:
 def _is_same(one: WaveGroup, other: WaveGroup) -> bool:
     """Whether registers and pending operations are the same."""
     states = [(each.s_u32, each.v_u32, each.a_u32, each.scc) for each in (one, other)]
-    return (
-        all(map(np.array_equal, *states))
-        and len(one.pending) == len(other.pending)
-        and all(a.is_same(b) for a, b in zip(one.pending, other.pending, strict=True))
-    )
+    same_pending = one.pending_instructions == other.pending_instructions
+    return same_pending and all(map(np.array_equal, *states))
 
 
 def _instruction_at(kernel: Kernel, line: int) -> Instruction:

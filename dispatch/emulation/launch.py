@@ -198,7 +198,7 @@ def memory_of(arguments: Iterable[KernelArgument], unwritten: Collection[str] = 
                 f"{', '.join(new)} cannot count as unwritten: its storage is also that of "
                 f"{others}. Name all of them or none."
             )
-        array = (ctypes.c_uint8 * (end - start)).from_address(start)
+        array = memoryview((ctypes.c_uint8 * (end - start)).from_address(start))
         memory.add(start, np.frombuffer(array, np.uint8), ", ".join(names), written=not new)
     return memory
 

@@ -13,11 +13,11 @@ from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.memory.lds import LdsAccess
 
-__all__ = ["ORDERED", "ORDER_OF_OPCODE", "Pending"]
+__all__ = ["ORDER_OF_OPCODE", "Pending"]
 
 #: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
-#: and flat accesses finish in any order.
-ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
+#: finish in any order.
+_ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
 #: The same by how the opcode begins.
 ORDER_OF_OPCODE = {
     "global": "vector memory", "scratch": "vector memory", "buffer": "vector memory", "ds": "LDS",
@@ -31,20 +31,21 @@ class Pending:
     Attributes:
         instruction: that issued it.
         kind: as for `waits.issue`.
-        counters: that it adds to and that still count it.
+        counter: that it adds to.
         registers: `Registers.ids` that it will write.
         access: of memory: stores that are in flight, or accesses of LDS.
     """
 
     instruction: Instruction
     kind: str
-    counters: tuple[str, ...]
+    counter: str
     registers: frozenset[int] = frozenset()
     access: StoresInFlight | LdsAccess | None = None
 
-    def is_same(self, other: Pending) -> bool:
-        """Whether both are the same instruction's, and counted by the same counters."""
-        return self.instruction is other.instruction and self.counters == other.counters
+    @property
+    def order(self) -> str | None:
+        """What finishes in the order of issue, if it shares a counter; None for scalar loads."""
+        return _ORDERED.get(self.kind)
 
     def only(self, waves: NDArray[np.int64]) -> Pending:
         """The part of some of the waves."""

@@ -9,7 +9,6 @@ finish is that of LLVM's AMDGPU usage guide.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,27 +19,18 @@ from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, WaitFault
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.memory.lds import LdsAccess
-from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, ORDERED, Pending
+from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, Pending
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["check_registers", "decode_wait", "finish_all", "issue", "publish"]
 
-#: Counters by generation: kind of operation -> counters that it adds to.
-_COUNTERS: dict[int, dict[str, tuple[str, ...]]] = {
-    9: {
-        "load": ("vmcnt",), "store": ("vmcnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
-        "flat": ("vmcnt", "lgkmcnt"), "flat_store": ("vmcnt", "lgkmcnt"),
-    },
-    11: {
-        "load": ("vmcnt",), "store": ("vscnt",), "lds": ("lgkmcnt",), "scalar": ("lgkmcnt",),
-        "flat": ("vmcnt", "lgkmcnt"), "flat_store": ("vscnt", "lgkmcnt"),
-    },
-    12: {
-        "load": ("loadcnt",), "store": ("storecnt",), "lds": ("dscnt",), "scalar": ("kmcnt",),
-        "flat": ("loadcnt", "dscnt"), "flat_store": ("storecnt", "dscnt"),
-    },
-}  # fmt: skip
+#: Generation -> kind of operation -> the counter that it adds to.
+_COUNTERS: dict[int, dict[str, str]] = {
+    9: {"load": "vmcnt", "store": "vmcnt", "lds": "lgkmcnt", "scalar": "lgkmcnt"},
+    11: {"load": "vmcnt", "store": "vscnt", "lds": "lgkmcnt", "scalar": "lgkmcnt"},
+    12: {"load": "loadcnt", "store": "storecnt", "lds": "dscnt", "scalar": "kmcnt"},
+}
 
 
 def issue(
@@ -55,13 +45,12 @@ def issue(
     Args:
         group: the waves.
         instruction: that they execute.
-        kind: "load" (also atomics that return a value), "store", "lds", "scalar", "flat" or
-            "flat_store".
+        kind: "load" (also atomics that return a value), "store", "lds" or "scalar".
         registers: `Registers.ids` that it will write.
         access: of memory, if it is watched.
     """
-    counters = _COUNTERS[group.shared.target.generation][kind]
-    made = Pending(instruction, kind, counters, frozenset(registers), access)
+    counter = _COUNTERS[group.shared.target.generation][kind]
+    made = Pending(instruction, kind, counter, frozenset(registers), access)
     group.set_pending((*group.pending, made))
     if group.after_signal is not None and isinstance(access, LdsAccess):
         group.after_signal += (access,)
@@ -84,7 +73,7 @@ def check_registers(
     """
     order = ORDER_OF_OPCODE.get(instruction.opcode.split("_")[0])
     for each in group.pending:
-        is_before = order is not None and ORDERED.get(each.kind) == order
+        is_before = order is not None and each.order == order
         used = each.registers & (reads if is_before else reads | writes)
         if used:
             raise WaitFault(
@@ -149,25 +138,15 @@ def _limits(instruction: Instruction) -> dict[str, int] | None:
 
 def _wait(group: WaveGroup, counter: str, limit: int) -> None:
     """Finish all operations that must be finished if at most `limit` of a counter are left."""
-    counted = [each for each in group.pending if counter in each.counters]
-    if len(counted) <= limit:
-        return
-    left, at_least = [], Counter(ORDERED.get(each.kind) for each in counted)
+    left = []
+    unfinished = Counter(each.order for each in group.pending if each.counter == counter)
     for each in group.pending:
-        if counter not in each.counters:
-            left.append(each)
-            continue
         # If it were not finished, neither would be those that finish only after it.
-        order = ORDERED.get(each.kind)
-        at_least_left = at_least[order] if order else 1
-        at_least[order] -= 1
-        if at_least_left <= limit:
+        if each.counter != counter or (unfinished[each.order] if each.order else 1) <= limit:
             left.append(each)
-        elif len(each.counters) > 1:
-            others = tuple(name for name in each.counters if name != counter)
-            left.append(dataclasses.replace(each, counters=others))
         else:
             _finish(group, each)
+        unfinished[each.order] -= each.counter == counter
     group.set_pending(tuple(left))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.memory.lds import LdsAccess
 from attn_dispatch.emulation.pending import Pending
@@ -154,8 +155,7 @@ class WaveGroup:
             (self.block, self.waits_at_barrier, self.rank)
             == (other.block, other.waits_at_barrier, other.rank)
             and (self.after_signal is None) == (other.after_signal is None)
-            and len(self.pending) == len(other.pending)
-            and all(a.is_same(b) for a, b in zip(self.pending, other.pending, strict=True))
+            and self.pending_instructions == other.pending_instructions
         )
 
     def joined(self, other: WaveGroup) -> WaveGroup:
@@ -181,6 +181,11 @@ class WaveGroup:
         group.block, group.waits_at_barrier = self.block, self.waits_at_barrier
         group.rank = self.rank
         return group
+
+    @property
+    def pending_instructions(self) -> list[Instruction]:
+        """The instructions that issued the pending operations."""
+        return [each.instruction for each in self.pending]
 
     def set_pending(self, pending: tuple[Pending, ...]) -> None:
         """Replace the operations that are pending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from attn_dispatch.emulation.assembly import Assembly, parse_instruction
@@ -60,7 +61,7 @@ def test_a_dual_issued_instruction_has_two_halves():
 
 def test_a_dual_issued_instruction_counts_as_two():
     dual = "v_dual_mov_b32 v0, 1 :: v_dual_add_f32 v3, v3, v5"
-    found = launch("gfx1100", f"{dual}\nv_mov_b32_e32 v1, 2").instructions
+    found = launch("gfx1100", f"{dual}\nv_mov_b32_e32 v1, 2", np.zeros(1)).instructions
     assert found == {"v_dual_mov_b32": 1, "v_dual_add_f32": 1, "v_mov_b32": 1, "s_endpgm": 1}
 
 

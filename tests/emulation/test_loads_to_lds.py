@@ -62,7 +62,7 @@ def test_lanes_store_next_to_each_other_from_m0_on(target, opcode, size, partial
     execute(case.group, load_text(case, opcode, 36))
     np.testing.assert_array_equal(lds_words(case), expected)
     (pending,) = case.group.pending
-    assert (pending.kind, pending.counters) == ("load", ("vmcnt",))
+    assert (pending.kind, pending.counter) == ("load", "vmcnt")
     assert not pending.registers
 
 
