@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attn_dispatch.emulation.arithmetic.bits import high32, low32, to_u64
 from attn_dispatch.emulation.errors import UnknownInstruction
@@ -50,20 +49,11 @@ Reader = Callable[[WaveGroup], Any]
 #: Writes a value for all waves of a group.
 Writer = Callable[[WaveGroup, Any], None]
 
-_NAMED = {
-    "flat_scratch": (102, 2),
-    "flat_scratch_lo": (102, 1),
-    "flat_scratch_hi": (103, 1),
-    "xnack_mask": (104, 2),
-    "xnack_mask_lo": (104, 1),
-    "xnack_mask_hi": (105, 1),
-    "vcc": (VCC, 2),
-    "vcc_lo": (VCC, 1),
-    "vcc_hi": (VCC + 1, 1),
-    "m0": (M0, 1),
-    "exec": (EXEC, 2),
-    "exec_lo": (EXEC, 1),
-    "exec_hi": (EXEC + 1, 1),
+#: Name -> the first scalar register, and how many.
+_NAMED = {"m0": (M0, 1)} | {
+    f"{name}{end}": (first + offset, count)
+    for name, first in (("flat_scratch", 102), ("xnack_mask", 104), ("vcc", VCC), ("exec", EXEC))
+    for end, offset, count in (("", 0, 2), ("_lo", 0, 1), ("_hi", 1, 1))
 }
 
 
@@ -91,7 +81,7 @@ U32, I32, F32 = Kind("u32", np.uint32), Kind("i32", np.int32), Kind("f32", np.fl
 U64, I64 = Kind("u64", np.uint64, 2), Kind("i64", np.int64, 2)
 U16, I16, F16 = Kind("u16", np.uint16, 0), Kind("i16", np.int16, 0), Kind("f16", np.float16, 0)
 
-#: Registers of an operand -> the type of its float constants, and of their bits.
+#: Registers of an operand -> the type of its float constants, and of the bits of constants.
 _FLOATS: dict[int, tuple[Any, Any]] = {
     0: (np.float16, np.uint16), 1: (np.float32, np.uint32), 2: (np.float64, np.uint64),
 }  # fmt: skip
@@ -215,14 +205,8 @@ def constant(text: str, kind: Kind) -> Any:
     if kind is I64 and text.startswith("0x") and 1 << 31 <= value < 1 << 32:
         value -= 1 << 32
     bits = 32 * kind.words or 16
-    unsigned: Any = {16: np.uint16, 32: np.uint32, 64: np.uint64}[bits](value & ((1 << bits) - 1))
+    unsigned = _FLOATS[kind.words][1](value & ((1 << bits) - 1))
     return unsigned.view(kind.dtype)
-
-
-def _array(file: str, kind: Kind) -> Callable[[WaveGroup], NDArray[Any]]:
-    """The register file as an array of a kind with 16 or 32 bits."""
-    name = f"{file}_{kind.name}"
-    return lambda group: getattr(group, name)
 
 
 @functools.cache
@@ -234,62 +218,48 @@ def vector_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
         kind: what is read; `-x` and `|x|` of an integer change the sign bit of a float's bits.
         half: of a 16-bit operand that names none, from `op_sel`.
     """
-    return with_signs(operand, kind, _plain_vector_reader(operand, kind, half))
+    return with_signs(operand, kind, _reader(operand, kind, half, "column"))
 
 
-def _plain_vector_reader(operand: Operand, kind: Kind, half: int) -> Reader:
-    registers = operand.registers
+@functools.cache
+def scalar_reader(operand: Operand, kind: Kind) -> Reader:
+    """Reads an operand of a scalar instruction: an array that broadcasts to (waves,)."""
     if operand.text in ("scc", "src_scc"):
-        return lambda group: group.scc[:, None].astype(kind.dtype)
+        return lambda group: group.scc.astype(kind.dtype)
+    if operand.registers is not None:
+        operand.require_registers("s")
+    return with_signs(operand, kind, _reader(operand, kind, 0, "s"))
+
+
+def _reader(operand: Operand, kind: Kind, half: int, scalars: str) -> Reader:
+    """Reads registers or a constant; "s" or "column" is the shape of scalar registers."""
+    registers, dtype = operand.registers, kind.dtype
     if registers is None:
         value = constant(operand.text, kind)
         if not kind.words and half and operand.half is None:
             # The upper half of a 32-bit constant; an inline float of 16 bits has 0 there.
             whole = 0 if "." in operand.text else int(constant(operand.text, U32)) >> 16
-            value = np.uint16(whole).view(kind.dtype)
+            value = np.uint16(whole).view(dtype)
         return lambda group: value
-    first = registers.first
-    file = "column" if registers.file == "s" else registers.file
-    if kind.words == 2:
-        view = _array(file, U32)
-        dtype = kind.dtype
-        return lambda group: to_u64(view(group)[first], view(group)[first + 1]).view(dtype)
-    if not kind.words:
-        place = operand.half if operand.half is not None else half
-        halves = _array(file, kind)
-        return lambda group: halves(group)[first][..., place]
-    # The most frequent cases, without a call in between.
-    name = f"{file}_{kind.name}"
-    return lambda group: getattr(group, name)[first]
+    first, file = registers.first, scalars if registers.file == "s" else registers.file
+    name = f"{file}_{'u32' if kind.words == 2 else kind.name}"
+    if kind.words == 2 and file == "s":  # with fewer calls of NumPy
 
-
-@functools.cache
-def scalar_reader(operand: Operand, kind: Kind, half: int = 0) -> Reader:
-    """Reads an operand of a scalar instruction: an array that broadcasts to (waves,)."""
-    return with_signs(operand, kind, _plain_scalar_reader(operand, kind, half))
-
-
-def _plain_scalar_reader(operand: Operand, kind: Kind, half: int) -> Reader:
-    registers = operand.registers
-    if operand.text in ("scc", "src_scc"):
-        return lambda group: group.scc.astype(kind.dtype)
-    if registers is None:
-        value = constant(operand.text, kind)
-        return lambda group: value
-    first = operand.require_registers("s").first
-    if kind.words == 2:
-        dtype = kind.dtype
-
-        def read_two(group: WaveGroup) -> Any:
+        def read_pairs(group: WaveGroup) -> Any:
             pairs = np.ascontiguousarray(group.s_u32[first : first + 2].T)
             return pairs.view(dtype)[:, 0]
 
+        return read_pairs
+    if kind.words == 2:
+
+        def read_two(group: WaveGroup) -> Any:
+            array = getattr(group, name)
+            return to_u64(array[first], array[first + 1]).view(dtype)
+
         return read_two
     if not kind.words:
-        place = operand.half if operand.half is not None else half
-        halves = _array("s", kind)
-        return lambda group: halves(group)[first][..., place]
-    name = f"s_{kind.name}"
+        place = half if operand.half is None else operand.half
+        return lambda group: getattr(group, name)[first][..., place]
     return lambda group: getattr(group, name)[first]
 
 
@@ -303,18 +273,15 @@ def with_signs(operand: Operand, kind: Kind, read: Reader) -> Reader:
         if operand.negate:
             return lambda group: -read(group)
         return read
-    # An instruction that moves bits, such as v_cndmask_b32, also takes these signs.
-    bits = 32 * kind.words or 16
-    sign: Any = kind.dtype(1 << (bits - 1)) if kind in (U16, U32, U64) else None
-    if (operand.absolute or operand.negate) and sign is None:
+    if not (operand.absolute or operand.negate):
+        return read
+    if kind not in (U16, U32, U64):
         raise UnknownInstruction(f"the sign of an integer operand {operand.text}")
-    if operand.absolute and operand.negate:
-        return lambda group: read(group) | sign
-    if operand.absolute:
-        return lambda group: read(group) & ~sign
-    if operand.negate:
-        return lambda group: read(group) ^ sign
-    return read
+    # An instruction that moves bits, such as v_cndmask_b32, also takes these signs.
+    sign = kind.dtype(1 << (8 * np.dtype(kind.dtype).itemsize - 1))
+    kept = ~sign if operand.absolute else ~kind.dtype(0)
+    flipped = sign if operand.negate else kind.dtype(0)
+    return lambda group: (read(group) & kept) ^ flipped
 
 
 @functools.cache
