@@ -8,7 +8,7 @@ of their own; the group that is farthest behind runs first, so that groups meet 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -170,7 +170,7 @@ class Kernel:
                 registers = (self.vgprs, self.agprs)
                 waves = initial_waves(self.assembly, shared, registers, segment.address)
                 with np.errstate(all="ignore"):
-                    executed = _Run(self, shared).finish(_by_order(waves, wave_order))
+                    executed = _run(self, _by_order(waves, wave_order))
                 self._count(executed, shared, counts)
         finally:
             memory.remove(segment)
@@ -221,81 +221,74 @@ def _by_order(waves: WaveGroup, order: WaveOrder) -> list[WaveGroup]:
     return groups
 
 
-class _Run:
-    """Runs workgroups of a launch at the same time."""
+def _run(kernel: Kernel, groups: list[WaveGroup]) -> Counter[int]:
+    """Run until all waves have ended; returns index of a block -> how often waves executed it."""
+    executed: Counter[int] = Counter()
+    num_instructions = 0
+    while groups:
+        ready = [group for group in groups if not group.waits_at_barrier]
+        if not ready:
+            _release(groups)
+            continue
+        group = min(ready, key=lambda each: (each.rank, each.block))
+        groups.remove(group)
+        for other in ready:
+            if other is not group and group.joins(other):
+                groups.remove(other)
+                group = group.joined(other)
+        executed[group.block] += group.num_waves
+        num_instructions += len(kernel.block(group.block))
+        if num_instructions > _LIMIT:
+            raise KernelFault(
+                f"{kernel.name} does not end: it has executed {num_instructions} instructions."
+            )
+        _execute_block(kernel, group)
+        groups += _next(kernel.assembly, group)
+    return executed
 
-    def __init__(self, kernel: Kernel, shared: Shared) -> None:
-        self._kernel, self._shared = kernel, shared
-        self._executed: Counter[int] = Counter()
 
-    def finish(self, groups: list[WaveGroup]) -> Counter[int]:
-        """Run until all waves have ended; returns index of a block -> how often waves ran it."""
-        executed = 0
-        while groups:
-            ready = [group for group in groups if not group.waits_at_barrier]
-            if not ready:
-                self._release(groups)
-                continue
-            group = min(ready, key=lambda each: (each.rank, each.block))
-            groups.remove(group)
-            for other in ready:
-                if other is not group and group.joins(other):
-                    groups.remove(other)
-                    group = group.joined(other)
-            executed += self._execute_block(group)
-            if executed > _LIMIT:
-                raise KernelFault(
-                    f"{self._kernel.name} does not end: it has executed {executed} instructions."
-                )
-            groups += self._next(group)
-        return self._executed
+def _execute_block(kernel: Kernel, group: WaveGroup) -> None:
+    """Execute the basic block of a group, all but the choice of the next one."""
+    for instruction in kernel.block(group.block):
+        try:
+            if group.pending and not instruction.registers.isdisjoint(group.pending_registers):
+                check_registers(group, instruction.text, instruction.reads, instruction.writes)
+            instruction.execute(group)
+        except Exception as error:
+            add_note(error, f"{kernel.name} on {kernel.target.name}, {instruction.text}")
+            raise
 
-    def _execute_block(self, group: WaveGroup) -> int:
-        """Execute a basic block up to its last instruction; returns how many instructions."""
-        block = self._kernel.block(group.block)
-        self._executed[group.block] += group.num_waves
-        for instruction in block:
-            try:
-                if group.pending and not instruction.registers.isdisjoint(group.pending_registers):
-                    parsed, reads, writes = instruction.text, instruction.reads, instruction.writes
-                    check_registers(group, parsed, reads, writes)
-                instruction.execute(group)
-            except Exception as error:
-                target = self._shared.target.name
-                add_note(error, f"{self._kernel.name} on {target}, {instruction.text}")
-                raise
-        return len(block)
 
-    def _next(self, group: WaveGroup) -> list[WaveGroup]:
-        """The group at the block that comes next; none if it has ended, two if waves differ."""
-        assembly = self._kernel.assembly
-        last = assembly.blocks[group.block][-1]
-        group.block += 1
-        if last.opcode == "s_endpgm":
-            finish_all(group)
-            return []
-        if last.opcode in ("s_barrier", "s_barrier_wait"):
-            group.waits_at_barrier = True
-        elif last.opcode == "s_branch":
-            group.block = assembly.block_of_label[last.operands[0]]
-        elif last.opcode in _CONDITIONS:
-            taken = _CONDITIONS[last.opcode](group)
-            differ = taken.any() and not taken.all()
-            parts = [group.only(taken), group.only(~taken)] if differ else [group]
-            if taken.any():
-                parts[0].block = assembly.block_of_label[last.operands[0]]
-            return parts
-        return [group]
+def _next(assembly: Assembly, group: WaveGroup) -> list[WaveGroup]:
+    """The group at the block that comes next; none if it has ended, two if waves differ."""
+    last = assembly.blocks[group.block][-1]
+    group.block += 1
+    if last.opcode == "s_endpgm":
+        finish_all(group)
+        return []
+    if last.opcode in ("s_barrier", "s_barrier_wait"):
+        group.waits_at_barrier = True
+    elif last.opcode == "s_branch":
+        group.block = assembly.block_of_label[last.operands[0]]
+    elif last.opcode in _CONDITIONS:
+        taken = _CONDITIONS[last.opcode](group)
+        differ = taken.any() and not taken.all()
+        parts = [group.only(taken), group.only(~taken)] if differ else [group]
+        if taken.any():
+            parts[0].block = assembly.block_of_label[last.operands[0]]
+        return parts
+    return [group]
 
-    def _release(self, groups: Iterable[WaveGroup]) -> None:
-        """Let all waves pass their barrier."""
-        in_flight = []
-        for group in groups:
-            # RDNA4: accesses after the signal are not ordered with other waves' after the barrier.
-            late = (*[each.access for each in group.pending], *(group.after_signal or ()))
-            in_flight += [access for access in late if isinstance(access, LdsAccess)]
-            group.waits_at_barrier, group.after_signal = False, None
-        self._shared.lds.new_epoch(in_flight)
+
+def _release(groups: Sequence[WaveGroup]) -> None:
+    """Let all waves pass their barrier."""
+    in_flight = []
+    for group in groups:
+        # RDNA4: accesses after the signal are not ordered with other waves' after the barrier.
+        late = (*[each.access for each in group.pending], *(group.after_signal or ()))
+        in_flight += [access for access in late if isinstance(access, LdsAccess)]
+        group.waits_at_barrier, group.after_signal = False, None
+    groups[0].shared.lds.new_epoch(in_flight)
 
 
 def _any_bit(group: WaveGroup, first: int) -> NDArray[np.bool_]:
