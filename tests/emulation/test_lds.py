@@ -9,12 +9,9 @@ import pytest
 
 from attn_dispatch.emulation.errors import EmulationError, MemoryFault, RaceFault, UnwrittenRead
 from attn_dispatch.emulation.memory.lds import Lds
+from support.memory_cases import lanes
 
 SIZES = [1, 2, 4, 8, 12, 16]
-
-
-def lanes(*numbers):
-    return np.array(numbers, np.int64)
 
 
 def ones(size, k=1, value=1):

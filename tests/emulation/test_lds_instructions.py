@@ -10,29 +10,16 @@ from attn_dispatch.emulation.errors import RaceFault, UnknownInstruction, WaitFa
 from attn_dispatch.emulation.instructions.decode import decode
 from attn_dispatch.emulation.instructions.lds_instructions import opcodes
 from attn_dispatch.emulation.memory.lds import Lds
-from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers
 from support.emulation import execute, group_of, register, shared_by
-from support.memory_cases import Value, operand
+from support.memory_cases import CDNA, LOADS, RDNA, STORES, LanesCase, Value, operand
 
 BYTES = 8192
-LOADS = {
-    "b32": Value(4), "b64": Value(8), "b96": Value(12), "b128": Value(16),
-    "u8": Value(1), "i8": Value(1, signed=True), "u16": Value(2), "i16": Value(2, signed=True),
-    "u8_d16": Value(1, half=0), "u8_d16_hi": Value(1, half=1),
-    "i8_d16": Value(1, signed=True, half=0), "i8_d16_hi": Value(1, signed=True, half=1),
-    "u16_d16": Value(2, half=0), "u16_d16_hi": Value(2, half=1),
-}  # fmt: skip
-STORES = {
-    "b8": Value(1), "b16": Value(2), "b32": Value(4), "b64": Value(8), "b96": Value(12),
-    "b128": Value(16), "b8_d16_hi": Value(1, half=1), "b16_d16_hi": Value(2, half=1),
-}  # fmt: skip
-CDNA, RDNA = ("gfx90a", "gfx942", "gfx950"), ("gfx1100", "gfx1201")
 
 
-def rows(name, table, style):
-    """(target, opcode, value) of each row on one target of a generation."""
+def rows(table, style):
+    """(target, opcode, value) of each row, with the verb on CDNA and on RDNA."""
     return [
         pytest.param(target, f"ds_{verb}{each}", value, id=f"{target}-{verb}{each}")
         for targets, verb in zip((CDNA, RDNA), style, strict=True)
@@ -41,17 +28,17 @@ def rows(name, table, style):
     ]
 
 
-LOAD_ROWS = rows("load", LOADS, ("read_", "load_"))
-STORE_ROWS = rows("store", STORES, ("write_", "store_"))
+LOAD_ROWS = rows({row[2]: row[3] for row in LOADS}, ("read_", "load_"))
+STORE_ROWS = rows({row[2]: row[3] for row in STORES}, ("write_", "store_"))
 TWO = {"b32": (4, 4), "b64": (8, 8)}
 STRIDED = {"b32": (4, 256), "b64": (8, 512)}
 LOAD_TWO_ROWS = [
-    *rows("two", TWO, ("read2_", "load_2addr_")),
-    *rows("two", STRIDED, ("read2st64_", "load_2addr_stride64_")),
+    *rows(TWO, ("read2_", "load_2addr_")),
+    *rows(STRIDED, ("read2st64_", "load_2addr_stride64_")),
 ]
 STORE_TWO_ROWS = [
-    *rows("two", TWO, ("write2_", "store_2addr_")),
-    *rows("two", STRIDED, ("write2st64_", "store_2addr_stride64_")),
+    *rows(TWO, ("write2_", "store_2addr_")),
+    *rows(STRIDED, ("write2st64_", "store_2addr_stride64_")),
 ]
 TRANSPOSED = ("gfx950", "ds_read_b64_tr_b16")
 
@@ -75,37 +62,26 @@ def once(rows):
 # Lanes in plain Python ----------------------------------------------------------------------------
 
 
-class Case:
+class Case(LanesCase):
     """Two workgroups of two waves, LDS with random bytes, and a random address for each lane.
 
     The address is a multiple of 16, different for each lane of a workgroup.
     """
 
     def __init__(self, target, partial):
-        self.rng = np.random.default_rng(7)
-        self.target = target_named(target)
-        self.lanes = self.target.wave_size
-        self.lds = Lds(2, BYTES)
-        contents = self.rng.integers(0, 1 << 32, (2, BYTES // 4), dtype=np.uint32)
+        rng, target, self.lds = np.random.default_rng(7), target_named(target), Lds(2, BYTES)
+        contents = rng.integers(0, 1 << 32, (2, BYTES // 4), dtype=np.uint32)
         places = np.arange(0, BYTES, 4, dtype=np.int64)
         for workgroup in range(2):
             number = np.full_like(places, workgroup)
             self.lds.store(number, places, contents[workgroup][None], 4, 2 * number)
         self.lds.new_epoch()
-        shared = shared_by(self.target, 2, lds=self.lds)
-        self.group = group_of(self.target, 4, shared=shared)
-        for file in ("v", "a"):
-            array = getattr(self.group, f"{file}_u32")
-            array[...] = self.rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)
-        order = self.rng.permutation(2 * self.lanes) * 16
-        self.addresses = np.stack([order.reshape(2, -1)] * 2).reshape(4, self.lanes)
-        self.group.v_u32[1] = self.addresses
-        if partial:
-            words = [0x88010F35, 0, 0xFFFFFFFF, 1]
-            for word in range(self.lanes // 32):
-                self.group.s_u32[EXEC + word] = words
-            self.group.exec_changed()
-        self.exec = self.group.exec.copy()
+        shared = shared_by(target, 2, lds=self.lds)
+        shared.workgroups = np.arange(2)
+        words = [0x88010F35, 0, 0xFFFFFFFF, 1] if partial else None
+        super().__init__(target, rng, shared, words)
+        order = rng.permutation(2 * self.lanes) * 16
+        self.place(np.stack([order.reshape(2, -1)] * 2).reshape(4, self.lanes))
 
     def memory(self):
         """The LDS of both workgroups."""
@@ -116,21 +92,6 @@ class Case:
             found.append(bytearray(values[0].astype(np.uint8).tobytes()))
         self.lds.new_epoch()
         return found
-
-    def place(self, addresses):
-        """Give the lanes other addresses."""
-        self.addresses = addresses
-        self.group.v_u32[1] = addresses
-
-    def active(self):
-        """(wave, lane, workgroup, address) of each lane in EXEC, in order."""
-        return [
-            (wave, lane, wave // 2, int(self.addresses[wave, lane]))
-            for wave, lane in np.argwhere(self.exec)
-        ]
-
-    def words(self, file, first, count):
-        return getattr(self.group, f"{file}_u32")[first : first + count].copy()
 
 
 def files(target):
@@ -143,8 +104,8 @@ def test_load(target, opcode, value, partial):
     for file in files(target):
         case = Case(target, partial)
         expected, memory = case.words(file, 4, value.words), case.memory()
-        for wave, lane, workgroup, address in case.active():
-            raw = bytes(memory[workgroup][address + 36 : address + 36 + value.size])
+        for wave, lane, address in case.active():
+            raw = bytes(memory[wave // 2][address + 36 : address + 36 + value.size])
             expected[:, wave, lane] = value.loaded(raw, expected[:, wave, lane].tolist())
         execute(case.group, f"{opcode} {operand(file, 4, value.words)}, v1 offset:36")
         np.testing.assert_array_equal(case.words(file, 4, value.words), expected)
@@ -160,9 +121,9 @@ def test_store(target, opcode, value, partial):
     for file in files(target):
         case = Case(target, partial)
         data, expected = case.words(file, 4, value.words), case.memory()
-        for wave, lane, workgroup, address in case.active():
+        for wave, lane, address in case.active():
             raw = value.stored(data[:, wave, lane].tolist())
-            expected[workgroup][address + 40 : address + 40 + value.size] = raw
+            expected[wave // 2][address + 40 : address + 40 + value.size] = raw
         execute(case.group, f"{opcode} v1, {operand(file, 4, value.words)} offset:40")
         assert case.memory() == expected
         (pending,) = case.group.pending
@@ -177,10 +138,10 @@ def test_load_of_two_values(target, opcode, value, partial):
         case = Case(target, partial)
         count = size // 2
         expected, memory = case.words(file, 4, count), case.memory()
-        for wave, lane, workgroup, address in case.active():
+        for wave, lane, address in case.active():
             raw = b""
             for offset in (0, 3):
-                raw += memory[workgroup][address + offset * step :][:size]
+                raw += memory[wave // 2][address + offset * step :][:size]
             expected[:, wave, lane] = Value(2 * size).loaded(raw, ())
         execute(case.group, f"{opcode} {operand(file, 4, count)}, v1 offset1:3")
         np.testing.assert_array_equal(case.words(file, 4, count), expected)
@@ -196,10 +157,10 @@ def test_store_of_two_values(target, opcode, value, partial):
     first, second = (case.words("v", i, size // 4) for i in (4, 8))
     expected = case.memory()
     far = 1 + 2 * case.lanes * size // step  # no two lanes write the same bytes
-    for wave, lane, workgroup, address in case.active():
+    for wave, lane, address in case.active():
         for data, offset in ((first, 1), (second, far)):
             at = address + offset * step
-            expected[workgroup][at : at + size] = Value(size).stored(data[:, wave, lane].tolist())
+            expected[wave // 2][at : at + size] = Value(size).stored(data[:, wave, lane].tolist())
     data = ", ".join(operand("v", i, size // 4) for i in (4, 8))
     execute(case.group, f"{opcode} v1, {data} offset0:1 offset1:{far}")
     assert case.memory() == expected

@@ -7,12 +7,9 @@ import pytest
 
 from attn_dispatch.emulation.errors import EmulationError, MemoryFault, UnwrittenRead, WaitFault
 from attn_dispatch.emulation.memory.global_memory import GlobalMemory
+from support.memory_cases import lanes, random_words
 
 SIZES = [1, 2, 4, 8, 12, 16, 32, 64]
-
-
-def lanes(*numbers):
-    return np.array(numbers, np.int64)
 
 
 def words(*rows):
@@ -24,11 +21,6 @@ def words(*rows):
 def memory_of(nbytes, written=True, name="x"):
     memory = GlobalMemory()
     return memory, memory.allocate(nbytes, name, written)
-
-
-def random_words(rng, size, k):
-    values = rng.integers(0, 1 << 32, (max(size // 4, 1), k), dtype=np.uint32)
-    return values & np.uint32((1 << (8 * size)) - 1) if size < 4 else values
 
 
 # Regions ------------------------------------------------------------------------------------------

@@ -7,17 +7,9 @@ import pytest
 
 from attn_dispatch.emulation.errors import MemoryFault, UnwrittenRead
 from attn_dispatch.emulation.memory.scratch import Scratch
+from support.memory_cases import lanes, random_words
 
 SIZES = [1, 2, 4, 8, 12, 16]
-
-
-def lanes(*numbers):
-    return np.array(numbers, np.int64)
-
-
-def random_words(rng, size, k):
-    values = rng.integers(0, 1 << 32, (max(size // 4, 1), k), dtype=np.uint32)
-    return values & np.uint32((1 << (8 * size)) - 1) if size < 4 else values
 
 
 def test_each_lane_of_each_wave_has_its_own_memory():

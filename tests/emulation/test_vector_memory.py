@@ -15,40 +15,16 @@ from attn_dispatch.emulation.waits import check_registers, publish
 from support.emulation import execute, register
 from support.memory_cases import (
     ATOMIC_RESULTS,
+    CDNA,
+    LOADS,
     NUM_BYTES,
+    STORES,
     MemoryCase,
-    Value,
     atomic_operands,
     operand,
 )
 
-CDNA, RDNA = ("gfx90a", "gfx942", "gfx950"), ("gfx1100", "gfx1201")
 SPACES = ("global", "scratch", "buffer")
-
-WIDE = {
-    "dword": Value(4), "dwordx2": Value(8), "dwordx3": Value(12), "dwordx4": Value(16),
-}  # fmt: skip
-BITS = {"b32": Value(4), "b64": Value(8), "b96": Value(12), "b128": Value(16)}
-CDNA_LOADS = WIDE | {
-    "ubyte": Value(1), "sbyte": Value(1, signed=True),
-    "ushort": Value(2), "sshort": Value(2, signed=True),
-    "ubyte_d16": Value(1, half=0), "ubyte_d16_hi": Value(1, half=1),
-    "sbyte_d16": Value(1, signed=True, half=0), "sbyte_d16_hi": Value(1, signed=True, half=1),
-    "short_d16": Value(2, half=0), "short_d16_hi": Value(2, half=1),
-}  # fmt: skip
-RDNA_LOADS = BITS | {
-    "u8": Value(1), "i8": Value(1, signed=True), "u16": Value(2), "i16": Value(2, signed=True),
-    "d16_u8": Value(1, half=0), "d16_hi_u8": Value(1, half=1),
-    "d16_i8": Value(1, signed=True, half=0), "d16_hi_i8": Value(1, signed=True, half=1),
-    "d16_b16": Value(2, half=0), "d16_hi_b16": Value(2, half=1),
-}  # fmt: skip
-CDNA_STORES = WIDE | {
-    "byte": Value(1), "short": Value(2),
-    "byte_d16_hi": Value(1, half=1), "short_d16_hi": Value(2, half=1),
-}  # fmt: skip
-RDNA_STORES = BITS | {
-    "b8": Value(1), "b16": Value(2), "d16_hi_b8": Value(1, half=1), "d16_hi_b16": Value(2, half=1),
-}  # fmt: skip
 #: Operation -> its name on RDNA, without bits.
 RDNA_NAMES = {
     "swap": "swap_b", "add": "add_u", "sub": "sub_u", "smin": "min_i", "umin": "min_u",
@@ -70,12 +46,13 @@ def once(rows):
     return list(first.values())
 
 
-def transfers(kind, cdna, rdna):
+def transfers(kind, table):
     return [
         pytest.param(target, space, f"{space}_{kind}_{name}", value, id=f"{target}-{space}-{name}")
         for target in TARGETS
         for space in SPACES
-        for name, value in (cdna if target in CDNA else rdna).items()
+        for cdna, rdna, _, value in table
+        for name in [cdna if target in CDNA else rdna]
     ]
 
 
@@ -85,8 +62,8 @@ def integer_atomic(target, operation, size):
     return f"{RDNA_NAMES[operation]}{8 * size}"
 
 
-LOAD_ROWS = transfers("load", CDNA_LOADS, RDNA_LOADS)
-STORE_ROWS = transfers("store", CDNA_STORES, RDNA_STORES)
+LOAD_ROWS = transfers("load", LOADS)
+STORE_ROWS = transfers("store", STORES)
 ATOMIC_ROWS = [
     pytest.param(target, "global", f"global_atomic_{name}", operation, size, id=f"{target}-{name}")
     for target in TARGETS
@@ -148,7 +125,7 @@ def test_store(target, space, opcode, value, partial):
 def test_atomic(target, space, opcode, operation, size, returns):
     """Several lanes access each address: they take turns in the order of the lanes."""
     case, words = MemoryCase(target, space), size // 4
-    case.place(case.offsets % 7 * 8 + 16)
+    case.place(case.addresses % 7 * 8 + 16)
     compares = operation == "cmpswap"
     operands = atomic_operands(operation, size, 2 * case.lanes, case.rng)
     memory = atomic_operands(operation, size, 16, case.rng)
@@ -199,14 +176,14 @@ def test_modifier_that_returns_what_was_in_memory(target):
 def test_base_with_an_offset_per_lane(offset):
     case = MemoryCase("gfx942", "global")
     execute(case.group, f"global_load_dword v4, v1, s[4:5] offset:{offset}")
-    words = case.region.data.view(np.uint32)[(case.offsets + offset) // 4]
+    words = case.region.data.view(np.uint32)[(case.addresses + offset) // 4]
     np.testing.assert_array_equal(register(case.group, "v4")[case.exec], words[case.exec])
 
 
 def test_negative_offset_of_an_address():
     case = MemoryCase("gfx1201", "global")
     execute(case.group, "global_load_b32 v4, v[2:3], off offset:-8 th:TH_LOAD_NT scope:SCOPE_DEV")
-    words = case.region.data.view(np.uint32)[(case.offsets - 8) // 4]
+    words = case.region.data.view(np.uint32)[(case.addresses - 8) // 4]
     np.testing.assert_array_equal(register(case.group, "v4")[case.exec], words[case.exec])
 
 

@@ -53,6 +53,46 @@ class Value:
         return raw[2 * (self.half or 0) :][: self.size]
 
 
+#: What is loaded, by the end of the opcode: on CDNA, on RDNA, and from LDS on both.
+_WIDE = [
+    ("dword", "b32", "b32", Value(4)),
+    ("dwordx2", "b64", "b64", Value(8)),
+    ("dwordx3", "b96", "b96", Value(12)),
+    ("dwordx4", "b128", "b128", Value(16)),
+]
+LOADS = [
+    *_WIDE,
+    ("ubyte", "u8", "u8", Value(1)),
+    ("sbyte", "i8", "i8", Value(1, signed=True)),
+    ("ushort", "u16", "u16", Value(2)),
+    ("sshort", "i16", "i16", Value(2, signed=True)),
+    ("ubyte_d16", "d16_u8", "u8_d16", Value(1, half=0)),
+    ("ubyte_d16_hi", "d16_hi_u8", "u8_d16_hi", Value(1, half=1)),
+    ("sbyte_d16", "d16_i8", "i8_d16", Value(1, signed=True, half=0)),
+    ("sbyte_d16_hi", "d16_hi_i8", "i8_d16_hi", Value(1, signed=True, half=1)),
+    ("short_d16", "d16_b16", "u16_d16", Value(2, half=0)),
+    ("short_d16_hi", "d16_hi_b16", "u16_d16_hi", Value(2, half=1)),
+]
+STORES = [
+    *_WIDE,
+    ("byte", "b8", "b8", Value(1)),
+    ("short", "b16", "b16", Value(2)),
+    ("byte_d16_hi", "d16_hi_b8", "b8_d16_hi", Value(1, half=1)),
+    ("short_d16_hi", "d16_hi_b16", "b16_d16_hi", Value(2, half=1)),
+]
+CDNA, RDNA = ("gfx90a", "gfx942", "gfx950"), ("gfx1100", "gfx1201")
+
+
+def lanes(*numbers):
+    return np.array(numbers, np.int64)
+
+
+def random_words(rng, size, k):
+    """Values of `size` bytes for k lanes, uint32 (words, k)."""
+    values = rng.integers(0, 1 << 32, (max(size // 4, 1), k), dtype=np.uint32)
+    return values & np.uint32((1 << (8 * size)) - 1) if size < 4 else values
+
+
 def _wraps(value: int, size: int) -> int:
     return value & ((1 << (8 * size)) - 1)
 
@@ -105,48 +145,69 @@ _LAST_WORD = {True: 0x00027000, False: 0x31004000}
 
 def descriptor(target, address, num_bytes):
     """The words of a buffer's descriptor."""
-    last = _LAST_WORD[target_named(target).is_cdna]
+    last = _LAST_WORD[target.is_cdna]
     return [address & 0xFFFFFFFF, address >> 32, num_bytes, last]
 
 
-class MemoryCase:
+class LanesCase:
+    """Waves with random registers.
+
+    Attributes:
+        addresses: (waves, lanes) values of v1, by `place`.
+        exec: (waves, lanes), before the instruction.
+    """
+
+    def __init__(self, target, rng, shared, exec_words):
+        self.target, self.rng, self.lanes = target, rng, target.wave_size
+        self.group = group_of(target, shared.num_waves, shared=shared)
+        for file in ("v", "a"):
+            array = getattr(self.group, f"{file}_u32")
+            array[...] = rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)
+        if exec_words:
+            self.group.s_u32[EXEC : EXEC + self.lanes // 32] = exec_words
+            self.group.exec_changed()
+        self.exec = self.group.exec.copy()
+
+    def place(self, addresses):
+        """Give the lanes other addresses."""
+        self.addresses = self.group.v_u32[1] = addresses
+
+    def active(self):
+        """(wave, lane, address) of each lane in EXEC, in order."""
+        return [
+            (wave, lane, int(self.addresses[wave, lane])) for wave, lane in np.argwhere(self.exec)
+        ]
+
+    def words(self, file, first, count):
+        return getattr(self.group, f"{file}_u32")[first : first + count].copy()
+
+
+class MemoryCase(LanesCase):
     """Two waves, a region of random bytes, and a random offset in it for each lane.
 
     v1 has the offset, v[2:3] the address, s[4:5] that of the region, s[8:11] its descriptor.
     """
 
-    def __init__(self, target, space, partial=True, step=16):
-        self.rng = np.random.default_rng(11)
-        self.target, self.space = target_named(target), space
-        self.lanes = self.target.wave_size
-        self.memory, self.scratch = GlobalMemory(), Scratch(2, self.lanes, SCRATCH_BYTES)
-        self.region = self.memory.allocate(NUM_BYTES, "x", written=True)
-        self.region.data[:] = self.rng.integers(0, 256, NUM_BYTES)
+    def __init__(self, target, space, partial=True):
+        rng, target, self.space = np.random.default_rng(11), target_named(target), space
+        self.memory = GlobalMemory()
+        self.region = self.memory.allocate(rng.integers(0, 256, NUM_BYTES, dtype=np.uint8), "x")
+        self.scratch = Scratch(2, target.wave_size, SCRATCH_BYTES)
+        shared = shared_by(target, 2, memory=self.memory, scratch=self.scratch)
+        super().__init__(target, rng, shared, [0x88010F35, 0xFFFFFFFE] if partial else None)
         self.fill_scratch()
-        shared = shared_by(self.target, 2, memory=self.memory, scratch=self.scratch)
-        self.group = group_of(self.target, 2, shared=shared)
-        for file in ("v", "a"):
-            array = getattr(self.group, f"{file}_u32")
-            array[...] = self.rng.integers(0, 1 << 32, array.shape, dtype=np.uint32)
         self.group.s_u32[4] = self.region.address & 0xFFFFFFFF
         self.group.s_u32[5] = self.region.address >> 32
         for i, word in enumerate(descriptor(target, self.region.address, NUM_BYTES)):
             self.group.s_u32[8 + i] = word
         count = 2 * self.lanes
         within = SCRATCH_BYTES // 16 - 4 if space == "scratch" else count
-        order = self.rng.permutation(count) % within
-        self.place(step * order.reshape(2, -1) + 16)
-        if partial:
-            for word in range(self.lanes // 32):
-                self.group.s_u32[EXEC + word] = [0x88010F35, 0xFFFFFFFE]
-            self.group.exec_changed()
-        self.exec = self.group.exec.copy()
+        self.place(16 * (rng.permutation(count) % within).reshape(2, -1) + 16)
 
-    def place(self, offsets):
-        self.offsets = offsets
-        self.group.v_u32[1] = offsets
-        addresses = self.region.address + offsets.astype(np.int64)
-        self.group.v_u32[2], self.group.v_u32[3] = addresses & 0xFFFFFFFF, addresses >> 32
+    def place(self, addresses):
+        super().place(addresses)
+        absolute = self.region.address + addresses.astype(np.int64)
+        self.group.v_u32[2], self.group.v_u32[3] = absolute & 0xFFFFFFFF, absolute >> 32
 
     def fill_scratch(self):
         shape = (2, self.lanes, SCRATCH_BYTES // 4)
@@ -167,15 +228,6 @@ class MemoryCase:
 
     def bytes_of(self, contents):
         return [bytes(contents(wave, lane)) for wave, lane in np.ndindex(2, self.lanes)]
-
-    def active(self):
-        """(wave, lane, offset) of each lane in EXEC, in order."""
-        return [
-            (wave, lane, int(self.offsets[wave, lane])) for wave, lane in np.argwhere(self.exec)
-        ]
-
-    def words(self, file, first, count):
-        return getattr(self.group, f"{file}_u32")[first : first + count].copy()
 
     def text(self, opcode, data, offset=0, returns=""):
         """An instruction at the lanes' offsets; `returns` is where a result goes."""

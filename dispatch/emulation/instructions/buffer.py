@@ -93,7 +93,8 @@ class BufferSpace:
         """The sum of the vector's and the instruction's offset, in more than 32 bits."""
         if self._lane is None:
             return np.broadcast_to(self._offset, group.exec.shape)
-        return group.v_u32[self._lane].astype(np.int64) + self._offset
+        offsets: NDArray[np.int64] = group.v_u32[self._lane].astype(np.int64) + self._offset
+        return offsets
 
     def _private_offsets(self, group: WaveGroup, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """(k,); the scalar offset counts the bytes of all lanes."""

@@ -93,22 +93,17 @@ def decode(instruction: Instruction, target: Target) -> Decoded:
     """
     halves = [instruction] if instruction.second is None else [instruction, instruction.second]
     found = [_semantics(each, target) for each in halves]
-    registers = _registers(instruction, target)
-    if instruction.second is not None:
-        registers |= _registers(instruction.second, target)
-    writes = sources = _NO_REGISTERS
-    for each in found:
-        if isinstance(each, Semantics) and (each.results or each.sources):
-            writes, sources = writes | each.results, sources | each.sources
-    if sources:
-        registers |= sources
+    named = _NO_REGISTERS.union(*[_registers(each, target) for each in halves])
+    semantics = [each for each in found if isinstance(each, Semantics)]
+    writes = _NO_REGISTERS.union(*[each.results for each in semantics])
+    sources = _NO_REGISTERS.union(*[each.sources for each in semantics])
     return Decoded(
         instruction,
         _together(found, instruction),
-        registers - writes | sources if writes else registers,
-        writes,
-        registers,
-        tuple([each.opcode for each in halves]),
+        reads=named - writes | sources,
+        writes=writes,
+        registers=named | sources,
+        opcodes=tuple(each.opcode for each in halves),
     )
 
 

@@ -81,18 +81,8 @@ def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
         readers.append(_reader(operands[0], scalar.result))
     if scalar.reads_scc:
         readers.append(lambda group: group.scc)
-    # Without registers, the result and SCC are single values, not one for each wave.
-    is_constant = len(readers) == len(sources) and all(each.registers is None for each in sources)
-
-    def set_scc(group: WaveGroup, value: Any) -> None:
-        group.scc = np.broadcast_to(value, group.ids.shape) if is_constant else value
-
     if scalar.result is None:
-
-        def compare(group: WaveGroup) -> None:
-            set_scc(group, compute(*[read(group) for read in readers]))
-
-        return compare
+        return lambda group: _set_scc(group, compute(*[read(group) for read in readers]))
     write = _writer(operands[0], scalar.result)
     if new_scc is None:
         return lambda group: write(group, compute(*[read(group) for read in readers]))
@@ -101,10 +91,16 @@ def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
         values = [read(group) for read in readers]
         result = compute(*values)
         # Before the result is written: the values may be views of its registers.
-        set_scc(group, new_scc(result, *values))
+        _set_scc(group, new_scc(result, *values))
         write(group, result)
 
     return execute
+
+
+def _set_scc(group: WaveGroup, value: Any) -> None:
+    # Of constants only, it is a single value and not one for each wave.
+    is_single = np.shape(value) != group.ids.shape
+    group.scc = np.broadcast_to(value, group.ids.shape) if is_single else value
 
 
 def _execute_with_exec(opcode: str, operands: list[Operand], target: Target) -> Execute:
@@ -128,10 +124,17 @@ def _execute_with_exec(opcode: str, operands: list[Operand], target: Target) -> 
 
 def _reader(operand: Operand, kind: Kind) -> Reader:
     if kind in (SIGNED_16, UNSIGNED_16):
-        value = kind.dtype(_constant_of_16_bits(operand, kind is SIGNED_16))
+        number = int(operand.text, 0)
+        if not -(1 << 15) <= number < 1 << 16:
+            raise UnknownInstruction(f"{operand.text} is no 16-bit constant")
+        narrow = np.int16 if kind is SIGNED_16 else np.uint16
+        value = kind.dtype(np.array(number).astype(narrow))
         return lambda group: value
     if kind in PLACES.values():
-        return _place_reader(operand, kind)
+        _check_count(operand, U32)
+        dtype, read = np.dtype(kind.dtype), scalar_reader(operand, U32)
+        mask = np.uint32(8 * dtype.itemsize - 1)
+        return lambda group: (read(group) & mask).astype(dtype)
     _check_count(operand, kind)
     if kind is not PAIR:
         return scalar_reader(operand, kind)
@@ -147,26 +150,6 @@ def _check_count(operand: Operand, kind: Kind) -> None:
     registers, count = operand.registers, max(kind.words, 1)
     if registers is not None and registers.count != count:
         raise UnknownInstruction(f"{operand.text} are {registers.count} registers, not {count}")
-
-
-def _place_reader(operand: Operand, kind: Kind) -> Reader:
-    _check_count(operand, U32)
-    dtype, mask = kind.dtype, np.uint32(8 * np.dtype(kind.dtype).itemsize - 1)
-    read = scalar_reader(operand, U32)
-    if operand.registers is None and "scc" not in operand.text:
-        place = dtype(constant(operand.text, U32) & mask)
-        return lambda group: place
-    if kind is PLACES[U32]:
-        return lambda group: read(group) & mask
-    return lambda group: (read(group) & mask).astype(dtype)
-
-
-def _constant_of_16_bits(operand: Operand, is_signed: bool) -> int:
-    value = int(operand.text, 0)
-    if operand.registers is not None or not -(1 << 15) <= value < 1 << 16:
-        raise UnknownInstruction(f"{operand.text} is no 16-bit constant")
-    value &= 0xFFFF
-    return value - (1 << 16) if is_signed and value >= 1 << 15 else value
 
 
 def _writer(operand: Operand, kind: Kind) -> Writer:

@@ -119,7 +119,8 @@ class GlobalMemory:
         values = np.empty((max(size // 4, 1), addresses.size), np.uint32)
         for region, lanes in self._parts(addresses, size, waves, "load"):
             starts = addresses[lanes] - region.address
-            values[:, lanes] = region.load(starts, size, waves[lanes])
+            region.check_read(starts, size, waves[lanes], "load")
+            values[:, lanes] = region.bytes.gather(starts, size)
         return values
 
     def store(

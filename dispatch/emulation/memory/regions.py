@@ -102,20 +102,9 @@ class Region:
     def restore(self, saved: tuple[NDArray[np.uint8], NDArray[np.uint8] | None]) -> None:
         """Go back to a copy; no store is in flight then."""
         self.data[:], written = saved
-        if self._written is not None:
+        if self._written is not None and written is not None:
             self._written.data[:] = written
         self._stores = []
-
-    def load(
-        self, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64]
-    ) -> NDArray[np.uint32]:
-        """The values from each start on.
-
-        Raises:
-            UnwrittenRead, WaitFault: as `check_read`.
-        """
-        self.check_read(starts, size, waves, "load")
-        return self.bytes.gather(starts, size)
 
     def store(
         self,
