@@ -94,12 +94,6 @@ ROWS = [
         pair(1, -2)),
     Row(RDNA4, "v_cvt_pk_f32_fp8_e64 v[0:1], v2 op_sel:[1,0]", (u32(0xC0381111),), pair(1, -2)),
     Row(CDNA4, "v_cvt_pk_f32_bf8_e32 v[0:1], v2", (u32(0xFC3C),), pair(1, -INF)),
-    Row(CDNA, "v_cvt_pk_fp8_f32 v0, v2, v4", (f32(0.5), f32(-1)), u32(0x7777C038),
-        {"v0": 0x77777777}),
-    Row(CDNA4, "v_cvt_pk_fp8_f32 v0, v2, v4 op_sel:[0,0,1]", (f32(1.0625), f32(NAN)),
-        u32(0x7F387777), {"v0": 0x77777777}),
-    Row(CDNA4, "v_cvt_pk_bf8_f32 v0, v2, v4", (f32(1.125), f32(-INF)), u32(0x7777FC3C),
-        {"v0": 0x77777777}),
     # Only the exponent of the scale counts.
     Row(CDNA4, "v_cvt_scalef32_pk_f32_fp8 v[0:1], v2, v4", (u32(0x4038), f32(4)), pair(4, 8)),
     Row(CDNA4, "v_cvt_scalef32_pk_f32_bf8 v[0:1], v2, v4 op_sel:[1,0,0]",
@@ -138,6 +132,7 @@ def test_lanes_outside_of_exec_stay():
         (RDNA, "v_cvt_f32_fp8_e64 v0, v2"),
         (RDNA4, "v_cvt_f32_fp8_e64 v0, v2 byte_sel:1"),
         (RDNA4, "v_cvt_f32_fp8_e64 v0, v2 op_sel:[1,0]"),
+        (CDNA, "v_cvt_pk_fp8_f32 v0, v2, v4"),
         (CDNA, "v_cvt_i32_f32_e64 v0, v2 clamp"),
     ],
 )

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_dispatch.emulation.arithmetic import fp8
+from attn_dispatch.emulation.arithmetic.numerics import flush_denormals
 from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction
 from attn_dispatch.emulation.targets import Target
 
@@ -38,8 +39,7 @@ _F64 = NDArray[np.float64]
 _U32 = NDArray[np.uint32]
 #: Larger temporary arrays leave the cache, and each call gets their pages from the system again.
 _PRODUCTS_AT_ONCE = 1 << 14
-_SMALLEST_FLOAT32 = 2.0**-126
-_SMALLEST_FLOAT16 = 2.0**-14
+_SMALLEST_FLOAT16 = np.float16(2.0**-14)
 
 _MFMA = re.compile(r"v_mfma_(f32|i32)_(16x16|32x32)x(\d+)_?([a-z]\w+)")
 _WMMA = re.compile(r"v_wmma_(f32|i32)_(16x16)x(16)_([a-z]\w+)")
@@ -192,12 +192,12 @@ def _multiply(shape: MatrixShape, a: _U32, b: _U32, c: NDArray[Any] | float) -> 
     total: _F64 = split.transpose(1, 3, 0, 2, 4).reshape(-1, len(products), shape.lanes)
     if isinstance(c, np.ndarray):
         c = c.view(np.int32 if shape.accumulator == "i32" else np.float32)
-        c = _flush(c, _SMALLEST_FLOAT32) if shape.flushes_denormals else c
+        c = flush_denormals(c) if shape.flushes_denormals else c
     np.add(total, c, out=total)
     if shape.accumulator == "i32":  # wraps around
         return total.astype(np.int64).astype(np.uint32)
     nearest = total.astype(np.float32)
-    nearest = _flush(nearest, _SMALLEST_FLOAT32) if shape.flushes_denormals else nearest
+    nearest = flush_denormals(nearest) if shape.flushes_denormals else nearest
     return nearest.view(np.uint32)
 
 
@@ -219,19 +219,14 @@ def _values(words: _U32, format: str, flush: bool) -> NDArray[Any]:
     if format == "bf16":
         halves = np.stack((words << np.uint32(16), words & np.uint32(0xFFFF0000)), axis=1)
         values = halves.view(np.float32)
-        return _flush(values, _SMALLEST_FLOAT32) if flush else values
+        return flush_denormals(values) if flush else values
     words = np.ascontiguousarray(words)
     if format == "f16":
-        values = words.view(np.float16).astype(np.float64)
-        values = _flush(values, _SMALLEST_FLOAT16) if flush else values
+        values = words.view(np.float16)
+        values = flush_denormals(values, _SMALLEST_FLOAT16) if flush else values
     elif format in ("i8", "u8"):
         values = words.view(np.int8 if format == "i8" else np.uint8).astype(np.float64)
     else:
         # The mode only saves the check of the indices, which are in range.
         values = fp8.decode_table(format).take(words.view(np.uint8), mode="clip")
     return np.moveaxis(values.reshape(*words.shape, -1), -1, 1)
-
-
-def _flush(x: NDArray[Any], smallest: float) -> NDArray[Any]:
-    """Numbers below the smallest normal one become zeros of the same sign."""
-    return np.asarray(x * ~(np.abs(x) < x.dtype.type(smallest)))

@@ -1,10 +1,9 @@
 """Arithmetic of AMD GPUs as pure functions on NumPy arrays.
 
 Inputs broadcast against each other. Registers are uint32; callers view them as float32 or int32.
-The semantics are those of the pseudo-code in
-AMD's instruction set manuals (CDNA3, RDNA3, RDNA4), with denormals enabled and rounding to nearest
-even, as Triton compiles kernels. Transcendental functions are computed in float64 and rounded:
-hardware may differ in the last bit.
+The semantics are those of the pseudo-code in AMD's instruction set manuals (CDNA3, RDNA3, RDNA4),
+with denormals enabled and rounding to nearest even, as Triton compiles kernels. Transcendental
+functions are computed in float64 and rounded: hardware may differ in the last bit.
 
 Callers silence NumPy's floating point warnings.
 """
@@ -46,9 +45,14 @@ _MIDPOINT_ZEROS = np.int64((1 << 28) - 1)
 
 
 # Floating point -----------------------------------------------------------------------------------
-def flush_denormals(x: _Array) -> _F32:
-    """float32 with subnormal numbers replaced by zeros of the same sign."""
-    return np.asarray(x * (np.abs(x) >= _SMALLEST_NORMAL))  # NaN times zero is NaN
+def flush_denormals(x: Any, smallest: Any = _SMALLEST_NORMAL) -> Any:
+    """float32 with subnormal numbers replaced by zeros of the same sign.
+
+    Args:
+        x: float32, or another float.
+        smallest: the smallest normal number of its dtype.
+    """
+    return x * (np.abs(x) >= smallest)  # NaN times zero is NaN
 
 
 def _multiply_add_wide(a: _Array, b: _Array, c: _Array) -> NDArray[np.float64]:
@@ -186,11 +190,10 @@ def to_float16_toward_zero(x: _Array) -> NDArray[np.float16]:
 # Division -----------------------------------------------------------------------------------------
 # LLVM divides n / d in float32 as follows: scale both with division_scale, find the quotient with
 # Newton's method, do the last step with division_fmas, and let division_fixup treat special cases.
-def _exponent_bits(x: _Array) -> NDArray[np.int32]:
+def _exponent_bits(x: _Array) -> Any:
     """The biased exponent of float32."""
     bits = np.asarray(x).view(np.uint32) >> np.uint32(23)
-    exponents: NDArray[np.int32] = (bits & np.uint32(0xFF)).astype(np.int32)
-    return exponents
+    return (bits & np.uint32(0xFF)).astype(np.int32)
 
 
 def _are_ordinary(*operands: _Array) -> bool:
@@ -198,10 +201,9 @@ def _are_ordinary(*operands: _Array) -> bool:
     return all(bool((np.abs(_exponent_bits(x) - 127) < 48).all()) for x in operands)
 
 
-def _is_denormal(x: _Array) -> NDArray[np.bool_]:
+def _is_denormal(x: _Array) -> Any:
     """Whether float32 is subnormal, and not zero."""
-    denormal: NDArray[np.bool_] = (np.abs(x) < _SMALLEST_NORMAL) & (x != 0)
-    return denormal
+    return (np.abs(x) < _SMALLEST_NORMAL) & (x != 0)
 
 
 def division_scale(

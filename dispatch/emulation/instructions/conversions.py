@@ -85,14 +85,6 @@ def _decode_two(format: str) -> _Function:
     return lambda pair: table[_codes(pair)].view(np.uint64)[..., 0]
 
 
-def _encode_two(format: str) -> _Function:
-    def encode(a: Any, b: Any) -> Any:
-        low, high = fp8.encode(a, format), fp8.encode(b, format)
-        return (low | high << np.uint32(8)).astype(np.uint16)
-
-    return encode
-
-
 def _power_of_two(scale: Any) -> Any:
     """The exponent of float32 as a factor; its sign and mantissa do not count."""
     exponent = ((scale.view(np.uint32) >> np.uint32(23)) & _BYTE).astype(np.int32)
@@ -127,7 +119,6 @@ def _forms_of_format(name: str, format: str) -> dict[str, Form]:
     forms = {
         f"v_cvt_f32_{name}": Form(F32, (U32,), lambda a: table[a & _BYTE]),
         f"v_cvt_pk_f32_{name}": Form(U64, (U16,), _decode_two(format)),
-        f"v_cvt_pk_{name}_f32": Form(U16, (F32, F32), _encode_two(format), keeps_half=True),
     }
     for result, kind in (("f32", U64), ("f16", U32), ("bf16", U32)):
         compute = _decode_two_scaled(format, result)
@@ -137,7 +128,7 @@ def _forms_of_format(name: str, format: str) -> dict[str, Form]:
 
 @cache
 def fp8_forms(has_fnuz: bool) -> dict[str, Form]:
-    """Opcode -> what it computes, of conversions from and to 8-bit floats.
+    """Opcode -> what it computes, of conversions from 8-bit floats.
 
     Args:
         has_fnuz: which formats the target has.
