@@ -1,7 +1,7 @@
 """Triton's launches on the emulator: what is compiled, which arguments arrive, what is reported.
 
 Most tests need Triton to compile. Where it interprets kernels, because the machine has no GPU, they
-run in a process of their own. In most of them a fake machine records what it receives.
+run in a process of their own. In most of them the machine only records what it receives.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -31,9 +31,8 @@ from attn_dispatch.emulation import (  # noqa: E402
     emulated,
     triton_driver,
 )
-from attn_dispatch.emulation.assembly import Assembly  # noqa: E402
 from attn_dispatch.emulation.launch import KernelArgument, memory_of  # noqa: E402
-from attn_dispatch.emulation.machine import LaunchCounts  # noqa: E402
+from attn_dispatch.emulation.machine import Kernel, LaunchCounts  # noqa: E402
 from support.compiling import (  # noqa: E402
     needs_compiler,
     only_where_interpreted,
@@ -49,45 +48,32 @@ def test_in_a_process_that_compiles():
 # The arguments of a launch.
 
 
-@dataclass
-class Launch:
-    """What the machine received."""
-
-    assembly: Assembly
-    grid: tuple[int, int, int]
-    num_waves: int
-    lds_bytes: int
-    arguments: list[int]
-    memory: object
-    wave_order: str
-
-    def regions(self):
-        """Name -> whether it counts as written, in the order of addresses."""
-        return {region.name: region._written is None for region in self.memory.regions}
-
-
 @pytest.fixture
 def launches(monkeypatch):
-    """What a fake machine received. It writes nothing."""
+    """What the machine received of each launch. It runs none."""
     received = []
 
-    class FakeKernel:
-        vgprs, agprs, scratch_bytes = 24, 8, 16
-
-        def __init__(self, text, target):
-            self.assembly, self.target = Assembly(text), target
-            self.name = self.assembly.name
-
-        def launch(self, grid, num_waves, lds_bytes, arguments, memory, *, wave_order="lockstep"):
-            received.append(
-                Launch(self.assembly, grid, num_waves, lds_bytes, arguments, memory, wave_order)
+    def launch(kernel, grid, num_waves, lds_bytes, arguments, memory, *, wave_order):
+        received.append(
+            SimpleNamespace(
+                assembly=kernel.assembly,
+                grid=grid,
+                num_waves=num_waves,
+                lds_bytes=lds_bytes,
+                arguments=arguments,
+                memory=memory,
+                wave_order=wave_order,
             )
-            return LaunchCounts(Counter(v_mov_b32=7, s_endpgm=1), waves=1)
+        )
+        return LaunchCounts(Counter(v_mov_b32=7, s_endpgm=1), waves=1)
 
-    monkeypatch.setattr(triton_driver, "Kernel", FakeKernel)
-    triton_driver._kernel.cache_clear()
-    yield received
-    triton_driver._kernel.cache_clear()
+    monkeypatch.setattr(Kernel, "launch", launch)
+    return received
+
+
+def regions_of(launch):
+    """Name -> whether it counts as written, in the order of addresses."""
+    return {region.name: region._written is None for region in launch.memory.regions}
 
 
 @triton.jit
@@ -139,10 +125,12 @@ def test_launch_on_each_target(launches, arch):
     assert launch.assembly.target_name == arch
     assert (launch.grid, launch.num_waves, launch.lds_bytes) == ((4, 1, 1), 2, 0)
     assert launch.arguments == [X.data_ptr(), Y.data_ptr(), OUT.data_ptr(), 1000]
-    assert set(launch.regions()) == {"x_ptr", "y_ptr", "out_ptr"}
-    assert all(launch.regions().values())
+    assert set(regions_of(launch)) == {"x_ptr", "y_ptr", "out_ptr"}
+    assert all(regions_of(launch).values())
     assert (report.kernel, report.target, report.num_warps) == ("add_kernel", arch, 2)
-    assert (report.vgprs, report.agprs, report.scratch_bytes) == (24, 8, 16)
+    registers = launch.assembly.descriptor("next_free_vgpr")
+    assert registers <= report.vgprs < registers + 4  # on CDNA in multiples of 4
+    assert (report.agprs, report.scratch_bytes) == (0, 0)
     assert report.instructions == 8
     assert f"add_kernel on {arch} (emulated)" in str(report)
 
@@ -157,7 +145,7 @@ def test_tuples_constants_and_floats(launches):
     assert launch.arguments == [
         X.data_ptr(), data, 2**32 - 7, 5, 0x3FC00000, 0xC000, OUT.data_ptr()
     ]  # fmt: skip
-    assert "pair.data" in launch.regions()
+    assert "pair.data" in regions_of(launch)
 
 
 @needs_compiler
@@ -182,14 +170,14 @@ def test_code_is_specialized_as_for_a_gpu(launches):
 @needs_compiler
 def test_unwritten_memory_by_name(launches):
     run_add(unwritten=("out_ptr",))
-    assert launches[0].regions() == {"x_ptr": True, "y_ptr": True, "out_ptr": False}
+    assert regions_of(launches[0]) == {"x_ptr": True, "y_ptr": True, "out_ptr": False}
     with pytest.raises(EmulationError, match=r"unwritten=o_ptr: no launch .* n, out_ptr, x_ptr"):
         run_add(unwritten=("o_ptr",))
     both = torch.zeros(2000)
     with pytest.raises(EmulationError, match=r"out_ptr cannot count as unwritten: .* of y_ptr"):
         run_add(y=both[1000:], out=both[:1000], unwritten=("out_ptr",))
     run_add(y=both[1000:], out=both[:1000], unwritten=("out_ptr", "y_ptr"))
-    assert launches[-1].regions()["y_ptr, out_ptr"] is False
+    assert regions_of(launches[-1])["y_ptr, out_ptr"] is False
 
 
 @needs_compiler
