@@ -20,7 +20,6 @@ from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, Wait
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.memory.lds import LdsAccess
 from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, Pending
-from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["check_registers", "decode_wait", "finish_all", "issue", "publish"]
@@ -91,7 +90,7 @@ def _register_name(number: int) -> str:
 _RDNA4 = re.compile(r"s_wait_(load|store|ds|km|sample|bvh|exp)cnt(_dscnt)?")
 
 
-def decode_wait(instruction: Instruction, target: Target) -> Callable[[WaveGroup], None] | None:
+def decode_wait(instruction: Instruction) -> Callable[[WaveGroup], None] | None:
     """What a wait or a barrier does; None if the instruction is none.
 
     Raises:

@@ -39,7 +39,7 @@ _NO_EFFECT = {
     "s_prefetch_data", "s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_sendmsg",
     "s_sethalt", "s_version", "s_round_mode", "buffer_gl0_inv", "buffer_gl1_inv", "buffer_inv",
     "buffer_wbl2", "buffer_wbinvl1", "buffer_wbinvl1_vol", "global_inv", "global_wb",
-    "global_wbinv", "s_barrier", "s_endpgm", "s_branch",
+    "global_wbinv", "s_endpgm", "s_branch",
     "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s_cbranch_vccnz", "s_cbranch_execz",
     "s_cbranch_execnz",
 }  # fmt: skip
@@ -109,7 +109,7 @@ def decode(instruction: Instruction, target: Target) -> Decoded:
 
 def _semantics(instruction: Instruction, target: Target) -> Semantics | Operation:
     if instruction.opcode.startswith(("s_wait", "s_barrier")):
-        wait = decode_wait(instruction, target)
+        wait = decode_wait(instruction)
         if wait is not None:
             return Semantics(wait)
     if instruction.opcode in _NO_EFFECT:
