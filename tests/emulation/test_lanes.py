@@ -121,13 +121,12 @@ def test_unknown_swizzles_are_rejected(text):
 def test_permlane16_follows_the_pseudo_code(crosses, wave_size):
     # V_PERMLANE16_B32: lanesel = {S2, S1}; lane i of a row takes lanesel[4 i + 3 : 4 i] of the row,
     # V_PERMLANEX16_B32 of the row whose lowest number bit is inverted.
-    low = np.array([0x76543210, 0x01234567, 0xF0E1D2C3], np.uint32)
-    high = np.array([0xFEDCBA98, 0x89ABCDEF, 0x00FF7788], np.uint32)
-    sources = lanes.permlane16_sources(low, high, crosses, wave_size)
-    assert sources.shape == (3, wave_size)
-    for wave in range(3):
-        select = int(high[wave]) << 32 | int(low[wave])
+    pairs = ((0x76543210, 0xFEDCBA98), (0x01234567, 0x89ABCDEF), (0xF0E1D2C3, 0x00FF7788))
+    for low, high in pairs:
+        sources = lanes.permlane16_sources(low, high, crosses, wave_size)
+        assert sources.shape == (wave_size,)
+        select = high << 32 | low
         for lane in range(wave_size):
             row, i = divmod(lane, 16)
             expected = (row ^ 1 if crosses else row) * 16 + (select >> (4 * i) & 15)
-            assert sources[wave, lane] == expected
+            assert sources[lane] == expected

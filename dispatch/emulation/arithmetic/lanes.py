@@ -114,26 +114,19 @@ def swizzle_sources(text: str, wave_size: int) -> _Lanes:
     raise UnknownInstruction(f"The swizzle {text!r} is not known.")
 
 
-def permlane16_sources(
-    select_low: NDArray[np.uint32],
-    select_high: NDArray[np.uint32],
-    crosses: bool,
-    wave_size: int,
-) -> _Lanes:
+@cache
+def permlane16_sources(low: int, high: int, crosses: bool, wave_size: int) -> _Lanes:
     """The lane that each lane reads in v_permlane16_b32, or v_permlanex16_b32 if it crosses.
 
     Args:
-        select_low: for each wave, 4 bits for each of the lanes 0 to 7 of a row: uint32, (n,).
-        select_high: the same for the lanes 8 to 15.
+        low: 4 bits for each of the lanes 0 to 7 of a row.
+        high: the same for the lanes 8 to 15.
         crosses: read from the other row of a pair of rows.
         wave_size: 32 or 64.
 
     Returns:
-        int64, (n, wave_size).
+        int64, (wave_size,), read-only.
     """
+    chosen = np.array([(high << 32 | low) >> 4 * i & 15 for i in range(16)])
     lane = np.arange(wave_size)
-    words = np.where(lane % 16 < 8, select_low[:, None], select_high[:, None]).astype(np.int64)
-    selected = (words >> (4 * (lane % 8))) & 15
-    rows = lane // 16 ^ (1 if crosses else 0)
-    sources: _Lanes = selected + 16 * rows
-    return sources
+    return _frozen(lane // 16 * 16 ^ (16 if crosses else 0) | chosen[lane % 16])

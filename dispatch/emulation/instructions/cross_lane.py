@@ -125,16 +125,17 @@ def _writelane(parsed: _Parsed) -> Semantics:
 # Rows of 16 lanes ---------------------------------------------------------------------------------
 def _permlane16(parsed: _Parsed) -> Semantics:
     """Each lane reads the lane of its row, or of the other row of a pair, that the sources name."""
-    destination, source, low, high = parsed.operands
-    crosses = "permlanex16" in parsed.instruction.opcode
+    destination, source, low_half, high_half = parsed.operands
     read, old = _plain_vector(source), _plain_vector(destination)
     write = vector_writer(destination, U32)
-    reads = [scalar_reader(each, U32) for each in (low, high)]
+    selectors = [scalar_reader(each, U32) for each in (low_half, high_half)]
+    crosses, lanes = "permlanex16" in parsed.instruction.opcode, parsed.lanes
     reads_inactive, zeroes = ast.literal_eval(parsed.modifiers.pop("op_sel", "[0,0]"))
 
     def execute(group: WaveGroup) -> None:
-        words = [np.broadcast_to(read(group), group.ids.shape) for read in reads]
-        index = permlane16_sources(words[0], words[1], crosses, parsed.lanes)
+        by_wave = [np.broadcast_to(each(group), group.ids.shape).tolist() for each in selectors]
+        pairs = zip(*by_wave, strict=True)
+        index = np.stack([permlane16_sources(low, high, crosses, lanes) for low, high in pairs])
         value = _picked(read(group), index)
         if not reads_inactive and not group.full:
             is_active = _picked(group.exec, index)
