@@ -59,7 +59,7 @@ class EmulatedDevice:
 
     @classmethod
     def named(cls, arch: str, addressing: str = "buffer") -> EmulatedDevice:
-        """The device of an architecture, after a first use of what it needs.
+        """The device of an architecture, after a trial: what is missing is an error at once.
 
         Raises:
             InvalidInputError: it is not emulated; there is no such addressing; NumPy or Triton is

@@ -40,8 +40,8 @@ WaveOrder = Literal["lockstep", "forward", "backward", "both"]
 #: Waves that run at a time: enough that NumPy's time per call is small, and that the registers of
 #: all of them stay in a CPU's cache.
 _WAVES_AT_ONCE = 64
-#: Instructions that one group of waves may execute. A kernel that takes more is taken for one that
-#: does not end: it may wait for a workgroup that does not run at the same time.
+#: Instructions that waves which run together may execute, counted once for a group of them. A
+#: kernel that executes more is taken for one that does not end.
 _LIMIT = 20_000_000
 
 
@@ -240,7 +240,8 @@ def _run(kernel: Kernel, groups: list[WaveGroup]) -> Counter[int]:
         num_instructions += len(kernel.block(group.block))
         if num_instructions > _LIMIT:
             raise KernelFault(
-                f"{kernel.name} does not end: it has executed {num_instructions} instructions."
+                f"{kernel.name} does not end: it has executed {num_instructions} instructions. It "
+                "may wait for a workgroup that does not run at the same time."
             )
         _execute_block(kernel, group)
         groups += _next(kernel.assembly, group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EXEC", "M0", "NUM_SGPRS", "TTMP0", "VCC", "Registers"]
+__all__ = ["EXEC", "M0", "NUM_SGPRS", "TTMP0", "VCC", "Registers", "name_of"]
 
 #: Scalar registers with a name, by number.
 VCC, TTMP0, M0, EXEC = 106, 108, 125, 126
@@ -33,3 +33,8 @@ class Registers:
         """Numbers that are unique over all files."""
         start = _FILES[self.file] + self.first
         return range(start, start + self.count)
+
+
+def name_of(number: int) -> str:
+    """The name of a register by its number in `Registers.ids`."""
+    return f"{'sva'[number // 1000]}{number % 1000}"

@@ -19,7 +19,6 @@ class Target:
         lds_bytes: that a workgroup can have.
         generation: 9 (CDNA), 11 (RDNA3) or 12 (RDNA4).
         has_fnuz: 8-bit floats are the "fnuz" formats of CDNA3, not the OCP formats.
-        vgprs: that a lane can have; on CDNA as many accumulation registers come in addition.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Target:
     lds_bytes: int
     generation: int
     has_fnuz: bool = False
-    vgprs: int = 256
 
     @property
     def is_cdna(self) -> bool:

@@ -216,7 +216,7 @@ class _Utilities:
             "arch": target.name,
             "warpSize": target.wave_size,
             "max_shared_mem": target.lds_bytes,
-            "max_num_regs": 256 * target.vgprs * target.wave_size,
+            "max_num_regs": 256 * 256,  # of 256 lanes, on the SIMDs of a compute unit
             "multiprocessor_count": 1,
             "cooperativeLaunch": 0,
             "sm_clock_rate": 0,

@@ -20,6 +20,7 @@ from attn_dispatch.emulation.errors import KernelFault, UnknownInstruction, Wait
 from attn_dispatch.emulation.memory.global_memory import StoresInFlight
 from attn_dispatch.emulation.memory.lds import LdsAccess
 from attn_dispatch.emulation.pending import ORDER_OF_OPCODE, Pending
+from attn_dispatch.emulation.registers import name_of
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["check_registers", "decode_wait", "finish_all", "issue", "publish"]
@@ -76,13 +77,9 @@ def check_registers(
         used = each.registers & (reads if is_before else reads | writes)
         if used:
             raise WaitFault(
-                f"{_register_name(min(used))} is used before the wait for the operation that "
-                f"writes it: {each.instruction}"
+                f"{name_of(min(used))} is used before the wait for the operation that writes it: "
+                f"{each.instruction}"
             )
-
-
-def _register_name(number: int) -> str:
-    return f"{'sva'[number // 1000]}{number % 1000}"
 
 
 # Instructions that wait ---------------------------------------------------------------------------
@@ -120,7 +117,7 @@ def _limits(instruction: Instruction) -> dict[str, int] | None:
     if opcode == "s_waitcnt":
         found = re.findall(r"(\w+)\((\d+)\)", instruction.text)
         if not found:
-            raise UnknownInstruction(f"{instruction.text}: a wait that names no counter")
+            raise UnknownInstruction(f"{instruction}: it names no counter.")
         return {name: int(count) for name, count in found}
     if opcode == "s_waitcnt_vscnt":
         return {"vscnt": int(instruction.operands[1], 0)}
