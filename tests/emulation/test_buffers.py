@@ -55,6 +55,17 @@ def test_each_word_of_an_access_has_its_own_range_check():
     assert len(case.group.pending) == 1
 
 
+def test_range_of_an_atomic_operation():
+    case = MemoryCase("gfx942", "buffer", partial=False)
+    case.group.s_u32[10] = 28
+    case.place(np.zeros_like(case.addresses) + 24)
+    case.group.v_u32[4:6] = 1
+    before = case.region.data.copy()
+    execute(case.group, "buffer_atomic_add_x2 v[4:5], v1, s[8:11], 0 offen sc0")
+    np.testing.assert_array_equal(case.region.data, before)
+    assert not case.words("v", 4, 2).any()
+
+
 @pytest.mark.parametrize(("target", "name"), [("gfx90a", "dword"), ("gfx1201", "b32")])
 def test_offsets_of_a_buffer(target, name):
     zero = "0" if target.startswith("gfx9") else "null"
@@ -133,6 +144,8 @@ def test_private_memory_through_a_buffer():
         raw = contents(wave, lane)[32:40]
         assert loaded[wave, lane] == int.from_bytes(raw, "little")
         assert after(wave, lane)[8:12] == raw[4:]
+    with pytest.raises(UnknownInstruction, match="private memory"):
+        execute(case.group, "buffer_atomic_add v5, off, s[0:3], 0 offset:8")
 
 
 @pytest.mark.parametrize(("name", "size"), [("ubyte", 1), ("ushort", 2), ("dword", 4)])

@@ -8,7 +8,7 @@ import pytest
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.errors import RaceFault, UnknownInstruction, WaitFault
 from attn_dispatch.emulation.instructions.decode import decode
-from attn_dispatch.emulation.instructions.lds_instructions import opcodes
+from attn_dispatch.emulation.instructions.lds_instructions import forms
 from attn_dispatch.emulation.memory.lds import Lds
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers
@@ -48,7 +48,7 @@ def test_every_opcode_has_a_row(target):
     tested = {TRANSPOSED}
     for table in (LOAD_ROWS, STORE_ROWS, LOAD_TWO_ROWS, STORE_TWO_ROWS):
         tested |= {row.values[:2] for row in table}
-    assert opcodes(target_named(target)) == {name for each, name in tested if each == target}
+    assert set(forms(target_named(target))) == {name for each, name in tested if each == target}
 
 
 def once(rows):

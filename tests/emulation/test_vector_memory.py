@@ -8,7 +8,7 @@ import pytest
 from attn_dispatch.emulation.assembly import parse_instruction
 from attn_dispatch.emulation.errors import MemoryFault, UnknownInstruction, WaitFault
 from attn_dispatch.emulation.instructions.decode import decode
-from attn_dispatch.emulation.instructions.vector_memory import opcodes
+from attn_dispatch.emulation.instructions.vector_memory import forms
 from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers, publish
@@ -65,8 +65,11 @@ def integer_atomic(target, operation, size):
 LOAD_ROWS = transfers("load", LOADS)
 STORE_ROWS = transfers("store", STORES)
 ATOMIC_ROWS = [
-    pytest.param(target, "global", f"global_atomic_{name}", operation, size, id=f"{target}-{name}")
+    pytest.param(
+        target, space, f"{space}_atomic_{name}", operation, size, id=f"{target}-{space}-{name}"
+    )
     for target in TARGETS
+    for space in ("global", "buffer")
     for operation, name, size in (
         *((each, integer_atomic(target, each, n), n) for each in RDNA_NAMES for n in (4, 8)),
         ("add_f32", "add_f32", 4),
@@ -77,7 +80,7 @@ ATOMIC_ROWS = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_opcode_has_a_row(target):
     tested = [row.values for row in (*LOAD_ROWS, *STORE_ROWS, *ATOMIC_ROWS)]
-    assert opcodes(target_named(target)) == {row[2] for row in tested if row[0] == target}
+    assert set(forms(target_named(target))) == {row[2] for row in tested if row[0] == target}
 
 
 # Lanes in plain Python ----------------------------------------------------------------------------
@@ -138,7 +141,9 @@ def test_atomic(target, space, opcode, operation, size, returns):
             if values:
                 bits = [x >> (32 * word) & 0xFFFFFFFF for x in values]
                 case.group.v_u32[first + word] = np.reshape(bits, case.exec.shape)
-    found, before, contents = case.words("v", 8, words), case.words("v", 8, words), case.contents()
+    to = 4 if space == "buffer" else 8  # a buffer's result replaces the operand
+    before, contents = case.words("v", to, words), case.contents()
+    found = before.copy()
     for wave, lane, offset in case.active():
         shared, number = contents(wave, lane), wave * case.lanes + lane
         old = int.from_bytes(shared[offset : offset + size], "little")
@@ -153,10 +158,10 @@ def test_atomic(target, space, opcode, operation, size, returns):
     text = case.text(opcode, data, returns=operand("v", 8, words) if returns else "")
     execute(case.group, f"{text} {RETURNS[target]}" if returns else text)
     assert case.bytes_of(case.contents()) == case.bytes_of(contents)
-    np.testing.assert_array_equal(case.words("v", 8, words), found if returns else before)
+    np.testing.assert_array_equal(case.words("v", to, words), found if returns else before)
     (pending,) = case.group.pending
     assert pending.kind == ("load" if returns else "store")
-    assert pending.registers == (set(range(1008, 1008 + words)) if returns else set())
+    assert pending.registers == (set(range(1000 + to, 1000 + to + words)) if returns else set())
 
 
 @pytest.mark.parametrize("target", RETURNS)
@@ -244,6 +249,7 @@ def test_no_lane_accesses_memory():
         "global_atomic_add v4, v[4:5], v6, off sc0",
         "buffer_load_dword v4, v5, s[8:11], 0 offen",
         "buffer_store_dword v4, v5, s[8:11], 0 offen",
+        "buffer_atomic_add v4, v5, s[8:11], 0 offen",
         "scratch_load_dword v4, v5, off",
         "scratch_store_dword v5, v4, off",
     )
@@ -270,7 +276,7 @@ def test_no_lane_accesses_memory():
         ("gfx942", "global_atomic_add v[2:3], v5, off sc0"),
         ("gfx942", "global_atomic_cmpswap v[2:3], v5, off"),
         ("gfx942", "global_atomic_pk_add_bf16 v[2:3], v5, off"),
-        ("gfx942", "buffer_atomic_add v5, v1, s[8:11], 0 offen"),
+        ("gfx942", "buffer_atomic_inc v5, v1, s[8:11], 0 offen"),
         ("gfx942", "flat_load_dword v4, v[2:3]"),
         ("gfx942", "scratch_atomic_add v1, v5, off"),
         ("gfx942", "buffer_load_dword v4, v1, s[8:11], 0"),
@@ -300,6 +306,7 @@ def test_result_is_used_before_the_wait():
         "global_load_dwordx2 v[4:5], v[4:5], off",  # the results are their own address
         "global_atomic_add v4, v[6:7], v4, off sc0",
         "buffer_store_dword v4, v1, s[8:11], 0 offen",
+        "buffer_atomic_add v4, v1, s[8:11], 0 offen sc0",
     ):
         with pytest.raises(WaitFault, match=r"v[45] is used before .* global_load_dwordx2"):
             use(case.group, text)

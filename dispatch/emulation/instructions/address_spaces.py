@@ -1,6 +1,7 @@
 """Where vector memory instructions access memory: global and private memory.
 
 The spaces have the same methods, which access memory for the lanes in EXEC; k is their number.
+Private memory has no atomic operations.
 Buffers are in buffer.py.
 """
 
@@ -36,8 +37,7 @@ class GlobalSpace:
         self._base = None if base in ("off", "null") else registers_of(base, "s", 2).first
         self._vector = registers_of(vector, "v", 2 if self._base is None else 1).first
 
-    def addresses(self, group: WaveGroup) -> NDArray[np.int64]:
-        """The address of each lane in EXEC, (k,)."""
+    def _addresses(self, group: WaveGroup) -> NDArray[np.int64]:
         low: Any = group.v_u32[self._vector]
         if self._base is None:
             begin = to_u64(low, group.v_u32[self._vector + 1]).view(np.int64)
@@ -47,11 +47,16 @@ class GlobalSpace:
 
     def load(self, group: WaveGroup, size: int) -> _U32Array:
         """Values of `size` bytes, uint32 (words, k), extended with zeros."""
-        return group.shared.memory.load(self.addresses(group), size, group.active_waves)
+        return group.shared.memory.load(self._addresses(group), size, group.active_waves)
 
     def store(self, group: WaveGroup, values: _U32Array, size: int) -> StoresInFlight | None:
         """Store uint32 (words, k); returns stores that have to be waited for."""
-        return group.shared.memory.store(self.addresses(group), values, size, group.active_waves)
+        return group.shared.memory.store(self._addresses(group), values, size, group.active_waves)
+
+    def atomic(self, group: WaveGroup, operation: str, operand: _U32Array, size: int) -> _U32Array:
+        """Apply an atomic operation; returns what was in memory, uint32 (words, k)."""
+        addresses, waves = self._addresses(group), group.active_waves
+        return group.shared.memory.atomic(operation, addresses, operand, size, waves)
 
 
 class PrivateSpace:

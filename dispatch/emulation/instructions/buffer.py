@@ -89,6 +89,18 @@ class BufferSpace:
             stored = stored.joined(memory.store(at[lanes], values[rows, lanes], part, waves[lanes]))
         return stored
 
+    def atomic(self, group: WaveGroup, operation: str, operand: _U32Array, size: int) -> _U32Array:
+        """Apply an atomic operation where it is in range as a whole; elsewhere the result is 0."""
+        buffer, waves = self._descriptor(group), group.active_waves
+        if buffer.is_private:
+            raise UnknownInstruction("An atomic operation on private memory is not known.")
+        _, _, lanes, at = next(self._parts(group, buffer, self._offsets(group), size))
+        found = np.zeros((size // 4, waves.size), np.uint32)
+        found[:, lanes] = group.shared.memory.atomic(
+            operation, at[lanes], operand[:, lanes], size, waves[lanes]
+        )
+        return found
+
     def _offsets(self, group: WaveGroup) -> NDArray[np.int64]:
         """The sum of the vector's and the instruction's offset, in more than 32 bits."""
         if self._lane is None:

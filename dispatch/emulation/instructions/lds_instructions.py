@@ -31,7 +31,7 @@ from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["decode", "opcodes"]
+__all__ = ["decode", "forms"]
 
 _ONE, _TWO = ("offset",), ("offset0", "offset1")
 
@@ -56,31 +56,26 @@ class _Form:
 
 
 @cache
-def _forms(target: Target) -> dict[str, _Form]:
+def forms(target: Target) -> dict[str, _Form]:
     """What this module decodes, by opcode."""
-    forms, cdna = {}, target.is_cdna
+    known, cdna = {}, target.is_cdna
     load, store = ("read", "write") if cdna else ("load", "store")
     for is_load, name in ((True, load), (False, store)):
         for suffix, transfer in (LOADS if is_load else STORES)["lds"].items():
-            forms[f"ds_{name}_{suffix}"] = _Form(is_load, transfer)
+            known[f"ds_{name}_{suffix}"] = _Form(is_load, transfer)
         two, strided = (f"{name}2", "st64") if cdna else (f"{name}_2addr", "_stride64")
         for size in (4, 8):
             transfer, end = Transfer(size), f"_b{8 * size}"
-            forms[f"ds_{two}{end}"] = _Form(is_load, transfer, _TWO, size)
-            forms[f"ds_{two}{strided}{end}"] = _Form(is_load, transfer, _TWO, 64 * size)
+            known[f"ds_{two}{end}"] = _Form(is_load, transfer, _TWO, size)
+            known[f"ds_{two}{strided}{end}"] = _Form(is_load, transfer, _TWO, 64 * size)
     if target.name == "gfx950":
-        forms["ds_read_b64_tr_b16"] = _Form(True, Transfer(8), transposes=True)
-    return forms
-
-
-def opcodes(target: Target) -> frozenset[str]:
-    """The opcodes that this module decodes for a target."""
-    return frozenset(_forms(target))
+        known["ds_read_b64_tr_b16"] = _Form(True, Transfer(8), transposes=True)
+    return known
 
 
 def decode(instruction: Instruction, target: Target) -> Semantics | None:
     """Decode an access of LDS; None for other instructions."""
-    form = _forms(target).get(instruction.opcode)
+    form = forms(target).get(instruction.opcode)
     if form is None:
         return None
     check_modifiers(instruction, form.offsets)

@@ -27,14 +27,13 @@ from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = ["decode"]
 
-#: End of the opcode -> bytes of a lane. How lanes of other sizes are placed in LDS is not known.
-_SIZES = {"dword": 4, "dwordx4": 16}
-#: Opcode -> targets that have it.
-_TARGETS = {
-    "buffer_load_dword": ("gfx90a", "gfx942", "gfx950"),
-    "buffer_load_dwordx4": ("gfx950",),
-    "global_load_lds_dword": ("gfx942", "gfx950"),
-    "global_load_lds_dwordx4": ("gfx950",),
+#: Opcode -> bytes of a lane, and targets that have it. How lanes of other sizes are placed in LDS
+#: is not known.
+_KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
+    "buffer_load_dword": (4, ("gfx90a", "gfx942", "gfx950")),
+    "buffer_load_dwordx4": (16, ("gfx950",)),
+    "global_load_lds_dword": (4, ("gfx942", "gfx950")),
+    "global_load_lds_dwordx4": (16, ("gfx950",)),
 }
 
 
@@ -43,7 +42,8 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
     opcode, is_buffer = instruction.opcode, "lds" in instruction.modifiers
     if not (is_buffer or opcode.startswith("global_load_lds_")):
         return None
-    if target.name not in _TARGETS.get(opcode, ()):
+    size, targets = _KNOWN.get(opcode, (0, ()))
+    if target.name not in targets:
         raise UnknownInstruction(f"{opcode} into LDS is not known on {target.name}")
     offset = integer_modifier(instruction, "offset")
     space: BufferSpace | GlobalSpace
@@ -54,7 +54,6 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
         check_modifiers(instruction, {"offset", *CACHE_MODIFIERS})
         vector, base = instruction.operands
         space = GlobalSpace(vector, base, offset)
-    size = _SIZES[opcode.rpartition("_")[2]]
 
     def load(group: WaveGroup) -> None:
         values = space.load(group, size)

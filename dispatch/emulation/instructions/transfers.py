@@ -19,8 +19,6 @@ __all__ = [
     "CACHE_MODIFIERS",
     "LOADS",
     "STORES",
-    "DataReader",
-    "DataWriter",
     "Transfer",
     "check_modifiers",
     "data_reader",
@@ -29,11 +27,6 @@ __all__ = [
     "register_ids",
     "registers_of",
 ]
-
-#: Reads the values that the lanes in EXEC store: uint32 (words, k).
-DataReader = Callable[["WaveGroup"], NDArray[np.uint32]]
-#: Writes the values (words, k) that the lanes in EXEC have loaded.
-DataWriter = Callable[["WaveGroup", NDArray[np.uint32]], None]
 
 #: Which caches an access uses, and how far its order is seen. The emulator has no caches.
 CACHE_MODIFIERS = frozenset({"glc", "slc", "dlc", "sc0", "sc1", "nt", "scope", "th"})
@@ -131,8 +124,11 @@ def check_modifiers(instruction: Instruction, known: Collection[str]) -> None:
 # Registers ----------------------------------------------------------------------------------------
 
 
-def data_reader(text: str, transfer: Transfer) -> DataReader:
-    """Reads what is stored, from vector or accumulation registers."""
+def data_reader(text: str, transfer: Transfer) -> Callable[[WaveGroup], NDArray[np.uint32]]:
+    """Reads what the lanes in EXEC store, uint32 (words, k), from vector or accumulation registers.
+
+    A store of 1 or 2 bytes ignores the bits above them.
+    """
     name, rows = _rows(registers_of(text, "va", transfer.words))
 
     def read(group: WaveGroup) -> NDArray[np.uint32]:
@@ -144,8 +140,8 @@ def data_reader(text: str, transfer: Transfer) -> DataReader:
     return lambda group: read(group) >> np.uint32(16)
 
 
-def data_writer(text: str, transfer: Transfer) -> DataWriter:
-    """Writes what was loaded, which is extended with zeros, to vector or accumulation registers."""
+def data_writer(text: str, transfer: Transfer) -> Callable[[WaveGroup, NDArray[np.uint32]], None]:
+    """Writes what the lanes in EXEC have loaded, uint32 (words, k), extended with zeros."""
     registers, half = registers_of(text, "va", transfer.words), transfer.half
     name, rows = _rows(registers)
     if half is not None:

@@ -1,7 +1,7 @@
 """Instructions that access global memory, buffers and private memory.
 
-`global_...`, `scratch_...` and `buffer_...`: loads and stores, and atomic operations on global
-memory. AMD's ISA manuals, "vector memory operations" and "flat memory instructions".
+`global_...`, `scratch_...` and `buffer_...`: loads, stores and atomic operations. AMD's ISA
+manuals, "vector memory operations" and "flat memory instructions".
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from attn_dispatch.emulation.instructions.transfers import (
     data_writer,
     integer_modifier,
     register_ids,
+    registers_of,
 )
 from attn_dispatch.emulation.targets import Target
 from attn_dispatch.emulation.waits import issue, publish
 from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["decode", "opcodes"]
+__all__ = ["decode", "forms"]
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,25 @@ _ATOMICS = {
 
 
 @cache
-def _forms(target: Target) -> dict[str, _Form]:
+def forms(target: Target) -> dict[str, _Form]:
     """What this module decodes, by opcode."""
-    forms, names = {}, "cdna" if target.is_cdna else "rdna"
+    known, names = {}, "cdna" if target.is_cdna else "rdna"
     for space in ("global", "scratch", "buffer"):
         for kind, transfers in (("load", LOADS[names]), ("store", STORES[names])):
             for suffix, transfer in transfers.items():
-                forms[f"{space}_{kind}_{suffix}"] = _Form(space, kind, transfer)
-    for cdna, rdna in _ATOMICS.items():
-        for size, suffix in ((4, ""), (8, "_x2")):
-            name = f"{cdna}{suffix}" if target.is_cdna else f"{rdna}{8 * size}"
-            forms[f"global_atomic_{name}"] = _Form("global", "atomic", Transfer(size), cdna)
-    forms["global_atomic_add_f32"] = _Form("global", "atomic", Transfer(4), "add_f32")
-    return forms
-
-
-def opcodes(target: Target) -> frozenset[str]:
-    """The opcodes that this module decodes for a target."""
-    return frozenset(_forms(target))
+                known[f"{space}_{kind}_{suffix}"] = _Form(space, kind, transfer)
+    for space in ("global", "buffer"):
+        for cdna, rdna in _ATOMICS.items():
+            for size, suffix in ((4, ""), (8, "_x2")):
+                name = f"{cdna}{suffix}" if target.is_cdna else f"{rdna}{8 * size}"
+                known[f"{space}_atomic_{name}"] = _Form(space, "atomic", Transfer(size), cdna)
+        known[f"{space}_atomic_add_f32"] = _Form(space, "atomic", Transfer(4), "add_f32")
+    return known
 
 
 def decode(instruction: Instruction, target: Target) -> Semantics | None:
     """Decode an access of memory; None for other instructions."""
-    form = _forms(target).get(instruction.opcode)
+    form = forms(target).get(instruction.opcode)
     if form is None:
         return None
     known = {"offset", *CACHE_MODIFIERS} | ({"offen"} if form.space == "buffer" else set())
@@ -129,25 +126,31 @@ def _store(instruction: Instruction, form: _Form, target: Target) -> Semantics:
 
 def _atomic(instruction: Instruction, form: _Form, target: Target) -> Semantics:
     where, returns = list(instruction.operands), _returns(instruction, target)
-    to = where.pop(0) if returns else ""
-    vector, data, base = where
-    space = GlobalSpace(vector, base, integer_modifier(instruction, "offset"))
-    size, operation = form.transfer.size, form.operation
+    size, operation, words = form.transfer.size, form.operation, form.transfer.words
     # What "cmpswap" compares with follows the new value.
-    read = data_reader(data, Transfer(2 * size) if operation == "cmpswap" else form.transfer)
-    write = data_writer(to, form.transfer) if returns else None
+    transfer = Transfer(2 * size) if operation == "cmpswap" else form.transfer
+    space: BufferSpace | GlobalSpace
+    if form.space == "buffer":  # the first registers of the data take the result
+        data = where.pop(0)
+        registers = registers_of(data, "va", transfer.words)
+        to = f"{registers.file}[{registers.first}:{registers.first + words - 1}]"
+        space = BufferSpace(instruction, where, target)
+    else:
+        to = where.pop(0) if returns else ""
+        data = where.pop(1)
+        vector, base = where
+        space = GlobalSpace(vector, base, integer_modifier(instruction, "offset"))
+    read, write = data_reader(data, transfer), data_writer(to, form.transfer) if returns else None
     results = register_ids([to]) if returns else frozenset()
 
     def atomic(group: WaveGroup) -> None:
         publish(group, only_active=True)
-        found = group.shared.memory.atomic(
-            operation, space.addresses(group), read(group), size, group.active_waves
-        )
+        found = space.atomic(group, operation, read(group), size)
         if write:
             write(group, found)
         issue(group, instruction, "load" if returns else "store", results)
 
-    return Semantics(atomic, results, register_ids(where))
+    return Semantics(atomic, results, register_ids([*where, data]))
 
 
 def _returns(instruction: Instruction, target: Target) -> bool:
