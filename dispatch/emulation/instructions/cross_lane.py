@@ -69,7 +69,9 @@ def _plain_vector(operand: Operand) -> Reader:
 
 
 def _picked(values: Any, lanes: NDArray[np.int64]) -> Any:
-    """The values (waves, lanes) of other lanes of the same wave, (waves, lanes)."""
+    """The values (waves, lanes) of other lanes of the same wave, (1 or waves, lanes)."""
+    if len(lanes) == 1:
+        return values[:, lanes[0]]
     starts = np.arange(len(values))[:, None] * values.shape[1]
     return values.take(lanes + starts)
 
@@ -133,9 +135,12 @@ def _permlane16(parsed: _Parsed) -> Semantics:
     reads_inactive, zeroes = ast.literal_eval(parsed.modifiers.pop("op_sel", "[0,0]"))
 
     def execute(group: WaveGroup) -> None:
-        by_wave = [np.broadcast_to(each(group), group.ids.shape).tolist() for each in selectors]
-        pairs = zip(*by_wave, strict=True)
-        index = np.stack([permlane16_sources(low, high, crosses, lanes) for low, high in pairs])
+        words = [each(group) for each in selectors]
+        by_wave = [each.tolist() if each.ndim else [int(each)] * group.num_waves for each in words]
+        pairs = list(zip(*by_wave, strict=True))
+        if len(set(pairs)) == 1:  # as in kernels
+            del pairs[1:]
+        index = np.array([permlane16_sources(low, high, crosses, lanes) for low, high in pairs])
         value = _picked(read(group), index)
         if not reads_inactive and not group.full:
             is_active = _picked(group.exec, index)
