@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.arithmetic import bits
+from support.emulation import u32
 
 #: Words with few and many bits, at both ends.
 WORDS = [0, 1, 2, 3, 0x80, 0xFF, 0x8000, 0x12345678, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xDEADBEEF]
@@ -17,10 +18,6 @@ LONG_WORDS = [high << 32 | low for high in WORDS[::2] for low in WORDS[::2]]
 def _quiet():
     with np.errstate(all="ignore"):
         yield
-
-
-def u32(*values):
-    return np.array(values, np.uint32)
 
 
 def test_words_of_64_bits_have_halves():

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 
 from attn_dispatch.emulation.arithmetic import bits, numerics
+from support.emulation import f32, u32
 
 
 @pytest.fixture(autouse=True)
 def _quiet():
     with np.errstate(all="ignore"):
         yield
-
-
-def u32(*values):
-    return np.array(values, np.uint32)
-
-
-def f32(*values):
-    return np.array(values, np.float32)
 
 
 def bits_of(x):

@@ -20,27 +20,16 @@ from support.emulation import (
     f16,
     f32,
     group_of,
+    halves,
     i16,
+    pair,
+    u16,
     u32,
     u64,
 )
 
 NAN, INF = math.nan, math.inf
 CDNA, RDNA, RDNA4 = "gfx942", "gfx1100", "gfx1201"
-
-
-def halves(dtype, low, high):
-    """One register with two values, as uint32."""
-    return dtype(low, high).view(np.uint32)
-
-
-def pair(low, high):
-    """Two registers with a float32 each, as uint64."""
-    return f32(low, high).view(np.uint64)
-
-
-def u16(*values):
-    return np.array(values, np.uint16)
 
 
 ROWS = [

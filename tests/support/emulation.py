@@ -227,3 +227,13 @@ def i64(*values: int) -> NDArray[np.int64]:
 def mask(*values: int) -> NDArray[np.bool_]:
     """Bits of the first lanes."""
     return np.array(values, bool)
+
+
+def halves(dtype: Any, low: float, high: float) -> NDArray[np.uint32]:
+    """One register with two values, which one of the functions above makes."""
+    return dtype(low, high).view(np.uint32)
+
+
+def pair(low: float, high: float) -> NDArray[np.uint64]:
+    """Two registers with a float32 each, as uint64."""
+    return f32(low, high).view(np.uint64)
