@@ -45,14 +45,15 @@ _MIDPOINT_ZEROS = np.int64((1 << 28) - 1)
 
 
 # Floating point -----------------------------------------------------------------------------------
-def flush_denormals(x: Any, smallest: Any = _SMALLEST_NORMAL) -> Any:
+def flush_denormals(x: _Array, smallest: Any = _SMALLEST_NORMAL) -> _Array:
     """float32 with subnormal numbers replaced by zeros of the same sign.
 
     Args:
         x: float32, or another float.
         smallest: the smallest normal number of its dtype.
     """
-    return x * (np.abs(x) >= smallest)  # NaN times zero is NaN
+    flushed: _Array = x * (np.abs(x) >= smallest)  # NaN times zero is NaN
+    return flushed
 
 
 def _multiply_add_wide(a: _Array, b: _Array, c: _Array) -> NDArray[np.float64]:
