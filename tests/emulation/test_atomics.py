@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import struct
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def run(operation, memory, index, operand, compare=None):
 
 
 def test_every_operation_is_tested():
-    assert set(ATOMIC_OPERATIONS) == {*INTEGER, "add_f32"}
+    assert set(ATOMIC_OPERATIONS) == {*INTEGER, "add_f32", "add_f64", "pk_add_f16", "pk_add_bf16"}
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -81,16 +82,18 @@ def test_a_counter_gives_each_lane_another_number():
     assert memory.tolist() == [300]
 
 
-def test_floats_round_after_each_lane():
-    memory = np.array([1e8, 0.5], np.float32)
-    added = np.array([3.0, 2.25, 3.0, np.inf, 3.0, -np.inf], np.float32)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_floats_round_after_each_lane(bits):
+    dtype, word = f"f{bits // 8}", f"u{bits // 8}"
+    memory = np.array([{32: 1e8, 64: 1e17}[bits], 0.5], dtype)
+    added = np.array([3.0, 2.25, 3.0, np.inf, 3.0, -np.inf], dtype)
     index = [0, 1, 0, 1, 0, 1]
     expected, found = memory.copy(), []
     for at, value in zip(index, added, strict=True):
         found.append(expected[at])
         expected[at] = expected[at] + value
-    old = run("add_f32", memory.view(np.uint32), index, added.view(np.uint32))
-    assert old.view(np.float32).tolist() == found
+    old = run(f"add_f{bits}", memory.view(word), index, added.view(word))
+    assert old.view(dtype).tolist() == found
     assert np.array_equal(memory, expected, equal_nan=True)
     assert np.isnan(memory[1])
 
@@ -99,3 +102,62 @@ def test_subnormal_sums_are_kept():
     memory = np.array([1e-40], np.float32)
     run("add_f32", memory.view(np.uint32), [0], np.array([1e-40], np.float32).view(np.uint32))
     assert memory[0] == operator.add(*[np.float32(1e-40)] * 2) != 0
+
+
+def test_packed_float16_adds_both_halves():
+    memory = np.array([[1.5, 2048.0]], np.float16)
+    added = np.array([[0.25, 1.0], [1.0, 3.0]], np.float16)
+    old = run("pk_add_f16", memory.view(np.uint32)[:, 0], [0, 0], added.view(np.uint32)[:, 0])
+    assert old.view(np.float16).tolist() == [1.5, 2048.0, 1.75, 2048.0]  # 2049 is a tie: to even
+    assert memory.tolist() == [[2.75, 2052.0]]  # 2051 is a tie: to even
+
+
+def bfloat16(value):
+    """The bits of the nearest bfloat16 of a float64; ties to even."""
+    if np.isnan(value):
+        return 0x7FC0
+    bits = struct.unpack("<Q", struct.pack("<d", value))[0]
+    drop = 45  # of 52 bits of the fraction, 7 are left
+    low, kept = bits & ((1 << drop) - 1), bits >> drop << drop
+    half = 1 << (drop - 1)
+    if low > half or (low == half and kept >> drop & 1):
+        kept += 1 << drop
+    rounded = struct.unpack("<d", struct.pack("<Q", kept))[0]
+    return struct.unpack("<I", struct.pack("<f", rounded))[0] >> 16
+
+
+def as_float64(bits):
+    return float(np.uint32(bits << 16).view(np.float32))
+
+
+def test_packed_bfloat16_has_one_rounding():
+    rng = np.random.default_rng(1)
+    # Normal numbers of similar size, so that sums need rounding and some are ties.
+    old, new = (
+        (rng.integers(0x3F00, 0x4200, 4000) | rng.choice([0, 0x8000], 4000)).astype(np.uint16)
+        for _ in range(2)
+    )
+    memory = old.copy()
+    run("pk_add_bf16", memory.view(np.uint32), np.arange(2000), new.view(np.uint32))
+    expected = [
+        bfloat16(as_float64(a) + as_float64(b))
+        for a, b in zip(old.tolist(), new.tolist(), strict=True)
+    ]
+    assert memory.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_nan"),
+    [
+        (0x7F80, 0x3F80, False),
+        (0x7F80, 0xFF80, True),
+        (0x7F81, 0x3F80, True),
+        (0x3F80, 0x7FFF, True),
+    ],
+)
+def test_packed_bfloat16_keeps_infinities_and_nan(old, new, is_nan):
+    memory = np.array([old, 0x3F80], np.uint16)
+    run("pk_add_bf16", memory.view(np.uint32), [0], np.array([new, 0x3F80], np.uint16).view("u4"))
+    assert memory[1] == 0x4000
+    assert np.isnan(as_float64(int(memory[0]))) == is_nan
+    assert is_nan or memory[0] == 0x7F80

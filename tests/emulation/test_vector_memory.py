@@ -31,6 +31,20 @@ RDNA_NAMES = {
     "smax": "max_i", "umax": "max_u", "and": "and_b", "or": "or_b", "xor": "xor_b",
     "cmpswap": "cmpswap_b",
 }  # fmt: skip
+#: Additions of floats of a target and space.
+_ALL_FLOATS = ("add_f32", "add_f64", "pk_add_f16", "pk_add_bf16")
+FLOATS = {
+    ("gfx90a", "global"): _ALL_FLOATS[:3],
+    ("gfx90a", "buffer"): _ALL_FLOATS[:3],
+    ("gfx942", "global"): _ALL_FLOATS,
+    ("gfx942", "buffer"): _ALL_FLOATS[:3],
+    ("gfx950", "global"): _ALL_FLOATS,
+    ("gfx950", "buffer"): _ALL_FLOATS,
+    ("gfx1100", "global"): ("add_f32",),
+    ("gfx1100", "buffer"): ("add_f32",),
+    ("gfx1201", "global"): ("add_f32", "pk_add_f16", "pk_add_bf16"),
+    ("gfx1201", "buffer"): ("add_f32", "pk_add_f16", "pk_add_bf16"),
+}
 RETURNS = {
     "gfx90a": "glc", "gfx942": "sc0", "gfx950": "sc0", "gfx1100": "glc",
     "gfx1201": "th:TH_ATOMIC_RETURN",
@@ -72,7 +86,7 @@ ATOMIC_ROWS = [
     for space in ("global", "buffer")
     for operation, name, size in (
         *((each, integer_atomic(target, each, n), n) for each in RDNA_NAMES for n in (4, 8)),
-        ("add_f32", "add_f32", 4),
+        *((each, each, 8 if each == "add_f64" else 4) for each in FLOATS[target, space]),
     )
 ]
 
@@ -275,7 +289,9 @@ def test_no_lane_accesses_memory():
         ("gfx942", "global_atomic_add v4, v[2:3], v5, off"),
         ("gfx942", "global_atomic_add v[2:3], v5, off sc0"),
         ("gfx942", "global_atomic_cmpswap v[2:3], v5, off"),
-        ("gfx942", "global_atomic_pk_add_bf16 v[2:3], v5, off"),
+        ("gfx90a", "global_atomic_pk_add_bf16 v[2:3], v5, off"),
+        ("gfx942", "buffer_atomic_pk_add_bf16 v5, v1, s[8:11], 0 offen"),
+        ("gfx1201", "global_atomic_add_f64 v[2:3], v[4:5], off"),
         ("gfx942", "buffer_atomic_inc v5, v1, s[8:11], 0 offen"),
         ("gfx942", "flat_load_dword v4, v[2:3]"),
         ("gfx942", "scratch_atomic_add v1, v5, off"),

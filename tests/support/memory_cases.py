@@ -101,9 +101,23 @@ def _signed(value: int, size: int) -> int:
     return value - (1 << (8 * size)) if value >> (8 * size - 1) else value
 
 
-def _add_floats(old: int, new: int, size: int) -> int:
-    parts = [np.frombuffer(x.to_bytes(size, "little"), "<f4") for x in (old, new)]
-    return int.from_bytes((parts[0] + parts[1]).tobytes(), "little")
+def _add_floats(dtype: str) -> Callable[[int, int, int], int]:
+    def add(old: int, new: int, size: int) -> int:
+        parts = [np.frombuffer(x.to_bytes(size, "little"), dtype) for x in (old, new)]
+        return int.from_bytes((parts[0] + parts[1]).tobytes(), "little")
+
+    return add
+
+
+def _add_bfloat16(old: int, new: int, size: int) -> int:
+    """The values of the tests have few bits: their sums need no rounding."""
+    total = 0
+    for shift in (0, 16):
+        parts = [np.uint32((x >> shift & 0xFFFF) << 16).view(np.float32) for x in (old, new)]
+        bits = int((parts[0] + parts[1]).view(np.uint32))
+        assert not bits & 0xFFFF
+        total |= (bits >> 16) << shift
+    return total
 
 
 #: Operation -> (memory, operand, size) -> memory.
@@ -118,15 +132,24 @@ ATOMIC_RESULTS: dict[str, Callable[[int, int, int], int]] = {
     "and": lambda old, new, size: old & new,
     "or": lambda old, new, size: old | new,
     "xor": lambda old, new, size: old ^ new,
-    "add_f32": _add_floats,
+    "add_f32": _add_floats("<f4"),
+    "add_f64": _add_floats("<f8"),
+    "pk_add_f16": _add_floats("<f2"),
+    "pk_add_bf16": _add_bfloat16,
 }
 
 
 def atomic_operands(operation: str, size: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Operands, or contents of memory: integers, or small floats."""
-    if operation == "add_f32":
-        values = (rng.integers(-64, 65, count) / 8).astype(np.float32)
-        return [int(x) for x in values.view(np.uint32)]
+    """Operands, or contents of memory: integers, or small floats that are exact in any format."""
+    if operation.startswith("pk_add"):
+        halves = rng.integers(-8, 9, (count, 2)).astype(np.float32) / 2
+        if operation == "pk_add_f16":
+            return [int(x) for x in halves.astype(np.float16).view(np.uint32)[:, 0]]
+        bits = halves.view(np.uint32) >> 16
+        return [int(low | high << 16) for low, high in bits]
+    if operation.startswith("add_f"):
+        values = (rng.integers(-64, 65, count) / 8).astype(f"f{size}")
+        return [int(x) for x in values.view(f"u{size}")]
     return [int.from_bytes(rng.bytes(size), "little") for _ in range(count)]
 
 

@@ -25,7 +25,7 @@ from attn_dispatch.emulation.instructions.transfers import (
     register_ids,
     registers_of,
 )
-from attn_dispatch.emulation.targets import Target
+from attn_dispatch.emulation.targets import TARGETS, Target
 from attn_dispatch.emulation.waits import issue, publish
 from attn_dispatch.emulation.waves import WaveGroup
 
@@ -55,6 +55,15 @@ _ATOMICS = {
     "umin": "min_u", "smax": "max_i", "umax": "max_u", "and": "and_b", "or": "or_b",
     "xor": "xor_b",
 }  # fmt: skip
+_CDNA = ("gfx90a", "gfx942", "gfx950")
+_PACKED = ("gfx942", "gfx950", "gfx1201")
+#: Additions of floats by their names: bytes, and the targets that have them in a space.
+_FLOAT_ATOMICS: dict[str, tuple[int, dict[str, tuple[str, ...]]]] = {
+    "add_f32": (4, dict.fromkeys(("global", "buffer"), tuple(TARGETS))),
+    "add_f64": (8, dict.fromkeys(("global", "buffer"), _CDNA)),
+    "pk_add_f16": (4, dict.fromkeys(("global", "buffer"), ("gfx90a", *_PACKED))),
+    "pk_add_bf16": (4, {"global": _PACKED, "buffer": ("gfx950", "gfx1201")}),
+}
 
 
 @cache
@@ -70,7 +79,9 @@ def forms(target: Target) -> dict[str, _Form]:
             for size, suffix in ((4, ""), (8, "_x2")):
                 name = f"{cdna}{suffix}" if target.is_cdna else f"{rdna}{8 * size}"
                 known[f"{space}_atomic_{name}"] = _Form(space, "atomic", Transfer(size), cdna)
-        known[f"{space}_atomic_add_f32"] = _Form(space, "atomic", Transfer(4), "add_f32")
+        for name, (size, targets) in _FLOAT_ATOMICS.items():
+            if target.name in targets[space]:
+                known[f"{space}_atomic_{name}"] = _Form(space, "atomic", Transfer(size), name)
     return known
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attn_dispatch.emulation.arithmetic.numerics import from_bfloat16, to_bfloat16
 from attn_dispatch.emulation.memory.access import Bytes
 
 __all__ = ["ATOMIC_OPERATIONS", "apply_atomic"]
@@ -15,14 +16,22 @@ __all__ = ["ATOMIC_OPERATIONS", "apply_atomic"]
 _Unsigned = NDArray[np.unsignedinteger[Any]]
 
 
-def _as(kind: str, function: Callable[..., NDArray[Any]]) -> Callable[..., Any]:
-    """An operation on the same bits as signed integers ("i") or floats ("f")."""
+def _as(kind: str, function: Callable[..., NDArray[Any]], size: int = 0) -> Callable[..., Any]:
+    """An operation on the same bits as signed integers ("i") or floats ("f").
+
+    Each has `size` bytes, or by default those of the operand.
+    """
 
     def apply(old: _Unsigned, source: _Unsigned, _: _Unsigned) -> _Unsigned:
-        dtype = f"{kind}{old.itemsize}"
+        dtype = f"{kind}{size or old.itemsize}"
         return function(old.view(dtype), source.view(dtype)).view(old.dtype)
 
     return apply
+
+
+def _add_bfloat16(old: NDArray[np.uint16], source: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """The sum is rounded to float32 first. That changes nothing: 24 bits >= 2 * 8 + 2."""
+    return to_bfloat16(from_bfloat16(old) + from_bfloat16(source))
 
 
 #: By their names on CDNA: (memory, operand, what is compared with memory) -> memory.
@@ -39,6 +48,9 @@ ATOMIC_OPERATIONS: dict[str, Callable[[_Unsigned, _Unsigned, _Unsigned], Any]] =
     "swap": lambda _, source, __: source,
     "cmpswap": lambda old, source, compare: np.where(old == compare, source, old),
     "add_f32": _as("f", np.add),  # subnormal numbers are kept
+    "add_f64": _as("f", np.add),
+    "pk_add_f16": _as("f", np.add, 2),
+    "pk_add_bf16": _as("u", _add_bfloat16, 2),
 }
 
 
