@@ -40,6 +40,8 @@ class WaveGroup:
         exec: (waves, lanes) bool, the lanes that execute; a copy of EXEC's bits.
         full: whether all lanes of all waves execute.
         block: the basic block that comes next.
+        saturates_fp8: whether the FP16_OVFL bit of the MODE register is set. Triton sets it in
+            kernels that cast to fp8. It has no effect on float16 here.
         waits_at_barrier: it goes on when all waves of the workgroup wait, too.
         rank: groups of the lowest rank run first, until they wait or end; waves of different ranks
             never become one group.
@@ -72,6 +74,7 @@ class WaveGroup:
                 if file == "s":
                     setattr(self, f"column_{kind}", view[:, :, None])
         self.block, self.waits_at_barrier, self.rank = 0, False, 0
+        self.saturates_fp8 = False
         self.pending: tuple[Pending, ...] = ()
         self.pending_registers: frozenset[int] = frozenset()
         self.unpublished = StoresInFlight()
@@ -150,10 +153,10 @@ class WaveGroup:
         return part
 
     def joins(self, other: WaveGroup) -> bool:
-        """Whether the two can be one group: same place, same operations pending."""
+        """Whether the two can be one group: same place and mode, same operations pending."""
         return (
-            (self.block, self.waits_at_barrier, self.rank)
-            == (other.block, other.waits_at_barrier, other.rank)
+            (self.block, self.waits_at_barrier, self.rank, self.saturates_fp8)
+            == (other.block, other.waits_at_barrier, other.rank, other.saturates_fp8)
             and (self.after_signal is None) == (other.after_signal is None)
             and self.pending_instructions == other.pending_instructions
         )
@@ -179,7 +182,7 @@ class WaveGroup:
         """A new group at the place of this one."""
         group = WaveGroup(self.shared, ids, registers, scc)
         group.block, group.waits_at_barrier = self.block, self.waits_at_barrier
-        group.rank = self.rank
+        group.rank, group.saturates_fp8 = self.rank, self.saturates_fp8
         return group
 
     @property

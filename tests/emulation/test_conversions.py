@@ -86,6 +86,16 @@ ROWS = [
         pair(1, -2)),
     Row(RDNA4, "v_cvt_pk_f32_fp8_e64 v[0:1], v2 op_sel:[1,0]", (u32(0xC0381111),), pair(1, -2)),
     Row(CDNA4, "v_cvt_pk_f32_bf8_e32 v[0:1], v2", (u32(0xFC3C),), pair(1, -INF)),
+    Row(CDNA, "v_cvt_pk_fp8_f32 v0, v2, v4", (f32(0.5), f32(-1)), u32(0x7777C038),
+        {"v0": 0x77777777}),
+    Row(CDNA4, "v_cvt_pk_fp8_f32 v0, v2, v4 op_sel:[0,0,1]", (f32(1.0625), f32(NAN)),
+        u32(0x7F387777), {"v0": 0x77777777}),
+    Row(CDNA4, "v_cvt_pk_bf8_f32 v0, v2, v4", (f32(1.125), f32(-INF)), u32(0x7777FC3C),
+        {"v0": 0x77777777}),
+    Row(RDNA4, "v_cvt_pk_fp8_f32 v0.h, v2, v4", (f32(448), f32(-1e9)), u32(0xFF7E7777),
+        {"v0": 0x77777777}),
+    Row(RDNA4, "v_cvt_f32_fp8_e64 v0, v2 byte_sel:2", (u32(0x11C01111),), f32(-2)),
+    Row(RDNA4, "v_cvt_f32_bf8_e64 v0, v2 byte_sel:3", (u32(0x3C111111),), f32(1)),
     # Only the exponent of the scale counts.
     Row(CDNA4, "v_cvt_scalef32_pk_f32_fp8 v[0:1], v2, v4", (u32(0x4038), f32(4)), pair(4, 8)),
     Row(CDNA4, "v_cvt_scalef32_pk_f32_bf8 v[0:1], v2, v4 op_sel:[1,0,0]",
@@ -107,7 +117,33 @@ def test_result(row):
 
 def test_every_opcode_has_a_row():
     tested = {parse_instruction(row.text).opcode for row in ROWS}
-    assert tested == {*conversions.FORMS, *conversions.fp8_forms(has_fnuz=False)}
+    of_fp8 = {*conversions.fp8_forms(has_fnuz=False), *conversions.ENCODING}
+    assert tested == {*conversions.FORMS, *of_fp8}
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "opcode", "codes"),
+    [
+        (CDNA, "MODE", "v_cvt_pk_fp8_f32", 0x80FF),
+        (CDNA4, "MODE", "v_cvt_pk_fp8_f32", 0x7FFE),
+        (RDNA4, "WAVE_MODE", "v_cvt_pk_bf8_f32", 0x7CFB),
+    ],
+)
+def test_mode_saturates(target, name, opcode, codes):
+    group = group_of(target, v2=f32(-1e6), v4=f32(INF))
+    instruction = f"{opcode} v0, v2, v4"
+    execute(group, f"s_setreg_imm32_b32 hwreg(HW_REG_{name}, 23, 1), 1")
+    # Parts of a group have its mode; groups of two modes do not join.
+    part, other = group.only(group.ids == 0), group.only(group.ids == 1)
+    assert part.joins(other)
+    execute(part.joined(other), instruction)
+    execute(part, f"s_setreg_imm32_b32 hwreg(HW_REG_{name}, 23, 1), 0")
+    assert not part.joins(other)
+    execute(part, instruction)
+    execute(other, instruction)
+    assert (other.v_u16[0, ..., 0] == codes).all()
+    overflow = {"gfx942": 0x80, "gfx950": 0xFF, "gfx1201": 0xFC}[part.shared.target.name]
+    assert (part.v_u16[0, ..., 0] == (codes & 0xFF00 | overflow)).all()
 
 
 def test_lanes_outside_of_exec_stay():
@@ -122,9 +158,8 @@ def test_lanes_outside_of_exec_stay():
     [
         ("gfx90a", "v_cvt_pk_f32_fp8_e32 v[0:1], v2"),
         (RDNA, "v_cvt_f32_fp8_e64 v0, v2"),
-        (RDNA4, "v_cvt_f32_fp8_e64 v0, v2 byte_sel:1"),
+        (RDNA4, "v_cvt_pk_f32_fp8_e64 v[0:1], v2 byte_sel:1"),
         (RDNA4, "v_cvt_f32_fp8_e64 v0, v2 op_sel:[1,0]"),
-        (CDNA, "v_cvt_pk_fp8_f32 v0, v2, v4"),
         (CDNA, "v_cvt_i32_f32_e64 v0, v2 clamp"),
     ],
 )

@@ -323,6 +323,8 @@ def test_every_opcode_has_a_row():
     [
         "s_getpc_b64 s[0:1]",
         "s_getreg_b32 s0, hwreg(HW_REG_MODE)",
+        "s_setreg_b32 hwreg(HW_REG_MODE, 23, 1), s0",
+        "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), 1",
         "s_memtime s[0:1]",
         "s_add_u32 s0, s1",
         "s_add_u32 s0, s1, v2",

@@ -3,22 +3,18 @@
 "e4m3" and "e5m2" are those of arXiv:2209.05433 (OCP FP8): gfx950 and gfx12 have them. "e4m3fnuz"
 and "e5m2fnuz" are those of arXiv:2206.02915, which gfx942 has: no infinities, no negative zero, and
 one NaN, 0x80.
-
-Values are only decoded. Instructions that encode them (v_cvt_pk_fp8_f32) are not emulated: their
-overflow depends on the FP16_OVFL bit of the MODE register, which Triton sets in kernels that cast
-to fp8 themselves. The kernels of backends/triton clamp and round in integer arithmetic
-(`encode_fp8`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FORMATS", "Fp8Format", "decode_table", "format_of"]
+__all__ = ["FORMATS", "Fp8Format", "decode_table", "encode", "format_of"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +73,45 @@ def decode_table(format: str) -> NDArray[np.float32]:
         values[0x80] = np.nan
     values.setflags(write=False)
     return values
+
+
+def encode(x: NDArray[Any], format: str, saturates: bool = False) -> NDArray[np.uint32]:
+    """Codes of float32 values, rounded to nearest even (v_cvt_pk_fp8_f32, v_cvt_pk_bf8_f32).
+
+    A finite value that rounds beyond the largest becomes an infinity, or NaN in a format without
+    infinities, unless it saturates.
+
+    Args:
+        x: float32.
+        format: a key of `FORMATS`.
+        saturates: a finite value that rounds beyond the largest becomes the largest. Infinities
+            stay infinite, as AMD's manuals say of the FP16_OVFL bit.
+
+    Returns:
+        uint32 in 0 to 255. The sign of a NaN stays, but for the fnuz formats.
+    """
+    layout = FORMATS[format]
+    x = np.asarray(x, np.float32)
+    magnitude = np.abs(x)
+    bits = magnitude.view(np.uint32)
+    drop = 23 - layout.mantissa_bits
+    kept = bits >> np.uint32(drop)
+    # Adding half of the last place, less one bit if that place is even, rounds to nearest even.
+    rounded = (bits + np.uint32((1 << (drop - 1)) - 1) + (kept & np.uint32(1))) >> np.uint32(drop)
+    normal = rounded - np.uint32((127 - layout.bias) << layout.mantissa_bits)
+    # Below the smallest normal number, codes are multiples of one step. The product is exact.
+    step_exponent = 1 - layout.bias - layout.mantissa_bits
+    is_small = magnitude < np.float32(2.0 ** (1 - layout.bias))
+    steps = np.rint(np.where(is_small, magnitude, np.float32(0)) * np.float32(2.0**-step_exponent))
+    code = np.where(is_small, steps.astype(np.uint32), normal)
+    # Codes after the largest: infinity, or NaN. In the fnuz formats NaN is 0x80 for both signs.
+    beyond = np.uint32(layout.largest_code + 1)
+    overflows = np.uint32(layout.largest_code) if saturates else beyond
+    code = np.where(code > layout.largest_code, overflows, code)
+    code = np.where(np.isinf(x), beyond, code)
+    code = np.where(np.isnan(x), np.uint32(0x80 if layout.is_fnuz else 0x7F), code)
+    has_sign = np.signbit(x)
+    if layout.is_fnuz:  # neither zero nor NaN has a sign
+        has_sign &= (code != 0) & (code != 0x80)
+    signed: NDArray[np.uint32] = code | np.where(has_sign, np.uint32(0x80), np.uint32(0))
+    return signed

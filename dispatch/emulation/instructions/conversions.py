@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from attn_dispatch.emulation.instructions.operands import F16, F32, I16, I32, U1
 from attn_dispatch.emulation.instructions.semantics import Operation
 from attn_dispatch.emulation.targets import Target
 
-__all__ = ["FORMS", "fp8_forms", "decode"]
+__all__ = ["ENCODING", "FORMS", "decode", "fp8_forms"]
 
 _Function = Callable[..., Any]
 _16, _BYTE = np.uint32(16), np.uint32(0xFF)
@@ -85,6 +86,14 @@ def _decode_two(format: str) -> _Function:
     return lambda pair: table[_codes(pair)].view(np.uint64)[..., 0]
 
 
+def _encode_two(format: str, saturates: bool) -> _Function:
+    def encode(a: Any, b: Any) -> Any:
+        low, high = fp8.encode(a, format, saturates), fp8.encode(b, format, saturates)
+        return (low | high << np.uint32(8)).astype(np.uint16)
+
+    return encode
+
+
 def _power_of_two(scale: Any) -> Any:
     """The exponent of float32 as a factor; its sign and mantissa do not count."""
     exponent = ((scale.view(np.uint32) >> np.uint32(23)) & _BYTE).astype(np.int32)
@@ -140,6 +149,35 @@ def fp8_forms(has_fnuz: bool) -> dict[str, Form]:
     }
 
 
+#: Opcode -> name of the format that it encodes.
+ENCODING = {"v_cvt_pk_fp8_f32": "fp8", "v_cvt_pk_bf8_f32": "bf8"}
+
+
+def _decode_encoding(instruction: Instruction, target: Target) -> Operation:
+    """Whether it saturates depends on the mode of the waves."""
+    format = fp8.format_of(ENCODING[instruction.opcode], target.has_fnuz)
+    plain, saturating = (
+        decode_form(
+            instruction,
+            target,
+            Form(U16, (F32, F32), _encode_two(format, saturates), keeps_half=True),
+        )
+        for saturates in (False, True)
+    )
+    return Operation(
+        lambda group: (saturating if group.saturates_fp8 else plain).compute(group), plain.commit
+    )
+
+
+def _with_byte_selection(instruction: Instruction, form: Form) -> tuple[Instruction, Form]:
+    """RDNA4 selects the byte of one code by a modifier, CDNA by SDWA."""
+    modifiers = dict(instruction.modifiers)
+    shift = np.uint32(8 * int(modifiers.pop("byte_sel")))
+    compute = form.compute
+    form = replace(form, compute=lambda word: compute(word >> shift))
+    return replace(instruction, modifiers=modifiers), form
+
+
 #: Targets without instructions for 8-bit floats.
 _WITHOUT_FP8 = ("gfx90a", "gfx1100")
 
@@ -153,7 +191,12 @@ def decode(instruction: Instruction, target: Target) -> Operation | None:
     Raises:
         UnknownInstruction: its form is not known.
     """
-    form = FORMS.get(instruction.opcode)
+    opcode = instruction.opcode
+    form = FORMS.get(opcode)
     if form is None and target.name not in _WITHOUT_FP8:
-        form = fp8_forms(target.has_fnuz).get(instruction.opcode)
+        if opcode in ENCODING:
+            return _decode_encoding(instruction, target)
+        form = fp8_forms(target.has_fnuz).get(opcode)
+        if form is not None and form.sources == (U32,) and "byte_sel" in instruction.modifiers:
+            instruction, form = _with_byte_selection(instruction, form)
     return None if form is None else decode_form(instruction, target, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,16 @@ _REJECTED = {
         "instructions have no addresses here, so a kernel cannot call functions",
     ),
     **dict.fromkeys(
-        ("s_getreg_b32", "s_setreg_b32", "s_setreg_imm32_b32"),
+        ("s_getreg_b32", "s_setreg_b32"),
         "hardware registers, such as the rounding mode, are not emulated",
     ),
     **dict.fromkeys(("s_memtime", "s_memrealtime"), "there is no clock"),
     "s_trap": "there is no trap handler",
 }
+
+_SET_OVERFLOW = re.compile(
+    r"s_setreg_imm32_b32 hwreg\(HW_REG_(?:WAVE_)?MODE, 23, 1\), (0|1|0x0|0x1)"
+)
 
 
 def decode(instruction: Instruction, target: Target) -> Semantics | None:
@@ -61,6 +66,8 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
     opcode = instruction.opcode
     if opcode in _REJECTED:
         raise UnknownInstruction(_REJECTED[opcode])
+    if opcode == "s_setreg_imm32_b32":
+        return Semantics(_set_mode(instruction))
     if opcode not in TABLE and opcode not in EXEC_TABLE:
         return None
     if instruction.modifiers:
@@ -69,6 +76,15 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
     if opcode in EXEC_TABLE:
         return Semantics(_execute_with_exec(opcode, operands, target))
     return Semantics(_execute(TABLE[opcode], operands))
+
+
+def _set_mode(instruction: Instruction) -> Execute:
+    """Bit 23 of MODE, FP16_OVFL, is the only one that is emulated."""
+    found = _SET_OVERFLOW.fullmatch(instruction.text)
+    if found is None:
+        raise UnknownInstruction(_REJECTED["s_setreg_b32"])
+    saturates = int(found[1], 0) == 1
+    return lambda group: setattr(group, "saturates_fp8", saturates)
 
 
 def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
