@@ -190,7 +190,6 @@ def test_dpp_of_other_instructions(row):
         (RDNA, "v_mov_b32_dpp v0, v1 dpp8:[1,0,2,3,4,5,6,7]"),
         (RDNA, "v_mov_b32_dpp v0, v1 row_shr:1 row_mask:0xf bank_mask:0xf fi:1"),
         (RDNA, "v_cmpx_eq_u32_e64 s4, v2, v4"),
-        (CDNA, "v_cmpx_eq_u32_e32 vcc, v2, v4"),
         (CDNA, "v_div_scale_f32 v0, vcc, v1, v2, v3 clamp"),
         (RDNA, "v_add_co_ci_u32_e64 v0, null, v1, v2"),
         (RDNA, "v_no_such_thing v0, v1"),

@@ -148,6 +148,19 @@ def test_transcendental_functions_are_rounded_to_nearest():
         )
 
 
+def test_angles_are_in_turns():
+    # V_SIN_F32: sin(S0 * 2 pi).
+    turns = f32(0, 0.25, 0.5, 0.125, -0.25, 1000.25)
+    np.testing.assert_allclose(numerics.sine(turns), [0, 1, 0, math.sqrt(0.5), -1, 1], atol=1e-7)
+    np.testing.assert_allclose(numerics.cosine(turns), [1, 0, -1, math.sqrt(0.5), 0, 0], atol=1e-7)
+
+
+def test_fraction_is_below_one():
+    x = f32(2.75, -2.75, 3, -1e-10, 0)
+    expected = f32(0.75, 0.25, 0, 1 - 2.0**-24, 0)
+    np.testing.assert_array_equal(numerics.fraction(x), expected)
+
+
 def test_maximum_and_minimum_numbers():
     # V_MAX_F32, V_MAX_NUM_F32: a number wins over NaN, and +0 > -0.
     nan = math.nan
@@ -178,6 +191,12 @@ def test_median(order):
 
 
 def test_exponents():
+    x = f32(1, 0, -0.75, 10, 2.0**-140, math.inf, math.nan)
+    np.testing.assert_array_equal(
+        numerics.frexp_mantissa(x), f32(0.5, 0, -0.75, 0.625, 0.5, math.inf, math.nan)
+    )
+    assert numerics.frexp_exponent(x).tolist() == [1, 0, 0, 4, -139, 0, 0]
+    assert numerics.frexp_exponent(x).dtype == np.int32
     scaled = numerics.load_exponent(
         f32(1.5, 1, 3, 1, 1), np.array([4, -149, -150, 200, -200], np.int32)
     )
@@ -335,8 +354,8 @@ ARGUMENTS = {
 ARGUMENTS |= {
     name: _FLOAT_ARGUMENTS[:count]
     for count, names in {
-        1: "flush_denormals exp2 log2 reciprocal reciprocal_sqrt sqrt to_bfloat16 "
-        "to_float16_toward_zero",
+        1: "flush_denormals exp2 log2 reciprocal reciprocal_sqrt sqrt sine cosine fraction "
+        "frexp_mantissa frexp_exponent to_bfloat16 to_float16_toward_zero",
         2: "maximum_number minimum_number",
         3: "fused_multiply_add median division_scale division_fixup",
     }.items()

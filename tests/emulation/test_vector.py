@@ -182,6 +182,8 @@ FLOATS = [
     Row(CDNA, "v_subrev_f32_e32 v0, v2, v4", (f32(1), f32(3)), f32(2)),
     Row(CDNA, "v_mul_f32_e32 v0, v2, v4", (f32(3, -0.0, LARGE), f32(0.5, 2, 2)),
         f32(1.5, -0.0, INF)),
+    Row(CDNA, "v_mul_legacy_f32 v0, v2, v4", (f32(0, 3), f32(NAN, -2)), f32(0, -6)),
+    Row(RDNA, "v_mul_dx9_zero_f32_e32 v0, v2, v4", (f32(INF, 3), f32(0, -2)), f32(0, -6)),
     Row(CDNA, "v_fma_f32 v0, v2, v4, -v6", (f32(1 + 2.0**-12), f32(1 + 2.0**-12),
         f32(1 + 2.0**-11)), f32(2.0**-24)),
     Row(CDNA, "v_fmac_f32_e32 v0, v2, v4", (f32(3), f32(2)), f32(7), {"v0": f32(1)}),
@@ -201,6 +203,9 @@ FLOATS = [
     Row(CDNA, "v_rcp_iflag_f32_e32 v0, v2", (f32(4),), f32(0.25)),
     Row(CDNA, "v_rsq_f32_e32 v0, v2", (f32(4, 0),), f32(0.5, INF)),
     Row(CDNA, "v_sqrt_f32_e32 v0, v2", (f32(4, -0.0, -1),), f32(2, -0.0, NAN)),
+    Row(CDNA, "v_sin_f32_e32 v0, v2", (f32(0.25, 0),), f32(1, 0)),
+    Row(CDNA, "v_cos_f32_e32 v0, v2", (f32(0.5, 0),), f32(-1, 1)),
+    Row(CDNA, "v_fract_f32_e32 v0, v2", (f32(1.25, -0.25, -SMALL),), f32(0.25, 0.75, 1 - 2.0**-24)),
     Row(CDNA, "v_ldexp_f32 v0, v2, v4", (f32(3, 1, 1), i32(2, -149, 200)), f32(12, 2.0**-149, INF)),
     Row(CDNA, "v_div_fixup_f32 v0, v2, v4, v6",
         (f32(2, 9, 9, 9), f32(1.5, 0, INF, INF), f32(-3, 1, -1, INF)), f32(-2, INF, -0.0, NAN)),
@@ -224,6 +229,7 @@ UNARY = {
     "ceil": [2, -1, 3, -0.0, INF, NAN],
     "trunc": [1, -1, 2, -0.0, INF, NAN],
     "rndne": [2, -2, 2, -0.0, INF, NAN],
+    "frexp_mant": [0.75, -0.75, 0.625, -0.0, INF, NAN],
 }
 #: Columns of three sources: increasing, decreasing, with NaN, and zeros.
 THREE = [[1, 4, NAN, -0.0], [2, 3, 1, 0.0], [3, 2, 2, -0.0]]
@@ -254,10 +260,12 @@ OF_INTEGERS = {
 
 
 def _same_for_kinds():
-    for kind, dtype in (("f32", f32), ("f16", f16)):
+    for kind, dtype, exponent in (("f32", f32, i32), ("f16", f16, i16)):
         for name, expected in UNARY.items():
             text = f"v_{name}_{kind}_e32 v0, v2"
             yield Row(CDNA, text, (dtype(*ONE),), dtype(*expected))
+        text = f"v_frexp_exp_{exponent.__name__}_{kind}_e32 v0, v2"
+        yield Row(CDNA, text, (dtype(*ONE),), exponent(1, 1, 2, 0, 0, 0))
         sources = tuple(dtype(*each) for each in THREE)
         for name, expected in (OF_THREE | OF_NUMBERS).items():
             has_three = name not in BINARY

@@ -85,6 +85,19 @@ ROWS = [
         (f32(1, 0), f32(1, 0), f32(LARGE, 1)), {"v0": f32(2.0**64, NAN), "s4": mask(1, 0)}),
     Row(CDNA, "v_div_fmas_f32 v0, v2, v4, v6", (f32(3), f32(2), f32(1)), f32(7, 7 * 2.0**-64),
         {"vcc": 0xAAAAAAAAAAAAAAAA}),
+    # signaling and quiet NaN, -inf, -1, -denormal, -0, 0, denormal, 1, inf
+    *(
+        Row(CDNA, f"v_cmp_class_f32_e64 s[4:5], v2, 0x{1 << bit:x}",
+            (u32(0x7F800001, 0x7FC00000, 0xFF800000, 0xBF800000, TOP + 1, TOP, 0, 1, 0x3F800000,
+                 0x7F800000),),
+            {"s4": mask(*(bit == i for i in range(10)))})
+        for bit in range(10)
+    ),
+    Row(CDNA, "v_cmp_class_f16_e32 vcc, v2, v4", (u32(0x7C01, 0xBC00, 1, 0x7C00), u32(0x81)),
+        {"vcc": mask(1, 0, 1, 0)}),
+    Row(RDNA, "v_cmpx_class_f32_e64 v2, 0x204", (f32(INF, -INF, 1, NAN),),
+        {"exec": mask(1, 1, 0, 0)}),
+    Row(RDNA, "v_cmpx_class_f16_e64 v2, 3", (f16(NAN, 1),), {"exec": mask(1, 0)}),
 ]  # fmt: skip
 
 
@@ -95,7 +108,7 @@ def test_result(row):
 
 def test_every_opcode_has_a_row():
     tested = {parse_instruction(row.text).opcode for row in ROWS}
-    assert set(vector_masks.FORMS) == tested
+    assert {*vector_masks.FORMS, *vector_masks.CLASSES} == tested
 
 
 #: Python's comparisons; one with NaN is false.
@@ -142,6 +155,14 @@ def test_comparison(opcode):
         else:
             result = {"vcc": mask(*expected[part])}
             check_row(Row(RDNA, f"{opcode}_e32 vcc_lo, {texts[0]}", sources, result))
+
+
+def test_cmpx_of_cdna_writes_a_mask_too():
+    group = group_of(CDNA, v2=u32(*range(64)), exec=0xFF)
+    execute(group, "v_cmpx_gt_u32_e32 vcc, 4, v2")
+    expected = np.arange(64) < 4
+    check_register(group, "vcc", expected)
+    check_register(group, "exec", expected)
 
 
 def test_masks_have_0_outside_of_exec():

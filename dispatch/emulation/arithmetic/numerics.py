@@ -16,11 +16,15 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 __all__ = [
+    "cosine",
     "division_fixup",
     "division_fmas",
     "division_scale",
     "exp2",
     "flush_denormals",
+    "fraction",
+    "frexp_exponent",
+    "frexp_mantissa",
     "from_bfloat16",
     "fused_multiply_add",
     "load_exponent",
@@ -30,6 +34,7 @@ __all__ = [
     "minimum_number",
     "reciprocal",
     "reciprocal_sqrt",
+    "sine",
     "sqrt",
     "to_bfloat16",
     "to_float16_toward_zero",
@@ -39,6 +44,7 @@ __all__ = [
 _F32 = NDArray[np.float32]
 _Array = NDArray[Any]
 
+_BELOW_ONE = np.float32(1 - 2.0**-24)
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 #: In float64, a midpoint of two float32 or float16 values ends in at least this many zero bits.
 _MIDPOINT_ZEROS = np.int64((1 << 28) - 1)
@@ -111,6 +117,39 @@ def reciprocal_sqrt(x: _Array) -> _F32:
 def sqrt(x: _Array) -> _F32:
     """Square root in float32; flushes denormal inputs (v_sqrt_f32)."""
     return np.sqrt(flush_denormals(x))
+
+
+def _radians(turns: _Array) -> NDArray[np.float64]:
+    """An angle in float64; removing whole turns from it is exact."""
+    wide = turns.astype(np.float64)
+    angle: NDArray[np.float64] = (wide - np.rint(wide)) * (2 * np.pi)
+    return angle
+
+
+def sine(turns: _Array) -> _F32:
+    """Sine of an angle in turns, in float32 (v_sin_f32)."""
+    return np.sin(_radians(turns)).astype(np.float32)
+
+
+def cosine(turns: _Array) -> _F32:
+    """Cosine of an angle in turns, in float32 (v_cos_f32)."""
+    return np.cos(_radians(turns)).astype(np.float32)
+
+
+def fraction(x: _Array) -> _F32:
+    """x - floor(x) in float32, always below 1 (v_fract_f32)."""
+    part: _F32 = np.minimum(x - np.floor(x), _BELOW_ONE)
+    return part
+
+
+def frexp_mantissa(x: _Array) -> _Array:
+    """The significand, of magnitude 0.5 up to 1; zero, infinity and NaN stay (v_frexp_mant)."""
+    return np.where(np.isfinite(x), np.frexp(x)[0], x)
+
+
+def frexp_exponent(x: _Array) -> NDArray[np.int32]:
+    """The int32 exponent that belongs to `frexp_mantissa`; 0 for zero, infinity and NaN."""
+    return np.where(np.isfinite(x), np.frexp(x)[1], 0).astype(np.int32)
 
 
 def maximum_number(a: _Array, b: _Array) -> _Array:

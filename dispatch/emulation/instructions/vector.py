@@ -75,6 +75,11 @@ def _multiply_add_flushed(a: Any, b: Any, c: Any) -> Any:
     return flush(flush(flush(a) * flush(b)) + flush(c))
 
 
+def _multiply_zero_wins(a: Any, b: Any) -> Any:
+    """0 times anything is 0, also infinity and NaN."""
+    return np.where((a == 0) | (b == 0), np.float32(0), a * b)
+
+
 def _maximum(a: Any, b: Any) -> Any:
     """The larger of two floats; NaN wins, and 0 is more than -0."""
     return np.where(a == b, np.where(np.signbit(a), b, a), np.maximum(a, b))
@@ -103,6 +108,10 @@ _OF_ONE: dict[str, _Function] = {
     "v_ceil_f32 v_ceil_f16": np.ceil,
     "v_trunc_f32 v_trunc_f16": np.trunc,
     "v_rndne_f32 v_rndne_f16": np.rint,
+    "v_fract_f32": numerics.fraction,
+    "v_frexp_mant_f32 v_frexp_mant_f16": numerics.frexp_mantissa,
+    "v_sin_f32": numerics.sine,
+    "v_cos_f32": numerics.cosine,
     "v_exp_f32": numerics.exp2,
     "v_log_f32": numerics.log2,
     "v_rcp_f32 v_rcp_iflag_f32": numerics.reciprocal,
@@ -142,6 +151,7 @@ _OF_TWO: dict[str, _Function] = {
     "v_sub_f32 v_sub_f16": np.subtract,
     "v_subrev_f32 v_subrev_f16": lambda a, b: b - a,
     "v_mul_f32 v_mul_f16": np.multiply,
+    "v_mul_legacy_f32 v_mul_dx9_zero_f32": _multiply_zero_wins,
     "v_max_f32 v_max_f16 v_max_num_f32 v_max_num_f16": _LARGER,
     "v_min_f32 v_min_f16 v_min_num_f32 v_min_num_f16": _SMALLER,
     "v_maximum_f32 v_maximum_f16": _maximum,
@@ -202,6 +212,8 @@ _OF_SEVERAL_KINDS = {
     ),
     "v_ffbh_i32 v_cls_i32": Form(U32, (U32,), bits.leading_sign_bits),
     "v_pack_b32_f16": Form(U32, (U16, U16), _pack),
+    "v_frexp_exp_i32_f32": Form(I32, (F32,), numerics.frexp_exponent),
+    "v_frexp_exp_i16_f16": Form(I16, (F16,), lambda a: numerics.frexp_exponent(a).astype(np.int16)),
     "v_ldexp_f32": Form(F32, (F32, I32), numerics.load_exponent),
     "v_ldexp_f16": Form(F16, (F16, I16), numerics.load_exponent),
 }

@@ -26,9 +26,11 @@ from attn_dispatch.emulation.instructions.operands import (
     U64,
 )
 from attn_dispatch.emulation.instructions.semantics import Operation
+from attn_dispatch.emulation.registers import EXEC
 from attn_dispatch.emulation.targets import Target
+from attn_dispatch.emulation.waves import WaveGroup
 
-__all__ = ["COMPARISONS", "FORMS", "decode"]
+__all__ = ["CLASSES", "COMPARISONS", "FORMS", "decode"]
 
 _Function = Callable[..., Any]
 
@@ -66,6 +68,41 @@ _OF_FLOATS: dict[str, _Function] = {
     "nle": _not(np.less_equal),
     "neq": np.not_equal,
     "nlt": _not(np.less),
+}
+
+
+def _class_bit(value: Any) -> Any:
+    """The number of the class that a float belongs to, from 0: signaling NaN to 9: infinity."""
+    word = np.uint32 if value.dtype == np.float32 else np.uint16
+    quiet = word(1 << (np.finfo(value.dtype).nmant - 1))
+    negative = np.signbit(value)
+    return np.select(
+        [
+            np.isnan(value),
+            np.isinf(value),
+            np.abs(value) >= np.finfo(value.dtype).smallest_normal,
+            value != 0,
+        ],
+        [
+            np.where(value.view(word) & quiet, 1, 0),
+            np.where(negative, 2, 9),
+            np.where(negative, 3, 8),
+            np.where(negative, 4, 7),
+        ],
+        np.where(negative, 5, 6),
+    )
+
+
+def _is_in_classes(value: Any, classes: Any) -> Any:
+    """Whether a float belongs to one of the classes, one bit for each."""
+    return (classes.astype(np.int64) >> _class_bit(value)) & 1 != 0
+
+
+#: Opcode -> test of the class of a float; `v_cmpx_...` writes EXEC.
+CLASSES: dict[str, Form] = {
+    f"v_cmp{x}_class_{kind.name}": Form(None, (kind, bits), _is_in_classes, writes_mask=True)
+    for kind, bits in ((F32, U32), (F16, U16))
+    for x in ("", "x")
 }
 
 #: Opcode -> comparison; `v_cmpx_...` writes EXEC.
@@ -158,14 +195,22 @@ def decode(instruction: Instruction, target: Target) -> Operation | None:
         UnknownInstruction: its form is not known.
         ValueError: it has another number of operands.
     """
-    form = FORMS.get(instruction.opcode) or COMPARISONS.get(instruction.opcode)
+    opcode = instruction.opcode
+    form = FORMS.get(opcode) or COMPARISONS.get(opcode) or CLASSES.get(opcode)
     if form is None:
         return None
     operands = instruction.operands
     if form.reads_mask and form.writes_mask and len(operands) != 5:
         raise UnknownInstruction(f"{len(operands)} operands")
-    if instruction.opcode.startswith("v_cmpx_"):
-        if target.is_cdna:
-            raise UnknownInstruction("v_cmpx of CDNA, which writes a mask as well as EXEC")
-        instruction = replace(instruction, operands=("exec", *operands))
-    return decode_form(instruction, target, form)
+    if not opcode.startswith("v_cmpx_"):
+        return decode_form(instruction, target, form)
+    if not target.is_cdna:
+        return decode_form(replace(instruction, operands=("exec", *operands)), target, form)
+    # CDNA writes a mask as well as EXEC.
+    comparison = decode_form(instruction, target, form)
+
+    def commit(group: WaveGroup, mask: Any) -> None:
+        comparison.commit(group, mask)
+        group.put_lane_mask(EXEC, mask)
+
+    return Operation(comparison.compute, commit)
