@@ -174,6 +174,21 @@ def test_bpermute(target, exec_, offset):
 
 
 @pytest.mark.parametrize("exec_", [(1 << 64) - 1, SOME])
+@pytest.mark.parametrize("offset", [0, 8])
+def test_permute(exec_, offset):
+    # Two lanes write to each of 32 lanes: the last one that executes wins.
+    old = np.full((2, 64), 77, np.uint32)
+    address = (LANES_64 % 32 * 8 + 256).astype(np.uint32)
+    group = group_of("gfx942", v0=address, v1=values_by_lane(), v2=old, exec=exec_)
+    execute(group, f"ds_permute_b32 v2, v0, v1 offset:{offset}")
+    active = bits_of(exec_, 64)
+    written = np.zeros((2, 64), np.uint32)
+    for lane in np.flatnonzero(active):
+        written[:, (address[lane] + offset) // 4 % 64] = values_by_lane()[:, lane]
+    np.testing.assert_array_equal(register(group, "v2"), np.where(active, written, old))
+
+
+@pytest.mark.parametrize("exec_", [(1 << 64) - 1, SOME])
 def test_swizzle(exec_):
     old = np.full((2, 64), 77, np.uint32)
     group = group_of("gfx942", v1=values_by_lane(), v2=old, exec=exec_)
@@ -187,6 +202,7 @@ def test_swizzle(exec_):
     "text",
     [
         "ds_bpermute_b32 v2, v0, v1",
+        "ds_permute_b32 v2, v0, v1",
         "ds_swizzle_b32 v2, v1 offset:swizzle(SWAP,16)",
     ],
 )

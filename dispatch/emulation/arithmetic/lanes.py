@@ -91,20 +91,29 @@ def swizzle_sources(text: str, wave_size: int) -> _Lanes:
     """The lane that each lane reads in ds_swizzle_b32; halves of 32 lanes are independent.
 
     Args:
-        text: the offset as LLVM prints it: "swizzle(SWAP,16)", or
-            'swizzle(BITMASK_PERM,"00p11")' with a letter for each bit of the lane number, the
-            highest first: pass, invert, 0 or 1.
+        text: the offset as LLVM prints it: "swizzle(SWAP,16)", "swizzle(REVERSE,8)",
+            "swizzle(BROADCAST,4,1)" (lanes of a group, the one that all read),
+            "swizzle(QUAD_PERM,1,0,3,2)", or 'swizzle(BITMASK_PERM,"00p11")' with a letter for each
+            bit of the lane number, the highest first: pass, invert, 0 or 1.
         wave_size: 32 or 64.
 
     Returns:
         int64, (wave_size,), read-only.
 
     Raises:
-        UnknownInstruction: the text is not known. Of the other kinds, Triton emits none.
+        UnknownInstruction: the text is not known. Rotations and FFT swizzles are not.
     """
     lane = np.arange(wave_size)
     if found := re.fullmatch(r"swizzle\(SWAP,(1|2|4|8|16)\)", text):
         return _frozen(lane ^ int(found[1]))
+    if found := re.fullmatch(r"swizzle\(REVERSE,(2|4|8|16|32)\)", text):
+        return _frozen(lane ^ (int(found[1]) - 1))
+    if found := re.fullmatch(r"swizzle\(BROADCAST,(2|4|8|16|32),(\d+)\)", text):
+        group, chosen = int(found[1]), int(found[2])
+        if chosen < group:
+            return _frozen(lane // group * group + chosen)
+    if found := re.fullmatch(r"swizzle\(QUAD_PERM,([0-3]),([0-3]),([0-3]),([0-3])\)", text):
+        return _frozen(lane // 4 * 4 + np.array([int(each) for each in found.groups()])[lane % 4])
     if found := re.fullmatch(r'swizzle\(BITMASK_PERM,\s*"([pi01]{5})"\)', text):
         keep, put, flip = (
             int("".join("1" if letter in letters else "0" for letter in found[1]), 2)

@@ -192,15 +192,32 @@ def _active_or_zero(group: WaveGroup, value: Any) -> Any:
 def _bpermute(parsed: _Parsed) -> Semantics:
     """Each lane reads the lane at a byte address, 4 a lane; 0 if that one does not execute."""
     _, address, data = parsed.operands
-    read_address, read = _plain_vector(address), _plain_vector(data)
-    offset = np.uint32(int(parsed.modifiers.pop("offset", "0"), 0))
-    two, mask = np.uint32(2), np.uint32(parsed.lanes - 1)
+    lane, read = _lane_of_address(parsed, address), _plain_vector(data)
+    return _lds_semantics(
+        parsed, lambda group: _picked(_active_or_zero(group, read(group)), lane(group))
+    )
+
+
+def _permute(parsed: _Parsed) -> Semantics:
+    """Each lane that executes writes to a lane; the last one wins, and the other lanes are 0."""
+    _, address, data = parsed.operands
+    lane, read = _lane_of_address(parsed, address), _plain_vector(data)
 
     def value_of(group: WaveGroup) -> Any:
-        source = (read_address(group) + offset >> two & mask).astype(np.int64)
-        return _picked(_active_or_zero(group, read(group)), source)
+        result = np.zeros(group.exec.shape, np.uint32)
+        wave = np.arange(group.num_waves)[:, None]
+        # NumPy assigns in order.
+        result[group.active(wave), group.active(lane(group))] = group.active(read(group))
+        return result
 
     return _lds_semantics(parsed, value_of)
+
+
+def _lane_of_address(parsed: _Parsed, address: Operand) -> Reader:
+    """The lane at a byte address, (waves, lanes)."""
+    read, offset = _plain_vector(address), np.uint32(int(parsed.modifiers.pop("offset", "0"), 0))
+    two, mask = np.uint32(2), np.uint32(parsed.lanes - 1)
+    return lambda group: (read(group) + offset >> two & mask).astype(np.int64)
 
 
 def _swizzle(parsed: _Parsed) -> Semantics:
@@ -222,6 +239,7 @@ _DECODERS: dict[str, Callable[[_Parsed], Semantics]] = {
     "v_permlane16_swap_b32": _permlane_swap,
     "v_permlane32_swap_b32": _permlane_swap,
     "ds_bpermute_b32": _bpermute,
+    "ds_permute_b32": _permute,
     "ds_swizzle_b32": _swizzle,
 }
 #: The instructions of this module.
