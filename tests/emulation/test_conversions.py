@@ -96,6 +96,20 @@ ROWS = [
         {"v0": 0x77777777}),
     Row(RDNA4, "v_cvt_f32_fp8_e64 v0, v2 byte_sel:2", (u32(0x11C01111),), f32(-2)),
     Row(RDNA4, "v_cvt_f32_bf8_e64 v0, v2 byte_sel:3", (u32(0x3C111111),), f32(1)),
+    Row(CDNA4, "v_cvt_scalef32_pk_fp8_f32 v0, v2, v4, v6", (f32(2, INF), f32(-4, 1), f32(4, 0.5)),
+        u32(0x7777B830, 0x7777407F), {"v0": 0x77777777}),
+    Row(CDNA4, "v_cvt_scalef32_pk_bf8_f32 v0, v2, v4, 2.0 op_sel:[0,0,0,1]", (f32(2), f32(NAN)),
+        u32(0x7F3C7777), {"v0": 0x77777777}),
+    Row(CDNA4, "v_cvt_scalef32_pk_fp8_f16 v0, v2, 1.0", (halves(f16, 1, -2),), u32(0xC038),
+        {"v0": 0}),
+    Row(CDNA4, "v_cvt_scalef32_pk_bf8_f16 v0, v2, 1.0", (halves(f16, 1, -2),), u32(0xC03C),
+        {"v0": 0}),
+    Row(CDNA4, "v_cvt_scalef32_pk_fp8_bf16 v0, v2, 1.0 op_sel:[0,0,1]", (u32(0xC0003F80),),
+        u32(0xC0387777), {"v0": 0x77777777}),
+    Row(CDNA4, "v_cvt_scalef32_pk_bf8_bf16 v0, v2, v4", (u32(0xC0003F80), f32(0.5)), u32(0xC440),
+        {"v0": 0}),
+    Row(CDNA, "v_cvt_f64_f32_e32 v[0:1], v2", (f32(1.5, -INF),),
+        np.array([1.5, -INF]).view(np.uint64)),
     # Only the exponent of the scale counts.
     Row(CDNA4, "v_cvt_scalef32_pk_f32_fp8 v[0:1], v2, v4", (u32(0x4038), f32(4)), pair(4, 8)),
     Row(CDNA4, "v_cvt_scalef32_pk_f32_bf8 v[0:1], v2, v4 op_sel:[1,0,0]",
@@ -126,12 +140,14 @@ def test_every_opcode_has_a_row():
     [
         (CDNA, "MODE", "v_cvt_pk_fp8_f32", 0x80FF),
         (CDNA4, "MODE", "v_cvt_pk_fp8_f32", 0x7FFE),
+        (CDNA4, "MODE", "v_cvt_scalef32_pk_fp8_f32", 0x7FFE),
         (RDNA4, "WAVE_MODE", "v_cvt_pk_bf8_f32", 0x7CFB),
     ],
 )
 def test_mode_saturates(target, name, opcode, codes):
-    group = group_of(target, v2=f32(-1e6), v4=f32(INF))
-    instruction = f"{opcode} v0, v2, v4"
+    group = group_of(target, v2=f32(-1e6), v4=f32(INF), v6=f32(2.0**-120))
+    scale = ", v6" if "scale" in opcode else ""
+    instruction = f"{opcode} v0, v2, v4{scale}"
     execute(group, f"s_setreg_imm32_b32 hwreg(HW_REG_{name}, 23, 1), 1")
     # Parts of a group have its mode; groups of two modes do not join.
     part, other = group.only(group.ids == 0), group.only(group.ids == 1)

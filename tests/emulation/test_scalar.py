@@ -318,13 +318,21 @@ def test_every_opcode_has_a_row():
     assert set(TABLE) == with_rows
 
 
+def test_the_mode_of_rounding_is_to_nearest():
+    group = group_of("gfx1201", v2=1.0)
+    text = "s_setreg_imm32_b32 hwreg(HW_REG_WAVE_MODE, 2, 2), 0"
+    execute(group, text, "v_cvt_f16_f32_e32 v0, v2")
+    assert (group.v_u16[0, ..., 0] == 0x3C00).all()
+    assert not group.saturates_fp8
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "s_getpc_b64 s[0:1]",
         "s_getreg_b32 s0, hwreg(HW_REG_MODE)",
         "s_setreg_b32 hwreg(HW_REG_MODE, 23, 1), s0",
-        "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), 1",
+        "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 2, 2), 3",
         "s_memtime s[0:1]",
         "s_add_u32 s0, s1",
         "s_add_u32 s0, s1, v2",

@@ -203,6 +203,8 @@ FLOATS = [
     Row(CDNA, "v_rcp_iflag_f32_e32 v0, v2", (f32(4),), f32(0.25)),
     Row(CDNA, "v_rsq_f32_e32 v0, v2", (f32(4, 0),), f32(0.5, INF)),
     Row(CDNA, "v_sqrt_f32_e32 v0, v2", (f32(4, -0.0, -1),), f32(2, -0.0, NAN)),
+    Row(CDNA, "v_frexp_exp_i32_f64_e32 v0, v[2:3]",
+        (np.array([1.5, -(2.0**-140), 0, INF]).view(np.uint64),), i32(1, -139, 0, 0)),
     Row(CDNA, "v_sin_f32_e32 v0, v2", (f32(0.25, 0),), f32(1, 0)),
     Row(CDNA, "v_cos_f32_e32 v0, v2", (f32(0.5, 0),), f32(-1, 1)),
     Row(CDNA, "v_fract_f32_e32 v0, v2", (f32(1.25, -0.25, -SMALL),), f32(0.25, 0.75, 1 - 2.0**-24)),

@@ -53,6 +53,7 @@ FORMS: dict[str, Form] = by_opcode(
     {
         "v_cvt_f32_i32": Form(F32, (I32,), _as(F32)),
         "v_cvt_f32_u32": Form(F32, (U32,), _as(F32)),
+        "v_cvt_f64_f32": Form(U64, (F32,), lambda a: a.astype(np.float64).view(np.uint64)),
         "v_cvt_f32_f16": Form(F32, (F16,), _as(F32)),
         "v_cvt_f16_f32": Form(F16, (F32,), _as(F16)),
         "v_cvt_f16_i16": Form(F16, (I16,), _as(F16)),
@@ -86,9 +87,9 @@ def _decode_two(format: str) -> _Function:
     return lambda pair: table[_codes(pair)].view(np.uint64)[..., 0]
 
 
-def _encode_two(format: str, saturates: bool) -> _Function:
-    def encode(a: Any, b: Any) -> Any:
-        low, high = fp8.encode(a, format, saturates), fp8.encode(b, format, saturates)
+def _encode_two(format: str, split: _Function, saturates: bool) -> _Function:
+    def encode(*sources: Any) -> Any:
+        low, high = [fp8.encode(each, format, saturates) for each in split(*sources)]
         return (low | high << np.uint32(8)).astype(np.uint16)
 
     return encode
@@ -149,18 +150,53 @@ def fp8_forms(has_fnuz: bool) -> dict[str, Form]:
     }
 
 
-#: Opcode -> name of the format that it encodes.
-ENCODING = {"v_cvt_pk_fp8_f32": "fp8", "v_cvt_pk_bf8_f32": "bf8"}
+def _divided(x: Any, scale: Any) -> Any:
+    """float32, divided by the power of two of the scale; finite numbers stay finite."""
+    exact = x.astype(np.float64) / _power_of_two(scale)
+    limit = np.finfo(np.float32).max
+    return np.where(np.isinf(x), exact, np.clip(exact, -limit, limit)).astype(np.float32)
+
+
+def _two_divided(to_float32: _Function) -> _Function:
+    """Splits a word of two 16-bit floats."""
+
+    def split(word: Any, scale: Any) -> Any:
+        pair = to_float32(np.ascontiguousarray(word)[..., None].view(np.uint16))
+        return _divided(pair[..., 0], scale), _divided(pair[..., 1], scale)
+
+    return split
+
+
+#: Opcode, without the format -> its sources, and the two float32 that they mean.
+_TWO_FLOATS: dict[str, tuple[tuple[Kind, ...], _Function]] = {
+    "v_cvt_pk_{}_f32": ((F32, F32), lambda a, b: (a, b)),
+    "v_cvt_scalef32_pk_{}_f32": (
+        (F32, F32, F32),
+        lambda a, b, scale: (_divided(a, scale), _divided(b, scale)),
+    ),
+    "v_cvt_scalef32_pk_{}_f16": (
+        (U32, F32),
+        _two_divided(lambda halves: halves.view(np.float16).astype(np.float32)),
+    ),
+    "v_cvt_scalef32_pk_{}_bf16": ((U32, F32), _two_divided(numerics.from_bfloat16)),
+}
+#: Opcode -> name of the format that it encodes, its sources, and the two float32 that they mean.
+ENCODING = {
+    opcode.format(name): (name, *entry)
+    for opcode, entry in _TWO_FLOATS.items()
+    for name in ("fp8", "bf8")
+}
 
 
 def _decode_encoding(instruction: Instruction, target: Target) -> Operation:
     """Whether it saturates depends on the mode of the waves."""
-    format = fp8.format_of(ENCODING[instruction.opcode], target.has_fnuz)
+    name, sources, split = ENCODING[instruction.opcode]
+    format = fp8.format_of(name, target.has_fnuz)
     plain, saturating = (
         decode_form(
             instruction,
             target,
-            Form(U16, (F32, F32), _encode_two(format, saturates), keeps_half=True),
+            Form(U16, sources, _encode_two(format, split, saturates), keeps_half=True),
         )
         for saturates in (False, True)
     )

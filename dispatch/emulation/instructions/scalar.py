@@ -55,6 +55,10 @@ _REJECTED = {
 _SET_OVERFLOW = re.compile(
     r"s_setreg_imm32_b32 hwreg\(HW_REG_(?:WAVE_)?MODE, 23, 1\), (0|1|0x0|0x1)"
 )
+#: The two fields of rounding, of float32 and of the other floats.
+_ROUND_TO_NEAREST = re.compile(
+    r"s_setreg_imm32_b32 hwreg\(HW_REG_(?:WAVE_)?MODE, (?:0|2), 2\), (?:0|0x0)"
+)
 
 
 def decode(instruction: Instruction, target: Target) -> Semantics | None:
@@ -79,7 +83,9 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
 
 
 def _set_mode(instruction: Instruction) -> Execute:
-    """Bit 23 of MODE, FP16_OVFL, is the only one that is emulated."""
+    """Bit 23 of MODE, FP16_OVFL, is the only one that is emulated; floats round to nearest."""
+    if _ROUND_TO_NEAREST.fullmatch(instruction.text):
+        return lambda group: None
     found = _SET_OVERFLOW.fullmatch(instruction.text)
     if found is None:
         raise UnknownInstruction(_REJECTED["s_setreg_b32"])

@@ -213,6 +213,7 @@ _OF_SEVERAL_KINDS = {
     "v_ffbh_i32 v_cls_i32": Form(U32, (U32,), bits.leading_sign_bits),
     "v_pack_b32_f16": Form(U32, (U16, U16), _pack),
     "v_frexp_exp_i32_f32": Form(I32, (F32,), numerics.frexp_exponent),
+    "v_frexp_exp_i32_f64": Form(I32, (U64,), lambda a: numerics.frexp_exponent(a.view(np.float64))),
     "v_frexp_exp_i16_f16": Form(I16, (F16,), lambda a: numerics.frexp_exponent(a).astype(np.int16)),
     "v_ldexp_f32": Form(F32, (F32, I32), numerics.load_exponent),
     "v_ldexp_f16": Form(F16, (F16, I16), numerics.load_exponent),
