@@ -28,6 +28,10 @@ def load(lds, wave, offset, size=4, workgroup=0):
     return lds.load(lanes(workgroup), lanes(offset), size, lanes(wave))
 
 
+def add(lds, wave, offset, size=4, workgroup=0):
+    return lds.atomic("add", lanes(workgroup), lanes(offset), ones(size), size, lanes(wave))
+
+
 def written(bytes_each=64, num_workgroups=1, value=9):
     """LDS in which every byte was written before the last barrier."""
     lds = Lds(num_workgroups, bytes_each)
@@ -252,6 +256,73 @@ def test_a_barrier_of_some_workgroups():
         load(lds, 5, 16, workgroup=1)
     lds.new_epoch()
     load(lds, 5, 16, workgroup=1)
+
+
+# Atomic operations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_atomic_operations_of_several_waves_do_not_race(size):
+    lds = written(value=0)
+    three = np.zeros(3, np.int64)
+    found, _ = lds.atomic("add", three, three, ones(size, 3), size, lanes(1, 2, 1))
+    assert found[0].tolist() == [0, 0x01010101, 0x02020202]
+    add(lds, 3, 0, size)
+    for kind in (load, store):
+        with pytest.raises(RaceFault, match="several waves have changed"):
+            kind(lds, 1, size - 4, 4)
+    lds.new_epoch()
+    assert load(lds, 5, 0)[0].tolist() == [[0x04040404]]
+    assert (lds.bytes_read, lds.bytes_written) == (4 * size + 4, 4 * size + 64)
+
+
+def test_a_wave_may_access_what_only_it_has_changed_by_atomic_operations():
+    lds = written()
+    add(lds, 1, 0)
+    load(lds, 1, 0)
+    with pytest.raises(RaceFault, match="wave 1 has changed"):
+        load(lds, 2, 0)
+    store(lds, 1, 4)
+    add(lds, 1, 4)
+    with pytest.raises(RaceFault, match="wave 1 has written"):
+        add(lds, 2, 4)  # the store may come after it
+
+
+def test_an_atomic_operation_races_with_loads_and_stores_of_other_waves():
+    lds = written()
+    load(lds, 1, 0)
+    store(lds, 1, 8)
+    for offset, done in ((0, "read"), (8, "written")):
+        with pytest.raises(RaceFault, match=f"atomic operation .* wave 1 has {done}"):
+            add(lds, 2, offset)
+        add(lds, 1, offset)
+
+
+def test_a_store_of_the_sum_races_with_the_addition():
+    """It stores the value that is already there only if it comes after the addition."""
+    lds = written(value=1)
+    add(lds, 1, 0)
+    with pytest.raises(RaceFault, match="wave 1 has changed"):
+        store(lds, 2, 0, value=2)
+
+
+def test_an_atomic_operation_in_flight_at_the_barrier():
+    lds = written()
+    _, access = add(lds, 1, 0)
+    lds.new_epoch([access])
+    add(lds, 2, 0)
+    with pytest.raises(RaceFault, match="several waves have changed"):
+        load(lds, 1, 0)
+
+
+def test_atomic_operations_are_checked_as_other_accesses():
+    lds = Lds(1, 16)
+    with pytest.raises(UnwrittenRead, match="atomic operation"):
+        add(lds, 0, 0)
+    with pytest.raises(MemoryFault, match="offset 16 by wave 0 is outside"):
+        add(lds, 0, 16)
+    with pytest.raises(MemoryFault, match="offset must be a multiple of 8"):
+        add(lds, 0, 4, 8)
 
 
 # Against a model ----------------------------------------------------------------------------------

@@ -13,7 +13,17 @@ from attn_dispatch.emulation.memory.lds import Lds
 from attn_dispatch.emulation.targets import TARGETS, target_named
 from attn_dispatch.emulation.waits import check_registers
 from support.emulation import execute, group_of, register, shared_by
-from support.memory_cases import CDNA, LOADS, RDNA, STORES, LanesCase, Value, operand
+from support.memory_cases import (
+    ATOMIC_RESULTS,
+    CDNA,
+    LOADS,
+    RDNA,
+    STORES,
+    LanesCase,
+    Value,
+    atomic_operands,
+    operand,
+)
 
 BYTES = 8192
 
@@ -40,13 +50,32 @@ STORE_TWO_ROWS = [
     *rows(TWO, ("write2_", "store_2addr_")),
     *rows(STRIDED, ("write2st64_", "store_2addr_stride64_")),
 ]
+#: End of the opcode -> operation of ATOMIC_RESULTS, bytes, whether it returns what was there.
+ATOMICS = {
+    f"{verb}_{'rtn_' if returns else ''}{kind}{8 * size}": (operation, size, returns)
+    for size in (4, 8)
+    for returns in (False, True)
+    for verb, kind, operation in (
+        ("add", "u", "add"), ("sub", "u", "sub"), ("min", "i", "smin"), ("max", "i", "smax"),
+        ("min", "u", "umin"), ("max", "u", "umax"), ("and", "b", "and"), ("or", "b", "or"),
+        ("xor", "b", "xor"),
+    )
+}  # fmt: skip
+ATOMIC_ROWS = [
+    *rows(ATOMICS, ("", "")),
+    *rows({f"rtn_b{8 * n}": ("swap", n, True) for n in (4, 8)}, ("wrxchg_", "storexchg_")),
+]
+COMPARES = {"b32": (4, False), "b64": (8, False), "rtn_b32": (4, True), "rtn_b64": (8, True)}
+COMPARE_ROWS = rows(COMPARES, ("cmpst_", "cmpstore_"))
 TRANSPOSED = ("gfx950", "ds_read_b64_tr_b16")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_opcode_has_a_row(target):
     tested = {TRANSPOSED}
-    for table in (LOAD_ROWS, STORE_ROWS, LOAD_TWO_ROWS, STORE_TWO_ROWS):
+    for table in (
+        LOAD_ROWS, STORE_ROWS, LOAD_TWO_ROWS, STORE_TWO_ROWS, ATOMIC_ROWS, COMPARE_ROWS,
+    ):  # fmt: skip
         tested |= {row.values[:2] for row in table}
     assert set(forms(target_named(target))) == {name for each, name in tested if each == target}
 
@@ -167,6 +196,58 @@ def test_store_of_two_values(target, opcode, value, partial):
     assert len(case.group.pending) == 1
 
 
+@pytest.mark.parametrize(("target", "opcode", "value"), once(ATOMIC_ROWS))
+def test_atomic(target, opcode, value):
+    """Several lanes access each address: they take turns in the order of the lanes."""
+    (operation, size, returns), case = value, Case(target, partial=True)
+    case.place(case.addresses % 5 * 8 + 16)
+    words, expected = size // 4, case.memory()
+    operands = atomic_operands(operation, size, 4 * case.lanes, case.rng)
+    for word in range(words):
+        bits = [x >> (32 * word) & 0xFFFFFFFF for x in operands]
+        case.group.v_u32[4 + word] = np.reshape(bits, case.exec.shape)
+    before = case.words("v", 8, words)
+    found = before.copy()
+    for wave, lane, offset in case.active():
+        memory, place = expected[wave // 2], slice(offset + 8, offset + 8 + size)
+        old = int.from_bytes(memory[place], "little")
+        new = ATOMIC_RESULTS[operation](old, operands[wave * case.lanes + lane], size)
+        memory[place] = new.to_bytes(size, "little")
+        found[:, wave, lane] = [old >> (32 * i) & 0xFFFFFFFF for i in range(words)]
+    to = f"{operand('v', 8, words)}, " if returns else ""
+    execute(case.group, f"{opcode} {to}v1, {operand('v', 4, words)} offset:8")
+    assert case.memory() == expected
+    np.testing.assert_array_equal(case.words("v", 8, words), found if returns else before)
+    (pending,) = case.group.pending
+    assert pending.kind == "lds"
+    assert pending.registers == (set(range(1008, 1008 + words)) if returns else set())
+
+
+@pytest.mark.parametrize(("target", "opcode", "value"), once(COMPARE_ROWS))
+def test_compare_and_swap(target, opcode, value):
+    """CDNA names what it compares with first, RDNA the new value."""
+    (size, returns), case = value, Case(target, partial=True)
+    words, expected = size // 4, case.memory()
+    equal = case.rng.random(case.exec.shape) < 0.5
+    new, compare = case.words("v", 4, words), case.words("v", 8, words)
+    before = case.words("v", 12, words)
+    found = before.copy()
+    for wave, lane, offset in case.active():
+        memory, place = expected[wave // 2], slice(offset, offset + size)
+        found[:, wave, lane] = Value(size).loaded(bytes(memory[place]), ())
+        if equal[wave, lane]:
+            compare[:, wave, lane] = found[:, wave, lane]
+            memory[place] = Value(size).stored(new[:, wave, lane].tolist())
+    case.group.v_u32[8 : 8 + words] = compare
+    data = [operand("v", 4, words), operand("v", 8, words)]
+    if target in CDNA:
+        data.reverse()
+    to = f"{operand('v', 12, words)}, " if returns else ""
+    execute(case.group, f"{opcode} {to}v1, {', '.join(data)}")
+    assert case.memory() == expected
+    np.testing.assert_array_equal(case.words("v", 12, words), found if returns else before)
+
+
 def test_transposing_load():
     """Lane i of 16 takes element i of four rows; each row is what four lanes point at."""
     case = Case(TRANSPOSED[0], partial=False)
@@ -213,9 +294,13 @@ def test_sum_of_address_and_offset_has_32_bits():
 def test_no_lane_accesses_lds():
     group = group_of("gfx942", shared=shared_by(target_named("gfx942"), 2, lds=Lds(1, 64)), exec=0)
     execute(
-        group, "ds_read_b32 v4, v1", "ds_write_b64 v1, v[4:5]", "ds_read2_b32 v[4:5], v1 offset1:1"
+        group,
+        "ds_read_b32 v4, v1",
+        "ds_write_b64 v1, v[4:5]",
+        "ds_read2_b32 v[4:5], v1 offset1:1",
+        "ds_add_rtn_u32 v4, v1, v5",
     )
-    assert len(group.pending) == 3
+    assert len(group.pending) == 4
 
 
 @pytest.mark.parametrize(
@@ -231,7 +316,10 @@ def test_no_lane_accesses_lds():
         "ds_write_b32 v1, v4.h",
         "ds_write2_b32 v1, v2",
         "ds_write_b32 v1, v2, v3",
-        "ds_add_u32 v1, v2",
+        "ds_add_u32 v1, v2, v3",
+        "ds_add_rtn_u32 v1, v2",
+        "ds_cmpst_b32 v1, v2",
+        "ds_inc_u32 v1, v2",
         "ds_load_b32 v4, v1",
         "ds_consume v1",
         "ds_read_b64_tr_b16 v[4:5], v1",

@@ -1,4 +1,4 @@
-"""Instructions that load from LDS or store to it.
+"""Instructions that access LDS: loads, stores and atomic operations on integers.
 
 AMD's ISA manuals, "data share operations". CDNA calls loads `ds_read_...` and stores
 `ds_write_...`, RDNA `ds_load_...` and `ds_store_...`.
@@ -17,6 +17,7 @@ from attn_dispatch.emulation.assembly import Instruction
 from attn_dispatch.emulation.errors import UnknownInstruction
 from attn_dispatch.emulation.instructions.semantics import Semantics
 from attn_dispatch.emulation.instructions.transfers import (
+    ATOMICS,
     LOADS,
     STORES,
     Transfer,
@@ -55,10 +56,26 @@ class _Form:
     transposes: bool = False
 
 
+@dataclass(frozen=True)
+class _Atomic:
+    """An atomic operation.
+
+    Attributes:
+        operation: one of `atomics.ATOMIC_OPERATIONS`.
+        transfer: of the value.
+        returns: whether it returns what it found in memory.
+    """
+
+    operation: str
+    transfer: Transfer
+    returns: bool
+
+
 @cache
-def forms(target: Target) -> dict[str, _Form]:
+def forms(target: Target) -> dict[str, _Form | _Atomic]:
     """What this module decodes, by opcode."""
-    known, cdna = {}, target.is_cdna
+    known: dict[str, _Form | _Atomic] = {}
+    cdna = target.is_cdna
     load, store = ("read", "write") if cdna else ("load", "store")
     for is_load, name in ((True, load), (False, store)):
         for suffix, transfer in (LOADS if is_load else STORES)["lds"].items():
@@ -68,6 +85,13 @@ def forms(target: Target) -> dict[str, _Form]:
             transfer, end = Transfer(size), f"_b{8 * size}"
             known[f"ds_{two}{end}"] = _Form(is_load, transfer, _TWO, size)
             known[f"ds_{two}{strided}{end}"] = _Form(is_load, transfer, _TWO, 64 * size)
+    swap, compare = ("wrxchg_b", "cmpst_b") if cdna else ("storexchg_b", "cmpstore_b")
+    for operation, name in (ATOMICS | {"swap": swap, "cmpswap": compare}).items():
+        verb, _, kind = name.partition("_")
+        for size in (4, 8):
+            for returns in (False, True) if operation != "swap" else (True,):
+                opcode = f"ds_{verb}_{'rtn_' * returns}{kind}{8 * size}"
+                known[opcode] = _Atomic(operation, Transfer(size), returns)
     if target.name == "gfx950":
         known["ds_read_b64_tr_b16"] = _Form(True, Transfer(8), transposes=True)
     return known
@@ -78,13 +102,17 @@ def decode(instruction: Instruction, target: Target) -> Semantics | None:
     form = forms(target).get(instruction.opcode)
     if form is None:
         return None
+    if isinstance(form, _Atomic):
+        check_modifiers(instruction, _ONE)
+        return _atomic(instruction, form, target)
     check_modifiers(instruction, form.offsets)
     return _load(instruction, form) if form.is_load else _store(instruction, form)
 
 
 def _load(instruction: Instruction, form: _Form) -> Semantics:
     to, address = instruction.operands
-    offsets, count = _offsets(instruction, address, form), len(form.offsets)
+    offsets = _offsets(instruction, address, form.offsets, form.step)
+    count = len(form.offsets)
     size, words = form.transfer.size, form.transfer.words
     # The registers of the second value follow those of the first one.
     write = data_writer(to, form.transfer if count == 1 else Transfer(2 * size))
@@ -106,7 +134,8 @@ def _load(instruction: Instruction, form: _Form) -> Semantics:
 
 def _store(instruction: Instruction, form: _Form) -> Semantics:
     address, *data = instruction.operands
-    offsets, count = _offsets(instruction, address, form), len(form.offsets)
+    offsets = _offsets(instruction, address, form.offsets, form.step)
+    count = len(form.offsets)
     if len(data) != count:
         raise UnknownInstruction(f"{len(data)} operands of data")
     read, size = [data_reader(each, form.transfer) for each in data], form.transfer.size
@@ -121,12 +150,40 @@ def _store(instruction: Instruction, form: _Form) -> Semantics:
     return Semantics(store)
 
 
+def _atomic(instruction: Instruction, form: _Atomic, target: Target) -> Semantics:
+    operands = list(instruction.operands)
+    to = operands.pop(0) if form.returns else ""
+    address, *data = operands
+    if len(data) != 1 + (form.operation == "cmpswap"):
+        raise UnknownInstruction(f"{len(data)} operands of data")
+    if target.is_cdna:  # what "cmpst" compares with comes before the new value
+        data.reverse()
+    offsets, read = _offsets(instruction, address), [data_reader(x, form.transfer) for x in data]
+    write = data_writer(to, form.transfer) if to else None
+    results = register_ids([to]) if to else frozenset()
+
+    def atomic(group: WaveGroup) -> None:
+        found, access = group.shared.lds.atomic(
+            form.operation,
+            group.active_workgroups,
+            offsets(group),
+            np.concatenate([each(group) for each in read]),
+            form.transfer.size,
+            group.active_waves,
+        )
+        if write:
+            write(group, found)
+        issue(group, instruction, "lds", results, access)
+
+    return Semantics(atomic, results, register_ids(operands))
+
+
 def _offsets(
-    instruction: Instruction, address: str, form: _Form
+    instruction: Instruction, address: str, names: tuple[str, ...] = _ONE, step: int = 1
 ) -> Callable[[WaveGroup], NDArray[np.int64]]:
     """Reads where lanes access LDS, (values * k,): the first values of all lanes come first."""
     register = registers_of(address, "v", 1).first
-    added = [np.uint32(form.step * integer_modifier(instruction, name)) for name in form.offsets]
+    added = [np.uint32(step * integer_modifier(instruction, name)) for name in names]
 
     def offsets(group: WaveGroup) -> NDArray[np.int64]:
         first = group.active(group.v_u32[register])  # the sum with an offset has 32 bits

@@ -16,6 +16,7 @@ from attn_dispatch.emulation.registers import Registers
 from attn_dispatch.emulation.waves import WaveGroup
 
 __all__ = [
+    "ATOMICS",
     "CACHE_MODIFIERS",
     "LOADS",
     "STORES",
@@ -85,6 +86,12 @@ LOADS, STORES = (
     {name: {row[i]: row[3] for row in rows} for i, name in enumerate(("cdna", "rdna", "lds"))}
     for rows in (_LOADS, _STORES)
 )
+#: Atomic operations on integers by their names on CDNA -> on RDNA, without the number of bits.
+ATOMICS = {
+    "swap": "swap_b", "cmpswap": "cmpswap_b", "add": "add_u", "sub": "sub_u", "smin": "min_i",
+    "umin": "min_u", "smax": "max_i", "umax": "max_u", "and": "and_b", "or": "or_b",
+    "xor": "xor_b",
+}  # fmt: skip
 
 
 # Operands and modifiers ---------------------------------------------------------------------------

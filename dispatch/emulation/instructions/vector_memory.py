@@ -14,6 +14,7 @@ from attn_dispatch.emulation.instructions.address_spaces import GlobalSpace, Pri
 from attn_dispatch.emulation.instructions.buffer import BufferSpace
 from attn_dispatch.emulation.instructions.semantics import Semantics
 from attn_dispatch.emulation.instructions.transfers import (
+    ATOMICS,
     CACHE_MODIFIERS,
     LOADS,
     STORES,
@@ -49,12 +50,6 @@ class _Form:
     operation: str = ""
 
 
-#: Atomic operations on integers by their names on CDNA -> on RDNA, without the number of bits.
-_ATOMICS = {
-    "swap": "swap_b", "cmpswap": "cmpswap_b", "add": "add_u", "sub": "sub_u", "smin": "min_i",
-    "umin": "min_u", "smax": "max_i", "umax": "max_u", "and": "and_b", "or": "or_b",
-    "xor": "xor_b",
-}  # fmt: skip
 _CDNA = ("gfx90a", "gfx942", "gfx950")
 _PACKED = ("gfx942", "gfx950", "gfx1201")
 #: Additions of floats by their names: bytes, and the targets that have them in a space.
@@ -75,7 +70,7 @@ def forms(target: Target) -> dict[str, _Form]:
             for suffix, transfer in transfers.items():
                 known[f"{space}_{kind}_{suffix}"] = _Form(space, kind, transfer)
     for space in ("global", "buffer"):
-        for cdna, rdna in _ATOMICS.items():
+        for cdna, rdna in ATOMICS.items():
             for size, suffix in ((4, ""), (8, "_x2")):
                 name = f"{cdna}{suffix}" if target.is_cdna else f"{rdna}{8 * size}"
                 known[f"{space}_atomic_{name}"] = _Form(space, "atomic", Transfer(size), cdna)

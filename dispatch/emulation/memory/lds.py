@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from attn_dispatch.emulation.errors import MemoryFault, RaceFault, UnwrittenRead, WaitFault
 from attn_dispatch.emulation.memory.access import ByteFlags, Bytes
-from attn_dispatch.emulation.memory.races import RaceDetector
+from attn_dispatch.emulation.memory.atomics import apply_atomic
+from attn_dispatch.emulation.memory.races import AccessKind, RaceDetector
 
 __all__ = ["Lds", "LdsAccess"]
 
@@ -24,7 +25,7 @@ class LdsAccess:
         starts: int64 (k,) first byte in the memory of all workgroups.
         waves: int64 (k,).
         size: bytes of each lane.
-        is_write: a store or a load into LDS, otherwise a load.
+        kind: of the access; a load into LDS is a store.
         arrives_later: a load into LDS, which is not ordered with other accesses of its wave before
             the wait for it.
     """
@@ -32,7 +33,7 @@ class LdsAccess:
     starts: NDArray[np.int64]
     waves: NDArray[np.int64]
     size: int
-    is_write: bool
+    kind: AccessKind
     arrives_later: bool = False
 
     def only(self, waves: NDArray[np.int64]) -> LdsAccess:
@@ -53,10 +54,10 @@ class Lds:
     values are uint32 (max(size // 4, 1), k).
 
     A race is an access to a byte that another wave of the workgroup has written since the last
-    barrier, or a write of a byte that another wave has read. An exception does not change what any
-    wave sees: a write of the value which is already there (Triton lets several waves write the same
-    copy of a small tensor). Different values that two lanes of one instruction write to the same
-    byte are a race as well.
+    barrier, or a write of a byte that another wave has read. Two exceptions do not change what is
+    there at the next barrier: a store of the value which is already there (Triton lets several
+    waves write the same copy of a small tensor), and atomic operations on the same byte. Different
+    values that two lanes of one instruction write to the same byte are a race as well.
 
     Args:
         num_workgroups: that run.
@@ -92,20 +93,12 @@ class Lds:
             RaceFault: another wave has written a byte since the last barrier.
             WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
-        access = LdsAccess(
-            self._starts(workgroups, offsets, size, waves, "load"), waves, size, is_write=False
-        )
-        starts = access.starts
-        unwritten = self._written.first_clear(starts, size)
-        if unwritten is not None:
-            lane, byte = unwritten
-            raise UnwrittenRead(
-                f"{self._text(access, lane)} reads byte {byte % self._stride}, which was never "
-                "written."
-            )
+        starts = self._starts(workgroups, offsets, size, waves, "load")
+        access = LdsAccess(starts, waves, size, "load")
+        self._check_written(access)
         self._check_race(access)
         self._check_arrived(access)
-        self._races.note(starts, size, waves, is_write=False)
+        self._races.note("load", starts, size, waves)
         self.bytes_read += size * starts.size
         return self._bytes.gather(starts, size), access
 
@@ -134,7 +127,7 @@ class Lds:
             WaitFault: nothing has waited for a load into LDS that writes a byte.
         """
         starts = self._starts(workgroups, offsets, size, waves, "store")
-        access = LdsAccess(starts, waves, size, is_write=True, arrives_later=arriving)
+        access = LdsAccess(starts, waves, size, "store", arrives_later=arriving)
         self._check_race(access, values)
         if not arriving:  # loads into LDS arrive in order
             self._check_arrived(access)
@@ -147,7 +140,7 @@ class Lds:
                 f"{self._text(access, lane)} has another lane of the same instruction that writes "
                 "a different value to the same byte."
             )
-        self._races.note(starts, size, waves, is_write=True)
+        self._races.note("store", starts, size, waves)
         self._written.mark(starts, size)
         self.bytes_written += size * starts.size
         if arriving:
@@ -155,6 +148,51 @@ class Lds:
                 self._arrived = ByteFlags(self._bytes.data.size, 1)
             self._arrived.mark(starts, size, 0)
         return access
+
+    def atomic(
+        self,
+        operation: str,
+        workgroups: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        operand: NDArray[np.uint32],
+        size: int,
+        waves: NDArray[np.int64],
+    ) -> tuple[NDArray[np.uint32], LdsAccess]:
+        """Apply an atomic operation lane by lane.
+
+        Args:
+            operation: one of `atomics.ATOMIC_OPERATIONS`.
+            workgroups, offsets, waves: int64 (k,).
+            operand: uint32 (words, k); for "cmpswap" (2 * words, k), first the new value, then what
+                it expects in memory.
+            size: 4 or 8 bytes.
+
+        Returns:
+            What each lane found in memory, uint32 (words, k), and a record of the access.
+
+        Raises:
+            MemoryFault: an access is not within the LDS of the workgroup, or its offset is not a
+                multiple of the size.
+            UnwrittenRead: a byte was never written.
+            RaceFault: another wave has read or written a byte since the last barrier, other than by
+                an atomic operation.
+            WaitFault: nothing has waited for a load into LDS that writes a byte.
+        """
+        starts = self._starts(workgroups, offsets, size, waves, "atomic operation")
+        access = LdsAccess(starts, waves, size, "atomic operation")
+        misaligned = starts & (size - 1) != 0
+        if misaligned.any():
+            raise MemoryFault(
+                f"{self._text(access, int(misaligned.argmax()))} is not aligned: the offset must "
+                f"be a multiple of {size}."
+            )
+        self._check_written(access)
+        self._check_race(access)
+        self._check_arrived(access)
+        self._races.note("atomic operation", starts, size, waves)
+        self.bytes_read += size * starts.size
+        self.bytes_written += size * starts.size
+        return apply_atomic(self._bytes, operation, starts, operand, size), access
 
     def arrived(self, access: LdsAccess) -> None:
         """A wait has finished a load into LDS."""
@@ -177,7 +215,7 @@ class Lds:
             chosen: Any = slice(None) if workgroups is None else workgroups
             self._races.forget(self._stride, chosen)
         for access in in_flight:
-            self._races.note(access.starts, access.size, access.waves, access.is_write)
+            self._races.note(access.kind, access.starts, access.size, access.waves)
 
     def _starts(
         self,
@@ -197,8 +235,17 @@ class Lds:
             )
         return workgroups * self._stride + offsets
 
+    def _check_written(self, access: LdsAccess) -> None:
+        unwritten = self._written.first_clear(access.starts, access.size)
+        if unwritten is not None:
+            lane, byte = unwritten
+            raise UnwrittenRead(
+                f"{self._text(access, lane)} reads byte {byte % self._stride}, which was never "
+                "written."
+            )
+
     def _check_race(self, access: LdsAccess, values: NDArray[np.uint32] | None = None) -> None:
-        found = self._races.conflict(access.starts, access.size, access.waves, values)
+        found = self._races.conflict(access.kind, access.starts, access.size, access.waves, values)
         if found is None:
             return
         other = "several waves have" if found.wave is None else f"wave {found.wave} has"
@@ -222,8 +269,7 @@ class Lds:
     def _text(self, access: LdsAccess, lane: int) -> str:
         """The first words of a message about an access."""
         workgroup, offset = divmod(int(access.starts[lane]), self._stride)
-        kind = "store" if access.is_write else "load"
         return (
-            f"The {kind} of {access.size} bytes at offset {offset} of the LDS of workgroup "
+            f"The {access.kind} of {access.size} bytes at offset {offset} of the LDS of workgroup "
             f"{workgroup} by wave {access.waves[lane]}"
         )

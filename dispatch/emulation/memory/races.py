@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,19 @@ from numpy.typing import NDArray
 from attn_dispatch.emulation.errors import EmulationError
 from attn_dispatch.emulation.memory.access import Bytes, repeated, unit_indices
 
-__all__ = ["Conflict", "RaceDetector"]
+__all__ = ["AccessKind", "Conflict", "RaceDetector"]
 
 #: A byte of the detector is 0 (no wave), 1 + the number of a wave, or 255 (several waves).
 _SEVERAL = 255
+
+AccessKind = Literal["load", "store", "atomic operation"]
+#: What each kind of access does to its bytes, and what of other waves it is in conflict with.
+_DOES: dict[AccessKind, str] = {"load": "read", "store": "written", "atomic operation": "changed"}
+_CONFLICTS: dict[AccessKind, tuple[str, ...]] = {
+    "load": ("written", "changed"),
+    "store": ("written", "read", "changed"),
+    "atomic operation": ("written", "read"),
+}
 
 
 class Conflict(NamedTuple):
@@ -23,7 +32,7 @@ class Conflict(NamedTuple):
         lane: of the later access.
         byte: a byte of both.
         wave: of the earlier access, None for several.
-        done: "read" or "written", by the earlier access.
+        done: "read", "written", or "changed" by an atomic operation; by the earlier access.
     """
 
     lane: int
@@ -33,11 +42,12 @@ class Conflict(NamedTuple):
 
 
 class RaceDetector:
-    """Two shadows of an array of bytes: the waves that wrote and that read since the last barrier.
+    """Shadows of an array of bytes: the waves that have accessed them since the last barrier.
 
     An access is a conflict if another wave has written a byte of it, or if it writes a byte that
-    another wave has read. It is none if it writes the value that is already there: no order of the
-    waves changes what they see.
+    another wave has read. It is none if it stores the value that is already there, unless by an
+    atomic operation, or if both are atomic operations: no order of the waves changes what is there
+    at the end.
 
     The methods look at the shadows in the largest unit that fits the access, 8 bytes at most. Where
     the bytes of a unit differ they look again at single bytes.
@@ -45,17 +55,18 @@ class RaceDetector:
 
     def __init__(self, memory: Bytes) -> None:
         self._memory = memory
-        self._writers = Bytes(np.zeros_like(memory.data))
-        self._readers = Bytes(np.zeros_like(memory.data))
+        # By what was done; that of atomic operations is added by the first one.
+        self._shadows = {done: Bytes(np.zeros_like(memory.data)) for done in ("written", "read")}
         self._last: tuple[NDArray[np.int64], NDArray[np.uint64]] | None = None  # waves, their codes
 
     def forget(self, stride: int, rows: NDArray[np.int64] | slice) -> None:
         """Forget the accesses to some rows of `stride` bytes."""
-        for shadow in (self._writers, self._readers):
+        for shadow in self._shadows.values():
             shadow.data.reshape(-1, stride)[rows] = 0
 
     def conflict(
         self,
+        kind: AccessKind,
         starts: NDArray[np.int64],
         size: int,
         waves: NDArray[np.int64],
@@ -64,19 +75,23 @@ class RaceDetector:
         """The first conflict of an access with the accesses noted so far.
 
         Args:
+            kind: of the access.
             starts, waves: int64 (k,), within the bounds.
             size: bytes of each lane.
-            values: uint32 (words, k) that a store writes; None for a load.
+            values: uint32 (words, k) that a store writes.
         """
-        unit, codes = self._writers.unit(starts, size), self._codes(waves)
-        found = self._conflict_of_units(unit, starts, size, codes, values)
-        return found and self._conflict_of_units(1, starts, size, codes, values)
+        unit, codes = self._memory.unit(starts, size), self._codes(waves)
+        found = self._conflict_of_units(unit, kind, starts, size, codes, values)
+        return found and self._conflict_of_units(1, kind, starts, size, codes, values)
 
     def note(
-        self, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64], is_write: bool
+        self, kind: AccessKind, starts: NDArray[np.int64], size: int, waves: NDArray[np.int64]
     ) -> None:
-        """Note that lanes have written or read."""
-        shadow = self._writers if is_write else self._readers
+        """Note an access of lanes."""
+        done = _DOES[kind]
+        if done not in self._shadows:
+            self._shadows[done] = Bytes(np.zeros_like(self._memory.data))
+        shadow = self._shadows[done]
         unit, codes = shadow.unit(starts, size), self._codes(waves)
         if not _note_units(shadow, unit, starts, size, codes):
             _note_units(shadow, 1, starts, size, codes)
@@ -92,21 +107,24 @@ class RaceDetector:
     def _conflict_of_units(
         self,
         unit: int,
+        kind: AccessKind,
         starts: NDArray[np.int64],
         size: int,
         codes: NDArray[np.uint64],
         values: NDArray[np.uint32] | None,
     ) -> Conflict | None:
         """A conflict in units of some bytes; it is certain if the unit is 1."""
-        own = codes.astype(self._writers.views[unit].dtype)
-        shadows = {"written": self._writers.views[unit]}
-        if values is not None:
-            shadows["read"] = self._readers.views[unit]
+        own: NDArray[Any] = codes.astype(self._memory.views[unit].dtype)
+        shadows = {
+            done: self._shadows[done].views[unit]
+            for done in _CONFLICTS[kind]
+            if done in self._shadows
+        }
         for step, index in enumerate(unit_indices(starts, size, unit)):
             for done, shadow in shadows.items():
                 earlier = shadow.take(index, mode="clip")
                 wrong = (earlier != own) & (earlier != 0)
-                if unit == 1 and values is not None:
+                if unit == 1 and values is not None and done != "changed":
                     stored = values[step // 4] >> np.uint32(8 * (step % 4)) & np.uint32(0xFF)
                     wrong &= self._memory.data[index] != stored
                 if wrong.any():
