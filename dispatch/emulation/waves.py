@@ -40,8 +40,9 @@ class WaveGroup:
         exec: (waves, lanes) bool, the lanes that execute; a copy of EXEC's bits.
         full: whether all lanes of all waves execute.
         block: the basic block that comes next.
-        saturates_fp8: whether the FP16_OVFL bit of the MODE register is set. Triton sets it in
-            kernels that cast to fp8. It has no effect on float16 here.
+        saturates: whether the FP16_OVFL bit of the MODE register is set, as in kernels that Triton
+            lets cast to fp8: conversions to fp8 and float16 give the largest number where a finite
+            one overflows. Arithmetic of float16 overflows to infinity here, unlike on a GPU.
         waits_at_barrier: it goes on when all waves of the workgroup wait, too.
         rank: groups of the lowest rank run first, until they wait or end; waves of different ranks
             never become one group.
@@ -74,7 +75,7 @@ class WaveGroup:
                 if file == "s":
                     setattr(self, f"column_{kind}", view[:, :, None])
         self.block, self.waits_at_barrier, self.rank = 0, False, 0
-        self.saturates_fp8 = False
+        self.saturates = False
         self.pending: tuple[Pending, ...] = ()
         self.pending_registers: frozenset[int] = frozenset()
         self.unpublished = StoresInFlight()
@@ -155,10 +156,10 @@ class WaveGroup:
     def joins(self, other: WaveGroup) -> bool:
         """Whether the two can be one group: same place and mode, same operations pending."""
         return (
-            (self.block, self.waits_at_barrier, self.rank, self.saturates_fp8)
-            == (other.block, other.waits_at_barrier, other.rank, other.saturates_fp8)
+            (self.block, self.waits_at_barrier, self.rank, self.saturates)
+            == (other.block, other.waits_at_barrier, other.rank, other.saturates)
             and (self.after_signal is None) == (other.after_signal is None)
-            and self.pending_instructions == other.pending_instructions
+            and self.pending_operations == other.pending_operations
         )
 
     def joined(self, other: WaveGroup) -> WaveGroup:
@@ -182,13 +183,13 @@ class WaveGroup:
         """A new group at the place of this one."""
         group = WaveGroup(self.shared, ids, registers, scc)
         group.block, group.waits_at_barrier = self.block, self.waits_at_barrier
-        group.rank, group.saturates_fp8 = self.rank, self.saturates_fp8
+        group.rank, group.saturates = self.rank, self.saturates
         return group
 
     @property
-    def pending_instructions(self) -> list[Instruction]:
-        """The instructions that issued the pending operations."""
-        return [each.instruction for each in self.pending]
+    def pending_operations(self) -> list[tuple[Instruction, str]]:
+        """The instruction that issued each pending operation, and the counter that counts it."""
+        return [(each.instruction, each.counter) for each in self.pending]
 
     def set_pending(self, pending: tuple[Pending, ...]) -> None:
         """Replace the operations that are pending."""

@@ -162,6 +162,20 @@ def test_mode_saturates(target, name, opcode, codes):
     assert (part.v_u16[0, ..., 0] == (codes & 0xFF00 | overflow)).all()
 
 
+@pytest.mark.parametrize(
+    ("target", "text", "word"),
+    [
+        (CDNA, "v_cvt_f16_f32_e32 v0, v2", 0xFBFF),
+        (CDNA, "v_cvt_f16_f32_e32 v0, v4", 0x7C00),
+        (CDNA4, "v_cvt_pk_f16_f32 v0, v2, v4", 0x7C00FBFF),
+    ],
+)
+def test_mode_saturates_float16(target, text, word):
+    group = group_of(target, v0=0, v2=f32(-1e6), v4=f32(INF))
+    execute(group, "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), 1", text)
+    assert (group.v_u32[0] == word).all()
+
+
 def test_lanes_outside_of_exec_stay():
     group = group_of(CDNA, v0=9, v1=9, v2=0x4038, exec=0xF0)
     execute(group, "v_cvt_pk_f32_fp8_e32 v[0:1], v2")

@@ -323,7 +323,7 @@ def test_the_mode_of_rounding_is_to_nearest():
     text = "s_setreg_imm32_b32 hwreg(HW_REG_WAVE_MODE, 2, 2), 0"
     execute(group, text, "v_cvt_f16_f32_e32 v0, v2")
     assert (group.v_u16[0, ..., 0] == 0x3C00).all()
-    assert not group.saturates_fp8
+    assert not group.saturates
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from attn_dispatch.emulation.instructions.operands import F16, F32, I16, I32, U1
 from attn_dispatch.emulation.instructions.semantics import Operation
 from attn_dispatch.emulation.targets import Target
 
-__all__ = ["ENCODING", "FORMS", "decode", "fp8_forms"]
+__all__ = ["ENCODING", "FORMS", "SATURATING", "decode", "fp8_forms"]
 
 _Function = Callable[..., Any]
 _16, _BYTE = np.uint32(16), np.uint32(0xFF)
@@ -73,6 +73,19 @@ FORMS: dict[str, Form] = by_opcode(
         ),
     }
 )
+
+
+def _to_largest_float16(a: Any) -> Any:
+    """float16 to nearest even, and the largest where a finite number overflows."""
+    largest = np.finfo(np.float16).max
+    return np.where(np.isinf(a), a, np.clip(a, -largest, largest)).astype(np.float16)
+
+
+#: Opcode -> what it computes if the mode saturates.
+SATURATING: dict[str, Form] = {
+    "v_cvt_f16_f32": Form(F16, (F32,), _to_largest_float16),
+    "v_cvt_pk_f16_f32": Form(U32, (F32, F32), _packed(_to_largest_float16)),
+}
 
 
 # 8-bit floats -------------------------------------------------------------------------------------
@@ -189,19 +202,23 @@ ENCODING = {
 
 
 def _decode_encoding(instruction: Instruction, target: Target) -> Operation:
-    """Whether it saturates depends on the mode of the waves."""
     name, sources, split = ENCODING[instruction.opcode]
     format = fp8.format_of(name, target.has_fnuz)
     plain, saturating = (
-        decode_form(
-            instruction,
-            target,
-            Form(U16, sources, _encode_two(format, split, saturates), keeps_half=True),
-        )
+        Form(U16, sources, _encode_two(format, split, saturates), keeps_half=True)
         for saturates in (False, True)
     )
+    return _decode_by_mode(instruction, target, plain, saturating)
+
+
+def _decode_by_mode(
+    instruction: Instruction, target: Target, plain: Form, saturating: Form
+) -> Operation:
+    """Whether it saturates depends on the mode of the waves."""
+    operation, saturated = (decode_form(instruction, target, each) for each in (plain, saturating))
     return Operation(
-        lambda group: (saturating if group.saturates_fp8 else plain).compute(group), plain.commit
+        lambda group: (saturated if group.saturates else operation).compute(group),
+        operation.commit,
     )
 
 
@@ -228,6 +245,8 @@ def decode(instruction: Instruction, target: Target) -> Operation | None:
         UnknownInstruction: its form is not known.
     """
     opcode = instruction.opcode
+    if opcode in SATURATING:
+        return _decode_by_mode(instruction, target, FORMS[opcode], SATURATING[opcode])
     form = FORMS.get(opcode)
     if form is None and target.name not in _WITHOUT_FP8:
         if opcode in ENCODING:

@@ -90,7 +90,7 @@ def _set_mode(instruction: Instruction) -> Execute:
     if found is None:
         raise UnknownInstruction(_REJECTED["s_setreg_b32"])
     saturates = int(found[1], 0) == 1
-    return lambda group: setattr(group, "saturates_fp8", saturates)
+    return lambda group: setattr(group, "saturates", saturates)
 
 
 def _execute(scalar: Scalar, operands: list[Operand]) -> Execute:
