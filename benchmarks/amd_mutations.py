@@ -186,7 +186,7 @@ class MutatedSteps:
 def _is_same(one: WaveGroup, other: WaveGroup) -> bool:
     """Whether registers and pending operations are the same."""
     states = [(each.s_u32, each.v_u32, each.a_u32, each.scc) for each in (one, other)]
-    same_pending = one.pending_instructions == other.pending_instructions
+    same_pending = one.pending_operations == other.pending_operations
     return same_pending and all(map(np.array_equal, *states))
 
 

@@ -16,7 +16,7 @@ from attn_dispatch.emulation.memory.lds import LdsAccess
 __all__ = ["ORDER_OF_OPCODE", "Pending"]
 
 #: Kinds whose operations finish in the order of their issue, if they share a counter. Scalar loads
-#: finish in any order.
+#: and flat accesses finish in any order.
 _ORDERED = {"load": "vector memory", "store": "vector memory", "lds": "LDS"}
 #: The same by how the opcode begins.
 ORDER_OF_OPCODE = {
@@ -27,6 +27,8 @@ ORDER_OF_OPCODE = {
 @dataclass(frozen=True, eq=False)
 class Pending:
     """A memory operation that nothing has waited for yet.
+
+    A flat access adds to two counters, and is two of these.
 
     Attributes:
         instruction: that issued it.
@@ -44,7 +46,7 @@ class Pending:
 
     @property
     def order(self) -> str | None:
-        """What finishes in the order of issue, if it shares a counter; None for scalar loads."""
+        """What finishes in the order of issue, if it shares a counter; None if nothing does."""
         return _ORDERED.get(self.kind)
 
     def only(self, waves: NDArray[np.int64]) -> Pending:

@@ -45,13 +45,18 @@ def issue(
     Args:
         group: the waves.
         instruction: that they execute.
-        kind: "load" (also atomics that return a value), "store", "lds" or "scalar".
+        kind: "load" (also atomics that return a value), "store", "lds" or "scalar"; "flat_load" and
+            "flat_store" also add to the counter of LDS.
         registers: `Registers.ids` that it will write.
         access: of memory, if it is watched.
     """
-    counter = _COUNTERS[group.shared.target.generation][kind]
-    made = Pending(instruction, kind, counter, frozenset(registers), access)
+    counters, is_flat = _COUNTERS[group.shared.target.generation], kind.startswith("flat_")
+    counter, registers = counters[kind[5:] if is_flat else kind], frozenset(registers)
+    made = Pending(instruction, kind, counter, registers, access)
     group.set_pending((*group.pending, made))
+    if is_flat:
+        made = Pending(instruction, kind, counters["lds"], registers)
+        group.set_pending((*group.pending, made))
     if group.after_signal is not None and isinstance(access, LdsAccess):
         group.after_signal += (access,)
 

@@ -1,4 +1,4 @@
-"""Global, private and buffer instructions: every opcode against lanes in plain Python."""
+"""Global, flat, private and buffer instructions: every opcode against lanes in plain Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.memory_cases import (
     operand,
 )
 
-SPACES = ("global", "scratch", "buffer")
+SPACES = ("global", "flat", "scratch", "buffer")
 #: Operation -> its name on RDNA, without bits.
 RDNA_NAMES = {
     "swap": "swap_b", "add": "add_u", "sub": "sub_u", "smin": "min_i", "umin": "min_u",
@@ -35,14 +35,19 @@ RDNA_NAMES = {
 _ALL_FLOATS = ("add_f32", "add_f64", "pk_add_f16", "pk_add_bf16")
 FLOATS = {
     ("gfx90a", "global"): _ALL_FLOATS[:3],
+    ("gfx90a", "flat"): ("add_f64",),
     ("gfx90a", "buffer"): _ALL_FLOATS[:3],
     ("gfx942", "global"): _ALL_FLOATS,
+    ("gfx942", "flat"): _ALL_FLOATS,
     ("gfx942", "buffer"): _ALL_FLOATS[:3],
     ("gfx950", "global"): _ALL_FLOATS,
+    ("gfx950", "flat"): _ALL_FLOATS,
     ("gfx950", "buffer"): _ALL_FLOATS,
     ("gfx1100", "global"): ("add_f32",),
+    ("gfx1100", "flat"): ("add_f32",),
     ("gfx1100", "buffer"): ("add_f32",),
     ("gfx1201", "global"): ("add_f32", "pk_add_f16", "pk_add_bf16"),
+    ("gfx1201", "flat"): ("add_f32", "pk_add_f16", "pk_add_bf16"),
     ("gfx1201", "buffer"): ("add_f32", "pk_add_f16", "pk_add_bf16"),
 }
 RETURNS = {
@@ -83,7 +88,7 @@ ATOMIC_ROWS = [
         target, space, f"{space}_atomic_{name}", operation, size, id=f"{target}-{space}-{name}"
     )
     for target in TARGETS
-    for space in ("global", "buffer")
+    for space in ("global", "flat", "buffer")
     for operation, name, size in (
         *((each, integer_atomic(target, each, n), n) for each in RDNA_NAMES for n in (4, 8)),
         *((each, each, 8 if each == "add_f64" else 4) for each in FLOATS[target, space]),
@@ -95,6 +100,18 @@ ATOMIC_ROWS = [
 def test_every_opcode_has_a_row(target):
     tested = [row.values for row in (*LOAD_ROWS, *STORE_ROWS, *ATOMIC_ROWS)]
     assert set(forms(target_named(target))) == {row[2] for row in tested if row[0] == target}
+
+
+def check_pending(group, space, kind, registers):
+    """One operation is pending; a flat one also counts as one of LDS."""
+    load, store, lds = {
+        9: ("vmcnt", "vmcnt", "lgkmcnt"),
+        11: ("vmcnt", "vscnt", "lgkmcnt"),
+        12: ("loadcnt", "storecnt", "dscnt"),
+    }[group.shared.target.generation]
+    expected = [load if kind == "load" else store, *([lds] if space == "flat" else [])]
+    assert [each.counter for each in group.pending] == expected
+    assert all(each.registers == set(registers) for each in group.pending)
 
 
 # Lanes in plain Python ----------------------------------------------------------------------------
@@ -115,10 +132,8 @@ def test_load(target, space, opcode, value, partial):
             expected[:, wave, lane] = value.loaded(raw, expected[:, wave, lane].tolist())
         execute(case.group, case.text(opcode, operand(file, 4, value.words), 36))
         np.testing.assert_array_equal(case.words(file, 4, value.words), expected)
-        (pending,) = case.group.pending
         first = {"v": 1000, "a": 2000}[file] + 4
-        assert pending.kind == "load"
-        assert pending.registers == set(range(first, first + value.words))
+        check_pending(case.group, space, "load", range(first, first + value.words))
 
 
 @pytest.mark.parametrize("partial", [False, True], ids=["all lanes", "some lanes"])
@@ -132,9 +147,7 @@ def test_store(target, space, opcode, value, partial):
             contents(wave, lane)[offset + 40 : offset + 40 + value.size] = raw
         execute(case.group, case.text(opcode, operand(file, 4, value.words), 40))
         assert case.bytes_of(case.contents()) == case.bytes_of(contents)
-        (pending,) = case.group.pending
-        assert pending.kind == "store"
-        assert pending.registers == frozenset()
+        check_pending(case.group, space, "store", ())
 
 
 @pytest.mark.parametrize("returns", [False, True], ids=["", "returns"])
@@ -173,9 +186,8 @@ def test_atomic(target, space, opcode, operation, size, returns):
     execute(case.group, f"{text} {RETURNS[target]}" if returns else text)
     assert case.bytes_of(case.contents()) == case.bytes_of(contents)
     np.testing.assert_array_equal(case.words("v", to, words), found if returns else before)
-    (pending,) = case.group.pending
-    assert pending.kind == ("load" if returns else "store")
-    assert pending.registers == (set(range(1000 + to, 1000 + to + words)) if returns else set())
+    written = range(1000 + to, 1000 + to + words) if returns else ()
+    check_pending(case.group, space, "load" if returns else "store", written)
 
 
 @pytest.mark.parametrize("target", RETURNS)
@@ -261,6 +273,9 @@ def test_no_lane_accesses_memory():
         "global_load_dwordx4 v[4:7], v[4:5], off",
         "global_store_dword v[4:5], v6, off",
         "global_atomic_add v4, v[4:5], v6, off sc0",
+        "flat_load_dword v4, v[4:5]",
+        "flat_store_dword v[4:5], v6",
+        "flat_atomic_add v4, v[4:5], v6 sc0",
         "buffer_load_dword v4, v5, s[8:11], 0 offen",
         "buffer_store_dword v4, v5, s[8:11], 0 offen",
         "buffer_atomic_add v4, v5, s[8:11], 0 offen",
@@ -293,7 +308,9 @@ def test_no_lane_accesses_memory():
         ("gfx942", "buffer_atomic_pk_add_bf16 v5, v1, s[8:11], 0 offen"),
         ("gfx1201", "global_atomic_add_f64 v[2:3], v[4:5], off"),
         ("gfx942", "buffer_atomic_inc v5, v1, s[8:11], 0 offen"),
-        ("gfx942", "flat_load_dword v4, v[2:3]"),
+        ("gfx942", "flat_load_dword v4, v[2:3], off"),
+        ("gfx942", "flat_load_dword v4, v[2:3] lds"),
+        ("gfx90a", "flat_atomic_add_f32 v[2:3], v5"),
         ("gfx942", "scratch_atomic_add v1, v5, off"),
         ("gfx942", "buffer_load_dword v4, v1, s[8:11], 0"),
         ("gfx942", "buffer_load_dword v4, off, s[8:11], 0 offen"),
@@ -331,6 +348,45 @@ def test_result_is_used_before_the_wait():
     use(case.group, "global_load_dword v4, v[4:5], off")
 
 
+@pytest.mark.parametrize("waits", [("vmcnt(0)", "lgkmcnt(0)"), ("lgkmcnt(0)", "vmcnt(0)")])
+def test_a_flat_load_needs_both_waits(waits):
+    case = MemoryCase("gfx942", "flat", partial=False)
+    execute(case.group, "flat_load_dword v4, v[2:3]", "global_load_dword v5, v[2:3], off")
+    for text in ("v_mov_b32_e32 v6, v4", "global_load_dword v4, v[2:3], off"):
+        with pytest.raises(WaitFault, match=r"v4 is used before .* flat_load_dword"):
+            use(case.group, text)
+    execute(case.group, f"s_waitcnt {waits[0]}")
+    with pytest.raises(WaitFault, match="v4 is used"):
+        use(case.group, "v_mov_b32_e32 v6, v4")
+    execute(case.group, f"s_waitcnt {waits[1]}")
+    use(case.group, "v_mov_b32_e32 v6, v4")
+    assert not case.group.pending
+
+
+def test_waves_that_wait_for_different_counters_of_a_flat_load_stay_apart():
+    case = MemoryCase("gfx942", "flat", partial=False)
+    execute(case.group, "flat_load_dword v4, v[2:3]")
+    first, second = (case.group.only(case.group.ids == i) for i in (0, 1))
+    execute(first, "s_waitcnt vmcnt(0)")
+    execute(second, "s_waitcnt lgkmcnt(0)")
+    assert not first.joins(second)
+    execute(first, "s_waitcnt lgkmcnt(0)")
+    execute(second, "s_waitcnt vmcnt(0)")
+    assert first.joins(second)
+
+
+def test_a_flat_load_finishes_in_any_order():
+    case = MemoryCase("gfx942", "flat", partial=False)
+    execute(
+        case.group,
+        "flat_load_dword v4, v[2:3]",
+        "global_load_dword v5, v[2:3], off",
+        "s_waitcnt vmcnt(1) lgkmcnt(0)",
+    )
+    with pytest.raises(WaitFault, match="v4 is used"):
+        use(case.group, "v_mov_b32_e32 v6, v4")
+
+
 def test_both_halves_may_be_loaded_without_a_wait():
     case = MemoryCase("gfx942", "global", partial=False)
     execute(case.group, "global_load_short_d16 v4, v[2:3], off")
@@ -359,6 +415,12 @@ def test_both_halves_may_be_loaded_without_a_wait():
             "gfx1100",
             "global_store_b32 v[2:3], v4, off",
             "global_load_b32 v5, v1, s[4:5]",
+            "s_waitcnt_vscnt null, 0x0",
+        ),
+        (
+            "gfx1100",
+            "flat_store_b32 v[2:3], v4",
+            "flat_load_b32 v5, v[2:3]",
             "s_waitcnt_vscnt null, 0x0",
         ),
         (

@@ -255,7 +255,7 @@ class MemoryCase(LanesCase):
     def text(self, opcode, data, offset=0, returns=""):
         """An instruction at the lanes' offsets; `returns` is where a result goes."""
         kind = opcode.split("_")[1]
-        where = {"global": ["v[2:3]", "off"], "scratch": ["v1", "off"]}
+        where = {"global": ["v[2:3]", "off"], "flat": ["v[2:3]"], "scratch": ["v1", "off"]}
         if self.space == "buffer":
             parts = [data, "v1", "s[8:11]", "0"]
         else:

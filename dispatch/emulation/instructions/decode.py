@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ _FAMILIES: dict[str, tuple[Callable[[Instruction, Target], Semantics | Operation
     ),
     "ds": (lds_instructions.decode, cross_lane.decode),
     "global": (loads_to_lds.decode, vector_memory.decode),
+    "flat": (loads_to_lds.decode, vector_memory.decode),
     "scratch": (vector_memory.decode,),
     "buffer": (loads_to_lds.decode, vector_memory.decode),
 }
@@ -182,9 +184,22 @@ def unknown_instructions(text: str, arch: str) -> list[str]:
     """
     target = target_named(arch)
     found: dict[str, str] = {}
-    for instruction in Assembly(text).instructions:
+    # One of each form: the numbers of registers do not matter, but how many there are.
+    forms = {_form(each.text): each for each in reversed(Assembly(text).instructions)}
+    for instruction in forms.values():
         try:
             decode(instruction, target)
         except UnknownInstruction as error:
             found.setdefault(instruction.opcode, str(error))
     return list(found.values())
+
+
+def _form(text: str) -> str:
+    """An instruction without the numbers of registers, and with the sizes of groups of them."""
+    opcode, _, operands = text.partition(" ")
+    return (
+        f"{opcode} {_NUMBERS.sub(lambda m: str(int(m[2]) - int(m[1])) if m[1] else '', operands)}"
+    )
+
+
+_NUMBERS = re.compile(r"(?<=[vsap]\[)(\d+):(\d+)|(?<=[vsap])\d+")

@@ -1,7 +1,8 @@
 """Instructions that access global memory, buffers and private memory.
 
-`global_...`, `scratch_...` and `buffer_...`: loads, stores and atomic operations. AMD's ISA
-manuals, "vector memory operations" and "flat memory instructions".
+`global_...`, `flat_...`, `scratch_...` and `buffer_...`: loads, stores and atomic operations. AMD's
+ISA manuals, "vector memory operations" and "flat memory instructions". Flat addresses of LDS and of
+private memory are not known: they are outside of all regions of global memory.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Form:
     """A memory instruction.
 
     Attributes:
-        space: "global", "scratch" or "buffer".
+        space: "global", "flat", "scratch" or "buffer".
         kind: "load", "store" or "atomic".
         transfer: of the value.
         operation: of an atomic operation, one of `atomics.ATOMIC_OPERATIONS`.
@@ -49,27 +50,39 @@ class _Form:
     transfer: Transfer
     operation: str = ""
 
+    def operands(self, instruction: Instruction) -> list[str]:
+        """The operands; a flat instruction has no base, as a global one with "off"."""
+        return [*instruction.operands, *(["off"] if self.space == "flat" else [])]
+
+    def pending(self, kind: str) -> str:
+        """What waits for the operation, a kind of `waits.issue`."""
+        return f"flat_{kind}" if self.space == "flat" else kind
+
 
 _CDNA = ("gfx90a", "gfx942", "gfx950")
 _PACKED = ("gfx942", "gfx950", "gfx1201")
 #: Additions of floats by their names: bytes, and the targets that have them in a space.
 _FLOAT_ATOMICS: dict[str, tuple[int, dict[str, tuple[str, ...]]]] = {
-    "add_f32": (4, dict.fromkeys(("global", "buffer"), tuple(TARGETS))),
-    "add_f64": (8, dict.fromkeys(("global", "buffer"), _CDNA)),
-    "pk_add_f16": (4, dict.fromkeys(("global", "buffer"), ("gfx90a", *_PACKED))),
-    "pk_add_bf16": (4, {"global": _PACKED, "buffer": ("gfx950", "gfx1201")}),
-}
+    "add_f32": (4, {
+        "global": tuple(TARGETS), "buffer": tuple(TARGETS), "flat": (*_PACKED, "gfx1100"),
+    }),
+    "add_f64": (8, {"global": _CDNA, "buffer": _CDNA, "flat": _CDNA}),
+    "pk_add_f16": (4, {
+        "global": ("gfx90a", *_PACKED), "buffer": ("gfx90a", *_PACKED), "flat": _PACKED,
+    }),
+    "pk_add_bf16": (4, {"global": _PACKED, "buffer": ("gfx950", "gfx1201"), "flat": _PACKED}),
+}  # fmt: skip
 
 
 @cache
 def forms(target: Target) -> dict[str, _Form]:
     """What this module decodes, by opcode."""
     known, names = {}, "cdna" if target.is_cdna else "rdna"
-    for space in ("global", "scratch", "buffer"):
+    for space in ("global", "flat", "scratch", "buffer"):
         for kind, transfers in (("load", LOADS[names]), ("store", STORES[names])):
             for suffix, transfer in transfers.items():
                 known[f"{space}_{kind}_{suffix}"] = _Form(space, kind, transfer)
-    for space in ("global", "buffer"):
+    for space in ("global", "flat", "buffer"):
         for cdna, rdna in ATOMICS.items():
             for size, suffix in ((4, ""), (8, "_x2")):
                 name = f"{cdna}{suffix}" if target.is_cdna else f"{rdna}{8 * size}"
@@ -101,37 +114,37 @@ def _space(
     if form.space == "buffer":
         return BufferSpace(instruction, where, target)
     vector, scalar = where
-    space = GlobalSpace if form.space == "global" else PrivateSpace
+    space = PrivateSpace if form.space == "scratch" else GlobalSpace
     return space(vector, scalar, integer_modifier(instruction, "offset"))
 
 
 def _load(instruction: Instruction, form: _Form, target: Target) -> Semantics:
-    to, *where = instruction.operands
+    to, *where = form.operands(instruction)
     space, write = _space(instruction, form, where, target), data_writer(to, form.transfer)
-    size, results = form.transfer.size, register_ids([to])
+    size, results, pending = form.transfer.size, register_ids([to]), form.pending("load")
 
     def load(group: WaveGroup) -> None:
         write(group, space.load(group, size))
-        issue(group, instruction, "load", results)
+        issue(group, instruction, pending, results)
 
     return Semantics(load, results, register_ids(where))
 
 
 def _store(instruction: Instruction, form: _Form, target: Target) -> Semantics:
-    where = list(instruction.operands)
+    where = form.operands(instruction)
     data = where.pop(0 if form.space == "buffer" else 1)
     space, read = _space(instruction, form, where, target), data_reader(data, form.transfer)
-    size = form.transfer.size
+    size, pending = form.transfer.size, form.pending("store")
 
     def store(group: WaveGroup) -> None:
         in_flight = space.store(group, read(group), size)
-        issue(group, instruction, "store", access=in_flight)
+        issue(group, instruction, pending, access=in_flight)
 
     return Semantics(store)
 
 
 def _atomic(instruction: Instruction, form: _Form, target: Target) -> Semantics:
-    where, returns = list(instruction.operands), _returns(instruction, target)
+    where, returns = form.operands(instruction), _returns(instruction, target)
     size, operation, words = form.transfer.size, form.operation, form.transfer.words
     # What "cmpswap" compares with follows the new value.
     transfer = Transfer(2 * size) if operation == "cmpswap" else form.transfer
@@ -148,13 +161,14 @@ def _atomic(instruction: Instruction, form: _Form, target: Target) -> Semantics:
         space = GlobalSpace(vector, base, integer_modifier(instruction, "offset"))
     read, write = data_reader(data, transfer), data_writer(to, form.transfer) if returns else None
     results = register_ids([to]) if returns else frozenset()
+    pending = form.pending("load" if returns else "store")
 
     def atomic(group: WaveGroup) -> None:
         publish(group, only_active=True)
         found = space.atomic(group, operation, read(group), size)
         if write:
             write(group, found)
-        issue(group, instruction, "load" if returns else "store", results)
+        issue(group, instruction, pending, results)
 
     return Semantics(atomic, results, register_ids([*where, data]))
 
