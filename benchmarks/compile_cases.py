@@ -69,7 +69,8 @@ class Case:
         fields: of AttentionSpec, over those of LAYER.
         lens: query_lens and seq_lens.
         archs: where it is compiled, of the covering set; None for one of each vendor, in turns.
-        addressings: with which, of the covering set, on AMD.
+        addressings: with which, of the covering set, on one AMD device of each instruction set;
+            on the others, "mixed".
         odd_rows: new keys lie where no tensor descriptor can describe them.
         only: of what is launched, kernels with this in their name.
         decode_row: how Hopper's decode kernel is launched, whatever the step.
@@ -216,11 +217,15 @@ _DECODES = tuple(
 HOPPER = _PREFILLS + _DECODES
 
 
+#: A device of CDNA, RDNA3 and RDNA4 each.
+_INSTRUCTION_SETS = ("gfx942", "gfx1100", "gfx1201")
+
+
 def covering_set() -> list[Compilation]:
     """What the table has: each case on a device of each vendor at least.
 
     The table has "mixed". The others are compiled as well where a case says so, which covers
-    each kernel on each AMD device.
+    each kernel with each instruction set of AMD.
     """
     pairs = [(case, arch) for case in SIZES for arch in (*NVIDIA, *AMD)]
     pairs += [(case, "sm90") for case in HOPPER]
@@ -230,8 +235,14 @@ def covering_set() -> list[Compilation]:
     return [
         Compilation(case, arch, addressing)
         for case, arch in pairs
-        for addressing in (case.addressings if arch in AMD else ("",))
+        for addressing in _addressings(case, arch)
     ]
+
+
+def _addressings(case: Case, arch: str) -> tuple[str, ...]:
+    if arch not in AMD:
+        return ("",)
+    return case.addressings if arch in _INSTRUCTION_SETS else ("mixed",)
 
 
 def full_set() -> list[Compilation]:

@@ -86,7 +86,7 @@ def test_cases_cover_each_source_of_keys(case, arch, source):
 
 
 def test_amd_kernels_are_compiled_for_tensors_of_each_size():
-    """Each case as it usually runs, and each kernel on each device in all three ways."""
+    """Each case as it usually runs; each kernel of each instruction set in all three ways."""
     found = {}
     for case, arch, addressing in cases.covering_set():
         if arch in cases.NVIDIA:
@@ -96,7 +96,9 @@ def test_amd_kernels_are_compiled_for_tensors_of_each_size():
     assert all("mixed" in each for each in found.values())
     kernels = set()
     for case in (case for case in cases.FEATURES if case.addressings == cases.ADDRESSINGS):
-        assert all(found[case.name, arch] == list(cases.ADDRESSINGS) for arch in cases.AMD)
+        for arch in cases.AMD:
+            is_chosen = arch in ("gfx942", "gfx1100", "gfx1201")
+            assert found[case.name, arch] == (list(cases.ADDRESSINGS) if is_chosen else ["mixed"])
         kernels |= set(recorded(case.name, "gfx942"))
     assert kernels == {"write_kv", "decode", "gather_kv", "prefill"}
 
