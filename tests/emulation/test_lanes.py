@@ -27,6 +27,9 @@ DPP = {
     "row_newbcast:12": lambda n, size: (n & ~15) + 12,
     "row_xmask:5": lambda n, size: (n & ~15) + ((n & 15) ^ 5),
     "wave_shr:1": lambda n, size: n - 1 if n > 0 else None,
+    "wave_shl:1": lambda n, size: n + 1 if n < size - 1 else None,
+    "wave_ror:1": lambda n, size: n - 1 if n > 0 else size - 1,
+    "wave_rol:1": lambda n, size: n + 1 if n < size - 1 else 0,
 }
 
 

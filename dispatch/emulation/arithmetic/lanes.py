@@ -29,6 +29,9 @@ _DPP_NAMED: dict[str, Callable[[_Lanes], _Lanes]] = {
     # Lane 31 goes to the upper half.
     "row_bcast:31": lambda lane: np.where(lane >= 32, lane // 32 * 32 - 1, -1),
     "wave_shr:1": lambda lane: lane - 1,
+    "wave_shl:1": lambda lane: np.where(lane + 1 < len(lane), lane + 1, -1),
+    "wave_ror:1": lambda lane: (lane - 1) % len(lane),
+    "wave_rol:1": lambda lane: (lane + 1) % len(lane),
 }
 #: Controls with a number, which the functions take, too.
 _DPP_NUMBERED: dict[str, tuple[range, Callable[[_Lanes, int], _Lanes]]] = {
