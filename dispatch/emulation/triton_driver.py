@@ -1,7 +1,7 @@
 """A Triton driver whose GPU is emulated.
 
 Triton asks its active driver for the target, compiles for it, and calls the driver's launcher. So
-any kernel runs unchanged: with autotuning, heuristics, launch hooks, `tl.num_programs`.
+kernels run unchanged: with autotuning, heuristics, launch hooks, `tl.num_programs`.
 """
 
 from __future__ import annotations

@@ -225,6 +225,10 @@ def test_a_read_of_what_was_never_written_is_a_fault(arch, write, read, wait):
         run_lines(arch, read, wait, scratch=16, unwritten=(0,))
 
 
+def test_a_kernel_without_arguments_runs():
+    assert launch("gfx942", "s_nop 0").instructions == {"s_nop": 1, "s_endpgm": 1}
+
+
 def test_every_fault_is_a_kernel_fault():
     kinds = (MemoryFault, RaceFault, UnwrittenRead, WaitFault, WaveOrderFault)
     assert all(issubclass(kind, KernelFault) for kind in kinds)

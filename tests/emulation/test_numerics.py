@@ -346,7 +346,7 @@ ARGUMENTS = {
     name: _WORD_ARGUMENTS[:count]
     for count, names in {
         1: "count_bits leading_zeros leading_sign_bits trailing_zeros reverse_bits",
-        2: "to_u64 bit_mask_32 bit_mask_64",
+        2: "to_u64 bit_mask_32",
         3: "extract_bits extract_signed_bits align_bits permute_bytes",
     }.items()
     for name in names.split()

@@ -14,7 +14,6 @@ import numpy as np
 __all__ = [
     "align_bits",
     "bit_mask_32",
-    "bit_mask_64",
     "bitwise_ternary",
     "count_bits",
     "extract_bits",
@@ -136,13 +135,6 @@ def bit_mask_32(width: Any, offset: Any) -> Any:
     """`width` ones from bit `offset` on; both modulo 32 (v_bfm_b32, s_bfm_b32)."""
     one, limit = np.uint32(1), np.uint32(31)
     return ((one << (width & limit)) - one) << (offset & limit)
-
-
-def bit_mask_64(width: Any, offset: Any) -> Any:
-    """`width` ones from bit `offset` on, as uint64; both are uint32, modulo 64 (s_bfm_b64)."""
-    one, limit = np.uint64(1), np.uint64(63)
-    ones = (one << (width.astype(np.uint64) & limit)) - one
-    return ones << (offset.astype(np.uint64) & limit)
 
 
 def align_bits(high: Any, low: Any, shift: Any) -> Any:

@@ -85,7 +85,7 @@ def encode(x: NDArray[Any], format: str, saturates: bool = False) -> NDArray[np.
         x: float32.
         format: a key of `FORMATS`.
         saturates: a finite value that rounds beyond the largest becomes the largest. Infinities
-            stay infinite, as AMD's manuals say of the FP16_OVFL bit.
+            stay infinite: an assumption, no document was found that says it of 8-bit floats.
 
     Returns:
         uint32 in 0 to 255. The sign of a NaN stays, but for the fnuz formats.

@@ -92,8 +92,9 @@ class GlobalMemory:
 
     def remove(self, region: Region) -> None:
         """Allow no more accesses to a region."""
-        at = self._regions.index(region)
-        del self._regions[at], self._starts[at]
+        if region.data.size:  # one without bytes was never among the others
+            at = self._regions.index(region)
+            del self._regions[at], self._starts[at]
 
     def region_at(self, address: int) -> Region:
         """The region that an address is in.
