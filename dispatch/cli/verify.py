@@ -57,6 +57,8 @@ def verify(
     """
     if emulate is not None and device is not None:
         raise InvalidInputError("--emulate runs on the CPU: give it or --device, not both.")
+    if emulate is None and addressing != "buffer":
+        raise InvalidInputError("--addressing is that of an emulated GPU: give --emulate, too.")
     if json_path is not None:
         check_json_file(json_path, "backend", "outcomes")
     with noise_to_stderr():

@@ -42,6 +42,12 @@ def test_emulate_excludes_device():
     assert "give it or --device, not both" in text
 
 
+def test_addressing_needs_emulate():
+    code, text = run_cli("REFERENCE", "--addressing", "mixed")
+    assert code == 2
+    assert "give --emulate, too" in " ".join(text.split())
+
+
 @needs_compiler
 def test_targets_that_are_not_emulated_are_rejected():
     code, text = run_cli("TRITON_ATTN", "--emulate", "sm90")
