@@ -12,6 +12,7 @@ from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import ANY, Capabilities
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import profiling_output
@@ -28,7 +29,7 @@ class NoAttentionImpl(AttentionImpl[BatchMetadata]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: BatchMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,

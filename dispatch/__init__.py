@@ -16,13 +16,16 @@ _HOMES = {
     "UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",
     "interface.batch": "AttentionBatch",
-    "interface.capability": "ANY ByDevice Capabilities AnyOf MultipleOf OneOf Range Reason SameAs",
+    "interface.capability": "ANY ByDevice Capabilities AnyOf MultipleOf OneOf Range Reason SameAs "
+    "Strides",
     "interface.graphs": "AttentionState",
     "interface.impl": "AttentionImpl AttentionLayer MLAAttentionImpl",
     "interface.kv_access": "gather_kv write_kv_cache write_mla_cache",
     "interface.kv_blocks": "copy_blocks swap_blocks",
     "interface.kv_cache": "STRIDE_ORDERS allocate_kv_cache kv_cache_shape split_token_scales "
     "view_kv_cache",
+    "interface.kv_strides": "KVStrides",
+    "interface.kv_view": "KVCacheView kv_strides_of",
     "interface.metadata": "AttentionMetadata AttentionMetadataBuilder",
     "interface.quantization": "kv_cache_torch_dtype stored_head_size",
     "interface.spec": "AttentionSpec MLADims",

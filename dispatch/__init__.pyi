@@ -15,6 +15,7 @@ from attn_dispatch.interface.capability import OneOf as OneOf
 from attn_dispatch.interface.capability import Range as Range
 from attn_dispatch.interface.capability import Reason as Reason
 from attn_dispatch.interface.capability import SameAs as SameAs
+from attn_dispatch.interface.capability import Strides as Strides
 from attn_dispatch.interface.graphs import AttentionState as AttentionState
 from attn_dispatch.interface.impl import AttentionImpl as AttentionImpl
 from attn_dispatch.interface.impl import AttentionLayer as AttentionLayer
@@ -29,6 +30,9 @@ from attn_dispatch.interface.kv_cache import allocate_kv_cache as allocate_kv_ca
 from attn_dispatch.interface.kv_cache import kv_cache_shape as kv_cache_shape
 from attn_dispatch.interface.kv_cache import split_token_scales as split_token_scales
 from attn_dispatch.interface.kv_cache import view_kv_cache as view_kv_cache
+from attn_dispatch.interface.kv_strides import KVStrides as KVStrides
+from attn_dispatch.interface.kv_view import KVCacheView as KVCacheView
+from attn_dispatch.interface.kv_view import kv_strides_of as kv_strides_of
 from attn_dispatch.interface.metadata import AttentionMetadata as AttentionMetadata
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder as AttentionMetadataBuilder
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype as kv_cache_torch_dtype

@@ -36,6 +36,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
     SameAs,
+    Strides,
 )
 from attn_dispatch.interface.kv_access import read_kv_cache
 from attn_dispatch.interface.kv_cache import view_kv_cache
@@ -190,7 +191,8 @@ class TorchVarlenImpl(UnquantizedImpl[TorchVarlenMetadata]):
         assert kv_cache is not None  # by check_forward
         block_size = kv_cache.shape[2]
         keys, values = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        if self._reads_pages and block_size % _PAGE_TOKENS == 0 and is_aligned(keys):
+        is_whole = block_size % _PAGE_TOKENS == 0
+        if self._reads_pages and is_whole and is_aligned(keys) and is_aligned(values):
             pages = {"seqused_k": batch.seq_lens, "block_table": batch.block_table}
             return keys, values, {"cu_seq_k": None, "max_k": max_k, **pages}
         slots = metadata.slots(block_size)
@@ -227,6 +229,7 @@ class TorchVarlenBackend(AttentionBackend):
         kv_cache_dtype=OneOf("auto", "bfloat16", "float16"),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        kv_strides=Strides(),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

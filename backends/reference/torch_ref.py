@@ -16,6 +16,7 @@ from attn_dispatch.interface.capability import (
     OneOf,
     Reason,
     ReasonCode,
+    Strides,
 )
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.metadata import BatchMetadata
@@ -130,6 +131,7 @@ class ReferenceBackend(AttentionBackend):
         kv_scales=OneOf("per_tensor", "per_head"),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        kv_strides=Strides(),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

@@ -24,9 +24,10 @@ from attn_dispatch.backends.reference.semantics import (
 from attn_dispatch.backends.reference.torch_sdpa_plan import Group, SDPABuilder, SDPAMetadata
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.capability import ANY, ByDevice, Capabilities, OneOf
+from attn_dispatch.interface.capability import ANY, ByDevice, Capabilities, OneOf, Strides
 from attn_dispatch.interface.kv_access import read_kv_cache
 from attn_dispatch.interface.kv_cache import view_kv_cache
+from attn_dispatch.interface.kv_view import keys_and_values
 from attn_dispatch.interface.quantization import (
     dequantize_rows,
     has_token_scales,
@@ -97,7 +98,7 @@ class SDPAImpl(UnquantizedImpl[SDPAMetadata]):
         blocks = block_table[group.requests, group.positions // block_size].long()
         offsets = group.positions % block_size
         if has_token_scales(kv_cache.dtype):
-            rows = [read_kv_cache(view, blocks, offsets) for view in kv_cache.unbind(1)]
+            rows = [read_kv_cache(part, blocks, offsets) for part in keys_and_values(kv_cache)]
             keys, values = (
                 dequantize_rows(each[..., :size], token_scales(each), dtype)
                 for each, size in zip(rows, (self.head_size, self.head_size_v), strict=True)
@@ -265,6 +266,7 @@ class TorchSDPABackend(AttentionBackend):
         kv_cache_dtype=OneOf(*KV_CACHE_DTYPES),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        kv_strides=Strides(),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

@@ -40,8 +40,17 @@ from attn_dispatch.backends.triton.plan import (
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import ANY, Capabilities, OneOf, Range, Reason, ReasonCode
+from attn_dispatch.interface.capability import (
+    ANY,
+    Capabilities,
+    OneOf,
+    Range,
+    Reason,
+    ReasonCode,
+    Strides,
+)
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import GROUP_SIZE
 from attn_dispatch.interface.spec import (
     ALIBI_SYMMETRIC,
@@ -121,7 +130,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: TritonMetadata | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
@@ -169,7 +178,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: KVCache,
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
@@ -253,7 +262,13 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             stages = row.num_stages_8bit or stages
         variant = self._variant(call, cache, scale_stride, sinks)
         launch = self._launchers.find(
-            (variant, row is metadata.launches.decode, plan.rows, requests is None),
+            (
+                variant,
+                row is metadata.launches.decode,
+                plan.rows,
+                requests is None,
+                cache.same_strides,
+            ),
             self._decode_kernel,
             lambda: {
                 "F": self._features(variant, row.block_n, stages),
@@ -262,6 +277,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     PARTS=INVARIANT_PARTS if plan.is_invariant else 0,
                     MIN_TILES=row.min_tiles,
                     HAS_REQUEST_LIST=requests is not None,
+                    SAME_STRIDES=cache.same_strides,
                     ALLOW_PTX=metadata.launches.is_nvidia and not is_interpreted(),
                     RELEASING_THREADS=metadata.launches.releasing_threads(row.num_warps),
                     LENGTHS_PER_LOAD=row.lengths_per_load,
@@ -277,7 +293,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, cache.k_row_scales, cache.v_row_scales,
             k_scale, v_scale, slopes, sinks, *metadata.extras(),
-            *query.stride()[:2], *cache.k_strides, *out.values.stride()[:2], plan.num_reqs,
+            *query.stride()[:2], *cache.k_strides, *cache.v_strides, *out.values.stride()[:2],
+            plan.num_reqs,
             batch.seq_lens.shape[0], query.shape[0], table.stride(0), *self._numbers,
         )  # fmt: skip
 
@@ -307,7 +324,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         k_scale, v_scale, scale_stride = cache.scales(call.layer)
         name = (launches, plan.pad, windowed, cache.format, cache.k.dtype, cache.block_size)
         launch = self._launchers.find(
-            (*name, scale_stride),
+            (*name, scale_stride, cache.same_strides),
             self._gather_kernel,
             lambda: {
                 "NUM_KV_HEADS": self.num_kv_heads,
@@ -318,6 +335,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "FORMAT": cache.format,
                 "NATIVE": has_native_fp8(launches.table, cache.format),
                 "SCALE_STRIDE": scale_stride,
+                "SAME_STRIDES": cache.same_strides,
                 **self._sizes,
             },
         )
@@ -325,7 +343,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             (-(-plan.longest * self.num_kv_heads // rows), len(plan.requests), 1),
             cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
             v_scale, table, plan.requests, batch.query_start_loc, batch.seq_lens, starts,
-            keys, values, *cache.k_strides, table.stride(0), self._numbers[0],
+            keys, values, *cache.k_strides, *cache.v_strides, table.stride(0), self._numbers[0],
         )  # fmt: skip
         return KVSource.of_rows(keys, values, starts)
 
@@ -398,6 +416,7 @@ class TritonAttnBackend(AttentionBackend):
         kv_scales=OneOf("per_tensor", "per_head"),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        kv_strides=Strides(),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

@@ -17,6 +17,7 @@ from attn_dispatch.backends.triton.operands import (
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache, keys_and_values
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["KVCacheWriter"]
@@ -41,18 +42,20 @@ class KVCacheWriter:
         self._heads = head_constants(impl.head_size, impl.head_size_v)
         self._rows = max(1, 2048 // max(self._heads["BLOCK_D"], self._heads["BLOCK_DV"]))
 
-    def pages(self, kv_cache: torch.Tensor) -> KVSource:
+    def pages(self, kv_cache: KVCache) -> KVSource:
         """The cache as the kernels read it. Repeated calls with the same cache are cheap.
 
         Raises:
             InvalidInputError: the elements of a head are not contiguous.
         """
         if self._last_cache is None or self._last_cache[0]() is not kv_cache:
-            if kv_cache.stride(-1) != 1 and kv_cache.shape[-1] > 1:
-                raise InvalidInputError(
-                    f"kv_cache has strides {kv_cache.stride()}; this backend needs the elements of "
-                    "each head to be contiguous. Make the cache with allocate_kv_cache."
-                )
+            for part in keys_and_values(kv_cache):
+                if part.stride(-1) != 1 and part.shape[-1] > 1:
+                    raise InvalidInputError(
+                        f"kv_cache has keys or values with strides {part.stride()}; this backend "
+                        "needs the elements of each head to be contiguous. Make the cache with "
+                        "allocate_kv_cache."
+                    )
             self._last_cache = (weakref.ref(kv_cache), KVSource.of_pages(kv_cache))
         return self._last_cache[1]
 
@@ -62,7 +65,7 @@ class KVCacheWriter:
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: KVCache,
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv. Without slots, or for a shared cache, nothing is stored."""
@@ -75,7 +78,10 @@ class KVCacheWriter:
             return
         k_scale, v_scale, scale_stride = cache.scales(layer)
         launch = self._launchers.find(
-            (key.dtype, cache.format, cache.k.dtype, cache.block_size, scale_stride),
+            (
+                (key.dtype, cache.format, cache.k.dtype, cache.block_size, scale_stride),
+                cache.same_strides,
+            ),
             self._kernel,
             lambda: {
                 "NUM_KV_HEADS": self._num_kv_heads,
@@ -83,6 +89,7 @@ class KVCacheWriter:
                 "BLOCK_SIZE": cache.block_size,
                 "FORMAT": cache.format,
                 "SCALE_STRIDE": scale_stride,
+                "SAME_STRIDES": cache.same_strides,
                 **self._heads,
             },
         )
@@ -90,5 +97,5 @@ class KVCacheWriter:
             (-(-num_tokens * self._num_kv_heads // self._rows), 1, 1),
             key, value, cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
             v_scale, slots, num_tokens, *key.stride()[:2], *value.stride()[:2],
-            *cache.k_strides,
+            *cache.k_strides, *cache.v_strides,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from attn_dispatch.backends.common import is_aligned
 from attn_dispatch.backends.triton.launch_config import LaunchTable
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache, keys_and_values
 from attn_dispatch.interface.quantization import GROUP_SIZE, token_scales
 from attn_dispatch.platforms.libraries import import_library
 
@@ -127,17 +128,21 @@ class KVSource:
         return layer._k_scale, layer._v_scale, layer._k_scale.dim()
 
     @classmethod
-    def of_pages(cls, kv_cache: torch.Tensor) -> KVSource:
+    def of_pages(cls, kv_cache: KVCache) -> KVSource:
         """The keys and values of a paged cache."""
         form = FORMATS.get(kv_cache.dtype, "plain")
+        k, v = keys_and_values(kv_cache)
         if form not in ("plain", "int8"):
-            kv_cache = kv_cache.view(torch.uint8)
-        scales = token_scales(kv_cache) if form == "int8" else kv_cache
-        k, v = kv_cache.unbind(1)
-        strides = k.stride()[:3]
+            k, v = k.view(torch.uint8), v.view(torch.uint8)
+        k_scales, v_scales = (token_scales(k), token_scales(v)) if form == "int8" else (k, v)
         return cls(
-            "pages", form, k, v, scales[:, 0], scales[:, 1], strides, strides, kv_cache.shape[2]
+            "pages", form, k, v, k_scales, v_scales, k.stride()[:3], v.stride()[:3], k.shape[1]
         )
+
+    @property
+    def same_strides(self) -> bool:
+        """Whether keys and values have the same strides, so that a kernel computes them once."""
+        return self.k_strides == self.v_strides
 
     @functools.cached_property
     def packed8(self) -> KVSource:
@@ -145,12 +150,18 @@ class KVSource:
         if self.format == "plain" or self.k.dtype.itemsize != 1:
             return self
         # The kernel relies on rows that begin at multiples of 16 bytes.
-        if any(step % 16 for step in (*self.k_strides, self.k.data_ptr(), self.v.data_ptr())):
+        addresses = (self.k.data_ptr(), self.v.data_ptr())
+        if any(step % 16 for step in (*self.k_strides, *self.v_strides, *addresses)):
             return self
-        k, v = self.k.view(torch.uint16), self.v.view(torch.uint16)
-        strides = tuple(step // 16 for step in self.k_strides)
+        if (self.k.shape[3] | self.v.shape[3]) % 2:
+            return self
         return dataclasses.replace(
-            self, kind="packed8", k=k, v=v, k_strides=strides, v_strides=strides
+            self,
+            kind="packed8",
+            k=self.k.view(torch.uint16),
+            v=self.v.view(torch.uint16),
+            k_strides=tuple(step // 16 for step in self.k_strides),
+            v_strides=tuple(step // 16 for step in self.v_strides),
         )
 
     @classmethod

@@ -139,7 +139,7 @@ def _compiled(target: BackendUnderTest) -> ErrorBound:
     compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
     returned = call(compiled, step)
     cache = target.forward(step).cache
-    if cache is not None and layer.kv_cache is not None:
+    if cache is not None and isinstance(layer.kv_cache, torch.Tensor):
         require(same_bits(cache, layer.kv_cache), "compiled, the layer writes other bytes")
     return target.judge(step, Run(returned, layer.kv_cache))
 

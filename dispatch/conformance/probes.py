@@ -72,7 +72,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 #: Fields without values to try, and why.
 WITHOUT_PROBES = {
-    "mla": "the interface leaves the constructor of a latent attention's impl to each backend"
+    "kv_strides": "the checks of the cache use the layouts of engines",
+    "mla": "the interface leaves the constructor of a latent attention's impl to each backend",
 }
 
 #: The number of values of a field in pairs, if it is not one; the dtypes take turns instead.

@@ -34,6 +34,8 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv
 from attn_dispatch.interface.kv_cache import view_kv_cache
+from attn_dispatch.interface.kv_view import KVCache, KVCacheView, parts_of
+from attn_dispatch.interface.quantization import as_indexable_bytes
 from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.platforms.device_errors import is_capturing, is_device_lost
 from attn_dispatch.runtime.layer import Attention
@@ -99,7 +101,7 @@ def begin_shadow(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
+    kv_cache: KVCache | None,
     batch: AttentionBatch | None,
 ) -> ShadowCall | None:
     """Copy what the reference needs, before a call; None for a call that is not compared."""
@@ -167,7 +169,7 @@ class ShadowCall:
     query: torch.Tensor
     key: Any
     value: Any
-    kv_cache: torch.Tensor | None
+    kv_cache: KVCache | None
     batch: AttentionBatch
 
     def __post_init__(self) -> None:
@@ -381,9 +383,7 @@ def _some(rows: torch.Tensor) -> list[int]:
     return [found[i * (len(found) - 1) // (_JUDGED - 1)] for i in range(_JUDGED)]
 
 
-def _copy_of_blocks(
-    kv_cache: torch.Tensor, batch: AttentionBatch
-) -> tuple[torch.Tensor, AttentionBatch]:
+def _copy_of_blocks(kv_cache: KVCache, batch: AttentionBatch) -> tuple[KVCache, AttentionBatch]:
     """A cache of only the blocks that the batch uses, and the batch with their new places."""
     table, slots = batch.block_table, batch.slot_mapping
     if table is None:
@@ -400,6 +400,6 @@ def _copy_of_blocks(
     if slots is not None:
         moved = places[len(own) :] * block_size + new % block_size
         slots = slots.masked_scatter(stored, moved)
-    stored_bytes = kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache
-    copy = stored_bytes[blocks].view(kv_cache.dtype)
+    copies = [as_indexable_bytes(part)[blocks].view(part.dtype) for part in parts_of(kv_cache)]
+    copy = KVCacheView(*copies) if isinstance(kv_cache, KVCacheView) else copies[0]
     return copy, dataclasses.replace(batch, block_table=table, slot_mapping=slots)

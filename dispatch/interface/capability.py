@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_strides import KVStrides
 from attn_dispatch.interface.spec import AttentionSpec, plain_value
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
@@ -35,6 +36,7 @@ __all__ = [
     "Reason",
     "ReasonCode",
     "SameAs",
+    "Strides",
     "AnyOf",
     "compare",
     "compare_availability",
@@ -198,6 +200,31 @@ class SameAs(Constraint):
 
     def describe(self, device: DeviceProfile | None = None) -> str:
         return f"the same as {self.other}"
+
+
+@dataclass(frozen=True)
+class Strides(Constraint):
+    """What kernels need of the memory of a cache whose layout is not ours; ours always suits.
+
+    Attributes:
+        aligned: heads begin at multiples of 16 bytes.
+        equal: keys and values have the same strides.
+    """
+
+    aligned: bool = False
+    equal: bool = False
+
+    def accepts(self, value: Any, spec: AttentionSpec, device: DeviceProfile) -> bool:
+        return value is None or self.suits(value)
+
+    def suits(self, strides: KVStrides) -> bool:
+        """Whether kernels can read a cache with these strides."""
+        return (strides.is_aligned or not self.aligned) and (strides.is_equal or not self.equal)
+
+    def describe(self, device: DeviceProfile | None = None) -> str:
+        needs = ["heads at multiples of 16 bytes"] * self.aligned
+        needs += ["the same strides for keys and values"] * self.equal
+        return " and ".join(needs) or "any strides, in one tensor or two"
 
 
 class AnyOf(Constraint):

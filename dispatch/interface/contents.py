@@ -10,6 +10,7 @@ from attn_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.kv_view import KVCache
 
 __all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
 
@@ -19,7 +20,7 @@ OVER_STATIC_BUFFERS = ("static buffers",)
 
 
 def check_batch_contents(
-    batch: AttentionBatch, kv_cache: torch.Tensor | None, window: int | None = None
+    batch: AttentionBatch, kv_cache: KVCache | None, window: int | None = None
 ) -> None:
     """Check the contents of the batch's tensors, again only if one of them was modified.
 
@@ -44,7 +45,7 @@ def check_batch_contents(
     _check_lengths(batch)
     if kv_cache is not None and batch.block_table is not None:
         num_blocks = kv_cache.shape[0]
-        block_size = kv_cache.shape[2] if kv_cache.dim() == 5 else kv_cache.shape[1]
+        block_size = kv_cache.shape[2] if len(kv_cache.shape) == 5 else kv_cache.shape[1]
         _check_block_ids(batch, batch.block_table, num_blocks, block_size, window)
         if batch.slot_mapping is not None:
             check_slots(batch.slot_mapping, num_blocks * block_size)

@@ -15,6 +15,7 @@ from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.kv_access import write_rows
 from attn_dispatch.interface.kv_cache import split_token_scales
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadata, T
 from attn_dispatch.interface.quantization import has_token_scales
 from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec, plain_value
@@ -60,7 +61,7 @@ class AttentionLayer(Protocol):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: AttentionMetadata | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of this layer, by its impl: see Attention.forward. No impl calls it."""
@@ -205,7 +206,7 @@ class AttentionImpl(ABC, Generic[T]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: T | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,
@@ -220,7 +221,8 @@ class AttentionImpl(ABC, Generic[T]):
             value: (num_key_tokens, num_kv_heads, head_size_v); None if and only if key is.
             kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored), where stored is
                 stored_head_size(kv_cache_dtype, max(head_size, head_size_v)), which is that
-                maximum except for int8; or None for attention over key and value only.
+                maximum except for int8; or a KVCacheView of such keys and values; or None for
+                attention over key and value only.
             attn_metadata: made by this backend's builder for this batch. None in an engine's
                 profiling run: the output is zeros, and nothing is read or written; see
                 `validation.profiling_output`.
@@ -242,7 +244,7 @@ class AttentionImpl(ABC, Generic[T]):
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: KVCache,
         batch: AttentionBatch,
     ) -> None:
         """Store a batch's new keys and values as `forward` does; the arguments were checked."""
@@ -295,9 +297,7 @@ class MLAAttentionImpl(AttentionImpl[T]):
         """
 
 
-def get_kv_scales(
-    layer: AttentionLayer, kv_cache: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def get_kv_scales(layer: AttentionLayer, kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     """The scales of keys and values, as `gather_kv` takes them.
 
     Those in the cache if it is int8, else those of the layer: () or (num_kv_heads,) float32.
@@ -312,7 +312,7 @@ def store_new_kv(
     layer: AttentionLayer,
     key: torch.Tensor,
     value: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     batch: AttentionBatch,
 ) -> None:
     """Store a batch's new keys and values, unless the layer shares another's cache.

@@ -11,6 +11,8 @@ from attn_dispatch.interface.impl import *
 from attn_dispatch.interface.kv_access import *
 from attn_dispatch.interface.kv_blocks import *
 from attn_dispatch.interface.kv_cache import *
+from attn_dispatch.interface.kv_strides import *
+from attn_dispatch.interface.kv_view import *
 from attn_dispatch.interface.metadata import *
 from attn_dispatch.interface.quantization import *
 from attn_dispatch.interface.spec import *

@@ -13,6 +13,14 @@ from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.contents import check_slots
 from attn_dispatch.interface.kv_cache import split_token_scales, view_kv_cache
+from attn_dispatch.interface.kv_view import (
+    KVCache,
+    KVCacheView,
+    as_kv_cache,
+    check_kv_cache,
+    fits_heads,
+    parts_of,
+)
 from attn_dispatch.interface.overlap import check_no_inference, overlap, overlaps_itself
 from attn_dispatch.interface.quantization import (
     as_indexable_bytes,
@@ -33,7 +41,7 @@ __all__ = ["gather_kv", "read_kv_cache", "write_kv_cache", "write_mla_cache"]
 def write_kv_cache(
     key: torch.Tensor,
     value: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache | tuple[torch.Tensor, torch.Tensor],
     slot_mapping: torch.Tensor,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
@@ -43,7 +51,7 @@ def write_kv_cache(
     Args:
         key: (num_tokens, num_kv_heads, head_size).
         value: (num_tokens, num_kv_heads, head_size_v).
-        kv_cache: in the logical shape, any layout, written.
+        kv_cache: in the logical shape, any layout; or a KVCacheView, or its pair. Written.
         slot_mapping: (num_tokens,) int64; a slot is block * block_size + offset.
         k_scale: a number, or () or (num_kv_heads,) float32; used where the cache is fp8. An int8
             cache gets a scale with each row that is written.
@@ -53,23 +61,25 @@ def write_kv_cache(
         InvalidInputError: an argument does not fit, and nothing has been written. Slots on a
             device are read only under ATTN_DISPATCH_CHECK=1.
     """
-    check_dense("kv_cache", kv_cache)
-    is_int8 = has_token_scales(kv_cache.dtype)
-    is_cache = kv_cache.dim() == 5 and kv_cache.shape[1] == 2
-    if not is_cache or not (kv_cache.dtype.is_floating_point or is_int8):
+    cache: KVCache = as_kv_cache(kv_cache)
+    check_kv_cache("kv_cache", cache)
+    is_int8 = has_token_scales(cache.dtype)
+    is_cache = len(cache.shape) == 5 and cache.shape[1] == 2
+    if not is_cache or not (cache.dtype.is_floating_point or is_int8):
         wanted = "(num_blocks, 2, block_size, num_kv_heads, head_size), floating point or int8"
-        raise wrong_form("kv_cache", kv_cache, wanted)
-    heads = int(kv_cache.shape[3])
+        raise wrong_form("kv_cache", cache, wanted)
+    heads = int(cache.shape[3])
     for name, rows in (("key", key), ("value", value)):
-        _check_rows(name, rows, 3, kv_cache)
+        _check_rows(name, rows, 3, cache)
         if rows.shape[1] != heads or not rows.shape[2]:
             raise wrong_form(name, rows, f"(num_tokens, {heads}, head_size) for this cache")
-    size = max(key.shape[2], value.shape[2])
-    stored = stored_head_size(INT8_PER_TOKEN_HEAD, size) if is_int8 else size
-    if kv_cache.shape[4] != stored:
+    form = INT8_PER_TOKEN_HEAD if is_int8 else "auto"
+    stored = [stored_head_size(form, rows.shape[2]) for rows in (key, value)]
+    if not fits_heads(cache, *stored):
+        found = " and ".join(str(part.shape[-1]) for part in parts_of(cache))
         raise InvalidInputError(
-            f"kv_cache has heads of {kv_cache.shape[4]} elements; key and value, of "
-            f"{key.shape[2]} and {value.shape[2]}, take {stored}."
+            f"kv_cache has heads of {found} elements; key and value, of "
+            f"{key.shape[2]} and {value.shape[2]}, take {max(stored)}."
         )
     if len(key) != len(value) or key.dtype != value.dtype:
         raise InvalidInputError(
@@ -77,18 +87,18 @@ def write_kv_cache(
             "both for the same tokens, in one dtype."
         )
     if is_int8:
-        split_token_scales(kv_cache)
-    k_scale = _checked_scale("k_scale", k_scale, ((), (heads,)), kv_cache)
-    v_scale = _checked_scale("v_scale", v_scale, ((), (heads,)), kv_cache)
-    num_slots = kv_cache.shape[0] * kv_cache.shape[2]
-    _check_written(kv_cache, slot_mapping, num_slots, key=key, value=value)
-    write_rows(key, value, kv_cache, slot_mapping.long(), k_scale, v_scale)
+        split_token_scales(cache)
+    k_scale = _checked_scale("k_scale", k_scale, ((), (heads,)), cache)
+    v_scale = _checked_scale("v_scale", v_scale, ((), (heads,)), cache)
+    num_slots = cache.shape[0] * cache.shape[2]
+    _check_written(cache, slot_mapping, num_slots, key=key, value=value)
+    write_rows(key, value, cache, slot_mapping.long(), k_scale, v_scale)
 
 
 def write_rows(
     key: torch.Tensor,
     value: torch.Tensor,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
@@ -148,7 +158,7 @@ def write_mla_cache(
     _scatter(latents[:, None], kv_cache[:, :, None], slot_mapping.long(), scale)
 
 
-def _check_rows(name: str, rows: torch.Tensor, rank: int, kv_cache: torch.Tensor) -> None:
+def _check_rows(name: str, rows: torch.Tensor, rank: int, kv_cache: KVCache) -> None:
     check_dense(name, rows)
     is_number = rows.dtype.is_floating_point and rows.dtype.itemsize > 1
     if rows.dim() != rank or not is_number or rows.device != kv_cache.device:
@@ -157,7 +167,7 @@ def _check_rows(name: str, rows: torch.Tensor, rank: int, kv_cache: torch.Tensor
 
 
 def _check_written(
-    kv_cache: torch.Tensor, slot_mapping: torch.Tensor, num_slots: int, **new: torch.Tensor
+    kv_cache: KVCache, slot_mapping: torch.Tensor, num_slots: int, **new: torch.Tensor
 ) -> None:
     """Check where new rows go: the slots, and that the cache can be written."""
     num_rows = len(next(iter(new.values())))
@@ -173,7 +183,7 @@ def _check_written(
                 f"{name} requires grad, and a cache keeps no gradients. Write to it inside of "
                 "torch.inference_mode() or torch.no_grad()."
             )
-        if overlap(tensor, kv_cache):
+        if any(overlap(tensor, part) for part in parts_of(kv_cache)):
             raise InvalidInputError(
                 f"{name} shares memory with kv_cache. Give {name} memory of its own."
             )
@@ -181,12 +191,13 @@ def _check_written(
         check_slots(slot_mapping, num_slots)
 
 
-def check_writable(name: str, kv_cache: torch.Tensor) -> None:
+def check_writable(name: str, kv_cache: KVCache) -> None:
     """Check that PyTorch lets a cache be written, element by element."""
-    if torch.is_grad_enabled() and kv_cache.requires_grad:
-        raise InvalidInputError(f"{name} requires grad; a cache is written without autograd.")
-    check_no_inference(**{name: kv_cache})
-    if overlaps_itself(kv_cache):
+    for part in parts_of(kv_cache):
+        if torch.is_grad_enabled() and part.requires_grad:
+            raise InvalidInputError(f"{name} requires grad; a cache is written without autograd.")
+        check_no_inference(**{name: part})
+    if not isinstance(kv_cache, KVCacheView) and overlaps_itself(kv_cache):
         raise InvalidInputError(
             f"{name} overlaps itself: shape {tuple(kv_cache.shape)}, strides {kv_cache.stride()}. "
             "Each slot needs memory of its own; make the cache by allocate_kv_cache."
@@ -194,7 +205,7 @@ def check_writable(name: str, kv_cache: torch.Tensor) -> None:
 
 
 def _checked_scale(
-    name: str, scale: Any, shapes: tuple[tuple[int, ...], ...], kv_cache: torch.Tensor
+    name: str, scale: Any, shapes: tuple[tuple[int, ...], ...], kv_cache: KVCache
 ) -> torch.Tensor:
     """A scale of a cache as a float32 tensor; one on a device is not read."""
     if not isinstance(scale, torch.Tensor):

@@ -10,20 +10,27 @@ from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.aliases import groups_of
 from attn_dispatch.interface.kv_access import check_writable
+from attn_dispatch.interface.kv_view import (
+    KVCache,
+    as_kv_cache,
+    check_kv_cache,
+    keys_and_values,
+    parts_of,
+)
 from attn_dispatch.interface.quantization import as_indexable_bytes
 from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 
 __all__ = ["copy_blocks", "swap_blocks"]
 
 
-def copy_blocks(kv_caches: Iterable[torch.Tensor], src_to_dists: torch.Tensor) -> None:
+def copy_blocks(kv_caches: Iterable[KVCache], src_to_dists: torch.Tensor) -> None:
     """Copy blocks within each cache, e.g. for a prefix that requests share.
 
     All sources are read before anything is written, so pairs may overlap. Caches may share memory,
     as those of layers that share one: each pair is applied once to each piece of memory.
 
     Args:
-        kv_caches: one cache for each layer.
+        kv_caches: one cache for each layer: tensors, KVCacheViews or pairs (key, value).
         src_to_dists: (num_pairs, 2) integers: source block and destination block.
 
     Raises:
@@ -35,37 +42,46 @@ def copy_blocks(kv_caches: Iterable[torch.Tensor], src_to_dists: torch.Tensor) -
         raise InvalidInputError(
             f"kv_caches is a {type(kv_caches).__name__}; it must be a list of caches."
         )
-    caches = list(kv_caches)
+    caches = [as_kv_cache(each, f"kv_caches[{i}]") for i, each in enumerate(kv_caches)]
     for index, kv_cache in enumerate(caches):
         _check_blocks(f"kv_caches[{index}]", kv_cache)
         check_writable(f"kv_caches[{index}]", kv_cache)
     for fewest in sorted({len(kv_cache) for kv_cache in caches})[:1]:
         _check_pairs(src_to_dists, fewest, fewest)
-    for group in groups_of(caches):
-        together = [caches[index] for index in group]
-        found = [_take(kv_cache, src_to_dists) for kv_cache in together]
-        for kv_cache, blocks in zip(together, found, strict=True):
-            _put(kv_cache, src_to_dists, blocks)
+    parts = [part for kv_cache in caches for part in parts_of(kv_cache)]
+    for group in groups_of(parts):
+        together = [parts[index] for index in group]
+        found = [_take(part, src_to_dists) for part in together]
+        for part, blocks in zip(together, found, strict=True):
+            _put(part, src_to_dists, blocks)
 
 
-def swap_blocks(
-    src_kv_cache: torch.Tensor, dst_kv_cache: torch.Tensor, src_to_dst: torch.Tensor
-) -> None:
+def swap_blocks(src_kv_cache: KVCache, dst_kv_cache: KVCache, src_to_dst: torch.Tensor) -> None:
     """Copy blocks from one cache to another, on the same device or not (to the host and back).
 
     All sources are read before anything is written: both may be the same cache, or share memory.
 
     Args:
-        src_kv_cache: read.
-        dst_kv_cache: written; the same shape but for num_blocks, and the same dtype.
+        src_kv_cache: read; a tensor, a KVCacheView or a pair (key, value).
+        dst_kv_cache: written; the same shape but for num_blocks, and the same dtype. One may be a
+            tensor and the other a KVCacheView.
         src_to_dst: (num_pairs, 2) integers: block of src and block of dst.
 
     Raises:
         InvalidInputError: caches or pairs do not fit; nothing has been written then.
     """
+    src_kv_cache = as_kv_cache(src_kv_cache, "src_kv_cache")
+    dst_kv_cache = as_kv_cache(dst_kv_cache, "dst_kv_cache")
     _check_blocks("src_kv_cache", src_kv_cache)
     _check_blocks("dst_kv_cache", dst_kv_cache)
-    if src_kv_cache.shape[1:] != dst_kv_cache.shape[1:] or src_kv_cache.dtype != dst_kv_cache.dtype:
+    sources, destinations = parts_of(src_kv_cache), parts_of(dst_kv_cache)
+    if (
+        len(sources) != len(destinations)
+        and len(src_kv_cache.shape) == len(dst_kv_cache.shape) == 5
+    ):
+        sources, destinations = keys_and_values(src_kv_cache), keys_and_values(dst_kv_cache)
+    forms = [[(part.shape[1:], part.dtype) for part in each] for each in (sources, destinations)]
+    if forms[0] != forms[1]:
         raise InvalidInputError(
             f"Blocks of {tuple(src_kv_cache.shape[1:])} {src_kv_cache.dtype} do not fit into a "
             f"cache with blocks of {tuple(dst_kv_cache.shape[1:])} {dst_kv_cache.dtype}. Both "
@@ -73,13 +89,16 @@ def swap_blocks(
         )
     check_writable("dst_kv_cache", dst_kv_cache)
     _check_pairs(src_to_dst, len(src_kv_cache), len(dst_kv_cache))
-    _put(dst_kv_cache, src_to_dst, _take(src_kv_cache, src_to_dst))
+    taken = [_take(part, src_to_dst) for part in sources]
+    for part, blocks in zip(destinations, taken, strict=True):
+        _put(part, src_to_dst, blocks)
 
 
-def _check_blocks(name: str, kv_cache: torch.Tensor) -> None:
+def _check_blocks(name: str, kv_cache: KVCache) -> None:
     """Check that it is a cache, of keys and values or of latents."""
-    check_dense(name, kv_cache)
-    if kv_cache.dim() < 2 or kv_cache.is_complex() or kv_cache.is_quantized:
+    check_kv_cache(name, kv_cache)
+    part = parts_of(kv_cache)[0]
+    if part.dim() < 2 or part.is_complex() or part.is_quantized:
         raise wrong_form(name, kv_cache, "a cache, with blocks along the first dimension")
 
 
@@ -104,10 +123,10 @@ def _check_pairs(pairs: torch.Tensor, num_sources: int, num_destinations: int) -
         raise InvalidInputError("A destination block is named twice. Name each one once.")
 
 
-def _take(kv_cache: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    return as_indexable_bytes(kv_cache)[pairs[:, 0].to(kv_cache.device, torch.int64)]
+def _take(part: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    return as_indexable_bytes(part)[pairs[:, 0].to(part.device, torch.int64)]
 
 
-def _put(kv_cache: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
-    destinations = pairs[:, 1].to(kv_cache.device, torch.int64)
-    as_indexable_bytes(kv_cache)[destinations] = blocks.to(kv_cache.device)
+def _put(part: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
+    destinations = pairs[:, 1].to(part.device, torch.int64)
+    as_indexable_bytes(part)[destinations] = blocks.to(part.device)

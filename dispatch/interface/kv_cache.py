@@ -1,4 +1,4 @@
-"""The paged KV cache that all backends share: shape, layout, writing, reading, moving blocks.
+"""The paged KV cache that all backends share: its shape, its layout, and views of its parts.
 
 Logically a cache is (num_blocks, 2, block_size, num_kv_heads, head_size), keys at index 0 and
 values at 1 of the second dimension; multi-head latent attention's is (num_blocks, block_size,
@@ -17,6 +17,7 @@ import torch
 
 from attn_dispatch.arguments import INT64_MAX, as_int, shown
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache, KVCacheView, keys_and_values
 from attn_dispatch.interface.quantization import token_scales
 from attn_dispatch.platforms.detect import usable_device
 
@@ -129,7 +130,7 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def view_kv_cache(
-    kv_cache: torch.Tensor, head_size: int, head_size_v: int
+    kv_cache: KVCache, head_size: int, head_size_v: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of keys and values, (num_blocks, block_size, num_kv_heads, their head size).
 
@@ -140,25 +141,26 @@ def view_kv_cache(
     """
     cause: Exception | None = None
     try:  # on every layer's call, so an error is explained only after it happened
-        keys, values = kv_cache.unbind(1)
+        keys, values = keys_and_values(kv_cache)
         fits = keys.dim() == 4 and 0 < head_size <= keys.shape[-1]
-        if fits and 0 < head_size_v <= keys.shape[-1]:
+        if fits and 0 < head_size_v <= values.shape[-1]:
             return keys[..., :head_size], values[..., :head_size_v]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         cause = error
-    found = tuple(kv_cache.shape) if isinstance(kv_cache, torch.Tensor) else shown(kv_cache)
+    is_cache = isinstance(kv_cache, (torch.Tensor, KVCacheView))
+    found = tuple(kv_cache.shape) if is_cache else shown(kv_cache)
     raise InvalidInputError(
         f"kv_cache is {found} and cannot be split into heads of {shown(head_size)} and "
         f"{shown(head_size_v)} elements. A cache is (num_blocks, 2, block_size, num_kv_heads, "
-        "head_size), with heads of the larger size or more."
+        "head_size), with heads of the larger size or more, or a KVCacheView."
     ) from cause
 
 
-def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_token_scales(kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the scales in an int8 cache, of keys and of values.
 
     Args:
-        kv_cache: in the logical shape, any layout, int8.
+        kv_cache: in the logical shape, any layout, or a KVCacheView; int8.
 
     Returns:
         (num_blocks, block_size, num_kv_heads) float32 each, over the cache's own memory.
@@ -168,13 +170,13 @@ def split_token_scales(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     cause: Exception | None = None
     try:  # as in view_kv_cache
-        if kv_cache.dtype == torch.int8 and kv_cache.dim() == 5:
-            keys, values = token_scales(kv_cache).unbind(1)
+        if kv_cache.dtype == torch.int8 and len(kv_cache.shape) == 5:
+            keys, values = (token_scales(part) for part in keys_and_values(kv_cache))
             return keys, values
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         cause = error
     found = shown(kv_cache)
-    if isinstance(kv_cache, torch.Tensor):
+    if isinstance(kv_cache, (torch.Tensor, KVCacheView)):
         found = f"{tuple(kv_cache.shape)} {kv_cache.dtype}"
     raise InvalidInputError(
         f"kv_cache is {found}; scales are in an int8 cache, (num_blocks, 2, block_size, "

@@ -10,8 +10,6 @@ from attn_dispatch.errors import InvalidInputError
 
 __all__ = [
     "check_no_inference",
-    "check_shared_memory",
-    "may_share_memory",
     "overlap",
     "overlaps_itself",
     "reaches",
@@ -116,53 +114,3 @@ def check_no_inference(**tensors: torch.Tensor | None) -> None:
                 "it, where such a tensor cannot be written. Call under torch.inference_mode(), or "
                 f"create {name} outside."
             )
-
-
-def may_share_memory(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
-    output: torch.Tensor | None,
-) -> bool:
-    """Whether `check_shared_memory` is needed; this is on the hot path.
-
-    On a GPU only the storages of the output and the other tensors are compared: two storages over
-    the same memory come only from foreign code.
-    """
-    if not query.is_cuda:
-        return True
-    if output is None:
-        return False
-    storage = output.untyped_storage().data_ptr()
-    return (
-        query.untyped_storage().data_ptr() == storage
-        or (key is not None and key.untyped_storage().data_ptr() == storage)
-        or (value is not None and value.untyped_storage().data_ptr() == storage)
-        or (kv_cache is not None and kv_cache.untyped_storage().data_ptr() == storage)
-    )
-
-
-def check_shared_memory(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
-    output: torch.Tensor | None,
-) -> None:
-    """Check that nothing is written to memory that is still to be read.
-
-    Raises:
-        InvalidInputError: it names the two tensors that share memory.
-    """
-    reads = [("query", query), ("key", key), ("value", value)]
-    writes = [("output", output), ("kv_cache", None if key is None else kv_cache)]
-    if output is not None and kv_cache is not None and overlap(output, kv_cache):
-        raise InvalidInputError("output shares memory with kv_cache. Give it memory of its own.")
-    for name, written in writes:
-        for read_name, read in reads:
-            if written is not None and read is not None and overlap(written, read):
-                raise InvalidInputError(
-                    f"{name} shares memory with {read_name}, which is read while {name} is "
-                    f"written. Give {name} memory of its own."
-                )

@@ -8,6 +8,7 @@ import torch
 
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES
 
 __all__ = [
@@ -182,7 +183,7 @@ class KVScales:
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: object,
     ) -> torch.Tensor:
         """Raise InvalidInputError: these are only the scales for a call without a layer."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_strides import KVStrides
 from attn_dispatch.interface.types import AttentionType
 
 if TYPE_CHECKING:
@@ -136,6 +137,11 @@ class AttentionSpec:
         None,
         neutral=None,
     )
+    kv_strides: KVStrides | None = _field(
+        "Where keys and values are, for a cache with an engine's own layout; None for ours.",
+        None,
+        neutral=None,
+    )
     attn_type: str = _field("One of AttentionType.", AttentionType.DECODER)
     causal: bool = _field(
         "A query sees no later key; masks align to the end of the keys. "
@@ -211,6 +217,11 @@ class AttentionSpec:
             )
         if self.kv_cache_layout is not None:
             _require_one_of("kv_cache_layout", self.kv_cache_layout, ("NHD", "HND"))
+        if self.kv_strides is not None and not isinstance(self.kv_strides, KVStrides):
+            raise InvalidInputError(
+                f"kv_strides={shown(self.kv_strides)} is not a KVStrides. Give kv_strides_of(cache)"
+                " of the cache."
+            )
         if self.output_quant is not None:
             _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
         _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))
@@ -336,6 +347,8 @@ def plain_value(value: Any) -> Any:
         return str(value).removeprefix("torch.")
     if isinstance(value, AttentionType):
         return value.value
+    if isinstance(value, KVStrides):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return value

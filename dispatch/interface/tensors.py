@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from attn_dispatch.errors import InvalidInputError
@@ -27,7 +29,7 @@ def check_dense(
         )
 
 
-def wrong_form(name: str, tensor: torch.Tensor, wanted: str, hint: str = "") -> InvalidInputError:
-    """The error for a tensor of another shape, dtype or device than wanted."""
+def wrong_form(name: str, tensor: Any, wanted: str, hint: str = "") -> InvalidInputError:
+    """The error for a tensor, or a cache, of another shape, dtype or device than wanted."""
     found = f"{name} has shape {tuple(tensor.shape)} and is {tensor.dtype} on {tensor.device}"
     return InvalidInputError(f"{found}; it must be {wanted}.{hint and ' ' + hint}")

@@ -12,6 +12,7 @@ from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, get_kv_scales
 from attn_dispatch.interface.kv_access import gather_kv
 from attn_dispatch.interface.kv_cache import view_kv_cache
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 
@@ -28,7 +29,7 @@ class ForwardArgs(Generic[M]):
     query: torch.Tensor
     key: torch.Tensor | None
     value: torch.Tensor | None
-    kv_cache: torch.Tensor | None
+    kv_cache: KVCache | None
     metadata: M
 
     def request_kv(self, request: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +59,7 @@ class UnquantizedImpl(AttentionImpl[M]):
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: M | None,
         output: torch.Tensor | None = None,
         output_scale: torch.Tensor | None = None,

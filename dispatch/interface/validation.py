@@ -14,22 +14,28 @@ import torch
 from torch.autograd import forward_ad
 
 from attn_dispatch import environment
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch_checks import check_columns
+from attn_dispatch.interface.capability import Strides
 from attn_dispatch.interface.contents import check_batch_contents
-from attn_dispatch.interface.outputs import check_output, profiling_output
-from attn_dispatch.interface.overlap import (
-    check_no_inference,
-    check_shared_memory,
-    may_share_memory,
-    overlaps_itself,
+from attn_dispatch.interface.kv_view import (
+    KVCache,
+    KVCacheView,
+    check_kv_cache,
+    fits_heads,
+    form_of,
+    kv_strides_of,
+    parts_of,
 )
+from attn_dispatch.interface.outputs import check_output, profiling_output
+from attn_dispatch.interface.overlap import check_no_inference, overlaps_itself
 from attn_dispatch.interface.quantization import (
     has_token_scales,
     is_fp8,
     kv_cache_torch_dtype,
     stored_head_size,
 )
+from attn_dispatch.interface.shared_memory import check_shared_memory, may_share_memory
 from attn_dispatch.interface.spec import IMPL_FIELDS
 from attn_dispatch.interface.tensors import check_dense, wrong_form
 
@@ -63,7 +69,7 @@ def check_forward(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
+    kv_cache: KVCache | None,
     batch: AttentionBatch,
     output: torch.Tensor | None = None,
     output_scale: torch.Tensor | None = None,
@@ -86,17 +92,15 @@ def check_forward(
             _form(query),
             None if key is None else _form(key),
             None if value is None else _form(value),
-            None if kv_cache is None else _form(kv_cache),
-            None if kv_cache is None else (kv_cache.stride(), kv_cache.storage_offset() % 4),
+            None if kv_cache is None else form_of(kv_cache),
             None if output is None else (_form(output), output.stride()),
             None if output_scale is None else _form(output_scale),
             None if output_block_scale is None else _form(output_block_scale),
         )
     except (AttributeError, RuntimeError):  # lists, sparse tensors
-        check_tensors(
-            query=query, key=key, value=value, kv_cache=kv_cache, output=output,
-            output_scale=output_scale, output_block_scale=output_block_scale,
-        )  # fmt: skip
+        _check_tensors_of_call(
+            query, key, value, kv_cache, output, output_scale, output_block_scale
+        )
         raise
     if signature not in batch.checked:
         _check_forms(
@@ -105,9 +109,12 @@ def check_forward(
         batch.checked.add(signature)
     if not torch.is_inference_mode_enabled() and (
         (output is not None and output.is_inference())
-        or (kv_cache is not None and key is not None and kv_cache.is_inference())
+        or (kv_cache is not None and key is not None and parts_of(kv_cache)[-1].is_inference())
     ):
-        check_no_inference(kv_cache=None if key is None else kv_cache, output=output)
+        check_no_inference(
+            kv_cache=None if key is None or kv_cache is None else parts_of(kv_cache)[-1],
+            output=output,
+        )
     if may_share_memory(query, key, value, kv_cache, output):
         check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
@@ -123,6 +130,21 @@ def check_tensors(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:  # the others must be on the query's device
             check_dense(name, tensor, meta=name != "query")
+
+
+def _check_tensors_of_call(
+    query: Any,
+    key: Any,
+    value: Any,
+    kv_cache: Any,
+    output: Any,
+    output_scale: Any,
+    block_scale: Any,
+) -> None:
+    check_tensors(query=query, key=key, value=value)
+    if kv_cache is not None:
+        check_kv_cache("kv_cache", kv_cache, meta=True)
+    check_tensors(output=output, output_scale=output_scale, output_block_scale=block_scale)
 
 
 _shape_of_layer = operator.attrgetter(
@@ -146,16 +168,13 @@ def _check_forms(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor | None,
-    kv_cache: torch.Tensor | None,
+    kv_cache: KVCache | None,
     batch: AttentionBatch,
     output: torch.Tensor | None,
     output_scale: torch.Tensor | None,
     output_block_scale: torch.Tensor | None,
 ) -> None:
-    check_tensors(
-        query=query, key=key, value=value, kv_cache=kv_cache, output=output,
-        output_scale=output_scale, output_block_scale=output_block_scale,
-    )  # fmt: skip
+    _check_tensors_of_call(query, key, value, kv_cache, output, output_scale, output_block_scale)
     _check_rows("query", query, (impl.num_heads, impl.head_size), query)
     if query.shape[0] < batch.num_tokens:
         raise InvalidInputError(
@@ -252,46 +271,62 @@ def _check_with_cache(
     impl: AttentionImpl[Any],
     query: torch.Tensor,
     key: torch.Tensor | None,
-    kv_cache: torch.Tensor,
+    kv_cache: KVCache,
     batch: AttentionBatch,
 ) -> None:
     if not impl.attn_type.has_kv_cache:
         raise InvalidInputError(f"{impl.attn_type} attention has no kv_cache; give None.")
     size = max(impl.head_size, impl.head_size_v)
-    stored = stored_head_size(impl.kv_cache_dtype, size)
-    wanted = (2, impl.num_kv_heads, stored)
-    found = tuple(kv_cache.shape)
-    if len(found) != 5 or (found[1], found[3], found[4]) != wanted:
+    sizes = [stored_head_size(impl.kv_cache_dtype, n) for n in (impl.head_size, impl.head_size_v)]
+    stored, found = max(sizes), tuple(kv_cache.shape)
+    is_cache = len(found) == 5 and (found[1], found[3]) == (2, impl.num_kv_heads)
+    if not is_cache or not fits_heads(kv_cache, *sizes):
         scaled = "" if stored == size else f": {size} elements, filled up to 16s, and their scale"
         raise InvalidInputError(
             f"kv_cache has shape {found}; the layer takes "
             f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
+    _check_strides(impl, kv_cache)
     check_block_size(batch, found[2])
     check_block_table(batch, found[2], query.device)
     if key is not None and impl.kv_sharing_target_layer_name is None:
         check_slot_mapping(batch, len(key), query.device)
 
 
-def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: KVCache) -> None:
     """Check the device and element type of a cache, and that the scales in it can be read."""
     dtype = kv_cache_torch_dtype(kv_cache_dtype, query.dtype)
     either = kv_cache_dtype == "fp8" and is_fp8(kv_cache.dtype)
     if (kv_cache.dtype != dtype and not either) or kv_cache.device != query.device:
         wanted = f"{dtype} on {query.device}, as the layer's kv_cache_dtype={kv_cache_dtype!r}"
         raise wrong_form("kv_cache", kv_cache, wanted)
-    if overlaps_itself(kv_cache):
+    if not isinstance(kv_cache, KVCacheView) and overlaps_itself(kv_cache):
         raise InvalidInputError(
             f"kv_cache overlaps itself: shape {tuple(kv_cache.shape)}, strides "
             f"{kv_cache.stride()}. Each slot needs memory of its own; make the cache by "
             "allocate_kv_cache."
         )
-    if has_token_scales(kv_cache.dtype) and not _is_aligned(kv_cache):
-        raise InvalidInputError(
-            f"kv_cache has strides {kv_cache.stride()} from byte {kv_cache.storage_offset()} on. "
-            "The float32 scales in an int8 cache need dense rows that start at multiples of 4 "
-            "bytes. Make the cache by allocate_kv_cache."
+    for part in parts_of(kv_cache) if has_token_scales(kv_cache.dtype) else ():
+        if not _is_aligned(part):
+            raise InvalidInputError(
+                f"kv_cache has strides {part.stride()} from byte {part.storage_offset()} on. "
+                "The float32 scales in an int8 cache need dense rows that start at multiples of 4 "
+                "bytes. Make the cache by allocate_kv_cache."
+            )
+
+
+def _check_strides(impl: AttentionImpl[Any], kv_cache: KVCache) -> None:
+    """Check that the backend declares a cache with these strides."""
+    if impl.backend_cls is None or (strides := kv_strides_of(kv_cache)) is None:
+        return
+    allowed = impl.backend_cls.capabilities.fields.get("kv_strides")
+    if not isinstance(allowed, Strides) or not allowed.suits(strides):
+        takes = allowed.describe() if isinstance(allowed, Strides) else "the library's own layouts"
+        raise UnsupportedError(
+            f"{impl.backend_cls.get_name()} does not read this kv_cache, {strides}; it takes "
+            f"{takes}. Bind the cache by bind_kv_caches, or make the layer with "
+            "kv_strides=kv_strides_of(kv_cache), so that a backend is picked that does."
         )
 
 

@@ -10,6 +10,13 @@ import torch
 from attn_dispatch.arguments import checked_scale
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.kv_view import (
+    KVCache,
+    KVCacheView,
+    as_kv_cache,
+    check_kv_cache,
+    kv_strides_of,
+)
 from attn_dispatch.interface.quantization import (
     KVScales,
     has_token_scales,
@@ -33,7 +40,7 @@ def attention(
     *,
     query_lens: Sequence[int] | torch.Tensor | None = None,
     seq_lens: Sequence[int] | torch.Tensor | None = None,
-    kv_cache: torch.Tensor | None = None,
+    kv_cache: KVCache | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_table: torch.Tensor | None = None,
     slot_mapping: torch.Tensor | None = None,
     scale: float | None = None,
@@ -61,7 +68,8 @@ def attention(
         seq_lens: keys of each request; None for the same as query_lens, or with one request for
             all rows of key. Paged: the new ones included.
         kv_cache: (num_blocks, 2, block_size, num_kv_heads, max(head_size, head_size_v)), paged;
-            an int8 one has heads of quantization.stored_head_size, with their scales in them.
+            an int8 one has heads of quantization.stored_head_size, with their scales in them. Or
+            a KVCacheView, or its pair (key, value).
         block_table: (num_requests, max_blocks), paged: each request's blocks in order.
         slot_mapping: (num_key_tokens,), paged: where new keys go; None for the last query_len
             positions of each request.
@@ -90,17 +98,18 @@ def attention(
         >>> attention(query, key, value, query_lens=[2, 3]).shape
         torch.Size([5, 8, 64])
     """
+    cache: KVCache | None = as_kv_cache(kv_cache)
     _check_arguments(
-        query=query, key=key, value=value, kv_cache=kv_cache, block_table=block_table, out=out
+        query=query, key=key, value=value, kv_cache=cache, block_table=block_table, out=out
     )
-    _check_scales(kv_cache, k_scale, v_scale)
+    _check_scales(cache, k_scale, v_scale)
     if query_lens is None:
         query_lens = [len(query)]
     if seq_lens is None:
-        whole = key is not None and kv_cache is None and _is_one_request(query_lens)
+        whole = key is not None and cache is None and _is_one_request(query_lens)
         seq_lens = [len(key)] if whole and key is not None else query_lens
-    keys = kv_cache if key is None else key
-    assert keys is not None
+    keys = cache if key is None else key
+    assert isinstance(keys, (torch.Tensor, KVCacheView))
     per_head = any(isinstance(s, torch.Tensor) and s.dim() for s in (k_scale, v_scale))
     spec = AttentionSpec(
         num_heads=query.shape[1],
@@ -108,9 +117,10 @@ def attention(
         head_size=query.shape[2],
         head_size_v=query.shape[2] if value is None else value.shape[2],
         dtype=query.dtype,
-        kv_cache_dtype="auto" if kv_cache is None else _name_of(kv_cache.dtype, query.dtype),
+        kv_cache_dtype="auto" if cache is None else _name_of(cache.dtype, query.dtype),
         kv_scales="per_head" if per_head else "per_tensor",
-        block_size=None if kv_cache is None else kv_cache.shape[2],
+        block_size=None if cache is None else cache.shape[2],
+        kv_strides=None if cache is None else kv_strides_of(cache),
         attn_type=AttentionType.DECODER,
         causal=causal,
         sliding_window=sliding_window,
@@ -125,9 +135,9 @@ def attention(
         query_lens,
         seq_lens,
         block_table=block_table,
-        block_size=None if kv_cache is None or key is None else kv_cache.shape[2],
+        block_size=None if cache is None or key is None else cache.shape[2],
         slot_mapping=slot_mapping,
-        key_lens=seq_lens if kv_cache is None else None,
+        key_lens=seq_lens if cache is None else None,
         custom_mask=custom_mask,
         device=query.device,
     )
@@ -137,7 +147,7 @@ def attention(
             "request's rows of query."
         )
     if key is not None and batch.key_starts[-1] != len(key):
-        lens = "seq_lens" if kv_cache is None else "query_lens"
+        lens = "seq_lens" if cache is None else "query_lens"
         raise InvalidInputError(
             f"key has {len(key)} rows, and {lens} adds up to {batch.key_starts[-1]}. Give each "
             "request's rows of key and value."
@@ -145,7 +155,7 @@ def attention(
     phase = Phase.PREFILL if Phase.PREFILL in batch.phases else Phase.DECODE
 
     scales = KVScales()
-    if kv_cache is not None and is_fp8(kv_cache.dtype):
+    if cache is not None and is_fp8(cache.dtype):
         scales.set(k_scale, v_scale, ((), (spec.num_kv_heads,)), query.device)
 
     if out is None:
@@ -164,7 +174,7 @@ def attention(
             doing = "when it was called"
             metadata = builder.build(batch)
             result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-            result = impl.forward(scales, query, key, value, kv_cache, metadata, output)
+            result = impl.forward(scales, query, key, value, cache, metadata, output)
             return result
         except Exception as error:
             raise_attempt_failed(error, selection.name, phase, doing, context.version)
@@ -188,8 +198,11 @@ def _check_arguments(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if tensor is None and name != "query":
             continue
-        check_tensors(**{name: tensor})
-        if tensor is None or tensor.dim() != _RANKS[name]:
+        if name == "kv_cache":
+            check_kv_cache(name, tensor, meta=True)
+        else:
+            check_tensors(**{name: tensor})
+        if tensor is None or len(tensor.shape) != _RANKS[name]:
             found = "None" if tensor is None else tuple(tensor.shape)
             raise InvalidInputError(
                 f"{name} must be a tensor of {_RANKS[name]} dimensions, not {found}. Queries, keys "
@@ -208,7 +221,7 @@ def _check_arguments(**tensors: Any) -> None:
 
 
 def _check_scales(
-    kv_cache: torch.Tensor | None, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor
+    kv_cache: KVCache | None, k_scale: float | torch.Tensor, v_scale: float | torch.Tensor
 ) -> None:
     """Check that scales are given only with a cache that takes them."""
     if kv_cache is not None and is_fp8(kv_cache.dtype):

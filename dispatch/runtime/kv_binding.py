@@ -10,11 +10,18 @@ from torch import nn
 from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_cache import layout_of
+from attn_dispatch.interface.kv_view import (
+    KVCache,
+    KVCacheView,
+    as_kv_cache,
+    check_kv_cache,
+    fits_heads,
+    kv_strides_of,
+)
 from attn_dispatch.interface.overlap import overlaps_itself
 from attn_dispatch.interface.quantization import is_e4m3, kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.interface.validation import check_tensors
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
 
@@ -23,17 +30,19 @@ __all__ = ["bind_kv_caches"]
 
 def bind_kv_caches(
     layers: nn.Module | Mapping[str, Attention] | Sequence[Attention],
-    caches: Mapping[str, torch.Tensor],
+    caches: Mapping[str, KVCache | tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
     """Give each layer its cache, by name; a sharing layer gets the cache of its target.
 
-    A layer that left its block size open takes that of its cache, and its backends are picked
-    again. Layers of encoders have no cache. Layers that share a cache also share its scales.
+    A layer that left its block size open takes that of its cache. Where that, or a cache with an
+    engine's own layout, changes what the layer needs, its backends are picked again. Layers of
+    encoders have no cache. Layers that share a cache also share its scales.
 
     Args:
         layers: a model or a list, whose Attention layers are named by their prefix; or layers by
             name.
-        caches: layer name -> cache, as KVCachePlan.allocate makes them.
+        caches: layer name -> cache, as KVCachePlan.allocate makes them; or a KVCacheView of an
+            engine's cache, or its pair (key, value).
 
     Raises:
         InvalidInputError: a layer that needs a cache has none in `caches`, or one that does not
@@ -47,45 +56,45 @@ def bind_kv_caches(
             "KVCachePlan.allocate makes it."
         )
     specs: dict[str, AttentionSpec] = {}
+    views = {name: as_kv_cache(each, f"The cache of {name!r}") for name, each in caches.items()}
     for name, layer in named.items():
         if not AttentionType(layer.spec.attn_type).has_kv_cache:
             continue
         source = layer.kv_sharing_target_layer_name or name
-        if source not in caches:
+        if source not in views:
             raise InvalidInputError(
                 f"There is no cache for layer {source!r}. Plan the caches over all layers of the "
                 "model, under the names that the layers have."
             )
-        specs[name] = _spec_with_cache(name, layer._declared_spec, caches[source])
+        specs[name] = _spec_with_cache(name, layer._declared_spec, views[source])
     for name, spec in specs.items():
         named[name]._follow_cache(spec)
     for name in specs:
         layer = named[name]
         source = layer.kv_sharing_target_layer_name or name
-        layer.kv_cache = caches[source]
+        layer.kv_cache = views[source]
         if source in named:
             layer._cache_state = named[source]._cache_state
 
 
-def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> AttentionSpec:
-    """A layer's spec; if it left its block size open, with the cache's block size and layout."""
-    if kv_cache is None:
-        raise InvalidInputError(f"The cache of layer {name!r} is None; give a tensor.")
-    check_tensors(kv_cache=kv_cache)
-    assert isinstance(kv_cache, torch.Tensor)
-    size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
+def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: KVCache) -> AttentionSpec:
+    """A layer's spec with the cache's strides; and its block size and layout, if these are open."""
+    check_kv_cache(f"The cache of layer {name!r}", kv_cache, meta=True)
+    sizes = [stored_head_size(spec.kv_cache_dtype, n) for n in (spec.head_size, spec.head_size_v)]
     shape = tuple(kv_cache.shape)
     blocks = "block_size" if spec.block_size is None else spec.block_size
     if (
         len(shape) != 5
-        or (shape[1], shape[3], shape[4]) != (2, spec.num_kv_heads, size)
+        or (shape[1], shape[3]) != (2, spec.num_kv_heads)
+        or not fits_heads(kv_cache, *sizes)
         or shape[2] < 1
         or shape[2] != (spec.block_size or shape[2])
     ):
         raise InvalidInputError(
             f"The cache of layer {name!r} has shape {shape}; the layer takes "
-            f"(num_blocks, 2, {blocks}, {spec.num_kv_heads}, {size}). Make the caches by a plan "
-            "over the layers' specs, and the layers with its block size or with block_size=None."
+            f"(num_blocks, 2, {blocks}, {spec.num_kv_heads}, {max(sizes)}). Make the caches by a "
+            "plan over the layers' specs, and the layers with its block size or with "
+            "block_size=None."
         )
     wanted = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
     either = spec.kv_cache_dtype == "fp8" and is_e4m3(kv_cache.dtype)
@@ -94,14 +103,23 @@ def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: object) -> Attent
             f"The cache of layer {name!r} is {kv_cache.dtype}; the layer takes {wanted} "
             f"(kv_cache_dtype={spec.kv_cache_dtype!r})."
         )
-    if overlaps_itself(kv_cache):
+    if not isinstance(kv_cache, KVCacheView) and overlaps_itself(kv_cache):
         raise InvalidInputError(
             f"The cache of layer {name!r} overlaps itself: shape {shape}, strides "
             f"{kv_cache.stride()}. Make it by allocate_kv_cache."
         )
+    strides = kv_strides_of(kv_cache)
+    if spec.kv_strides not in (None, strides):
+        raise InvalidInputError(
+            f"Layer {name!r} was made for a cache of {spec.kv_strides}, and this one has "
+            f"{strides or 'a layout of this library'}. Make the layer without kv_strides."
+        )
+    spec = spec.replace(kv_strides=strides)
     if spec.block_size is not None:
         return spec
-    layout = spec.kv_cache_layout or layout_of(kv_cache)
+    layout = spec.kv_cache_layout
+    if isinstance(kv_cache, torch.Tensor):
+        layout = layout or layout_of(kv_cache)
     return spec.replace(block_size=shape[2], kv_cache_layout=layout)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import KVScales, is_fp8, scale_for
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, AttentionSpec
 
@@ -81,7 +82,7 @@ class LayerScales:
         self,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         slots: torch.Tensor | None,
     ) -> bool:
         """Derive the scales from the keys and values that go to the cache; False if none do."""

@@ -13,6 +13,7 @@ from torch import nn
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.kv_view import KVCache, as_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadata, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import SPEC_FIELDS, AttentionSpec, alibi_of
@@ -135,7 +136,7 @@ class Attention(LayerScales, nn.Module):
         self.prefix = prefix
         self.scale = head_size**-0.5 if scale is None else checked_scale(scale)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.kv_cache: torch.Tensor | None = None
+        self.kv_cache: KVCache | None = None
         # In a dict, so that sinks which are a Parameter are not registered in this module too.
         self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
         self._rules = overrides.current_rules(backend, registry.names())
@@ -207,7 +208,7 @@ class Attention(LayerScales, nn.Module):
         return result
 
     def _follow_cache(self, spec: AttentionSpec) -> None:
-        """Take over a spec with the block size and layout of the cache that is bound."""
+        """Take over a spec with the block size, layout and strides of the cache that is bound."""
         if spec == self.spec:
             return
         before, self.spec = self.spec, spec
@@ -285,7 +286,7 @@ class Attention(LayerScales, nn.Module):
         query: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
-        kv_cache: torch.Tensor | None = None,
+        kv_cache: KVCache | tuple[torch.Tensor, torch.Tensor] | None = None,
         attn_metadata: AttentionMetadata | None = None,
         *,
         output: torch.Tensor | None = None,
@@ -298,7 +299,8 @@ class Attention(LayerScales, nn.Module):
             query: (num_tokens, num_heads, head_size), or with the last two flattened into one.
             key: (num_key_tokens, num_kv_heads, head_size) or flattened; None if the cache has all.
             value: (num_key_tokens, num_kv_heads, head_size_v) or flattened.
-            kv_cache: the cache to use; None for the one that is bound to the layer.
+            kv_cache: the cache to use, a tensor, a KVCacheView or its pair; None for the one that
+                is bound to the layer.
             attn_metadata: from `build_metadata`; None to take it from forward_context. In a
                 profiling run, `forward_context(None)`, the output is zeros.
             output: where the result goes, (num_tokens, num_heads, head_size_v); made if None.
@@ -354,7 +356,7 @@ class Attention(LayerScales, nn.Module):
         lse: torch.Tensor | None,
         output_scale: torch.Tensor | None,
         output_block_scale: torch.Tensor | None,
-        kv_cache: torch.Tensor | None = None,
+        kv_cache: Any = None,
         metadata: Any = None,
     ) -> None:
         """The body of the op: check the call, and run it on the layer's backends."""
@@ -373,6 +375,7 @@ class Attention(LayerScales, nn.Module):
         if kv_cache is None:
             kv_cache = self.kv_cache
         else:
+            kv_cache = as_kv_cache(kv_cache)
             check_block_size(self, kv_cache)
         given = (query, key, value, kv_cache)
         results = (output, lse, output_scale, output_block_scale)
@@ -387,7 +390,7 @@ class Attention(LayerScales, nn.Module):
         self,
         binding: LayerBinding,
         metadata: Any,
-        given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        given: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, KVCache | None],
         output: torch.Tensor,
         lse: torch.Tensor | None,
         output_scale: torch.Tensor | None,

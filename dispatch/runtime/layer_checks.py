@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache, check_kv_cache
 from attn_dispatch.interface.quantization import is_e4m3
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import check_tensors
@@ -38,11 +39,13 @@ def unflatten(
     return tensor.view(tensor.shape[0], heads, size)
 
 
-def check_block_size(layer: _Layer, kv_cache: torch.Tensor) -> None:
-    """Check that a cache is a tensor and, if it has blocks, that they have the layer's size."""
-    if not isinstance(kv_cache, torch.Tensor) or kv_cache.dim() != 5:
-        check_tensors(kv_cache=kv_cache)
-    elif layer.spec.block_size not in (None, kv_cache.shape[2]):
+def check_block_size(layer: _Layer, kv_cache: KVCache) -> None:
+    """Check that it is a cache and, if it has blocks, that they have the layer's size."""
+    check_kv_cache("kv_cache", kv_cache, meta=True)
+    if len(kv_cache.shape) == 5 and layer.spec.block_size not in (
+        None,
+        kv_cache.shape[2],
+    ):
         raise InvalidInputError(
             f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {layer.prefix!r} was "
             f"made with block_size={layer.spec.block_size}. Give it a cache of its own plan."

@@ -103,7 +103,7 @@ def with_fallback(
             else:
                 failure = Failure(
                     failed.backend,
-                    spec.replace(kv_cache_layout=None),
+                    spec.replace(kv_cache_layout=None, kv_strides=None),
                     context.device.arch,
                     failed.phase or phase,
                     failed.doing,

@@ -18,6 +18,7 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart, BatchTotals
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -231,7 +232,7 @@ class RoutedImpl:
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        kv_cache: torch.Tensor | None,
+        kv_cache: KVCache | None,
         attn_metadata: RoutedMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,

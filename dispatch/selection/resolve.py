@@ -144,7 +144,7 @@ class SelectionContext:
         """The failures that count for a layer; phase None for both phases."""
         if not self.failures:
             return ()
-        layer = (spec.replace(kv_cache_layout=None), self.device.arch)
+        layer = (spec.replace(kv_cache_layout=None, kv_strides=None), self.device.arch)
         return tuple(
             failure
             for failure in self.failures

@@ -26,6 +26,7 @@ from attn_dispatch.interface.capability import (
     SameAs,
     compare,
 )
+from attn_dispatch.interface.kv_strides import KVStrides
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
@@ -92,6 +93,18 @@ def test_a_new_field_is_accepted_at_its_neutral_value(name):
 
 # --- Every declaration of every backend -------------------------------------------------------
 
+#: Caches of engines: in one tensor or two, with the same strides or not, aligned or not.
+STRIDES = [
+    KVStrides(key=key, value=value, alignment=alignment, separate=separate)
+    for key, value, alignment, separate in (
+        ((32768, 2048, 128), (32768, 2048, 128), 128, True),
+        ((65536, 256, 4096), (65536, 256, 4096), 128, False),
+        ((32768, 2048, 128), (16384, 1024, 64), 16, True),
+        ((32768, 2048, 128), (32768, 2048, 128), 8, True),
+        ((1280, 80, 40), (1280, 80, 40), 128, True),
+    )
+]
+
 #: Values of each field from all over its domain. Fields that a value needs next to it are added.
 VALUES: dict[str, list[Any]] = {
     "num_heads": [1, 8, 71, 128],
@@ -103,6 +116,7 @@ VALUES: dict[str, list[Any]] = {
     "kv_scales": ["per_tensor", "per_head"],
     "block_size": [None, 1, 16, 48, 64, 256],
     "kv_cache_layout": [None, "NHD", "HND"],
+    "kv_strides": [None, *STRIDES],
     "attn_type": list(AttentionType),
     "sliding_window": [None, 1, 128, 4096],
     "logits_soft_cap": [None, 30.0],

@@ -189,6 +189,7 @@ INPUTS = {
 
 #: Fields of the spec that name no numbers of their own.
 WITHOUT_EFFECT = {
+    "kv_strides": "where the cache is; test_cache_layouts.py has the layouts of engines",
     "num_heads": "the shape of the query",
     "num_kv_heads": "the shape of the keys",
     "head_size": "the shape of the query",

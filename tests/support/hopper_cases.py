@@ -93,7 +93,7 @@ CACHES = {
         lambda t: t.permute(1, 2, 3, 0, 4),
         True,
     ),
-    "values next to keys": (lambda n, b, h, d: (n, b, 2, h, d), lambda t: t.transpose(1, 2), False),
+    "values next to keys": (lambda n, b, h, d: (n, b, 2, h, d), lambda t: t.transpose(1, 2), True),
     "elements apart": (lambda n, b, h, d: (n, 2, b, h, 2 * d), lambda t: t[..., ::2], False),
 }
 

@@ -45,6 +45,7 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_cache import view_kv_cache
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
@@ -216,11 +217,11 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: KVCache,
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
-        write = self._writer.write if kv_cache.is_cuda else super().write_kv
+        write = self._writer.write if kv_cache.device.type == "cuda" else super().write_kv
         write(layer, key, value, kv_cache, batch)
 
     def _check_call(self, args: ForwardArgs[FlashAttnMetadata]) -> None:
@@ -228,7 +229,7 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
             self._view(args.kv_cache)
             check_block_size(args.kv_cache, args.metadata.builder.spec)
 
-    def _view(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _view(self, kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the cache. Repeated calls with the same cache are cheap."""
         if self._last_cache is None or self._last_cache[0]() is not kv_cache:
             check_strides(kv_cache)

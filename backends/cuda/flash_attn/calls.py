@@ -16,6 +16,7 @@ import torch
 from attn_dispatch.backends.common import MAX_WINDOW, window_sides
 from attn_dispatch.backends.triton.operands import suits_tma
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache, keys_and_values
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = [
@@ -256,7 +257,7 @@ def gather(cache: torch.Tensor, blocks: torch.Tensor, num_keys: int) -> torch.Te
     return cache.index_select(0, blocks).flatten(0, 1)[:num_keys]
 
 
-def check_block_size(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
+def check_block_size(kv_cache: KVCache, spec: AttentionSpec) -> None:
     """Check that a cache has the block size that the provider was picked for.
 
     Raises:
@@ -270,18 +271,19 @@ def check_block_size(kv_cache: torch.Tensor, spec: AttentionSpec) -> None:
         )
 
 
-def check_strides(kv_cache: torch.Tensor) -> None:
+def check_strides(kv_cache: KVCache) -> None:
     """Check that kernels can read a cache.
 
     Raises:
         InvalidInputError: its heads are not contiguous at multiples of 16 bytes.
     """
-    if kv_cache.numel() and not suits_tma(kv_cache):
-        raise InvalidInputError(
-            f"kv_cache has strides {kv_cache.stride()} from address {kv_cache.data_ptr()} on; "
-            "FlashAttention needs contiguous heads that start at multiples of 16 bytes. Make the "
-            "cache by allocate_kv_cache."
-        )
+    for part in keys_and_values(kv_cache):
+        if part.numel() and not suits_tma(part):
+            raise InvalidInputError(
+                f"kv_cache has strides {part.stride()} from address {part.data_ptr()} on; "
+                "FlashAttention needs contiguous heads that start at multiples of 16 bytes. Make "
+                "the cache by allocate_kv_cache."
+            )
 
 
 def _schedule(

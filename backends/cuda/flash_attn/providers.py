@@ -36,6 +36,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
     SameAs,
+    Strides,
     compare,
 )
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
@@ -131,6 +132,7 @@ _COMMON: dict[str, Constraint] = {
     "dtype": OneOf(torch.bfloat16, torch.float16),
     "kv_cache_dtype": OneOf("auto", "bfloat16", "float16"),
     "kv_cache_layout": OneOf(None, "NHD", "HND"),
+    "kv_strides": Strides(aligned=True),
     "attn_type": OneOf(*AttentionType),
     "causal": _BOTH,
     "sliding_window": ANY,

@@ -27,9 +27,18 @@ from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import ANY, NOT_NONE, Capabilities, OneOf, Reason, SameAs
+from attn_dispatch.interface.capability import (
+    ANY,
+    NOT_NONE,
+    Capabilities,
+    OneOf,
+    Reason,
+    SameAs,
+    Strides,
+)
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.interface.impl import AttentionLayer
+from attn_dispatch.interface.kv_view import KVCache, KVCacheView, keys_and_values
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
@@ -83,7 +92,7 @@ class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        kv_cache: KVCache,
         batch: AttentionBatch,
     ) -> None:
         """See AttentionImpl.write_kv."""
@@ -105,12 +114,13 @@ class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
                     f"The {name} is {found}, and the layer was described with {planned}, which the "
                     "plan is for. Describe the layer as it is."
                 )
-        if not is_aligned(kv_cache):
-            raise InvalidInputError(
-                f"kv_cache has strides {kv_cache.stride()} from address {kv_cache.data_ptr():#x} "
-                "on, and FLASHINFER loads 16 bytes at a time, at multiples of 16. Make the cache "
-                "by allocate_kv_cache."
-            )
+        for part in keys_and_values(kv_cache):
+            if not is_aligned(part):
+                raise InvalidInputError(
+                    f"kv_cache has strides {part.stride()} from address {part.data_ptr():#x} on, "
+                    "and FLASHINFER loads 16 bytes at a time, at multiples of 16. Make the cache "
+                    "by allocate_kv_cache."
+                )
         if is_fp8(kv_cache.dtype) and math.isnan(layer._k_scale_float + layer._v_scale_float):
             raise UnsupportedError("FLASHINFER does not take scales per head; TRITON_ATTN does.")
 
@@ -141,7 +151,9 @@ class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
         is_direct = isinstance(tokens, slice) and out.is_contiguous() and is_aligned(out)
         if not is_direct:
             out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        run = functools.partial(call.wrapper.run, rows, kv_cache)
+        # FlashInfer takes one tensor, or the pair.
+        cache = (kv_cache.key, kv_cache.value) if isinstance(kv_cache, KVCacheView) else kv_cache
+        run = functools.partial(call.wrapper.run, rows, cache)
         if self.sinks is not None:
             sinks = self.sinks.to(query.device, torch.float32).contiguous()
             run(sinks, self._scale, out=out)
@@ -233,6 +245,7 @@ class FlashInferBackend(AttentionBackend):
         kv_cache_dtype=OneOf("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
         block_size=NOT_NONE,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        kv_strides=Strides(aligned=True, equal=True),
         attn_type=OneOf(AttentionType.DECODER, AttentionType.ENCODER_DECODER),
         causal=OneOf(True, False),
         sliding_window=ANY,

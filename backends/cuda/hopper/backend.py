@@ -20,7 +20,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DecodeLaunch,
     PrefillConfig,
 )
-from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
 from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
@@ -119,7 +119,7 @@ class HopperImpl(TritonImpl):
 
         self._hopper_kernel = prefill.hopper_prefill_kernel
         self._hopper_decode_kernel = decode.hopper_decode_kernel
-        self._last_pages: tuple[KVSource, PageMatrix | None] | None = None
+        self._last_pages: tuple[KVSource, PagedTma | None] | None = None
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """False: the Hopper kernels do not quantize."""
@@ -186,7 +186,7 @@ class HopperImpl(TritonImpl):
         rows = DECODES[self.head_size]
         self._launch_decode(call, plan, pages, rows.few if is_few else rows.many, num_sms)
 
-    def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PageMatrix | None:
+    def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PagedTma | None:
         """The cache as the Hopper decode kernel reads it; None where the portable one must.
 
         The last result is kept.
@@ -195,11 +195,11 @@ class HopperImpl(TritonImpl):
         if is_long or cache.k.dtype != dtype:
             return None
         if self._last_pages is None or self._last_pages[0] is not cache:
-            self._last_pages = cache, PageMatrix.of(cache)
+            self._last_pages = cache, PagedTma.of(cache)
         return self._last_pages[1]
 
     def _launch_decode(
-        self, call: Call, plan: DecodePlan, pages: PageMatrix, row: DecodeLaunch, num_sms: int
+        self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, num_sms: int
     ) -> None:
         """Launch the Hopper decode kernel on this many SMs."""
         query, out, batch, requests = call.query, call.out, call.metadata.batch, plan.requests
@@ -232,12 +232,14 @@ class HopperImpl(TritonImpl):
             },
             row.options,
         )
+        keys, values = pages.keys, pages.values
         launch(
             (num_sms * row.blocks, 1, 1),
-            query, pages.descriptor, out.values, out.lse, plan.part_out, plan.part_lse,
-            plan.counters, batch.seq_lens if requests is None else requests,
+            query, keys.descriptor, values.descriptor, out.values, out.lse, plan.part_out,
+            plan.part_lse, plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
-            pages.block_rows, pages.value_rows, pages.head_rows, pages.head_columns,
+            keys.block_rows, keys.head_rows, keys.head_columns, values.block_rows,
+            values.head_rows, values.head_columns,
             *out.values.stride()[:2], plan.num_reqs, batch.seq_lens.shape[0], query.shape[0],
             table.stride(0), *self._numbers,
         )  # fmt: skip

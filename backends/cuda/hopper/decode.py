@@ -42,19 +42,19 @@ _HALF = gl.constexpr(64)  # 16-bit columns of a swizzled row of shared memory
 
 #: Parameters whose values the compiled code does not depend on.
 _COUNTS = (
-    "num_reqs all_reqs num_rows table_stride window block_rows value_rows head_rows head_columns"
+    "num_reqs all_reqs num_rows table_stride window k_block_rows k_head_rows k_head_columns "
+    "v_block_rows v_head_rows v_head_columns"
 ).split()
 
 
 @aggregate
 class _Pages:
-    """The cache as a matrix, and how many rows or columns of it lie between its parts."""
+    """Keys or values as a matrix, and how many rows or columns of it lie between its parts."""
 
     desc: tma.tensor_descriptor
     block_table_ptr: gl.tensor
     table_stride: gl.tensor
     block_rows: gl.tensor
-    value_rows: gl.tensor
     head_rows: gl.tensor
     head_columns: gl.tensor
 
@@ -106,7 +106,7 @@ def _allocate(dtype: gl.constexpr, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def _load_pages(ring, n, pages, first_row, tile, work):
+def _load_pages(ring, n, pages, tile, work):
     """Load the pages of a key tile, keys or values, as the ring's tile n.
 
     In shared memory a tile is its columns' halves, one after the other, and each half its pages.
@@ -129,22 +129,22 @@ def _load_pages(ring, n, pages, first_row, tile, work):
         for h in gl.static_range(HALVES):
             load_tile(
                 pages.desc,
-                [row + first_row, kv_head * pages.head_columns + h * _HALF],
+                [row, kv_head * pages.head_columns + h * _HALF],
                 ring.full.index(stage),
                 boxes.index((stage * HALVES + h) * PER_TILE + p),
             )
 
 
 @gluon.jit
-def _producer(share, buffers, pages):
+def _producer(share, buffers, keys, values):
     """One warp: keys and values of each tile, page by page."""
     n = 0
     while share.position < share.end:
         work, share = share.next()
         if work.unit >= 0:
             for tile in range(work.first_tile, work.last_tile):
-                _load_pages(buffers.k, n, pages, 0, tile, work)
-                _load_pages(buffers.v, n, pages, pages.value_rows, tile, work)
+                _load_pages(buffers.k, n, keys, tile, work)
+                _load_pages(buffers.v, n, values, tile, work)
                 n += 1
 
 
@@ -285,31 +285,32 @@ def _consumer(share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_
 
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_decode_kernel(
-    q_ptr, pages_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr, requests_ptr,
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr, requests_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, slopes_ptr, sinks_ptr, q_stride_t,
-    q_stride_h, block_rows, value_rows, head_rows, head_columns, out_stride_t, out_stride_h,
-    num_reqs, all_reqs, num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap,
-    CONFIG: gl.constexpr,
+    q_stride_h, k_block_rows, k_head_rows, k_head_columns, v_block_rows, v_head_rows,
+    v_head_columns, out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window,
+    scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of the listed requests over the paged cache.
 
     Grid: any number of blocks of CONFIG.PROGRAMS programs.
 
     Args:
-        pages_desc: the cache as a matrix, whose rows are the tokens of a block one after the other;
-            blocks of 16, 32 or 64 rows, which divide a page, by 64 columns.
+        k_desc, v_desc: keys and values as matrices, whose rows are the tokens of a block one after
+            the other; boxes of 16, 32 or 64 rows, which divide a page, by 64 columns.
         part_out_ptr: (2 * programs, ROWS, D) float32; part_lse_ptr (2 * programs, ROWS).
         counters_ptr: 2 * programs zeros, which are zero again afterwards.
-        block_rows, value_rows, head_rows, head_columns: rows or columns of the matrix between one
-            block and the next, keys and values, one KV head and the next.
+        k_block_rows, k_head_rows, k_head_columns: rows or columns of the keys' matrix between one
+            block and the next, one KV head and the next; v_block_rows and so on of the values'.
         CONFIG: a DecodeConfig.
         Others: as for triton/kernels/decode.py.
     """
     space = IterationSpace(
         requests_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, CONFIG
     )
-    pages = _Pages(
-        pages_desc, block_table_ptr, table_stride, block_rows, value_rows, head_rows, head_columns
+    keys = _Pages(k_desc, block_table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
+    values = _Pages(
+        v_desc, block_table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns
     )
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
@@ -317,7 +318,7 @@ def hopper_decode_kernel(
     )
     parts = Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     PROGRAMS: gl.constexpr = CONFIG.PROGRAMS
-    buffers = _allocate(pages_desc.dtype, CONFIG)
+    buffers = _allocate(k_desc.dtype, CONFIG)
     fence_async_shared()
 
     output.store_empty(space)
@@ -332,7 +333,7 @@ def hopper_decode_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (share, buffers, scale, output, parts, q_ptr, q_stride_t, q_stride_h)),
-                (_producer, (share, buffers, pages)),
+                (_producer, (share, buffers, keys, values)),
             ],
             [1],
             [24],
@@ -347,8 +348,8 @@ def hopper_decode_kernel(
                 (_consumer, (
                     share_1, buffers_1, scale, output, parts, q_ptr, q_stride_t, q_stride_h,
                 )),
-                (_producer, (share, buffers, pages)),
-                (_producer, (share_1, buffers_1, pages)),
+                (_producer, (share, buffers, keys, values)),
+                (_producer, (share_1, buffers_1, keys, values)),
             ],
             [4, 1, 1],
             [240, 24, 24],

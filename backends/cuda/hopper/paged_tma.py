@@ -13,7 +13,7 @@ import torch
 from attn_dispatch.backends.triton.operands import KVSource, suits_tma
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["PageMatrix", "tma_descriptor"]
+__all__ = ["PageMatrix", "PagedTma", "tma_descriptor"]
 
 #: Columns of a box: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
@@ -23,46 +23,60 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class PageMatrix:
-    """A cache as a matrix whose rows are the tokens of a block, one after the other.
+    """Keys or values of a cache as a matrix: its rows are tokens of a block, one after the other.
 
     Attributes:
-        block_size: tokens of a block.
         descriptor: of the matrix, in boxes of 16, 32 or 64 rows by 64 columns.
-        block_rows, value_rows, head_rows, head_columns: rows or columns of the matrix between one
-            block and the next, keys and values, one KV head and the next.
+        block_rows, head_rows, head_columns: rows or columns of the matrix between one block and the
+            next, and one KV head and the next.
     """
 
-    block_size: int
     descriptor: Any
     block_rows: int
-    value_rows: int
     head_rows: int
     head_columns: int
 
     @classmethod
-    def of(cls, cache: KVSource) -> PageMatrix | None:
-        """The matrix; None if values are not 16-bit or strides do not meet TMA's requirements."""
-        rows = math.gcd(cache.block_size, _ROWS)
-        num_blocks, _, num_heads, size = cache.k.shape
-        block, token, head = cache.k_strides
-        values = (cache.v.data_ptr() - cache.k.data_ptr()) // cache.k.element_size()
-        if rows < 16 or cache.k.element_size() != 2:
-            return None
-        if not (suits_tma(cache.k) and suits_tma(cache.v)):
-            return None
-        if block % token or values % token or values <= 0:
+    def of(cls, part: torch.Tensor) -> PageMatrix | None:
+        """The matrix of (num_blocks, block_size, num_kv_heads, head_size); see `PagedTma.of`."""
+        num_blocks, block_size, num_heads, size = part.shape
+        rows = math.gcd(block_size, _ROWS)
+        block, token, head = part.stride()[:3]
+        if rows < 16 or part.element_size() != 2 or not suits_tma(part) or block % token:
             return None
         head_rows, head_columns = divmod(head, token) if num_heads > 1 else (0, 0)
         columns = head_columns * (num_heads - 1) + size
         if columns > token or (head_rows and head_columns):
             return None
-        block_rows, value_rows = block // token, values // token
-        last = block_rows * (num_blocks - 1) + value_rows + head_rows * (num_heads - 1)
-        shape = (last + cache.block_size, columns)
+        block_rows = block // token
+        last = block_rows * (num_blocks - 1) + head_rows * (num_heads - 1)
+        shape = (last + block_size, columns)
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
-        descriptor = tma_descriptor(cache.k, shape, token, (rows, _COLUMNS))
-        return cls(cache.block_size, descriptor, block_rows, value_rows, head_rows, head_columns)
+        descriptor = tma_descriptor(part, shape, token, (rows, _COLUMNS))
+        return cls(descriptor, block_rows, head_rows, head_columns)
+
+
+@dataclass(frozen=True)
+class PagedTma:
+    """A cache as the decode kernel reads it: a matrix of keys, and one of values.
+
+    Attributes:
+        block_size: tokens of a block.
+        keys, values: the matrices; in one tensor they overlap, and begin at different addresses.
+    """
+
+    block_size: int
+    keys: PageMatrix
+    values: PageMatrix
+
+    @classmethod
+    def of(cls, cache: KVSource) -> PagedTma | None:
+        """The matrices; None if values are not 16-bit or strides do not meet TMA's requirements."""
+        keys, values = PageMatrix.of(cache.k), PageMatrix.of(cache.v)
+        if keys is None or values is None:
+            return None
+        return cls(cache.block_size, keys, values)
 
 
 def tma_descriptor(

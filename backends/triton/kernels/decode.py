@@ -54,9 +54,12 @@ class PagedKV(NamedTuple):
     v: Any
     k_row_scales: Any
     v_row_scales: Any
-    stride_b: Any
-    stride_t: Any
-    stride_h: Any
+    k_stride_b: Any  # from block to block; then from token to token and from head to head
+    k_stride_t: Any
+    k_stride_h: Any
+    v_stride_b: Any
+    v_stride_t: Any
+    v_stride_h: Any
     block_table: Any
     table_stride: Any
 
@@ -250,25 +253,27 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
     v_scale = value_scale(inputs, kv_head, F)
     q_offsets = tile.out_rows.to(tl.int64) * inputs.q_stride_t
     q_pointers = inputs.q + (q_offsets + tile.heads.to(tl.int64) * inputs.q_stride_h)[:, None]
-    stride_b, stride_t, stride_h = kv.stride_b, kv.stride_t, kv.stride_h
-    if F.SOURCE == "packed8":  # so that the compiler sees that rows begin at multiples of 16 bytes
-        stride_b *= 8
-        stride_t *= 8
-        stride_h *= 8
-    head_offset = kv_head.to(tl.int64) * stride_h
+    # For "packed8" multiplied here, so that the compiler sees that rows begin at multiples of 16.
+    UNIT: tl.constexpr = 8 if F.SOURCE == "packed8" else 1
+    k_stride_b, k_stride_t = kv.k_stride_b * UNIT, kv.k_stride_t * UNIT
+    k_head_offset = kv_head.to(tl.int64) * (kv.k_stride_h * UNIT)
+    v_stride_b, v_stride_t, v_head_offset = k_stride_b, k_stride_t, k_head_offset
+    if not S.SAME_STRIDES:
+        v_stride_b, v_stride_t = kv.v_stride_b * UNIT, kv.v_stride_t * UNIT
+        v_head_offset = kv_head.to(tl.int64) * (kv.v_stride_h * UNIT)
     k_row_scales = kv.k_row_scales
     v_row_scales = kv.v_row_scales
     if F.FORMAT == "int8":
         PER_SCALE: tl.constexpr = 2 if F.SOURCE == "packed8" else 4  # a scale in units of strides
-        k_row_scales = kv.k_row_scales + head_offset // PER_SCALE
-        v_row_scales = kv.v_row_scales + head_offset // PER_SCALE
+        k_row_scales = kv.k_row_scales + k_head_offset // PER_SCALE
+        v_row_scales = kv.v_row_scales + v_head_offset // PER_SCALE
     key_lo = 0
     if F.SKIPS_KEYS:  # blocks before the window may have been freed
         key_lo = tl.maximum(seq_len - request.q_len - inputs.window + 1, 0)
     block_table = kv.block_table + split.request.to(tl.int64) * kv.table_stride
     keys = Keys(
-        kv.k + head_offset, kv.v + head_offset, k_row_scales, v_row_scales, block_table, 0, kv_head,
-        stride_b, stride_t, stride_b, stride_t,
+        kv.k + k_head_offset, kv.v + v_head_offset, k_row_scales, v_row_scales, block_table, 0,
+        kv_head, k_stride_b, k_stride_t, v_stride_b, v_stride_t,
     )  # fmt: skip
     state = init_state(S.ROWS, F)
     if F.SOURCE == "packed8":
@@ -336,9 +341,10 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
     v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
-    ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, stride_b, stride_t, stride_h,
-    out_stride_t, out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2,
-    cap_log2, scale_over_cap, F: tl.constexpr, S: tl.constexpr,
+    ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, k_stride_b, k_stride_t,
+    k_stride_h, v_stride_b, v_stride_t, v_stride_h, out_stride_t, out_stride_h, num_reqs, all_reqs,
+    num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap, F: tl.constexpr,
+    S: tl.constexpr,
 ):  # fmt: skip
     """Attention of the listed requests over the paged cache.
 
@@ -351,14 +357,15 @@ def decode_kernel(
         requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all, in order.
         all_reqs: requests of the batch, listed or not.
         num_rows: of the output; rows after the last request's are stored as rows without keys.
-        stride_b, stride_t, stride_h: of keys and of values; in 16 bytes for "packed8".
+        k_stride_b, k_stride_t, k_stride_h: of the cache's keys, in 16 bytes for "packed8";
+            v_stride_b and so on of its values, not read with SAME_STRIDES.
         F, S: Features and DecodeSchedule.
         Others: see the fields of the same names in structs.py.
     """
     batch = Batch(requests_ptr, num_reqs, query_start_loc_ptr, seq_lens_ptr, window)
     kv = PagedKV(
-        k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, stride_b, stride_t, stride_h,
-        block_table_ptr, table_stride,
+        k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, k_stride_b, k_stride_t, k_stride_h,
+        v_stride_b, v_stride_t, v_stride_h, block_table_ptr, table_stride,
     )  # fmt: skip
     inputs = Inputs(
         q_ptr, q_stride_t, q_stride_h, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, k_scale_ptr,

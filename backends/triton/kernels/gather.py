@@ -40,11 +40,11 @@ def _copy(
 def gather_kv_kernel(
     k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr,
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, key_start_loc_ptr, k_out_ptr, v_out_ptr,
-    stride_b, stride_t, stride_h, table_stride, window,
+    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, table_stride, window,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
     PAD: tl.constexpr, WINDOW: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Copy the keys and values of the listed requests; keys that no query sees become zeros.
 
@@ -55,6 +55,8 @@ def gather_kv_kernel(
         key_start_loc_ptr: (num_reqs,) int32, where each request's rows begin.
         k_out_ptr: (rows, NUM_KV_HEADS, BLOCK_D), v_out_ptr the same for values, written; zeros
             pad the heads.
+        k_stride_b, k_stride_t, k_stride_h: of the cache's keys; v_stride_b and so on of its values,
+            not read with SAME_STRIDES.
         PAD: each request has as many rows as its keys, rounded up to this.
     """
     request = tl.load(requests_ptr + tl.program_id(1))
@@ -73,16 +75,17 @@ def gather_kv_kernel(
             ok = ok & (positions > seq_len - q_len - window)
         row_of_table = block_table_ptr + request.to(tl.int64) * table_stride
         pages = tl.load(row_of_table + positions // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
-        offsets = (
-            pages * stride_b + (positions % BLOCK_SIZE).to(tl.int64) * stride_t
-            + heads.to(tl.int64) * stride_h
-        )  # fmt: skip
+        in_page = (positions % BLOCK_SIZE).to(tl.int64)
+        k_offsets = pages * k_stride_b + in_page * k_stride_t + heads.to(tl.int64) * k_stride_h
+        v_offsets = k_offsets
+        if not SAME_STRIDES:
+            v_offsets = pages * v_stride_b + in_page * v_stride_t + heads.to(tl.int64) * v_stride_h
         targets = tl.load(key_start_loc_ptr + request).to(tl.int64) * NUM_KV_HEADS + rows
         _copy(
-            k_ptr, k_row_scales_ptr, k_scale_ptr, k_out_ptr, offsets, targets, heads, ok, inside,
+            k_ptr, k_row_scales_ptr, k_scale_ptr, k_out_ptr, k_offsets, targets, heads, ok, inside,
             HEAD_SIZE, BLOCK_D, FORMAT, NATIVE, SCALE_STRIDE,
         )  # fmt: skip
         _copy(
-            v_ptr, v_row_scales_ptr, v_scale_ptr, v_out_ptr, offsets, targets, heads, ok, inside,
+            v_ptr, v_row_scales_ptr, v_scale_ptr, v_out_ptr, v_offsets, targets, heads, ok, inside,
             HEAD_SIZE_V, BLOCK_DV, FORMAT, NATIVE, SCALE_STRIDE,
         )  # fmt: skip

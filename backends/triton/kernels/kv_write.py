@@ -45,11 +45,11 @@ def _write(
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=METADATA)
 def write_kv_kernel(
     key_ptr, value_ptr, k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, k_scale_ptr, v_scale_ptr,
-    slots_ptr, num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h, stride_b,
-    stride_t, stride_h,
+    slots_ptr, num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h, k_stride_b,
+    k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FORMAT: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Store new keys and values; tokens with slot −1 are skipped.
 
@@ -61,21 +61,28 @@ def write_kv_kernel(
         k_row_scales_ptr, v_row_scales_ptr: for "int8", float32, where the first rows' scales are.
         k_scale_ptr, v_scale_ptr: for fp8, float32 scales, SCALE_STRIDE apart for the heads.
         slots_ptr: (num_tokens,) int64.
+        k_stride_b, k_stride_t, k_stride_h: of the cache's keys; v_stride_b and so on of its values,
+            not read with SAME_STRIDES.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = rows // NUM_KV_HEADS
     heads = rows % NUM_KV_HEADS
     slots = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1)
     ok = slots >= 0
-    offsets = (
-        slots // BLOCK_SIZE * stride_b + slots % BLOCK_SIZE * stride_t
-        + heads.to(tl.int64) * stride_h
+    blocks, in_block = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    k_offsets = (
+        blocks * k_stride_b + in_block * k_stride_t + heads.to(tl.int64) * k_stride_h
     )  # fmt: skip
+    v_offsets = k_offsets
+    if not SAME_STRIDES:
+        v_offsets = (
+            blocks * v_stride_b + in_block * v_stride_t + heads.to(tl.int64) * v_stride_h
+        )  # fmt: skip
     _write(
-        key_ptr, k_ptr, k_row_scales_ptr, k_scale_ptr, tokens, heads, offsets, ok, key_stride_t,
+        key_ptr, k_ptr, k_row_scales_ptr, k_scale_ptr, tokens, heads, k_offsets, ok, key_stride_t,
         key_stride_h, HEAD_SIZE, BLOCK_D, FORMAT, SCALE_STRIDE,
     )  # fmt: skip
     _write(
-        value_ptr, v_ptr, v_row_scales_ptr, v_scale_ptr, tokens, heads, offsets, ok,
+        value_ptr, v_ptr, v_row_scales_ptr, v_scale_ptr, tokens, heads, v_offsets, ok,
         value_stride_t, value_stride_h, HEAD_SIZE_V, BLOCK_DV, FORMAT, SCALE_STRIDE,
     )  # fmt: skip

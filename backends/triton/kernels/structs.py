@@ -51,6 +51,7 @@ class DecodeSchedule(NamedTuple):
     PARTS: int  # that each work unit is split into; 0 for Stream-K
     MIN_TILES: int  # of keys, for a program that works, with Stream-K
     HAS_REQUEST_LIST: bool  # else all requests of the batch are computed
+    SAME_STRIDES: bool  # keys and values of the cache have the same strides
     ALLOW_PTX: bool  # NVIDIA's instructions may be used
     RELEASING_THREADS: int  # all of a program, if each must release its own stores; else 0
     LENGTHS_PER_LOAD: int  # lengths of requests that are read at a time

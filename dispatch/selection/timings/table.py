@@ -113,17 +113,25 @@ LAYER_FIELDS = (
 LayerKey = tuple[Any, ...]
 
 #: Fields that decide which backends support a layer, but not which of them is fastest.
-_WITHOUT_EFFECT = {"cuda_graph": False, "kv_sharing": False, "kv_cache_layout": None}
+_WITHOUT_EFFECT = {
+    "cuda_graph": False,
+    "kv_sharing": False,
+    "kv_cache_layout": None,
+    "kv_strides": None,
+}
 
 
 def layer_key(spec: AttentionSpec) -> LayerKey | None:
     """The key of a layer in tables; None if no table has such layers.
 
     That is so if a field outside of LAYER_FIELDS changes the work (latent attention, masks, a
-    quantized output), if the cache is HND, which is not measured, and with batch_invariant: a
-    choice by the batch's size would make a request's bits depend on the rest of the batch.
+    quantized output), if the cache is HND or not aligned, which is not measured, and with
+    batch_invariant: a choice by the batch's size would make a request's bits depend on the rest of
+    the batch.
     """
     if spec.kv_cache_layout == "HND":
+        return None
+    if spec.kv_strides is not None and not spec.kv_strides.is_aligned:
         return None
     if AttentionType(spec.attn_type).has_kv_cache and spec.block_size is None:
         return None

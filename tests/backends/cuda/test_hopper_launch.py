@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from attn_dispatch.backends.cuda.hopper import paged_tma
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
 from attn_dispatch.backends.cuda.hopper.launch import DECODES
-from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix
+from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
 from attn_dispatch.backends.cuda.hopper.sm_partition import share_sms
 from attn_dispatch.backends.triton.configs.nvidia import HOPPER
 from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.kv_view import keys_and_values
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from support.hopper_cases import (
@@ -48,30 +49,26 @@ SM = matrix.UNITS["sm90"]
 # The cache as a matrix.
 
 
-def matrix_of(cache):
-    return PageMatrix.of(KVSource.of_pages(cache))
+def matrices_of(cache):
+    return PagedTma.of(KVSource.of_pages(cache))
 
 
 def assert_reads(cache, pages):
-    """The rows and columns of the matrix are the elements of the cache, and no others."""
-    rows, columns = pages.descriptor.block_shape
-    assert (rows, columns) == (math.gcd(cache.shape[2], 64), 64)
-    assert pages.descriptor.base.data_ptr() == cache.data_ptr()
-    # Each element's place in memory instead of its value.
-    places = torch.arange(cache.untyped_storage().nbytes() // cache.element_size())
-    first = cache.storage_offset()
-    cells = places.as_strided(pages.descriptor.shape, pages.descriptor.strides, first)
-    expected = places.as_strided(cache.shape, cache.stride(), first)
-    blocks, two, tokens, heads, elements = (torch.arange(n) for n in cache.shape)
-    row = (
-        blocks[:, None, None, None] * pages.block_rows
-        + two[:, None, None] * pages.value_rows
-        + tokens[:, None]
-        + heads * pages.head_rows
-    )
-    column = (heads * pages.head_columns)[:, None] + elements
-    assert torch.equal(cells[row[..., None], column.expand(*row.shape, -1)], expected)
+    """The rows and columns of both matrices are the keys and values of the cache, and no others."""
     assert pages.block_size == cache.shape[2]
+    for part, matrix in zip(keys_and_values(cache), (pages.keys, pages.values), strict=True):
+        rows, columns = matrix.descriptor.block_shape
+        assert (rows, columns) == (math.gcd(cache.shape[2], 64), 64)
+        assert matrix.descriptor.base.data_ptr() == part.data_ptr()
+        # Each element's place in memory instead of its value.
+        places = torch.arange(part.untyped_storage().nbytes() // part.element_size())
+        first = part.storage_offset()
+        cells = places.as_strided(matrix.descriptor.shape, matrix.descriptor.strides, first)
+        expected = places.as_strided(part.shape, part.stride(), first)
+        blocks, tokens, heads, elements = (torch.arange(n) for n in part.shape)
+        row = blocks[:, None, None] * matrix.block_rows + tokens[:, None] + heads * matrix.head_rows
+        column = (heads * matrix.head_columns)[:, None] + elements
+        assert torch.equal(cells[row[..., None], column.expand(*row.shape, -1)], expected)
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -83,9 +80,9 @@ def test_matrix_rows_are_the_tokens_of_the_cache(layout, block_size, heads, size
     if layout != "plain":
         cache = in_layout(cache, layout)
         if not CACHES[layout][2]:
-            assert matrix_of(cache) is None
+            assert matrices_of(cache) is None
             return
-    assert_reads(cache, matrix_of(cache))
+    assert_reads(cache, matrices_of(cache))
 
 
 @settings(max_examples=200)
@@ -100,7 +97,7 @@ def test_a_matrix_has_the_elements_of_its_cache(data):
         step = strides[dim] * sizes[dim]
     first = data.draw(st.sampled_from([0, 0, 4, 8]))
     cache = torch.zeros(first + step, dtype=torch.float16).as_strided(sizes, strides, first)
-    pages = matrix_of(cache)
+    pages = matrices_of(cache)
     if pages is not None:
         assert_reads(cache, pages)
 
@@ -121,24 +118,22 @@ def test_a_matrix_has_the_elements_of_its_cache(data):
 def test_a_cache_that_tma_cannot_read_has_no_matrix(block_size, dtype, first):
     shape = (3, 2, block_size, 2, 64)
     cache = torch.zeros(first + math.prod(shape), dtype=dtype)[first:].view(shape)
-    assert matrix_of(cache) is None
+    assert matrices_of(cache) is None
 
 
 def test_a_cache_of_2_to_the_31_rows_has_no_matrix():
     """Blocks far apart; the memory is not allocated."""
-    strides = (2 * 16 * 2 * 64, 16 * 2 * 64, 64, 16 * 64, 1)
+    strides = (2 * 16 * 2 * 64, 64, 16 * 64, 1)
     for blocks, is_matrix in ((1 << 21, True), (1 << 26, False)):
-        source = mock.Mock(spec=KVSource, block_size=16, k_strides=(strides[0], *strides[2:4]))
-        source.k = mock.Mock(shape=(blocks, 16, 2, 64), dtype=torch.bfloat16)
-        source.k.element_size.return_value = 2
-        source.k.data_ptr.return_value, source.v = 0, mock.Mock()
-        source.v.data_ptr.return_value = 2 * strides[1]
+        part = mock.Mock(shape=(blocks, 16, 2, 64), dtype=torch.bfloat16)
+        part.stride.return_value, part.element_size.return_value = strides, 2
+        part.data_ptr.return_value = 0
         with mock.patch.object(paged_tma, "suits_tma", return_value=True):
-            assert (PageMatrix.of(source) is not None) is is_matrix
+            assert (PageMatrix.of(part) is not None) is is_matrix
 
 
 def test_an_empty_cache_has_no_matrix():
-    assert matrix_of(torch.zeros(0, 2, 16, 2, 64, dtype=torch.bfloat16)) is None
+    assert matrices_of(torch.zeros(0, 2, 16, 2, 64, dtype=torch.bfloat16)) is None
 
 
 # What is launched.

@@ -1,0 +1,64 @@
+"""Whether a call would write memory that it still has to read."""
+
+from __future__ import annotations
+
+import torch
+
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.kv_view import KVCache, parts_of, storages_of
+from attn_dispatch.interface.overlap import overlap
+
+__all__ = ["check_shared_memory", "may_share_memory"]
+
+
+def may_share_memory(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: KVCache | None,
+    output: torch.Tensor | None,
+) -> bool:
+    """Whether `check_shared_memory` is needed; this is on the hot path.
+
+    On a GPU only the storages of the output and the other tensors are compared: two storages over
+    the same memory come only from foreign code.
+    """
+    if not query.is_cuda:
+        return True
+    if output is None:
+        return False
+    storage = output.untyped_storage().data_ptr()
+    return (
+        query.untyped_storage().data_ptr() == storage
+        or (key is not None and key.untyped_storage().data_ptr() == storage)
+        or (value is not None and value.untyped_storage().data_ptr() == storage)
+        or (kv_cache is not None and storage in storages_of(kv_cache))
+    )
+
+
+def check_shared_memory(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: KVCache | None,
+    output: torch.Tensor | None,
+) -> None:
+    """Check that nothing is written to memory that is still to be read.
+
+    Raises:
+        InvalidInputError: it names the two tensors that share memory.
+    """
+    reads = [("query", query), ("key", key), ("value", value)]
+    cache = () if kv_cache is None else parts_of(kv_cache)
+    writes = [("output", output)]
+    if key is not None:
+        writes += [("kv_cache", part) for part in cache]
+    if output is not None and any(overlap(output, part) for part in cache):
+        raise InvalidInputError("output shares memory with kv_cache. Give it memory of its own.")
+    for name, written in writes:
+        for read_name, read in reads:
+            if written is not None and read is not None and overlap(written, read):
+                raise InvalidInputError(
+                    f"{name} shares memory with {read_name}, which is read while {name} is "
+                    f"written. Give {name} memory of its own."
+                )
