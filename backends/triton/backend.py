@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_dispatch.backends.common import MAX_WINDOW
+from attn_dispatch.backends.common import MAX_WINDOW, on_device
 from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.kernels.structs import DecodeSchedule, Features
@@ -49,7 +49,7 @@ from attn_dispatch.interface.spec import (
     OUTPUT_QUANTS,
     AttentionSpec,
 )
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
@@ -231,12 +231,11 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         slopes = sinks = query
         if self.alibi_slopes is not None:
             if self._slopes is None or self._slopes.device != query.device:
-                self._slopes = torch.as_tensor(
-                    self.alibi_slopes, dtype=torch.float32, device=query.device
-                ).contiguous()
+                slopes = on_device(self.alibi_slopes, query.device, torch.float32)
+                self._slopes = slopes.contiguous()
             slopes = self._slopes
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device).contiguous()
+            sinks = self.sinks.to(query.device, non_blocking=True).contiguous()
         return slopes, sinks
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
@@ -398,6 +397,7 @@ class TritonAttnBackend(AttentionBackend):
         kv_scales=OneOf("per_tensor", "per_head"),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
+        lengths=OneOf(*LENGTHS),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

@@ -55,6 +55,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "kv_scales": ("per_head",),
     "block_size": (None, 1, 4, 16, 32, 64, 256),
     "kv_cache_layout": ("HND", "NHD"),
+    "lengths": ("upper_bound",),
     "attn_type": tuple(AttentionType),
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
@@ -107,7 +108,12 @@ _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"causal": False},
 )
 
-_NO_CACHE = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
+_NO_CACHE = {
+    "block_size": None,
+    "kv_cache_layout": None,
+    "kv_cache_dtype": "auto",
+    "lengths": "exact",
+}
 _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
 )
@@ -154,7 +160,8 @@ def is_request(spec: AttentionSpec) -> bool:
     """Whether the fields are possible together: no scales without an fp8 cache, for instance."""
     has_cache = spec.block_size is not None
     is_cross = spec.attn_type is AttentionType.ENCODER_DECODER
-    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing)
+    has_bounds = spec.lengths == "upper_bound"
+    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing, has_bounds)
     return (
         (has_cache or not any((*of_cache, spec.cuda_graph)))
         and (has_cache or not is_cross)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch_checks import check_columns
+from attn_dispatch.interface.batch_lengths import check_true_lengths
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -28,8 +30,8 @@ def check_batch_contents(
     checks the batch that it copies there.
 
     Raises:
-        InvalidInputError: lengths are not monotone or differ from their host copies, a block id
-            or a slot is out of range, or two tokens share a slot.
+        InvalidInputError: lengths are not monotone, differ from their host copies or exceed their
+            bounds there; a block id or a slot is out of range, or two tokens share a slot.
     """
     if OVER_STATIC_BUFFERS in batch.checked:
         return
@@ -59,7 +61,11 @@ def _check_lengths(batch: AttentionBatch) -> None:
             f"query_start_loc is {starts[:8]}; it must ascend from 0. AttentionBatch.create makes "
             "one from the lengths."
         )
-    if starts != batch.query_start_list or batch.seq_lens.tolist() != batch.seq_lens_list:
+    seq_lens = batch.seq_lens.tolist()
+    if batch.lengths == "upper_bound":
+        check_true_lengths(seq_lens, batch.new_lens, batch.seq_lens_list)
+        seq_lens = batch.seq_lens_list
+    if starts != batch.query_start_list or seq_lens != batch.seq_lens_list:
         raise InvalidInputError(
             "query_start_loc or seq_lens differs from its host copy. Make both from the same "
             "lengths; AttentionBatch.create does."
@@ -73,7 +79,9 @@ def _check_block_ids(
     block_size: int,
     window: int | None,
 ) -> None:
-    lens = batch.seq_lens_cpu.to(table.device)
+    lens = batch.seq_lens.to(table.device)
+    if batch.lengths == "upper_bound":  # only now it is known how many columns are needed
+        check_columns(table, int(lens.max()) if len(lens) else 0, block_size)
     first_keys = torch.arange(table.shape[1], device=table.device) * block_size
     used = first_keys < lens[:, None]
     if window is not None:

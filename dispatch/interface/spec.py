@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +136,12 @@ class AttentionSpec:
         None,
         neutral=None,
     )
+    lengths: str = _field(
+        "What the host knows of the key counts of a batch: 'exact' ones; or 'upper_bound', where "
+        "it may know only bounds of them and the device has the true ones.",
+        "exact",
+        neutral="exact",
+    )
     attn_type: str = _field("One of AttentionType.", AttentionType.DECODER)
     causal: bool = _field(
         "A query sees no later key; masks align to the end of the keys. "
@@ -211,6 +217,7 @@ class AttentionSpec:
             )
         if self.kv_cache_layout is not None:
             _require_one_of("kv_cache_layout", self.kv_cache_layout, ("NHD", "HND"))
+        _require_one_of("lengths", self.lengths, LENGTHS)
         if self.output_quant is not None:
             _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
         _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))

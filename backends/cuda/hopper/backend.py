@@ -98,15 +98,12 @@ class HopperBuilder(TritonBuilder):
 
 
 def _work_tiles(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
-    """(num_tiles, 8) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
+    """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
     requests, first_tokens = tiles.long().unbind(1)
-    starts, seq_lens = batch.query_start_loc_cpu, batch.seq_lens_cpu
+    starts = batch.query_start_loc_cpu
     firsts = starts[requests]
     lengths = starts[requests + 1] - firsts
-    work_tiles = torch.zeros(len(tiles), 8, dtype=torch.int32, device="cpu")
-    columns = (firsts, lengths, first_tokens, seq_lens[requests], requests)
-    work_tiles[:, : len(columns)] = torch.stack(columns, 1)
-    return work_tiles
+    return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
 
 
 class HopperImpl(TritonImpl):
@@ -172,7 +169,7 @@ class HopperImpl(TritonImpl):
         launch(
             (min(num_tiles, num_sms), 1, 1),
             _describe(query, BLOCK_M // 2), *plan.describe(source, block_n), out.values, out.lse,
-            plan.tiles, source.starts, slopes, sinks, num_tiles, *out.values.stride()[:2],
+            plan.tiles, call.metadata.batch.seq_lens, source.starts, slopes, sinks, num_tiles, *out.values.stride()[:2],
             *self._numbers,
         )  # fmt: skip
 

@@ -41,14 +41,14 @@ class _WorkTile:
     """128 query tokens of a request and one head, and the tiles of keys that they see.
 
     Attributes:
-        q_start, q_len, seq_len: of the request.
+        request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
         first_token: of the work tile, among the request's query tokens.
         first_position: of that token.
         last_tile, num_tiles: the last key tile and how many there are; they are taken backwards.
         num_right, num_left: how many at the end and at the beginning are seen in part.
     """
 
-    ptr: gl.tensor
+    request: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -66,6 +66,7 @@ class _Schedule:
     """The list of work tiles. In a wave each program takes one, back and forth to even them out."""
 
     tiles_ptr: gl.tensor
+    seq_lens_ptr: gl.tensor
     num_tiles: gl.tensor
     window: gl.tensor
     config: gl.constexpr
@@ -88,11 +89,12 @@ class _Schedule:
         """The work tile that this program takes in a wave."""
         config: gl.constexpr = self.config
         index = self._index(wave)
-        ptr = self.tiles_ptr + index // config.NUM_HEADS * 8
+        ptr = self.tiles_ptr + index // config.NUM_HEADS * 4
         q_start = gl.load(ptr)
         q_len = gl.load(ptr + 1)
         first_token = gl.load(ptr + 2)
-        seq_len = gl.load(ptr + 3)
+        request = gl.load(ptr + 3)
+        seq_len = gl.load(self.seq_lens_ptr + request)
         past = seq_len - q_len
         first = past + first_token
         last = past + gl.minimum(first_token + 128, q_len) - 1
@@ -119,7 +121,7 @@ class _Schedule:
         if config.WINDOW:
             num_left = full_first - first_tile
         return _WorkTile(
-            ptr, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
+            request, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
             end_tile - 1, end_tile - first_tile, end_tile - full_end, num_left,
         )  # fmt: skip
 
@@ -335,7 +337,7 @@ def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_star
     n = 0
     for wave in range(0, schedule.num_waves()):
         work = schedule.work_tile(wave)
-        key_start = gl.load(key_start_loc_ptr + gl.load(work.ptr + 4))
+        key_start = gl.load(key_start_loc_ptr + work.request)
         column = work.head // CONFIG.GROUP * D
         q_row = work.q_start + work.first_token
         q_ring.acquire(wave)
@@ -353,8 +355,8 @@ def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_star
 
 @gluon.jit(do_not_specialize=["window", "num_tiles"], do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, key_start_loc_ptr, slopes_ptr, sinks_ptr,
-    num_tiles, out_stride_t, out_stride_h, window, scale_log2, cap_log2, scale_over_cap,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr, key_start_loc_ptr,
+    slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window, scale_log2, cap_log2, scale_over_cap,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
@@ -364,10 +366,10 @@ def hopper_prefill_kernel(
     Args:
         q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
         k_desc, v_desc: (rows, num_kv_heads * D), blocks of BLOCK_N by D.
-        tiles_ptr: (num_tiles / NUM_HEADS, 8) int32: the request's first query row and number of
-            queries, the work tile's first token among them, the request's number of keys, the
-            request; each for all heads, which vary fastest, so that concurrent work tiles share
-            keys.
+        tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
+            queries, the work tile's first token among them, the request; each for all heads, which
+            vary fastest, so that concurrent work tiles share keys.
+        seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
         key_start_loc_ptr: (num_reqs,) int32, where each request's rows of keys begin.
         num_tiles: of all heads.
         CONFIG: a PrefillConfig.
@@ -382,7 +384,7 @@ def hopper_prefill_kernel(
     k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     fence_async_shared()
-    schedule = _Schedule(tiles_ptr, num_tiles, window, CONFIG)
+    schedule = _Schedule(tiles_ptr, seq_lens_ptr, num_tiles, window, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG

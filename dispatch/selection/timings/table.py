@@ -113,7 +113,12 @@ LAYER_FIELDS = (
 LayerKey = tuple[Any, ...]
 
 #: Fields that decide which backends support a layer, but not which of them is fastest.
-_WITHOUT_EFFECT = {"cuda_graph": False, "kv_sharing": False, "kv_cache_layout": None}
+_WITHOUT_EFFECT = {
+    "cuda_graph": False,
+    "kv_sharing": False,
+    "kv_cache_layout": None,
+    "lengths": "exact",
+}
 
 
 def layer_key(spec: AttentionSpec) -> LayerKey | None:
