@@ -19,6 +19,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     ReasonCode,
 )
+from attn_dispatch.interface.contents import with_exact_lengths
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.metadata import BatchMetadata, BatchMetadataBuilder
 from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
@@ -45,7 +46,7 @@ class ReferenceBuilder(BatchMetadataBuilder):
 
     def build(self, batch: AttentionBatch) -> BatchMetadata:
         """The batch's metadata. With upper bounds on a GPU, this waits for the device."""
-        return super().build(batch.with_exact_lengths())
+        return super().build(with_exact_lengths(batch))
 
 
 class ReferenceImpl(AttentionImpl[ReferenceMetadata]):

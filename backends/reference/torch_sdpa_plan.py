@@ -10,6 +10,7 @@ import torch
 
 from attn_dispatch.backends.reference.semantics import visible
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.contents import with_exact_lengths
 from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 
@@ -81,7 +82,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
 
     def build(self, batch: AttentionBatch) -> SDPAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata: SDPAMetadata = SDPAMetadata.of(batch.with_exact_lengths(), self, groups=[])
+        metadata: SDPAMetadata = SDPAMetadata.of(with_exact_lengths(batch), self, groups=[])
         metadata.groups += [self._group(metadata, pieces) for pieces in self._share(metadata)]
         return metadata
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,9 +57,6 @@ _MEMORY: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], _View]]] = {
 }
 MEMORY = tuple(_MEMORY)
 
-#: By how much the bounds of a batch's requests exceed their keys, in turn.
-_SLACK = (0, 1, 40, 3)
-
 #: What an engine may leave in the entries of a block table that no request uses.
 GARBAGE_BLOCKS = (-1, 2**31 - 1, 0, -(2**31), 1_000_000)
 
@@ -83,7 +78,7 @@ class Case:
         padding: rows of query, key and value beyond the batch's tokens.
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
-        bounds: of each request's keys, if the layer takes upper bounds; some exceed them by default.
+        bounds: upper bounds of each request's keys, which are then all that the host knows.
         planted: (tensor, request, first, end, number): the value of element 0 of head 0, such as
             NaN, in rows first to end of a request's "query", "key" or "value".
         seed: of the numbers.
@@ -384,16 +379,12 @@ class EngineStep(CaseTensors):
             flat = flat.to(self.device)
         writes = case.brings_keys and not spec.kv_sharing
         ranges = {"image": [PlaceholderRange(*r) for r in case.ranges]} if case.ranges else None
-        seq_lens: Any = case.seq_lens
-        lengths: dict[str, Any] = {}
-        # A mask has a size that follows from the lengths, so such a batch has exact ones.
-        if spec.lengths == "upper_bound" and spec.block_size is not None and flat is None:
-            bounds = case.bounds or map(operator.add, seq_lens, itertools.cycle(_SLACK))
-            lengths = {"lengths": "upper_bound", "seq_lens_upper_bound": list(bounds)}
-            seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=self.device)
+        true = torch.tensor(case.seq_lens, device=self.device).int()
         return AttentionBatch.create(
             case.query_lens,
-            seq_lens,
+            case.seq_lens if case.bounds is None else true,
+            lengths="exact" if case.bounds is None else "upper_bound",
+            seq_lens_upper_bound=case.bounds,
             block_table=self._table,
             slot_mapping=self._slots if writes else None,
             key_lens=None if self.new_lens == case.query_lens else self.new_lens,
@@ -401,7 +392,6 @@ class EngineStep(CaseTensors):
             multi_modal_placeholder_index_maps=ranges,
             max_decode_query_len=case.max_decode_query_len,
             device=self.device,
-            **lengths,
         )
 
     def impl_arguments(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _as_with_exact_lengths(
     step = _step(target, spec, bounds=bounds)
     require(step.batch.lengths == "upper_bound", "the batch has no upper bounds")
     bounded = target.forward(step)
-    step.batch = _step(target, spec.replace(lengths="exact")).batch
+    step.batch = _step(target, spec, bounds=None).batch
     exact = target.forward(step)
     if exact.cache is not None:
         wrong = "with upper bounds other bytes are written to the cache than with exact lengths"

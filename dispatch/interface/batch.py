@@ -25,13 +25,9 @@ from attn_dispatch.interface.batch_checks import (
     checked_lengths,
     compute_slots,
     is_readable,
+    known_lengths,
     rows_of,
     start_locs,
-)
-from attn_dispatch.interface.batch_lengths import (
-    check_device_lengths,
-    check_lengths,
-    check_true_lengths,
 )
 from attn_dispatch.interface.host_copies import pack_to_device, to_device
 from attn_dispatch.interface.tensors import check_dense
@@ -136,10 +132,8 @@ class AttentionBatch:
 
         Tensors on the host are checked: lengths, their sums and block ids fit int32, and slots are
         −1 or more. Tensors on a device are read only under ATTN_DISPATCH_CHECK=1; without it an
-        int64 block table there is narrowed unchecked.
-
-        A batch is made without waiting for the device, if lengths that are given as a tensor are on
-        the host; with lengths="upper_bound", where seq_lens is on the device, always.
+        int64 block table there is narrowed unchecked. A step waits for the device only if lengths
+        are on it, and are not those of lengths="upper_bound".
 
         Args:
             query_lens: new tokens of each request.
@@ -154,8 +148,8 @@ class AttentionBatch:
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go; None for the default device.
             lengths: as the attribute.
-            seq_lens_upper_bound: with lengths="upper_bound", on the host, at least the keys of each
-                request: what an asynchronous scheduler knows before the last step has finished.
+            seq_lens_upper_bound: with lengths="upper_bound", at least the keys of each request, on
+                the host: what an asynchronous scheduler knows before the last step has finished.
             max_seq_len: as the attribute; None for the largest of the lengths or bounds.
             **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
                 or max_decode_query_len: as the attributes.
@@ -171,16 +165,8 @@ class AttentionBatch:
                 f"{', '.join(_FURTHER)}. The rest is derived from the lengths."
             )
         device = usable_device(device)
-        check_lengths(lengths, seq_lens_upper_bound)
         queries, max_query_len = checked_lengths("query_lens", query_lens)
-        on_device: torch.Tensor | None = None
-        if seq_lens_upper_bound is None:
-            seqs, longest = checked_lengths("seq_lens", seq_lens)
-        else:
-            seqs, longest = checked_lengths("seq_lens_upper_bound", seq_lens_upper_bound)
-            check_device_lengths(seq_lens, len(queries))
-            assert isinstance(seq_lens, torch.Tensor)
-            on_device = to_device(seq_lens, device, torch.int32)
+        seqs, longest, true = known_lengths(lengths, seq_lens, seq_lens_upper_bound, device)
         if max_seq_len is not None:
             max_seq_len = as_int("max_seq_len", max_seq_len, longest, INT32_MAX)
         check_same_requests("query_lens", queries, seqs)
@@ -193,7 +179,6 @@ class AttentionBatch:
         for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
             if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
                 raise InvalidInputError(f"{name} is on the meta device and has no data.")
-        true = seqs if on_device is None else on_device
         if block_table is not None:
             check_table(block_table, len(seqs))
             check_block_ids(block_table, true if is_readable(true) else seqs, block_size)
@@ -202,13 +187,10 @@ class AttentionBatch:
             slot_mapping = to_device(slot_mapping, device, torch.int64)
         elif block_table is not None and block_size is not None:
             written = queries if keys is None else keys
-            if on_device is not None:
-                block_table = to_device(block_table, device)
+            table = block_table if lengths == "exact" else to_device(block_table, device)
             if is_readable(true):
-                host = true.cpu()
-                check_room(block_table, written, host, block_size, is_query=keys is None)
-            slots = compute_slots(written, true, block_table, block_size)
-            slot_mapping = to_device(slots, device)
+                check_room(table, written, true.cpu(), block_size, is_query=keys is None)
+            slot_mapping = to_device(compute_slots(written, true, table, block_size), device)
         mask = more.get("custom_mask")
         if mask is not None:
             check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)
@@ -218,10 +200,12 @@ class AttentionBatch:
             seqs,
             keys,
             device,
-            on_device,
+            None if lengths == "exact" else true,
             max_query_len=max_query_len,
             max_seq_len=longest if max_seq_len is None else max_seq_len,
-            block_table=None if block_table is None else to_device(block_table, device, torch.int32),
+            block_table=None
+            if block_table is None
+            else to_device(block_table, device, torch.int32),
             slot_mapping=slot_mapping,
             block_size=block_size,
             lengths=lengths,
@@ -246,12 +230,11 @@ class AttentionBatch:
         `on_device` are the true key counts if `seqs` are bounds.
         """
         query_start_loc_cpu = start_locs("query_lens", queries)
-        copies = pack_to_device(
-            device, query_start_loc_cpu, *([seqs] if on_device is None else [])
-        )
+        copied = [query_start_loc_cpu, *([seqs] if on_device is None else [])]
+        query_start_loc, *others = pack_to_device(device, *copied)
         return cls(
-            query_start_loc=copies[0],
-            seq_lens=copies[1] if on_device is None else on_device,
+            query_start_loc=query_start_loc,
+            seq_lens=others[0] if on_device is None else on_device,
             query_start_loc_cpu=query_start_loc_cpu,
             seq_lens_cpu=seqs,
             key_start_loc_cpu=None if keys is None else start_locs("key_lens", keys),
@@ -416,20 +399,6 @@ class AttentionBatch:
         starts = self.mask_starts
         rows = self.custom_mask[starts[request] : starts[request + 1]]
         return rows.view(self.query_lens[request], self.seq_lens_list[request])
-
-    def with_exact_lengths(self) -> AttentionBatch:
-        """The batch with the true key counts on the host; itself if it has them.
-
-        Reading them from a GPU waits for it.
-
-        Raises:
-            InvalidInputError: one exceeds its bound.
-        """
-        if self.lengths == "exact":
-            return self
-        seq_lens = self.seq_lens.cpu()
-        check_true_lengths(seq_lens.tolist(), self.new_lens, self.seq_lens_list)
-        return dataclasses.replace(self, lengths="exact", seq_lens_cpu=seq_lens)
 
     def check(self) -> None:
         """Check once that the batch is consistent, without waiting for a device.

@@ -88,6 +88,32 @@ def checked_lengths(name: str, values: Any) -> tuple[torch.Tensor, int]:
     return lengths.to(torch.int32), most
 
 
+def known_lengths(
+    lengths: Any, seq_lens: Any, bounds: Any, device: torch.device
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """What AttentionBatch.create knows of the key counts, by its arguments.
+
+    Returns:
+        (num_reqs,) int32 on the host, the key counts or their bounds; the largest; and the true
+        counts, with bounds on the device and else the same.
+    """
+    check_lengths(lengths)
+    if (lengths == "upper_bound") != (bounds is not None):
+        raise InvalidInputError(
+            "lengths='upper_bound' and seq_lens_upper_bound go together: give both, or neither. "
+            "seq_lens are the true key counts in either case."
+        )
+    if bounds is None:
+        seqs, longest = checked_lengths("seq_lens", seq_lens)
+        return seqs, longest, seqs
+    seqs, longest = checked_lengths("seq_lens_upper_bound", bounds)
+    wanted = f"a tensor of the true key counts on the device, ({len(seqs)},) int32"
+    check_dense("seq_lens", seq_lens, wanted, meta=True)
+    if seq_lens.shape != seqs.shape or seq_lens.dtype not in INTEGERS:
+        raise wrong_form("seq_lens", seq_lens, wanted)
+    return seqs, longest, to_device(seq_lens, device, torch.int32)
+
+
 def _check_length(name: str, least: int, most: int) -> None:
     if least < 0:
         raise InvalidInputError(f"{name} holds {shown(least)}; lengths are 0 or more.")
@@ -379,7 +405,7 @@ def check_types(batch: Any) -> None:
             raise InvalidInputError(
                 f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
             )
-    check_lengths(batch.lengths, batch.seq_lens_cpu if batch.lengths == "upper_bound" else None)
+    check_lengths(batch.lengths)
     if type(batch.enable_kv_scales_calculation) is not bool:
         raise InvalidInputError(
             f"enable_kv_scales_calculation={shown(batch.enable_kv_scales_calculation)} is not "

@@ -9,41 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from attn_dispatch.arguments import shown
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 from attn_dispatch.interface.types import LENGTHS
 
-__all__ = ["check_bounds", "check_device_lengths", "check_lengths", "check_true_lengths"]
+__all__ = ["check_bounds", "check_lengths", "check_true_lengths"]
 
 
-def check_lengths(lengths: Any, bounds: Any) -> None:
-    """Check that `lengths` is one of LENGTHS, and that there are bounds if it says so.
+def check_lengths(lengths: Any) -> None:
+    """Check that `lengths` is one of LENGTHS.
 
     Raises:
-        InvalidInputError: it is not, or they are not.
+        InvalidInputError: it is not.
     """
     if not isinstance(lengths, str) or lengths not in LENGTHS:
         raise InvalidInputError(f"lengths={shown(lengths)} is not one of: {', '.join(LENGTHS)}.")
-    if (lengths == "upper_bound") != (bounds is not None):
-        raise InvalidInputError(
-            "lengths='upper_bound' and seq_lens_upper_bound go together: give both, or neither. "
-            "seq_lens are the true key counts in either case."
-        )
-
-
-def check_device_lengths(seq_lens: Any, num_reqs: int) -> None:
-    """Check the form of the true key counts, which are a tensor on the device.
-
-    Raises:
-        InvalidInputError: it is not a tensor with an integer for each request.
-    """
-    wanted = f"a tensor of the true key counts on the device, ({num_reqs},) int32"
-    check_dense("seq_lens", seq_lens, wanted, meta=True)
-    if seq_lens.shape != (num_reqs,) or seq_lens.dtype not in INTEGERS:
-        raise wrong_form("seq_lens", seq_lens, wanted)
 
 
 def check_bounds(new_lens: Sequence[int], bounds: Sequence[int]) -> None:

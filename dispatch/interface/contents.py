@@ -1,7 +1,8 @@
-"""Checks of the contents of a batch's tensors. On a GPU they wait for the device."""
+"""What reads the contents of a batch's tensors: checks, and true lengths. On a GPU it waits."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from attn_dispatch.interface.batch_lengths import check_true_lengths
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
 
-__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
+__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots", "with_exact_lengths"]
 
 #: An entry of `AttentionBatch.checked`: the tensors are the static buffers of graphs. They hold
 #: another step each time, and the host copies are those of the capture.
@@ -112,3 +113,18 @@ def check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
         raise InvalidInputError(
             "slot_mapping sends two tokens to the same slot. Give each its own; −1 is padding."
         )
+
+
+def with_exact_lengths(batch: AttentionBatch) -> AttentionBatch:
+    """The batch with the true key counts on the host; itself if it has them.
+
+    Reading them from a GPU waits for it.
+
+    Raises:
+        InvalidInputError: one exceeds its bound.
+    """
+    if batch.lengths == "exact":
+        return batch
+    seq_lens = batch.seq_lens.cpu()
+    check_true_lengths(seq_lens.tolist(), batch.new_lens, batch.seq_lens_list)
+    return dataclasses.replace(batch, lengths="exact", seq_lens_cpu=seq_lens)

@@ -381,9 +381,7 @@ class Attention(LayerScales, nn.Module):
         try:
             attend(self._require_binding(), metadata, given, *results)
         except AttemptFailed as failed:
-            self._bind(
-                query.device, lambda other: attend(other, metadata, given, *results), failed
-            )
+            self._bind(query.device, lambda other: attend(other, metadata, given, *results), failed)
 
     def _attend(
         self,
