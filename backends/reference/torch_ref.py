@@ -46,7 +46,7 @@ class ReferenceBuilder(BatchMetadataBuilder):
 
     def build(self, batch: AttentionBatch) -> BatchMetadata:
         """The batch's metadata. With upper bounds on a GPU, this waits for the device."""
-        return super().build(with_exact_lengths(batch))
+        return super().build(with_exact_lengths(batch, self.spec))
 
 
 class ReferenceImpl(AttentionImpl[ReferenceMetadata]):

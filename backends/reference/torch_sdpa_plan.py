@@ -82,7 +82,9 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
 
     def build(self, batch: AttentionBatch) -> SDPAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata: SDPAMetadata = SDPAMetadata.of(with_exact_lengths(batch), self, groups=[])
+        metadata: SDPAMetadata = SDPAMetadata.of(
+            with_exact_lengths(batch, self.spec), self, groups=[]
+        )
         metadata.groups += [self._group(metadata, pieces) for pieces in self._share(metadata)]
         return metadata
 

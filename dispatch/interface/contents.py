@@ -13,6 +13,7 @@ from attn_dispatch.interface.batch_lengths import check_true_lengths
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots", "with_exact_lengths"]
 
@@ -115,15 +116,15 @@ def check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
         )
 
 
-def with_exact_lengths(batch: AttentionBatch) -> AttentionBatch:
+def with_exact_lengths(batch: AttentionBatch, spec: AttentionSpec) -> AttentionBatch:
     """The batch with the true key counts on the host; itself if it has them.
 
-    Reading them from a GPU waits for it.
+    Reading them from a GPU waits for it. They are not read for layers that take no upper bounds.
 
     Raises:
         InvalidInputError: one exceeds its bound.
     """
-    if batch.lengths == "exact":
+    if batch.lengths == "exact" or spec.lengths == "exact":
         return batch
     seq_lens = batch.seq_lens.cpu()
     check_true_lengths(seq_lens.tolist(), batch.new_lens, batch.seq_lens_list)

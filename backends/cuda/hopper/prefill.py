@@ -10,7 +10,8 @@ There is one program for each SM. It goes through a list of work tiles, so that 
 next work tile are under way while the last one is finished and stored.
 
 Keys and values are contiguous rows, (tokens, num_kv_heads * head_size): gathered from pages, or the
-new ones of this step. Zeros follow a request's last key, to the end of its last tile.
+new ones of this step. Where the host knows only bounds of the lengths, the device decides which, by
+request. Zeros follow a request's last key, to the end of its last tile.
 """
 
 from triton.experimental import gluon
@@ -329,7 +330,10 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
 
 
 @gluon.jit
-def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_start_loc_ptr):
+def _producer(
+    schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
+    key_start_loc_ptr,
+):  # fmt: skip
     """One warp: the queries of each work tile, then its keys and values through the rings."""
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
@@ -346,18 +350,31 @@ def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_star
                 q_desc, [q_row + half * ROWS, work.head * D], q_ring.full.index(0),
                 q_ring.tiles.index(half),
             )  # fmt: skip
-        for i in range(0, work.num_tiles):
-            row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
-            k_ring.load(n + i, k_desc, [row, column])
-            v_ring.load(n + i, v_desc, [row, column])
+        if CONFIG.HAS_FRESH:
+            if work.seq_len == work.q_len:
+                _load_keys(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
+            else:
+                _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+        else:
+            _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
         n += work.num_tiles
+
+
+@gluon.jit
+def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
+    """Load a work tile's key tiles; the first one has number n in the rings."""
+    BLOCK_N: gl.constexpr = k_ring.tiles.shape[1]
+    for i in range(0, work.num_tiles):
+        row = key_start + (work.last_tile - i) * BLOCK_N
+        k_ring.load(n + i, k_desc, [row, column])
+        v_ring.load(n + i, v_desc, [row, column])
 
 
 @gluon.jit(do_not_specialize=["window", "num_tiles"], do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr, key_start_loc_ptr,
-    slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window, scale_log2, cap_log2, scale_over_cap,
-    CONFIG: gl.constexpr,
+    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr,
+    key_start_loc_ptr, slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window,
+    scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
 
@@ -366,6 +383,8 @@ def hopper_prefill_kernel(
     Args:
         q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
         k_desc, v_desc: (rows, num_kv_heads * D), blocks of BLOCK_N by D.
+        new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
+            queries; read with HAS_FRESH, for requests that have no other keys.
         tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
             queries, the work tile's first token among them, the request; each for all heads, which
             vary fastest, so that concurrent work tiles share keys.
@@ -395,7 +414,8 @@ def hopper_prefill_kernel(
             (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output)),
             (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output)),
             (_producer, (
-                schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_start_loc_ptr,
+                schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
+                key_start_loc_ptr,
             )),
         ],
         [4, 1],
