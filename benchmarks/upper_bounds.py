@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row['backend']:12} {row['step']:30} {row['exact_us']:9.1f} {row['bounds_us']:9.1f} "
             f"us, {row['ratio'] - 1:+7.1%}; planned in {row['plan_exact_us']:.0f} and "
             f"{row['plan_bounds_us']:.0f} us; "
-            f"{'same bits' if row['same_bits'] else 'differs by %.2g' % row['difference']}"
+            + ("same bits" if row["same_bits"] else f"differs by {row['difference']:.2g}")
         )
     ours = [row for row in rows if row["backend"] in OURS]
     return int(any(not row["same_bits"] for row in ours) or any(r["ratio"] > LIMIT for r in ours))

@@ -61,8 +61,8 @@ CHECK = Variable(
     "always are on a CPU: block ids in range, slots unique and in range, lengths monotone. "
     "Synchronizes the device. With `shadow`, the reference also computes the first call of each "
     "layer and every 100th after it, or every Nth, and errors above the limits of "
-    "`attn-dispatch verify` are reported. With `sync`, a batch, its metadata or a layer's call that "
-    "waits for the device raises an error that names the line.",
+    "`attn-dispatch verify` are reported. With `sync`, a batch, its metadata or a layer's call "
+    "that waits for the device raises an error that names the line.",
 )
 TUNING = Variable(
     "ATTN_DISPATCH_TUNING",
@@ -113,6 +113,10 @@ def _check_value() -> str | None:
     return CHECK.value
 
 
+#: The values under which no call is compared with the reference.
+_WITHOUT_SHADOW = (None, "", "0", "1", "sync")
+
+
 def check_mode() -> bool:
     """Whether ATTN_DISPATCH_CHECK is 1, so that the contents of batches are checked.
 
@@ -128,10 +132,6 @@ def check_mode() -> bool:
 def sync_mode() -> bool:
     """Whether ATTN_DISPATCH_CHECK is sync, so that a step that waits for the device is an error."""
     return _check_value() == "sync"
-
-
-#: The values under which no call is compared with the reference.
-_WITHOUT_SHADOW = (None, "", "0", "1", "sync")
 
 
 #: `shadow` without a number.

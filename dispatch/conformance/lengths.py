@@ -16,8 +16,8 @@ from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["lengths"]
 
-#: Decodes, drafts to verify, a prompt whose bound leaves no doubt and one whose bound does, a chunk,
-#: and requests without tokens and without keys.
+#: A decode, drafts to verify, a prompt whose bound leaves no doubt, one whose bound does, a chunk,
+#: a request without tokens and one without keys.
 _QUERY_LENS, _SEQ_LENS = (1, 3, 24, 20, 18, 0, 1), (39, 21, 24, 20, 50, 9, 0)
 _BOUNDS: dict[str, tuple[int, ...]] = {
     "exact bounds": _SEQ_LENS,
