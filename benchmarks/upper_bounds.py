@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_dispatch import Attention, AttentionBatch, allocate_kv_cache
+from attn_dispatch import (
+    STRIDE_ORDERS,
+    Attention,
+    AttentionBatch,
+    allocate_kv_cache,
+    kv_cache_shape,
+)
 from attn_dispatch.bench.timing import Timing, clock_for, host_time_us, measure
 from attn_dispatch.errors import AttnDispatchError
 
@@ -72,9 +78,8 @@ class Run:
         torch.manual_seed(0)
         make = partial(torch.randn, dtype=dtype, device=device)
         self._rows = [make(tokens, n, size) for n in (heads, kv_heads, kv_heads)]
-        self._cache = allocate_kv_cache(
-            (sum(needed), 2, BLOCK_SIZE, kv_heads, size), dtype, device=device
-        )
+        shape = kv_cache_shape(sum(needed), BLOCK_SIZE, kv_heads, size)
+        self._cache = allocate_kv_cache(shape, STRIDE_ORDERS["NHD"], dtype, device)
         self._cache.normal_()
         self._slots = self.batch("exact").slot_mapping
         self._metadata = {
