@@ -124,6 +124,13 @@ FEATURES = (
         only="gather_kv",
     ),
     Case(name="no descriptors", fields={}, odd_rows=True, archs=("sm90", "sm100")),
+    Case(
+        name="upper bounds",
+        fields={"lengths": "upper_bound"},
+        lens=GATHERED,
+        archs=("sm90",),
+        only="gather_kv",
+    ),
     Case(name="fp8_e4m3", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=PAGES),
     Case(name="fp8_e4m3 gathered", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=GATHERED),
     Case(
@@ -179,6 +186,7 @@ _PREFILLS = tuple(
     for name, fields, lens in (
         ("128", {}, FRESH),
         ("64, gathered", {"head_size": 64}, GATHERED),
+        ("128, upper bounds", {"lengths": "upper_bound"}, FRESH),
         ("256, float16", {"head_size": 256, "dtype": torch.float16}, FRESH),
         ("soft cap, ALiBi", {"logits_soft_cap": 30.0, "alibi": True}, FRESH),
         ("window, sinks, lse", {"sliding_window": 99, "sinks": True, "returns_lse": True}, FRESH),
@@ -371,6 +379,10 @@ def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:
     if spec.bidirectional_ranges:
         ranges = [PlaceholderRange(len(seq_lens) - 1, 0, 50)]
         more["multi_modal_placeholder_index_maps"] = {"image": ranges}
+    if spec.lengths == "upper_bound":
+        bounds = [2 * seq_len for seq_len in seq_lens]
+        more |= {"lengths": "upper_bound", "seq_lens_upper_bound": bounds}
+        return AttentionBatch.create(query_lens, torch.tensor(seq_lens), **more), num_blocks
     return AttentionBatch.create(query_lens, seq_lens, **more), num_blocks
 
 

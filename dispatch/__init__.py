@@ -12,8 +12,8 @@ from typing import Any
 from attn_dispatch.version import __version__ as __version__
 
 _HOMES = {
-    "errors": "AttnDispatchError BackendFailure InvalidInputError UnknownBackendError "
-    "UnsupportedError",
+    "errors": "AttnDispatchError BackendFailure DeviceWaitError InvalidInputError "
+    "UnknownBackendError UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",
     "interface.batch": "AttentionBatch",
     "interface.capability": "ANY ByDevice Capabilities AnyOf MultipleOf OneOf Range Reason SameAs "

@@ -1,5 +1,6 @@
 from attn_dispatch.errors import AttnDispatchError as AttnDispatchError
 from attn_dispatch.errors import BackendFailure as BackendFailure
+from attn_dispatch.errors import DeviceWaitError as DeviceWaitError
 from attn_dispatch.errors import InvalidInputError as InvalidInputError
 from attn_dispatch.errors import UnknownBackendError as UnknownBackendError
 from attn_dispatch.errors import UnsupportedError as UnsupportedError

@@ -38,6 +38,7 @@ from attn_dispatch.interface.capability import (
     SameAs,
     Strides,
 )
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.kv_access import read_kv_cache
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
@@ -74,7 +75,7 @@ class TorchVarlenMetadata(BatchMetadata):
         own = self.batch.key_start_loc_cpu
         if own is None:
             return self.batch.query_start_loc
-        return own.to(self.batch.seq_lens.device, torch.int32)
+        return to_device(own, self.batch.seq_lens.device, torch.int32)
 
     @functools.cached_property
     def gathered_start_loc(self) -> torch.Tensor:

@@ -221,6 +221,7 @@ VARLEN_FIELDS = {
     "bidirectional_ranges": OneOf(False),
     "output_quant": OneOf(None),
     "batch_invariant": OneOf(False),
+    "lengths": OneOf("exact"),  # CK's kernel is given the lengths by the host
 }
 
 

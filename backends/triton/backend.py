@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_dispatch.backends.common import MAX_WINDOW
+from attn_dispatch.backends.common import MAX_WINDOW, on_device
 from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.kernels.structs import DecodeSchedule, Features
@@ -58,7 +58,7 @@ from attn_dispatch.interface.spec import (
     OUTPUT_QUANTS,
     AttentionSpec,
 )
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
@@ -240,12 +240,11 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         slopes = sinks = query
         if self.alibi_slopes is not None:
             if self._slopes is None or self._slopes.device != query.device:
-                self._slopes = torch.as_tensor(
-                    self.alibi_slopes, dtype=torch.float32, device=query.device
-                ).contiguous()
+                slopes = on_device(self.alibi_slopes, query.device, torch.float32)
+                self._slopes = slopes.contiguous()
             slopes = self._slopes
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device).contiguous()
+            sinks = self.sinks.to(query.device, non_blocking=True).contiguous()
         return slopes, sinks
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
@@ -301,15 +300,24 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
         """The keys of the prefill kernel: those of the call, gathered ones, or pages."""
         key, value, cache = call.key, call.value, call.cache
-        if key is not None and value is not None and plan.is_fresh:
-            # If the cache stores another dtype, its rounded values must be read.
-            is_exact = cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
-            if is_exact and self.kv_sharing_target_layer_name is None:
-                return KVSource.of_rows(key, value, plan.key_start_loc)
+        if key is not None and value is not None and plan.is_fresh and self._has_rows(call):
+            return KVSource.of_rows(key, value, plan.key_start_loc)
         assert cache is not None  # by check_forward
         if plan.gathered_start_loc is None:
             return cache
         return self._gather(call, plan, plan.gathered_start_loc, cache)
+
+    def _has_rows(self, call: Call) -> bool:
+        """Whether the rows of key and value are what the cache has after it is written."""
+        key, cache = call.key, call.cache
+        if key is None or self.kv_sharing_target_layer_name is not None:
+            return False
+        # If the cache stores another dtype, its rounded values must be read.
+        return cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
+
+    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
+        """Whether the kernel reads the new rows of requests that have no past, by their lengths."""
+        return False
 
     def _gather(
         self, call: Call, plan: PrefillPlan, starts: torch.Tensor, cache: KVSource
@@ -322,9 +330,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         rows = max(16, 16384 // max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"]))
         windowed = self.sliding_window is not None and call.metadata.ranges is None
         k_scale, v_scale, scale_stride = cache.scales(call.layer)
+        skips_fresh = self._skips_fresh(call, plan)
         name = (launches, plan.pad, windowed, cache.format, cache.k.dtype, cache.block_size)
         launch = self._launchers.find(
-            (*name, scale_stride, cache.same_strides),
+            (*name, scale_stride, cache.same_strides, skips_fresh),
             self._gather_kernel,
             lambda: {
                 "NUM_KV_HEADS": self.num_kv_heads,
@@ -332,6 +341,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "ROWS": rows,
                 "PAD": plan.pad,
                 "WINDOW": windowed,
+                "SKIP_FRESH": skips_fresh,
                 "FORMAT": cache.format,
                 "NATIVE": has_native_fp8(launches.table, cache.format),
                 "SCALE_STRIDE": scale_stride,
@@ -417,6 +427,7 @@ class TritonAttnBackend(AttentionBackend):
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         kv_strides=Strides(),
+        lengths=OneOf(*LENGTHS),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,

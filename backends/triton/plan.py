@@ -17,6 +17,7 @@ from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 from attn_dispatch.backends.triton.operands import block_of, blocks_of
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import check_int32
@@ -139,8 +140,8 @@ class PrefillPlan:
         key_start_loc: (num_reqs,) int32, where each request's rows begin in `key`.
         gathered_start_loc: (num_reqs,) int32, where each request's rows begin once gathered; None
             if pages are read directly.
-        gathered_rows: rows of all requests.
-        longest: rows of the longest request.
+        gathered_rows: rows of all requests, or an upper bound.
+        longest: rows of the longest request, or an upper bound.
         pad: the rows of each request are padded to a multiple of this, with zeros.
         dtype: of gathered keys and values.
         gathered: the buffers for them, made at their first use and shared by all layers.
@@ -234,7 +235,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
                 metadata.prefill = self._prefill(batch, prefills)
         if batch.custom_mask is not None:
             mask_starts = torch.tensor(batch.mask_starts[:-1], dtype=torch.int64, device="cpu")
-            metadata.mask_starts = mask_starts.to(self.device)
+            metadata.mask_starts = to_device(mask_starts, self.device)
         if self.spec.bidirectional_ranges:
             ranges = [metadata.ranges_of(request) for request in range(batch.num_reqs)]
             flat = [pair for each in ranges for pair in each]
@@ -303,10 +304,14 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return plan_cls(
             tiles=tiles.to(self.device, non_blocking=True),
             requests=_int32(rows.requests, self.device),
-            # Whether keys are fresh depends on the batch, which must not affect invariant results.
+            # An upper bound that is the number of new keys is the true count: these are among the
+            # keys. Whether keys are fresh depends on the batch, which must not affect invariant
+            # results.
             is_fresh=rows.key_lens == rows.seq_lens
             and not (self.spec.batch_invariant and batch.block_table is not None),
-            key_start_loc=(batch.query_start_loc if own_keys is None else own_keys.to(self.device)),
+            key_start_loc=(
+                batch.query_start_loc if own_keys is None else to_device(own_keys, self.device)
+            ),
             gathered_start_loc=starts.to(self.device, non_blocking=True) if gathers else None,
             gathered_rows=sum(rows.padded),
             longest=max(rows.padded),
@@ -315,11 +320,15 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         )
 
     def _gathers(self, batch: AttentionBatch, rows: PlanRows) -> bool:
-        """Whether to gather pages first: it is faster, and the buffers are not too large."""
+        """Whether to gather pages first: it is faster, and the buffers are not too large.
+
+        It is faster where each key is read often. How often is estimated without the key counts:
+        quantized keys are rounded when they are gathered, so with upper bounds the choice must be
+        the same as with exact lengths.
+        """
         if batch.block_table is None or self.spec.batch_invariant:
             return batch.block_table is not None
-        reads = sum(q * s for q, s in zip(rows.query_lens, rows.seq_lens, strict=True))
-        is_faster = reads >= self.launches.table.gather_from * sum(rows.seq_lens)
+        is_faster = sum(rows.query_lens) >= self.launches.table.gather_from * len(rows.query_lens)
         return is_faster and self._has_room(rows)
 
     def _has_room(self, rows: PlanRows) -> bool:
@@ -354,7 +363,10 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
 
 @dataclass(frozen=True)
 class PlanRows:
-    """The requests of a prefill plan, their lengths, and these padded to `pad`."""
+    """The requests of a prefill plan, their lengths, and these padded to `pad`.
+
+    `seq_lens` and `padded` are upper bounds if the batch has only these.
+    """
 
     requests: list[int]
     query_lens: list[int]

@@ -48,11 +48,13 @@ def with_spec_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's `**flags` by one flag for each field of AttentionSpec.
 
     The flags' values are strings or booleans, and None if a flag is not given;
-    `fields_from_flags` converts them.
+    `fields_from_flags` converts them. A field that has the name of one of the command's own
+    parameters gets no flag.
     """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters += map(_field_parameter, dataclasses.fields(AttentionSpec))
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = dataclasses.fields(AttentionSpec)
+    parameters += [_field_parameter(field) for field in fields if field.name not in own]
     parameters += [
         _parameter(name, bool, flag_name(name), h) for name, (*_, h) in _SWITCHES.items()
     ]

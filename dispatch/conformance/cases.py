@@ -78,6 +78,7 @@ class Case:
         padding: rows of query, key and value beyond the batch's tokens.
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
+        bounds: upper bounds of each request's keys, which are then all that the host knows.
         planted: (tensor, request, first, end, number): the value of element 0 of head 0, such as
             NaN, in rows first to end of a request's "query", "key" or "value".
         seed: of the numbers.
@@ -92,6 +93,7 @@ class Case:
     padding: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
     max_decode_query_len: int = 1
+    bounds: tuple[int, ...] | None = None
     planted: tuple[tuple[str, int, int, int, float], ...] = ()
     seed: int = 0
 
@@ -377,9 +379,12 @@ class EngineStep(CaseTensors):
             flat = flat.to(self.device)
         writes = case.brings_keys and not spec.kv_sharing
         ranges = {"image": [PlaceholderRange(*r) for r in case.ranges]} if case.ranges else None
+        true = torch.tensor(case.seq_lens, device=self.device).int()
         return AttentionBatch.create(
             case.query_lens,
-            case.seq_lens,
+            case.seq_lens if case.bounds is None else true,
+            lengths="exact" if case.bounds is None else "upper_bound",
+            seq_lens_upper_bound=case.bounds,
             block_table=self._table,
             slot_mapping=self._slots if writes else None,
             key_lens=None if self.new_lens == case.query_lens else self.new_lens,
@@ -433,7 +438,7 @@ class EngineStep(CaseTensors):
 
         lens = {
             name: tuple(lengths[request] for request in chosen)
-            for name in ("query_lens", "seq_lens", "new_lens")
+            for name in ("query_lens", "seq_lens", "new_lens", "bounds")
             if (lengths := getattr(case, name)) is not None
         }
         part.case, part.new_lens = case.replace(**lens), tuple(self.new_lens[i] for i in chosen)

@@ -43,6 +43,7 @@ _BY_HAND = (
     "returns_lse",
     "kv_scales",
     "kv_cache_layout",
+    "lengths",
     "output_quant",
 )
 

@@ -7,6 +7,7 @@ accept, and values that they reject.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "kv_scales": ("per_head",),
     "block_size": (None, 1, 4, 16, 32, 64, 256),
     "kv_cache_layout": ("HND", "NHD"),
+    "lengths": ("upper_bound",),
     "attn_type": tuple(AttentionType),
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
@@ -108,13 +110,20 @@ _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"causal": False},
 )
 
-_NO_CACHE = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
+_NO_CACHE = {
+    "block_size": None,
+    "kv_cache_layout": None,
+    "kv_cache_dtype": "auto",
+    "lengths": "exact",
+}
 _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
 )
 
 #: A decode, a prompt, drafts to verify, no tokens, a chunk, a decode: in no order of phases.
 _QUERY_LENS, _SEQ_LENS = (1, 24, 3, 0, 18, 1), (39, 24, 21, 0, 50, 4)
+#: By how much the bounds of the requests' keys exceed them, in turn.
+_SLACK = (0, 1, 40, 3)
 _RANGES = ((1, 3, 17), (1, 19, 24), (4, 30, 47), (2, 15, 21), (0, 2, 39))
 
 
@@ -155,7 +164,8 @@ def is_request(spec: AttentionSpec) -> bool:
     """Whether the fields are possible together: no scales without an fp8 cache, for instance."""
     has_cache = spec.block_size is not None
     is_cross = spec.attn_type is AttentionType.ENCODER_DECODER
-    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing)
+    has_bounds = spec.lengths == "upper_bound"
+    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing, has_bounds)
     return (
         (has_cache or not any((*of_cache, spec.cuda_graph)))
         and (has_cache or not is_cross)
@@ -341,10 +351,14 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
     elif new_lens is None and spec.attn_type is AttentionType.ENCODER_DECODER:
         # Some bring the encoder's keys; of the others the cache has them.
         new_lens = tuple(n if i % 3 else 0 for i, n in enumerate(seq_lens))
+    bounds = None
+    # The size of a mask follows from the lengths, so a batch with one has exact lengths.
+    if spec.lengths == "upper_bound" and spec.block_size is not None and not spec.custom_mask:
+        bounds = tuple(map(operator.add, seq_lens, itertools.cycle(_SLACK)))
     return Case(
         spec=spec,
         query_lens=query_lens,
         seq_lens=seq_lens,
         new_lens=new_lens,
-        **{"ranges": ranges, **changes},
+        **{"ranges": ranges, "bounds": bounds, **changes},
     )

@@ -24,12 +24,16 @@ from attn_dispatch.interface.batch_checks import (
     check_types,
     checked_lengths,
     compute_slots,
+    is_readable,
+    known_lengths,
     rows_of,
     start_locs,
 )
+from attn_dispatch.interface.host_copies import pack_to_device, to_device
 from attn_dispatch.interface.tensors import check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
+from attn_dispatch.platforms.waits import never_waits
 
 __all__ = ["AttentionBatch", "BatchPart", "BatchTotals"]
 
@@ -66,7 +70,8 @@ class AttentionBatch:
         query_start_loc: (num_reqs + 1,) int32, where each request's new tokens start.
         seq_lens: (num_reqs,) int32, keys of each request, the new ones included.
         query_start_loc_cpu: host copy.
-        seq_lens_cpu: host copy.
+        seq_lens_cpu: host copy; with lengths="upper_bound" a bound of each, of which plans are made
+            but no result.
         max_query_len: longest query; at least the true one (a graph fixes it at capture).
         max_seq_len: most keys; at least the true one.
         block_table: (num_reqs, max_blocks) int32, the blocks of each request in order; entries
@@ -85,6 +90,9 @@ class AttentionBatch:
             for speculative decoding.
         block_size: tokens per block of the block table, so that a call with a cache of other
             blocks is rejected; None if it is not known.
+        lengths: "exact", or "upper_bound" where only the device has the true key counts. Phases
+            and totals are then those of the bounds. Such a batch needs a block table, and layers
+            that were made with lengths="upper_bound".
     """
 
     query_start_loc: torch.Tensor
@@ -101,8 +109,10 @@ class AttentionBatch:
     enable_kv_scales_calculation: bool = False
     max_decode_query_len: int = 1
     block_size: int | None = None
+    lengths: str = "exact"
 
     @classmethod
+    @never_waits
     def create(
         cls,
         query_lens: Sequence[int] | torch.Tensor,
@@ -113,17 +123,22 @@ class AttentionBatch:
         slot_mapping: torch.Tensor | None = None,
         key_lens: Sequence[int] | torch.Tensor | None = None,
         device: torch.device | str | None = "cpu",
+        lengths: str = "exact",
+        seq_lens_upper_bound: Sequence[int] | torch.Tensor | None = None,
+        max_seq_len: int | None = None,
         **more: Any,
     ) -> AttentionBatch:
         """A batch made from each request's lengths.
 
         Tensors on the host are checked: lengths, their sums and block ids fit int32, and slots are
         −1 or more. Tensors on a device are read only under ATTN_DISPATCH_CHECK=1; without it an
-        int64 block table there is narrowed unchecked.
+        int64 block table there is narrowed unchecked. A step waits for the device only if lengths
+        are on it, and are not those of lengths="upper_bound".
 
         Args:
             query_lens: new tokens of each request.
-            seq_lens: keys of each request, the new ones included.
+            seq_lens: keys of each request, the new ones included. With lengths="upper_bound" a
+                tensor on the device, which is read when the layers run.
             block_table: as the attribute; int64 is taken too.
             block_size: as the attribute. With it and a block table, but without a slot_mapping,
                 the slots of the new keys are derived: they are the last ones of each request,
@@ -132,6 +147,10 @@ class AttentionBatch:
             slot_mapping: as the attribute; int32 is taken too.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go; None for the default device.
+            lengths: as the attribute.
+            seq_lens_upper_bound: with lengths="upper_bound", at least the keys of each request, on
+                the host: what an asynchronous scheduler knows before the last step has finished.
+            max_seq_len: as the attribute; None for the largest of the lengths or bounds.
             **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
                 or max_decode_query_len: as the attributes.
 
@@ -147,7 +166,9 @@ class AttentionBatch:
             )
         device = usable_device(device)
         queries, max_query_len = checked_lengths("query_lens", query_lens)
-        seqs, max_seq_len = checked_lengths("seq_lens", seq_lens)
+        seqs, longest, true = known_lengths(lengths, seq_lens, seq_lens_upper_bound, device)
+        if max_seq_len is not None:
+            max_seq_len = as_int("max_seq_len", max_seq_len, longest, INT32_MAX)
         check_same_requests("query_lens", queries, seqs)
         keys = None if key_lens is None else checked_lengths("key_lens", key_lens)[0]
         if keys is not None:
@@ -160,28 +181,34 @@ class AttentionBatch:
                 raise InvalidInputError(f"{name} is on the meta device and has no data.")
         if block_table is not None:
             check_table(block_table, len(seqs))
-            check_block_ids(block_table, seqs, block_size)
+            check_block_ids(block_table, true if is_readable(true) else seqs, block_size)
         if slot_mapping is not None:
             check_slot_tensor(slot_mapping)
-            slot_mapping = slot_mapping.to(device, torch.int64)
+            slot_mapping = to_device(slot_mapping, device, torch.int64)
         elif block_table is not None and block_size is not None:
             written = queries if keys is None else keys
-            check_room(block_table, written, seqs, max_seq_len, block_size, is_query=keys is None)
-            slot_mapping = compute_slots(written, seqs, block_table, block_size).to(device)
+            table = block_table if lengths == "exact" else to_device(block_table, device)
+            if is_readable(true):
+                check_room(table, written, true.cpu(), block_size, is_query=keys is None)
+            slot_mapping = to_device(compute_slots(written, true, table, block_size), device)
         mask = more.get("custom_mask")
         if mask is not None:
             check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)
-            more["custom_mask"] = mask.to(device)
+            more["custom_mask"] = to_device(mask, device)
         batch = cls._of_lengths(
             queries,
             seqs,
             keys,
             device,
+            None if lengths == "exact" else true,
             max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-            block_table=None if block_table is None else block_table.to(device, torch.int32),
+            max_seq_len=longest if max_seq_len is None else max_seq_len,
+            block_table=None
+            if block_table is None
+            else to_device(block_table, device, torch.int32),
             slot_mapping=slot_mapping,
             block_size=block_size,
+            lengths=lengths,
             **more,
         )
         check_batch(batch)
@@ -195,13 +222,19 @@ class AttentionBatch:
         seqs: torch.Tensor,
         keys: torch.Tensor | None,
         device: torch.device,
+        on_device: torch.Tensor | None,
         **more: Any,
     ) -> AttentionBatch:
-        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes."""
+        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes.
+
+        `on_device` are the true key counts if `seqs` are bounds.
+        """
         query_start_loc_cpu = start_locs("query_lens", queries)
+        copied = [query_start_loc_cpu, *([seqs] if on_device is None else [])]
+        query_start_loc, *others = pack_to_device(device, *copied)
         return cls(
-            query_start_loc=query_start_loc_cpu.to(device),
-            seq_lens=seqs.to(device),
+            query_start_loc=query_start_loc,
+            seq_lens=others[0] if on_device is None else on_device,
             query_start_loc_cpu=query_start_loc_cpu,
             seq_lens_cpu=seqs,
             key_start_loc_cpu=None if keys is None else start_locs("key_lens", keys),
@@ -232,13 +265,18 @@ class AttentionBatch:
 
     @functools.cached_property
     def seq_lens_list(self) -> list[int]:
-        """seq_lens as a list on the host."""
+        """seq_lens_cpu as a list: the keys of each request, or bounds of them."""
         return self.seq_lens_cpu.tolist()
 
     @functools.cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request, on the host."""
         return list(map(operator.sub, self.query_start_list[1:], self.query_start_list))
+
+    @functools.cached_property
+    def new_lens(self) -> list[int]:
+        """Rows of key and value of each request, on the host."""
+        return list(map(operator.sub, self.key_starts[1:], self.key_starts))
 
     @property
     def num_tokens(self) -> int:
@@ -247,7 +285,7 @@ class AttentionBatch:
 
     @functools.cached_property
     def phases(self) -> list[Phase]:
-        """The phase of each request."""
+        """The phase of each request; with bounds, that of a request with as many keys."""
         decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
         return [
             decode if query <= longest and (seq > query or seq == 0) else prefill
@@ -300,7 +338,7 @@ class AttentionBatch:
         device = self.seq_lens.device
         tokens, query_lens = rows_of(chosen, self.query_start_list, device)
         keys, key_lens = rows_of(chosen, self.key_starts, device)
-        requests = torch.tensor(chosen, device=device)
+        requests = to_device(torch.tensor(chosen, device="cpu"), device)
         seq_lens = [self.seq_lens_list[i] for i in chosen]
         part = self._of_lengths(
             torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
@@ -309,6 +347,7 @@ class AttentionBatch:
             if self.key_start_loc_cpu is None
             else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
             device,
+            None if self.lengths == "exact" else self.seq_lens[requests],
             max_query_len=max(query_lens),
             max_seq_len=max(seq_lens),
             block_table=None if self.block_table is None else self.block_table[requests],
@@ -316,6 +355,7 @@ class AttentionBatch:
             block_size=self.block_size,
             enable_kv_scales_calculation=self.enable_kv_scales_calculation,
             max_decode_query_len=self.max_decode_query_len,
+            lengths=self.lengths,
             **own,
         )
         return BatchPart(part, tokens, keys)

@@ -1,18 +1,22 @@
-"""Checks of the contents of a batch's tensors. On a GPU they wait for the device."""
+"""What reads the contents of a batch's tensors: checks, and true lengths. On a GPU it waits."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch_checks import check_columns
+from attn_dispatch.interface.batch_lengths import check_true_lengths
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
     from attn_dispatch.interface.kv_view import KVCache
+    from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots"]
+__all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots", "with_exact_lengths"]
 
 #: An entry of `AttentionBatch.checked`: the tensors are the static buffers of graphs. They hold
 #: another step each time, and the host copies are those of the capture.
@@ -29,8 +33,8 @@ def check_batch_contents(
     checks the batch that it copies there.
 
     Raises:
-        InvalidInputError: lengths are not monotone or differ from their host copies, a block id
-            or a slot is out of range, or two tokens share a slot.
+        InvalidInputError: lengths are not monotone, differ from their host copies or exceed their
+            bounds there; a block id or a slot is out of range, or two tokens share a slot.
     """
     if OVER_STATIC_BUFFERS in batch.checked:
         return
@@ -60,7 +64,11 @@ def _check_lengths(batch: AttentionBatch) -> None:
             f"query_start_loc is {starts[:8]}; it must ascend from 0. AttentionBatch.create makes "
             "one from the lengths."
         )
-    if starts != batch.query_start_list or batch.seq_lens.tolist() != batch.seq_lens_list:
+    seq_lens = batch.seq_lens.tolist()
+    if batch.lengths == "upper_bound":
+        check_true_lengths(seq_lens, batch.new_lens, batch.seq_lens_list)
+        seq_lens = batch.seq_lens_list
+    if starts != batch.query_start_list or seq_lens != batch.seq_lens_list:
         raise InvalidInputError(
             "query_start_loc or seq_lens differs from its host copy. Make both from the same "
             "lengths; AttentionBatch.create does."
@@ -74,7 +82,9 @@ def _check_block_ids(
     block_size: int,
     window: int | None,
 ) -> None:
-    lens = batch.seq_lens_cpu.to(table.device)
+    lens = batch.seq_lens.to(table.device)
+    if batch.lengths == "upper_bound":  # only now it is known how many columns are needed
+        check_columns(table, int(lens.max()) if len(lens) else 0, block_size)
     first_keys = torch.arange(table.shape[1], device=table.device) * block_size
     used = first_keys < lens[:, None]
     if window is not None:
@@ -105,3 +115,18 @@ def check_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
         raise InvalidInputError(
             "slot_mapping sends two tokens to the same slot. Give each its own; −1 is padding."
         )
+
+
+def with_exact_lengths(batch: AttentionBatch, spec: AttentionSpec) -> AttentionBatch:
+    """The batch with the true key counts on the host; itself if it has them.
+
+    Reading them from a GPU waits for it. They are not read for layers that take no upper bounds.
+
+    Raises:
+        InvalidInputError: one exceeds its bound.
+    """
+    if batch.lengths == "exact" or spec.lengths == "exact":
+        return batch
+    seq_lens = batch.seq_lens.cpu()
+    check_true_lengths(seq_lens.tolist(), batch.new_lens, batch.seq_lens_list)
+    return dataclasses.replace(batch, lengths="exact", seq_lens_cpu=seq_lens)

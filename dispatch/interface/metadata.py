@@ -175,13 +175,20 @@ class BatchMetadata(AttentionMetadata):
         """The metadata of a batch; `more` are a subclass's further fields.
 
         Raises:
-            InvalidInputError: the batch is inconsistent, or it has a mask and the spec has not.
+            InvalidInputError: the batch is inconsistent, or it has a mask or upper bounds and the
+                spec does not state them.
         """
         batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
             raise InvalidInputError(
                 "The batch has a custom_mask, and the layer's spec has none, so it would be "
                 "ignored. Make the layer with custom_mask=True."
+            )
+        if batch.lengths != "exact" and builder.spec.lengths == "exact":
+            raise InvalidInputError(
+                "The batch has only upper bounds of its key counts on the host, and the layer's "
+                "backend may need the counts. Make the layer with lengths='upper_bound'; it takes "
+                "batches of both kinds."
             )
         metadata = cls.__new__(cls)  # the constructor takes the batch's fields too
         metadata.batch, metadata.builder = batch, builder

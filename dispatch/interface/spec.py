@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_strides import KVStrides
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +142,12 @@ class AttentionSpec:
         None,
         neutral=None,
     )
+    lengths: str = _field(
+        "What the host knows of the key counts of a batch: 'exact' ones; or 'upper_bound', where "
+        "it may know only bounds of them and the device has the true ones.",
+        "exact",
+        neutral="exact",
+    )
     attn_type: str = _field("One of AttentionType.", AttentionType.DECODER)
     causal: bool = _field(
         "A query sees no later key; masks align to the end of the keys. "
@@ -222,6 +228,7 @@ class AttentionSpec:
                 f"kv_strides={shown(self.kv_strides)} is not a KVStrides. Give kv_strides_of(cache)"
                 " of the cache."
             )
+        _require_one_of("lengths", self.lengths, LENGTHS)
         if self.output_quant is not None:
             _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
         _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))

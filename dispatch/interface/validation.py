@@ -17,7 +17,7 @@ from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch_checks import check_columns
 from attn_dispatch.interface.capability import Strides
-from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS, check_batch_contents
 from attn_dispatch.interface.kv_view import (
     KVCache,
     KVCacheView,
@@ -258,6 +258,11 @@ def _check_without_cache(
         )
     if key is None:
         raise InvalidInputError("Without a kv_cache the keys must be given; key is None.")
+    if batch.lengths == "upper_bound":
+        raise InvalidInputError(
+            "The batch has only upper bounds of its key counts, and kv_cache is None, so that a "
+            "request's keys are its rows of key. Make the batch with lengths='exact'."
+        )
     starts = batch.key_starts
     key_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     if key_lens != batch.seq_lens_list:
@@ -353,7 +358,11 @@ def check_block_table(batch: AttentionBatch, block_size: int, device: torch.devi
             "The batch has no block_table, and the layer has a kv_cache. Give "
             "AttentionBatch.create the requests' block_table."
         )
-    check_columns(table, batch.max_seq_len, block_size)
+    if batch.lengths == "exact":
+        # A graph is captured for lengths up to max_seq_len; else that may be a loose bound.
+        is_static = OVER_STATIC_BUFFERS in batch.checked
+        longest = batch.max_seq_len if is_static else max(batch.seq_lens_list, default=0)
+        check_columns(table, longest, block_size)
     _check_device("block_table", table, device)
 
 

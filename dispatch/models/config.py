@@ -32,6 +32,7 @@ _CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 #: only apply to layers that have one.
 SERVING_FIELDS = (
     *_CACHE_FIELDS,
+    "lengths",
     "custom_mask",
     "returns_lse",
     "output_quant",

@@ -28,7 +28,7 @@ from attn_dispatch.interface.capability import (
 )
 from attn_dispatch.interface.kv_strides import KVStrides
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec, plain_value
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES, known_device
 from attn_dispatch.selection.priorities import BUILTIN
@@ -117,6 +117,7 @@ VALUES: dict[str, list[Any]] = {
     "block_size": [None, 1, 16, 48, 64, 256],
     "kv_cache_layout": [None, "NHD", "HND"],
     "kv_strides": [None, *STRIDES],
+    "lengths": list(LENGTHS),
     "attn_type": list(AttentionType),
     "sliding_window": [None, 1, 128, 4096],
     "logits_soft_cap": [None, 30.0],

@@ -196,6 +196,7 @@ WITHOUT_EFFECT = {
     "dtype": "how precise, not what",
     "block_size": "where keys lie",
     "kv_cache_layout": "where keys lie",
+    "lengths": "what the host knows, not what is computed",
     "mla": "has backends and tests of its own",
     "returns_lse": "adds a result",
     "output_quant": "how the output is stored; tested with the layer",

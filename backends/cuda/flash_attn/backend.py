@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.common import aligned
+from attn_dispatch.backends.common import aligned, on_device
 from attn_dispatch.backends.cuda.flash_attn.calls import (
     PAGES_OF_ONE,
     FlashCall,
@@ -132,9 +132,11 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         def label(request: int, query_len: int, seq_len: int) -> object:
             if self._needs_own_call(query_len, seq_len):
                 # Neighbours without a past and of one length may be read together.
-                new = batch.key_starts[request + 1] - batch.key_starts[request]
-                is_fresh = has_cache and new == seq_len and not self.spec.kv_sharing
-                return (seq_len,) if is_fresh else request
+                is_fresh = has_cache and batch.new_lens[request] == seq_len
+                if is_fresh and not self.spec.kv_sharing:
+                    return (seq_len,)
+                if batch.lengths == "exact":  # which blocks are copied is decided on the host
+                    return request
             if has_cache:
                 return Phase.DECODE if query_len <= batch.max_decode_query_len else Phase.PREFILL
             return None if self.provider.takes_pages_of_one else (seq_len,)
@@ -279,7 +281,7 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
                 keys, values = (call.as_rows(gather(each, *call.gathered)) for each in pages)
         slopes, sinks = self._slopes_on(query.device), None
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device, torch.bfloat16).contiguous()
+            sinks = on_device(self.sinks, query.device, torch.bfloat16).contiguous()
         result, found = attend(Operands(query, keys, values, out, self._scale, slopes, sinks))
         if result.data_ptr() != out.data_ptr():
             out.copy_(result)
@@ -291,8 +293,7 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
         if self.alibi_slopes is not None and (
             self._slopes is None or self._slopes.device != device
         ):
-            slopes = torch.as_tensor(self.alibi_slopes, dtype=torch.float32, device=device)
-            self._slopes = slopes.contiguous()
+            self._slopes = on_device(self.alibi_slopes, device, torch.float32).contiguous()
         return self._slopes
 
 

@@ -41,7 +41,7 @@ from attn_dispatch.interface.capability import (
 )
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import error_of, import_library
 
@@ -133,6 +133,7 @@ _COMMON: dict[str, Constraint] = {
     "kv_cache_dtype": OneOf("auto", "bfloat16", "float16"),
     "kv_cache_layout": OneOf(None, "NHD", "HND"),
     "kv_strides": Strides(aligned=True),
+    "lengths": OneOf(*LENGTHS),
     "attn_type": OneOf(*AttentionType),
     "causal": _BOTH,
     "sliding_window": ANY,

@@ -15,6 +15,7 @@ from attn_dispatch.backends.common import (
     SMALLEST_SCALE,
     aligned,
     is_aligned,
+    on_device,
 )
 from attn_dispatch.backends.cuda.flashinfer.plan import (
     FlashInferCall,
@@ -155,7 +156,7 @@ class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
         cache = (kv_cache.key, kv_cache.value) if isinstance(kv_cache, KVCacheView) else kv_cache
         run = functools.partial(call.wrapper.run, rows, cache)
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device, torch.float32).contiguous()
+            sinks = on_device(self.sinks, query.device, torch.float32).contiguous()
             run(sinks, self._scale, out=out)
         else:
             options: dict[str, Any] = {"q_scale": self._scale, "out": out}

@@ -45,11 +45,14 @@ class HopperPlan(PrefillPlan):
 
     Attributes:
         fresh_end: where these requests' rows of `key` end.
+        may_be_fresh: by the bounds of their lengths a request may have a past, but need not; if it
+            has none, its keys can be read from `key`.
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
         descriptors: of gathered keys and values, which are at the same address for all layers.
     """
 
     fresh_end: int = 0
+    may_be_fresh: bool = False
     shares: SMShares | None = None
     descriptors: tuple[Any, Any] | None = None
 
@@ -58,11 +61,17 @@ class HopperPlan(PrefillPlan):
         is_gathered = self.gathered is not None and source.k is self.gathered[0]
         if is_gathered and self.descriptors is not None:
             return self.descriptors
-        end = self.gathered_rows if is_gathered else self.fresh_end
-        k, v = (_describe(rows[:end], block_n) for rows in (source.k, source.v))
-        if is_gathered:
-            self.descriptors = k, v
+        if not is_gathered:
+            return self.describe_new(source.k, source.v, block_n)
+        k, v = (_describe(rows[: self.gathered_rows], block_n) for rows in (source.k, source.v))
+        self.descriptors = k, v
         return k, v
+
+    def describe_new(self, key: torch.Tensor, value: torch.Tensor, block_n: int) -> tuple[Any, Any]:
+        """TMA descriptors of the rows of a call's key and value."""
+        return _describe(key[: self.fresh_end], block_n), _describe(
+            value[: self.fresh_end], block_n
+        )
 
 
 class HopperBuilder(TritonBuilder):
@@ -93,20 +102,19 @@ class HopperBuilder(TritonBuilder):
         plan = self._plan(batch, rows, tiles, has_pages, HopperPlan)
         assert isinstance(plan, HopperPlan)
         plan.is_fresh = plan.is_fresh and ends_with_tile
+        is_unknown = batch.lengths == "upper_bound" and not plan.is_fresh
+        plan.may_be_fresh = is_unknown and ends_with_tile and batch.key_start_loc_cpu is None
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
         return plan
 
 
 def _work_tiles(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
-    """(num_tiles, 8) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
+    """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
     requests, first_tokens = tiles.long().unbind(1)
-    starts, seq_lens = batch.query_start_loc_cpu, batch.seq_lens_cpu
+    starts = batch.query_start_loc_cpu
     firsts = starts[requests]
     lengths = starts[requests + 1] - firsts
-    work_tiles = torch.zeros(len(tiles), 8, dtype=torch.int32, device="cpu")
-    columns = (firsts, lengths, first_tokens, seq_lens[requests], requests)
-    work_tiles[:, : len(columns)] = torch.stack(columns, 1)
-    return work_tiles
+    return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
 
 
 class HopperImpl(TritonImpl):
@@ -162,19 +170,32 @@ class HopperImpl(TritonImpl):
         query, out = call.query, call.out
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
+        descriptors = new = plan.describe(source, block_n)
+        has_fresh = self._skips_fresh(call, plan)
+        if has_fresh:
+            assert call.key is not None
+            assert call.value is not None
+            new = plan.describe_new(call.key, call.value, block_n)
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype),
+            ("hopper", query.dtype, sinks.dtype, has_fresh),
             self._hopper_kernel,
-            lambda: {"CONFIG": PrefillConfig(**self._layer_constants(), BLOCK_N=block_n)},
+            lambda: {
+                "CONFIG": PrefillConfig(
+                    **self._layer_constants(), BLOCK_N=block_n, HAS_FRESH=has_fresh
+                )
+            },
             {"num_warps": 4},
         )
         assert source.starts is not None
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            _describe(query, BLOCK_M // 2), *plan.describe(source, block_n), out.values, out.lse,
-            plan.tiles, source.starts, slopes, sinks, num_tiles, *out.values.stride()[:2],
-            *self._numbers,
+            _describe(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
+            call.metadata.batch.seq_lens, source.starts, slopes, sinks, num_tiles,
+            *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
+
+    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
+        return isinstance(plan, HopperPlan) and plan.may_be_fresh and self._has_rows(call)
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
         pages = self._pages(cache, plan, call.query.dtype)

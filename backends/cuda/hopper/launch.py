@@ -39,11 +39,13 @@ class PrefillConfig(_Config):
 
     Attributes:
         BLOCK_N: keys in a tile.
+        HAS_FRESH: keys of requests without a past are read from the new rows, and not gathered.
         STAGES: of the rings.
         REGISTERS: of each thread of the two warp groups that compute.
     """
 
     BLOCK_N: int
+    HAS_FRESH: bool
     STAGES: int = 2
     REGISTERS: int = 240
 
