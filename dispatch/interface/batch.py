@@ -27,6 +27,7 @@ from attn_dispatch.interface.batch_checks import (
     rows_of,
     start_locs,
 )
+from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS
 from attn_dispatch.interface.tensors import check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
@@ -366,7 +367,7 @@ class AttentionBatch:
         Raises:
             InvalidInputError: it is not.
         """
-        if _ITSELF not in self.checked:
+        if _ITSELF not in self.checked and OVER_STATIC_BUFFERS not in self.checked:
             check_types(self)  # the others read these
             if self.block_table is not None:
                 check_table(self.block_table, self.num_reqs)
