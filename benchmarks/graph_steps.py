@@ -41,8 +41,6 @@ from attn_dispatch import (
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 NUM_REQS, MAX_SEQ_LEN = 64, 8192
-#: Modules with flash_attn_varlen_func of FlashAttention 3.
-_FLASH_ATTENTION_3 = ("flash_attn_interface", "vllm_flash_attn", "sgl_kernel.flash_attn")
 
 
 class _Step:
@@ -128,24 +126,41 @@ def _captured(step: _Step) -> tuple[Callable[[], None], Callable[[], None], torc
 
 def _flash_attention_3(step: _Step) -> Callable[[], None] | None:
     """As many calls as there are layers, with what a caller prepares once per step."""
-    function = None
-    for name in _FLASH_ATTENTION_3:
+    views = step.cache.unbind(1)
+    starts = torch.arange(0, NUM_REQS + 1, dtype=torch.int32) * step.query_len
+    try:
+        function = importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
+        query = step.rows[0].view(NUM_REQS, step.query_len, NUM_HEADS, HEAD_SIZE)
+
+        def call(lengths: torch.Tensor, _: torch.Tensor) -> None:
+            table = step.device_table
+            function(query, *views, cache_seqlens=lengths, page_table=table, causal=True)
+
+    except ImportError:
         try:
-            function = importlib.import_module(name).flash_attn_with_kvcache
-            break
-        except (ImportError, AttributeError, OSError):
-            continue
-    if function is None:
-        return None
-    views = [each.contiguous() for each in step.cache.unbind(1)]
-    query = step.rows[0].view(NUM_REQS, step.query_len, NUM_HEADS, HEAD_SIZE)
+            function = importlib.import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
+        except ImportError:
+            return None
+
+        def call(lengths: torch.Tensor, starts: torch.Tensor) -> None:
+            function(
+                q=step.rows[0],
+                k=views[0],
+                v=views[1],
+                cu_seqlens_q=starts,
+                max_seqlen_q=step.query_len,
+                seqused_k=lengths,
+                max_seqlen_k=MAX_SEQ_LEN,
+                block_table=step.device_table,
+                causal=True,
+                fa_version=3,
+            )
 
     def run() -> None:
         lengths = torch.tensor(step.seq_lens, dtype=torch.int32).cuda(non_blocking=True)
+        of_queries = starts.cuda(non_blocking=True)
         for _ in step.layers:
-            function(
-                query, *views, cache_seqlens=lengths, page_table=step.device_table, causal=True
-            )
+            call(lengths, of_queries)
 
     return run
 

@@ -128,6 +128,28 @@ def test_replays_of_hopper_kernels_equal_eager_calls(name, size, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER"])
+def test_replays_of_other_packages_agree_with_eager_calls(backend):
+    try:
+        model = Model([{}, {"sliding_window": 30}], backend=backend)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    kind, rng = KINDS["decode"], random.Random(6)
+    captured = Captured(model, model.state(), kind, waits=backend == "FLASHINFER")
+    for _ in range(10):
+        batch = random_batch(rng, kind)
+        captured.fill(rng)
+        replayed = [each.clone() for each in captured.replay(batch)]
+        assert not any(each[batch.num_tokens :].any() for each in replayed)
+        eager = model(batch, [each[: batch.num_tokens] for each in captured.rows])
+        for one, other in zip(replayed, eager, strict=True):
+            torch.testing.assert_close(one[: batch.num_tokens], other, rtol=2e-2, atol=2e-2)
+    with captured.state.graph_capture(), pytest.raises(UnsupportedError, match="one new token"):
+        captured.state.graph_capture_get_metadata_for_batch(2, max_query_len=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("name", ["decode", "verification", "tree", "chunks"])
 def test_replays_compile_nothing(name, monkeypatch):
     from triton import knobs

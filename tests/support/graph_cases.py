@@ -185,8 +185,8 @@ def random_batch(rng, kind, number=None, *, padded_to=None):
 class Captured:
     """A captured step: its rows of query, key and value, and a replay of the model."""
 
-    def __init__(self, model, state, kind, size=MAX_SEQS):
-        self.model, self.state = model, state
+    def __init__(self, model, state, kind, size=MAX_SEQS, *, waits=False):
+        self.model, self.state, self.waits = model, state, waits
         with state.graph_capture():
             self.step = state.graph_capture_get_metadata_for_batch(size, **kind.capture)
             heads, kv_heads, head_size = HEADS
@@ -215,13 +215,13 @@ class Captured:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
 
     def replay(self, batch):
-        """The results of a step, without a wait for the device."""
+        """The results of a step, without a wait for the device unless `waits` was given."""
         if self.graph is None:
             self.state.prepare_graph_input_buffers(self.step, batch)
             return self.model(self.step, self.rows)
         for each in self.results:
             each.fill_(torch.nan)
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("default" if self.waits else "error")
         try:
             self.state.prepare_graph_input_buffers(self.step, batch)
             self.graph.replay()
