@@ -224,19 +224,19 @@ class ModelGraphState(AttentionState[Any]):
         if max_batch_size is not None:
             self._check_size("max_batch_size", max_batch_size, self._limits.num_reqs)
         if not self._tables:
-            for group in self._groups:
-                columns = -(-self._limits.max_seq_len // group.block_size)
-                rows = self._limits.num_reqs + 1
-                self._tables.append(
-                    torch.zeros(rows, columns, dtype=torch.int32, device=self._device)
-                )
-                elements = self._limits.max_mask_elements if group.takes_mask else 0
-                self._masks.append(
-                    torch.zeros(elements, dtype=torch.bool, device=self._device)
-                    if elements
-                    else None
-                )
+            with torch.inference_mode(False):  # tensors that can be filled in any mode
+                for group in self._groups:
+                    self._allocate(group)
         yield
+
+    def _allocate(self, group: _Group) -> None:
+        rows, columns = self._limits.num_reqs + 1, -(-self._limits.max_seq_len // group.block_size)
+        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self._device))
+        mask = None
+        if group.takes_mask:
+            size = self._limits.max_mask_elements
+            mask = torch.zeros(size, dtype=torch.bool, device=self._device)
+        self._masks.append(mask)
 
     def graph_clone(self, batch_size: int) -> ModelGraphState:
         """A state for graphs of up to batch_size requests, which shares the buffers of this one.
@@ -313,10 +313,11 @@ class ModelGraphState(AttentionState[Any]):
                 "custom_mask=True, and no layer was made with custom_mask=True."
             )
         tensors = zip(self._groups, self._tables, self._masks, strict=True)
-        parts = [
-            self._part(group, limits, table, mask if custom_mask else None)
-            for group, table, mask in tensors
-        ]
+        with torch.inference_mode(False):  # tensors that can be filled in any mode
+            parts = [
+                self._part(group, limits, table, mask if custom_mask else None)
+                for group, table, mask in tensors
+            ]
         return GraphStep(limits, parts)
 
     def _part(

@@ -365,6 +365,14 @@ def test_a_clone_is_for_smaller_batches_and_shares_the_buffers():
         clone.graph_capture_get_metadata_for_batch(3)
 
 
+def test_steps_made_in_inference_mode_are_filled_outside_of_it():
+    state = Model([{}]).state()
+    with torch.inference_mode(), state.graph_capture():
+        step = state.graph_capture_get_metadata_for_batch(3)
+    state.prepare_graph_input_buffers(step, batch_of([1, 1], [9, 3]))
+    assert state.get_graph_input_buffers(step)["seq_lens"].tolist() == [9, 3, 0]
+
+
 def test_begin_forward_checks_the_size_of_any_step():
     state = Model([{}]).state(max_num_seqs=3, max_num_tokens=8, max_seq_len=70)
     state.begin_forward(batch_of([5, 1], [9, 3]))

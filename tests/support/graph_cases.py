@@ -133,7 +133,7 @@ class Model:
 
     def __call__(self, context, rows):
         """The outputs of all layers."""
-        with torch.inference_mode(), forward_context(context):
+        with torch.no_grad(), forward_context(context):
             results = [layer(*rows) for layer in self.layers]
         return [t for each in results for t in (each if isinstance(each, tuple) else (each,))]
 
