@@ -242,6 +242,7 @@ class StaticBatch:
             max_decode_query_len=limits.max_query_len if is_decode else 1,
         )
         batch.checked.add(OVER_STATIC_BUFFERS)
+        batch.trust()  # the mask's buffer is larger than the mask of the example
         made = cls(limits, batch, lengths)
         made._send(batch)
         return made
