@@ -35,6 +35,7 @@ _HOMES = {
     "platforms.known_devices": "known_device",
     "runtime.context": "forward_context",
     "runtime.functional": "attention merge_states",
+    "runtime.graph_state": "GraphStep ModelGraphState graph_state",
     "runtime.kv_binding": "bind_kv_caches",
     "runtime.kv_cache_plan": "KVCachePlan plan_kv_cache",
     "runtime.kv_regions": "KVRegion",

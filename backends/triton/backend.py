@@ -14,6 +14,7 @@ import torch
 from attn_dispatch.backends.common import MAX_WINDOW, on_device
 from attn_dispatch.backends.reference.semantics import split_scale
 from attn_dispatch.backends.triton.configs import amd
+from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
 from attn_dispatch.backends.triton.kernels.structs import DecodeSchedule, Features
 from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.backends.triton.launcher import Launchers
@@ -33,7 +34,6 @@ from attn_dispatch.backends.triton.plan import (
     INVARIANT_PARTS,
     DecodePlan,
     PrefillPlan,
-    TritonBuilder,
     TritonMetadata,
     Variant,
 )
@@ -409,7 +409,7 @@ class TritonAttnBackend(AttentionBackend):
     interface_version = 2
     name = "TRITON_ATTN"
     impl_cls = TritonImpl
-    builder_cls = TritonBuilder
+    builder_cls = TritonGraphBuilder
     metadata_cls = TritonMetadata
     capabilities = Capabilities(
         devices=(
@@ -446,16 +446,11 @@ class TritonAttnBackend(AttentionBackend):
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """Groups of output values lie in one head; CUDA graphs take no mask and no ranges."""
+        """Groups of output values lie in one head."""
         found = []
         if spec.output_quant == "fp8_e4m3_group128" and spec.head_size_v not in _GROUPED_HEADS:
             asked = f"fp8_e4m3_group128 with head_size_v={spec.head_size_v}"
             allowed = "head_size_v " + ", ".join(map(str, _GROUPED_HEADS))
             found.append(("output_quant", asked, allowed))
-        for field in ("custom_mask", "bidirectional_ranges"):
-            if spec.cuda_graph and getattr(spec, field):
-                found.append(
-                    ("cuda_graph", f"cuda_graph with {field}", f"cuda_graph without {field}")
-                )
         code = ReasonCode.COMBINATION
         return [Reason(code=code, field=f, asked=asked, allowed=ok) for f, asked, ok in found]

@@ -7,6 +7,7 @@ prefill kernel, as a list of tiles.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 from attn_dispatch.backends.triton.operands import block_of, blocks_of
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.captured import StagedBuffers
 from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
@@ -183,6 +185,7 @@ class TritonMetadata(BatchMetadata):
         mask_starts: (num_reqs,) int64, where each request's custom mask begins.
         ranges: (num_ranges, 2) int32, request by request.
         range_starts: (num_reqs + 1,) int32, where each request's ranges begin.
+        graph: the tensors above that a captured graph reads; None outside of graphs.
     """
 
     launches: Launches
@@ -191,6 +194,7 @@ class TritonMetadata(BatchMetadata):
     mask_starts: torch.Tensor | None = None
     ranges: torch.Tensor | None = None
     range_starts: torch.Tensor | None = None
+    graph: StagedBuffers | None = None
 
     @functools.cached_property
     def without_pages(self) -> TritonMetadata:
@@ -253,11 +257,25 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return [query_len <= limit for query_len in batch.query_lens]
 
     def _decode(self, batch: AttentionBatch, chosen: list[int] | None) -> DecodePlan:
-        spec, launches = self.spec, self.launches
         if chosen is None:
             num_reqs, longest = batch.num_reqs, batch.max_query_len
         else:
             num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
+        requests = None if chosen is None else _int32(chosen, self.device)
+        return self._decode_plan(num_reqs, longest, requests)
+
+    def _decode_plan(
+        self,
+        num_reqs: int,
+        longest: int,
+        requests: torch.Tensor | None,
+        make_room: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> DecodePlan:
+        """The plan for this many requests of up to `longest` new tokens.
+
+        `make_room` gives as many float32 and int32 for the parts of splits, the latter zeros.
+        """
+        spec, launches = self.spec, self.launches
         programs = launches.num_sms * launches.decode_few.programs_per_sm
         is_few = num_reqs * spec.num_kv_heads < programs and not spec.batch_invariant
         launch = launches.decode_few if is_few else launches.decode
@@ -269,18 +287,24 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             parts = num_reqs * units * INVARIANT_PARTS
         size = parts * rows
         _, block_v = blocks_of(spec.head_size, spec.head_size_v)
-        floats = torch.empty(size * (block_v + 1), dtype=torch.float32, device=self.device)
+        floats, counters = (make_room or self._make_room)(size * (block_v + 1), parts)
         return DecodePlan(
             launch=launch,
-            requests=None if chosen is None else _int32(chosen, self.device),
+            requests=requests,
             num_reqs=num_reqs,
             longest=longest,
             rows=rows,
             grid=grid,
             part_out=floats[size:],
             part_lse=floats[:size],
-            counters=torch.zeros(parts, dtype=torch.int32, device=self.device),
+            counters=counters,
             is_invariant=spec.batch_invariant,
+        )
+
+    def _make_room(self, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            torch.empty(num_floats, dtype=torch.float32, device=self.device),
+            torch.zeros(num_counters, dtype=torch.int32, device=self.device),
         )
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:

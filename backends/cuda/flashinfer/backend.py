@@ -37,6 +37,7 @@ from attn_dispatch.interface.capability import (
     SameAs,
     Strides,
 )
+from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_view import KVCache, KVCacheView, keys_and_values
@@ -72,6 +73,17 @@ class FlashInferBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
                 "AttentionBatch.create the requests' block_table."
             )
         return metadata
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> FlashInferMetadata:
+        """See AttentionMetadataBuilder.build_for_graph."""
+        metadata = super().build_for_graph(batch, limits)
+        metadata.graph = FlashInferGraph(self.spec, self.device, batch)
+        return metadata
+
+    def update_for_graph(self, metadata: FlashInferMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph. Waits for the copies of the last plan."""
+        assert metadata.graph is not None  # by build_for_graph
+        metadata.graph.plan(batch.seq_lens_list)
 
 
 class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):

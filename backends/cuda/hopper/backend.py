@@ -23,11 +23,11 @@ from attn_dispatch.backends.cuda.hopper.launch import (
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
 from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
 from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
-    TritonBuilder,
     TritonMetadata,
     plan_rows,
 )
@@ -74,8 +74,11 @@ class HopperPlan(PrefillPlan):
         )
 
 
-class HopperBuilder(TritonBuilder):
-    """Plans prefills for the Hopper kernel, unless there are too many keys to gather."""
+class HopperBuilder(TritonGraphBuilder):
+    """Plans prefills for the Hopper kernel, unless there are too many keys to gather.
+
+    In a captured step, where no keys are gathered, the portable kernel computes prefills.
+    """
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""

@@ -1,0 +1,562 @@
+"""One AttentionState for a whole model: the static buffers of its CUDA graphs, for all its layers.
+
+A step is captured on a `GraphStep`, which gives every layer its metadata in forward_context, and
+replayed after the next batch was copied into it. Layers of one kind that share a batch share
+metadata; layers of all kinds that share a batch share its tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_dispatch import environment
+from attn_dispatch.arguments import INT32_MAX, as_int
+from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.captured import GraphLimits, StaticBatch
+from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.graphs import AttentionState
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.runtime.context import ForwardContext
+from attn_dispatch.runtime.layer import Attention
+from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
+
+__all__ = ["GraphBuffers", "GraphStep", "ModelGraphState", "graph_state"]
+
+#: What a step is given: one batch for all layers, or one for each layer by name.
+StepBatch = AttentionBatch | Mapping[str, AttentionBatch]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that share a batch.
+
+    Attributes:
+        layers: by their names.
+        is_cross: they are cross-attention, whose keys come from an encoder before any graph runs.
+        takes_mask: they have custom masks.
+        has_ranges: some of them have bidirectional ranges.
+        block_size: the smallest.
+    """
+
+    layers: Mapping[str, Attention]
+
+    @property
+    def is_cross(self) -> bool:
+        return any(each.spec.attn_type == AttentionType.ENCODER_DECODER for each in self._all)
+
+    @property
+    def takes_mask(self) -> bool:
+        return any(each.spec.custom_mask for each in self._all)
+
+    @property
+    def has_ranges(self) -> bool:
+        return any(each.spec.bidirectional_ranges for each in self._all)
+
+    @property
+    def block_size(self) -> int:
+        return min(each.spec.block_size or 1 for each in self._all)
+
+    @property
+    def _all(self) -> list[Attention]:
+        return list(self.layers.values())
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.layers))
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """The captured metadata of layers of one kind that share a batch."""
+
+    layer: Attention
+    builder: AttentionMetadataBuilder[Any]
+    metadata: Any
+
+
+@dataclass(frozen=True)
+class _GroupStep:
+    """A group's part of a captured step; `planned` by the kind of layer."""
+
+    group: _Group
+    static: StaticBatch
+    planned: Mapping[Hashable, _Planned]
+
+
+class GraphBuffers(dict[str, torch.Tensor]):
+    """The tensors of a captured step that change from step to step, by name."""
+
+    def __init__(self, step: GraphStep) -> None:
+        super().__init__()
+        self.step = step
+        names = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "custom_mask")
+        for index, part in enumerate(step._parts):
+            prefix = "" if len(step._parts) == 1 else f"{index}."
+            tensors = {name: getattr(part.static.batch, name) for name in names}
+            self.update((prefix + name, each) for name, each in tensors.items() if each is not None)
+
+
+class GraphStep(ForwardContext):
+    """The metadata of a captured step for every layer: `forward_context(step)`.
+
+    In that context, layers read the batch that was last copied into the step. A capture and the
+    replays of it do, and a call of the model without a graph too.
+
+    Attributes:
+        limits: the largest step that it takes.
+    """
+
+    def __init__(self, limits: GraphLimits, parts: Sequence[_GroupStep]) -> None:
+        super().__init__({name: part.static.batch for part in parts for name in part.group.layers})
+        self.limits = limits
+        self._parts = parts
+        self._part_of = {name: part for part in parts for name in part.group.layers}
+
+    def metadata(
+        self, layer_name: str, key: Hashable, build: Callable[[AttentionBatch], Any]
+    ) -> Any:
+        """See ForwardContext.metadata. Nothing is built here."""
+        self.batch_for(layer_name)  # raises for a layer that is not in the step
+        found = self._part_of[layer_name].planned.get(key)
+        if found is None:
+            raise InvalidInputError(
+                f"Layer {layer_name!r} has other backends than when this step was made. Run the "
+                "model once eagerly, then make a new graph_state and capture again."
+            )
+        return found.metadata
+
+    def mismatch(self, batch: StepBatch) -> str | None:
+        """Why the step cannot take a batch; None if it can. An engine then runs it eagerly."""
+        try:
+            self._batches(batch)
+        except InvalidInputError as error:
+            return str(error)
+        return None
+
+    def _batches(self, given: StepBatch) -> list[AttentionBatch]:
+        """The batch of each part, checked."""
+        return [
+            self._checked(part, _batch_of(part.group, given, len(self._parts)))
+            for part in self._parts
+        ]
+
+    def _checked(self, part: _GroupStep, batch: AttentionBatch) -> AttentionBatch:
+        batch.check()
+        why = part.static.limits.mismatch(batch)
+        if why is None and batch.block_table is None:
+            why = "it has no block_table"
+        if why is None and batch.key_start_loc_cpu is not None:
+            brings = batch.key_starts[-1]
+            if part.group.is_cross and brings:
+                why = f"it brings {brings} keys of an encoder, and a graph writes none"
+            elif not part.group.is_cross and batch.key_starts != batch.query_start_list:
+                why = "its rows of key are not those of its queries"
+        if why is None and batch.num_tokens and batch.slot_mapping is None and _writes(part):
+            why = "it has no slot_mapping for its new keys"
+        if why is not None:
+            raise InvalidInputError(
+                f"A graph of {part.static.limits.kind} cannot run this batch: {why}. Replay a "
+                "graph that was captured for it, or run the step eagerly."
+            )
+        if environment.check_mode():
+            for each in part.group.layers.values():
+                check_batch_contents(batch, each.kv_cache, each.spec.sliding_window)
+        return batch
+
+    def _fill(self, given: StepBatch) -> None:
+        batches = self._batches(given)  # all are checked before anything is copied
+        for part, batch in zip(self._parts, batches, strict=True):
+            part.static.fill(batch)
+            for each in part.planned.values():
+                each.builder.update_for_graph(each.metadata, batch)
+
+
+class ModelGraphState(AttentionState[Any]):
+    """The AttentionState of a model, made by `graph_state`.
+
+    Graphs that share a state run one at a time, on the stream on which their steps are prepared.
+    """
+
+    def __init__(self, groups: Sequence[_Group], limits: GraphLimits, device: torch.device) -> None:
+        self._groups = groups
+        self._limits = limits
+        self._device = device
+        self._tables: list[torch.Tensor] = []
+        self._masks: list[torch.Tensor | None] = []
+
+    def begin_forward(self, model_input: StepBatch) -> None:
+        """Check that a step is not larger than the model's steps were said to be.
+
+        Raises:
+            InvalidInputError: it is larger.
+        """
+        for group in self._groups:
+            batch = _batch_of(group, model_input, len(self._groups))
+            most, limits = max(batch.seq_lens_list, default=0), self._limits
+            found = (batch.num_reqs, batch.num_tokens, most)
+            allowed = (limits.num_reqs, limits.num_tokens, limits.max_seq_len)
+            if any(each > most for each, most in zip(found, allowed, strict=True)):
+                raise InvalidInputError(
+                    f"The batch has {found[0]} requests, {found[1]} new tokens and up to "
+                    f"{found[2]} keys; this state was made for {allowed[0]}, {allowed[1]} and "
+                    f"{allowed[2]}."
+                )
+
+    @contextlib.contextmanager
+    def graph_capture(self, max_batch_size: int | None = None) -> Iterator[None]:
+        """The context in which graphs are captured: allocate what they share, which stays.
+
+        Args:
+            max_batch_size: at most max_num_seqs, for which there is always room.
+
+        Raises:
+            InvalidInputError: max_batch_size is larger.
+        """
+        if max_batch_size is not None:
+            self._check_size("max_batch_size", max_batch_size, self._limits.num_reqs)
+        if not self._tables:
+            with torch.inference_mode(False):  # tensors that can be filled in any mode
+                for group in self._groups:
+                    self._allocate(group)
+        yield
+
+    def _allocate(self, group: _Group) -> None:
+        rows, columns = self._limits.num_reqs + 1, -(-self._limits.max_seq_len // group.block_size)
+        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self._device))
+        mask = None
+        if group.takes_mask:
+            size = self._limits.max_mask_elements
+            mask = torch.zeros(size, dtype=torch.bool, device=self._device)
+        self._masks.append(mask)
+
+    def graph_clone(self, batch_size: int) -> ModelGraphState:
+        """A state for graphs of up to batch_size requests, which shares the buffers of this one.
+
+        Raises:
+            InvalidInputError: this state is for fewer requests, or has no buffers yet.
+        """
+        self._check_size("batch_size", batch_size, self._limits.num_reqs)
+        self._require_buffers()
+        limits = dataclasses.replace(self._limits, num_reqs=batch_size)
+        clone = ModelGraphState(self._groups, limits, self._device)
+        clone._tables, clone._masks = self._tables, self._masks
+        return clone
+
+    def graph_capture_get_metadata_for_batch(
+        self,
+        batch_size: int,
+        is_encoder_decoder_model: bool = False,
+        *,
+        max_query_len: int | None = None,
+        num_tokens: int | None = None,
+        max_decode_query_len: int = 1,
+        custom_mask: bool = False,
+    ) -> GraphStep:
+        """A step to capture. Without further arguments: batch_size requests of one new token.
+
+        Args:
+            batch_size: the most requests.
+            is_encoder_decoder_model: the model has cross-attention. Its layers are found by their
+                attn_type; this is checked against them.
+            max_query_len: new tokens of a request, at most: verification of drafts. Lengths may
+                differ.
+            num_tokens: new tokens of all requests, at most: the rows of the step's tensors. Without
+                max_query_len, the step is any mix of prompts, chunks of prompts and decodes with
+                this budget. By default batch_size times max_query_len.
+            max_decode_query_len: in such a mix, requests of up to this many new tokens are computed
+                by kernels for decodes, and others by kernels for prefills.
+            custom_mask: the steps bring a custom mask, for the layers that were made with it.
+
+        Raises:
+            InvalidInputError: a size is larger than the state's, or there are no buffers yet: enter
+                `graph_capture` first.
+            UnsupportedError: a backend cannot capture such steps.
+        """
+        self._require_buffers()
+        state = self._limits
+        size = self._check_size("batch_size", batch_size, state.num_reqs)
+        has_cross = any(group.is_cross for group in self._groups)
+        if is_encoder_decoder_model and not has_cross:
+            raise InvalidInputError(
+                "is_encoder_decoder_model=True, and no layer has attn_type='encoder_decoder'."
+            )
+        is_mixed = max_query_len is None and num_tokens is not None
+        longest = num_tokens if is_mixed else max_query_len or 1
+        longest = self._check_size("max_query_len", longest, state.max_seq_len)
+        rows = size * longest if num_tokens is None else num_tokens
+        rows = self._check_size("num_tokens", rows, state.num_tokens)
+        decode_len = as_int("max_decode_query_len", max_decode_query_len, 1, INT32_MAX)
+        if not is_mixed and rows < size + longest - 1:
+            raise InvalidInputError(
+                f"num_tokens={rows} is too small for a request of {longest} new tokens and one "
+                f"token of each of the others. Give at least {size + longest - 1}."
+            )
+        limits = dataclasses.replace(
+            state,
+            num_reqs=size,
+            num_tokens=rows,
+            max_query_len=longest,
+            phase=Phase.PREFILL if is_mixed else Phase.DECODE,
+            max_decode_query_len=decode_len,
+        )
+        if custom_mask and not any(group.takes_mask for group in self._groups):
+            raise InvalidInputError(
+                "custom_mask=True, and no layer was made with custom_mask=True."
+            )
+        tensors = zip(self._groups, self._tables, self._masks, strict=True)
+        with torch.inference_mode(False):  # tensors that can be filled in any mode
+            parts = [
+                self._part(group, limits, table, mask if custom_mask else None)
+                for group, table, mask in tensors
+            ]
+        return GraphStep(limits, parts)
+
+    def _part(
+        self,
+        group: _Group,
+        limits: GraphLimits,
+        table: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> _GroupStep:
+        """A group's part of a step: its static batch, and the metadata of each kind of layer."""
+        limits = dataclasses.replace(
+            limits,
+            has_custom_mask=mask is not None,
+            has_ranges=group.has_ranges,
+        )
+        static = StaticBatch.make(
+            limits,
+            self._device,
+            block_table=table,
+            custom_mask=mask,
+            writes_keys=not group.is_cross,
+        )
+        planned: dict[Hashable, _Planned] = {}
+        for layer in group.layers.values():
+            binding = layer._require_binding()
+            if binding.metadata_key not in planned:
+                metadata = binding.builder.build_for_graph(static.batch, limits)
+                planned[binding.metadata_key] = _Planned(layer, binding.builder, metadata)
+        return _GroupStep(group, static, planned)
+
+    def get_graph_input_buffers(
+        self, attn_metadata: GraphStep, is_encoder_decoder_model: bool = False
+    ) -> GraphBuffers:
+        """See AttentionState.get_graph_input_buffers.
+
+        With several batches in a step, the names begin with the number of the batch and a dot.
+        """
+        return GraphBuffers(attn_metadata)
+
+    def prepare_graph_input_buffers(
+        self,
+        input_buffers: dict[str, torch.Tensor] | GraphStep,
+        attn_metadata: StepBatch | BatchMetadata,
+        is_encoder_decoder_model: bool = False,
+    ) -> None:
+        """Copy a step into the buffers that a captured graph reads, without waiting for the device.
+
+        The copies are queued on the current stream. Replay the graph on the same one.
+
+        Args:
+            input_buffers: the captured step, or what `get_graph_input_buffers` returned for it.
+            attn_metadata: the batch, layer name -> batch, or metadata that keeps its batch.
+            is_encoder_decoder_model: not needed; see graph_capture_get_metadata_for_batch.
+
+        Raises:
+            InvalidInputError: the batch is larger than what was captured, or has what was not
+                captured; nothing has been copied then.
+        """
+        step = input_buffers.step if isinstance(input_buffers, GraphBuffers) else input_buffers
+        if not isinstance(step, GraphStep):
+            raise InvalidInputError(
+                f"input_buffers is a {type(input_buffers).__name__}. Give the GraphStep of "
+                "graph_capture_get_metadata_for_batch, or its get_graph_input_buffers."
+            )
+        batch = attn_metadata.batch if isinstance(attn_metadata, BatchMetadata) else attn_metadata
+        step._fill(batch)
+
+    def _require_buffers(self) -> None:
+        if not self._tables:
+            raise InvalidInputError(
+                "There are no buffers yet. Enter `with state.graph_capture():` first."
+            )
+
+    def _check_size(self, name: str, value: Any, most: int) -> int:
+        size = as_int(name, value, 1, INT32_MAX)
+        if size > most:
+            raise InvalidInputError(
+                f"{name} is {size}, and this state was made for up to {most}. Raise the limit of "
+                "graph_state."
+            )
+        return size
+
+
+def _writes(part: _GroupStep) -> bool:
+    """Whether some layers write the cache of the group."""
+    layers = part.group.layers.values()
+    return not part.group.is_cross and not all(each.spec.kv_sharing for each in layers)
+
+
+def _batch_of(group: _Group, given: object, number: int) -> AttentionBatch:
+    """The batch of a group of layers, of this number of groups."""
+    if isinstance(given, AttentionBatch):
+        if number == 1:
+            return given
+        raise InvalidInputError(
+            f"The step has one batch, and the layers need {number}, e.g. one for "
+            f"{group.name!r}. Give a mapping from layer names to batches."
+        )
+    if not isinstance(given, Mapping):
+        raise InvalidInputError(
+            f"The step is a {type(given).__name__}; give an AttentionBatch, or a mapping from "
+            "layer names to them."
+        )
+    missing = [name for name in group.layers if not isinstance(given.get(name), AttentionBatch)]
+    if missing:
+        raise InvalidInputError(f"The step has no AttentionBatch for layer {missing[0]!r}.")
+    batch: AttentionBatch = given[group.name]
+    for name in group.layers:
+        if given[name] is not batch:
+            raise InvalidInputError(
+                f"Layers {group.name!r} and {name!r} have different batches, and this state was "
+                "made for one. Name the layers of each batch by graph_state(batches=...)."
+            )
+    return batch
+
+
+def graph_state(
+    layers: nn.Module | Mapping[str, Attention] | Sequence[Attention],
+    *,
+    max_num_seqs: int,
+    max_seq_len: int,
+    max_num_tokens: int | None = None,
+    max_mask_elements: int | None = None,
+    max_ranges: int = 0,
+    batches: Sequence[Sequence[str]] | None = None,
+) -> ModelGraphState:
+    """The static buffers of a model's CUDA graphs, for all kinds of its layers.
+
+    Bind the caches first, and run the model once eagerly, so that kernels are compiled and the
+    layers have their final backends.
+
+    Args:
+        layers: a model or its Attention layers, made with cuda_graph=True. Layers of encoders take
+            no part.
+        max_num_seqs: requests of a step.
+        max_seq_len: keys of a request, the new ones included.
+        max_num_tokens: new tokens of a step; None for max_num_seqs, enough for plain decodes.
+        max_mask_elements: elements (bytes) of a step's custom mask, over all requests; None for
+            max_num_tokens * max_seq_len.
+        max_ranges: bidirectional ranges of a step, over all requests.
+        batches: the names of the layers that share a batch, for each batch of a step. None: all
+            layers share one, and cross-attention layers another.
+
+    Returns:
+        The state. With g.replay() as in PyTorch's documentation of CUDA graphs:
+
+    Raises:
+        InvalidInputError: a layer was not made with cuda_graph=True, has no cache yet or is on
+            another device than the others, or an argument is out of range.
+
+    Example:
+        >>> state = graph_state(model, max_num_seqs=64, max_num_tokens=512, max_seq_len=8192)
+        >>> with state.graph_capture():
+        ...     step = state.graph_capture_get_metadata_for_batch(64)
+        ...     with forward_context(step):
+        ...         model(token_ids)  # compiles what is not compiled yet
+        ...         with torch.cuda.graph(graph):
+        ...             logits = model(token_ids)
+        >>> state.prepare_graph_input_buffers(step, batch)
+        >>> graph.replay()
+    """
+    if isinstance(layers, nn.Module):
+        named = layers_of_model(layers)
+    else:
+        named = layers_by_prefix(layers.values() if isinstance(layers, Mapping) else layers)
+    named = {
+        name: layer
+        for name, layer in named.items()
+        if AttentionType(layer.spec.attn_type).has_kv_cache
+    }
+    if not named:
+        raise InvalidInputError("There is no Attention layer with a cache among the layers.")
+    for name, layer in named.items():
+        _check_layer(name, layer)
+    devices = {layer._device for layer in named.values()}
+    if len(devices) > 1 or None in devices:
+        raise InvalidInputError(
+            f"The layers are on {', '.join(sorted(map(str, devices)))}; a state is for the layers "
+            "of one device. Make one for each."
+        )
+    num_seqs = as_int("max_num_seqs", max_num_seqs, 1, INT32_MAX)
+    num_tokens = num_seqs if max_num_tokens is None else max_num_tokens
+    num_tokens = as_int("max_num_tokens", num_tokens, 1, INT32_MAX)
+    seq_len = as_int("max_seq_len", max_seq_len, 1, INT32_MAX)
+    elements = num_tokens * seq_len if max_mask_elements is None else max_mask_elements
+    limits = GraphLimits(
+        num_reqs=num_seqs,
+        num_tokens=num_tokens,
+        max_query_len=num_tokens,
+        max_seq_len=seq_len,
+        max_mask_elements=as_int("max_mask_elements", elements, 0, 2**63 - 1),
+        max_ranges=as_int("max_ranges", max_ranges, 0, INT32_MAX),
+    )
+    (device,) = devices
+    assert device is not None
+    return ModelGraphState(_groups(named, batches), limits, device)
+
+
+def _check_layer(name: str, layer: Attention) -> None:
+    if not layer.spec.cuda_graph:
+        raise InvalidInputError(
+            f"Layer {name!r} was not made for CUDA graphs, so its backend may not support them. "
+            "Make it with cuda_graph=True."
+        )
+    if layer.kv_cache is None or layer.spec.block_size is None:
+        raise InvalidInputError(
+            f"Layer {name!r} has no cache yet. Call bind_kv_caches before graph_state."
+        )
+
+
+def _groups(
+    named: Mapping[str, Attention], batches: Sequence[Sequence[str]] | None
+) -> list[_Group]:
+    """The layers by the batch that they share."""
+    if batches is None:
+        by_kind: dict[bool, dict[str, Attention]] = {}
+        for name, layer in named.items():
+            is_cross = layer.spec.attn_type == AttentionType.ENCODER_DECODER
+            by_kind.setdefault(is_cross, {})[name] = layer
+        groups = list(map(_Group, by_kind.values()))
+    else:
+        listed = [name for each in batches for name in each]
+        if sorted(listed) != sorted(named):
+            wrong = sorted(set(listed) ^ set(named)) or sorted(listed)
+            raise InvalidInputError(
+                f"batches must name each layer once; see layer {wrong[0]!r}. The layers are: "
+                f"{', '.join(named)}."
+            )
+        groups = [_Group({name: named[name] for name in each}) for each in batches if each]
+    for group in groups:
+        specs = {name: layer.spec for name, layer in group.layers.items()}
+        if len({spec.custom_mask for spec in specs.values()}) > 1:
+            raise InvalidInputError(
+                f"Of the layers of a batch, e.g. {group.name!r}, some take a custom mask and some "
+                "would ignore it. Give them batches of their own by batches=."
+            )
+        if len({spec.attn_type for spec in specs.values()}) > 1:
+            raise InvalidInputError(
+                f"Layers of self-attention and of cross-attention cannot share a batch, e.g. that "
+                f"of {group.name!r}. Give them batches of their own by batches=."
+            )
+    return groups
