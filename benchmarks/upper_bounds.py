@@ -3,8 +3,8 @@
     python benchmarks/upper_bounds.py [--device cuda] [--json]
 
 Each step is computed with exact lengths and with bounds that are twice the lengths, by the same
-backend, in turns. Exits with 1 if bounds change a bit of the result of a layer, or if they take over
-3 % more time on the device than a layer for exact lengths. Of FLASH_ATTN this is only reported.
+backend, in turns. Exits with 1 if bounds change a bit of a layer's result, or if they take over 3 %
+more time on the device than a layer for exact lengths. Of FLASH_ATTN this is only reported.
 """
 
 from __future__ import annotations

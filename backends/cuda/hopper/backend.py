@@ -92,6 +92,12 @@ class HopperBuilder(TritonBuilder):
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
 
+    def _most_programs(self, grid: int) -> int:
+        if self.spec.lengths == "exact":
+            return grid
+        programs = DECODES[self.spec.head_size].mixed.programs
+        return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
+
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         block_n = BLOCK_N[self.spec.head_size]
         rows = plan_rows(batch, chosen, block_n)
@@ -160,9 +166,9 @@ class HopperImpl(TritonImpl):
                 self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
             # Blocks beyond the share wait for an SM.
-            blocks = (
-                FIXED_BLOCKS * num_sms if prefill.splits_all_sms else shares.decode * row.blocks
-            )
+            blocks = shares.decode * row.blocks
+            if prefill.splits_all_sms:
+                blocks = FIXED_BLOCKS * num_sms
             self._launch_decode(call, decode, pages, row, blocks)
         finally:  # the next work may write the same output
             main.wait_stream(side)

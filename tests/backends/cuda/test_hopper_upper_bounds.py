@@ -9,7 +9,6 @@ import torch
 
 from attn_dispatch.backends.cuda.hopper.backend import HopperBuilder, HopperPlan
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, FIXED_BLOCKS
-from attn_dispatch.backends.triton.configs.nvidia import HOPPER
 from attn_dispatch.interface.batch import AttentionBatch
 from support.cases import layer_spec
 from support.hopper_cases import check, on_gpu, step_of
@@ -102,10 +101,14 @@ def test_decodes_next_to_a_prefill_are_split_whatever_the_bounds_are(lengths):
 
 @pytest.mark.parametrize("size", DECODES)
 def test_a_plan_has_room_for_the_parts_of_all_blocks(size):
-    """The plan allocates them for the portable kernel."""
-    portable = [HOPPER.decode_for(size, 2, is_few) for is_few in (False, True)]
-    programs = FIXED_BLOCKS * DECODES[size].mixed.programs
-    assert programs <= min(each.programs_per_sm for each in portable)
+    spec = layer_spec(head_size=size, block_size=16, dtype=torch.bfloat16, lengths="upper_bound")
+    builder = HopperBuilder(spec, torch.device("cpu"))
+    builder.launches = dataclasses.replace(builder.launches, num_sms=132)
+    table = torch.zeros(2, 512, dtype=torch.int32)
+    plan = builder.build(AttentionBatch.create([1, 900], [4000, 4000], block_table=table)).decode
+    programs = FIXED_BLOCKS * DECODES[size].mixed.programs * 132
+    assert len(plan.counters) >= 2 * programs
+    assert plan.part_lse.numel() >= 2 * programs * plan.rows
 
 
 @on_gpu
