@@ -1,6 +1,6 @@
 """What upper bounds of the key counts cost, next to exact lengths, and whether they change a bit.
 
-    python benchmarks/upper_bounds.py [--device cuda] [--json]
+    python benchmarks/upper_bounds.py [--device cuda] [--backend NAME] [--json]
 
 Each step is computed with exact lengths and with bounds that are twice the lengths, by the same
 backend, in turns. Exits with 1 if bounds change a bit of a layer's result, or if they take over 3 %
@@ -131,10 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and compare with the limits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", type=torch.device)
+    parser.add_argument("--backend", action="append", choices=BACKENDS)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     rows = []
-    for backend in BACKENDS:
+    for backend in given.backend or BACKENDS:
         for name, step in STEPS.items():
             try:
                 run = Run(backend, step, given.device, torch.bfloat16)
