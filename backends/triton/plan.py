@@ -281,7 +281,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         launch = launches.decode_few if is_few else launches.decode
         rows = min(block_of(longest * self._group), launch.max_rows)
         grid = launches.num_sms * launch.programs_per_sm
-        parts = 2 * grid
+        parts = 2 * self._most_programs(grid)
         if spec.batch_invariant:  # queries of one token
             units = spec.num_kv_heads * -(-self._group // rows)
             parts = num_reqs * units * INVARIANT_PARTS
@@ -306,6 +306,10 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             torch.empty(num_floats, dtype=torch.float32, device=self.device),
             torch.zeros(num_counters, dtype=torch.int32, device=self.device),
         )
+
+    def _most_programs(self, grid: int) -> int:
+        """How many programs may store parts, if the decode kernel has this grid."""
+        return grid
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         row = self.launches.prefill

@@ -92,6 +92,7 @@ FLAGS = {
     "kv_scales": ("--kv-scales per_head", "per_head"),
     "block_size": ("--block-size 16", 16),
     "kv_cache_layout": ("--kv-cache-layout HND", "HND"),
+    "lengths": ("--lengths upper_bound", "upper_bound"),
     "attn_type": ("--attn-type encoder_only", "encoder_only"),
     "causal": ("--no-causal", False),
     "sliding_window": ("--sliding-window 4096", 4096),

@@ -15,6 +15,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     BLOCK_N,
     DECODES,
     FEW_KV_HEADS_PER_SM,
+    FIXED_BLOCKS,
     MAX_DECODE_ROWS,
     DecodeConfig,
     DecodeLaunch,
@@ -45,6 +46,8 @@ class HopperPlan(PrefillPlan):
 
     Attributes:
         fresh_end: where these requests' rows of `key` end.
+        splits_all_sms: the decodes of the step are split as if they had all SMs, whatever their
+            share is, because that follows from bounds and the split decides bits.
         may_be_fresh: by the bounds of their lengths a request may have a past, but need not; if it
             has none, its keys can be read from `key`.
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
@@ -53,6 +56,7 @@ class HopperPlan(PrefillPlan):
 
     fresh_end: int = 0
     may_be_fresh: bool = False
+    splits_all_sms: bool = False
     shares: SMShares | None = None
     descriptors: tuple[Any, Any] | None = None
 
@@ -91,6 +95,12 @@ class HopperBuilder(TritonGraphBuilder):
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
 
+    def _most_programs(self, grid: int) -> int:
+        if self.spec.lengths == "exact":
+            return grid
+        programs = DECODES[self.spec.head_size].mixed.programs
+        return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
+
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         block_n = BLOCK_N[self.spec.head_size]
         rows = plan_rows(batch, chosen, block_n)
@@ -106,6 +116,7 @@ class HopperBuilder(TritonGraphBuilder):
         assert isinstance(plan, HopperPlan)
         plan.is_fresh = plan.is_fresh and ends_with_tile
         is_unknown = batch.lengths == "upper_bound" and not plan.is_fresh
+        plan.splits_all_sms = self.spec.lengths == "upper_bound"
         plan.may_be_fresh = is_unknown and ends_with_tile and batch.key_start_loc_cpu is None
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
         return plan
@@ -148,6 +159,7 @@ class HopperImpl(TritonImpl):
         assert isinstance(prefill, HopperPlan)
         assert decode is not None
         device = call.query.device
+        num_sms = call.metadata.launches.num_sms
         side, main = side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(main)
         try:
@@ -156,7 +168,11 @@ class HopperImpl(TritonImpl):
                 main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
-            self._launch_decode(call, decode, pages, row, shares.decode)
+            # Blocks beyond the share wait for an SM.
+            blocks = shares.decode * row.blocks
+            if prefill.splits_all_sms:
+                blocks = FIXED_BLOCKS * num_sms
+            self._launch_decode(call, decode, pages, row, blocks)
         finally:  # the next work may write the same output
             main.wait_stream(side)
 
@@ -205,10 +221,14 @@ class HopperImpl(TritonImpl):
         if pages is None:
             super()._decode(call, plan, cache)
             return
-        num_sms = call.metadata.launches.num_sms
-        is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
+        num_sms, prefill = call.metadata.launches.num_sms, call.metadata.prefill
         rows = DECODES[self.head_size]
-        self._launch_decode(call, plan, pages, rows.few if is_few else rows.many, num_sms)
+        if isinstance(prefill, HopperPlan) and prefill.splits_all_sms:
+            self._launch_decode(call, plan, pages, rows.mixed, FIXED_BLOCKS * num_sms)
+            return
+        is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
+        row = rows.few if is_few else rows.many
+        self._launch_decode(call, plan, pages, row, num_sms * row.blocks)
 
     def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PagedTma | None:
         """The cache as the Hopper decode kernel reads it; None where the portable one must.
@@ -223,9 +243,9 @@ class HopperImpl(TritonImpl):
         return self._last_pages[1]
 
     def _launch_decode(
-        self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, num_sms: int
+        self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, blocks: int
     ) -> None:
-        """Launch the Hopper decode kernel on this many SMs."""
+        """Launch this many blocks of the Hopper decode kernel."""
         query, out, batch, requests = call.query, call.out, call.metadata.batch, plan.requests
         table = batch.block_table
         assert table is not None
@@ -258,7 +278,7 @@ class HopperImpl(TritonImpl):
         )
         keys, values = pages.keys, pages.values
         launch(
-            (num_sms * row.blocks, 1, 1),
+            (blocks, 1, 1),
             query, keys.descriptor, values.descriptor, out.values, out.lse, plan.part_out,
             plan.part_lse, plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],

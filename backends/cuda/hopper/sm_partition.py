@@ -57,8 +57,6 @@ def share_sms(
     """
     if kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype) != spec.dtype:
         return None  # the portable kernel does the decodes; its blocks share SMs
-    if spec.lengths == "upper_bound":
-        return None  # the shares decide how decodes are split, and bounds must not change bits
     window = spec.sliding_window or batch.max_seq_len
     read = 0  # keys of the decodes
     seen = 0.0  # pairs of query and key of the prefills

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attn_dispatch.backends.cuda.hopper.backend import HopperBuilder, HopperPlan
+from attn_dispatch.backends.cuda.hopper.launch import DECODES, FIXED_BLOCKS
 from attn_dispatch.interface.batch import AttentionBatch
 from support.cases import layer_spec
 from support.hopper_cases import check, on_gpu, step_of
@@ -78,17 +79,36 @@ def test_the_work_tiles_do_not_depend_on_the_bounds_of_equal_requests(bounds):
     assert sorted(found.tolist()) == sorted(wanted.tolist())
 
 
-def test_decodes_have_all_sms_whatever_the_bounds_are():
-    """How many they have decides how their keys are split, and so their bits."""
-    decodes = {"query_lens": (1,) * 64 + (2048,), "seq_lens": (8192,) * 64 + (8192,)}
-    for lengths, is_shared in (("exact", True), ("upper_bound", False)):
-        sizes = {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "block_size": 16}
-        spec = layer_spec(**sizes, dtype=torch.bfloat16, lengths=lengths)
-        builder = HopperBuilder(spec, torch.device("cpu"))
-        builder.launches = dataclasses.replace(builder.launches, num_sms=132)
-        table = torch.zeros(65, 512, dtype=torch.int32)
-        batch = AttentionBatch.create(**decodes, block_table=table)
-        assert (builder.build(batch).prefill.shares is not None) is is_shared
+@pytest.mark.parametrize("lengths", ["exact", "upper_bound"])
+def test_decodes_next_to_a_prefill_are_split_whatever_the_bounds_are(lengths):
+    """How many blocks they have decides how their keys are split, and so their bits."""
+    spec = layer_spec(
+        num_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        block_size=16,
+        dtype=torch.bfloat16,
+        lengths=lengths,
+    )
+    builder = HopperBuilder(spec, torch.device("cpu"))
+    builder.launches = dataclasses.replace(builder.launches, num_sms=132)
+    lens = ([1] * 64 + [2048], [8192] * 64 + [8192])
+    table = torch.zeros(65, 512, dtype=torch.int32)
+    plan = builder.build(AttentionBatch.create(*lens, block_table=table)).prefill
+    assert plan.shares is not None
+    assert plan.splits_all_sms is (lengths == "upper_bound")
+
+
+@pytest.mark.parametrize("size", DECODES)
+def test_a_plan_has_room_for_the_parts_of_all_blocks(size):
+    spec = layer_spec(head_size=size, block_size=16, dtype=torch.bfloat16, lengths="upper_bound")
+    builder = HopperBuilder(spec, torch.device("cpu"))
+    builder.launches = dataclasses.replace(builder.launches, num_sms=132)
+    table = torch.zeros(2, 512, dtype=torch.int32)
+    plan = builder.build(AttentionBatch.create([1, 900], [4000, 4000], block_table=table)).decode
+    programs = FIXED_BLOCKS * DECODES[size].mixed.programs * 132
+    assert len(plan.counters) >= 2 * programs
+    assert plan.part_lse.numel() >= 2 * programs * plan.rows
 
 
 @on_gpu
