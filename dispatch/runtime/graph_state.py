@@ -184,12 +184,15 @@ class ModelGraphState(AttentionState[Any]):
     """The AttentionState of a model, made by `graph_state`.
 
     Graphs that share a state run one at a time, on the stream on which their steps are prepared.
+
+    Attributes:
+        device: of the layers and the buffers.
     """
 
     def __init__(self, groups: Sequence[_Group], limits: GraphLimits, device: torch.device) -> None:
         self._groups = groups
         self._limits = limits
-        self._device = device
+        self.device = device
         self._tables: list[torch.Tensor] = []
         self._masks: list[torch.Tensor | None] = []
 
@@ -231,11 +234,11 @@ class ModelGraphState(AttentionState[Any]):
 
     def _allocate(self, group: _Group) -> None:
         rows, columns = self._limits.num_reqs + 1, -(-self._limits.max_seq_len // group.block_size)
-        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self._device))
+        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self.device))
         mask = None
         if group.takes_mask:
             size = self._limits.max_mask_elements
-            mask = torch.zeros(size, dtype=torch.bool, device=self._device)
+            mask = torch.zeros(size, dtype=torch.bool, device=self.device)
         self._masks.append(mask)
 
     def graph_clone(self, batch_size: int) -> ModelGraphState:
@@ -247,7 +250,7 @@ class ModelGraphState(AttentionState[Any]):
         self._check_size("batch_size", batch_size, self._limits.num_reqs)
         self._require_buffers()
         limits = dataclasses.replace(self._limits, num_reqs=batch_size)
-        clone = ModelGraphState(self._groups, limits, self._device)
+        clone = ModelGraphState(self._groups, limits, self.device)
         clone._tables, clone._masks = self._tables, self._masks
         return clone
 
@@ -335,7 +338,7 @@ class ModelGraphState(AttentionState[Any]):
         )
         static = StaticBatch.make(
             limits,
-            self._device,
+            self.device,
             block_table=table,
             custom_mask=mask,
             writes_keys=not group.is_cross,

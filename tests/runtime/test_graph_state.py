@@ -128,13 +128,16 @@ def test_replays_of_hopper_kernels_equal_eager_calls(name, size, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER"])
-def test_replays_of_other_packages_agree_with_eager_calls(backend):
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("FLASH_ATTN", "decode"), ("FLASH_ATTN", "verification"), ("FLASHINFER", "decode")],
+)
+def test_replays_of_other_packages_agree_with_eager_calls(backend, name):
     try:
         model = Model([{}, {"sliding_window": 30}], backend=backend)
     except UnsupportedError as error:
         pytest.skip(str(error))
-    kind, rng = KINDS["decode"], random.Random(6)
+    kind, rng = KINDS[name], random.Random(6)
     captured = Captured(model, model.state(), kind, waits=backend == "FLASHINFER")
     for _ in range(10):
         batch = random_batch(rng, kind)
@@ -145,7 +148,7 @@ def test_replays_of_other_packages_agree_with_eager_calls(backend):
         for one, other in zip(replayed, eager, strict=True):
             torch.testing.assert_close(one[: batch.num_tokens], other, rtol=2e-2, atol=2e-2)
     with captured.state.graph_capture(), pytest.raises(UnsupportedError, match="one new token"):
-        captured.state.graph_capture_get_metadata_for_batch(2, max_query_len=4)
+        captured.state.graph_capture_get_metadata_for_batch(2, num_tokens=40)
 
 
 @pytest.mark.gpu
