@@ -364,7 +364,7 @@ class Engine:
             if logits is None:
                 logits = self._logits(*inputs)
             last = batch.query_start_loc[1:].long() - 1
-            return logits[last].argmax(-1).tolist()  # type: ignore[no-any-return]
+            return logits[last].argmax(-1).tolist()
 
     def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(token_ids, positions, self._attend)

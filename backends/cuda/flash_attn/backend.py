@@ -275,10 +275,10 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
         if out is not output:
             output[: metadata.batch.num_tokens] = out[: metadata.batch.num_tokens]
         if metadata.padding is not None:
-            rows = metadata.padding.tensors["rows"]
-            output[: len(rows)].masked_fill_(rows[:, None, None], 0)
+            is_padding = metadata.padding.tensors["rows"]
+            output[: len(is_padding)].masked_fill_(is_padding[:, None, None], 0)
             if lse is not None:
-                lse[: len(rows)].masked_fill_(rows[:, None], float("-inf"))
+                lse[: len(is_padding)].masked_fill_(is_padding[:, None], float("-inf"))
 
     def _run(
         self,
