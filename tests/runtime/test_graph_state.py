@@ -281,10 +281,11 @@ def test_a_routed_layer_is_fixed_to_one_backend_at_capture(monkeypatch):
 
 
 def batch_of(query_lens, seq_lens, **more):
-    table = torch.zeros(len(query_lens), 5, dtype=torch.int32)
-    return AttentionBatch.create(
-        query_lens, seq_lens, block_table=table, block_size=BLOCK_SIZE, device=DEVICE, **more
-    )
+    more = {
+        "block_table": torch.zeros(len(query_lens), 5, dtype=torch.int32),
+        "block_size": BLOCK_SIZE,
+    } | more
+    return AttentionBatch.create(query_lens, seq_lens, device=DEVICE, **more)
 
 
 MASK = torch.ones(12, dtype=torch.bool)
@@ -294,6 +295,15 @@ BAD_BATCHES = {
     "more keys": ([1], [79], {}, "has 79 keys in a request, .* up to 70"),
     "an unexpected mask": ([2], [6], {"custom_mask": MASK}, "custom_mask, and .* without"),
     "scales to derive": ([1], [3], {"enable_kv_scales_calculation": True}, "derives the scales"),
+    "a narrow block table": (
+        [1],
+        [33],
+        {"block_table": torch.zeros(1, 2, dtype=torch.int32), "block_size": None},
+        "block_table",
+    ),
+    "other blocks": ([1], [3], {"block_size": 32}, "blocks of 32 tokens"),
+    "no slots": ([1], [3], {"block_size": None}, "has no slot_mapping"),
+    "no block table": ([1], [3], {"block_table": None, "block_size": None}, "has no block_table"),
     "keys of an encoder": ([1], [3], {"key_lens": [3]}, "rows of key are not those"),
 }
 
@@ -343,7 +353,15 @@ def test_one_token_requests_need_their_token():
     [
         ({"batch_size": 17}, "batch_size is 17"),
         ({"batch_size": 2, "num_tokens": 401}, "is 401, and this state was made for up to 400"),
-        ({"batch_size": 2, "max_query_len": 4, "num_tokens": 4}, "Give at least 5"),
+        (
+            {"batch_size": 2, "max_query_len": 4, "num_tokens": 3},
+            "does not fit 2 requests of up to 4",
+        ),
+        (
+            {"batch_size": 2, "max_query_len": 1, "num_tokens": 5},
+            "does not fit 2 requests of up to 1",
+        ),
+        ({"batch_size": 2, "max_query_len": 1001}, "max_query_len is 1001"),
         ({"batch_size": 2, "custom_mask": True}, "no layer was made with custom_mask=True"),
         ({"batch_size": 2, "is_encoder_decoder_model": True}, "no layer has attn_type"),
     ],
