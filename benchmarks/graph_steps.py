@@ -8,13 +8,12 @@ drafts). Times are the host's, from the batch's lengths until everything is queu
 
   eager     AttentionBatch.create, and the layers in forward_context
   replayed  AttentionBatch.create, state.prepare_graph_input_buffers, graph.replay
-  prepared  state.prepare_graph_input_buffers, for a batch that was made before
+  batch, prepare, replay
+            each of these three by itself
   FlashAttention 3
-            lengths and block table copied to the GPU, and one call for each layer, if a package
-            with it is installed
+            lengths copied to the GPU, and one call for each layer, if a package with it is installed
 
-The device's time of a replayed step is in the last column, so that one can see whether the host or
-the device decides.
+The last one is the device's time of a replayed step, which shows whether host or device decides.
 """
 
 from __future__ import annotations
@@ -201,7 +200,8 @@ def measure(num_layers: int, backend: str | None, rounds: int) -> dict[str, dict
             "eager": _host_us(lambda step=step: step.run(step.batch()), rounds),
             "replayed": _host_us(replay, rounds),
             "batch": _host_us(lambda step=step: step.batch() and None, rounds),
-            "prepared": _host_us(prepare, rounds),
+            "prepare": _host_us(prepare, rounds),
+            "replay": _host_us(graph.replay, rounds),
         }
         flash = _flash_attention_3(step)
         if flash is not None:
