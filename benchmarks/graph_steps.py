@@ -11,7 +11,7 @@ drafts). Times are the host's, from the batch's lengths until everything is queu
   batch, prepare, replay
             each of these three by itself
   FlashAttention 3
-            lengths copied to the GPU, and one call for each layer, if a package with it is installed
+            lengths copied to the GPU, and one call for each layer, if it is installed
 
 The last one is the device's time of a replayed step, which shows whether host or device decides.
 """
