@@ -324,6 +324,40 @@ def test_a_step_that_does_not_fit_is_rejected_before_anything_is_copied(name):
     assert step.mismatch(batch_of([2, 1], [9, 4])) is None
 
 
+def test_contents_are_checked_before_they_are_copied(monkeypatch):
+    """On a GPU only under ATTN_DISPATCH_CHECK=1, as in an eager call."""
+    monkeypatch.setenv("ATTN_DISPATCH_CHECK", "1")
+    model = Model([{}])
+    state = model.state()
+    with state.graph_capture():
+        step = state.graph_capture_get_metadata_for_batch(2)
+    beyond = torch.full((1, 1), model.num_blocks, dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([-1], device=DEVICE)
+    batch = batch_of([1], [3], block_table=beyond, slot_mapping=slots)
+    with pytest.raises(InvalidInputError, match=f"names block {model.num_blocks}; the cache has"):
+        state.prepare_graph_input_buffers(step, batch)
+    assert state.get_graph_input_buffers(step)["seq_lens"].tolist() == [2, 2]
+
+
+def test_a_compiled_model_reads_the_step_of_its_context():
+    model, rng = Model([{}, {"sliding_window": 30}]), random.Random(7)
+    state = model.state()
+    with state.graph_capture():
+        step = state.graph_capture_get_metadata_for_batch(3)
+    heads, kv_heads, size = HEADS
+    rows = [torch.randn(3, n, size).to(DEVICE, DTYPE) for n in (heads, kv_heads, kv_heads)]
+
+    def run(query, key, value):
+        for layer in model.layers:
+            query = layer(query, key, value)
+        return query
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    state.prepare_graph_input_buffers(step, random_batch(rng, KINDS["decode"], 3))
+    with torch.no_grad(), forward_context(step):
+        assert same_tensors([compiled(*rows)], [run(*rows)])
+
+
 def test_masks_and_ranges_beyond_the_capture_are_rejected():
     masked = Model([{"custom_mask": True, "bidirectional_ranges": True}])
     state = masked.state(max_mask_elements=10, max_ranges=1)
