@@ -8,19 +8,19 @@ drafts). Times are the host's, from the batch's lengths until everything is queu
 
   eager     AttentionBatch.create, and the layers in forward_context
   replayed  AttentionBatch.create, state.prepare_graph_input_buffers, graph.replay
-  prepared  state.prepare_graph_input_buffers, for a batch that was made before
+  of these: batch, prepare, replay
+            these three, as parts of the line above
   FlashAttention 3
-            lengths and block table copied to the GPU, and one call for each layer, if a package
-            with it is installed
+            lengths copied to the GPU, and one call for each layer, if it is installed
 
-The device's time of a replayed step is in the last column, so that one can see whether the host or
-the device decides.
+The last one is the device's time of a replayed step, which shows whether host or device decides.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -98,8 +98,8 @@ class _Step:
                 layer(*self.rows)
 
 
-def _captured(step: _Step) -> tuple[Callable[[], None], Callable[[], None], torch.cuda.CUDAGraph]:
-    """(replay a new batch, prepare for a batch made before, the graph)."""
+def _captured(step: _Step) -> tuple[Callable[[], list[float]], torch.cuda.CUDAGraph]:
+    """A replay of a new batch, which returns the seconds of its parts; and the graph."""
     state = graph_state(
         step.layers,
         max_num_seqs=NUM_REQS,
@@ -115,13 +115,18 @@ def _captured(step: _Step) -> tuple[Callable[[], None], Callable[[], None], torc
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step.run(captured)
-    batch = step.batch()
 
-    def replay() -> None:
-        state.prepare_graph_input_buffers(captured, step.batch())
+    def replay() -> list[float]:
+        times = [time.perf_counter()]
+        batch = step.batch()
+        times.append(time.perf_counter())
+        state.prepare_graph_input_buffers(captured, batch)
+        times.append(time.perf_counter())
         graph.replay()
+        times.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(times)]
 
-    return replay, lambda: state.prepare_graph_input_buffers(captured, batch), graph
+    return replay, graph
 
 
 def _flash_attention_3(step: _Step) -> Callable[[], None] | None:
@@ -165,16 +170,20 @@ def _flash_attention_3(step: _Step) -> Callable[[], None] | None:
     return run
 
 
-def _host_us(function: Callable[[], None], rounds: int) -> float:
-    """The median time until a call returns, with an idle device each time."""
-    times = []
+def _host_us(function: Callable[[], Any], rounds: int) -> tuple[float, list[float]]:
+    """The median time until a call returns, and of the parts that it returns, if it does.
+
+    The device is idle at the start of each call.
+    """
+    times, parts = [], []
     for _ in range(rounds + 5):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        function()
+        found = function()
         times.append((time.perf_counter() - start) * 1e6)
+        parts.append([each * 1e6 for each in found or ()])
     torch.cuda.synchronize()
-    return statistics.median(times[5:])
+    return statistics.median(times[5:]), list(map(statistics.median, zip(*parts[5:], strict=True)))
 
 
 def _device_us(graph: torch.cuda.CUDAGraph, rounds: int) -> float:
@@ -196,19 +205,19 @@ def measure(num_layers: int, backend: str | None, rounds: int) -> dict[str, dict
     for name, query_len in (("decode", 1), ("verification, 4 tokens", 4)):
         step = _Step(num_layers, query_len, backend)
         step.run(step.batch())
-        replay, prepare, graph = _captured(step)
+        replay, graph = _captured(step)
+        replayed, parts = _host_us(replay, rounds)
         times = {
-            "eager": _host_us(lambda step=step: step.run(step.batch()), rounds),
-            "replayed": _host_us(replay, rounds),
-            "batch": _host_us(lambda step=step: step.batch() and None, rounds),
-            "prepared": _host_us(prepare, rounds),
+            "eager": _host_us(lambda step=step: step.run(step.batch()), rounds)[0],
+            "replayed": replayed,
+            **dict(zip(("of these: batch", "prepare", "replay"), parts, strict=True)),
         }
         flash = _flash_attention_3(step)
         if flash is not None:
-            times["FlashAttention 3"] = _host_us(flash, rounds)
+            times["FlashAttention 3"] = _host_us(flash, rounds)[0]
         times["on the device"] = _device_us(graph, rounds)
         found[name] = times
-        del step, replay, prepare, graph, flash
+        del step, replay, graph, flash
         torch.cuda.empty_cache()
     return found
 

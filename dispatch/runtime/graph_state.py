@@ -25,6 +25,11 @@ from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.graphs import AttentionState
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.interface.validation import (
+    check_block_size,
+    check_block_table,
+    check_slot_mapping,
+)
 from attn_dispatch.runtime.context import ForwardContext
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
@@ -35,43 +40,28 @@ __all__ = ["GraphBuffers", "GraphStep", "ModelGraphState", "graph_state"]
 StepBatch = AttentionBatch | Mapping[str, AttentionBatch]
 
 
-@dataclass(frozen=True)
 class _Group:
     """Layers that share a batch.
 
     Attributes:
         layers: by their names.
+        name: of the first, for messages.
         is_cross: they are cross-attention, whose keys come from an encoder before any graph runs.
+        writes_keys: some of them write the step's keys to their cache.
         takes_mask: they have custom masks.
         has_ranges: some of them have bidirectional ranges.
-        block_size: the smallest.
+        block_sizes: of their caches.
     """
 
-    layers: Mapping[str, Attention]
-
-    @property
-    def is_cross(self) -> bool:
-        return any(each.spec.attn_type == AttentionType.ENCODER_DECODER for each in self._all)
-
-    @property
-    def takes_mask(self) -> bool:
-        return any(each.spec.custom_mask for each in self._all)
-
-    @property
-    def has_ranges(self) -> bool:
-        return any(each.spec.bidirectional_ranges for each in self._all)
-
-    @property
-    def block_size(self) -> int:
-        return min(each.spec.block_size or 1 for each in self._all)
-
-    @property
-    def _all(self) -> list[Attention]:
-        return list(self.layers.values())
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.layers))
+    def __init__(self, layers: Mapping[str, Attention]) -> None:
+        self.layers = layers
+        self.name = next(iter(layers))
+        specs = [layer.spec for layer in layers.values()]
+        self.is_cross = any(s.attn_type == AttentionType.ENCODER_DECODER for s in specs)
+        self.writes_keys = not self.is_cross and not all(s.kv_sharing for s in specs)
+        self.takes_mask = any(s.custom_mask for s in specs)
+        self.has_ranges = any(s.bidirectional_ranges for s in specs)
+        self.block_sizes = {s.block_size for s in specs if s.block_size is not None}
 
 
 @dataclass(frozen=True)
@@ -151,24 +141,27 @@ class GraphStep(ForwardContext):
 
     def _checked(self, part: _GroupStep, batch: AttentionBatch) -> AttentionBatch:
         batch.check()
-        why = part.static.limits.mismatch(batch)
-        if why is None and batch.block_table is None:
-            why = "it has no block_table"
+        group, why = part.group, part.static.limits.mismatch(batch)
         if why is None and batch.key_start_loc_cpu is not None:
             brings = batch.key_starts[-1]
-            if part.group.is_cross and brings:
+            if group.is_cross and brings:
                 why = f"it brings {brings} keys of an encoder, and a graph writes none"
-            elif not part.group.is_cross and batch.key_starts != batch.query_start_list:
+            elif not group.is_cross and batch.key_starts != batch.query_start_list:
                 why = "its rows of key are not those of its queries"
-        if why is None and batch.num_tokens and batch.slot_mapping is None and _writes(part):
-            why = "it has no slot_mapping for its new keys"
         if why is not None:
             raise InvalidInputError(
                 f"A graph of {part.static.limits.kind} cannot run this batch: {why}. Replay a "
                 "graph that was captured for it, or run the step eagerly."
             )
-        if environment.check_mode():
-            for each in part.group.layers.values():
+        device = part.static.batch.seq_lens.device
+        for block_size in group.block_sizes:
+            check_block_size(batch, block_size)
+            check_block_table(batch, block_size, device)
+        if group.writes_keys:
+            slots = batch.slot_mapping
+            check_slot_mapping(batch, 0 if slots is None else len(slots), device)
+        if environment.check_mode() or device.type == "cpu":  # as in an eager call
+            for each in group.layers.values():
                 check_batch_contents(batch, each.kv_cache, each.spec.sliding_window)
         return batch
 
@@ -184,12 +177,15 @@ class ModelGraphState(AttentionState[Any]):
     """The AttentionState of a model, made by `graph_state`.
 
     Graphs that share a state run one at a time, on the stream on which their steps are prepared.
+
+    Attributes:
+        device: of the layers and the buffers.
     """
 
     def __init__(self, groups: Sequence[_Group], limits: GraphLimits, device: torch.device) -> None:
         self._groups = groups
         self._limits = limits
-        self._device = device
+        self.device = device
         self._tables: list[torch.Tensor] = []
         self._masks: list[torch.Tensor | None] = []
 
@@ -230,12 +226,15 @@ class ModelGraphState(AttentionState[Any]):
         yield
 
     def _allocate(self, group: _Group) -> None:
-        rows, columns = self._limits.num_reqs + 1, -(-self._limits.max_seq_len // group.block_size)
-        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self._device))
+        rows, columns = (
+            self._limits.num_reqs + 1,
+            -(-self._limits.max_seq_len // min(group.block_sizes)),
+        )
+        self._tables.append(torch.zeros(rows, columns, dtype=torch.int32, device=self.device))
         mask = None
         if group.takes_mask:
             size = self._limits.max_mask_elements
-            mask = torch.zeros(size, dtype=torch.bool, device=self._device)
+            mask = torch.zeros(size, dtype=torch.bool, device=self.device)
         self._masks.append(mask)
 
     def graph_clone(self, batch_size: int) -> ModelGraphState:
@@ -247,7 +246,7 @@ class ModelGraphState(AttentionState[Any]):
         self._check_size("batch_size", batch_size, self._limits.num_reqs)
         self._require_buffers()
         limits = dataclasses.replace(self._limits, num_reqs=batch_size)
-        clone = ModelGraphState(self._groups, limits, self._device)
+        clone = ModelGraphState(self._groups, limits, self.device)
         clone._tables, clone._masks = self._tables, self._masks
         return clone
 
@@ -290,16 +289,18 @@ class ModelGraphState(AttentionState[Any]):
                 "is_encoder_decoder_model=True, and no layer has attn_type='encoder_decoder'."
             )
         is_mixed = max_query_len is None and num_tokens is not None
-        longest = num_tokens if is_mixed else max_query_len or 1
+        longest = 1 if max_query_len is None else max_query_len
         longest = self._check_size("max_query_len", longest, state.max_seq_len)
         rows = size * longest if num_tokens is None else num_tokens
         rows = self._check_size("num_tokens", rows, state.num_tokens)
-        decode_len = as_int("max_decode_query_len", max_decode_query_len, 1, INT32_MAX)
-        if not is_mixed and rows < size + longest - 1:
+        if is_mixed:
+            longest = min(rows, state.max_seq_len)
+        elif rows < longest or (longest == 1 and rows != size):
             raise InvalidInputError(
-                f"num_tokens={rows} is too small for a request of {longest} new tokens and one "
-                f"token of each of the others. Give at least {size + longest - 1}."
+                f"num_tokens={rows} does not fit {size} requests of up to {longest} new tokens. "
+                "Leave it out, or give the most new tokens of a step."
             )
+        decode_len = as_int("max_decode_query_len", max_decode_query_len, 1, INT32_MAX)
         limits = dataclasses.replace(
             state,
             num_reqs=size,
@@ -335,7 +336,7 @@ class ModelGraphState(AttentionState[Any]):
         )
         static = StaticBatch.make(
             limits,
-            self._device,
+            self.device,
             block_table=table,
             custom_mask=mask,
             writes_keys=not group.is_cross,
@@ -399,12 +400,6 @@ class ModelGraphState(AttentionState[Any]):
                 "graph_state."
             )
         return size
-
-
-def _writes(part: _GroupStep) -> bool:
-    """Whether some layers write the cache of the group."""
-    layers = part.group.layers.values()
-    return not part.group.is_cross and not all(each.spec.kv_sharing for each in layers)
 
 
 def _batch_of(group: _Group, given: object, number: int) -> AttentionBatch:

@@ -128,13 +128,16 @@ def test_replays_of_hopper_kernels_equal_eager_calls(name, size, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER"])
-def test_replays_of_other_packages_agree_with_eager_calls(backend):
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("FLASH_ATTN", "decode"), ("FLASH_ATTN", "verification"), ("FLASHINFER", "decode")],
+)
+def test_replays_of_other_packages_agree_with_eager_calls(backend, name):
     try:
         model = Model([{}, {"sliding_window": 30}], backend=backend)
     except UnsupportedError as error:
         pytest.skip(str(error))
-    kind, rng = KINDS["decode"], random.Random(6)
+    kind, rng = KINDS[name], random.Random(6)
     captured = Captured(model, model.state(), kind, waits=backend == "FLASHINFER")
     for _ in range(10):
         batch = random_batch(rng, kind)
@@ -145,7 +148,7 @@ def test_replays_of_other_packages_agree_with_eager_calls(backend):
         for one, other in zip(replayed, eager, strict=True):
             torch.testing.assert_close(one[: batch.num_tokens], other, rtol=2e-2, atol=2e-2)
     with captured.state.graph_capture(), pytest.raises(UnsupportedError, match="one new token"):
-        captured.state.graph_capture_get_metadata_for_batch(2, max_query_len=4)
+        captured.state.graph_capture_get_metadata_for_batch(2, num_tokens=40)
 
 
 @pytest.mark.gpu
@@ -278,10 +281,11 @@ def test_a_routed_layer_is_fixed_to_one_backend_at_capture(monkeypatch):
 
 
 def batch_of(query_lens, seq_lens, **more):
-    table = torch.zeros(len(query_lens), 5, dtype=torch.int32)
-    return AttentionBatch.create(
-        query_lens, seq_lens, block_table=table, block_size=BLOCK_SIZE, device=DEVICE, **more
-    )
+    more = {
+        "block_table": torch.zeros(len(query_lens), 5, dtype=torch.int32),
+        "block_size": BLOCK_SIZE,
+    } | more
+    return AttentionBatch.create(query_lens, seq_lens, device=DEVICE, **more)
 
 
 MASK = torch.ones(12, dtype=torch.bool)
@@ -291,6 +295,15 @@ BAD_BATCHES = {
     "more keys": ([1], [79], {}, "has 79 keys in a request, .* up to 70"),
     "an unexpected mask": ([2], [6], {"custom_mask": MASK}, "custom_mask, and .* without"),
     "scales to derive": ([1], [3], {"enable_kv_scales_calculation": True}, "derives the scales"),
+    "a narrow block table": (
+        [1],
+        [33],
+        {"block_table": torch.zeros(1, 2, dtype=torch.int32), "block_size": None},
+        "block_table",
+    ),
+    "other blocks": ([1], [3], {"block_size": 32}, "blocks of 32 tokens"),
+    "no slots": ([1], [3], {"block_size": None}, "has no slot_mapping"),
+    "no block table": ([1], [3], {"block_table": None, "block_size": None}, "has no block_table"),
     "keys of an encoder": ([1], [3], {"key_lens": [3]}, "rows of key are not those"),
 }
 
@@ -309,6 +322,40 @@ def test_a_step_that_does_not_fit_is_rejected_before_anything_is_copied(name):
     assert step.mismatch(batch)
     assert all(torch.equal(buffers[name], before[name]) for name in buffers)
     assert step.mismatch(batch_of([2, 1], [9, 4])) is None
+
+
+def test_contents_are_checked_before_they_are_copied(monkeypatch):
+    """On a GPU only under ATTN_DISPATCH_CHECK=1, as in an eager call."""
+    monkeypatch.setenv("ATTN_DISPATCH_CHECK", "1")
+    model = Model([{}])
+    state = model.state()
+    with state.graph_capture():
+        step = state.graph_capture_get_metadata_for_batch(2)
+    beyond = torch.full((1, 1), model.num_blocks, dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([-1], device=DEVICE)
+    batch = batch_of([1], [3], block_table=beyond, slot_mapping=slots)
+    with pytest.raises(InvalidInputError, match=f"names block {model.num_blocks}; the cache has"):
+        state.prepare_graph_input_buffers(step, batch)
+    assert state.get_graph_input_buffers(step)["seq_lens"].tolist() == [2, 2]
+
+
+def test_a_compiled_model_reads_the_step_of_its_context():
+    model, rng = Model([{}, {"sliding_window": 30}]), random.Random(7)
+    state = model.state()
+    with state.graph_capture():
+        step = state.graph_capture_get_metadata_for_batch(3)
+    heads, kv_heads, size = HEADS
+    rows = [torch.randn(3, n, size).to(DEVICE, DTYPE) for n in (heads, kv_heads, kv_heads)]
+
+    def run(query, key, value):
+        for layer in model.layers:
+            query = layer(query, key, value)
+        return query
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    state.prepare_graph_input_buffers(step, random_batch(rng, KINDS["decode"], 3))
+    with torch.no_grad(), forward_context(step):
+        assert same_tensors([compiled(*rows)], [run(*rows)])
 
 
 def test_masks_and_ranges_beyond_the_capture_are_rejected():
@@ -340,7 +387,15 @@ def test_one_token_requests_need_their_token():
     [
         ({"batch_size": 17}, "batch_size is 17"),
         ({"batch_size": 2, "num_tokens": 401}, "is 401, and this state was made for up to 400"),
-        ({"batch_size": 2, "max_query_len": 4, "num_tokens": 4}, "Give at least 5"),
+        (
+            {"batch_size": 2, "max_query_len": 4, "num_tokens": 3},
+            "does not fit 2 requests of up to 4",
+        ),
+        (
+            {"batch_size": 2, "max_query_len": 1, "num_tokens": 5},
+            "does not fit 2 requests of up to 1",
+        ),
+        ({"batch_size": 2, "max_query_len": 1001}, "max_query_len is 1001"),
         ({"batch_size": 2, "custom_mask": True}, "no layer was made with custom_mask=True"),
         ({"batch_size": 2, "is_encoder_decoder_model": True}, "no layer has attn_type"),
     ],

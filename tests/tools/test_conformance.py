@@ -168,6 +168,7 @@ def test_triton_attn_passes_in_the_interpreter():
     checks = checks_for(backend("TRITON_ATTN"), "cpu", quick=True, profile=gpu)
     checks = [c for c in checks if c.spec.dtype != torch.bfloat16]  # wrong in the interpreter
     chosen = [c for c in checks if c.full_name.startswith(INTERPRETED)]
+    chosen = [c for c in chosen if c.name != "several kinds of layers"]  # layers need the GPU
     assert {check.group for check in chosen} == {name.split("/")[0] for name in INTERPRETED}
     outcomes = [run(check) for check in chosen]
     assert [(o.check.full_name, o.message) for o in outcomes if o.status != "passed"] == []

@@ -43,6 +43,7 @@ from attn_dispatch.backends.triton.plan import MAX_GATHERED_BYTES
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
+from attn_dispatch.interface.captured import GraphLimits, StagedBuffers
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.kv_view import KVCache
@@ -71,9 +72,12 @@ class FlashAttnMetadata(BatchMetadata):
 
     Attributes:
         calls: in any order.
+        padding: in a captured step of drafts, whose number of tokens differs, which rows of output
+            have no token: "rows", (num_tokens,) bool.
     """
 
     calls: list[FlashCall]
+    padding: StagedBuffers | None = None
 
     @functools.cached_property
     def without_pages(self) -> FlashAttnMetadata:
@@ -106,6 +110,25 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         for call in metadata.calls:
             call.prepare()
         return metadata
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> FlashAttnMetadata:
+        """See AttentionMetadataBuilder.build_for_graph. Drafts can be captured too, in one call.
+
+        In a step with prompts, which requests share a call depends on their lengths.
+        """
+        if limits.phase is not Phase.DECODE or limits.has_one_token_requests:
+            return super().build_for_graph(batch, limits)
+        metadata = self.build(batch)
+        metadata.padding = StagedBuffers(self.device, rows=((limits.num_tokens,), torch.bool))
+        return metadata
+
+    def update_for_graph(self, metadata: FlashAttnMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        if metadata.padding is not None:
+            staged = metadata.padding.stage()
+            staged["rows"][: batch.num_tokens] = False
+            staged["rows"][batch.num_tokens :] = True
+            metadata.padding.send(staged)
 
     def _runs(self, batch: AttentionBatch) -> Iterator[tuple[int, int, bool]]:
         """(first request, the one after the last, whether it is a single long prompt)."""
@@ -254,6 +277,11 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
             self._run(call, args, *rows, None if lse is None else select_rows(lse, call.tokens))
         if out is not output:
             output[: metadata.batch.num_tokens] = out[: metadata.batch.num_tokens]
+        if metadata.padding is not None:
+            is_padding = metadata.padding.tensors["rows"]
+            output[: len(is_padding)].masked_fill_(is_padding[:, None, None], 0)
+            if lse is not None:
+                lse[: len(is_padding)].masked_fill_(is_padding[:, None], float("-inf"))
 
     def _run(
         self,
