@@ -260,6 +260,8 @@ class StaticBatch:
             else:
                 starts[number + 1 :] = batch.num_tokens
         self._lengths.send(staged)
+        if batch.lengths == "upper_bound":  # the true ones are only on the device
+            self.batch.seq_lens[:number].copy_(batch.seq_lens, non_blocking=True)
 
     def fill(self, batch: AttentionBatch) -> None:
         """Copy a step that `limits` allow into the tensors, without a wait."""

@@ -50,6 +50,7 @@ class _Group:
         writes_keys: some of them write the step's keys to their cache.
         takes_mask: they have custom masks.
         has_ranges: some of them have bidirectional ranges.
+        takes_bounds: all of them take batches with upper bounds of their key counts.
         block_sizes: of their caches.
     """
 
@@ -61,6 +62,7 @@ class _Group:
         self.writes_keys = not self.is_cross and not all(s.kv_sharing for s in specs)
         self.takes_mask = any(s.custom_mask for s in specs)
         self.has_ranges = any(s.bidirectional_ranges for s in specs)
+        self.takes_bounds = all(s.lengths == "upper_bound" for s in specs)
         self.block_sizes = {s.block_size for s in specs if s.block_size is not None}
 
 
@@ -148,6 +150,8 @@ class GraphStep(ForwardContext):
                 why = f"it brings {brings} keys of an encoder, and a graph writes none"
             elif not group.is_cross and batch.key_starts != batch.query_start_list:
                 why = "its rows of key are not those of its queries"
+        if why is None and batch.lengths != "exact" and not group.takes_bounds:
+            why = "it has upper bounds of its key counts, and the layers were made for exact ones"
         if why is not None:
             raise InvalidInputError(
                 f"A graph of {part.static.limits.kind} cannot run this batch: {why}. Replay a "

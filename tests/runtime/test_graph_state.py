@@ -22,6 +22,7 @@ from support.graph_cases import (
     DTYPE,
     HEADS,
     KINDS,
+    MAX_SEQ_LEN,
     STEPS,
     Captured,
     Kind,
@@ -165,6 +166,43 @@ def test_replays_compile_nothing(name, monkeypatch):
     for _ in range(50):
         captured.replay(random_batch(rng, kind))
     assert compiled == []
+
+
+@pytest.mark.parametrize("name", ["decode", "verification"])
+def test_steps_with_upper_bounds_have_the_results_of_exact_ones(name):
+    rng, kind = random.Random(7), KINDS[name]
+    model = Model([{"lengths": "upper_bound"}])
+    captured = Captured(model, model.state(), kind)
+    for _ in range(4):
+        batch = random_batch(rng, kind)
+        bounded = AttentionBatch.create(
+            batch.query_lens,
+            batch.seq_lens,
+            lengths="upper_bound",
+            seq_lens_upper_bound=[min(2 * n, MAX_SEQ_LEN) for n in batch.seq_lens_list],
+            block_table=batch.block_table,
+            slot_mapping=batch.slot_mapping,
+            device=DEVICE,
+        )
+        captured.fill(rng)
+        exact = [each.clone() for each in captured.replay(batch)]
+        assert same_tensors(exact, captured.replay(bounded))
+
+
+def test_layers_for_exact_lengths_reject_upper_bounds():
+    model = Model([{}])
+    captured = Captured(model, model.state(), KINDS["decode"])
+    batch = AttentionBatch.create(
+        [1],
+        torch.tensor([5], dtype=torch.int32, device=DEVICE),
+        lengths="upper_bound",
+        seq_lens_upper_bound=[9],
+        block_table=torch.ones(1, 1, dtype=torch.int32, device=DEVICE),
+        block_size=BLOCK_SIZE,
+        device=DEVICE,
+    )
+    with pytest.raises(InvalidInputError, match="upper bounds of its key counts"):
+        captured.replay(batch)
 
 
 # Several graphs, several batches.
