@@ -124,13 +124,6 @@ FEATURES = (
         only="gather_kv",
     ),
     Case(name="no descriptors", fields={}, odd_rows=True, archs=("sm90", "sm100")),
-    Case(
-        name="upper bounds",
-        fields={"lengths": "upper_bound"},
-        lens=GATHERED,
-        archs=("sm90",),
-        only="gather_kv",
-    ),
     Case(name="fp8_e4m3", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=PAGES),
     Case(name="fp8_e4m3 gathered", fields={"kv_cache_dtype": "fp8_e4m3"}, lens=GATHERED),
     Case(
@@ -178,6 +171,13 @@ FEATURES = (
         name="encoder",
         fields={"attn_type": "encoder_only", "block_size": None},
         lens=((300,), (300,)),
+    ),
+    Case(
+        name="upper bounds",
+        fields={"lengths": "upper_bound"},
+        lens=GATHERED,
+        archs=("sm90",),
+        only="gather_kv",
     ),
 )
 
