@@ -199,6 +199,11 @@ def _choose_cases(
                 "--cases has layers of its own: leave out --config and the flags of a layer."
             )
         return load_cases(path), []
+    if "kv_strides" in fields:
+        raise InvalidInputError(
+            "--kv-layout: tables of times are measured over this library's own layout. Leave it "
+            "out; `bench --kv-layout` measures an engine's."
+        )
     found, notes = [], []
     for name, group in requested_layers(config, fields).items():
         spec = group.spec

@@ -25,7 +25,8 @@ __all__ = [
     "storages_of",
 ]
 
-_LARGEST_ALIGNMENT = 128
+#: No kernel needs addresses to be multiples of more bytes; more would only tell caches apart.
+_LARGEST_ALIGNMENT = 16
 
 
 class KVCacheView:

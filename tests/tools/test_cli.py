@@ -92,6 +92,10 @@ FLAGS = {
     "kv_scales": ("--kv-scales per_head", "per_head"),
     "block_size": ("--block-size 16", 16),
     "kv_cache_layout": ("--kv-cache-layout HND", "HND"),
+    "kv_strides": (
+        "--kv-layout vllm --block-size 16",
+        "one tensor with strides (32768, 2048, 256) in bytes",
+    ),
     "attn_type": ("--attn-type encoder_only", "encoder_only"),
     "causal": ("--no-causal", False),
     "sliding_window": ("--sliding-window 4096", 4096),

@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_dispatch.backends.cuda.hopper import paged_tma
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
 from attn_dispatch.backends.cuda.hopper.launch import DECODES
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
@@ -126,10 +125,9 @@ def test_a_cache_of_2_to_the_31_rows_has_no_matrix():
     strides = (2 * 16 * 2 * 64, 64, 16 * 64, 1)
     for blocks, is_matrix in ((1 << 21, True), (1 << 26, False)):
         part = mock.Mock(shape=(blocks, 16, 2, 64), dtype=torch.bfloat16)
-        part.stride.return_value, part.element_size.return_value = strides, 2
-        part.data_ptr.return_value = 0
-        with mock.patch.object(paged_tma, "suits_tma", return_value=True):
-            assert (PageMatrix.of(part) is not None) is is_matrix
+        part.stride.side_effect = lambda dim=None: strides if dim is None else strides[dim]
+        part.element_size.return_value, part.data_ptr.return_value = 2, 0
+        assert (PageMatrix.of(part) is not None) is is_matrix
 
 
 def test_an_empty_cache_has_no_matrix():
