@@ -94,7 +94,7 @@ FLAGS = {
     "kv_cache_layout": ("--kv-cache-layout HND", "HND"),
     "kv_strides": (
         "--kv-layout vllm --block-size 16",
-        "one tensor with strides (32768, 2048, 256) in bytes",
+        "one tensor with strides (8192, 512, 256) in bytes",
     ),
     "attn_type": ("--attn-type encoder_only", "encoder_only"),
     "causal": ("--no-causal", False),
