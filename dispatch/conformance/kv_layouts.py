@@ -119,9 +119,8 @@ def _step_works(
     done = target.forward(step, given)
     finding = target.judge(step, done)
     expected = make(target.forward(step).cache)
-    same = [torch.equal(*pair) for pair in zip(memories_of(given), memories_of(expected))]
     require(
-        all(same),
+        _is_same(memories_of(given), memories_of(expected)),
         f"over the layout {layout.name}, other bytes are written than over the library's own, or "
         "outside of the cache",
     )
@@ -138,5 +137,11 @@ def _is_rejected(target: BackendUnderTest, layout: KVLayout) -> None:
         pass
     else:
         raise CheckFailed(f"a cache of the layout {layout.name} is not declared, and not rejected")
-    same = [torch.equal(*pair) for pair in zip(before, memories_of(given))]
-    require(all(same), f"a cache of the layout {layout.name} was rejected after it was written")
+    require(
+        _is_same(before, memories_of(given)),
+        f"a cache of the layout {layout.name} was rejected after it was written",
+    )
+
+
+def _is_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one, other, strict=True))

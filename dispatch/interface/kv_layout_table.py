@@ -17,10 +17,11 @@ from attn_dispatch.interface.kv_view import KVCache, kv_strides_of
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["KV_LAYOUTS", "KVForm", "KVLayout", "kv_layout_named", "with_kv_layout"]
+__all__ = ["KV_LAYOUTS", "LAYERS", "KVForm", "KVLayout", "kv_layout_named", "with_kv_layout"]
 
-#: Layers in the memory of an example; its cache is that of the second.
-_LAYERS, _LAYER = 3, 1
+#: Layers in the memory that `allocate` makes; the cache is that of the second.
+LAYERS = 3
+_LAYER = 1
 
 #: Blocks of the example that a layer's strides are taken from.
 _BLOCKS = 16
@@ -108,7 +109,7 @@ class KVLayout:
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
         as_bytes = self.form.keeps_bytes and is_fp8(dtype)
         tensors = tuple(
-            _zeros((_LAYERS, *shape), self.order, dtype, device, margin_bytes)
+            _zeros((LAYERS, *shape), self.order, dtype, device, margin_bytes)
             for shape in self.form.shapes(sizes)
         )
         if as_bytes:
@@ -215,7 +216,7 @@ def _of_sglang(tensors: _Tensors, sizes: _Sizes, dtype: torch.dtype | None) -> K
 
 def _of_transformers(tensors: _Tensors, sizes: _Sizes, dtype: torch.dtype | None) -> KVCache:
     tokens = tensors[0].transpose(0, 1).view(-1, 2, sizes.heads, sizes.size)
-    return constructors.kv_cache_from_transformers(tokens, sizes.tokens, _LAYER, _LAYERS)
+    return constructors.kv_cache_from_transformers(tokens, sizes.tokens, _LAYER, LAYERS)
 
 
 def _of_transformers_5_12(tensors: _Tensors, sizes: _Sizes, dtype: torch.dtype | None) -> KVCache:

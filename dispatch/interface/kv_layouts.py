@@ -320,6 +320,6 @@ def _split_rows(rows: torch.Tensor, size: int, size_v: int) -> KVCache:
 
 
 def _in_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
-    """(slots, heads, size) as (pages, page_size, heads, size), without slots of a part of a page."""
+    """(slots, heads, size) as (pages, page_size, heads, size); a part of a page is left out."""
     whole = slots[: slots.shape[0] // page_size * page_size]
     return whole.unflatten(0, (-1, page_size))
