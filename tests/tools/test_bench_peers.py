@@ -42,8 +42,12 @@ PEER_CASES = {
     "encoder, window": FEATURES["encoder, window"],
     "cross": FEATURES["cross"],
     "mixed": FEATURES["mixed"],
+    "engine's rows": FEATURES["engine's rows"],
+    "engine's tuple": {"kv_layout": "flashinfer-tuple"},
+    "engine's big blocks": {"kv_layout": "vllm-LBNHC", "block_size": 256},
 }
 CACHED = {"plain", "prefill", "no past", "no past, no groups", "big blocks", "no groups", "mixed"}
+CACHED |= {"engine's rows", "engine's tuple", "engine's big blocks"}
 FLASH = {*CACHED, "window", "soft cap", "encoder", "encoder, window", "cross"}
 RAGGED = {"no past", "no past, no groups", "encoder"}
 PEERS = {
@@ -55,7 +59,7 @@ PEERS = {
     "flash_attn": (
         registry.FlashAttention2,
         install_flash_attn_2,
-        {*RAGGED, "big blocks", "encoder, window"},
+        {*RAGGED, "big blocks", "engine's big blocks", "encoder, window"},
     ),
     "vllm 3": (registry.FlashAttention3, lambda patch: install_vllm(patch, 3), {*FLASH, "sinks"}),
     "flash_attn_interface": (registry.FlashAttention3, install_flash_attn_3, FLASH),
