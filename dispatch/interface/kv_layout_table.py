@@ -311,7 +311,7 @@ _TRANSFORMERS_5_12 = KVForm(
 )
 _FLASHINFER = KVForm(
     name="flashinfer",
-    engine="FlashInfer 0.2 to 0.7, one tensor",
+    engine="FlashInfer 0.7, one tensor",
     handed_over="(num_pages, 2, page_size, num_kv_heads, head_size)",
     constructor="kv_cache_from_flashinfer",
     shapes=lambda s: ((s.blocks, 2, s.tokens, s.heads, s.size),),
@@ -319,7 +319,7 @@ _FLASHINFER = KVForm(
 )
 _FLASHINFER_HND = KVForm(
     name="flashinfer-HND",
-    engine='FlashInfer 0.2 to 0.7, one tensor, kv_layout="HND"',
+    engine='FlashInfer 0.7, one tensor, kv_layout="HND"',
     handed_over="(num_pages, 2, num_kv_heads, page_size, head_size)",
     constructor="kv_cache_from_flashinfer",
     shapes=lambda s: ((s.blocks, 2, s.heads, s.tokens, s.size),),
@@ -327,7 +327,7 @@ _FLASHINFER_HND = KVForm(
 )
 _FLASHINFER_TUPLE = KVForm(
     name="flashinfer-tuple",
-    engine="FlashInfer 0.2 to 0.7, a tuple",
+    engine="FlashInfer 0.7, a tuple",
     handed_over="two tensors (num_pages, page_size, num_kv_heads, head_size)",
     constructor="kv_cache_from_flashinfer",
     shapes=lambda s: tuple((s.blocks, s.tokens, s.heads, size) for size in (s.size, s.size_v)),
@@ -336,7 +336,7 @@ _FLASHINFER_TUPLE = KVForm(
 )
 _FLASHINFER_TUPLE_HND = KVForm(
     name="flashinfer-tuple-HND",
-    engine='FlashInfer 0.2 to 0.7, a tuple, kv_layout="HND"',
+    engine='FlashInfer 0.7, a tuple, kv_layout="HND"',
     handed_over="two tensors (num_pages, num_kv_heads, page_size, head_size)",
     constructor="kv_cache_from_flashinfer",
     shapes=lambda s: tuple((s.blocks, s.heads, s.tokens, size) for size in (s.size, s.size_v)),

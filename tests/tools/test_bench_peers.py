@@ -122,6 +122,15 @@ def test_peer_passes_the_arguments_of_its_function(name, monkeypatch):
     assert found == computed
 
 
+@pytest.mark.parametrize("cls", registry.PEERS[:-1])
+def test_peer_gives_the_reason_for_a_cache_that_it_does_not_read(cls):
+    peer = cls()
+    peer.provider = "vllm.vllm_flash_attn"
+    heads_of_20 = case(head_size=20, kv_layout="vllm-LBNHC", **BF16)
+    assert "it reads caches with heads at multiples of 16 bytes" in peer.supports(heads_of_20)
+    assert peer.supports(case(head_size=24, kv_layout="vllm-LBNHC", **BF16)) is None
+
+
 @pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize("cls", registry.PEERS[:-1])
 def test_missing_peer_names_the_missing_module(cls):
