@@ -59,8 +59,8 @@ def kv_layouts(target: BackendUnderTest) -> Iterator[Check]:
                 yield Check(f"{layout.name}{kind}", shows, laid, test)
             elif not kind:
                 refused = "A cache with this layout is rejected, and not written."
-                test = partial(_is_rejected, target, layout)
-                yield Check(f"refused, {layout.name}", refused, laid, test)
+                rejected = partial(_is_rejected, target, layout)
+                yield Check(f"refused, {layout.name}", refused, laid, rejected)
 
 
 def _laid(layout: KVLayout, spec: AttentionSpec) -> AttentionSpec | None:

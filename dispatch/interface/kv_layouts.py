@@ -315,11 +315,13 @@ def _as_dtype(reject: Any, dtype: torch.dtype | None, *given: Any) -> tuple[torc
 def _split_rows(rows: torch.Tensor, size: int, size_v: int) -> KVCache:
     """(num_blocks, block_size, num_kv_heads, size + size_v), each row a key and then a value."""
     if size == size_v:
-        return rows.unflatten(3, (2, size)).permute(0, 3, 1, 2, 4)
+        halves: torch.Tensor = rows.unflatten(3, (2, size))
+        return halves.permute(0, 3, 1, 2, 4)
     return KVCacheView(rows[..., :size], rows[..., size:])
 
 
 def _in_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
     """(slots, heads, size) as (pages, page_size, heads, size); a part of a page is left out."""
     whole = slots[: slots.shape[0] // page_size * page_size]
-    return whole.unflatten(0, (-1, page_size))
+    pages: torch.Tensor = whole.unflatten(0, (-1, page_size))
+    return pages
