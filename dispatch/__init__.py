@@ -24,6 +24,10 @@ _HOMES = {
     "interface.kv_blocks": "copy_blocks swap_blocks",
     "interface.kv_cache": "STRIDE_ORDERS allocate_kv_cache kv_cache_shape split_token_scales "
     "view_kv_cache",
+    "interface.kv_layout_table": "KV_LAYOUTS KVLayout with_kv_layout",
+    "interface.kv_layouts": "kv_cache_from_flashinfer kv_cache_from_sglang "
+    "kv_cache_from_transformers kv_cache_from_transformers_5_12 kv_cache_from_vllm "
+    "kv_cache_from_vllm_0_10 kv_cache_from_vllm_0_24",
     "interface.kv_strides": "KVStrides",
     "interface.kv_view": "KVCacheView kv_strides_of",
     "interface.metadata": "AttentionMetadata AttentionMetadataBuilder",

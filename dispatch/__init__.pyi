@@ -31,6 +31,20 @@ from attn_dispatch.interface.kv_cache import allocate_kv_cache as allocate_kv_ca
 from attn_dispatch.interface.kv_cache import kv_cache_shape as kv_cache_shape
 from attn_dispatch.interface.kv_cache import split_token_scales as split_token_scales
 from attn_dispatch.interface.kv_cache import view_kv_cache as view_kv_cache
+from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS as KV_LAYOUTS
+from attn_dispatch.interface.kv_layout_table import KVLayout as KVLayout
+from attn_dispatch.interface.kv_layout_table import with_kv_layout as with_kv_layout
+from attn_dispatch.interface.kv_layouts import kv_cache_from_flashinfer as kv_cache_from_flashinfer
+from attn_dispatch.interface.kv_layouts import kv_cache_from_sglang as kv_cache_from_sglang
+from attn_dispatch.interface.kv_layouts import (
+    kv_cache_from_transformers as kv_cache_from_transformers,
+)
+from attn_dispatch.interface.kv_layouts import (
+    kv_cache_from_transformers_5_12 as kv_cache_from_transformers_5_12,
+)
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm as kv_cache_from_vllm
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm_0_10 as kv_cache_from_vllm_0_10
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm_0_24 as kv_cache_from_vllm_0_24
 from attn_dispatch.interface.kv_strides import KVStrides as KVStrides
 from attn_dispatch.interface.kv_view import KVCacheView as KVCacheView
 from attn_dispatch.interface.kv_view import kv_strides_of as kv_strides_of

@@ -29,6 +29,7 @@ from attn_dispatch.conformance.kv_encoding import (
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, AttentionSpec
 from attn_dispatch.interface.types import PlaceholderRange
@@ -234,6 +235,7 @@ class EngineStep(CaseTensors):
         query, key, value: the arguments of a forward; no key and value if the cache holds them all.
         kv_cache: None without a cache, as are the batch's block table and slots.
         batch: as an engine gives it.
+        arch: of the device.
         exact_keys, exact_values: those of each request, before a cache rounded them.
         min_cache_bytes: the storage of a copy of the cache has at least this size.
     """
@@ -248,7 +250,7 @@ class EngineStep(CaseTensors):
 
     def __init__(self, case: Case, device: torch.device | str = "cpu", arch: str = "") -> None:
         spec, device = case.spec, torch.device(device)
-        self.case = case
+        self.case, self.arch = case, arch
         self._random = torch.Generator().manual_seed(case.seed)
         has_cache = spec.block_size is not None
         self.new_lens = case.new_lens or (case.query_lens if has_cache else case.seq_lens)
@@ -413,7 +415,7 @@ class EngineStep(CaseTensors):
         return backend_cls.make_builder(self.spec, self.device).build(self.batch)
 
     def forward(
-        self, backend_cls: type[AttentionBackend], kv_cache: torch.Tensor | None, **more: Any
+        self, backend_cls: type[AttentionBackend], kv_cache: KVCache | None, **more: Any
     ) -> Any:
         """What the backend's forward returns; it writes to this cache.
 

@@ -18,6 +18,7 @@ from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.conformance.unchanged import inputs_unchanged
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
 from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import GROUP_SIZE, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceProfile
@@ -249,7 +250,7 @@ class BackendUnderTest:
     def forward(
         self,
         step: EngineStep,
-        cache: torch.Tensor | None = None,
+        cache: KVCache | None = None,
         *,
         may_change: tuple[str, ...] = (),
         **more: Any,

@@ -74,7 +74,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 #: Fields without values to try, and why.
 WITHOUT_PROBES = {
-    "kv_strides": "the checks of the cache use the layouts of engines",
+    "kv_strides": "the group kv_layouts uses the layouts of engines",
     "mla": "the interface leaves the constructor of a latent attention's impl to each backend",
 }
 

@@ -13,7 +13,7 @@ import torch
 from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.tolerance import require
 
-__all__ = ["inputs_unchanged"]
+__all__ = ["inputs_unchanged", "memory_of"]
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def _inputs(step: EngineStep) -> Iterator[tuple[str, Any]]:
         yield f"batch.{field.name}", getattr(step.batch, field.name)
 
 
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of the memory that a tensor is a view of."""
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return whole.set_(tensor.untyped_storage())
@@ -58,7 +58,7 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value, _memory(value).clone()
+        return value, memory_of(value).clone()
     return copy.deepcopy(value)
 
 
@@ -67,4 +67,4 @@ def _is_same(before: Any, now: Any) -> bool:
         # The floats of scales for each head are NaN, which is not equal to itself.
         return bool(before == now) or bool(before != before and now != now)  # noqa: PLR0124
     tensor, memory = before
-    return now is tensor and torch.equal(memory, _memory(now))
+    return now is tensor and torch.equal(memory, memory_of(now))

@@ -27,6 +27,7 @@ _METHODS: dict[type, tuple[str, ...]] = {
         "swap_blocks",
         "copy_blocks",
         "check_combination",
+        "kernel_notes",
         "kernel_provider",
     ),
     MLAAttentionImpl: ("__init__", "forward", "fused_output_quant_supported"),

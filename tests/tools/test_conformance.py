@@ -158,7 +158,7 @@ def test_mla_backend_is_rejected_with_the_reason():
 
 #: In the interpreter a launch takes tenths of a second: the groups that other tests have less of.
 INTERPRETED = ("declaration/", "garbage/", "rows/", "cache/s", "cache/nothing", "graphs/", "bits/")
-INTERPRETED += ("scales/", "non_finite/", "calls/", "overlaps/", "lengths/")
+INTERPRETED += ("scales/", "non_finite/", "calls/", "overlaps/", "kv_layouts/", "lengths/")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU does it faster")

@@ -21,7 +21,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DecodeLaunch,
     PrefillConfig,
 )
-from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
 from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
@@ -34,7 +34,10 @@ from attn_dispatch.backends.triton.plan import (
 )
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
-from attn_dispatch.platforms.device import DeviceMatch
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import Phase
+from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
@@ -235,8 +238,7 @@ class HopperImpl(TritonImpl):
 
         The last result is kept.
         """
-        is_long = plan.longest * self.num_heads > MAX_DECODE_ROWS * self.num_kv_heads
-        if is_long or cache.k.dtype != dtype:
+        if not _fits_decode_rows(self, plan.longest) or cache.k.dtype != dtype:
             return None
         if self._last_pages is None or self._last_pages[0] is not cache:
             self._last_pages = cache, PagedTma.of(cache)
@@ -304,6 +306,33 @@ class HopperImpl(TritonImpl):
         }
 
 
+def _fits_decode_rows(layer: HopperImpl | AttentionSpec, query_len: int) -> bool:
+    """Whether the decode kernel's rows hold the query heads of a KV head, for this many tokens."""
+    return query_len * layer.num_heads <= MAX_DECODE_ROWS * layer.num_kv_heads
+
+
+def _decode_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
+    """What keeps the decode kernel from a layer's cache, as a sentence; "" if it reads it."""
+    assert spec.block_size is not None
+    dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
+    if dtype != spec.dtype:
+        stored, own = (str(each).removeprefix("torch.") for each in (dtype, spec.dtype))
+        return f"it reads caches of the layer's own dtype, {own}, and this one is {stored}"
+    if not _fits_decode_rows(spec, 1):
+        return (
+            f"it takes up to {MAX_DECODE_ROWS} query heads of a KV head, and the layer has "
+            f"{spec.num_heads // spec.num_kv_heads}"
+        )
+    width = dtype.itemsize
+    row = spec.head_size * width
+    pages = (spec.block_size, spec.num_kv_heads, row, width)
+    if (found := spec.kv_strides) is None:
+        token = spec.num_kv_heads * row
+        return page_problem(*pages, (2 * spec.block_size * token, token, row), 16)
+    problems = (page_problem(*pages, each, found.alignment) for each in (found.key, found.value))
+    return next(filter(None, problems), "")
+
+
 def _describe(tensor: torch.Tensor, rows: int) -> Any:
     """A TMA descriptor of (tokens, heads, size) in boxes of this many rows by one head.
 
@@ -339,3 +368,15 @@ class HopperAttnBackend(TritonAttnBackend):
             "batch_invariant": OneOf(False),
         },
     )
+
+    @classmethod
+    def kernel_notes(
+        cls, spec: AttentionSpec, device: DeviceProfile, phase: Phase | None
+    ) -> tuple[str, ...]:
+        """Why decodes run on TRITON_ATTN's kernel, if they do."""
+        if spec.block_size is None or phase is Phase.PREFILL:
+            return ()
+        problem = _decode_problem(spec, device)
+        if not problem:
+            return ()
+        return (f"decodes run on TRITON_ATTN's kernel, not on the one for Hopper: {problem}",)
