@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch_checks import check_columns
-from attn_dispatch.interface.capability import Strides
 from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS, check_batch_contents
 from attn_dispatch.interface.kv_view import (
     KVCache,
@@ -36,8 +35,9 @@ from attn_dispatch.interface.quantization import (
     stored_head_size,
 )
 from attn_dispatch.interface.shared_memory import check_shared_memory, may_share_memory
-from attn_dispatch.interface.spec import IMPL_FIELDS
+from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
 from attn_dispatch.interface.tensors import check_dense, wrong_form
+from attn_dispatch.platforms.detect import detect_device
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -292,7 +292,7 @@ def _check_with_cache(
             f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
-    _check_strides(impl, kv_cache)
+    _check_strides(impl, query.dtype, kv_cache)
     check_block_size(batch, found[2])
     check_block_table(batch, found[2], query.device)
     if key is not None and impl.kv_sharing_target_layer_name is None:
@@ -321,13 +321,16 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: KVCac
             )
 
 
-def _check_strides(impl: AttentionImpl[Any], kv_cache: KVCache) -> None:
+def _check_strides(impl: AttentionImpl[Any], dtype: torch.dtype, kv_cache: KVCache) -> None:
     """Check that the backend declares a cache with these strides."""
     if impl.backend_cls is None or (strides := kv_strides_of(kv_cache)) is None:
         return
     allowed = impl.backend_cls.capabilities.fields.get("kv_strides")
-    if not isinstance(allowed, Strides) or not allowed.suits(strides):
-        takes = allowed.describe() if isinstance(allowed, Strides) else "the library's own layouts"
+    fields = {name: getattr(impl, name) for name in IMPL_FIELDS}
+    spec = AttentionSpec(**fields, dtype=dtype, block_size=kv_cache.shape[2], kv_strides=strides)
+    device = detect_device(kv_cache.device)
+    if allowed is None or not allowed.accepts(strides, spec, device):
+        takes = "the library's own layouts" if allowed is None else allowed.describe(device)
         raise UnsupportedError(
             f"{impl.backend_cls.get_name()} does not read this kv_cache, {strides}; it takes "
             f"{takes}. Bind the cache by bind_kv_caches, or make the layer with "
