@@ -199,10 +199,11 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
                 f"The graph was captured for {size} requests of one token, and the step has "
                 f"{num_reqs} with {batch.query_lens[:8]}. Replay a larger graph, or run eagerly."
             )
-        if batch.custom_mask is not None or attn_metadata.enable_kv_scales_calculation:
+        has_more = batch.custom_mask is not None or batch.key_positions is not None
+        if has_more or attn_metadata.enable_kv_scales_calculation:
             raise InvalidInputError(
-                "The step has a custom_mask or derives scales, and a captured graph supports "
-                "neither. Run it eagerly."
+                "The step has a custom_mask or key_positions or derives scales, and a captured "
+                "graph supports none of these. Run it eagerly."
             )
         self.begin_forward(batch)
         input_buffers["seq_lens"].zero_()[:num_reqs].copy_(batch.seq_lens)

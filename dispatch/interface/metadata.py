@@ -175,13 +175,22 @@ class BatchMetadata(AttentionMetadata):
         """The metadata of a batch; `more` are a subclass's further fields.
 
         Raises:
-            InvalidInputError: the batch is inconsistent, or it has a mask and the spec has not.
+            InvalidInputError: the batch is inconsistent, or it has a mask and the spec has not, or
+                only one of the two has key positions.
         """
         batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
             raise InvalidInputError(
                 "The batch has a custom_mask, and the layer's spec has none, so it would be "
                 "ignored. Make the layer with custom_mask=True."
+            )
+        if (batch.key_positions is not None) != builder.spec.key_positions:
+            has, lacks = ("The batch has", "the layer's spec has none, so they would be ignored")
+            if batch.key_positions is None:
+                has, lacks = ("The layer has", "the batch states none")
+            raise InvalidInputError(
+                f"{has} key_positions, and {lacks}. Make the layer with key_positions=True, and "
+                "each of its batches with key_positions=KeyPositions.create(...)."
             )
         metadata = cls.__new__(cls)  # the constructor takes the batch's fields too
         metadata.batch, metadata.builder = batch, builder
