@@ -211,7 +211,8 @@ class CaseTensors:
 
         Args:
             **changes: what to compute differently: an argument of the oracle (`cap=None`,
-                `window=6`, `mask=None`), `positions=None` for key j at position j, or `keys` or `values`, those of each request.
+                `window=6`, `mask=None`), `positions=None` for key j at position j, or `keys` or
+                `values`, those of each request.
         """
         spec = self.spec
         numbers: dict[str, Any] = {

@@ -20,14 +20,17 @@ __all__ = ["OVER_STATIC_BUFFERS", "check_batch_contents", "check_slots", "first_
 OVER_STATIC_BUFFERS = ("static buffers",)
 
 
+_ALL = Reach()
+
+
 def check_batch_contents(
-    batch: AttentionBatch, kv_cache: torch.Tensor | None, reach: Reach = Reach()
+    batch: AttentionBatch, kv_cache: torch.Tensor | None, reach: Reach = _ALL
 ) -> None:
     """Check the contents of the batch's tensors, again only if one of them was modified.
 
     Blocks that a sliding window has passed for every query of a request, or that are before the
-    chunk of its first query, may have been freed, so their ids are not checked. A batch over the static buffers of graphs is not checked; the engine
-    checks the batch that it copies there.
+    chunk of its first query, may have been freed, so their ids are not checked. A batch over the
+    static buffers of graphs is not checked; the engine checks the batch that it copies there.
 
     Raises:
         InvalidInputError: lengths are not monotone or differ from their host copies, a block id
@@ -71,8 +74,8 @@ def _check_lengths(batch: AttentionBatch) -> None:
     positions = batch.key_positions
     if positions is not None and positions.seq_lens.tolist() != batch.lengths:
         raise InvalidInputError(
-            "seq_lens of key_positions differs from its host copy. Make both from the same lengths; "
-            "KeyPositions.create does."
+            "seq_lens of key_positions differs from its host copy. Make both from the same "
+            "lengths; KeyPositions.create does."
         )
 
 

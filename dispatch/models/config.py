@@ -33,6 +33,7 @@ _CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 SERVING_FIELDS = (
     *_CACHE_FIELDS,
     "custom_mask",
+    "key_positions",
     "returns_lse",
     "output_quant",
     "batch_invariant",

@@ -42,8 +42,8 @@ def attention_of_request(
     """Output (num_queries, num_heads, head_size_v) and lse (num_queries, num_heads), float64.
 
     `query`, `key` and `value` belong to one request: (tokens, heads, size). With `symmetric`, ALiBi
-    depends on the distance to either side. `shard` is (offset, step, length) where the keys are only
-    some of a request's: key j is at position offset + step * j.
+    depends on the distance to either side. `shard` is (offset, step, length) where the keys are
+    only some of a request's: key j is at position offset + step * j.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape

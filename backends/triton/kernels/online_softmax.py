@@ -45,7 +45,7 @@ def load_request(inputs, index, F: tl.constexpr):
     return Request(index, q_start, q_len, seq_len, length)
 
 
-# Which keys a query sees ---------------------------------------------------------------------------
+# Which keys a query sees --------------------------------------------------------------------------
 # `at` is anything with the fields key_offset and key_step: the inputs, or a tile.
 
 

@@ -35,7 +35,8 @@ def prefill_kernel(
     k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr, ranges_ptr,
     range_starts_ptr, lengths_ptr, key_offset, key_step, q_stride_t, q_stride_h, k_stride_b,
     k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, out_stride_t, out_stride_h,
-    table_stride, window, scale_log2, cap_log2, scale_over_cap, BLOCK_M: tl.constexpr, F: tl.constexpr,
+    table_stride, window, scale_log2, cap_log2, scale_over_cap, BLOCK_M: tl.constexpr,
+    F: tl.constexpr,
 ):  # fmt: skip
     """Attention of the rows in `tiles`.
 
