@@ -192,7 +192,7 @@ INPUTS = {
     "cached value": ({}, nudge_cache(1), (DECODE, slice(0, 2))),
     "cached value of a chunk": ({}, nudge_cache(1, request=2), (CHUNK, slice(0, 2))),
     "order of blocks": ({"alibi": True}, swap_block_table, (DECODE,)),
-    "length": ({"key_positions": True}, lengthen, (CHUNK,)),
+    "length": ({"key_positions": True, "sliding_window": 6}, lengthen, (CHUNK,)),
     "slope": ({"alibi": True}, change_slope, (slice(None), 2)),
     "sink": ({"sinks": True}, nudge("sinks", 1), (slice(None), 1)),
     "mask": ({"custom_mask": True}, flip_mask, (4,)),

@@ -111,8 +111,9 @@ def test_other_lengths_on_the_device_are_found():
     )
     table = torch.zeros(1, 1, dtype=torch.int32)
     batch = batch_of([1], [9], block_table=table)
-    metadata = layer.build_metadata(batch)
-    batch.key_positions.seq_lens.add_(1)
+    positions = batch.key_positions
+    positions = dataclasses.replace(positions, seq_lens=positions.seq_lens + 1)
+    metadata = layer.build_metadata(dataclasses.replace(batch, key_positions=positions))
     cache = torch.zeros(1, 2, 16, 2, 8)
     with pytest.raises(InvalidInputError, match="seq_lens of key_positions differs"):
         layer(torch.zeros(1, 2, 8), None, None, cache, metadata)

@@ -39,7 +39,6 @@ from attn_dispatch.interface.capability import (
     compare,
 )
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
-from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
@@ -289,7 +288,7 @@ def _has_unsupported_sizes_4(spec: AttentionSpec) -> bool:
 
 
 def _has_large_tiles_4(spec: AttentionSpec) -> bool:
-    is_full = not spec.causal and Reach.of(spec) == Reach()
+    is_full = not spec.causal and spec.sliding_window is None and spec.window_size is None
     return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
 
 
@@ -324,19 +323,11 @@ _LIMITS: tuple[_Limit, ...] = (
     ),
     # Measured for vLLM's builds. The others have not run, and reject the same windows.
     _Limit(
-        lambda s: s.window_size is None and not computes_window(s),
+        lambda s: not computes_window(s),
         "sliding_window",
-        "sliding_window={s.sliding_window} with causal={s.causal}, head_size={s.head_size} and "
+        "sliding_window={s.sliding_window}, window_size={s.window_size} with causal={s.causal}, head_size={s.head_size} and "
         "{s.num_heads} query heads over {s.num_kv_heads}",
         "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
-        (3,),
-    ),
-    # Not measured with larger heads, whose kernels are wrong for many windows.
-    _Limit(
-        lambda s: s.window_size is not None and not computes_window(s),
-        "window_size",
-        "window_size={s.window_size} with head_size={s.head_size}",
-        "head_size up to 64 (docs/vendors.md)",
         (3,),
     ),
     _Limit(_has_unsupported_sizes_3, "head_size_v", _SIZES, _SIZES_3, (3,)),
