@@ -20,6 +20,7 @@ _HOMES = {
     "Strides",
     "interface.graphs": "AttentionState",
     "interface.impl": "AttentionImpl AttentionLayer MLAAttentionImpl",
+    "interface.key_positions": "KeyPositions",
     "interface.kv_access": "gather_kv write_kv_cache write_mla_cache",
     "interface.kv_blocks": "copy_blocks swap_blocks",
     "interface.kv_cache": "STRIDE_ORDERS allocate_kv_cache kv_cache_shape split_token_scales "

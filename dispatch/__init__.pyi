@@ -21,6 +21,7 @@ from attn_dispatch.interface.graphs import AttentionState as AttentionState
 from attn_dispatch.interface.impl import AttentionImpl as AttentionImpl
 from attn_dispatch.interface.impl import AttentionLayer as AttentionLayer
 from attn_dispatch.interface.impl import MLAAttentionImpl as MLAAttentionImpl
+from attn_dispatch.interface.key_positions import KeyPositions as KeyPositions
 from attn_dispatch.interface.kv_access import gather_kv as gather_kv
 from attn_dispatch.interface.kv_access import write_kv_cache as write_kv_cache
 from attn_dispatch.interface.kv_access import write_mla_cache as write_mla_cache

@@ -102,12 +102,15 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 scale=self.scale,
                 causal=self.causal,
                 sliding_window=self.sliding_window,
+                window_size=self.window_size,
+                attention_chunk=self.attention_chunk,
                 logits_soft_cap=self.logits_soft_cap,
                 alibi_slopes=slopes,
                 alibi_symmetric=self.alibi_symmetric,
                 sinks=sinks,
                 ranges=attn_metadata.ranges_of(request),
                 custom_mask=None if batch.custom_mask is None else batch.request_mask(request),
+                positions=batch.positions_of(request),
             )
         if output is None:
             output = torch.empty_like(result, dtype=query.dtype)
@@ -146,6 +149,9 @@ class ReferenceBackend(AttentionBackend):
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        window_size=ANY,
+        attention_chunk=ANY,
+        key_positions=OneOf(True, False),
         logits_soft_cap=ANY,
         alibi=OneOf(True, False, ALIBI_SYMMETRIC),
         sinks=OneOf(True, False),

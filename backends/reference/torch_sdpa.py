@@ -273,6 +273,8 @@ class TorchSDPABackend(AttentionBackend):
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        window_size=ANY,
+        attention_chunk=ANY,
         # On other devices the bias has the query's dtype, which rounds distances to eight bits.
         alibi=ByDevice((_CPU, OneOf(True, False, ALIBI_SYMMETRIC)), otherwise=OneOf(False)),
         kv_sharing=OneOf(True, False),

@@ -13,6 +13,8 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.contents import with_exact_lengths
 from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.reach import Reach
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["Group", "SDPABuilder", "SDPAMetadata"]
 
@@ -80,6 +82,10 @@ class SDPAMetadata(BatchMetadata):
 class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
     """Splits a batch into calls."""
 
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self._reach = Reach.of(spec)
+
     def build(self, batch: AttentionBatch) -> SDPAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         metadata: SDPAMetadata = SDPAMetadata.of(
@@ -115,6 +121,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
             self.spec.causal
             and batch.query_lens[request] == seq_len
             and (self.spec.sliding_window or seq_len) >= seq_len
+            and (self.spec.attention_chunk or seq_len) >= seq_len
             and batch.custom_mask is None
             and not self.spec.bidirectional_ranges
             and not self.spec.alibi
@@ -135,8 +142,8 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         batch, spec = metadata.batch, self.spec
         first, num_rows = pieces[0], pieces[0].num_rows
         num_keys = max(piece.num_keys for piece in pieces)
-        if spec.sliding_window is not None and spec.causal:
-            # Keys before every row's window are not read: they may be freed.
+        if spec.causal and (self._reach.left is not None or self._reach.chunk is not None):
+            # Keys before every row's window or chunk are not read: they may be freed.
             num_keys = max(p.num_keys - self._first_key(metadata, p) for p in pieces)
         # Right-aligned: the last column is each piece's last key. Columns to the left of a piece's
         # first key repeat that key, and the mask hides them.
@@ -189,12 +196,11 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         )
 
     def _first_key(self, metadata: SDPAMetadata, piece: _Piece) -> int:
-        """The first key that one of the piece's rows sees through the window or a range."""
-        assert self.spec.sliding_window is not None
+        """The first key that one of the piece's rows sees through window, chunk or a range."""
         end = piece.position + piece.num_rows
         ranges = metadata.ranges_of(piece.request)
         starts = [s for s, e in ranges if s < end and piece.position < e]
-        return max(0, min(piece.position - self.spec.sliding_window + 1, *starts, end))
+        return max(0, min(self._reach.first(piece.position), *starts, end))
 
     def _mask(
         self, metadata: SDPAMetadata, pieces: list[_Piece], own: torch.Tensor, columns: torch.Tensor
@@ -204,7 +210,13 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         None if every row sees every key.
         """
         spec = self.spec
-        sees = functools.partial(visible, causal=spec.causal, sliding_window=spec.sliding_window)
+        sees = functools.partial(
+            visible,
+            causal=spec.causal,
+            sliding_window=spec.sliding_window,
+            window_size=spec.window_size,
+            attention_chunk=spec.attention_chunk,
+        )
         if spec.bidirectional_ranges:
             ranges = [metadata.ranges_of(piece.request) for piece in pieces]
             each = zip(own, columns, ranges, strict=True)

@@ -52,6 +52,7 @@ from attn_dispatch.interface.capability import (
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import GROUP_SIZE
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import (
     ALIBI_SYMMETRIC,
     KV_CACHE_DTYPES,
@@ -108,9 +109,20 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         if self._cap is not None:
             self._cap = max(self._cap, _SMALLEST_CAP) if self._cap <= _LARGEST_CAP else None
         cap = self._cap or 1.0
+        reach = Reach.of(self)
+        #: Tokens up to the query's own that its window has; None without a window.
+        self._window = None if reach.left is None else reach.left + 1
+        self._right = -1  # see Features
+        if self.window_size is not None:
+            self._window = MAX_WINDOW if self._window is None else self._window
+            self._right = min(MAX_WINDOW if reach.right is None else reach.right, MAX_WINDOW)
+        # No position is larger than MAX_WINDOW: then there is one chunk.
+        self._chunk = reach.chunk if (reach.chunk or 0) <= MAX_WINDOW else None
+        self._skips_keys = self._window is not None or self._chunk is not None
+        self._skips = gather.Skips(self._window is not None, self._chunk or 0, self.key_positions)
         #: The last run-time arguments of every attention kernel.
         self._numbers = (
-            min(self.sliding_window or 0, MAX_WINDOW), scale * LOG2E, cap * LOG2E, scale / cap
+            min(self._window or 0, MAX_WINDOW), scale * LOG2E, cap * LOG2E, scale / cap
         )  # fmt: skip
         self._sizes = head_constants(self.head_size, self.head_size_v)
         sizes = (self.head_size, self.head_size_v)
@@ -196,7 +208,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
 
     def _features(self, variant: Variant, block_n: int, stages: int) -> Features:
         """What an attention kernel is compiled for."""
-        table, has_window = variant.launches.table, self.sliding_window is not None
+        table = variant.launches.table
         has_tanh = table.fast_tanh and variant.query_dtype != torch.float32
         return Features(
             NUM_HEADS=self.num_heads,
@@ -211,8 +223,11 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             NATIVE=has_native_fp8(table, variant.format),
             SCALE_STRIDE=variant.scale_stride,
             CAUSAL=self.causal,
-            WINDOW=has_window,
-            SKIPS_KEYS=has_window and not variant.has_ranges,
+            WINDOW=self._window is not None,
+            RIGHT=self._right,
+            CHUNK=self._chunk or 0,
+            POSITIONS=self.key_positions,
+            SKIPS_KEYS=self._skips_keys and not variant.has_ranges,
             CAP=self._cap is not None,
             FAST_TANH=has_tanh and not is_interpreted(),
             ALIBI=_ALIBI[self.alibi],
@@ -328,10 +343,10 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         assert table is not None
         keys, values = plan.room_for(self.num_kv_heads, self.head_size, self.head_size_v)
         rows = max(16, 16384 // max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"]))
-        windowed = self.sliding_window is not None and call.metadata.ranges is None
+        skips = self._skips_keys and call.metadata.ranges is None
         k_scale, v_scale, scale_stride = cache.scales(call.layer)
         skips_fresh = self._skips_fresh(call, plan)
-        name = (launches, plan.pad, windowed, cache.format, cache.k.dtype, cache.block_size)
+        name = (launches, plan.pad, skips, cache.format, cache.k.dtype, cache.block_size)
         launch = self._launchers.find(
             (*name, scale_stride, cache.same_strides, skips_fresh),
             self._gather_kernel,
@@ -340,7 +355,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "BLOCK_SIZE": cache.block_size,
                 "ROWS": rows,
                 "PAD": plan.pad,
-                "WINDOW": windowed,
+                "SKIPS": self._skips if skips else self._skips._replace(WINDOW=False, CHUNK=0),
                 "SKIP_FRESH": skips_fresh,
                 "FORMAT": cache.format,
                 "NATIVE": has_native_fp8(launches.table, cache.format),
@@ -354,6 +369,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             cache.k, cache.v, cache.k_row_scales, cache.v_row_scales, k_scale,
             v_scale, table, plan.requests, batch.query_start_loc, batch.seq_lens, starts,
             keys, values, *cache.k_strides, *cache.v_strides, table.stride(0), self._numbers[0],
+            *call.metadata.key_positions(),
         )  # fmt: skip
         return KVSource.of_rows(keys, values, starts)
 
@@ -431,6 +447,9 @@ class TritonAttnBackend(AttentionBackend):
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        window_size=ANY,
+        attention_chunk=ANY,
+        key_positions=OneOf(True, False),
         logits_soft_cap=ANY,
         alibi=OneOf(True, False, ALIBI_SYMMETRIC),
         sinks=OneOf(True, False),

@@ -202,15 +202,23 @@ class TritonMetadata(BatchMetadata):
         metadata: TritonMetadata = self.builder.build(replace(self.batch, block_table=None))
         return metadata
 
-    def extras(self) -> tuple[torch.Tensor, ...]:
-        """(mask, mask_starts, ranges, range_starts); any tensor for what is absent."""
+    def extras(self) -> tuple[Any, ...]:
+        """The kernels' arguments from `mask_ptr` to `key_step`; any tensor for what is absent."""
         none, mask = self.batch.seq_lens, self.batch.custom_mask
         return (
             none if mask is None else mask.view(torch.uint8),
             none if self.mask_starts is None else self.mask_starts,
             none if self.ranges is None else self.ranges,
             none if self.range_starts is None else self.range_starts,
+            *self.key_positions(),
         )
+
+    def key_positions(self) -> tuple[torch.Tensor, int, int]:
+        """(lengths, offset, step) of the batch's key positions; those of key j at j without."""
+        positions = self.batch.key_positions
+        if positions is None:
+            return self.batch.seq_lens, 0, 1
+        return positions.seq_lens, positions.offset, positions.step
 
 
 class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
@@ -334,8 +342,10 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             requests=_int32(rows.requests, self.device),
             # An upper bound that is the number of new keys is the true count: these are among the
             # keys. Whether keys are fresh depends on the batch, which must not affect invariant
-            # results.
+            # results. With key positions, new keys may be another GPU's, and their number may still
+            # agree.
             is_fresh=rows.key_lens == rows.seq_lens
+            and (batch.key_positions is None or batch.block_table is None)
             and not (self.spec.batch_invariant and batch.block_table is not None),
             key_start_loc=(
                 batch.query_start_loc if own_keys is None else to_device(own_keys, self.device)

@@ -127,12 +127,24 @@ def _dtype(text: str) -> Any:
     return found if isinstance(found, torch.dtype) else text
 
 
+def _integers(text: str) -> Any:
+    parts = [_number(int)(part.strip()) for part in text.split(",")]
+    return tuple(parts) if all(isinstance(part, int) for part in parts) else text
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
+    "tuple[int, int]": _integers,
     "int": _number(int),
     "float": _number(float),
     "torch.dtype": _dtype,
 }
-_METAVARS = {"int": "N", "float": "X", "torch.dtype": "DTYPE", "str": "NAME"}
+_METAVARS = {
+    "tuple[int, int]": "N,N",
+    "int": "N",
+    "float": "X",
+    "torch.dtype": "DTYPE",
+    "str": "NAME",
+}
 
 
 def _parse_record(field: str, record: type, text: str) -> Any:
@@ -176,6 +188,9 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_size(field: str, value: Any) -> None:
+    if isinstance(value, tuple):
+        for each in value:
+            _check_size(field, each)
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
         raise InvalidInputError(
             f"{flag_name(field)} {value} is beyond {_MAX_INTEGER}, and no layer has as much."

@@ -29,6 +29,7 @@ from attn_dispatch.conformance.kv_encoding import (
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, AttentionSpec
@@ -80,6 +81,8 @@ class Case:
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
         bounds: upper bounds of each request's keys, which are then all that the host knows.
+        key_positions: for a layer with key positions, (offset, step, length of each request); None
+            for some that fit seq_lens.
         planted: (tensor, request, first, end, number): the value of element 0 of head 0, such as
             NaN, in rows first to end of a request's "query", "key" or "value".
         seed: of the numbers.
@@ -95,8 +98,21 @@ class Case:
     ranges: tuple[tuple[int, int, int], ...] = ()
     max_decode_query_len: int = 1
     bounds: tuple[int, ...] | None = None
+    key_positions: tuple[int, int, tuple[int, ...]] | None = None
     planted: tuple[tuple[str, int, int, int, float], ...] = ()
     seed: int = 0
+
+    @property
+    def positions(self) -> tuple[int, int, tuple[int, ...]] | None:
+        """(offset, step, length of each request) of the keys, or None if key j is at j."""
+        if not self.spec.key_positions or self.key_positions is not None:
+            return self.key_positions if self.spec.key_positions else None
+        offset, step = 1, 3  # the second of three GPUs
+        lengths = (
+            offset + (step * (seq - 1) + 1 + (seq + query) % step if seq else 0)
+            for query, seq in zip(self.query_lens, self.seq_lens, strict=True)
+        )
+        return offset, step, tuple(lengths)
 
     def replace(self, **changes: Any) -> Case:
         """A copy with some fields changed."""
@@ -170,20 +186,36 @@ class CaseTensors:
         visibility: dict[str, Any] = {
             "causal": self.spec.causal,
             "window": self.spec.sliding_window,
+            "sides": self.spec.window_size,
+            "chunk": self.spec.attention_chunk,
             "ranges": self.ranges_of(request),
             "mask": None if self.masks is None else self.masks[request],
         }
         visibility |= {name: changes[name] for name in visibility.keys() & changes}
-        num_keys = len(self.keys[request])
-        positions = oracle.positions_of(len(self.queries[request]), num_keys)
-        return oracle.sees(positions, num_keys, **visibility)
+        visibility |= self._positions_of(request, **changes)
+        return oracle.sees(num_keys=len(self.keys[request]), **visibility)
+
+    def _positions_of(self, request: int, **changes: Any) -> dict[str, torch.Tensor]:
+        """Those of a request's queries and keys, as the oracle takes them."""
+        num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
+        offset, step, lengths = 0, 1, None
+        if changes.get("positions", self.case.positions) is not None:
+            assert self.case.positions is not None
+            offset, step, lengths = self.case.positions
+        return {
+            "positions": oracle.positions_of(
+                num_queries, num_keys if lengths is None else lengths[request]
+            ),
+            "key_positions": offset + step * torch.arange(num_keys),
+        }
 
     def expected(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) of the batch's tokens in float64, by the oracle.
 
         Args:
             **changes: what to compute differently: an argument of the oracle (`cap=None`,
-                `window=6`, `mask=None`), or `keys` or `values`, those of each request.
+                `window=6`, `mask=None`), `positions=None` for key j at position j, or `keys` or
+                `values`, those of each request.
         """
         spec = self.spec
         numbers: dict[str, Any] = {
@@ -195,7 +227,12 @@ class CaseTensors:
         }
         numbers |= {name: changes[name] for name in numbers.keys() & changes}
         found = [
-            oracle.attention_of_request(*each, seen=self.seen_by(request, **changes), **numbers)
+            oracle.attention_of_request(
+                *each,
+                seen=self.seen_by(request, **changes),
+                **self._positions_of(request, **changes),
+                **numbers,
+            )
             for request, each in enumerate(
                 zip(
                     self.queries,
@@ -393,8 +430,15 @@ class EngineStep(CaseTensors):
             custom_mask=flat,
             multi_modal_placeholder_index_maps=ranges,
             max_decode_query_len=case.max_decode_query_len,
+            key_positions=self._key_positions(),
             device=self.device,
         )
+
+    def _key_positions(self) -> KeyPositions | None:
+        if self.case.positions is None:
+            return None
+        offset, step, lengths = self.case.positions
+        return KeyPositions.create(lengths, offset=offset, step=step)
 
     def impl_arguments(self) -> dict[str, Any]:
         """The arguments of the constructor of an impl of this step's layer."""
@@ -438,11 +482,14 @@ class EngineStep(CaseTensors):
             parts = torch.arange(sum(lens)).split(list(lens))
             return torch.cat([torch.zeros(0).long(), *(parts[request] for request in chosen)])
 
-        lens = {
+        lens: dict[str, Any] = {
             name: tuple(lengths[request] for request in chosen)
             for name in ("query_lens", "seq_lens", "new_lens", "bounds")
             if (lengths := getattr(case, name)) is not None
         }
+        if case.positions is not None:
+            offset, step, lengths = case.positions
+            lens["key_positions"] = (offset, step, tuple(lengths[i] for i in chosen))
         part.case, part.new_lens = case.replace(**lens), tuple(self.new_lens[i] for i in chosen)
         new = rows(self.new_lens)
         part.query = self.query[rows(case.query_lens).to(self.device)]

@@ -45,6 +45,9 @@ _NEAR_CAP = 0.2
 #: Layers that differ from the plain one: name -> fields of any value, and fields by their value.
 _LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "window": (("sliding_window",), {}),
+    "two-sided window": (("window_size",), {}),
+    "chunks": (("attention_chunk",), {}),
+    "key positions": (("key_positions",), {}),
     "soft cap": (("logits_soft_cap",), {}),
     "ALiBi": (("alibi",), {}),
     "sinks": (("sinks",), {}),

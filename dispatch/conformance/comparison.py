@@ -266,6 +266,19 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
         yield looks(asked, "no window: it is dropped", window=None)
         for near in (window + 1, window - 1):
             yield looks(asked, f"{near}: the window is off by one", window=near)
+    if spec.window_size is not None:
+        left, right = spec.window_size
+        asked = f"window_size={spec.window_size}"
+        yield looks(asked, "no window: it is dropped", sides=None)
+        yield looks(asked, f"{(right, left)}: the sides are swapped", sides=(right, left))
+        for near in ((left + 1, right), (left - 1, right), (left, right + 1), (left, right - 1)):
+            if min(near) >= 0:
+                yield looks(asked, f"{near}: the window is off by one", sides=near)
+    if spec.attention_chunk is not None:
+        asked = f"attention_chunk={spec.attention_chunk}"
+        yield looks(asked, "no chunks: it is dropped", chunk=None)
+    if step.case.positions is not None:
+        yield looks("key_positions", "key j at position j: they are dropped", positions=None)
     if step.masks is not None:
         yield looks("custom_mask", "no mask: it is dropped", mask=None)
     if step.case.ranges:

@@ -28,6 +28,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     compare,
 )
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceProfile
@@ -60,6 +61,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "attn_type": tuple(AttentionType),
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
+    "window_size": ((6, 2), (0, 9), (-1, 3), (5, -1)),
+    "attention_chunk": (7, 16, 1, 10_000),
+    "key_positions": (True,),
     "logits_soft_cap": (1.5, 50.0),
     "alibi": (True, ALIBI_SYMMETRIC),
     "sinks": (True,),
@@ -85,7 +89,7 @@ _TOGETHER = 7
 
 #: Larger sizes, even if declared, cost memory and show nothing more.
 _LARGEST = {"num_heads": 128, "num_kv_heads": 64, "head_size": 576, "head_size_v": 576}
-_LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20}
+_LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20, "attention_chunk": 1 << 20}
 
 #: The plain layer, which everything is tried on, is the first of these that the backend accepts.
 #: The most precise dtypes are first: they show a small error.
@@ -173,7 +177,7 @@ def is_request(spec: AttentionSpec) -> bool:
         and (spec.kv_scales == "per_tensor" or spec.kv_cache_dtype.startswith("fp8"))
         and not (is_cross and (spec.kv_sharing or spec.bidirectional_ranges))
         # Without causality or a window, ranges have nothing to widen.
-        and not (spec.bidirectional_ranges and not spec.causal and spec.sliding_window is None)
+        and not (spec.bidirectional_ranges and not spec.causal and Reach.of(spec) == Reach())
     )
 
 
@@ -257,7 +261,8 @@ def _companions(field: str, value: Any) -> list[dict[str, Any]]:
     if field == "attn_type":
         has_cache = AttentionType(value).has_kv_cache
         return [{"causal": None, **({} if has_cache else _NO_CACHE)}]
-    if value == ALIBI_SYMMETRIC:  # with causality the slopes are signed in any case
+    # With causality the slopes are signed in any case, and the right side of a window is 0.
+    if value == ALIBI_SYMMETRIC or field == "window_size":
         encoder = {"attn_type": AttentionType.ENCODER_ONLY, "causal": None, **_NO_CACHE}
         return [{"causal": False}, {"causal": False, **_NO_CACHE}, encoder]
     if value == "fp8_e4m3_group128":
@@ -340,8 +345,9 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
     query_lens: tuple[int, ...] = changes.pop("query_lens", _QUERY_LENS)
     seq_lens: tuple[int, ...] = changes.pop("seq_lens", _SEQ_LENS)
     is_mixed = query_lens == _QUERY_LENS
-    window = spec.sliding_window or 0
-    longest = max(window if window < 4096 else 0, spec.block_size or 0)
+    spans = (spec.sliding_window, *(spec.window_size or ()), spec.attention_chunk)
+    window = max((span for span in spans if span is not None and span < 4096), default=0)
+    longest = max(window, spec.block_size or 0)
     if is_mixed and longest >= 24:
         query_lens, seq_lens = (*query_lens, 1, 7), (*seq_lens, longest + 9, longest + 20)
     ranges = _RANGES if spec.bidirectional_ranges and is_mixed else ()

@@ -333,7 +333,9 @@ class ShadowCall:
         ranges = tuple(
             (0, r.start, r.end) for each in maps.values() for r in each if r.request == request
         )
-        if spec.causal and not ranges and not spec.custom_mask:
+        positions = batch.key_positions
+        is_cut = spec.causal and not ranges and not spec.custom_mask
+        if is_cut and positions is None:
             num_keys = max(0, len(keys) - (end - 1 - token))
             keys, values = keys[:num_keys], values[:num_keys]
             first, end = max(first, token + 1 - _ROWS), token + 1
@@ -341,7 +343,15 @@ class ShadowCall:
         per_head: dict[str, Any] = layer._per_head
         slopes = per_head["alibi_slopes"]
         tensors = CaseTensors(
-            case=Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
+            case=Case(
+                spec=spec,
+                query_lens=(end - first,),
+                seq_lens=(len(keys),),
+                ranges=ranges,
+                key_positions=None
+                if positions is None
+                else (positions.offset, positions.step, (batch.global_lens[request],)),
+            ),
             layer=layer,
             scale=layer.scale,
             query=self.query[rows],

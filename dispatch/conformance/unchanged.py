@@ -12,6 +12,7 @@ import torch
 
 from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.tolerance import require
+from attn_dispatch.interface.key_positions import KeyPositions
 
 __all__ = ["inputs_unchanged", "memory_of"]
 
@@ -47,7 +48,12 @@ def _inputs(step: EngineStep) -> Iterator[tuple[str, Any]]:
     for name in ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float"):
         yield f"layer.{name}", getattr(step.layer, name)
     for field in dataclasses.fields(step.batch):
-        yield f"batch.{field.name}", getattr(step.batch, field.name)
+        value = getattr(step.batch, field.name)
+        if isinstance(value, KeyPositions):
+            for name, each in vars(value).items():
+                yield f"batch.{field.name}.{name}", each
+        else:
+            yield f"batch.{field.name}", value
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from attn_dispatch.interface.batch_checks import (
     start_locs,
 )
 from attn_dispatch.interface.host_copies import pack_to_device, to_device
+from attn_dispatch.interface.key_positions import KeyPositions, check_key_positions
 from attn_dispatch.interface.tensors import check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
@@ -57,6 +58,7 @@ _FURTHER = (
     "multi_modal_placeholder_index_maps",
     "enable_kv_scales_calculation",
     "max_decode_query_len",
+    "key_positions",
 )
 
 
@@ -93,6 +95,9 @@ class AttentionBatch:
         lengths: "exact", or "upper_bound" where only the device has the true key counts. Phases
             and totals are then those of the bounds. Such a batch needs a block table, and layers
             that were made with lengths="upper_bound".
+        key_positions: the positions of the keys, if they are only some of each request's, for
+            layers with key_positions; see KeyPositions. seq_lens then counts the keys that are
+            here. None if key j is at position j.
     """
 
     query_start_loc: torch.Tensor
@@ -110,6 +115,7 @@ class AttentionBatch:
     max_decode_query_len: int = 1
     block_size: int | None = None
     lengths: str = "exact"
+    key_positions: KeyPositions | None = None
 
     @classmethod
     @never_waits
@@ -143,7 +149,8 @@ class AttentionBatch:
             block_size: as the attribute. With it and a block table, but without a slot_mapping,
                 the slots of the new keys are derived: they are the last ones of each request,
                 key_lens of them or else query_lens, and −1 for a request without keys, which pads
-                the batch.
+                the batch. Not with key_positions: there give the slots, −1 for the new keys that
+                belong to another GPU.
             slot_mapping: as the attribute; int32 is taken too.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go; None for the default device.
@@ -151,8 +158,8 @@ class AttentionBatch:
             seq_lens_upper_bound: with lengths="upper_bound", at least the keys of each request, on
                 the host: what an asynchronous scheduler knows before the last step has finished.
             max_seq_len: as the attribute; None for the largest of the lengths or bounds.
-            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
-                or max_decode_query_len: as the attributes.
+            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation,
+                max_decode_query_len or key_positions: as the attributes.
 
         Raises:
             InvalidInputError: an argument has another type or is out of range, or the lengths
@@ -175,6 +182,9 @@ class AttentionBatch:
             check_same_requests("key_lens", keys, seqs)
         if block_size is not None:
             block_size = as_int("block_size", block_size, 1, INT32_MAX)
+        positions = more.get("key_positions")
+        if isinstance(positions, KeyPositions):
+            more["key_positions"] = positions.to(device)
         given = {"block_table": block_table, "slot_mapping": slot_mapping}
         for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
             if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
@@ -185,7 +195,7 @@ class AttentionBatch:
         if slot_mapping is not None:
             check_slot_tensor(slot_mapping)
             slot_mapping = to_device(slot_mapping, device, torch.int64)
-        elif block_table is not None and block_size is not None:
+        elif block_table is not None and block_size is not None and positions is None:
             written = queries if keys is None else keys
             table = block_table if lengths == "exact" else to_device(block_table, device)
             if is_readable(true):
@@ -212,6 +222,8 @@ class AttentionBatch:
             **more,
         )
         check_batch(batch)
+        if positions is not None:
+            check_key_positions(batch.key_positions, batch)
         batch.checked.add(_ITSELF)
         return batch
 
@@ -269,6 +281,13 @@ class AttentionBatch:
         return self.seq_lens_cpu.tolist()
 
     @functools.cached_property
+    def global_lens(self) -> list[int]:
+        """The length of each request: its seq_lens, or with key_positions theirs, on the host."""
+        if self.key_positions is None:
+            return self.seq_lens_list
+        return self.key_positions.seq_lens_cpu.tolist()
+
+    @functools.cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request, on the host."""
         return list(map(operator.sub, self.query_start_list[1:], self.query_start_list))
@@ -289,7 +308,7 @@ class AttentionBatch:
         decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
         return [
             decode if query <= longest and (seq > query or seq == 0) else prefill
-            for query, seq in zip(self.query_lens, self.seq_lens_list, strict=True)
+            for query, seq in zip(self.query_lens, self.global_lens, strict=True)
         ]
 
     @functools.cached_property
@@ -335,7 +354,7 @@ class AttentionBatch:
         own: dict[str, Any] = {"custom_mask": mask, "multi_modal_placeholder_index_maps": ranges}
         if end - first == len(chosen):
             return self._between(first, end, own)
-        device = self.seq_lens.device
+        device, positions = self.seq_lens.device, self.key_positions
         tokens, query_lens = rows_of(chosen, self.query_start_list, device)
         keys, key_lens = rows_of(chosen, self.key_starts, device)
         requests = to_device(torch.tensor(chosen, device="cpu"), device)
@@ -356,6 +375,7 @@ class AttentionBatch:
             enable_kv_scales_calculation=self.enable_kv_scales_calculation,
             max_decode_query_len=self.max_decode_query_len,
             lengths=self.lengths,
+            key_positions=None if positions is None else positions.select(chosen),
             **own,
         )
         return BatchPart(part, tokens, keys)
@@ -367,6 +387,7 @@ class AttentionBatch:
             slice(starts[first], starts[end]) for starts in (self.query_start_list, self.key_starts)
         )
         key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
+        positions = self.key_positions
         part = dataclasses.replace(
             self,
             query_start_loc=self.query_start_loc[bounds] - tokens.start,
@@ -378,6 +399,7 @@ class AttentionBatch:
             block_table=None if table is None else table[requests],
             slot_mapping=None if slots is None else slots[keys],
             key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
+            key_positions=None if positions is None else positions.between(first, end),
             **own,
         )
         return BatchPart(part, tokens, keys)
@@ -386,6 +408,20 @@ class AttentionBatch:
         if self.custom_mask is None:
             return None
         return torch.cat([self.request_mask(i).reshape(-1) for i in chosen])
+
+    def positions_of(self, request: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """With key_positions, those of a request's queries and keys, int64; else None.
+
+        Returns:
+            (query_len,) and (seq_len,), on the batch's device.
+        """
+        positions = self.key_positions
+        if positions is None:
+            return None
+        length, device = self.global_lens[request], self.seq_lens.device
+        keys = torch.arange(self.seq_lens_list[request], device=device)
+        queries = torch.arange(length - self.query_lens[request], length, device=device)
+        return queries, positions.offset + positions.step * keys
 
     @functools.cached_property
     def mask_starts(self) -> list[int]:
@@ -418,6 +454,8 @@ class AttentionBatch:
             if self.slot_mapping is not None:
                 check_slot_tensor(self.slot_mapping)
             check_batch(self)
+            if self.key_positions is not None:
+                check_key_positions(self.key_positions, self)
             self.checked.add(_ITSELF)
 
 

@@ -377,6 +377,11 @@ def _check_needs_no_lengths(batch: Any) -> None:
             "The batch has a custom_mask, whose size is that of the true key counts, and "
             "lengths='upper_bound'. Give exact seq_lens to steps with a mask."
         )
+    if batch.key_positions is not None:
+        raise InvalidInputError(
+            "The batch has key_positions, which follow from the true key counts, and "
+            "lengths='upper_bound'. Give exact seq_lens to steps with key_positions."
+        )
     if batch.block_table is None:
         raise InvalidInputError(
             "Without a block_table the keys are the rows of key, so their counts are known. Make "

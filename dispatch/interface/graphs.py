@@ -203,11 +203,12 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         has_ranges = attn_metadata.builder.spec.bidirectional_ranges and any(
             (batch.multi_modal_placeholder_index_maps or {}).values()
         )
-        if batch.custom_mask is not None or has_ranges or batch.enable_kv_scales_calculation:
+        has_more = batch.custom_mask is not None or batch.key_positions is not None
+        if has_more or has_ranges or batch.enable_kv_scales_calculation:
             raise InvalidInputError(
-                "The step has a custom_mask or bidirectional ranges, or derives scales, and this "
-                "state supports none of them. Run it eagerly; graph_state supports masks and "
-                "ranges."
+                "The step has a custom_mask, bidirectional ranges or key_positions, or derives "
+                "scales, and this state supports none of them. Run it eagerly; graph_state "
+                "supports masks and ranges."
             )
         self.begin_forward(batch)
         input_buffers["seq_lens"].zero_()[:num_reqs].copy_(batch.seq_lens)

@@ -217,7 +217,7 @@ class BatchMetadata(AttentionMetadata):
 
         Raises:
             InvalidInputError: the batch is inconsistent, or it has a mask or upper bounds and the
-                spec does not state them.
+                spec does not state them, or only one of the two has key positions.
         """
         batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
@@ -230,6 +230,14 @@ class BatchMetadata(AttentionMetadata):
                 "The batch has only upper bounds of its key counts on the host, and the layer's "
                 "backend may need the counts. Make the layer with lengths='upper_bound'; it takes "
                 "batches of both kinds."
+            )
+        if (batch.key_positions is not None) != builder.spec.key_positions:
+            has, lacks = ("The batch has", "the layer's spec has none, so they would be ignored")
+            if batch.key_positions is None:
+                has, lacks = ("The layer has", "the batch states none")
+            raise InvalidInputError(
+                f"{has} key_positions, and {lacks}. Make the layer with key_positions=True, and "
+                "each of its batches with key_positions=KeyPositions.create(...)."
             )
         metadata = cls.__new__(cls)  # the constructor takes the batch's fields too
         metadata.batch, metadata.builder = batch, builder

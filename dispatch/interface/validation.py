@@ -34,6 +34,7 @@ from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.shared_memory import check_shared_memory, may_share_memory
 from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
 from attn_dispatch.interface.tensors import check_dense, wrong_form
@@ -118,7 +119,7 @@ def check_forward(
     if may_share_memory(query, key, value, kv_cache, output):
         check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
-        check_batch_contents(batch, kv_cache, impl.sliding_window)
+        check_batch_contents(batch, kv_cache, Reach.of(impl))
 
 
 def check_tensors(**tensors: Any) -> None:

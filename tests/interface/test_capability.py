@@ -120,6 +120,8 @@ VALUES: dict[str, list[Any]] = {
     "lengths": list(LENGTHS),
     "attn_type": list(AttentionType),
     "sliding_window": [None, 1, 128, 4096],
+    "window_size": [None, (128, 64), (-1, 8), (8, -1)],
+    "attention_chunk": [None, 1, 8192],
     "logits_soft_cap": [None, 30.0],
     "alibi": [False, True],  # "symmetric" is True where the layer is causal: see below
     "mla": [None, DEEPSEEK],
@@ -135,6 +137,8 @@ def request_with(name: str, field: str, value: Any) -> AttentionSpec | None:
     changes = {field: value}
     if field == "num_heads":
         changes["num_kv_heads"] = 1
+    if field == "window_size":  # a causal layer has no right side
+        changes["causal"] = False
     try:
         return served(name).replace(**changes)
     except InvalidInputError:

@@ -48,6 +48,7 @@ from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
@@ -216,10 +217,9 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         spec = self.spec
         assert batch.block_table is not None
         assert spec.block_size is not None
-        seq_len, skipped = batch.seq_lens_list[request], 0
-        if spec.sliding_window is not None:
-            before = seq_len - batch.query_lens[request] + 1 - spec.sliding_window
-            skipped = max(0, before) // spec.block_size
+        seq_len = batch.seq_lens_list[request]
+        first_position = seq_len - batch.query_lens[request]
+        skipped = Reach.of(spec).first(first_position) // spec.block_size
         blocks = batch.block_table[request, skipped : -(-seq_len // spec.block_size)]
         return blocks, seq_len - skipped * spec.block_size
 

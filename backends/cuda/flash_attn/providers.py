@@ -137,6 +137,7 @@ _COMMON: dict[str, Constraint] = {
     "attn_type": OneOf(*AttentionType),
     "causal": _BOTH,
     "sliding_window": ANY,
+    "window_size": ANY,
     "logits_soft_cap": ANY,
     "kv_sharing": _BOTH,
     "returns_lse": _BOTH,
@@ -290,7 +291,7 @@ def _has_unsupported_sizes_4(spec: AttentionSpec) -> bool:
 
 
 def _has_large_tiles_4(spec: AttentionSpec) -> bool:
-    is_full = not spec.causal and spec.sliding_window is None
+    is_full = not spec.causal and spec.sliding_window is None and spec.window_size is None
     return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
 
 
@@ -327,8 +328,8 @@ _LIMITS: tuple[_Limit, ...] = (
     _Limit(
         lambda s: not computes_window(s),
         "sliding_window",
-        "sliding_window={s.sliding_window} with causal={s.causal}, head_size={s.head_size} and "
-        "{s.num_heads} query heads over {s.num_kv_heads}",
+        "sliding_window={s.sliding_window}, window_size={s.window_size} with causal={s.causal}, "
+        "head_size={s.head_size} and {s.num_heads} query heads over {s.num_kv_heads}",
         "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
         (3,),
     ),

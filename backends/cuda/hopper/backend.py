@@ -362,6 +362,9 @@ class HopperAttnBackend(TritonAttnBackend):
             "head_size_v": SameAs("head_size"),
             "dtype": OneOf(torch.bfloat16, torch.float16),
             "alibi": OneOf(True, False),  # prefill splits the distance by rows and columns
+            "window_size": OneOf(None),
+            "attention_chunk": OneOf(None),
+            "key_positions": OneOf(False),
             "custom_mask": OneOf(False),
             "bidirectional_ranges": OneOf(False),
             "output_quant": OneOf(None),
