@@ -18,12 +18,13 @@ from torch import nn
 
 from attn_dispatch import environment
 from attn_dispatch.arguments import INT32_MAX, as_int
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits, StaticBatch
 from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.graphs import AttentionState
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.validation import (
     check_block_size,
@@ -166,7 +167,7 @@ class GraphStep(ForwardContext):
             check_slot_mapping(batch, 0 if slots is None else len(slots), device)
         if environment.check_mode() or device.type == "cpu":  # as in an eager call
             for each in group.layers.values():
-                check_batch_contents(batch, each.kv_cache, each.spec.sliding_window)
+                check_batch_contents(batch, each.kv_cache, Reach.of(each.spec))
         return batch
 
     def _fill(self, given: StepBatch) -> None:
@@ -520,6 +521,11 @@ def _check_layer(name: str, layer: Attention) -> None:
         raise InvalidInputError(
             f"Layer {name!r} was not made for CUDA graphs, so its backend may not support them. "
             "Make it with cuda_graph=True."
+        )
+    if layer.spec.key_positions:
+        raise UnsupportedError(
+            f"Layer {name!r} has key_positions, which no graph_state keeps in its buffers. Run "
+            "such layers eagerly."
         )
     if layer.kv_cache is None or layer.spec.block_size is None:
         raise InvalidInputError(
