@@ -159,6 +159,17 @@ FEATURES = (
         fields={"sliding_window": 128, "bidirectional_ranges": True},
         lens=PAGES,
     ),
+    Case(
+        name="window of two sizes",
+        fields={"causal": False, "window_size": (127, 31)},
+        lens=PAGES,
+    ),
+    Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
+    Case(
+        name="key positions, window",
+        fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
+        lens=PAGES,
+    ),
     Case(name="custom mask", fields={"custom_mask": True}, lens=PAGES),
     Case(name="fp8 output", fields={"output_quant": "fp8_e4m3"}),
     Case(name="fp8 output by groups", fields={"output_quant": "fp8_e4m3_group128"}),

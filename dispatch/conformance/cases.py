@@ -195,7 +195,7 @@ class CaseTensors:
         visibility |= self._positions_of(request, **changes)
         return oracle.sees(num_keys=len(self.keys[request]), **visibility)
 
-    def _positions_of(self, request: int, **changes: Any) -> dict[str, torch.Tensor]:
+    def _positions_of(self, request: int, **changes: Any) -> dict[str, Any]:
         """Those of a request's queries and keys, as the oracle takes them."""
         num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
         offset, step, lengths = 0, 1, None
@@ -230,8 +230,7 @@ class CaseTensors:
             oracle.attention_of_request(
                 *each,
                 seen=self.seen_by(request, **changes),
-                **self._positions_of(request, **changes),
-                **numbers,
+                **(numbers | self._positions_of(request, **changes)),
             )
             for request, each in enumerate(
                 zip(

@@ -271,9 +271,9 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
         asked = f"window_size={spec.window_size}"
         yield looks(asked, "no window: it is dropped", sides=None)
         yield looks(asked, f"{(right, left)}: the sides are swapped", sides=(right, left))
-        for near in ((left + 1, right), (left - 1, right), (left, right + 1), (left, right - 1)):
-            if min(near) >= 0:
-                yield looks(asked, f"{near}: the window is off by one", sides=near)
+        for sides in ((left + 1, right), (left - 1, right), (left, right + 1), (left, right - 1)):
+            if min(sides) >= 0:
+                yield looks(asked, f"{sides}: the window is off by one", sides=sides)
     if spec.attention_chunk is not None:
         asked = f"attention_chunk={spec.attention_chunk}"
         yield looks(asked, "no chunks: it is dropped", chunk=None)

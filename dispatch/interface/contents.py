@@ -49,9 +49,9 @@ def check_batch_contents(
     """
     if OVER_STATIC_BUFFERS in batch.checked:
         return
-    watched = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.slot_mapping)
+    watched = [batch.query_start_loc, batch.seq_lens, batch.block_table, batch.slot_mapping]
     if batch.key_positions is not None:
-        watched += (batch.key_positions.seq_lens,)
+        watched.append(batch.key_positions.seq_lens)
     tensors = [tensor for tensor in watched if tensor is not None]
     form = None if kv_cache is None else tuple(kv_cache.shape)
     signature: tuple[object, ...] | None = None

@@ -189,7 +189,9 @@ def _layers(reader: ConfigReader, stack: Stack, image_tokens: int | None) -> lis
     base["alibi"] = reader.flag(alibi) if isinstance(alibi, str) else alibi
     base["sinks"] = stack.sinks
     chunks = _chunks(reader, stack, num_layers)
-    windows = [None] * num_layers if stack.chunk else _windows(reader, stack, num_layers)
+    windows: list[int | None] = [None] * num_layers
+    if stack.chunk is None:
+        windows = _windows(reader, stack, num_layers)
     if stack.bidirectional and reader.flag(stack.bidirectional):
         base["attn_type"] = AttentionType.ENCODER_ONLY
         windows = [None if window is None else window // 2 + 1 for window in windows]

@@ -328,7 +328,7 @@ _LIMITS: tuple[_Limit, ...] = (
     _Limit(
         lambda s: not computes_window(s),
         "sliding_window",
-        "sliding_window={s.sliding_window}, window_size={s.window_size} with causal={s.causal}, "
+        "sliding_window={s.sliding_window} or window_size={s.window_size}, causal={s.causal}, "
         "head_size={s.head_size} and {s.num_heads} query heads over {s.num_kv_heads}",
         "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
         (3,),
