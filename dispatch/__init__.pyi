@@ -65,9 +65,9 @@ from attn_dispatch.platforms.known_devices import known_device as known_device
 from attn_dispatch.runtime.context import forward_context as forward_context
 from attn_dispatch.runtime.functional import attention as attention
 from attn_dispatch.runtime.functional import merge_states as merge_states
-from attn_dispatch.runtime.graph_state import GraphStep as GraphStep
 from attn_dispatch.runtime.graph_state import ModelGraphState as ModelGraphState
 from attn_dispatch.runtime.graph_state import graph_state as graph_state
+from attn_dispatch.runtime.graph_step import GraphStep as GraphStep
 from attn_dispatch.runtime.kv_binding import bind_kv_caches as bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import KVCachePlan as KVCachePlan
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache as plan_kv_cache

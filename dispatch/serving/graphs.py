@@ -10,7 +10,8 @@ import torch
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.runtime.context import forward_context
-from attn_dispatch.runtime.graph_state import GraphStep, ModelGraphState, graph_state
+from attn_dispatch.runtime.graph_state import ModelGraphState, graph_state
+from attn_dispatch.runtime.graph_step import GraphStep
 from attn_dispatch.runtime.layer import Attention
 
 __all__ = ["CapturedSteps"]
