@@ -31,10 +31,12 @@ FEATURES = {
     "no_cache": {"block_size": None},
     "lse": {"returns_lse": True},
 }
+_WINDOWS = {"window", "window_of_one", "two_sides"}
 PAIRS = [
     (a, b)
     for a, b in itertools.combinations(FEATURES, 2)
     if not FEATURES[a].keys() & FEATURES[b].keys()
+    and not {a, b} <= _WINDOWS
     and not ("no_cache" in (a, b) and FEATURES[a].keys() & {"kv_sharing", "kv_cache_dtype"})
 ]
 
