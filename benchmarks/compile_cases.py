@@ -19,6 +19,7 @@ from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_cache import allocate_kv_cache
 from attn_dispatch.interface.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec
@@ -159,17 +160,6 @@ FEATURES = (
         fields={"sliding_window": 128, "bidirectional_ranges": True},
         lens=PAGES,
     ),
-    Case(
-        name="window of two sizes",
-        fields={"causal": False, "window_size": (127, 31)},
-        lens=PAGES,
-    ),
-    Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
-    Case(
-        name="key positions, window",
-        fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
-        lens=PAGES,
-    ),
     Case(name="custom mask", fields={"custom_mask": True}, lens=PAGES),
     Case(name="fp8 output", fields={"output_quant": "fp8_e4m3"}),
     Case(name="fp8 output by groups", fields={"output_quant": "fp8_e4m3_group128"}),
@@ -189,6 +179,17 @@ FEATURES = (
         lens=GATHERED,
         archs=("sm90",),
         only="gather_kv",
+    ),
+    Case(
+        name="window of two sizes",
+        fields={"causal": False, "window_size": (127, 31)},
+        lens=PAGES,
+    ),
+    Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
+    Case(
+        name="key positions, window",
+        fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
+        lens=PAGES,
     ),
 )
 
@@ -390,6 +391,9 @@ def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:
     if spec.bidirectional_ranges:
         ranges = [PlaceholderRange(len(seq_lens) - 1, 0, 50)]
         more["multi_modal_placeholder_index_maps"] = {"image": ranges}
+    if spec.key_positions:
+        lengths = [3 * seq_len for seq_len in seq_lens]
+        more["key_positions"] = KeyPositions.create(lengths, offset=1, step=3)
     if spec.lengths == "upper_bound":
         bounds = [2 * seq_len for seq_len in seq_lens]
         more |= {"lengths": "upper_bound", "seq_lens_upper_bound": bounds}

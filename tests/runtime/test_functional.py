@@ -40,7 +40,7 @@ def call(step, **more):
         key_positions=batch.key_positions,
         logits_soft_cap=spec.logits_soft_cap,
         alibi_slopes=step.slopes,
-        alibi=spec.alibi,
+        alibi=spec.alibi or None,
         sinks=step.sinks,
         custom_mask=batch.custom_mask,
         k_scale=step.layer._k_scale if has_scales else 1.0,
