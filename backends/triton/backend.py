@@ -30,7 +30,6 @@ from attn_dispatch.backends.triton.operands import (
     with_contiguous_heads,
 )
 from attn_dispatch.backends.triton.plan import (
-    INVARIANT_PARTS,
     DecodePlan,
     PrefillPlan,
     TritonBuilder,
@@ -274,7 +273,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "F": self._features(variant, row.block_n, stages),
                 "S": DecodeSchedule(
                     ROWS=plan.rows,
-                    PARTS=INVARIANT_PARTS if plan.is_invariant else 0,
+                    PARTS=plan.parts,
                     MIN_TILES=row.min_tiles,
                     HAS_REQUEST_LIST=requests is not None,
                     SAME_STRIDES=cache.same_strides,

@@ -113,7 +113,8 @@ class DecodePlan:
         rows: rows in a tile, tokens times query heads of a KV head.
         grid: programs.
         part_out, part_lse, counters: buffers for the parts of splits, see decode.py.
-        is_invariant: how a request is split depends only on the request.
+        parts: each work unit is split into this many parts, so that how a request is split depends
+            only on the request; 0 for Stream-K.
     """
 
     launch: DecodeLaunch
@@ -125,7 +126,7 @@ class DecodePlan:
     part_out: torch.Tensor
     part_lse: torch.Tensor
     counters: torch.Tensor
-    is_invariant: bool
+    parts: int
 
 
 @dataclass
@@ -279,7 +280,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             part_out=floats[size:],
             part_lse=floats[:size],
             counters=torch.zeros(parts, dtype=torch.int32, device=self.device),
-            is_invariant=spec.batch_invariant,
+            parts=INVARIANT_PARTS if spec.batch_invariant else 0,
         )
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:

@@ -29,6 +29,19 @@ HOPPER = LaunchTable(
         512: PrefillLaunch(64, 32, 8, 2),
         1024: PrefillLaunch(16, 16, 4, 1),
     },
+    latents={
+        256: {
+            16: DecodeLaunch(64, 4, 3, 1),
+            32: DecodeLaunch(64, 4, 3, 1),
+            64: DecodeLaunch(64, 4, 3, 1),
+        },
+        512: {
+            16: DecodeLaunch(32, 4, 3, 1),
+            32: DecodeLaunch(32, 4, 3, 1),
+            64: DecodeLaunch(64, 8, 2, 1),
+        },
+        1024: {16: DecodeLaunch(16, 8, 1, 1)},
+    },
     native_fp8=("e4m3",),
     descriptors=True,
     fast_tanh=True,
@@ -63,6 +76,11 @@ AMPERE = LaunchTable(
         256: PrefillLaunch(64, 32, 8, 2),
         512: PrefillLaunch(32, 16, 8, 2),
         1024: PrefillLaunch(16, 16, 4, 1),
+    },
+    latents={
+        256: {16: DecodeLaunch(32, 4, 2, 1), 32: DecodeLaunch(32, 4, 2, 1)},
+        512: {16: DecodeLaunch(32, 4, 1, 1), 32: DecodeLaunch(32, 8, 1, 1)},
+        1024: {16: DecodeLaunch(16, 8, 1, 1)},
     },
     fast_tanh=True,
 )

@@ -30,6 +30,7 @@ from attn_dispatch.backends.triton.kernels.online_softmax import (
     tile_of,
     value_scale,
 )
+from attn_dispatch.backends.triton.kernels.online_softmax_latent import attend_latents
 from attn_dispatch.backends.triton.kernels.online_softmax_packed import attend_packed
 from attn_dispatch.backends.triton.kernels.structs import Inputs, Keys, Output
 from attn_dispatch.backends.triton.launcher import METADATA
@@ -285,6 +286,10 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
             state, q_even, q_odd, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len,
             S.ALLOW_PTX, F,
         )  # fmt: skip
+    elif F.SOURCE == "latents":
+        state = attend_latents(
+            state, q_pointers, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len, F
+        )
     else:
         d_idx = tl.arange(0, F.BLOCK_D)[None, :]
         ok = tile.ok[:, None]
@@ -354,6 +359,7 @@ def decode_kernel(
 
     Args:
         q_ptr: (num_tokens, NUM_HEADS, HEAD_SIZE).
+        k_ptr, v_ptr: the cache's keys and values; for "latents", latents and rotated key parts.
         requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all, in order.
         all_reqs: requests of the batch, listed or not.
         num_rows: of the output; rows after the last request's are stored as rows without keys.
