@@ -264,7 +264,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             (
                 variant,
                 row is metadata.launches.decode,
-                plan.rows,
+                (plan.rows, plan.parts),
                 requests is None,
                 cache.same_strides,
             ),

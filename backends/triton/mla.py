@@ -10,6 +10,7 @@ prompts this is slower than the expanded form would be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from attn_dispatch.backends.reference.semantics import without_autocast
 from attn_dispatch.backends.triton.backend import Call, TritonImpl
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.kv_writer import LatentCacheWriter
+from attn_dispatch.backends.triton.launcher import Launchers
 from attn_dispatch.backends.triton.mla_plan import TritonMLABuilder, TritonMLAMetadata
-from attn_dispatch.backends.triton.operands import OutputBuffers, on_tensor_device
+from attn_dispatch.backends.triton.operands import (
+    OutputBuffers,
+    on_tensor_device,
+    with_contiguous_heads,
+)
 from attn_dispatch.backends.triton.plan import DecodePlan
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import (
@@ -47,6 +53,14 @@ _ROPE_HEAD_DIMS = (16, 32, 64, 128)
 _KV_CACHE_DTYPES = tuple(
     name for name in KV_CACHE_DTYPES if name not in (INT8_PER_TOKEN_HEAD, "float64")
 )
+
+
+_Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """Store each head's rows of x, (num_tokens, num_heads, K), times its weight, (K, N), in out."""
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
 
 
 class _LatentAttention(TritonImpl):
@@ -83,6 +97,10 @@ class TritonMLAImpl(ProjectingMLAImpl[TritonMLAMetadata]):
             returns_lse=self.returns_lse,
         )
         self._writer = LatentCacheWriter(self, self.mla.kv_lora_rank)
+        from attn_dispatch.backends.triton.kernels import project
+
+        self._project_kernel = project.project_kernel
+        self._launchers = Launchers()
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """Static fp8."""
@@ -119,35 +137,58 @@ class TritonMLAImpl(ProjectingMLAImpl[TritonMLAMetadata]):
         cache = self._writer.pages(kv_cache)
         self._writer.write(layer, kv_c_normed[:, None], k_pe[:, None], kv_cache, batch)
         up_k, up_v = self._projections(query.dtype)
-        absorbed = self._absorbed(query, up_k)
+        is_invariant = attn_metadata.builder.spec.batch_invariant
+        product = self._invariant_product if is_invariant else _product
+        absorbed = self._absorbed(query, up_k, product)
         mixed = OutputBuffers.of(self._attention, absorbed, None, None, None)
         call = Call(layer, attn_metadata, absorbed, None, None, cache, mixed)
         self._attention.over_latents(call, attn_metadata.whole)
-        expanded = self._expanded(mixed.values, up_v, output)
+        expanded = self._expanded(mixed.values, up_v, output, product)
         if output is None:
             output = expanded
         elif output is not expanded:
             store_output(expanded, output, *scales)
         return (output, mixed.lse) if self.returns_lse else output
 
-    def _absorbed(self, query: torch.Tensor, up_k: torch.Tensor) -> torch.Tensor:
+    def _absorbed(self, query: torch.Tensor, up_k: torch.Tensor, product: _Product) -> torch.Tensor:
         """(num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim), what is compared with keys."""
         factor, mla = self._attention.query_factor, self.mla
         query = query if factor == 1.0 else query * factor
         nope, rotated = query.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         absorbed = query.new_empty(*query.shape[:2], self.head_size)
-        torch.bmm(nope.transpose(0, 1), up_k, out=absorbed[..., : mla.kv_lora_rank].transpose(0, 1))
+        product(nope, up_k, absorbed[..., : mla.kv_lora_rank])
         absorbed[..., mla.kv_lora_rank :] = rotated
         return absorbed
 
     def _expanded(
-        self, mixed: torch.Tensor, up_v: torch.Tensor, output: torch.Tensor | None
+        self,
+        mixed: torch.Tensor,
+        up_v: torch.Tensor,
+        output: torch.Tensor | None,
+        product: _Product,
     ) -> torch.Tensor:
         """(num_tokens, num_heads, v_head_dim) from latents; in output if its dtype is right."""
-        if output is None or output.dtype != mixed.dtype:
+        if output is None or output.dtype != mixed.dtype or output.stride(-1) != 1:
             output = mixed.new_empty(*mixed.shape[:2], self.mla.v_head_dim)
-        torch.bmm(mixed.transpose(0, 1), up_v.transpose(1, 2), out=output.transpose(0, 1))
+        product(mixed, up_v.transpose(1, 2), output)
         return output
+
+    def _invariant_product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """As _product, and a token's result has the same bits in any batch."""
+        tokens, heads, size = x.shape
+        if not tokens:
+            return
+        x = with_contiguous_heads(x)
+        width, columns = out.shape[-1], 64
+        launch = self._launchers.find(
+            (size, width, x.dtype),
+            self._project_kernel,
+            lambda: {"K": size, "N": width, "TOKENS": 16, "BLOCK_K": 64, "BLOCK_N": columns},
+        )
+        launch(
+            (-(-tokens // 16), -(-width // columns), heads),
+            x, weight, out, tokens, *x.stride()[:2], *weight.stride(), *out.stride()[:2],
+        )  # fmt: skip
 
 
 class TritonMLABackend(AttentionBackend):

@@ -46,9 +46,13 @@ def attend_latents(
     for t in tl.range(first_tile, last_tile, num_stages=F.STAGES):
         k_pos = t * F.BLOCK_N + n_idx
         live = (k_pos >= key_lo) & (k_pos < key_hi)
-        page = tl.load(keys.block_table + k_pos // F.BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        in_block = (k_pos % F.BLOCK_SIZE).to(tl.int64)
-        offsets = (page * keys.k_stride_b + in_block * keys.k_stride_t)[:, None]
+        if F.BLOCK_SIZE % F.BLOCK_N == 0:  # a tile lies in one block
+            page = tl.load(keys.block_table + t * F.BLOCK_N // F.BLOCK_SIZE).to(tl.int64)
+        else:
+            page = tl.load(keys.block_table + k_pos // F.BLOCK_SIZE, mask=live, other=0)
+            page = page.to(tl.int64)[:, None]
+        in_block = (k_pos % F.BLOCK_SIZE)[:, None] * keys.k_stride_t
+        offsets = page * keys.k_stride_b + in_block
         latents = tl.load(keys.k + offsets + c_idx, mask=live[:, None], other=0)
         rotated = tl.load(keys.v + offsets + r_idx, mask=live[:, None], other=0)
         latents = dequantize(latents, q.dtype, F)
