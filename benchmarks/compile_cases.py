@@ -227,7 +227,7 @@ _SMALL = MLADims(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_h
 LATENTS = (
     Case(name="MLA", fields={"mla": _DEEPSEEK, "num_heads": 16}, lens=ONE, archs=(*NVIDIA, *AMD)),
     Case(
-        name="MLA, 128 heads, lse",
+        name="MLA, many heads, lse",
         fields={"mla": _DEEPSEEK, "num_heads": 128, "returns_lse": True},
         lens=ONE,
         archs=(*NVIDIA, *AMD),

@@ -21,6 +21,20 @@ __all__ = ["attend_latents"]
 
 
 @triton.jit
+def _pages(keys, t, key_lo, key_hi, F: tl.constexpr):
+    """The blocks of a tile of keys, int64: one, or (BLOCK_N, 1); 0 for keys outside of the range."""
+    if F.BLOCK_SIZE % F.BLOCK_N == 0:  # a tile lies in one block
+        first = t * F.BLOCK_N
+        live = (first + F.BLOCK_N > key_lo) & (first < key_hi)
+        return tl.load(keys.block_table + first // F.BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    else:
+        k_pos = t * F.BLOCK_N + tl.arange(0, F.BLOCK_N)
+        live = (k_pos >= key_lo) & (k_pos < key_hi)
+        page = tl.load(keys.block_table + k_pos // F.BLOCK_SIZE, mask=live, other=0)
+        return page.to(tl.int64)[:, None]
+
+
+@triton.jit
 def attend_latents(
     state, q_pointers, tile, keys, first_tile, last_tile, key_lo, key_hi, F: tl.constexpr
 ):  # fmt: skip
@@ -43,16 +57,14 @@ def attend_latents(
     r_idx = tl.arange(0, ROTATED)[None, :]
     q = tl.load(q_pointers + c_idx, mask=tile.ok[:, None], other=0.0)
     q_rotated = tl.load(q_pointers + F.HEAD_SIZE_V + r_idx, mask=tile.ok[:, None], other=0.0)
+    # One tile ahead and outside of the compiler's pipeline, whose stages are then all for latents.
+    page = _pages(keys, first_tile, key_lo, key_hi, F)
     for t in tl.range(first_tile, last_tile, num_stages=F.STAGES):
         k_pos = t * F.BLOCK_N + n_idx
         live = (k_pos >= key_lo) & (k_pos < key_hi)
-        if F.BLOCK_SIZE % F.BLOCK_N == 0:  # a tile lies in one block
-            page = tl.load(keys.block_table + t * F.BLOCK_N // F.BLOCK_SIZE).to(tl.int64)
-        else:
-            page = tl.load(keys.block_table + k_pos // F.BLOCK_SIZE, mask=live, other=0)
-            page = page.to(tl.int64)[:, None]
         in_block = (k_pos % F.BLOCK_SIZE)[:, None] * keys.k_stride_t
         offsets = page * keys.k_stride_b + in_block
+        page = _pages(keys, t + 1, key_lo, tl.minimum(key_hi, last_tile * F.BLOCK_N), F)
         latents = tl.load(keys.k + offsets + c_idx, mask=live[:, None], other=0)
         rotated = tl.load(keys.v + offsets + r_idx, mask=live[:, None], other=0)
         latents = dequantize(latents, q.dtype, F)
