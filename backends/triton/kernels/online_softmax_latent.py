@@ -22,7 +22,7 @@ __all__ = ["attend_latents"]
 
 @triton.jit
 def _pages(keys, t, key_lo, key_hi, F: tl.constexpr):
-    """The blocks of a tile of keys, int64: one, or (BLOCK_N, 1); 0 for keys outside of the range."""
+    """The blocks of a tile of keys, int64: one, or (BLOCK_N, 1); 0 for keys out of range."""
     if F.BLOCK_SIZE % F.BLOCK_N == 0:  # a tile lies in one block
         first = t * F.BLOCK_N
         live = (first + F.BLOCK_N > key_lo) & (first < key_hi)
