@@ -225,7 +225,12 @@ _SMALL = MLADims(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_h
 
 #: What TRITON_MLA launches, with the fewest and the most rows.
 LATENTS = (
-    Case(name="MLA", fields={"mla": _DEEPSEEK, "num_heads": 16}, lens=ONE, archs=(*NVIDIA, *AMD)),
+    Case(
+        name="MLA",
+        fields={"mla": _DEEPSEEK, "num_heads": 16},
+        lens=ONE,
+        archs=("sm80", "sm90", "gfx90a", "gfx1201"),
+    ),
     Case(
         name="MLA, many heads, lse",
         fields={"mla": _DEEPSEEK, "num_heads": 128, "returns_lse": True},
