@@ -91,6 +91,8 @@ class Call(NamedTuple):
 class TritonImpl(AttentionImpl[TritonMetadata]):
     """Launches the kernels."""
 
+    _merge_group = 0  # see DecodeSchedule
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         import_library("triton")
@@ -260,14 +262,9 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         if cache.k.dtype.itemsize == 1 or cache.kind == "packed8":
             stages = row.num_stages_8bit or stages
         variant = self._variant(call, cache, scale_stride, sinks)
+        name = (row is metadata.launches.decode, plan.rows, plan.parts, requests is None)
         launch = self._launchers.find(
-            (
-                variant,
-                row is metadata.launches.decode,
-                (plan.rows, plan.parts),
-                requests is None,
-                cache.same_strides,
-            ),
+            (variant, *name, cache.same_strides),
             self._decode_kernel,
             lambda: {
                 "F": self._features(variant, row.block_n, stages),
@@ -282,6 +279,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     LENGTHS_PER_LOAD=row.lengths_per_load,
                     MERGE_TILE_MAX_PARTS=_MERGE_TILE_MAX_PARTS,
                     MERGE_PARTS_AT_ONCE=max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
+                    MERGE_GROUP=self._merge_group,
                 ),
             },
             {"num_warps": row.num_warps, "num_stages": stages},

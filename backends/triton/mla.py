@@ -21,7 +21,7 @@ from attn_dispatch.backends.triton.backend import Call, TritonImpl
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.kv_writer import LatentCacheWriter
 from attn_dispatch.backends.triton.launcher import Launchers
-from attn_dispatch.backends.triton.mla_plan import TritonMLABuilder, TritonMLAMetadata
+from attn_dispatch.backends.triton.mla_plan import MERGE_GROUP, TritonMLABuilder, TritonMLAMetadata
 from attn_dispatch.backends.triton.operands import (
     OutputBuffers,
     on_tensor_device,
@@ -65,6 +65,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 class _LatentAttention(TritonImpl):
     """TRITON_ATTN's attention of absorbed queries, over latents in the cache already."""
+
+    _merge_group = MERGE_GROUP
 
     def over_latents(self, call: Call, whole: DecodePlan | None) -> None:
         """Attention of all requests of a call; `whole` as in TritonMLAMetadata."""

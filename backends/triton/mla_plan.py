@@ -20,7 +20,10 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import check_int32
 from attn_dispatch.platforms.detect import detect_device
 
-__all__ = ["TritonMLABuilder", "TritonMLAMetadata"]
+__all__ = ["MERGE_GROUP", "TritonMLABuilder", "TritonMLAMetadata"]
+
+#: See DecodeSchedule. A part is 128 KiB with 64 rows, and one program would read all of 64 parts.
+MERGE_GROUP = 8
 
 
 @dataclass
@@ -80,7 +83,7 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
             spec.head_size_v, spec.dtype.itemsize, block_of(longest * spec.num_heads)
         )
         grid = launches.num_sms * launch.programs_per_sm
-        slots = 2 * grid
+        slots = 2 * (grid + -(-grid // MERGE_GROUP))
         if parts:
             slots = num_reqs * -(-spec.num_heads // rows) * parts if parts > 1 else 1
         floats = torch.empty(

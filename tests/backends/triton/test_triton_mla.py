@@ -159,6 +159,30 @@ def test_batch_invariant_gives_the_same_bits_alone():
     assert same_bits(tuple(each[:1] for each in together), by_itself)
 
 
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has an order of its own")
+@pytest.mark.parametrize("order", ["first to last", "last to first", "from both ends"])
+def test_many_parts_are_merged_in_groups_in_any_order_of_programs(order, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_grid_idx = interpreter_builder.set_grid_idx
+    place = {
+        "first to last": lambda i, n: i,
+        "last to first": lambda i, n: n - 1 - i,
+        "from both ends": lambda i, n: i // 2 if i % 2 == 0 else n - 1 - i // 2,
+    }[order]
+
+    def elsewhere(x, y, z):
+        set_grid_idx(place(x, interpreter_builder.grid_dim[0]), y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", elsewhere)
+    step = step_of((1, 2, 1), (500, 300, 17), heads=20, returns_lse=True)
+    metadata = with_launch(step, 70, **SMALL)  # 32, 19 and 2 parts
+    metadata.decode.part_out.fill_(math.nan)
+    metadata.decode.part_lse.fill_(math.nan)
+    check(step, step.run(metadata=metadata))
+    assert not metadata.decode.counters.any()
+
+
 def test_counters_are_zero_again_and_metadata_may_be_used_again():
     step = step_of()
     metadata = with_launch(step, 7, **SMALL)
