@@ -17,12 +17,13 @@ from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, DecodeLaunches
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
+from attn_dispatch.backends.triton.mla import TritonMLABackend
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_cache import allocate_kv_cache
 from attn_dispatch.interface.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
-from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import PlaceholderRange
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
@@ -32,6 +33,7 @@ __all__ = [
     "AMD",
     "FEATURES",
     "HOPPER",
+    "LATENTS",
     "NVIDIA",
     "SIZES",
     "Case",
@@ -59,6 +61,7 @@ GATHERED = ((1,) * _MANY + (300,), (200,) * _MANY + (400,))
 VERIFY = ((4,) * _MANY, (200,) * _MANY)
 DRAFTS = ((8,) * _MANY, (200,) * _MANY)
 FEW = ((1,), (200,))
+ONE = ((1,) * _MANY, (200,) * _MANY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +240,50 @@ _DECODES = tuple(
 HOPPER = _PREFILLS + _DECODES
 
 
+_DEEPSEEK = MLADims(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+_SMALL = MLADims(kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+
+#: What TRITON_MLA launches, with the fewest and the most rows.
+LATENTS = (
+    Case(
+        name="MLA",
+        fields={"mla": _DEEPSEEK, "num_heads": 16},
+        lens=ONE,
+        archs=("sm80", "sm90", "gfx90a", "gfx1201"),
+    ),
+    Case(
+        name="MLA, many heads, lse",
+        fields={"mla": _DEEPSEEK, "num_heads": 128, "returns_lse": True},
+        lens=ONE,
+        archs=(*NVIDIA, *AMD),
+        addressings=ADDRESSINGS,
+    ),
+    Case(
+        name="MLA, fp8_e4m3",
+        fields={"mla": _DEEPSEEK, "num_heads": 128, "kv_cache_dtype": "fp8_e4m3"},
+        lens=ONE,
+        archs=("sm90", "sm120", "gfx942", "gfx1100"),
+    ),
+    Case(
+        name="MLA, 256 + 32, soft cap, window",
+        fields={"mla": _SMALL, "num_heads": 40, "sliding_window": 99, "logits_soft_cap": 30.0},
+        lens=VERIFY,
+        archs=("sm80", "sm100", "gfx90a", "gfx1201"),
+    ),
+    Case(
+        name="MLA, float32",
+        fields={"mla": _DEEPSEEK, "num_heads": 16, "dtype": torch.float32},
+        lens=ONE,
+        archs=("sm89", "gfx950"),
+    ),
+    Case(
+        name="MLA, batch invariant",
+        fields={"mla": _DEEPSEEK, "num_heads": 128, "batch_invariant": True},
+        lens=ONE,
+        archs=("sm90", "gfx1100"),
+    ),
+)
+
 #: A device of CDNA, RDNA3 and RDNA4 each.
 _INSTRUCTION_SETS = ("gfx942", "gfx1100", "gfx1201")
 
@@ -249,6 +296,7 @@ def covering_set() -> list[Compilation]:
     """
     pairs = [(case, arch) for case in SIZES for arch in (*NVIDIA, *AMD)]
     pairs += [(case, "sm90") for case in HOPPER]
+    pairs += [(case, arch) for case in LATENTS for arch in case.archs or ()]
     for i, case in enumerate(FEATURES):
         archs = case.archs or (NVIDIA[i % len(NVIDIA)], AMD[i % len(AMD)])
         pairs += [(case, arch) for arch in archs]
@@ -267,7 +315,7 @@ def _addressings(case: Case, arch: str) -> tuple[str, ...]:
 
 def full_set() -> list[Compilation]:
     """Every case on every device in every addressing."""
-    cases = (*SIZES, *FEATURES)
+    cases = (*SIZES, *FEATURES, *LATENTS)
     return [
         *itertools.starmap(Compilation, itertools.product(cases, NVIDIA, ("",))),
         *itertools.starmap(Compilation, itertools.product(cases, AMD, ADDRESSINGS)),
@@ -318,7 +366,9 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
-    """What TRITON_ATTN, or HOPPER_ATTN for its cases, launches on a device."""
+    """What TRITON_ATTN, or HOPPER_ATTN or TRITON_MLA for their cases, launches on a device."""
+    if case in LATENTS:
+        return _launches_over_latents(case, device)
     spec = AttentionSpec(**{**LAYER, **case.fields})
     backend = HopperAttnBackend if case in HOPPER else TritonAttnBackend
     impl = backend.make_impl(
@@ -360,6 +410,34 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         dataclasses.replace(launch, cache=_cache_arguments(kv_cache, launch))
         for launch in launches
         if case.only in launch.name
+    ]
+
+
+def _launches_over_latents(case: Case, device: DeviceProfile) -> list[Launch]:
+    fields = {"block_size": LAYER["block_size"], "dtype": LAYER["dtype"], **case.fields}
+    spec = AttentionSpec.for_mla(**fields)
+    mla = spec.mla
+    assert mla is not None
+    expands = spec.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    impl = TritonMLABackend.make_impl(
+        spec,
+        scale=0.1,
+        mla=mla,
+        kv_b_proj=torch.zeros(expands, mla.kv_lora_rank, dtype=spec.dtype),
+    )
+    builder = TritonMLABackend.make_builder(spec, torch.device("cpu"))
+    builder.launches = Launches.of(spec, device)
+    batch, num_blocks = _batch(case, spec)
+    size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    query = torch.zeros(batch.num_tokens, spec.num_heads, size, dtype=spec.dtype)
+    entries = torch.zeros(batch.num_tokens, spec.head_size, dtype=spec.dtype)
+    new = entries.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+    dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
+    kv_cache = torch.zeros(num_blocks, spec.block_size or 1, spec.head_size).to(dtype)
+    with recorded() as launches, torch.inference_mode():
+        impl.forward(KVScales(), query, *new, kv_cache, builder.build(batch))
+    return [
+        dataclasses.replace(launch, cache=_cache_arguments(kv_cache, launch)) for launch in launches
     ]
 
 

@@ -64,6 +64,10 @@ MORE_SPILLS = (
     ("gfx1100", r"int8", 640),
     ("gfx1201", r"512", 128),
     ("sm90", r"prefill.*, (256|512)$", 256),
+    # Outside of the loop over keys, of whose registers the outputs' sums take half.
+    ("sm", r"MLA", 1024),
+    ("gfx1", r"MLA", 2304),
+    ("gfx942", r"MLA", 160),  # with 64-bit addresses
     ("sm90", r"hopper_decode.*all features", 256),  # the most rows of scores in registers
     ("sm", r"float32", 512),
     ("sm", r"mask|ranges", 384),

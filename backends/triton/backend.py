@@ -31,7 +31,6 @@ from attn_dispatch.backends.triton.operands import (
     with_contiguous_heads,
 )
 from attn_dispatch.backends.triton.plan import (
-    INVARIANT_PARTS,
     DecodePlan,
     PrefillPlan,
     TritonMetadata,
@@ -92,6 +91,8 @@ class Call(NamedTuple):
 
 class TritonImpl(AttentionImpl[TritonMetadata]):
     """Launches the kernels."""
+
+    _merge_group = 0  # see DecodeSchedule
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -275,20 +276,15 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         if cache.k.dtype.itemsize == 1 or cache.kind == "packed8":
             stages = row.num_stages_8bit or stages
         variant = self._variant(call, cache, scale_stride, sinks)
+        name = (row is metadata.launches.decode, plan.rows, plan.parts, requests is None)
         launch = self._launchers.find(
-            (
-                variant,
-                row is metadata.launches.decode,
-                plan.rows,
-                requests is None,
-                cache.same_strides,
-            ),
+            (variant, *name, cache.same_strides),
             self._decode_kernel,
             lambda: {
                 "F": self._features(variant, row.block_n, stages),
                 "S": DecodeSchedule(
                     ROWS=plan.rows,
-                    PARTS=INVARIANT_PARTS if plan.is_invariant else 0,
+                    PARTS=plan.parts,
                     MIN_TILES=row.min_tiles,
                     HAS_REQUEST_LIST=requests is not None,
                     SAME_STRIDES=cache.same_strides,
@@ -297,6 +293,7 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                     LENGTHS_PER_LOAD=row.lengths_per_load,
                     MERGE_TILE_MAX_PARTS=_MERGE_TILE_MAX_PARTS,
                     MERGE_PARTS_AT_ONCE=max(8, min(64, 4096 // self._sizes["BLOCK_DV"])),
+                    MERGE_GROUP=self._merge_group,
                 ),
             },
             {"num_warps": row.num_warps, "num_stages": stages},

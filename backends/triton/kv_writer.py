@@ -20,7 +20,7 @@ from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.kv_view import KVCache, keys_and_values
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["KVCacheWriter"]
+__all__ = ["KVCacheWriter", "LatentCacheWriter"]
 
 
 class KVCacheWriter:
@@ -28,9 +28,13 @@ class KVCacheWriter:
 
     Any impl may use one: it reads the head counts and sizes of `impl`, and whether its layer shares
     another layer's cache.
+
+    Args:
+        impl: the layer's.
+        sizes: elements of what is stored as key and as value, if not of the impl's heads.
     """
 
-    def __init__(self, impl: AttentionImpl[Any]) -> None:
+    def __init__(self, impl: AttentionImpl[Any], sizes: tuple[int, int] | None = None) -> None:
         import_library("triton")
         from attn_dispatch.backends.triton.kernels import kv_write
 
@@ -39,7 +43,7 @@ class KVCacheWriter:
         self._last_cache: tuple[Any, KVSource] | None = None
         self._num_kv_heads = impl.num_kv_heads
         self._is_shared = impl.kv_sharing_target_layer_name is not None
-        self._heads = head_constants(impl.head_size, impl.head_size_v)
+        self._heads = head_constants(*(sizes or (impl.head_size, impl.head_size_v)))
         self._rows = max(1, 2048 // max(self._heads["BLOCK_D"], self._heads["BLOCK_DV"]))
 
     def pages(self, kv_cache: KVCache) -> KVSource:
@@ -99,3 +103,32 @@ class KVCacheWriter:
             v_scale, slots, num_tokens, *key.stride()[:2], *value.stride()[:2],
             *cache.k_strides, *cache.v_strides,
         )  # fmt: skip
+
+
+class LatentCacheWriter(KVCacheWriter):
+    """The same for a cache of latents: they are stored as keys, the rotated parts as values.
+
+    Args:
+        impl: the layer's.
+        kv_lora_rank: elements of a latent; a rotated part has the rest of the impl's head_size.
+    """
+
+    def __init__(self, impl: AttentionImpl[Any], kv_lora_rank: int) -> None:
+        super().__init__(impl, (kv_lora_rank, impl.head_size - kv_lora_rank))
+
+    def pages(self, kv_cache: KVCache) -> KVSource:
+        """The cache as the kernels read it. Repeated calls with the same cache are cheap.
+
+        Raises:
+            InvalidInputError: the elements of an entry are not contiguous.
+        """
+        if self._last_cache is None or self._last_cache[0]() is not kv_cache:
+            assert isinstance(kv_cache, torch.Tensor)
+            if kv_cache.stride(-1) != 1:
+                raise InvalidInputError(
+                    f"kv_cache has strides {kv_cache.stride()}; this backend needs the elements of "
+                    "each entry to be contiguous. Make the cache with allocate_kv_cache."
+                )
+            source = KVSource.of_latents(kv_cache, self._heads["HEAD_SIZE"])
+            self._last_cache = (weakref.ref(kv_cache), source)
+        return self._last_cache[1]

@@ -68,8 +68,10 @@ class LaunchTable:
 
     Attributes:
         decode, prefill: largest head size -> launch.
-        decode_few: the same for batches with fewer KV heads, over all requests, than programs; a
-            size without a row uses that of `decode`.
+        latents: largest kv_lora_rank -> rows of a tile -> launch, of the decode kernel over a cache
+            of latents; `max_rows` is not read.
+        decode_few: as `decode`, for batches with fewer KV heads, over all requests, than programs;
+            a size without a row uses that of `decode`.
         native_fp8: the formats of kernels/fp8.py that the compiler converts in hardware.
         descriptors: tensor descriptors are faster than pointers (TMA).
         fast_tanh: there is an instruction for tanh.
@@ -79,6 +81,7 @@ class LaunchTable:
 
     decode: Mapping[int, DecodeLaunch]
     prefill: Mapping[int, PrefillLaunch]
+    latents: Mapping[int, Mapping[int, DecodeLaunch]]
     decode_few: Mapping[int, DecodeLaunch] = field(default_factory=dict)
     native_fp8: tuple[str, ...] = ()
     descriptors: bool = False
@@ -90,6 +93,14 @@ class LaunchTable:
         """The row for heads of this size; float32 uses that of twice the size."""
         largest = _largest_size(self.decode, head_size, element_bytes)
         return (self.decode_few if is_few else self.decode).get(largest, self.decode[largest])
+
+    def latents_for(
+        self, kv_lora_rank: int, element_bytes: int, rows: int
+    ) -> tuple[int, DecodeLaunch]:
+        """(rows of a tile, launch) for latents of this size, if there are this many rows."""
+        launches = self.latents[_largest_size(self.latents, kv_lora_rank, element_bytes)]
+        fits = next((each for each in sorted(launches) if rows <= each), max(launches))
+        return fits, launches[fits]
 
     def prefill_for(self, head_size: int, element_bytes: int) -> PrefillLaunch:
         """The same for prefill."""

@@ -125,6 +125,8 @@ class KVSource:
         """
         if self.format in ("plain", "int8"):
             return self.k, self.k, 0
+        if self.kind == "latents":
+            return layer._k_scale, layer._k_scale, 0
         return layer._k_scale, layer._v_scale, layer._k_scale.dim()
 
     @classmethod
@@ -139,6 +141,17 @@ class KVSource:
             "pages", form, k, v, k_scales, v_scales, k.stride()[:3], v.stride()[:3], k.shape[1]
         )
 
+    @classmethod
+    def of_latents(cls, kv_cache: torch.Tensor, kv_lora_rank: int) -> KVSource:
+        """A cache of latents: `k` are latents, which are values too, `v` rotated key parts."""
+        form = FORMATS.get(kv_cache.dtype, "plain")
+        cache = kv_cache if form == "plain" else kv_cache.view(torch.uint8)
+        latents, rotated = cache[..., :kv_lora_rank], cache[..., kv_lora_rank:]
+        strides = (*cache.stride()[:2], 0)
+        return cls(
+            "latents", form, latents, rotated, latents, rotated, strides, strides, cache.shape[1]
+        )
+
     @property
     def same_strides(self) -> bool:
         """Whether keys and values have the same strides, so that a kernel computes them once."""
@@ -147,7 +160,7 @@ class KVSource:
     @functools.cached_property
     def packed8(self) -> KVSource:
         """A paged cache of bytes as pairs of bytes; itself if it cannot be read that way."""
-        if self.format == "plain" or self.k.dtype.itemsize != 1:
+        if self.kind == "latents" or self.format == "plain" or self.k.dtype.itemsize != 1:
             return self
         # The kernel relies on rows that begin at multiples of 16 bytes.
         addresses = (self.k.data_ptr(), self.v.data_ptr())

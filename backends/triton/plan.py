@@ -116,7 +116,8 @@ class DecodePlan:
         rows: rows in a tile, tokens times query heads of a KV head.
         grid: programs.
         part_out, part_lse, counters: buffers for the parts of splits, see decode.py.
-        is_invariant: how a request is split depends only on the request.
+        parts: each work unit is split into this many parts, so that how a request is split depends
+            only on the request; 0 for Stream-K.
     """
 
     launch: DecodeLaunch
@@ -128,7 +129,7 @@ class DecodePlan:
     part_out: torch.Tensor
     part_lse: torch.Tensor
     counters: torch.Tensor
-    is_invariant: bool
+    parts: int
 
 
 @dataclass
@@ -306,7 +307,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             part_out=floats[size:],
             part_lse=floats[:size],
             counters=counters,
-            is_invariant=spec.batch_invariant,
+            parts=INVARIANT_PARTS if spec.batch_invariant else 0,
         )
 
     def _make_room(self, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:

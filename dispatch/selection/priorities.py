@@ -83,6 +83,9 @@ BUILTIN: dict[str, Builtin] = {
         rdna=20,
         other=10,
     ),
+    "TRITON_MLA": Builtin(
+        "triton.mla:TritonMLABackend", ampere=60, hopper=70, blackwell=60, cdna=50, rdna=30
+    ),
     "REFERENCE": Builtin("reference.torch_ref:ReferenceBackend"),
     "REFERENCE_MLA": Builtin("reference.torch_ref_mla:ReferenceMLABackend"),
 }

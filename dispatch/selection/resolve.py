@@ -12,7 +12,7 @@ import torch
 
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.capability import ReasonCode
+from attn_dispatch.interface.capability import Reason, ReasonCode
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.detect import detect_device, resolve_device
@@ -196,11 +196,18 @@ class SelectionContext:
 _warned: set[str] = set()
 
 
+def _is_for_others(reason: Reason) -> bool:
+    """Whether a backend is for other devices, or for attention with latents or only without."""
+    if reason.code is ReasonCode.DEVICE:
+        return True
+    return reason.field == "mla" and reason.code is not ReasonCode.COMBINATION
+
+
 def _warn_of_last_resort(report: Report) -> None:
     if report.source is not Source.PLATFORM or report.picked not in LAST_RESORT:
         return
-    # Backends for other devices are omitted.
-    here = [v for v in report.verdicts if all(r.code is not ReasonCode.DEVICE for r in v.reasons)]
+    # Backends for other devices are omitted, and those for the other kind of attention.
+    here = [v for v in report.verdicts if not any(map(_is_for_others, v.reasons))]
     rejected = [f"  {v.name}: {r}" for v in here for r in v.reasons if v.name not in LAST_RESORT]
     text = (
         f"{report.picked} serves this layer on {report.device.name}: right, but slow. "

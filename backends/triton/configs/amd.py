@@ -32,10 +32,27 @@ _CDNA_PREFILL = {
     512: PrefillLaunch(32, 16, 4, 1),
     1024: PrefillLaunch(32, 16, 8, 1),
 }
+_CDNA_LATENTS = {
+    256: {16: DecodeLaunch(32, 4, 2, 1), 32: DecodeLaunch(32, 4, 2, 1)},
+    512: {16: DecodeLaunch(16, 4, 2, 1), 32: DecodeLaunch(16, 4, 2, 1)},
+    1024: {16: DecodeLaunch(16, 4, 1, 1)},
+}
+#: On gfx90a 64 rows spill.
+_CDNA3_LATENTS = {
+    **_CDNA_LATENTS,
+    256: {**_CDNA_LATENTS[256], 64: DecodeLaunch(16, 4, 2, 1)},
+    512: {**_CDNA_LATENTS[512], 64: DecodeLaunch(16, 4, 2, 1)},
+}
 
-CDNA2 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL, warp_size=64)
-CDNA3 = dataclasses.replace(CDNA2, native_fp8=("e4m3fnuz", "e5m2fnuz"))
-CDNA4 = dataclasses.replace(CDNA2, native_fp8=("e4m3", "e5m2"))
+CDNA2 = LaunchTable(decode=_CDNA_DECODE, prefill=_CDNA_PREFILL, latents=_CDNA_LATENTS, warp_size=64)
+CDNA3 = dataclasses.replace(CDNA2, latents=_CDNA3_LATENTS, native_fp8=("e4m3fnuz", "e5m2fnuz"))
+CDNA4 = dataclasses.replace(CDNA3, native_fp8=("e4m3", "e5m2"))
+
+_RDNA_LATENTS = {
+    256: {16: DecodeLaunch(16, 8, 1, 1), 32: DecodeLaunch(16, 8, 1, 1)},
+    512: {16: DecodeLaunch(16, 16, 1, 1), 32: DecodeLaunch(16, 16, 1, 1)},
+    1024: {16: DecodeLaunch(16, 16, 1, 1)},
+}
 
 #: Its matrix instructions need each operand twice in registers: from head size 256 on the queries
 #: fill them, and every tile size of prefill spills.
@@ -54,6 +71,7 @@ RDNA3 = LaunchTable(
         512: PrefillLaunch(64, 16, 16, 1),
         1024: PrefillLaunch(16, 16, 16, 1),
     },
+    latents=_RDNA_LATENTS,
 )
 RDNA4 = LaunchTable(
     decode={
@@ -70,6 +88,7 @@ RDNA4 = LaunchTable(
         512: PrefillLaunch(64, 16, 16, 1),
         1024: PrefillLaunch(16, 16, 16, 1),
     },
+    latents=_RDNA_LATENTS,
 )
 
 _TABLES = {

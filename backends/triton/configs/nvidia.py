@@ -29,15 +29,33 @@ HOPPER = LaunchTable(
         512: PrefillLaunch(64, 32, 8, 2),
         1024: PrefillLaunch(16, 16, 4, 1),
     },
+    latents={
+        256: {
+            16: DecodeLaunch(64, 4, 3, 1),
+            32: DecodeLaunch(64, 4, 3, 1),
+            64: DecodeLaunch(64, 8, 3, 1),
+        },
+        512: {
+            16: DecodeLaunch(32, 4, 2, 2),
+            32: DecodeLaunch(32, 8, 3, 1),
+            64: DecodeLaunch(32, 8, 3, 1),
+        },
+        1024: {16: DecodeLaunch(16, 8, 1, 1)},
+    },
     native_fp8=("e4m3",),
     descriptors=True,
     fast_tanh=True,
 )
 
 #: B200 has the shared memory of Hopper, and matrix instructions for 128 rows. Nothing was measured
-#: there: prefill was chosen by what the compiler reports (docs/kernels.md).
+#: there: these rows were chosen by what the compiler reports (docs/kernels.md).
 BLACKWELL = dataclasses.replace(
     HOPPER,
+    latents={
+        256: {16: DecodeLaunch(64, 4, 3, 1), 64: DecodeLaunch(32, 8, 3, 1)},
+        512: {16: DecodeLaunch(32, 4, 2, 2), 64: DecodeLaunch(32, 8, 2, 1)},
+        1024: {16: DecodeLaunch(16, 8, 1, 1)},
+    },
     prefill={
         64: PrefillLaunch(128, 64, 4, 2),
         128: PrefillLaunch(128, 64, 8, 2),
@@ -63,6 +81,11 @@ AMPERE = LaunchTable(
         256: PrefillLaunch(64, 32, 8, 2),
         512: PrefillLaunch(32, 16, 8, 2),
         1024: PrefillLaunch(16, 16, 4, 1),
+    },
+    latents={
+        256: {16: DecodeLaunch(32, 4, 3, 1), 32: DecodeLaunch(32, 8, 3, 1)},
+        512: {16: DecodeLaunch(32, 4, 3, 1), 32: DecodeLaunch(16, 8, 3, 1)},
+        1024: {16: DecodeLaunch(16, 8, 1, 1)},
     },
     fast_tanh=True,
 )

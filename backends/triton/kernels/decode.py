@@ -10,7 +10,8 @@ gets `tiles_per_program` consecutive ones, wherever that splits a work unit.
 Two things differ from these papers. Each program finds its place by a prefix sum over the requests
 that it computes itself from the lengths on the device, so one captured graph serves all lengths.
 And no second kernel or waiting program merges: partial outputs are stored normalized, float32, with
-their log2-sums, and the last program to arrive at a split, by an atomic counter, merges them.
+their log2-sums, and the last program to arrive at a split, by an atomic counter, merges them;
+with `DecodeSchedule.MERGE_GROUP` in two levels.
 
 With `DecodeSchedule.PARTS` each work unit is split into the same parts whatever else is in the
 batch, so that its result has the same bits (batch invariance).
@@ -31,6 +32,7 @@ from attn_dispatch.backends.triton.kernels.online_softmax import (
     tile_of,
     value_scale,
 )
+from attn_dispatch.backends.triton.kernels.online_softmax_latent import attend_latents
 from attn_dispatch.backends.triton.kernels.online_softmax_packed import attend_packed
 from attn_dispatch.backends.triton.kernels.structs import Inputs, Keys, Output
 from attn_dispatch.backends.triton.launcher import METADATA
@@ -182,6 +184,17 @@ def _slot(first_slot, part, S: tl.constexpr):
 
 
 @triton.jit
+def _merged_slot(first_slot, part, S: tl.constexpr):
+    """Where the merged parts of the group that begins with this part are stored: after all slots.
+
+    Other programs may still be reading the slot of the part.
+    """
+    place = (first_slot + part).to(tl.int64)
+    is_first = (place == first_slot).to(tl.int64)
+    return 2 * tl.num_programs(0) + place // S.MERGE_GROUP * 2 + is_first
+
+
+@triton.jit
 def _is_last_to_arrive(counter, parts, S: tl.constexpr):
     """Whether this program is the last of a split's; then all parts can be loaded.
 
@@ -211,13 +224,35 @@ def _load_part(buffers, at, ok, F: tl.constexpr):
 
 
 @triton.jit
-def _merge_tile(split, buffers, ok, F: tl.constexpr, S: tl.constexpr):
-    """The state over a few parts of a split, as `attend` returns it, all rows."""
+def _store_part(state, slot, buffers, ok, F: tl.constexpr, S: tl.constexpr):
+    """Store a part of a split, or merged ones."""
+    acc, m_i, l_i = state
+    # A part without a score above −inf has nothing in it; one with NaN keeps it.
+    total = tl.where(l_i == 0.0, 1.0, l_i)
+    dv_idx = tl.arange(0, F.BLOCK_DV)
+    at = slot * S.ROWS + tl.arange(0, S.ROWS)
+    part_lse = m_i + tl.log2(total)
+    tl.store(
+        buffers.out + at[:, None] * F.BLOCK_DV + dv_idx[None, :], acc / total[:, None],
+        mask=ok[:, None],
+    )  # fmt: skip
+    tl.store(buffers.lse + at, part_lse, mask=ok)
+
+
+@triton.jit
+def _merge_tile(split, first, last, step, buffers, ok, F: tl.constexpr, S: tl.constexpr):
+    """The state over the parts range(first, last, step), as `attend` returns it, all rows.
+
+    With a step of more than 1, each stands for the group that begins with it.
+    """
     rows = tl.arange(0, S.ROWS)
     state = init_state(S.ROWS, F)
     m_i, l_i, acc = state[1], state[2], state[0]  # in this order the loop takes fewer registers
-    for part in range(0, split.parts):
-        out, lse = _load_part(buffers, _slot(split.first_slot, part, S) * S.ROWS + rows, ok, F)
+    for part in range(first, last, step):
+        slot = _slot(split.first_slot, part, S)
+        if S.MERGE_GROUP:
+            slot = tl.where(step > 1, _merged_slot(split.first_slot, part, S), slot)
+        out, lse = _load_part(buffers, slot * S.ROWS + rows, ok, F)
         m_new = tl.maximum(m_i, lse)
         m_use = tl.where(m_new <= LOWEST, 0.0, m_new)
         weight = tl.exp2(lse - m_use)
@@ -226,6 +261,31 @@ def _merge_tile(split, buffers, ok, F: tl.constexpr, S: tl.constexpr):
         acc = acc * alpha[:, None] + out * weight[:, None]
         m_i = m_new
     return acc, m_i, l_i
+
+
+@triton.jit
+def _merge_groups(split, buffers, ok, F: tl.constexpr, S: tl.constexpr):
+    """(step, is_last): the parts left to merge are range(0, parts, step); by this program if last.
+
+    One program takes long to read many parts of wide rows. So the last program to arrive at a group
+    of parts merges it, and the last of these merges the groups. A group's counter is that of its
+    first part's slot, and the split's that of its second part's, where no group begins.
+    """
+    first = split.part // S.MERGE_GROUP * S.MERGE_GROUP
+    last = tl.minimum(first + S.MERGE_GROUP, split.parts)
+    counter = buffers.counters + _slot(split.first_slot, first, S)
+    is_last = _is_last_to_arrive(counter, last - first, S)
+    if is_last:
+        tl.store(counter, 0)  # for the next launch
+        if split.parts > S.MERGE_GROUP:
+            tl.debug_barrier()
+            merged = _merge_tile(split, first, last, 1, buffers, ok, F, S)
+            _store_part(merged, _merged_slot(split.first_slot, first, S), buffers, ok, F, S)
+            counter = buffers.counters + _slot(split.first_slot, 1, S)
+            is_last = _is_last_to_arrive(counter, tl.cdiv(split.parts, S.MERGE_GROUP), S)
+            if is_last:
+                tl.store(counter, 0)
+    return tl.where(split.parts > S.MERGE_GROUP, S.MERGE_GROUP, 1), is_last
 
 
 @triton.jit
@@ -294,6 +354,10 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
             state, q_even, q_odd, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len,
             S.ALLOW_PTX, F,
         )  # fmt: skip
+    elif F.SOURCE == "latents":
+        state = attend_latents(
+            state, q_pointers, tile, keys, split.first_tile, split.last_tile, key_lo, seq_len, F
+        )
     else:
         d_idx = tl.arange(0, F.BLOCK_D)[None, :]
         ok = tile.ok[:, None]
@@ -306,21 +370,17 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
     if split.is_whole:
         store_state(state, tile, v_scale, out, F)
     else:
-        acc, m_i, l_i = state
-        # A part without a score above −inf has nothing in it; one with NaN keeps it.
-        total = tl.where(l_i == 0.0, 1.0, l_i)
-        dv_idx = tl.arange(0, F.BLOCK_DV)
-        at = _slot(split.first_slot, split.part, S) * S.ROWS + rows
-        part_lse = m_i + tl.log2(total)
-        tl.store(
-            buffers.out + at[:, None] * F.BLOCK_DV + dv_idx[None, :], acc / total[:, None],
-            mask=tile.ok[:, None],
-        )  # fmt: skip
-        tl.store(buffers.lse + at, part_lse, mask=tile.ok)
-        if _is_last_to_arrive(buffers.counters + split.first_slot, split.parts, S):
+        _store_part(state, _slot(split.first_slot, split.part, S), buffers, tile.ok, F, S)
+        if S.MERGE_GROUP:
+            step, is_last = _merge_groups(split, buffers, tile.ok, F, S)
+            if is_last:
+                tl.debug_barrier()
+                merged = _merge_tile(split, 0, split.parts, step, buffers, tile.ok, F, S)
+                store_state(merged, tile, v_scale, out, F)
+        elif _is_last_to_arrive(buffers.counters + split.first_slot, split.parts, S):
             tl.debug_barrier()
             if split.parts <= S.MERGE_TILE_MAX_PARTS:
-                merged = _merge_tile(split, buffers, tile.ok, F, S)
+                merged = _merge_tile(split, 0, split.parts, 1, buffers, tile.ok, F, S)
                 store_state(merged, tile, v_scale, out, F)
             else:
                 for row in range(0, tl.minimum(request.q_len * F.GROUP - first_row, S.ROWS)):
@@ -360,10 +420,12 @@ def decode_kernel(
 
     Grid: any number of programs. part_out_ptr has ROWS * BLOCK_DV float32 for each slot,
     part_lse_ptr ROWS, and counters_ptr an int32 that is zero before and after: two slots for each
-    program, or with PARTS as many for each work unit.
+    program, or with PARTS as many for each work unit. MERGE_GROUP needs two more slots for
+    each group of as many programs.
 
     Args:
         q_ptr: (num_tokens, NUM_HEADS, HEAD_SIZE).
+        k_ptr, v_ptr: the cache's keys and values; for "latents", latents and rotated key parts.
         requests_ptr: with HAS_REQUEST_LIST, (num_reqs,) int32, the requests; else all, in order.
         all_reqs: requests of the batch, listed or not.
         num_rows: of the output; rows after the last request's are stored as rows without keys.

@@ -9,6 +9,7 @@ that a key is loaded once for all of them, whatever the ratio.
 `Features.SOURCE` is where the keys are:
     "pages"        blocks of the paged cache, found through the block table
     "packed8"      the same with one byte per element, loaded in pairs: online_softmax_packed.py
+    "latents"      blocks of a cache of latents, for decode only: online_softmax_latent.py
     "rows"         (tokens, heads, size) tensors, the keys of a request in consecutive rows
     "descriptors"  the same as (tokens, heads * size) through tensor descriptors, where a head fills
                    its tile: TMA where the device has it
@@ -22,8 +23,8 @@ import triton.language as tl
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8
 from attn_dispatch.backends.triton.kernels.structs import Request, Tile
 
-__all__ = ["LOG2E", "LOWEST", "alibi_bias", "attend", "fully_masked", "hide", "init_state"]
-__all__ += ["first_key", "load_request", "soft_capped", "tile_of", "value_scale"]
+__all__ = ["LOG2E", "LOWEST", "alibi_bias", "attend", "dequantize", "fully_masked", "hide"]
+__all__ += ["first_key", "init_state", "load_request", "soft_capped", "tile_of", "value_scale"]
 __all__ += ["visibility_mask", "visible_by_all", "visible_key_range"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -284,7 +285,7 @@ def visibility_mask(tile, k_pos, F: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(x, dtype: tl.constexpr, F: tl.constexpr):
+def dequantize(x, dtype: tl.constexpr, F: tl.constexpr):
     """Loaded elements as `dtype`, without their scale."""
     FORMAT: tl.constexpr = F.FORMAT  # as an argument it must be a constexpr itself
     if (FORMAT == "plain") | (FORMAT == "int8"):
@@ -345,7 +346,7 @@ def attend(
             k = tl.load(keys.k + k_offsets[None, :] + d_idx[:, None], mask=k_ok, other=0)
         else:
             k = tl.load(keys.k + k_offsets[None, :] + d_idx[:, None])
-        s = tl.dot(q, _dequantize(k, q.dtype, F), input_precision="ieee")
+        s = tl.dot(q, dequantize(k, q.dtype, F), input_precision="ieee")
         if F.FORMAT == "int8":
             s *= tl.load(keys.k_row_scales + k_offsets // 4, mask=live, other=0.0)[None, :]
         if F.CAP:
@@ -381,7 +382,7 @@ def attend(
             v = tl.load(keys.v + v_offsets[:, None] + dv_idx[None, :], mask=v_ok, other=0)
         else:
             v = tl.load(keys.v + v_offsets[:, None] + dv_idx[None, :])
-        v = _dequantize(v, q.dtype, F)
+        v = dequantize(v, q.dtype, F)
         if F.FORMAT == "int8":
             v_scales = tl.load(keys.v_row_scales + v_offsets // 4, mask=live, other=0.0)
             if SCALE_WEIGHTS:

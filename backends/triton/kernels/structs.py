@@ -60,6 +60,7 @@ class DecodeSchedule(NamedTuple):
     LENGTHS_PER_LOAD: int  # lengths of requests that are read at a time
     MERGE_TILE_MAX_PARTS: int  # up to this many parts are merged as whole tiles, more row by row
     MERGE_PARTS_AT_ONCE: int  # parts of a row that are merged at a time
+    MERGE_GROUP: int  # more parts than this are merged in groups of it first; 0 for never
 
 
 class Inputs(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,131 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attn_dispatch import (
-    AttentionBatch,
-    AttentionSpec,
     InvalidInputError,
-    MLADims,
     UnsupportedError,
     resolve,
 )
-from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend, ReferenceMLAImpl
-from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLAImpl
 from attn_dispatch.interface.types import Phase
-from support import scalar_oracle
-from support.cases import FP8, as_stored, dequantized
+from support.cases import FP8
+from support.mla_cases import SMALL_DIMS
+from support.mla_cases import MLAStep as Step
 
-DIMS = MLADims(kv_lora_rank=6, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
-HEADS, LATENT, BLOCK_SIZE = 3, 10, 4
-#: Decodes, prompts and a chunk of a prefill, in mixed order.
-QUERY_LENS, SEQ_LENS = (1, 5, 0, 3, 1), (9, 5, 4, 7, 3)
-
-
-class Step:
-    """An MLA step with tensors; the cache's unused slots hold NaN."""
-
-    def __init__(self, query_lens=QUERY_LENS, seq_lens=SEQ_LENS, seed=0, padding=0, **fields):
-        fields = {"dtype": torch.float64, "block_size": BLOCK_SIZE} | fields
-        self.spec = AttentionSpec.for_mla(num_heads=HEADS, mla=DIMS, **fields)
-        self.query_lens, self.seq_lens = query_lens, seq_lens
-        random = torch.Generator().manual_seed(seed)
-        new = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64).to(
-            self.spec.dtype
-        )
-        self.scale = 0.5
-        self.layer = SimpleNamespace(_k_scale=torch.tensor(0.02), _v_scale=torch.ones(()))
-        self.weight = new(HEADS * 8, 6)
-        self.query = new(sum(query_lens) + padding, HEADS, 9)
-        stored = [new(seq_len, LATENT) for seq_len in seq_lens]
-        tails = [s[n - q :] for s, n, q in zip(stored, seq_lens, query_lens, strict=True)]
-        tail = torch.cat([*tails, torch.zeros(padding, LATENT).to(self.spec.dtype)])
-        self.latents, self.rotated = tail.split([6, 4], dim=-1)
-        dtype = kv_cache_torch_dtype(self.spec.kv_cache_dtype, self.spec.dtype)
-        self._make_cache(stored, dtype, random)
-        self.meant = [dequantized(s[:, None], self.layer._k_scale, dtype)[:, 0] for s in stored]
-
-    def _make_cache(self, stored, dtype, random):
-        needed = [-(-n // BLOCK_SIZE) for n in self.seq_lens]
-        free = torch.randperm(sum(needed) + 1, generator=random).tolist()
-        memory = torch.full((len(free), BLOCK_SIZE, LATENT), math.nan)
-        self.cache = memory.to(dtype)
-        table = torch.full((len(needed), max(needed, default=0) + 1), 2**31 - 1)
-        slots = []
-        for request, rows in enumerate(stored):
-            for position, row in enumerate(rows):
-                if position % BLOCK_SIZE == 0:
-                    table[request, position // BLOCK_SIZE] = free.pop()
-                block, offset = table[request, position // BLOCK_SIZE], position % BLOCK_SIZE
-                if position < len(rows) - self.query_lens[request]:
-                    value = as_stored(row, self.layer._k_scale, dtype)
-                    self.cache.view(torch.uint8)[block, offset] = value.view(torch.uint8)
-                else:
-                    slots.append(int(block) * BLOCK_SIZE + offset)
-        slots = torch.tensor(slots + [-1] * (len(self.query) - len(slots)), dtype=torch.int64)
-        self.batch = AttentionBatch.create(
-            self.query_lens, self.seq_lens, block_table=table, slot_mapping=slots
-        )
-
-    def impl(self, **more):
-        spec = self.spec
-        more = {"kv_b_proj": self.weight} | more
-        return ReferenceMLAImpl(
-            HEADS,
-            LATENT,
-            self.scale,
-            1,
-            sliding_window=spec.sliding_window,
-            kv_cache_dtype=spec.kv_cache_dtype,
-            logits_soft_cap=spec.logits_soft_cap,
-            kv_sharing_target_layer_name="target" if spec.kv_sharing else None,
-            causal=spec.causal,
-            returns_lse=spec.returns_lse,
-            mla=DIMS,
-            **more,
-        )
-
-    def run(self, impl=None, query=None, **more):
-        builder = ReferenceMLABackend.get_builder_cls()(self.spec, torch.device("cpu"))
-        return (impl or self.impl()).forward(
-            self.layer,
-            self.query if query is None else query,
-            self.latents,
-            self.rotated,
-            self.cache,
-            builder.build(self.batch),
-            **more,
-        )
-
-    def naive(self):
-        outputs, lses = [], []
-        for query, rows in zip(
-            self.query.split([*self.query_lens, *self._rest()]), self.meant, strict=False
-        ):
-            keys, values = scalar_oracle.expanded_latents(
-                rows[:, :6], rows[:, 6:], self.weight, num_heads=HEADS, nope=5, size_v=3
-            )
-            output, lse = scalar_oracle.attention_of_request(
-                query.double(),
-                keys,
-                values,
-                scale=self.scale,
-                causal=self.spec.causal,
-                window=self.spec.sliding_window,
-                cap=self.spec.logits_soft_cap,
-            )
-            outputs.append(output)
-            lses.append(lse)
-        return torch.cat(outputs), torch.cat(lses)
-
-    def _rest(self):
-        return [len(self.query) - sum(self.query_lens)]
-
-    def check(self, output):
-        expected, _ = self.naive()
-        rounding = torch.finfo(self.spec.dtype).eps * max(
-            1.0, *expected.flatten().abs().tolist(), 0
-        )
-        allowed = {torch.float64: 1e-12, torch.float32: 1e-5}.get(self.spec.dtype, rounding)
-        torch.testing.assert_close(output[: len(expected)].double(), expected, rtol=0, atol=allowed)
+HEADS = 3
 
 
 @pytest.mark.parametrize(
@@ -284,7 +168,7 @@ def test_sizes_of_another_cache_are_rejected():
     with pytest.raises(
         InvalidInputError, match=r"give kv_lora_rank \+ qk_rope_head_dim = 10 and 1"
     ):
-        ReferenceMLAImpl(HEADS, 9, 1.0, mla=DIMS, kv_b_proj=torch.zeros(24, 6))
+        ReferenceMLAImpl(HEADS, 9, 1.0, mla=SMALL_DIMS, kv_b_proj=torch.zeros(24, 6))
 
 
 def spoil(name, change):

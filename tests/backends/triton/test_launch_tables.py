@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 matrix = importlib.import_module("compile_matrix")
 cases = importlib.import_module("compile_cases")
 
-CASES = {case.name: case for case in (*cases.SIZES, *cases.FEATURES)}
+CASES = {case.name: case for case in (*cases.SIZES, *cases.FEATURES, *cases.LATENTS)}
 
 
 def is_power_of_two(number):
@@ -44,6 +44,30 @@ def test_table_rows_are_ascending_powers_of_two(device):
         assert all(map(is_power_of_two, (row.block_m, row.block_n, row.num_warps)))
         assert min(row.block_m, row.block_n) >= 16
         assert row.num_stages >= 1
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda d: d.arch)
+def test_table_rows_for_latents_are_ascending_powers_of_two(device):
+    table = launch_table(device)
+    assert list(table.latents) == [256, 512, 1024]  # float32 latents of 512 come last
+    for by_rows in table.latents.values():
+        assert list(by_rows) == sorted(by_rows)
+        for rows, launch in by_rows.items():
+            assert all(map(is_power_of_two, (rows, launch.block_n, launch.num_warps)))
+            assert min(rows, launch.block_n) >= 16
+
+
+@pytest.mark.parametrize(
+    ("rank", "element_bytes", "wanted", "rows"),
+    [(512, 2, 16, 16), (512, 2, 17, 32), (512, 2, 4096, 64), (256, 4, 128, 64), (512, 4, 128, 16)],
+)
+def test_a_tile_of_latents_has_the_rows_that_it_needs_or_the_most(
+    rank, element_bytes, wanted, rows
+):
+    table = launch_table(KNOWN_DEVICES["sm90"])
+    row = 1024 if rank * element_bytes > 1024 else 512
+    found = table.latents_for(rank, element_bytes, wanted)
+    assert found == (rows, table.latents[row][rows])
 
 
 def test_larger_heads_have_no_larger_tiles():
@@ -69,6 +93,8 @@ def recorded(name, arch="sm90"):
 def test_recorder_covers_each_kernel():
     assert set(recorded("fp8_e4m3 gathered")) == {"write_kv", "decode", "gather_kv", "prefill"}
     assert set(recorded("batch invariant")) >= {"decode", "prefill"}
+    assert set(recorded("MLA")) == {"write_kv", "decode"}
+    assert set(recorded("MLA, batch invariant")) == {"write_kv", "project", "decode"}
 
 
 @pytest.mark.parametrize(

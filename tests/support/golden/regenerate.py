@@ -25,6 +25,7 @@ SHORT = {
     "TRITON_ATTN": "triton",
     "TORCH_VARLEN": "varlen",
     "TORCH_SDPA": "sdpa",
+    "TRITON_MLA": "tri_mla",
     "REFERENCE": "ref",
     "REFERENCE_MLA": "ref_mla",
 }
