@@ -25,8 +25,9 @@ from typing import Any, ClassVar
 import torch
 
 from attn_dispatch.backends.common import aligned, start_offsets, window_sides
-from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
+from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, suits_tma
 from attn_dispatch.backends.triton.plan import PrefillPlan, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.comparison import compare_with_oracle, require_returned
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.conformance.unchanged import inputs_unchanged

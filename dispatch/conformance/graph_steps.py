@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -19,6 +18,7 @@ from attn_dispatch.conformance.check import (
     skip,
     skip_unless,
 )
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.harness import layer_of
 from attn_dispatch.conformance.probes import refusals
 from attn_dispatch.conformance.tolerance import ErrorBound, require, worst_of

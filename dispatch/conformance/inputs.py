@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import MEMORY, EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -18,6 +17,7 @@ from attn_dispatch.conformance.check import (
     skip_unless,
 )
 from attn_dispatch.conformance.comparison import allowed_error
+from attn_dispatch.conformance.engine_step import MEMORY, EngineStep
 from attn_dispatch.conformance.kv_encoding import as_stored, layer_with
 from attn_dispatch.conformance.tolerance import ErrorBound, distance, require, worst_of
 from attn_dispatch.interface.contents import first_seen_keys

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -19,6 +18,7 @@ from attn_dispatch.conformance.check import (
     same_bits,
     skip_unless,
 )
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.graph_steps import captured_call, graph_steps
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.tolerance import ErrorBound, require, worst_of

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require, worst_of
 from attn_dispatch.conformance.unchanged import memory_of
 from attn_dispatch.errors import InvalidInputError, UnsupportedError

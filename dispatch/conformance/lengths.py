@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 from attn_dispatch import environment
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import ErrorBound, require, require_rejected, worst_of
 from attn_dispatch.interface.spec import AttentionSpec
 

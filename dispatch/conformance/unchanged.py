@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import require
 from attn_dispatch.interface.key_positions import KeyPositions
 

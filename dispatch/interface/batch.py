@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import operator
@@ -26,9 +25,9 @@ from attn_dispatch.interface.batch_checks import (
     compute_slots,
     is_readable,
     known_lengths,
-    rows_of,
     start_locs,
 )
+from attn_dispatch.interface.batch_parts import select
 from attn_dispatch.interface.host_copies import pack_to_device, to_device
 from attn_dispatch.interface.key_positions import KeyPositions, check_key_positions
 from attn_dispatch.interface.tensors import check_dense
@@ -205,7 +204,7 @@ class AttentionBatch:
         if mask is not None:
             check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)
             more["custom_mask"] = to_device(mask, device)
-        batch = cls._of_lengths(
+        batch = cls.of_lengths(
             queries,
             seqs,
             keys,
@@ -228,7 +227,7 @@ class AttentionBatch:
         return batch
 
     @classmethod
-    def _of_lengths(
+    def of_lengths(
         cls,
         queries: torch.Tensor,
         seqs: torch.Tensor,
@@ -340,74 +339,17 @@ class AttentionBatch:
         found = set(self.phases)
         if len(found) == 1:
             return {found.pop(): BatchPart(self, slice(None), slice(None))}
-        parts = {phase: self._part(phase) for phase in Phase if phase in found}
+        parts = {
+            phase: BatchPart(
+                *select(self, [i for i, each in enumerate(self.phases) if each is phase])
+            )
+            for phase in Phase
+            if phase in found
+        }
         if _ITSELF in self.checked:
             for part in parts.values():
                 part.batch.checked.add(_ITSELF)
         return parts
-
-    def _part(self, phase: Phase) -> BatchPart:
-        chosen = [i for i, each in enumerate(self.phases) if each is phase]
-        first, end = chosen[0], chosen[-1] + 1
-        mask, ranges = self._mask_of(chosen), self.multi_modal_placeholder_index_maps
-        ranges = None if ranges is None else _select(ranges, chosen)
-        own: dict[str, Any] = {"custom_mask": mask, "multi_modal_placeholder_index_maps": ranges}
-        if end - first == len(chosen):
-            return self._between(first, end, own)
-        device, positions = self.seq_lens.device, self.key_positions
-        tokens, query_lens = rows_of(chosen, self.query_start_list, device)
-        keys, key_lens = rows_of(chosen, self.key_starts, device)
-        requests = to_device(torch.tensor(chosen, device="cpu"), device)
-        seq_lens = [self.seq_lens_list[i] for i in chosen]
-        part = self._of_lengths(
-            torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
-            torch.tensor(seq_lens, dtype=torch.int32, device="cpu"),
-            None
-            if self.key_start_loc_cpu is None
-            else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
-            device,
-            None if self.lengths == "exact" else self.seq_lens[requests],
-            max_query_len=max(query_lens),
-            max_seq_len=max(seq_lens),
-            block_table=None if self.block_table is None else self.block_table[requests],
-            slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
-            block_size=self.block_size,
-            enable_kv_scales_calculation=self.enable_kv_scales_calculation,
-            max_decode_query_len=self.max_decode_query_len,
-            lengths=self.lengths,
-            key_positions=None if positions is None else positions.select(chosen),
-            **own,
-        )
-        return BatchPart(part, tokens, keys)
-
-    def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
-        """The requests [first, end); nothing is copied from the host."""
-        requests, bounds = slice(first, end), slice(first, end + 1)
-        tokens, keys = (
-            slice(starts[first], starts[end]) for starts in (self.query_start_list, self.key_starts)
-        )
-        key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
-        positions = self.key_positions
-        part = dataclasses.replace(
-            self,
-            query_start_loc=self.query_start_loc[bounds] - tokens.start,
-            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels expect
-            query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
-            seq_lens_cpu=self.seq_lens_cpu[requests],
-            max_query_len=max(self.query_lens[requests]),
-            max_seq_len=max(self.seq_lens_list[requests]),
-            block_table=None if table is None else table[requests],
-            slot_mapping=None if slots is None else slots[keys],
-            key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
-            key_positions=None if positions is None else positions.between(first, end),
-            **own,
-        )
-        return BatchPart(part, tokens, keys)
-
-    def _mask_of(self, chosen: list[int]) -> torch.Tensor | None:
-        if self.custom_mask is None:
-            return None
-        return torch.cat([self.request_mask(i).reshape(-1) for i in chosen])
 
     def positions_of(self, request: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """With key_positions, those of a request's queries and keys, int64; else None.
@@ -469,15 +411,3 @@ class BatchPart(NamedTuple):
     batch: AttentionBatch
     tokens: slice | torch.Tensor
     keys: slice | torch.Tensor
-
-
-def _select(
-    maps: Mapping[str, Sequence[PlaceholderRange]], chosen: list[int]
-) -> dict[str, list[PlaceholderRange]]:
-    place = {request: i for i, request in enumerate(chosen)}
-    return {
-        modality: [
-            PlaceholderRange(place[r.request], r.start, r.end) for r in ranges if r.request in place
-        ]
-        for modality, ranges in maps.items()
-    }

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_dispatch.backends.reference.torch_sdpa import MathPathWarning
-from attn_dispatch.conformance import cases
-from attn_dispatch.conformance.cases import FP8, GARBAGE_BLOCKS, INT8, MEMORY, Case, layer_spec
+from attn_dispatch.conformance.cases import FP8, INT8, Case, layer_spec
+from attn_dispatch.conformance.engine_step import GARBAGE_BLOCKS, MEMORY, EngineStep
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.kv_encoding import (
     as_stored,
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-class Step(cases.EngineStep):
+class Step(EngineStep):
     """A step that runs backends by name, with further oracles."""
 
     def run(self, backend, **forward):

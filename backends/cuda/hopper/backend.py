@@ -23,8 +23,9 @@ from attn_dispatch.backends.cuda.hopper.launch import (
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
-from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
+from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,

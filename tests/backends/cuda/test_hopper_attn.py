@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_dispatch.backends.cuda.hopper.backend import HopperBuilder, HopperImpl, HopperPlan
-from attn_dispatch.backends.triton.backend import TritonImpl
+from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.plan import PrefillPlan
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.platforms import libraries
