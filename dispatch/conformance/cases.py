@@ -39,6 +39,7 @@ __all__ = [
     "GARBAGE_BLOCKS",
     "INT8",
     "MEMORY",
+    "SHARD",
     "Case",
     "CaseTensors",
     "EngineStep",
@@ -60,6 +61,9 @@ MEMORY = tuple(_MEMORY)
 
 #: What an engine may leave in the entries of a block table that no request uses.
 GARBAGE_BLOCKS = (-1, 2**31 - 1, 0, -(2**31), 1_000_000)
+
+#: Offset and step of the keys of a layer with key positions: those of the second of three GPUs.
+SHARD = (1, 3)
 
 FP8 = ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
 INT8 = INT8_PER_TOKEN_HEAD
@@ -104,7 +108,7 @@ class Case:
         """(offset, step, length of each request) of the keys, or None if key j is at j."""
         if not self.spec.key_positions or self.key_positions is not None:
             return self.key_positions if self.spec.key_positions else None
-        offset, step = 1, 3  # the second of three GPUs
+        offset, step = SHARD
         lengths = (
             offset + (step * (seq - 1) + 1 + (seq + query) % step if seq else 0)
             for query, seq in zip(self.query_lens, self.seq_lens, strict=True)
