@@ -18,10 +18,14 @@ from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, A
 __all__ = [
     "FP8",
     "INT8",
+    "SHARD",
     "Case",
     "CaseTensors",
     "layer_spec",
 ]
+
+#: Offset and step of the keys of a layer with key positions: those of the second of three GPUs.
+SHARD = (1, 3)
 
 FP8 = ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
 INT8 = INT8_PER_TOKEN_HEAD
@@ -68,7 +72,7 @@ class Case:
         """(offset, step, length of each request) of the keys, or None if key j is at j."""
         if not self.spec.key_positions or self.key_positions is not None:
             return self.key_positions if self.spec.key_positions else None
-        offset, step = 1, 3  # the second of three GPUs
+        offset, step = SHARD
         lengths = (
             offset + (step * (seq - 1) + 1 + (seq + query) % step if seq else 0)
             for query, seq in zip(self.query_lens, self.seq_lens, strict=True)

@@ -21,6 +21,7 @@ from attn_dispatch.conformance.tolerance import (
     require,
 )
 from attn_dispatch.interface.quantization import GROUP_SIZE, is_fp8
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 
 __all__ = [
@@ -277,7 +278,8 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
     if spec.attention_chunk is not None:
         asked = f"attention_chunk={spec.attention_chunk}"
         yield looks(asked, "no chunks: it is dropped", chunk=None)
-    if step.case.positions is not None:
+    uses_positions = spec.causal or spec.alibi or step.case.ranges or Reach.of(spec) != Reach()
+    if step.case.positions is not None and uses_positions:
         yield looks("key_positions", "key j at position j: they are dropped", positions=None)
     if step.masks is not None:
         yield looks("custom_mask", "no mask: it is dropped", mask=None)

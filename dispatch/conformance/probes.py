@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import FP8, INT8, Case
+from attn_dispatch.conformance.cases import FP8, INT8, SHARD, Case
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import (
@@ -62,7 +62,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
     "window_size": ((6, 2), (0, 9), (-1, 3), (5, -1)),
-    "attention_chunk": (7, 16, 1, 10_000),
+    "attention_chunk": (11, 16, 1, 10_000),
     "key_positions": (True,),
     "logits_soft_cap": (1.5, 50.0),
     "alibi": (True, ALIBI_SYMMETRIC),
@@ -351,6 +351,8 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
     if is_mixed and longest >= 24:
         query_lens, seq_lens = (*query_lens, 1, 7), (*seq_lens, longest + 9, longest + 20)
     ranges = _RANGES if spec.bidirectional_ranges and is_mixed else ()
+    if spec.key_positions:  # ranges are of positions
+        ranges = tuple((r, SHARD[1] * start, SHARD[1] * end) for r, start, end in ranges)
     new_lens = changes.pop("new_lens", None)
     if new_lens is None and spec.block_size is None:
         new_lens = seq_lens
