@@ -243,7 +243,7 @@ def _store_part(state, slot, buffers, ok, F: tl.constexpr, S: tl.constexpr):
 def _merge_tile(split, first, last, step, buffers, ok, F: tl.constexpr, S: tl.constexpr):
     """The state over the parts range(first, last, step), as `attend` returns it, all rows.
 
-    With a step of more than 1, each stands for the group that begins with it.
+    With a step of more than 1, each is that of the group that begins with it.
     """
     rows = tl.arange(0, S.ROWS)
     state = init_state(S.ROWS, F)
