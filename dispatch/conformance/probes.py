@@ -350,7 +350,9 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
     longest = max(window, spec.block_size or 0)
     if is_mixed and longest >= 24:
         query_lens, seq_lens = (*query_lens, 1, 7), (*seq_lens, longest + 9, longest + 20)
-    ranges = _RANGES if spec.bidirectional_ranges and is_mixed else ()
+    ranges: tuple[tuple[int, int, int], ...] = ()
+    if spec.bidirectional_ranges and is_mixed:
+        ranges = _RANGES
     if spec.key_positions:  # ranges are of positions
         ranges = tuple((r, SHARD[1] * start, SHARD[1] * end) for r, start, end in ranges)
     new_lens = changes.pop("new_lens", None)
