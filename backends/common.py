@@ -16,6 +16,7 @@ __all__ = [
     "first_visible_keys",
     "index_runs",
     "is_aligned",
+    "on_device",
     "start_offsets",
     "window_sides",
 ]
@@ -41,6 +42,15 @@ def aligned(
     """The tensor, or a contiguous copy if it does not suit the kernel."""
     # Not contiguous(): that keeps the stride of a dimension of size 1.
     return tensor if suits(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def on_device(
+    values: Sequence[float] | torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Numbers, or a tensor, as a tensor on a device, without waiting for it."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.tensor(values, dtype=dtype, device="cpu")
+    return values.to(device, dtype, non_blocking=True)
 
 
 def window_sides(

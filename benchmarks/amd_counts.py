@@ -45,9 +45,9 @@ from occupancy import UNITS, Unit
 from attn_dispatch.backends.triton import plan
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest
 from attn_dispatch.conformance.emulated import EmulatedDevice
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.emulation import TARGETS, Emulation
 from attn_dispatch.emulation.launch import LaunchReport
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES

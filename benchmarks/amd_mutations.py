@@ -40,9 +40,9 @@ from amd_changes import KINDS, Change, changes_of, is_memory_or_control
 
 from attn_dispatch import __version__
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, same_bits
 from attn_dispatch.conformance.emulated import EmulatedDevice
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import CheckFailed
 from attn_dispatch.emulation import TARGETS, Emulation, EmulationError, machine
 from attn_dispatch.emulation.assembly import Instruction, parse_instruction

@@ -20,6 +20,7 @@ from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.mla import TritonMLABackend
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_cache import allocate_kv_cache
 from attn_dispatch.interface.quantization import KVScales, kv_cache_torch_dtype, stored_head_size
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
@@ -175,6 +176,24 @@ FEATURES = (
         fields={"attn_type": "encoder_only", "block_size": None},
         lens=((300,), (300,)),
     ),
+    Case(
+        name="upper bounds",
+        fields={"lengths": "upper_bound"},
+        lens=GATHERED,
+        archs=("sm90",),
+        only="gather_kv",
+    ),
+    Case(
+        name="window of two sizes",
+        fields={"causal": False, "window_size": (127, 31)},
+        lens=PAGES,
+    ),
+    Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
+    Case(
+        name="key positions, window",
+        fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
+        lens=PAGES,
+    ),
 )
 
 _PREFILLS = tuple(
@@ -182,6 +201,7 @@ _PREFILLS = tuple(
     for name, fields, lens in (
         ("128", {}, FRESH),
         ("64, gathered", {"head_size": 64}, GATHERED),
+        ("128, upper bounds", {"lengths": "upper_bound"}, FRESH),
         ("256, float16", {"head_size": 256, "dtype": torch.float16}, FRESH),
         ("soft cap, ALiBi", {"logits_soft_cap": 30.0, "alibi": True}, FRESH),
         ("window, sinks, lse", {"sliding_window": 99, "sinks": True, "returns_lse": True}, FRESH),
@@ -449,6 +469,13 @@ def _batch(case: Case, spec: AttentionSpec) -> tuple[AttentionBatch, int]:
     if spec.bidirectional_ranges:
         ranges = [PlaceholderRange(len(seq_lens) - 1, 0, 50)]
         more["multi_modal_placeholder_index_maps"] = {"image": ranges}
+    if spec.key_positions:
+        lengths = [3 * seq_len for seq_len in seq_lens]
+        more["key_positions"] = KeyPositions.create(lengths, offset=1, step=3)
+    if spec.lengths == "upper_bound":
+        bounds = [2 * seq_len for seq_len in seq_lens]
+        more |= {"lengths": "upper_bound", "seq_lens_upper_bound": bounds}
+        return AttentionBatch.create(query_lens, torch.tensor(seq_lens), **more), num_blocks
     return AttentionBatch.create(query_lens, seq_lens, **more), num_blocks
 
 

@@ -12,18 +12,23 @@ from typing import Any
 from attn_dispatch.version import __version__ as __version__
 
 _HOMES = {
-    "errors": "AttnDispatchError BackendFailure InvalidInputError UnknownBackendError "
-    "UnsupportedError",
+    "errors": "AttnDispatchError BackendFailure DeviceWaitError InvalidInputError "
+    "UnknownBackendError UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",
     "interface.batch": "AttentionBatch",
     "interface.capability": "ANY ByDevice Capabilities AnyOf MultipleOf OneOf Range Reason SameAs "
     "Strides",
     "interface.graphs": "AttentionState",
     "interface.impl": "AttentionImpl AttentionLayer MLAAttentionImpl",
+    "interface.key_positions": "KeyPositions",
     "interface.kv_access": "gather_kv write_kv_cache write_mla_cache",
     "interface.kv_blocks": "copy_blocks swap_blocks",
     "interface.kv_cache": "STRIDE_ORDERS allocate_kv_cache kv_cache_shape split_token_scales "
     "view_kv_cache",
+    "interface.kv_layout_table": "KV_LAYOUTS KVLayout with_kv_layout",
+    "interface.kv_layouts": "kv_cache_from_flashinfer kv_cache_from_sglang "
+    "kv_cache_from_transformers kv_cache_from_transformers_5_12 kv_cache_from_vllm "
+    "kv_cache_from_vllm_0_10 kv_cache_from_vllm_0_24",
     "interface.kv_strides": "KVStrides",
     "interface.kv_view": "KVCacheView kv_strides_of",
     "interface.metadata": "AttentionMetadata AttentionMetadataBuilder",
@@ -35,6 +40,8 @@ _HOMES = {
     "platforms.known_devices": "known_device",
     "runtime.context": "forward_context",
     "runtime.functional": "attention merge_states",
+    "runtime.graph_state": "ModelGraphState graph_state",
+    "runtime.graph_step": "GraphStep",
     "runtime.kv_binding": "bind_kv_caches",
     "runtime.kv_cache_plan": "KVCachePlan plan_kv_cache",
     "runtime.kv_regions": "KVRegion",

@@ -1,5 +1,6 @@
 from attn_dispatch.errors import AttnDispatchError as AttnDispatchError
 from attn_dispatch.errors import BackendFailure as BackendFailure
+from attn_dispatch.errors import DeviceWaitError as DeviceWaitError
 from attn_dispatch.errors import InvalidInputError as InvalidInputError
 from attn_dispatch.errors import UnknownBackendError as UnknownBackendError
 from attn_dispatch.errors import UnsupportedError as UnsupportedError
@@ -20,6 +21,7 @@ from attn_dispatch.interface.graphs import AttentionState as AttentionState
 from attn_dispatch.interface.impl import AttentionImpl as AttentionImpl
 from attn_dispatch.interface.impl import AttentionLayer as AttentionLayer
 from attn_dispatch.interface.impl import MLAAttentionImpl as MLAAttentionImpl
+from attn_dispatch.interface.key_positions import KeyPositions as KeyPositions
 from attn_dispatch.interface.kv_access import gather_kv as gather_kv
 from attn_dispatch.interface.kv_access import write_kv_cache as write_kv_cache
 from attn_dispatch.interface.kv_access import write_mla_cache as write_mla_cache
@@ -30,6 +32,20 @@ from attn_dispatch.interface.kv_cache import allocate_kv_cache as allocate_kv_ca
 from attn_dispatch.interface.kv_cache import kv_cache_shape as kv_cache_shape
 from attn_dispatch.interface.kv_cache import split_token_scales as split_token_scales
 from attn_dispatch.interface.kv_cache import view_kv_cache as view_kv_cache
+from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS as KV_LAYOUTS
+from attn_dispatch.interface.kv_layout_table import KVLayout as KVLayout
+from attn_dispatch.interface.kv_layout_table import with_kv_layout as with_kv_layout
+from attn_dispatch.interface.kv_layouts import kv_cache_from_flashinfer as kv_cache_from_flashinfer
+from attn_dispatch.interface.kv_layouts import kv_cache_from_sglang as kv_cache_from_sglang
+from attn_dispatch.interface.kv_layouts import (
+    kv_cache_from_transformers as kv_cache_from_transformers,
+)
+from attn_dispatch.interface.kv_layouts import (
+    kv_cache_from_transformers_5_12 as kv_cache_from_transformers_5_12,
+)
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm as kv_cache_from_vllm
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm_0_10 as kv_cache_from_vllm_0_10
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm_0_24 as kv_cache_from_vllm_0_24
 from attn_dispatch.interface.kv_strides import KVStrides as KVStrides
 from attn_dispatch.interface.kv_view import KVCacheView as KVCacheView
 from attn_dispatch.interface.kv_view import kv_strides_of as kv_strides_of
@@ -49,6 +65,9 @@ from attn_dispatch.platforms.known_devices import known_device as known_device
 from attn_dispatch.runtime.context import forward_context as forward_context
 from attn_dispatch.runtime.functional import attention as attention
 from attn_dispatch.runtime.functional import merge_states as merge_states
+from attn_dispatch.runtime.graph_state import ModelGraphState as ModelGraphState
+from attn_dispatch.runtime.graph_state import graph_state as graph_state
+from attn_dispatch.runtime.graph_step import GraphStep as GraphStep
 from attn_dispatch.runtime.kv_binding import bind_kv_caches as bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import KVCachePlan as KVCachePlan
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache as plan_kv_cache

@@ -19,6 +19,7 @@ __all__ = [
     "cache_folder",
     "check_mode",
     "shadow_interval",
+    "sync_mode",
     "tuning",
     "vllm_backend_override",
 ]
@@ -54,13 +55,14 @@ VLLM_BACKEND = Variable(
 )
 CHECK = Variable(
     "ATTN_DISPATCH_CHECK",
-    "`0`, `1`, `shadow` or `shadow:N`",
+    "`0`, `1`, `shadow`, `shadow:N` or `sync`",
     "0",
     "With 1, the contents of batches on a GPU are checked before anything is written, as they "
     "always are on a CPU: block ids in range, slots unique and in range, lengths monotone. "
     "Synchronizes the device. With `shadow`, the reference also computes the first call of each "
     "layer and every 100th after it, or every Nth, and errors above the limits of "
-    "`attn-dispatch verify` are reported.",
+    "`attn-dispatch verify` are reported. With `sync`, a batch, its metadata or a layer's call "
+    "that waits for the device raises an error that names the line.",
 )
 TUNING = Variable(
     "ATTN_DISPATCH_TUNING",
@@ -111,6 +113,10 @@ def _check_value() -> str | None:
     return CHECK.value
 
 
+#: The values under which no call is compared with the reference.
+_WITHOUT_SHADOW = (None, "", "0", "1", "sync")
+
+
 def check_mode() -> bool:
     """Whether ATTN_DISPATCH_CHECK is 1, so that the contents of batches are checked.
 
@@ -118,9 +124,14 @@ def check_mode() -> bool:
         InvalidInputError: as for `shadow_interval`.
     """
     value = _check_value()
-    if value not in (None, "", "0", "1"):
+    if value not in _WITHOUT_SHADOW:
         shadow_interval()  # raises for an invalid value
     return value == "1"
+
+
+def sync_mode() -> bool:
+    """Whether ATTN_DISPATCH_CHECK is sync, so that a step that waits for the device is an error."""
+    return _check_value() == "sync"
 
 
 #: `shadow` without a number.
@@ -137,12 +148,12 @@ def shadow_interval() -> int:
         InvalidInputError: the variable has an invalid value.
     """
     value = _check_value()
-    if value in (None, "", "0", "1"):
+    if value is None or value in _WITHOUT_SHADOW:
         return 0
     found = re.fullmatch(f"shadow(?::([1-9][0-9]{{0,{_SHADOW_DIGITS - 1}}}))?", value)
     if found is None:
         raise InvalidInputError(
-            f"ATTN_DISPATCH_CHECK={value[:80]!r} is not understood. Set it to 0 or 1, or to shadow "
-            f"or shadow:N, with N of at most {_SHADOW_DIGITS} digits."
+            f"ATTN_DISPATCH_CHECK={value[:80]!r} is not understood. Set it to 0, 1 or sync, or to "
+            f"shadow or shadow:N, with N of at most {_SHADOW_DIGITS} digits."
         )
     return int(found[1] or _SHADOW_EVERY)

@@ -7,6 +7,7 @@ from typing import Any
 __all__ = [
     "AttnDispatchError",
     "BackendFailure",
+    "DeviceWaitError",
     "InvalidInputError",
     "UnknownBackendError",
     "UnsupportedError",
@@ -41,6 +42,10 @@ class InvalidInputError(AttnDispatchError, ValueError):
 
 class BackendFailure(AttnDispatchError):
     """A backend failed when it was imported, built or launched."""
+
+
+class DeviceWaitError(AttnDispatchError):
+    """Under ATTN_DISPATCH_CHECK=sync, a step waited for the device; the message names the line."""
 
 
 def summary_of(error: BaseException, limit: int = 300) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from attn_dispatch.backends.cuda.flash_attn.providers import PROVIDERS
 from attn_dispatch.environment import VARIABLES
 from attn_dispatch.interface.capability import Constraint
+from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, LAYER_KINDS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms.device import DeviceProfile
@@ -183,6 +184,25 @@ def variables() -> str:
     return table(["Variable", "Value", "Default", "Effect"], rows)
 
 
+def kv_layouts() -> str:
+    """The layouts of engines' caches, and the functions that take them."""
+    names: dict[str, list[str]] = {}
+    for layout in KV_LAYOUTS.values():
+        names.setdefault(layout.form.name, []).append(layout.name)
+    rows = [
+        [
+            form.engine,
+            form.handed_over,
+            code(form.constructor),
+            ", ".join(map(code, names[form.name])),
+            "yes" if form.two_sizes else "no",
+        ]
+        for form in dict.fromkeys(layout.form for layout in KV_LAYOUTS.values())
+    ]
+    header = ["Engine", "What it hands over", "Function", "Layouts", "Two head sizes"]
+    return table(header, rows)
+
+
 # Overrides ----------------------------------------------------------------------------------------
 
 
@@ -220,6 +240,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "must-declare": must_declare,
     "devices": devices,
     "variables": variables,
+    "kv-layouts": kv_layouts,
     "override-grammar": override_grammar,
     "override-scopes": override_scopes,
     "vllm-names": vllm_names,

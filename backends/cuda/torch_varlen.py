@@ -38,20 +38,23 @@ from attn_dispatch.interface.capability import (
     SameAs,
     Strides,
 )
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.kv_access import read_kv_cache
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
-from attn_dispatch.platforms.libraries import import_library
+from attn_dispatch.platforms.libraries import import_library, requirement_problem
 
 __all__ = ["TorchVarlenBackend", "TorchVarlenBuilder", "TorchVarlenImpl", "TorchVarlenMetadata"]
 
 #: Its kernel reads pages of multiples of this many tokens.
 _PAGE_TOKENS = 256
+#: The first release whose kernel does.
+_READS_PAGES = "torch>=2.13"
 
 
 @dataclass
@@ -74,7 +77,7 @@ class TorchVarlenMetadata(BatchMetadata):
         own = self.batch.key_start_loc_cpu
         if own is None:
             return self.batch.query_start_loc
-        return own.to(self.batch.seq_lens.device, torch.int32)
+        return to_device(own, self.batch.seq_lens.device, torch.int32)
 
     @functools.cached_property
     def gathered_start_loc(self) -> torch.Tensor:
@@ -236,6 +239,25 @@ class TorchVarlenBackend(AttentionBackend):
         kv_sharing=OneOf(True, False),
         returns_lse=OneOf(True, False),
     )
+
+    @classmethod
+    def kernel_notes(
+        cls, spec: AttentionSpec, device: DeviceProfile, phase: Phase | None
+    ) -> tuple[str, ...]:
+        """Why keys are gathered from their pages, if they are."""
+        if spec.block_size is None:
+            return ()
+        problem = requirement_problem(_READS_PAGES, device.library("torch"))
+        if problem:
+            why = f"PyTorch reads pages from {_READS_PAGES.removeprefix('torch>=')} on"
+        elif spec.block_size % _PAGE_TOKENS:
+            why = f"PyTorch reads pages of a multiple of {_PAGE_TOKENS} tokens, and these have "
+            why += str(spec.block_size)
+        elif spec.kv_strides is not None and not spec.kv_strides.is_aligned:
+            why = "PyTorch reads pages whose heads begin at multiples of 16 bytes"
+        else:
+            return ()
+        return (f"keys of requests with a past are copied from their pages first: {why}",)
 
     @classmethod
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:

@@ -6,7 +6,8 @@
     score  = -inf                                        where the query does not see the key
     output = softmax(score) @ value                      a sink is one more score, without a value
 
-Queries are at the end of the keys: the last query has the position of the last key.
+Queries are at the end of the keys: the last query has the position of the last key, unless the
+positions of both are given.
 
 Scaled dot-product attention: arXiv:1706.03762. Shared KV heads: arXiv:2305.13245. Sliding window:
 arXiv:2004.05150. Soft cap: arXiv:2408.00118. ALiBi: arXiv:2108.12409. Sinks: arXiv:2309.17453.
@@ -59,6 +60,8 @@ def visible(
     *,
     causal: bool,
     sliding_window: int | None = None,
+    window_size: tuple[int, int] | None = None,
+    attention_chunk: int | None = None,
     ranges: Sequence[tuple[int, int]] = (),
     custom_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -70,6 +73,9 @@ def visible(
         causal: a query sees no later key.
         sliding_window: with causal, a query sees this many tokens up to itself; without, the keys
             closer than this on either side.
+        window_size: (left, right), the keys that a query sees before and after its own; −1 for all.
+        attention_chunk: a query sees only keys of its own chunk of this many positions, from
+            position // attention_chunk * attention_chunk on.
         ranges: tokens of one range [start, end) see each other, regardless of the above.
         custom_mask: (..., num_queries, num_keys) bool; False hides a key, regardless of the above.
     """
@@ -80,6 +86,13 @@ def visible(
         seen &= k > q - sliding_window
         if not causal:
             seen &= k < q + sliding_window
+    left, right = window_size or (-1, -1)
+    if left >= 0:
+        seen &= k >= q - left
+    if right >= 0:
+        seen &= k <= q + right
+    if attention_chunk is not None:
+        seen &= k // attention_chunk == q // attention_chunk
     for start, end in ranges:
         seen |= (q >= start) & (q < end) & (k >= start) & (k < end)
     if custom_mask is not None:
@@ -119,12 +132,15 @@ def attend(
     scale: float,
     causal: bool,
     sliding_window: int | None = None,
+    window_size: tuple[int, int] | None = None,
+    attention_chunk: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     alibi_symmetric: bool = False,
     sinks: torch.Tensor | None = None,
     ranges: Sequence[tuple[int, int]] = (),
     custom_mask: torch.Tensor | None = None,
+    positions: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one request, in the dtype of its arguments.
 
@@ -133,11 +149,13 @@ def attend(
         key: (num_keys, num_kv_heads, head_size).
         value: (num_keys, num_kv_heads, head_size_v).
         scale: factor on the scores.
-        causal, sliding_window, ranges, custom_mask: as for `visible`.
+        causal, sliding_window, window_size, attention_chunk, ranges, custom_mask: as for `visible`.
         logits_soft_cap: cap of the scores, or None.
         alibi_slopes: (num_heads,), or None.
         alibi_symmetric: the slopes multiply -abs(distance).
         sinks: (num_heads,), or None.
+        positions: those of the queries, (num_queries,) int64, and of the keys, (num_keys,) int64;
+            None for 0, 1 and so on, with the queries at the end.
 
     Returns:
         output: (num_queries, num_heads, head_size_v). 0 for a query that sees no key. NaN for a
@@ -149,22 +167,28 @@ def attend(
     num_keys, num_kv_heads, _ = key.shape
     key = key.repeat_interleave(num_heads // num_kv_heads, dim=1)
     value = value.repeat_interleave(num_heads // num_kv_heads, dim=1)
-    positions = torch.arange(num_queries, device=query.device) + num_keys - num_queries
+    if positions is None:
+        key_positions = torch.arange(num_keys, device=query.device)
+        query_positions = torch.arange(num_queries, device=query.device) + num_keys - num_queries
+    else:
+        query_positions, key_positions = positions
 
     def piece(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scores = scale * torch.einsum("qhd,khd->hqk", query[rows], key)
         if logits_soft_cap is not None:
             scores = soft_capped(scores, logits_soft_cap)
         if alibi_slopes is not None:
-            distance = torch.arange(num_keys, device=query.device) - positions[rows, None]
+            distance = key_positions - query_positions[rows, None]
             if alibi_symmetric:
                 distance = -distance.abs()
             scores = scores + alibi_slopes[:, None, None] * distance
         seen = visible(
-            positions[rows],
-            torch.arange(num_keys, device=query.device),
+            query_positions[rows],
+            key_positions,
             causal=causal,
             sliding_window=sliding_window,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
             ranges=ranges,
             custom_mask=None if custom_mask is None else custom_mask[rows],
         )

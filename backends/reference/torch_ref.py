@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from attn_dispatch.backends.common import on_device
 from attn_dispatch.backends.reference.semantics import attend, compute_dtype, without_autocast
 from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import (
     ANY,
     ByDevice,
@@ -18,8 +20,9 @@ from attn_dispatch.interface.capability import (
     ReasonCode,
     Strides,
 )
+from attn_dispatch.interface.contents import with_exact_lengths
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
-from attn_dispatch.interface.metadata import BatchMetadata
+from attn_dispatch.interface.metadata import BatchMetadata, BatchMetadataBuilder
 from attn_dispatch.interface.quantization import GROUP_SIZE, store_output
 from attn_dispatch.interface.spec import (
     ALIBI_SYMMETRIC,
@@ -27,16 +30,24 @@ from attn_dispatch.interface.spec import (
     OUTPUT_QUANTS,
     AttentionSpec,
 )
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.interface.unquantized import ForwardArgs
 from attn_dispatch.interface.validation import check_forward, check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
-__all__ = ["ReferenceBackend", "ReferenceImpl", "ReferenceMetadata"]
+__all__ = ["ReferenceBackend", "ReferenceBuilder", "ReferenceImpl", "ReferenceMetadata"]
 
 
 class ReferenceMetadata(BatchMetadata):
     """The batch as it is; REFERENCE plans nothing."""
+
+
+class ReferenceBuilder(BatchMetadataBuilder):
+    """Wraps the batch; upper bounds are replaced by the true lengths."""
+
+    def build(self, batch: AttentionBatch) -> BatchMetadata:
+        """The batch's metadata. With upper bounds on a GPU, this waits for the device."""
+        return super().build(with_exact_lengths(batch, self.spec))
 
 
 class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
@@ -75,8 +86,10 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         shape = (query.shape[0], self.num_heads, self.head_size_v)
         result = torch.zeros(shape, dtype=dtype, device=query.device)
         lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
-        slopes = _on(query.device, self.alibi_slopes, dtype)
-        sinks = _on(query.device, self.sinks, dtype)
+        slopes, sinks = (
+            None if values is None else on_device(values, query.device, dtype)
+            for values in (self.alibi_slopes, self.sinks)
+        )
         for request, query_len in enumerate(batch.query_lens):
             if query_len == 0 or batch.seq_lens_list[request] == 0:
                 continue
@@ -89,21 +102,20 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 scale=self.scale,
                 causal=self.causal,
                 sliding_window=self.sliding_window,
+                window_size=self.window_size,
+                attention_chunk=self.attention_chunk,
                 logits_soft_cap=self.logits_soft_cap,
                 alibi_slopes=slopes,
                 alibi_symmetric=self.alibi_symmetric,
                 sinks=sinks,
                 ranges=attn_metadata.ranges_of(request),
                 custom_mask=None if batch.custom_mask is None else batch.request_mask(request),
+                positions=batch.positions_of(request),
             )
         if output is None:
             output = torch.empty_like(result, dtype=query.dtype)
         store_output(result, output, *scales)
         return (output, lse) if self.returns_lse else output
-
-
-def _on(device: torch.device, values: object, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
 
 
 #: Apple's GPUs have no float64.
@@ -119,6 +131,7 @@ class ReferenceBackend(AttentionBackend):
     interface_version = 2
     name = "REFERENCE"
     impl_cls = ReferenceImpl
+    builder_cls = ReferenceBuilder
     metadata_cls = ReferenceMetadata
     capabilities = Capabilities(
         devices=(DeviceMatch(),),
@@ -132,9 +145,13 @@ class ReferenceBackend(AttentionBackend):
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         kv_strides=Strides(),
+        lengths=OneOf(*LENGTHS),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        window_size=ANY,
+        attention_chunk=ANY,
+        key_positions=OneOf(True, False),
         logits_soft_cap=ANY,
         alibi=OneOf(True, False, ALIBI_SYMMETRIC),
         sinks=OneOf(True, False),

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from attn_dispatch.backends.common import aligned, is_aligned
+from attn_dispatch.backends.common import aligned, is_aligned, on_device
 from attn_dispatch.backends.reference.semantics import (
     compute_dtype,
     split_scale,
@@ -35,7 +35,7 @@ from attn_dispatch.interface.quantization import (
     token_scales,
 )
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
 from attn_dispatch.platforms.device import DeviceMatch
 
@@ -178,7 +178,8 @@ class SDPAImpl(UnquantizedImpl[SDPAMetadata]):
 
     def _alibi_bias(self, distance: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(num_pieces, num_heads, num_rows, num_keys)."""
-        slopes = torch.as_tensor(self.alibi_slopes, dtype=dtype, device=distance.device)
+        assert self.alibi_slopes is not None
+        slopes = on_device(self.alibi_slopes, distance.device, dtype)
         if self.alibi_symmetric:
             distance = -distance.abs()
         return slopes[:, None, None] * distance[:, None]
@@ -267,9 +268,13 @@ class TorchSDPABackend(AttentionBackend):
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         kv_strides=Strides(),
+        # Its plan needs the lengths; reading them from a GPU would wait for it.
+        lengths=ByDevice((_CPU, OneOf(*LENGTHS)), otherwise=OneOf("exact")),
         attn_type=OneOf(*AttentionType),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        window_size=ANY,
+        attention_chunk=ANY,
         # On other devices the bias has the query's dtype, which rounds distances to eight bits.
         alibi=ByDevice((_CPU, OneOf(True, False, ALIBI_SYMMETRIC)), otherwise=OneOf(False)),
         kv_sharing=OneOf(True, False),

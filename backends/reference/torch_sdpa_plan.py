@@ -10,7 +10,11 @@ import torch
 
 from attn_dispatch.backends.reference.semantics import visible
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.contents import with_exact_lengths
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.reach import Reach
+from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["Group", "SDPABuilder", "SDPAMetadata"]
 
@@ -78,9 +82,15 @@ class SDPAMetadata(BatchMetadata):
 class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
     """Splits a batch into calls."""
 
+    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
+        super().__init__(spec, device)
+        self._reach = Reach.of(spec)
+
     def build(self, batch: AttentionBatch) -> SDPAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata: SDPAMetadata = SDPAMetadata.of(batch, self, groups=[])
+        metadata: SDPAMetadata = SDPAMetadata.of(
+            with_exact_lengths(batch, self.spec), self, groups=[]
+        )
         metadata.groups += [self._group(metadata, pieces) for pieces in self._share(metadata)]
         return metadata
 
@@ -111,6 +121,7 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
             self.spec.causal
             and batch.query_lens[request] == seq_len
             and (self.spec.sliding_window or seq_len) >= seq_len
+            and (self.spec.attention_chunk or seq_len) >= seq_len
             and batch.custom_mask is None
             and not self.spec.bidirectional_ranges
             and not self.spec.alibi
@@ -131,8 +142,8 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         batch, spec = metadata.batch, self.spec
         first, num_rows = pieces[0], pieces[0].num_rows
         num_keys = max(piece.num_keys for piece in pieces)
-        if spec.sliding_window is not None and spec.causal:
-            # Keys before every row's window are not read: they may be freed.
+        if spec.causal and (self._reach.left is not None or self._reach.chunk is not None):
+            # Keys before every row's window or chunk are not read: they may be freed.
             num_keys = max(p.num_keys - self._first_key(metadata, p) for p in pieces)
         # Right-aligned: the last column is each piece's last key. Columns to the left of a piece's
         # first key repeat that key, and the mask hides them.
@@ -141,53 +152,77 @@ class SDPABuilder(AttentionMetadataBuilder[SDPAMetadata]):
         row = torch.arange(num_rows, device=_HOST)
         own = torch.tensor([[piece.position] for piece in pieces], device=_HOST) + row
         causal = num_rows > 1 and len(pieces) == 1 and self._is_square(batch, first.request)
+        positions = self._copy(columns.clamp(min=0))
         mask = None if causal else self._mask(metadata, pieces, own, columns)
+        has_empty_rows = mask is not None and not bool(mask.any(-1).all())
+        mask = None if mask is None else self._copy(mask)
+        if batch.custom_mask is not None:
+            custom = self._custom_mask(batch, pieces, positions)
+            mask = custom if mask is None else mask & custom
+            has_empty_rows = True  # perhaps; reading the mask would wait for a GPU
         distance = None
         if spec.alibi:
-            distance = (columns[:, None, :] - own[:, :, None]).float().to(self.device)
+            distance = self._copy((columns[:, None, :] - own[:, :, None]).float())
         starts = [batch.query_start_list[p.request] + p.first_row for p in pieces]
         rows = (torch.tensor(starts, device=_HOST)[:, None] + row).flatten()
         requests = torch.tensor([[piece.request] for piece in pieces], device=_HOST)
         is_single = len(pieces) == 1
         return Group(
             num_pieces=len(pieces),
-            rows=slice(starts[0], starts[0] + num_rows) if is_single else rows.to(self.device),
+            rows=slice(starts[0], starts[0] + num_rows) if is_single else self._copy(rows),
             key_rows=self._key_rows(batch, first, num_keys) if is_single else None,
-            requests=requests.to(self.device),
-            key_starts=torch.tensor(batch.key_starts, device=_HOST)[requests].to(self.device),
-            positions=columns.clamp(min=0).to(self.device),
-            mask=None if mask is None else mask.to(self.device),
+            requests=self._copy(requests),
+            key_starts=self._copy(torch.tensor(batch.key_starts, device=_HOST)[requests]),
+            positions=positions,
+            mask=mask,
             distance=distance,
             causal=causal,
-            has_empty_rows=mask is not None and not bool(mask.any(-1).all()),
+            has_empty_rows=has_empty_rows,
+        )
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self.device)
+
+    def _custom_mask(
+        self, batch: AttentionBatch, pieces: list[_Piece], positions: torch.Tensor
+    ) -> torch.Tensor:
+        """(num_pieces, num_rows, num_keys) bool on the device: the pieces' rows of custom_mask."""
+        rows = (slice(p.first_row, p.first_row + p.num_rows) for p in pieces)
+        return torch.stack(
+            [
+                batch.request_mask(piece.request)[own][:, keys]
+                for piece, own, keys in zip(pieces, rows, positions, strict=True)
+            ]
         )
 
     def _first_key(self, metadata: SDPAMetadata, piece: _Piece) -> int:
-        """The first key that one of the piece's rows sees through the window or a range."""
-        assert self.spec.sliding_window is not None
+        """The first key that one of the piece's rows sees through window, chunk or a range."""
         end = piece.position + piece.num_rows
         ranges = metadata.ranges_of(piece.request)
         starts = [s for s, e in ranges if s < end and piece.position < e]
-        return max(0, min(piece.position - self.spec.sliding_window + 1, *starts, end))
+        return max(0, min(self._reach.first(piece.position), *starts, end))
 
     def _mask(
         self, metadata: SDPAMetadata, pieces: list[_Piece], own: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor | None:
-        """(num_pieces, num_rows, num_keys) bool; None if every row sees every key."""
-        batch, spec = metadata.batch, self.spec
-        sees = functools.partial(visible, causal=spec.causal, sliding_window=spec.sliding_window)
-        if batch.custom_mask is None and not spec.bidirectional_ranges:
-            mask = sees(own, columns)
+        """(num_pieces, num_rows, num_keys) bool on the host, without the batch's own mask.
+
+        None if every row sees every key.
+        """
+        spec = self.spec
+        sees = functools.partial(
+            visible,
+            causal=spec.causal,
+            sliding_window=spec.sliding_window,
+            window_size=spec.window_size,
+            attention_chunk=spec.attention_chunk,
+        )
+        if spec.bidirectional_ranges:
+            ranges = [metadata.ranges_of(piece.request) for piece in pieces]
+            each = zip(own, columns, ranges, strict=True)
+            mask = torch.stack([sees(q, k, ranges=among) for q, k, among in each])
         else:
-            masks = []
-            for piece, queries, keys in zip(pieces, own, columns, strict=True):
-                custom = None
-                if batch.custom_mask is not None:
-                    rows = slice(piece.first_row, piece.first_row + piece.num_rows)
-                    custom = batch.request_mask(piece.request)[rows].cpu()[:, keys.clamp(min=0)]
-                ranges = metadata.ranges_of(piece.request)
-                masks.append(sees(queries, keys, ranges=ranges, custom_mask=custom))
-            mask = torch.stack(masks)
+            mask = sees(own, columns)
         mask = mask & (columns >= 0)[:, None]
         return None if bool(mask.all()) else mask
 

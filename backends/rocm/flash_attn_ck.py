@@ -25,9 +25,11 @@ from typing import Any, ClassVar
 import torch
 
 from attn_dispatch.backends.common import aligned, start_offsets, window_sides
-from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
+from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
+from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, suits_tma
-from attn_dispatch.backends.triton.plan import PrefillPlan, TritonBuilder, plan_rows
+from attn_dispatch.backends.triton.plan import PrefillPlan, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.batch_checks import rows_of
@@ -103,8 +105,11 @@ class VarlenPlan(PrefillPlan):
     rows_without_keys: torch.Tensor | None
 
 
-class VarlenBuilder(TritonBuilder):
-    """Plans prefills as one call over contiguous keys and values."""
+class VarlenBuilder(TritonGraphBuilder):
+    """Plans prefills as one call over contiguous keys and values.
+
+    In a captured step TRITON_ATTN's own kernel computes them.
+    """
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         spec, has_pages = self.spec, batch.block_table is not None
@@ -221,6 +226,7 @@ VARLEN_FIELDS = {
     "bidirectional_ranges": OneOf(False),
     "output_quant": OneOf(None),
     "batch_invariant": OneOf(False),
+    "lengths": OneOf("exact"),  # CK's kernel is given the lengths by the host
 }
 
 

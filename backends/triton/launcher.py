@@ -17,7 +17,7 @@ METADATA = [
     "lse_ptr", "out_scale_ptr", "part_lse_ptr", "counters_ptr", "requests_ptr", "tiles_ptr",
     "query_start_loc_ptr", "seq_lens_ptr", "key_start_loc_ptr", "block_table_ptr",
     "k_row_scales_ptr", "v_row_scales_ptr", "k_scale_ptr", "v_scale_ptr", "slopes_ptr", "mask_ptr",
-    "mask_starts_ptr", "ranges_ptr", "range_starts_ptr", "slots_ptr",
+    "mask_starts_ptr", "ranges_ptr", "range_starts_ptr", "slots_ptr", "lengths_ptr",
 ]  # fmt: skip
 #: The versions of Triton whose CompiledKernel.run takes the arguments that Launcher gives it.
 #: 3.6 was run on GPUs; for 3.7 to 3.9 this is what their sources do.

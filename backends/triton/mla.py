@@ -17,8 +17,8 @@ import torch
 
 from attn_dispatch.backends.mla import ProjectingMLAImpl, latent_cache_shape
 from attn_dispatch.backends.reference.semantics import without_autocast
-from attn_dispatch.backends.triton.backend import Call, TritonImpl
 from attn_dispatch.backends.triton.configs import amd
+from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.kv_writer import LatentCacheWriter
 from attn_dispatch.backends.triton.launcher import Launchers
 from attn_dispatch.backends.triton.mla_plan import MERGE_GROUP, TritonMLABuilder, TritonMLAMetadata

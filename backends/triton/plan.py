@@ -7,6 +7,7 @@ prefill kernel, as a list of tiles.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 from attn_dispatch.backends.triton.operands import block_of, blocks_of
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.captured import StagedBuffers
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import check_int32
@@ -140,8 +143,8 @@ class PrefillPlan:
         key_start_loc: (num_reqs,) int32, where each request's rows begin in `key`.
         gathered_start_loc: (num_reqs,) int32, where each request's rows begin once gathered; None
             if pages are read directly.
-        gathered_rows: rows of all requests.
-        longest: rows of the longest request.
+        gathered_rows: rows of all requests, or an upper bound.
+        longest: rows of the longest request, or an upper bound.
         pad: the rows of each request are padded to a multiple of this, with zeros.
         dtype: of gathered keys and values.
         gathered: the buffers for them, made at their first use and shared by all layers.
@@ -183,6 +186,7 @@ class TritonMetadata(BatchMetadata):
         mask_starts: (num_reqs,) int64, where each request's custom mask begins.
         ranges: (num_ranges, 2) int32, request by request.
         range_starts: (num_reqs + 1,) int32, where each request's ranges begin.
+        graph: the tensors above that a captured graph reads; None outside of graphs.
     """
 
     launches: Launches
@@ -191,6 +195,7 @@ class TritonMetadata(BatchMetadata):
     mask_starts: torch.Tensor | None = None
     ranges: torch.Tensor | None = None
     range_starts: torch.Tensor | None = None
+    graph: StagedBuffers | None = None
 
     @functools.cached_property
     def without_pages(self) -> TritonMetadata:
@@ -198,15 +203,23 @@ class TritonMetadata(BatchMetadata):
         metadata: TritonMetadata = self.builder.build(replace(self.batch, block_table=None))
         return metadata
 
-    def extras(self) -> tuple[torch.Tensor, ...]:
-        """(mask, mask_starts, ranges, range_starts); any tensor for what is absent."""
+    def extras(self) -> tuple[Any, ...]:
+        """The kernels' arguments from `mask_ptr` to `key_step`; any tensor for what is absent."""
         none, mask = self.batch.seq_lens, self.batch.custom_mask
         return (
             none if mask is None else mask.view(torch.uint8),
             none if self.mask_starts is None else self.mask_starts,
             none if self.ranges is None else self.ranges,
             none if self.range_starts is None else self.range_starts,
+            *self.key_positions(),
         )
+
+    def key_positions(self) -> tuple[torch.Tensor, int, int]:
+        """(lengths, offset, step) of the batch's key positions; those of key j at j without."""
+        positions = self.batch.key_positions
+        if positions is None:
+            return self.batch.seq_lens, 0, 1
+        return positions.seq_lens, positions.offset, positions.step
 
 
 class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
@@ -235,7 +248,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
                 metadata.prefill = self._prefill(batch, prefills)
         if batch.custom_mask is not None:
             mask_starts = torch.tensor(batch.mask_starts[:-1], dtype=torch.int64, device="cpu")
-            metadata.mask_starts = mask_starts.to(self.device)
+            metadata.mask_starts = to_device(mask_starts, self.device)
         if self.spec.bidirectional_ranges:
             ranges = [metadata.ranges_of(request) for request in range(batch.num_reqs)]
             flat = [pair for each in ranges for pair in each]
@@ -253,35 +266,59 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return [query_len <= limit for query_len in batch.query_lens]
 
     def _decode(self, batch: AttentionBatch, chosen: list[int] | None) -> DecodePlan:
-        spec, launches = self.spec, self.launches
         if chosen is None:
             num_reqs, longest = batch.num_reqs, batch.max_query_len
         else:
             num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
+        requests = None if chosen is None else _int32(chosen, self.device)
+        return self._decode_plan(num_reqs, longest, requests)
+
+    def _decode_plan(
+        self,
+        num_reqs: int,
+        longest: int,
+        requests: torch.Tensor | None,
+        make_room: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> DecodePlan:
+        """The plan for this many requests of up to `longest` new tokens.
+
+        `make_room` gives as many float32 and int32 for the parts of splits, the latter zeros.
+        """
+        spec, launches = self.spec, self.launches
         programs = launches.num_sms * launches.decode_few.programs_per_sm
         is_few = num_reqs * spec.num_kv_heads < programs and not spec.batch_invariant
         launch = launches.decode_few if is_few else launches.decode
         rows = min(block_of(longest * self._group), launch.max_rows)
         grid = launches.num_sms * launch.programs_per_sm
-        parts = 2 * grid
+        parts = 2 * self._most_programs(grid)
         if spec.batch_invariant:  # queries of one token
             units = spec.num_kv_heads * -(-self._group // rows)
             parts = num_reqs * units * INVARIANT_PARTS
         size = parts * rows
         _, block_v = blocks_of(spec.head_size, spec.head_size_v)
-        floats = torch.empty(size * (block_v + 1), dtype=torch.float32, device=self.device)
+        floats, counters = (make_room or self._make_room)(size * (block_v + 1), parts)
         return DecodePlan(
             launch=launch,
-            requests=None if chosen is None else _int32(chosen, self.device),
+            requests=requests,
             num_reqs=num_reqs,
             longest=longest,
             rows=rows,
             grid=grid,
             part_out=floats[size:],
             part_lse=floats[:size],
-            counters=torch.zeros(parts, dtype=torch.int32, device=self.device),
+            counters=counters,
             parts=INVARIANT_PARTS if spec.batch_invariant else 0,
         )
+
+    def _make_room(self, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            torch.empty(num_floats, dtype=torch.float32, device=self.device),
+            torch.zeros(num_counters, dtype=torch.int32, device=self.device),
+        )
+
+    def _most_programs(self, grid: int) -> int:
+        """How many programs may store parts, if the decode kernel has this grid."""
+        return grid
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         row = self.launches.prefill
@@ -304,10 +341,16 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return plan_cls(
             tiles=tiles.to(self.device, non_blocking=True),
             requests=_int32(rows.requests, self.device),
-            # Whether keys are fresh depends on the batch, which must not affect invariant results.
+            # An upper bound that is the number of new keys is the true count: these are among the
+            # keys. Whether keys are fresh depends on the batch, which must not affect invariant
+            # results. With key positions, new keys may be another GPU's, and their number may still
+            # agree.
             is_fresh=rows.key_lens == rows.seq_lens
+            and (batch.key_positions is None or batch.block_table is None)
             and not (self.spec.batch_invariant and batch.block_table is not None),
-            key_start_loc=(batch.query_start_loc if own_keys is None else own_keys.to(self.device)),
+            key_start_loc=(
+                batch.query_start_loc if own_keys is None else to_device(own_keys, self.device)
+            ),
             gathered_start_loc=starts.to(self.device, non_blocking=True) if gathers else None,
             gathered_rows=sum(rows.padded),
             longest=max(rows.padded),
@@ -316,11 +359,15 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         )
 
     def _gathers(self, batch: AttentionBatch, rows: PlanRows) -> bool:
-        """Whether to gather pages first: it is faster, and the buffers are not too large."""
+        """Whether to gather pages first: it is faster, and the buffers are not too large.
+
+        It is faster where each key is read often. How often is estimated without the key counts:
+        quantized keys are rounded when they are gathered, so with upper bounds the choice must be
+        the same as with exact lengths.
+        """
         if batch.block_table is None or self.spec.batch_invariant:
             return batch.block_table is not None
-        reads = sum(q * s for q, s in zip(rows.query_lens, rows.seq_lens, strict=True))
-        is_faster = reads >= self.launches.table.gather_from * sum(rows.seq_lens)
+        is_faster = sum(rows.query_lens) >= self.launches.table.gather_from * len(rows.query_lens)
         return is_faster and self._has_room(rows)
 
     def _has_room(self, rows: PlanRows) -> bool:
@@ -355,7 +402,10 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
 
 @dataclass(frozen=True)
 class PlanRows:
-    """The requests of a prefill plan, their lengths, and these padded to `pad`."""
+    """The requests of a prefill plan, their lengths, and these padded to `pad`.
+
+    `seq_lens` and `padded` are upper bounds if the batch has only these.
+    """
 
     requests: list[int]
     query_lens: list[int]

@@ -15,6 +15,7 @@ import torch
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import parse_json, read_file
+from attn_dispatch.interface.kv_layout_table import LAYERS, kv_layout_named, with_kv_layout
 from attn_dispatch.interface.quantization import (
     has_token_scales,
     kv_cache_torch_dtype,
@@ -61,6 +62,7 @@ class Case:
         logits_soft_cap: cap of the scores, or None.
         alibi: False, True or "symmetric", as in AttentionSpec.
         sinks: whether the layer has them.
+        kv_layout: one of KV_LAYOUTS, the layout of an engine's cache; None for ours.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Case:
     logits_soft_cap: float | None = None
     alibi: bool | str = False
     sinks: bool = False
+    kv_layout: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -144,7 +147,8 @@ class Case:
         fields = {name: getattr(self, name) for name in LAYER_FIELDS} | {"dtype": self.torch_dtype}
         if not self.has_kv_cache:
             fields |= {"kv_cache_dtype": "auto", "block_size": None}
-        return AttentionSpec(**fields)
+        spec = AttentionSpec(**fields)
+        return spec if self.kv_layout is None else with_kv_layout(spec, self.kv_layout)
 
     def key_ranges(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each request the first key that a query sees, and the one after the last.
@@ -181,10 +185,11 @@ class Case:
 
     @property
     def bytes_held(self) -> int:
-        """Memory for the inputs and one output."""
+        """Memory for the inputs and one output; an engine's layout is that of several layers."""
         keys = sum(self.seq_lens)
         if self.has_kv_cache:
             keys = sum(-(-n // self.block_size) for n in self.seq_lens) * self.block_size
+            keys *= 1 if self.kv_layout is None else LAYERS
         row = stored_head_size(self.kv_cache_dtype, self.head_size) * self.stored_dtype.itemsize
         queries = 2 * self.num_tokens * self.num_heads * self.head_size
         return 2 * keys * self.num_kv_heads * row + queries * self.torch_dtype.itemsize
@@ -325,6 +330,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "logits_soft_cap": _or_null(_check_number),
     "alibi": _one_of(True, False, ALIBI_SYMMETRIC),
     "sinks": _one_of(True, False),
+    "kv_layout": _or_null(lambda key, value: kv_layout_named(value)),
 }
 
 #: Sweep -> (requests, keys of each) of its points: 1k to 1M keys, and 1 to 1024 requests.

@@ -19,6 +19,8 @@ from attn_dispatch.interface.kv_cache import (
     kv_cache_shape,
     view_kv_cache,
 )
+from attn_dispatch.interface.kv_layout_table import kv_layout_named
+from attn_dispatch.interface.kv_view import KVCache, kv_strides_of
 from attn_dispatch.interface.quantization import (
     KVScales,
     has_token_scales,
@@ -46,7 +48,8 @@ class Inputs:
         query: (num_tokens, num_heads, head_size).
         key, value: (num_tokens, num_kv_heads, head_size), the new ones; None if only the cache has
             them. A cache always has them: their slots are −1.
-        kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored head size), NHD, or None.
+        kv_cache: (num_blocks, 2, block_size, num_kv_heads, stored head size), NHD; or a cache with
+            the case's layout; or None.
         block_table: (num_reqs, max_blocks) int32, or None.
         query_start_loc: (num_reqs + 1,) int32.
         seq_lens: (num_reqs,) int32.
@@ -112,9 +115,7 @@ class Inputs:
         if is_fp8(dtype):
             largest = torch.finfo(dtype).max
             self.layer.set(_K_RANGE / largest, _V_RANGE / largest, ((),), self.device)
-        size = stored_head_size(case.kv_cache_dtype, case.head_size)
-        shape = kv_cache_shape(sum(needed), case.block_size, case.num_kv_heads, size)
-        self.kv_cache = allocate_kv_cache(shape, STRIDE_ORDERS["NHD"], dtype, self.device)
+        self.kv_cache = self._allocate(sum(needed), dtype)
         seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32, device="cpu")
         slots = slots_of(seq_lens, seq_lens, table, case.block_size)
         for some in slots.split(_CHUNK_TOKENS):
@@ -125,6 +126,18 @@ class Inputs:
         self.block_table = table.to(self.device)
         if case.brings_keys:
             self.key, self.value = self._rows(case.query_lens)
+
+    def _allocate(self, num_blocks: int, dtype: torch.dtype) -> KVCache:
+        case = self.case
+        if case.kv_layout is not None:
+            arch = detect_device(self.device).arch
+            layout = kv_layout_named(case.kv_layout)
+            found = layout.allocate(self.spec, num_blocks, self.device, arch=arch)
+            self.spec = self.spec.replace(kv_strides=kv_strides_of(found))
+            return found
+        size = stored_head_size(case.kv_cache_dtype, case.head_size)
+        shape = kv_cache_shape(num_blocks, case.block_size, case.num_kv_heads, size)
+        return allocate_kv_cache(shape, STRIDE_ORDERS["NHD"], dtype, self.device)
 
     def keys_and_values(
         self, request: int, keys: slice, heads: slice, dtype: torch.dtype

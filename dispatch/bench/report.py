@@ -132,7 +132,8 @@ def print_report(console: Console, report: BenchReport) -> None:
     console.print()
     table = _table()
     for result in report.results:
-        table.add_row(result.case.name, *[""] * 6, style="bold")
+        layout = "" if result.case.kv_layout is None else f", {result.case.kv_layout}"
+        table.add_row(result.case.name + layout, *[""] * 6, style="bold")
         _add_rows(table, result, ceilings)
     console.print(table)
     _print_summary(console, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from attn_dispatch.bench.report import BenchReport
 
 __all__ = ["bench"]
+
+#: The name of this library's own layout in --kv-layout.
+_OURS = "ours"
 
 #: Columns of the table if stdout is not a terminal.
 _WIDTH = 110
@@ -77,6 +81,14 @@ def bench(
             "--peers", help="Also measure FlashAttention, FlashInfer, vLLM and PyTorch themselves."
         ),
     ] = False,
+    kv_layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Run each case over these layouts of an engine's cache, such as ours,vllm,sglang: "
+            "ours is this library's.",
+        ),
+    ] = None,
     device: Device = None,
     time_budget: Annotated[
         float,
@@ -115,6 +127,8 @@ def bench(
         "kv_cache_dtype": kv_cache_dtype,
     }
     chosen = _choose_cases(cases, name_filter, sweep, layer)
+    if kv_layout is not None:
+        chosen = _over_layouts(chosen, split_list(kv_layout))
     if json_path is not None:
         check_json_file(json_path, "format_version", "ceilings", "cases")
     if plot_path is not None:
@@ -179,6 +193,25 @@ def _choose_cases(
     fields = found[0].asdict() if found else _SWEEP_LAYER
     (first,) = parse_cases([{**fields, **given}], "the layer of the sweep")
     return sweep_cases(sweep, first)
+
+
+def _over_layouts(cases: list[Case], names: list[str]) -> list[Case]:
+    """The cases that have a cache, one after another over each of these layouts.
+
+    Raises:
+        InvalidInputError: a layout is not known, or no case has a cache.
+    """
+    from attn_dispatch.interface.kv_layout_table import kv_layout_named
+
+    layouts = [None if name == _OURS else kv_layout_named(name).name for name in names]
+    with_cache = [case for case in cases if case.has_kv_cache]
+    if not layouts:
+        raise InvalidInputError("--kv-layout names no layout. Give one, such as vllm.")
+    if not with_cache:
+        raise InvalidInputError(
+            "--kv-layout: no case has a KV cache. Pick others by --filter, or leave it out."
+        )
+    return [dataclasses.replace(case, kv_layout=each) for case in with_cache for each in layouts]
 
 
 def _run(

@@ -80,6 +80,8 @@ def _print_result(console: Console, result: DemoResult) -> None:
         f"Prefix: {stats.blocks_shared} blocks shared, {stats.blocks_copied} copied. "
         f"Cache full: {stats.preemptions} preemptions ({stats.blocks_swapped} blocks swapped)."
     )
+    if stats.replayed_steps:
+        console.print(f"{stats.replayed_steps} steps were replays of CUDA graphs.")
     console.print(f"Right answers: {result.num_right} of {len(result.answers)}.")
     same = result.tokens_checked - result.tokens_different
     console.print(

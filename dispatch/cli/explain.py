@@ -195,6 +195,7 @@ def _print_section(console: Console, section: _Section, phase: Phase | None) -> 
     for (pick, why), phases in _by_phase(section.reports).items():
         table.add_row(phases, pick or "none", why, style="green" if pick else "red")
     console.print(table)
+    _print_notes(console, section.reports)
     _print_others(console, section.reports)
 
 
@@ -207,6 +208,16 @@ def _by_phase(reports: Sequence[Report]) -> dict[tuple[str | None, str], str]:
         why = f"{report.source}: {because}" if report.source else because
         phases.setdefault((report.picked, why), []).append(str(report.phase))
     return {key: ", ".join(names) for key, names in phases.items()}
+
+
+def _print_notes(console: Console, reports: Sequence[Report]) -> None:
+    """Print what keeps the fastest kernels of the picks from the layer, each note once."""
+    phases: dict[tuple[str | None, str], list[str]] = {}
+    for report in reports:
+        for note in report.notes:
+            phases.setdefault((report.picked, note), []).append(str(report.phase))
+    for (pick, note), names in phases.items():
+        console.print(f"{', '.join(names)}: {pick}: {note}.", style="yellow")
 
 
 def _print_others(console: Console, reports: Sequence[Report]) -> None:

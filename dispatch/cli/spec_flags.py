@@ -16,6 +16,7 @@ import typer
 import attn_dispatch.interface.spec as spec_module
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
+from attn_dispatch.interface.types import AttentionType
 
 if TYPE_CHECKING:
     from attn_dispatch.models.config import LayerGroup
@@ -39,20 +40,26 @@ _SWITCHES: dict[str, tuple[str, Any, str]] = {
 }
 
 
+#: Fields whose flag has another name, and its value: a layout whose strides the field gets.
+_LAYOUT_FIELD, _LAYOUT_FLAG = "kv_strides", "--kv-layout"
+
+
 def flag_name(field: str) -> str:
     """`num_heads` -> `--num-heads`."""
-    return "--" + field.replace("_", "-")
+    return _LAYOUT_FLAG if field == _LAYOUT_FIELD else "--" + field.replace("_", "-")
 
 
 def with_spec_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's `**flags` by one flag for each field of AttentionSpec.
 
     The flags' values are strings or booleans, and None if a flag is not given;
-    `fields_from_flags` converts them.
+    `fields_from_flags` converts them. A field that has the name of one of the command's own
+    parameters gets no flag.
     """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters += map(_field_parameter, dataclasses.fields(AttentionSpec))
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = dataclasses.fields(AttentionSpec)
+    parameters += [_field_parameter(field) for field in fields if field.name not in own]
     parameters += [
         _parameter(name, bool, flag_name(name), h) for name, (*_, h) in _SWITCHES.items()
     ]
@@ -63,6 +70,9 @@ def with_spec_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 def _field_parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     kind, flag, doc = _base_type(field), flag_name(field.name), str(field.metadata.get("doc", ""))
+    if field.name == _LAYOUT_FIELD:
+        doc = "The cache of an engine, such as vllm, sglang or vllm-LBHNC; the default is ours."
+        return _parameter(field.name, str, flag, doc, "NAME")
     if kind == "bool" or kind.startswith("bool |"):
         if field.default is not False:  # otherwise there is nothing to switch off
             flag += f"/{flag_name('no_' + field.name)}"
@@ -117,12 +127,24 @@ def _dtype(text: str) -> Any:
     return found if isinstance(found, torch.dtype) else text
 
 
+def _integers(text: str) -> Any:
+    parts = [_number(int)(part.strip()) for part in text.split(",")]
+    return tuple(parts) if all(isinstance(part, int) for part in parts) else text
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
+    "tuple[int, int]": _integers,
     "int": _number(int),
     "float": _number(float),
     "torch.dtype": _dtype,
 }
-_METAVARS = {"int": "N", "float": "X", "torch.dtype": "DTYPE", "str": "NAME"}
+_METAVARS = {
+    "tuple[int, int]": "N,N",
+    "int": "N",
+    "float": "X",
+    "torch.dtype": "DTYPE",
+    "str": "NAME",
+}
 
 
 def _parse_record(field: str, record: type, text: str) -> Any:
@@ -149,13 +171,15 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         if value is None or name in _SWITCHES:
             continue
-        record = _record(kinds[name])
+        record = None if name == _LAYOUT_FIELD else _record(kinds[name])
         if not isinstance(value, str):
             fields[name] = value
         elif value.lower() == "none":
             fields[name] = None
         elif record is not None:
             fields[name] = _parse_record(name, record, value)
+        elif name == _LAYOUT_FIELD:
+            fields[name] = value  # its strides depend on the other fields
         else:
             fields[name] = _PARSERS.get(kinds[name], str)(value)
             _check_size(name, fields[name])
@@ -164,6 +188,9 @@ def fields_from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_size(field: str, value: Any) -> None:
+    if isinstance(value, tuple):
+        for each in value:
+            _check_size(field, each)
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
         raise InvalidInputError(
             f"{flag_name(field)} {value} is beyond {_MAX_INTEGER}, and no layer has as much."
@@ -173,9 +200,14 @@ def _check_size(field: str, value: Any) -> None:
 def spec_from_fields(fields: Mapping[str, Any]) -> AttentionSpec:
     """The layer; with `mla`, the sizes of its cache are derived unless they are given.
 
+    Args:
+        fields: of AttentionSpec; but `kv_strides` is the name of a layout.
+
     Raises:
         InvalidInputError: a required field is missing, or a value is wrong.
     """
+    layout = fields.get(_LAYOUT_FIELD)
+    fields = {name: value for name, value in fields.items() if name != _LAYOUT_FIELD}
     is_mla = fields.get("mla") is not None
     missing = [
         flag_name(field.name)
@@ -191,13 +223,21 @@ def spec_from_fields(fields: Mapping[str, Any]) -> AttentionSpec:
             "--config PATH."
         )
     if not is_mla:
-        return AttentionSpec(**fields)
+        return _with_layout(AttentionSpec(**fields), layout)
     basic = {name: fields[name] for name in ("num_heads", "dtype", "mla")}
-    return AttentionSpec.for_mla(**basic).replace(**fields)
+    return _with_layout(AttentionSpec.for_mla(**basic).replace(**fields), layout)
+
+
+def _with_layout(spec: AttentionSpec, layout: str | None) -> AttentionSpec:
+    from attn_dispatch.interface.kv_layout_table import with_kv_layout
+
+    return spec if layout is None else with_kv_layout(spec, layout)
 
 
 def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> dict[str, LayerGroup]:
     """The layers of a model, by their kind; without a config, the one that the fields describe.
+
+    A layout of the cache is that of all layers with keys and values in blocks.
 
     Raises:
         InvalidInputError, UnsupportedError: as for `layers_from_config` or `spec_from_fields`.
@@ -206,6 +246,14 @@ def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> dict[str
     from attn_dispatch.models.hf import load_config
 
     if config is not None:
-        return layers_from_config(load_config(config), **fields)
+        layout = fields.get(_LAYOUT_FIELD)
+        own = {name: value for name, value in fields.items() if name != _LAYOUT_FIELD}
+        groups = layers_from_config(load_config(config), **own)
+        return {
+            name: dataclasses.replace(group, spec=_with_layout(group.spec, layout))
+            if AttentionType(group.spec.attn_type).has_kv_cache and group.spec.mla is None
+            else group
+            for name, group in groups.items()
+        }
     spec = spec_from_fields(fields)
     return {spec.kind: LayerGroup(spec, ())}

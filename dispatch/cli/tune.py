@@ -44,6 +44,13 @@ __all__ = ["tune"]
 _MAX_DIGITS = 18
 
 
+#: Why an engine's layout is not measured.
+_OWN_LAYOUT = (
+    "Tables of times are for this library's own layout: leave it out. `bench --kv-layout` measures "
+    "an engine's."
+)
+
+
 @with_spec_flags
 def tune(
     config: Config = None,
@@ -198,7 +205,12 @@ def _choose_cases(
             raise InvalidInputError(
                 "--cases has layers of its own: leave out --config and the flags of a layer."
             )
-        return load_cases(path), []
+        loaded = load_cases(path)
+        if any(case.kv_layout is not None for case in loaded):
+            raise InvalidInputError(f"A case of {path} has a kv_layout. {_OWN_LAYOUT}")
+        return loaded, []
+    if "kv_strides" in fields:
+        raise InvalidInputError(f"--kv-layout is given. {_OWN_LAYOUT}")
     found, notes = [], []
     for name, group in requested_layers(config, fields).items():
         spec = group.spec

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.kv_encoding import int8_rows, per_head
 from attn_dispatch.conformance.tolerance import ErrorBound, require, require_rejected
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache

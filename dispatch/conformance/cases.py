@@ -1,64 +1,31 @@
 """Cases to check backends with: a step of an engine as data, its tensors, and what they give.
 
 A `Case` is plain data: a failure prints it in one line, and it can be made again. `CaseTensors` has
-the tensors of a call and computes what the call should return. An `EngineStep` makes them up for a
-case: a cache whose unused slots hold NaN, a block table whose unused entries hold garbage, rows
-in the memory layouts of an engine.
+the tensors of a call and computes what the call should return. `engine_step.py` makes them up.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from attn_dispatch.conformance import oracle
-from attn_dispatch.conformance.kv_encoding import (
-    dequantized,
-    encoded_parts,
-    layer_with,
-    nan_cache,
-    stored_size,
-)
-from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.impl import AttentionImpl
-from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, INT8_PER_TOKEN_HEAD, AttentionSpec
-from attn_dispatch.interface.types import PlaceholderRange
 
 __all__ = [
     "FP8",
-    "GARBAGE_BLOCKS",
     "INT8",
-    "MEMORY",
+    "SHARD",
     "Case",
     "CaseTensors",
-    "EngineStep",
     "layer_spec",
 ]
 
-_View = Callable[[torch.Tensor], torch.Tensor]
-#: Layouts of (tokens, heads, size) in memory: the shape of the allocation, and the view of it.
-_MEMORY: dict[str, Callable[[int, int, int], tuple[tuple[int, ...], _View]]] = {
-    "contiguous": lambda tokens, heads, size: ((tokens, heads, size), lambda t: t),
-    "fused": lambda tokens, heads, size: (
-        (tokens, 3 + heads * size),
-        lambda t: t[:, 3:].unflatten(1, (heads, size)),
-    ),
-    "transposed": lambda tokens, heads, size: ((heads, tokens, size), lambda t: t.transpose(0, 1)),
-    "strided": lambda tokens, heads, size: ((tokens, heads, 2 * size), lambda t: t[..., ::2]),
-}
-MEMORY = tuple(_MEMORY)
-
-#: What an engine may leave in the entries of a block table that no request uses.
-GARBAGE_BLOCKS = (-1, 2**31 - 1, 0, -(2**31), 1_000_000)
+#: Offset and step of the keys of a layer with key positions: those of the second of three GPUs.
+SHARD = (1, 3)
 
 FP8 = ("fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
 INT8 = INT8_PER_TOKEN_HEAD
@@ -74,10 +41,13 @@ class Case:
         seq_lens: of each request.
         new_lens: rows of key and value of each request, where they differ from the query's.
         brings_keys: key and value are given; else the cache holds them all.
-        memory: one of MEMORY.
+        memory: one of engine_step.MEMORY.
         padding: rows of query, key and value beyond the batch's tokens.
         ranges: (request, start, end) of tokens that see each other.
         max_decode_query_len: of the batch.
+        bounds: upper bounds of each request's keys, which are then all that the host knows.
+        key_positions: for a layer with key positions, (offset, step, length of each request); None
+            for some that fit seq_lens.
         planted: (tensor, request, first, end, number): the value of element 0 of head 0, such as
             NaN, in rows first to end of a request's "query", "key" or "value".
         seed: of the numbers.
@@ -92,8 +62,22 @@ class Case:
     padding: int = 0
     ranges: tuple[tuple[int, int, int], ...] = ()
     max_decode_query_len: int = 1
+    bounds: tuple[int, ...] | None = None
+    key_positions: tuple[int, int, tuple[int, ...]] | None = None
     planted: tuple[tuple[str, int, int, int, float], ...] = ()
     seed: int = 0
+
+    @property
+    def positions(self) -> tuple[int, int, tuple[int, ...]] | None:
+        """(offset, step, length of each request) of the keys, or None if key j is at j."""
+        if not self.spec.key_positions or self.key_positions is not None:
+            return self.key_positions if self.spec.key_positions else None
+        offset, step = SHARD
+        lengths = (
+            offset + (step * (seq - 1) + 1 + (seq + query) % step if seq else 0)
+            for query, seq in zip(self.query_lens, self.seq_lens, strict=True)
+        )
+        return offset, step, tuple(lengths)
 
     def replace(self, **changes: Any) -> Case:
         """A copy with some fields changed."""
@@ -167,20 +151,36 @@ class CaseTensors:
         visibility: dict[str, Any] = {
             "causal": self.spec.causal,
             "window": self.spec.sliding_window,
+            "sides": self.spec.window_size,
+            "chunk": self.spec.attention_chunk,
             "ranges": self.ranges_of(request),
             "mask": None if self.masks is None else self.masks[request],
         }
         visibility |= {name: changes[name] for name in visibility.keys() & changes}
-        num_keys = len(self.keys[request])
-        positions = oracle.positions_of(len(self.queries[request]), num_keys)
-        return oracle.sees(positions, num_keys, **visibility)
+        visibility |= self._positions_of(request, **changes)
+        return oracle.sees(num_keys=len(self.keys[request]), **visibility)
+
+    def _positions_of(self, request: int, **changes: Any) -> dict[str, Any]:
+        """Those of a request's queries and keys, as the oracle takes them."""
+        num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
+        offset, step, lengths = 0, 1, None
+        if changes.get("positions", self.case.positions) is not None:
+            assert self.case.positions is not None
+            offset, step, lengths = self.case.positions
+        return {
+            "positions": oracle.positions_of(
+                num_queries, num_keys if lengths is None else lengths[request]
+            ),
+            "key_positions": offset + step * torch.arange(num_keys),
+        }
 
     def expected(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(output, lse) of the batch's tokens in float64, by the oracle.
 
         Args:
             **changes: what to compute differently: an argument of the oracle (`cap=None`,
-                `window=6`, `mask=None`), or `keys` or `values`, those of each request.
+                `window=6`, `mask=None`), `positions=None` for key j at position j, or `keys` or
+                `values`, those of each request.
         """
         spec = self.spec
         numbers: dict[str, Any] = {
@@ -192,7 +192,11 @@ class CaseTensors:
         }
         numbers |= {name: changes[name] for name in numbers.keys() & changes}
         found = [
-            oracle.attention_of_request(*each, seen=self.seen_by(request, **changes), **numbers)
+            oracle.attention_of_request(
+                *each,
+                seen=self.seen_by(request, **changes),
+                **(numbers | self._positions_of(request, **changes)),
+            )
             for request, each in enumerate(
                 zip(
                     self.queries,
@@ -218,230 +222,3 @@ class CaseTensors:
             seen = self.seen_by(request).to(self.device)
             outputs.append(oracle.sdpa_of_request(*tensors, scale=self.scale, seen=seen).cpu())
         return torch.cat(outputs)
-
-
-class EngineStep(CaseTensors):
-    """A case with tensors that are made up for it.
-
-    Args:
-        case: the step as data.
-        device: where its tensors go.
-        arch: of the device; decides what "fp8" means.
-
-    Attributes:
-        query, key, value: the arguments of a forward; no key and value if the cache holds them all.
-        kv_cache: None without a cache, as are the batch's block table and slots.
-        batch: as an engine gives it.
-        exact_keys, exact_values: those of each request, before a cache rounded them.
-        min_cache_bytes: the storage of a copy of the cache has at least this size.
-    """
-
-    min_cache_bytes: int = 0
-
-    key: Any = None
-    value: Any = None
-    kv_cache: Any = None
-    _table: Any = None
-    _slots: Any = None
-
-    def __init__(self, case: Case, device: torch.device | str = "cpu", arch: str = "") -> None:
-        spec, device = case.spec, torch.device(device)
-        self.case = case
-        self._random = torch.Generator().manual_seed(case.seed)
-        has_cache = spec.block_size is not None
-        self.new_lens = case.new_lens or (case.query_lens if has_cache else case.seq_lens)
-        slopes = [0.7 ** (1 + h) for h in range(spec.num_heads)] if spec.alibi else None
-        sinks = self._normal(spec.num_heads).float().to(device) if spec.sinks else None
-        shape = (spec.num_kv_heads,) if spec.kv_scales == "per_head" else ()
-        scales = [0.01 + 0.03 * torch.rand(shape, generator=self._random) for _ in range(2)]
-        if not spec.kv_cache_dtype.startswith("fp8"):
-            scales = [torch.ones(())] * 2
-
-        heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        queries = [self._new(n, heads, spec.head_size) for n in case.query_lens]
-        keys = [self._new(n, kv_heads, spec.head_size) for n in case.seq_lens]
-        values = [self._new(n, kv_heads, spec.head_size_v) for n in case.seq_lens]
-        own = {"query": queries, "key": keys, "value": values}
-        for name, request, first, end, number in case.planted:
-            own[name][request][first:end, 0, 0] = number
-        self.exact_keys, self.exact_values = keys, values
-        query = self._lay(queries, heads, spec.head_size, device)
-        if case.brings_keys:
-            # A layer that shares another's cache must not use the keys that it is given.
-            shown = [self._normal(*k.shape).to(k) for k in keys] if spec.kv_sharing else keys
-            self.key = self._lay(self._last(shown), kv_heads, spec.head_size, device)
-            self.value = self._lay(self._last(values), kv_heads, spec.head_size_v, device)
-        if has_cache:
-            dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
-            self.kv_cache = self._make_cache((keys, values), scales, dtype).to(device)
-            keys = [dequantized(k, scales[0], dtype) for k in keys]
-            values = [dequantized(v, scales[1], dtype) for v in values]
-        super().__init__(
-            case=case,
-            layer=layer_with(scales, device),
-            scale=0.8 * spec.head_size**-0.5,
-            query=query,
-            queries=[q.double() for q in queries],
-            keys=[k.double() for k in keys],
-            values=[v.double() for v in values],
-            masks=self._make_masks() if spec.custom_mask else None,
-            slopes=slopes,
-            sinks=sinks,
-        )
-        self.batch = self._make_batch()
-
-    def _normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self._random, dtype=torch.float64)
-
-    def _new(self, *shape: int) -> torch.Tensor:
-        return self._normal(*shape).to(self.spec.dtype)
-
-    def _last(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The new rows of each request; zeros where it has none but pads a graph's batch."""
-        return [
-            F.pad(tensor, (0, 0, 0, 0, max(0, new - len(tensor)), 0))[max(0, len(tensor) - new) :]
-            for tensor, new in zip(tensors, self.new_lens, strict=True)
-        ]
-
-    def _lay(
-        self, parts: Sequence[torch.Tensor], heads: int, size: int, device: torch.device
-    ) -> torch.Tensor:
-        """The requests' rows one after another and padding after them, in the case's memory."""
-        rows = torch.cat([*parts, torch.zeros(self.case.padding, heads, size).to(self.spec.dtype)])
-        shape, view = _MEMORY[self.case.memory](len(rows), heads, size)
-        laid = view(torch.full(shape, math.nan, dtype=rows.dtype, device=device))
-        return laid.copy_(rows)
-
-    def copy_of_cache(self) -> torch.Tensor:
-        """A copy of the cache, for a call to write to."""
-        copy: torch.Tensor = self.kv_cache.clone()
-        storage = copy.untyped_storage()
-        if storage.nbytes() < self.min_cache_bytes:
-            storage.resize_(self.min_cache_bytes)
-        return copy
-
-    def fill_padding(self, number: float) -> None:
-        """Overwrite the rows of query, key and value that belong to no request."""
-        for tensor in (self.query, self.key, self.value):
-            if tensor is not None:
-                tensor[len(tensor) - self.case.padding :] = number
-
-    def _make_cache(
-        self,
-        tensors: Sequence[Sequence[torch.Tensor]],
-        scales: Sequence[torch.Tensor],
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """A cache on the CPU with the keys and values that are older than the step."""
-        spec, case, block_size = self.spec, self.case, self.spec.block_size
-        assert block_size is not None
-        needed = [-(-n // block_size) for n in case.seq_lens]
-        num_blocks = sum(needed) + 2
-        size = stored_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
-        shape = (num_blocks, 2, block_size, spec.num_kv_heads, size)
-        cache = nan_cache(shape, spec.kv_cache_layout or "NHD", dtype)
-        stored = cache.view(torch.uint8) if dtype.itemsize == 1 else cache
-        free = torch.randperm(num_blocks, generator=self._random).tolist()
-        columns = max(needed, default=0) + 1
-        rows, slots = [], []
-        for request, (seq_len, new) in enumerate(zip(case.seq_lens, self.new_lens, strict=True)):
-            blocks = [free.pop() for _ in range(needed[request])]
-            garbage = [GARBAGE_BLOCKS[(request + i) % len(GARBAGE_BLOCKS)] for i in range(columns)]
-            rows.append((blocks + garbage)[:columns])
-            own = [blocks[p // block_size] * block_size + p % block_size for p in range(seq_len)]
-            is_written = case.brings_keys and not spec.kv_sharing
-            old = torch.tensor(own[: seq_len - new if is_written else seq_len]).long()
-            for index, each in enumerate(tensors):
-                parts = encoded_parts(each[request][: len(old)], scales[index], dtype)
-                for part, content in parts:
-                    stored[old // block_size, index, old % block_size, :, part] = content
-            slots += [-1] * (new - seq_len)  # a request without keys pads a graph's batch
-            slots += own[max(0, seq_len - new) :]
-        self._table = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), columns)
-        self._slots = torch.tensor(slots + [-1] * case.padding, dtype=torch.int64)
-        return cache
-
-    def _make_masks(self) -> list[torch.Tensor]:
-        masks = []
-        for query_len, seq_len in zip(self.case.query_lens, self.case.seq_lens, strict=True):
-            mask = torch.rand(query_len, seq_len, generator=self._random) < 0.6
-            mask[1::3] = False  # rows that see nothing
-            masks.append(mask)
-        return masks
-
-    def _make_batch(self) -> AttentionBatch:
-        case, spec = self.case, self.spec
-        flat = None
-        if self.masks is not None:
-            flat = torch.cat([torch.zeros(0).bool(), *(mask.reshape(-1) for mask in self.masks)])
-            flat = flat.to(self.device)
-        writes = case.brings_keys and not spec.kv_sharing
-        ranges = {"image": [PlaceholderRange(*r) for r in case.ranges]} if case.ranges else None
-        return AttentionBatch.create(
-            case.query_lens,
-            case.seq_lens,
-            block_table=self._table,
-            slot_mapping=self._slots if writes else None,
-            key_lens=None if self.new_lens == case.query_lens else self.new_lens,
-            custom_mask=flat,
-            multi_modal_placeholder_index_maps=ranges,
-            max_decode_query_len=case.max_decode_query_len,
-            device=self.device,
-        )
-
-    def impl_arguments(self) -> dict[str, Any]:
-        """The arguments of the constructor of an impl of this step's layer."""
-        return {
-            **self.spec.impl_arguments(),
-            "scale": self.scale,
-            "alibi_slopes": self.slopes,
-            "kv_sharing_target_layer_name": "target" if self.spec.kv_sharing else None,
-            "sinks": self.sinks,
-        }
-
-    def impl_of(self, backend_cls: type[AttentionBackend]) -> AttentionImpl[Any]:
-        """The backend's impl of this step's layer."""
-        return backend_cls.get_impl_cls()(**self.impl_arguments())
-
-    def metadata_of(self, backend_cls: type[AttentionBackend]) -> Any:
-        """The backend's metadata of this step's batch."""
-        return backend_cls.make_builder(self.spec, self.device).build(self.batch)
-
-    def forward(
-        self, backend_cls: type[AttentionBackend], kv_cache: torch.Tensor | None, **more: Any
-    ) -> Any:
-        """What the backend's forward returns; it writes to this cache.
-
-        Args:
-            backend_cls: the backend.
-            kv_cache: its cache, or None.
-            **more: further arguments of the forward; or `impl`, an impl to use.
-        """
-        impl = more.pop("impl", None) or self.impl_of(backend_cls)
-        metadata = self.metadata_of(backend_cls)
-        return impl.forward(
-            self.layer, self.query, self.key, self.value, kv_cache, metadata, **more
-        )
-
-    def requests(self, chosen: Sequence[int]) -> EngineStep:
-        """The step with these of its requests, in this order, over the same cache."""
-        case, part = self.case, copy.copy(self)
-
-        def rows(lens: Sequence[int]) -> torch.Tensor:
-            parts = torch.arange(sum(lens)).split(list(lens))
-            return torch.cat([torch.zeros(0).long(), *(parts[request] for request in chosen)])
-
-        lens = {
-            name: tuple(lengths[request] for request in chosen)
-            for name in ("query_lens", "seq_lens", "new_lens")
-            if (lengths := getattr(case, name)) is not None
-        }
-        part.case, part.new_lens = case.replace(**lens), tuple(self.new_lens[i] for i in chosen)
-        new = rows(self.new_lens)
-        part.query = self.query[rows(case.query_lens).to(self.device)]
-        if self.key is not None:
-            part.key, part.value = self.key[new.to(self.device)], self.value[new.to(self.device)]
-        if self._table is not None:
-            part._table, part._slots = self._table[list(chosen)], self._slots[new]
-        part.batch = part._make_batch()
-        return part

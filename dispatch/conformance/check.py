@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.comparison import compare_with_oracle, require_returned
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.conformance.unchanged import inputs_unchanged
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
 from attn_dispatch.interface.backend import AttentionBackend
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import GROUP_SIZE, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device import DeviceProfile
@@ -44,6 +45,9 @@ _NEAR_CAP = 0.2
 #: Layers that differ from the plain one: name -> fields of any value, and fields by their value.
 _LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "window": (("sliding_window",), {}),
+    "two-sided window": (("window_size",), {}),
+    "chunks": (("attention_chunk",), {}),
+    "key positions": (("key_positions",), {}),
     "soft cap": (("logits_soft_cap",), {}),
     "ALiBi": (("alibi",), {}),
     "sinks": (("sinks",), {}),
@@ -249,7 +253,7 @@ class BackendUnderTest:
     def forward(
         self,
         step: EngineStep,
-        cache: torch.Tensor | None = None,
+        cache: KVCache | None = None,
         *,
         may_change: tuple[str, ...] = (),
         **more: Any,

@@ -21,6 +21,7 @@ from attn_dispatch.conformance.tolerance import (
     require,
 )
 from attn_dispatch.interface.quantization import GROUP_SIZE, is_fp8
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 
 __all__ = [
@@ -266,6 +267,20 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
         yield looks(asked, "no window: it is dropped", window=None)
         for near in (window + 1, window - 1):
             yield looks(asked, f"{near}: the window is off by one", window=near)
+    if spec.window_size is not None:
+        left, right = spec.window_size
+        asked = f"window_size={spec.window_size}"
+        yield looks(asked, "no window: it is dropped", sides=None)
+        yield looks(asked, f"{(right, left)}: the sides are swapped", sides=(right, left))
+        for sides in ((left + 1, right), (left - 1, right), (left, right + 1), (left, right - 1)):
+            if min(sides) >= 0:
+                yield looks(asked, f"{sides}: the window is off by one", sides=sides)
+    if spec.attention_chunk is not None:
+        asked = f"attention_chunk={spec.attention_chunk}"
+        yield looks(asked, "no chunks: it is dropped", chunk=None)
+    uses_positions = spec.causal or spec.alibi or step.case.ranges or Reach.of(spec) != Reach()
+    if step.case.positions is not None and uses_positions:
+        yield looks("key_positions", "key j at position j: they are dropped", positions=None)
     if step.masks is not None:
         yield looks("custom_mask", "no mask: it is dropped", mask=None)
     if step.case.ranges:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from attn_dispatch.conformance.cases import EngineStep
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.layer import Attention

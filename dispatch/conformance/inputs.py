@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import MEMORY, EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -18,8 +17,11 @@ from attn_dispatch.conformance.check import (
     skip_unless,
 )
 from attn_dispatch.conformance.comparison import allowed_error
+from attn_dispatch.conformance.engine_step import MEMORY, EngineStep
 from attn_dispatch.conformance.kv_encoding import as_stored, layer_with
 from attn_dispatch.conformance.tolerance import ErrorBound, distance, require, worst_of
+from attn_dispatch.interface.contents import first_seen_keys
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["garbage", "inputs", "memory", "rows"]
@@ -96,6 +98,9 @@ def _change_cached(index: int) -> _Change:
 _OFF = {
     "logits_soft_cap": None,
     "sliding_window": None,
+    "window_size": None,
+    "attention_chunk": None,
+    "key_positions": False,
     "alibi": False,
     "sinks": False,
     "custom_mask": False,
@@ -181,14 +186,18 @@ def _stale(step: EngineStep) -> None:
     step.kv_cache = torch.where(step.kv_cache.isnan(), left, step.kv_cache)
 
 
-def _free_what_the_window_passed(step: EngineStep) -> None:
-    cache, block_size, window = step.kv_cache, step.kv_cache.shape[2], step.spec.sliding_window
-    assert window is not None
-    for request, (query, seq) in enumerate(
-        zip(step.case.query_lens, step.case.seq_lens, strict=True)
-    ):
-        first_seen = max(0, seq - query - window + 1)
+def _free_what_no_query_sees(step: EngineStep) -> None:
+    """Fill the blocks before window and chunk of each request's first query with NaN."""
+    cache, block_size = step.kv_cache, step.kv_cache.shape[2]
+    for request, first_seen in enumerate(first_seen_keys(step.batch, Reach.of(step.spec))):
         cache[step._table[request, : first_seen // block_size].long().to(cache.device)] = math.nan
+
+
+#: Fields that let an engine free blocks: what they are called, and which blocks.
+_FREEING = {
+    "sliding_window": ("window", "that a sliding window has passed"),
+    "attention_chunk": ("chunk", "before the chunk of a request's first query"),
+}
 
 
 def garbage(target: BackendUnderTest) -> Iterator[Check]:
@@ -218,13 +227,14 @@ def garbage(target: BackendUnderTest) -> Iterator[Check]:
     shows = "NaN among the values of one request stays in its rows."
     test = partial(_nan_stays_in_its_request, target, plain)
     yield Check("NaN of another request", shows, plain, test)
-    window = target.spec_with("sliding_window", kv_cache_dtype="auto")
-    if window is not None and window.causal:
-        beyond = (window.sliding_window or 0) + 2 * (window.block_size or 0)
+    for field, names in _FREEING.items():
+        spec = target.spec_with(field, kv_cache_dtype="auto")
+        if spec is None or not spec.causal:
+            continue
+        beyond = (getattr(spec, field) or 0) + 2 * (spec.block_size or 0)
         case = {"query_lens": (1, 9, 3), "seq_lens": (beyond + 5, beyond + 9, beyond + 14)}
-        shows = "Blocks that a sliding window has passed may hold NaN."
-        test = partial(after, _free_what_the_window_passed, window, **case)
-        yield Check("freed by the window", shows, window, test)
+        test = partial(after, _free_what_no_query_sees, spec, **case)
+        yield Check(f"freed by the {names[0]}", f"Blocks {names[1]} may hold NaN.", spec, test)
 
 
 def _nan_stays_in_its_request(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:

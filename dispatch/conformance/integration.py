@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import (
     BackendUnderTest,
     Check,
@@ -19,6 +18,8 @@ from attn_dispatch.conformance.check import (
     same_bits,
     skip_unless,
 )
+from attn_dispatch.conformance.engine_step import EngineStep
+from attn_dispatch.conformance.graph_steps import captured_call, graph_steps
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.tolerance import ErrorBound, require, worst_of
 from attn_dispatch.interface.metadata import AttentionMetadata
@@ -167,6 +168,7 @@ def graphs(target: BackendUnderTest) -> Iterator[Check]:
         shows = "A captured graph, replayed for other steps, computes them."
         test = partial(test, is_captured=True)
         yield Check(f"capture and replay{kind}", shows, layer, test, needs="cuda")
+    yield from graph_steps(target)
 
 
 class _Capture:
@@ -202,30 +204,12 @@ class _Capture:
             self._metadata = self._state.graph_capture_get_metadata_for_batch(_GRAPH_SIZE)
             self._replay = self._run
             if is_captured:
-                self._capture()
+                self._replay = captured_call(self._run)
         self._buffers = self._state.get_graph_input_buffers(self._metadata)
 
     def _run(self) -> Any:
         arguments = (*self._rows, self.cache, self._metadata, self._output)
         return self._impl.forward(self._layer, *arguments)
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run()  # kernels that compile on the first call do so outside of the graph
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self._run()
-
-        def replay() -> Any:
-            for tensor in result if isinstance(result, tuple) else (result,):
-                tensor.fill_(math.nan)
-            graph.replay()
-            return result
-
-        self._replay = replay
 
     def step(self, step: EngineStep) -> Any:
         """The result of a step of one-token requests, in a padded batch."""

@@ -34,6 +34,9 @@ _BY_HAND = (
     "causal",
     "attn_type",
     "sliding_window",
+    "window_size",
+    "attention_chunk",
+    "key_positions",
     "logits_soft_cap",
     "alibi",
     "sinks",
@@ -43,6 +46,7 @@ _BY_HAND = (
     "returns_lse",
     "kv_scales",
     "kv_cache_layout",
+    "lengths",
     "output_quant",
 )
 

@@ -31,8 +31,11 @@ def sees(
     *,
     causal: bool,
     window: int | None = None,
+    sides: tuple[int, int] | None = None,
+    chunk: int | None = None,
     ranges: Sequence[tuple[int, int]] = (),
     mask: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(num_queries, num_keys) bool: which query sees which key.
 
@@ -41,10 +44,15 @@ def sees(
         num_keys: of the request.
         causal: a query sees no later key.
         window: a query sees only the keys closer than this.
+        sides: the most that a visible key is before and after its query; -1 for any distance.
+        chunk: a query sees only the keys whose position, divided by this, has the same quotient.
         ranges: [start, end) whose tokens also see each other.
         mask: (num_queries, num_keys) bool; False hides a key in any case.
+        key_positions: (num_keys,) int64, those of the keys; None for 0, 1 and so on.
     """
     keys = torch.arange(num_keys, device=positions.device)
+    if key_positions is not None:
+        keys = key_positions
     queries = positions[:, None]
     distance = keys - queries
     allowed = torch.ones_like(distance, dtype=torch.bool)
@@ -52,6 +60,13 @@ def sees(
         allowed &= distance <= 0
     if window is not None:
         allowed &= distance.abs() < window
+    if sides is not None:
+        before, after = (math.inf if side < 0 else side for side in sides)
+        allowed &= (-distance <= before) & (distance <= after)
+    if chunk is not None:
+        allowed &= keys.div(chunk, rounding_mode="floor") == queries.div(
+            chunk, rounding_mode="floor"
+        )
     for start, end in ranges:
         in_range = [(tokens >= start) & (tokens < end) for tokens in (queries, keys)]
         allowed |= in_range[0] & in_range[1]
@@ -66,6 +81,7 @@ def attention_of_request(
     scale: float,
     seen: torch.Tensor,
     positions: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
     cap: float | None = None,
     slopes: Sequence[float] | None = None,
     symmetric: bool = False,
@@ -80,6 +96,7 @@ def attention_of_request(
         scale: factor on the scores.
         seen: (num_queries, num_keys) bool, from `sees`.
         positions: as for `sees`; None for the last ones.
+        key_positions: as for `sees`.
         cap: soft cap of the scores, or None.
         slopes: num_heads slopes, or None.
         symmetric: the slopes multiply |key − query|, negated, not key − query.
@@ -99,6 +116,8 @@ def attention_of_request(
         return output, lse
     if positions is None:
         positions = positions_of(num_queries, num_keys, query.device)
+    if key_positions is None:
+        key_positions = torch.arange(num_keys, device=query.device)
     keys, values = (each.double().transpose(0, 1) for each in (key, value))
     broken = (~values.isfinite()).any(-1).any(0).nonzero().flatten().tolist()
     plain = values.nan_to_num(0.0, 0.0, 0.0) if broken else values
@@ -118,7 +137,7 @@ def attention_of_request(
         if cap is not None:
             scores = cap * (scores / cap).tanh()
         if slopes is not None:
-            distance = torch.arange(num_keys, device=query.device) - positions[rows, None]
+            distance = key_positions - positions[rows, None]
             distance = -distance.abs() if symmetric else distance
             scores = scores + per_head(slopes) * distance
         scores = scores.masked_fill(~seen[rows], -math.inf)

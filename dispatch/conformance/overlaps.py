@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import ErrorBound, require
 from attn_dispatch.errors import InvalidInputError
 

@@ -7,13 +7,14 @@ accept, and values that they reject.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import FP8, INT8, Case
+from attn_dispatch.conformance.cases import FP8, INT8, SHARD, Case
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import (
@@ -27,6 +28,7 @@ from attn_dispatch.interface.capability import (
     Reason,
     compare,
 )
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceProfile
@@ -55,9 +57,13 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "kv_scales": ("per_head",),
     "block_size": (None, 1, 4, 16, 32, 64, 256),
     "kv_cache_layout": ("HND", "NHD"),
+    "lengths": ("upper_bound",),
     "attn_type": tuple(AttentionType),
     "causal": (False, True),
     "sliding_window": (5, 1, 10_000),
+    "window_size": ((6, 2), (0, 9), (-1, 3), (5, -1)),
+    "attention_chunk": (11, 16, 1, 10_000),
+    "key_positions": (True,),
     "logits_soft_cap": (1.5, 50.0),
     "alibi": (True, ALIBI_SYMMETRIC),
     "sinks": (True,),
@@ -72,7 +78,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 #: Fields without values to try, and why.
 WITHOUT_PROBES = {
-    "kv_strides": "the checks of the cache use the layouts of engines",
+    "kv_strides": "the group kv_layouts uses the layouts of engines",
     "mla": "the interface leaves the constructor of a latent attention's impl to each backend",
 }
 
@@ -83,7 +89,7 @@ _TOGETHER = 7
 
 #: Larger sizes, even if declared, cost memory and show nothing more.
 _LARGEST = {"num_heads": 128, "num_kv_heads": 64, "head_size": 576, "head_size_v": 576}
-_LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20}
+_LARGEST |= {"block_size": 1024, "sliding_window": 1 << 20, "attention_chunk": 1 << 20}
 
 #: The plain layer, which everything is tried on, is the first of these that the backend accepts.
 #: The most precise dtypes are first: they show a small error.
@@ -108,13 +114,20 @@ _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"causal": False},
 )
 
-_NO_CACHE = {"block_size": None, "kv_cache_layout": None, "kv_cache_dtype": "auto"}
+_NO_CACHE = {
+    "block_size": None,
+    "kv_cache_layout": None,
+    "kv_cache_dtype": "auto",
+    "lengths": "exact",
+}
 _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
 )
 
 #: A decode, a prompt, drafts to verify, no tokens, a chunk, a decode: in no order of phases.
 _QUERY_LENS, _SEQ_LENS = (1, 24, 3, 0, 18, 1), (39, 24, 21, 0, 50, 4)
+#: By how much the bounds of the requests' keys exceed them, in turn.
+_SLACK = (0, 1, 40, 3)
 _RANGES = ((1, 3, 17), (1, 19, 24), (4, 30, 47), (2, 15, 21), (0, 2, 39))
 
 
@@ -155,7 +168,8 @@ def is_request(spec: AttentionSpec) -> bool:
     """Whether the fields are possible together: no scales without an fp8 cache, for instance."""
     has_cache = spec.block_size is not None
     is_cross = spec.attn_type is AttentionType.ENCODER_DECODER
-    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing)
+    has_bounds = spec.lengths == "upper_bound"
+    of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing, has_bounds)
     return (
         (has_cache or not any((*of_cache, spec.cuda_graph)))
         and (has_cache or not is_cross)
@@ -163,7 +177,7 @@ def is_request(spec: AttentionSpec) -> bool:
         and (spec.kv_scales == "per_tensor" or spec.kv_cache_dtype.startswith("fp8"))
         and not (is_cross and (spec.kv_sharing or spec.bidirectional_ranges))
         # Without causality or a window, ranges have nothing to widen.
-        and not (spec.bidirectional_ranges and not spec.causal and spec.sliding_window is None)
+        and not (spec.bidirectional_ranges and not spec.causal and Reach.of(spec) == Reach())
     )
 
 
@@ -247,7 +261,8 @@ def _companions(field: str, value: Any) -> list[dict[str, Any]]:
     if field == "attn_type":
         has_cache = AttentionType(value).has_kv_cache
         return [{"causal": None, **({} if has_cache else _NO_CACHE)}]
-    if value == ALIBI_SYMMETRIC:  # with causality the slopes are signed in any case
+    # With causality the slopes are signed in any case, and the right side of a window is 0.
+    if value == ALIBI_SYMMETRIC or field == "window_size":
         encoder = {"attn_type": AttentionType.ENCODER_ONLY, "causal": None, **_NO_CACHE}
         return [{"causal": False}, {"causal": False, **_NO_CACHE}, encoder]
     if value == "fp8_e4m3_group128":
@@ -330,21 +345,30 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
     query_lens: tuple[int, ...] = changes.pop("query_lens", _QUERY_LENS)
     seq_lens: tuple[int, ...] = changes.pop("seq_lens", _SEQ_LENS)
     is_mixed = query_lens == _QUERY_LENS
-    window = spec.sliding_window or 0
-    longest = max(window if window < 4096 else 0, spec.block_size or 0)
+    spans = (spec.sliding_window, *(spec.window_size or ()), spec.attention_chunk)
+    window = max((span for span in spans if span is not None and span < 4096), default=0)
+    longest = max(window, spec.block_size or 0)
     if is_mixed and longest >= 24:
         query_lens, seq_lens = (*query_lens, 1, 7), (*seq_lens, longest + 9, longest + 20)
-    ranges = _RANGES if spec.bidirectional_ranges and is_mixed else ()
+    ranges: tuple[tuple[int, int, int], ...] = ()
+    if spec.bidirectional_ranges and is_mixed:
+        ranges = _RANGES
+    if spec.key_positions:  # ranges are of positions
+        ranges = tuple((r, SHARD[1] * start, SHARD[1] * end) for r, start, end in ranges)
     new_lens = changes.pop("new_lens", None)
     if new_lens is None and spec.block_size is None:
         new_lens = seq_lens
     elif new_lens is None and spec.attn_type is AttentionType.ENCODER_DECODER:
         # Some bring the encoder's keys; of the others the cache has them.
         new_lens = tuple(n if i % 3 else 0 for i, n in enumerate(seq_lens))
+    bounds = None
+    # The size of a mask follows from the lengths, so a batch with one has exact lengths.
+    if spec.lengths == "upper_bound" and spec.block_size is not None and not spec.custom_mask:
+        bounds = tuple(map(operator.add, seq_lens, itertools.cycle(_SLACK)))
     return Case(
         spec=spec,
         query_lens=query_lens,
         seq_lens=seq_lens,
         new_lens=new_lens,
-        **{"ranges": ranges, **changes},
+        **{"ranges": ranges, "bounds": bounds, **changes},
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,11 @@ from attn_dispatch.conformance.tolerance import (
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.batch_checks import slots_of
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache, kv_cache_shape
 from attn_dispatch.interface.spec import AttentionSpec
 
-__all__ = ["draws", "judge", "real_sizes"]
+__all__ = ["FIELDS", "draws", "judge", "real_sizes"]
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 #: Query and KV heads: ratios of 1, 4, 8 and 5.
@@ -44,6 +45,16 @@ WINDOWS = (
     *(17, 100, 127, 129, 200, 255, 257, 300, 511, 513, 700, 900, 1000, 1023, 1025, 1500, 2000),
     *(2047, 2049, 3000),
 )
+#: Other fields of layers to draw, of two of WINDOWS; for a few head sizes.
+FIELDS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "window_size": lambda one, other: {"causal": False, "window_size": (one, other)},
+    "attention_chunk": lambda one, _: {"attention_chunk": one},
+    "attention_chunk, window": lambda one, other: {"attention_chunk": one, "sliding_window": other},
+    "key_positions": lambda *_: {"key_positions": True},
+    "key_positions, window": lambda one, _: {"key_positions": True, "sliding_window": one},
+    "key_positions, chunk": lambda one, _: {"key_positions": True, "attention_chunk": one},
+}
+_FIELDS_HEAD_SIZES = (64, 128, 256)
 _BLOCK_SIZES = (16, 64, 32, 256)
 #: Most keys of a request, and of all requests together.
 LONGEST, _IN_ALL = 6000, 9000
@@ -85,10 +96,24 @@ def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
                 found[0].spec,
                 partial(_agree, target, head_size, heads),
             )
+    for kind, head_size, heads in itertools.product(FIELDS, _FIELDS_HEAD_SIZES, HEADS):
+        found = draws(target, head_size, heads, kind=kind)
+        if found:
+            yield Check(
+                f"{kind}, head_size={head_size}, heads={heads[0]}/{heads[1]}",
+                "Long requests with values of any size give the oracle's result, in each row.",
+                found[0].spec,
+                partial(_agree, target, head_size, heads, kind),
+            )
 
 
 def draws(
-    target: BackendUnderTest, head_size: int, heads: tuple[int, int], *, longest: int = LONGEST
+    target: BackendUnderTest,
+    head_size: int,
+    heads: tuple[int, int],
+    *,
+    longest: int = LONGEST,
+    kind: str = "",
 ) -> list[Case]:
     """Batches of layers that the backend declares, the same ones each time.
 
@@ -97,19 +122,28 @@ def draws(
         head_size: of queries, keys and values.
         heads: query heads and KV heads.
         longest: most keys of a request.
+        kind: one of FIELDS, for layers with these; "" for causal ones with or without a window.
 
     Returns:
         The batches; none if no layer of this head size and these heads is declared.
     """
-    source = random.Random(f"{head_size} {heads}")
+    source = random.Random(f"{head_size} {heads}{kind}")
     windows = [*WINDOWS]
     source.shuffle(windows)
     found = []
     for index, (count, new_tokens) in zip(
-        range(_QUICK_DRAWS if target.quick else _DRAWS), itertools.cycle(_KINDS), strict=False
+        range(_QUICK_DRAWS if target.quick or kind else _DRAWS),
+        itertools.cycle(_KINDS),
+        strict=False,
     ):
-        # One in four is without a window.
-        tried = [None] if index % 4 == 3 else windows[index:] + windows[:index]
+        sizes = windows[index:] + windows[:index]
+        tried: list[dict[str, Any]]
+        if kind:
+            tried = [FIELDS[kind](one, sizes[-1]) for one in sizes]
+        elif index % 4 == 3:  # one in four is without a window
+            tried = [{}]
+        else:
+            tried = [*({"sliding_window": size} for size in sizes), {}]
         seq_lens = _seq_lens(source, longest, count)
         query_lens = new_tokens(source, seq_lens)
         spec = _layer(target, head_size, heads, tried, source, index)
@@ -123,11 +157,11 @@ def _layer(
     target: BackendUnderTest,
     head_size: int,
     heads: tuple[int, int],
-    windows: Sequence[int | None],
+    fields: Sequence[Mapping[str, Any]],
     source: random.Random,
     index: int,
 ) -> AttentionSpec | None:
-    """A declared layer with the first window that the backend accepts, or without one."""
+    """A declared layer with the first of these fields that the backend accepts."""
     sizes = {
         "head_size": head_size,
         "head_size_v": head_size,
@@ -145,16 +179,15 @@ def _layer(
     blocks.append(target.base.block_size)
     blocks.insert(0 if index % 3 == 1 else len(blocks), None)  # without a cache
     layout = source.choice(("NHD", "HND"))
-    for window, dtype, block, order in itertools.product(
-        [*windows, None], dtypes, blocks, (layout, None)
-    ):
-        spec = target.base.replace(
+    for own, dtype, block, order in itertools.product(fields, dtypes, blocks, (layout, None)):
+        changes = {
             **sizes,
-            dtype=dtype,
-            sliding_window=window,
-            block_size=block,
-            kv_cache_layout=order if block else None,
-        )
+            "dtype": dtype,
+            "block_size": block,
+            "kv_cache_layout": order if block else None,
+            **own,
+        }
+        spec = target.base.replace(**changes)
         if target.accepts(spec):
             return spec
     return None
@@ -168,13 +201,15 @@ def _seq_lens(source: random.Random, longest: int, count: int) -> _Lens:
     return (*lens, *(source.randint(4, rest) for _ in range(count - 1)))
 
 
-def _agree(target: BackendUnderTest, head_size: int, heads: tuple[int, int]) -> ErrorBound:
-    chosen = draws(target, head_size, heads)
+def _agree(
+    target: BackendUnderTest, head_size: int, heads: tuple[int, int], kind: str = ""
+) -> ErrorBound:
+    chosen = draws(target, head_size, heads, kind=kind)
     while chosen:
         try:
             return worst_of([judge(target, draw) for draw in chosen])
         except (BackendFailure, UnsupportedError):
-            again = draws(target, head_size, heads)
+            again = draws(target, head_size, heads, kind=kind)
             if again == chosen:
                 raise
             chosen = again  # a library turned out to be broken, and other layers are accepted now
@@ -215,10 +250,15 @@ def _placed(
 ) -> tuple[torch.Tensor | None, AttentionBatch, tuple[torch.Tensor, torch.Tensor]]:
     """A cache with the keys from before the step, the batch, and the new keys and values."""
     spec, device, block_size = draw.spec, keys.device, draw.spec.block_size
-    lens = (draw.query_lens, draw.seq_lens)
+    lens, positions = (draw.query_lens, draw.seq_lens), None
+    if draw.positions is not None:
+        offset, step, lengths = draw.positions
+        positions = KeyPositions.create(lengths, offset=offset, step=step)
     if block_size is None:
         key_lens = None if draw.query_lens == draw.seq_lens else draw.seq_lens
-        batch = AttentionBatch.create(*lens, device=device, key_lens=key_lens)
+        batch = AttentionBatch.create(
+            *lens, device=device, key_lens=key_lens, key_positions=positions
+        )
         return None, batch, (keys, values)
     needed = [-(-n // block_size) for n in draw.seq_lens]
     source = torch.Generator().manual_seed(draw.seed)
@@ -235,7 +275,11 @@ def _placed(
     for index, tensor in enumerate((keys, values)):
         cache[old // block_size, index, old % block_size] = tensor[~new]
     batch = AttentionBatch.create(
-        *lens, block_table=table.to(device), slot_mapping=new_slots, device=device
+        *lens,
+        block_table=table.to(device),
+        slot_mapping=new_slots,
+        key_positions=positions,
+        device=device,
     )
     return cache, batch, (keys[new], values[new])
 
@@ -251,9 +295,17 @@ def _compare(
     )
     tensors = zip(keys.split(list(draw.seq_lens)), values.split(list(draw.seq_lens)), strict=True)
     own, found = 0.0, []
-    for (queries, actual), (key, value) in zip(outputs, tensors, strict=True):
-        positions = oracle.positions_of(len(queries), len(key), query.device)
-        seen = oracle.sees(positions, len(key), causal=True, window=spec.sliding_window)
+    offset, step, lengths = draw.positions or (0, 1, draw.seq_lens)
+    for length, (queries, actual), (key, value) in zip(lengths, outputs, tensors, strict=True):
+        seen = oracle.sees(
+            oracle.positions_of(len(queries), length, query.device),
+            len(key),
+            causal=spec.causal,
+            window=spec.sliding_window,
+            sides=spec.window_size,
+            chunk=spec.attention_chunk,
+            key_positions=offset + step * torch.arange(len(key), device=query.device),
+        )
         call: dict[str, Any] = {"scale": scale, "seen": seen}
         expected, _ = oracle.attention_of_request(queries, key, value, **call)
         pytorch = oracle.sdpa_of_request(queries, key, value, **call)

@@ -333,7 +333,9 @@ class ShadowCall:
         ranges = tuple(
             (0, r.start, r.end) for each in maps.values() for r in each if r.request == request
         )
-        if spec.causal and not ranges and not spec.custom_mask:
+        positions = batch.key_positions
+        is_cut = spec.causal and not ranges and not spec.custom_mask
+        if is_cut and positions is None:
             num_keys = max(0, len(keys) - (end - 1 - token))
             keys, values = keys[:num_keys], values[:num_keys]
             first, end = max(first, token + 1 - _ROWS), token + 1
@@ -341,7 +343,15 @@ class ShadowCall:
         per_head: dict[str, Any] = layer._per_head
         slopes = per_head["alibi_slopes"]
         tensors = CaseTensors(
-            case=Case(spec=spec, query_lens=(end - first,), seq_lens=(len(keys),), ranges=ranges),
+            case=Case(
+                spec=spec,
+                query_lens=(end - first,),
+                seq_lens=(len(keys),),
+                ranges=ranges,
+                key_positions=None
+                if positions is None
+                else (positions.offset, positions.step, (batch.global_lens[request],)),
+            ),
             layer=layer,
             scale=layer.scale,
             query=self.query[rows],
@@ -361,7 +371,7 @@ class ShadowCall:
             rows = slice(*batch.key_starts[request : request + 2])
             return self.key[rows].cpu().double(), self.value[rows].cpu().double()
         assert batch.block_table is not None
-        blocks, seq_len = batch.block_table[request], batch.seq_lens_list[request]
+        blocks, seq_len = batch.block_table[request], int(batch.seq_lens[request])
         dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
         views = view_kv_cache(cache, spec.head_size, spec.head_size_v)
         scales = get_kv_scales(self.layer, cache)
@@ -389,7 +399,7 @@ def _copy_of_blocks(kv_cache: KVCache, batch: AttentionBatch) -> tuple[KVCache, 
     if table is None:
         raise InvalidInputError("The batch has no block_table. Give it one to use a cache.")
     block_size = kv_cache.shape[2]
-    lens = batch.seq_lens_cpu.to(table.device)
+    lens = batch.seq_lens.to(table.device)
     columns = torch.arange(table.shape[1], device=table.device)
     used = columns * block_size < lens[:, None]
     stored = used.new_zeros(0) if slots is None else slots >= 0

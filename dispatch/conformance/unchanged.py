@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance.cases import EngineStep
+from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import require
+from attn_dispatch.interface.key_positions import KeyPositions
 
-__all__ = ["inputs_unchanged"]
+__all__ = ["inputs_unchanged", "memory_of"]
 
 
 @contextlib.contextmanager
@@ -47,10 +48,15 @@ def _inputs(step: EngineStep) -> Iterator[tuple[str, Any]]:
     for name in ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float"):
         yield f"layer.{name}", getattr(step.layer, name)
     for field in dataclasses.fields(step.batch):
-        yield f"batch.{field.name}", getattr(step.batch, field.name)
+        value = getattr(step.batch, field.name)
+        if isinstance(value, KeyPositions):
+            for name, each in vars(value).items():
+                yield f"batch.{field.name}.{name}", each
+        else:
+            yield f"batch.{field.name}", value
 
 
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """All bytes of the memory that a tensor is a view of."""
     whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return whole.set_(tensor.untyped_storage())
@@ -58,7 +64,7 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value, _memory(value).clone()
+        return value, memory_of(value).clone()
     return copy.deepcopy(value)
 
 
@@ -67,4 +73,4 @@ def _is_same(before: Any, now: Any) -> bool:
         # The floats of scales for each head are NaN, which is not equal to itself.
         return bool(before == now) or bool(before != before and now != now)  # noqa: PLR0124
     tensor, memory = before
-    return now is tensor and torch.equal(memory, _memory(now))
+    return now is tensor and torch.equal(memory, memory_of(now))

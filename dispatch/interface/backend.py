@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from attn_dispatch.interface.spec import AttentionSpec
+    from attn_dispatch.interface.types import Phase
     from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = ["INTERFACE_VERSION", "AttentionBackend"]
@@ -178,6 +179,22 @@ class AttentionBackend:
     def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
         """Why this combination of values cannot be computed, if each value can."""
         return []
+
+    @classmethod
+    def kernel_notes(
+        cls, spec: AttentionSpec, device: DeviceProfile, phase: Phase | None
+    ) -> tuple[str, ...]:
+        """What keeps the backend's fastest kernel from a layer that it computes, as sentences.
+
+        Reports show it under the pick. Each sentence names the cause (the cache's layout, block
+        size or dtype), what the fast kernel needs, and which one runs instead.
+
+        Args:
+            spec: the layer.
+            device: where.
+            phase: only what concerns this phase; None for both.
+        """
+        return ()
 
     @classmethod
     def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:

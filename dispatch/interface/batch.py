@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import operator
@@ -24,12 +23,17 @@ from attn_dispatch.interface.batch_checks import (
     check_types,
     checked_lengths,
     compute_slots,
-    rows_of,
+    is_readable,
+    known_lengths,
     start_locs,
 )
+from attn_dispatch.interface.batch_parts import select
+from attn_dispatch.interface.host_copies import pack_to_device, to_device
+from attn_dispatch.interface.key_positions import KeyPositions, check_key_positions
 from attn_dispatch.interface.tensors import check_dense
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 from attn_dispatch.platforms.detect import usable_device
+from attn_dispatch.platforms.waits import never_waits
 
 __all__ = ["AttentionBatch", "BatchPart", "BatchTotals"]
 
@@ -53,6 +57,7 @@ _FURTHER = (
     "multi_modal_placeholder_index_maps",
     "enable_kv_scales_calculation",
     "max_decode_query_len",
+    "key_positions",
 )
 
 
@@ -66,7 +71,8 @@ class AttentionBatch:
         query_start_loc: (num_reqs + 1,) int32, where each request's new tokens start.
         seq_lens: (num_reqs,) int32, keys of each request, the new ones included.
         query_start_loc_cpu: host copy.
-        seq_lens_cpu: host copy.
+        seq_lens_cpu: host copy; with lengths="upper_bound" a bound of each, of which plans are made
+            but no result.
         max_query_len: longest query; at least the true one (a graph fixes it at capture).
         max_seq_len: most keys; at least the true one.
         block_table: (num_reqs, max_blocks) int32, the blocks of each request in order; entries
@@ -85,6 +91,12 @@ class AttentionBatch:
             for speculative decoding.
         block_size: tokens per block of the block table, so that a call with a cache of other
             blocks is rejected; None if it is not known.
+        lengths: "exact", or "upper_bound" where only the device has the true key counts. Phases
+            and totals are then those of the bounds. Such a batch needs a block table, and layers
+            that were made with lengths="upper_bound".
+        key_positions: the positions of the keys, if they are only some of each request's, for
+            layers with key_positions; see KeyPositions. seq_lens then counts the keys that are
+            here. None if key j is at position j.
     """
 
     query_start_loc: torch.Tensor
@@ -101,8 +113,11 @@ class AttentionBatch:
     enable_kv_scales_calculation: bool = False
     max_decode_query_len: int = 1
     block_size: int | None = None
+    lengths: str = "exact"
+    key_positions: KeyPositions | None = None
 
     @classmethod
+    @never_waits
     def create(
         cls,
         query_lens: Sequence[int] | torch.Tensor,
@@ -113,27 +128,37 @@ class AttentionBatch:
         slot_mapping: torch.Tensor | None = None,
         key_lens: Sequence[int] | torch.Tensor | None = None,
         device: torch.device | str | None = "cpu",
+        lengths: str = "exact",
+        seq_lens_upper_bound: Sequence[int] | torch.Tensor | None = None,
+        max_seq_len: int | None = None,
         **more: Any,
     ) -> AttentionBatch:
         """A batch made from each request's lengths.
 
         Tensors on the host are checked: lengths, their sums and block ids fit int32, and slots are
         −1 or more. Tensors on a device are read only under ATTN_DISPATCH_CHECK=1; without it an
-        int64 block table there is narrowed unchecked.
+        int64 block table there is narrowed unchecked. A step waits for the device only if lengths
+        are on it, and are not those of lengths="upper_bound".
 
         Args:
             query_lens: new tokens of each request.
-            seq_lens: keys of each request, the new ones included.
+            seq_lens: keys of each request, the new ones included. With lengths="upper_bound" a
+                tensor on the device, which is read when the layers run.
             block_table: as the attribute; int64 is taken too.
             block_size: as the attribute. With it and a block table, but without a slot_mapping,
                 the slots of the new keys are derived: they are the last ones of each request,
                 key_lens of them or else query_lens, and −1 for a request without keys, which pads
-                the batch.
+                the batch. Not with key_positions: there give the slots, −1 for the new keys that
+                belong to another GPU.
             slot_mapping: as the attribute; int32 is taken too.
             key_lens: rows of key and value of each request, if not query_lens.
             device: where the tensors go; None for the default device.
-            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation
-                or max_decode_query_len: as the attributes.
+            lengths: as the attribute.
+            seq_lens_upper_bound: with lengths="upper_bound", at least the keys of each request, on
+                the host: what an asynchronous scheduler knows before the last step has finished.
+            max_seq_len: as the attribute; None for the largest of the lengths or bounds.
+            **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation,
+                max_decode_query_len or key_positions: as the attributes.
 
         Raises:
             InvalidInputError: an argument has another type or is out of range, or the lengths
@@ -147,61 +172,80 @@ class AttentionBatch:
             )
         device = usable_device(device)
         queries, max_query_len = checked_lengths("query_lens", query_lens)
-        seqs, max_seq_len = checked_lengths("seq_lens", seq_lens)
+        seqs, longest, true = known_lengths(lengths, seq_lens, seq_lens_upper_bound, device)
+        if max_seq_len is not None:
+            max_seq_len = as_int("max_seq_len", max_seq_len, longest, INT32_MAX)
         check_same_requests("query_lens", queries, seqs)
         keys = None if key_lens is None else checked_lengths("key_lens", key_lens)[0]
         if keys is not None:
             check_same_requests("key_lens", keys, seqs)
         if block_size is not None:
             block_size = as_int("block_size", block_size, 1, INT32_MAX)
+        positions = more.get("key_positions")
+        if isinstance(positions, KeyPositions):
+            more["key_positions"] = positions.to(device)
         given = {"block_table": block_table, "slot_mapping": slot_mapping}
         for name, tensor in (given | {"custom_mask": more.get("custom_mask")}).items():
             if isinstance(tensor, torch.Tensor) and tensor.is_meta and device.type != "meta":
                 raise InvalidInputError(f"{name} is on the meta device and has no data.")
         if block_table is not None:
             check_table(block_table, len(seqs))
-            check_block_ids(block_table, seqs, block_size)
+            check_block_ids(block_table, true if is_readable(true) else seqs, block_size)
         if slot_mapping is not None:
             check_slot_tensor(slot_mapping)
-            slot_mapping = slot_mapping.to(device, torch.int64)
-        elif block_table is not None and block_size is not None:
+            slot_mapping = to_device(slot_mapping, device, torch.int64)
+        elif block_table is not None and block_size is not None and positions is None:
             written = queries if keys is None else keys
-            check_room(block_table, written, seqs, max_seq_len, block_size, is_query=keys is None)
-            slot_mapping = compute_slots(written, seqs, block_table, block_size).to(device)
+            table = block_table if lengths == "exact" else to_device(block_table, device)
+            if is_readable(true):
+                check_room(table, written, true.cpu(), block_size, is_query=keys is None)
+            slot_mapping = to_device(compute_slots(written, true, table, block_size), device)
         mask = more.get("custom_mask")
         if mask is not None:
             check_dense("custom_mask", mask, "a bool tensor of one dimension", meta=True)
-            more["custom_mask"] = mask.to(device)
-        batch = cls._of_lengths(
+            more["custom_mask"] = to_device(mask, device)
+        batch = cls.of_lengths(
             queries,
             seqs,
             keys,
             device,
+            None if lengths == "exact" else true,
             max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-            block_table=None if block_table is None else block_table.to(device, torch.int32),
+            max_seq_len=longest if max_seq_len is None else max_seq_len,
+            block_table=None
+            if block_table is None
+            else to_device(block_table, device, torch.int32),
             slot_mapping=slot_mapping,
             block_size=block_size,
+            lengths=lengths,
             **more,
         )
         check_batch(batch)
+        if positions is not None:
+            check_key_positions(batch.key_positions, batch)
         batch.checked.add(_ITSELF)
         return batch
 
     @classmethod
-    def _of_lengths(
+    def of_lengths(
         cls,
         queries: torch.Tensor,
         seqs: torch.Tensor,
         keys: torch.Tensor | None,
         device: torch.device,
+        on_device: torch.Tensor | None,
         **more: Any,
     ) -> AttentionBatch:
-        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes."""
+        """A batch of these lengths, (num_reqs,) int32 on the host, and these other attributes.
+
+        `on_device` are the true key counts if `seqs` are bounds.
+        """
         query_start_loc_cpu = start_locs("query_lens", queries)
+        copied = [query_start_loc_cpu, *([seqs] if on_device is None else [])]
+        query_start_loc, *others = pack_to_device(device, *copied)
         return cls(
-            query_start_loc=query_start_loc_cpu.to(device),
-            seq_lens=seqs.to(device),
+            query_start_loc=query_start_loc,
+            seq_lens=others[0] if on_device is None else on_device,
             query_start_loc_cpu=query_start_loc_cpu,
             seq_lens_cpu=seqs,
             key_start_loc_cpu=None if keys is None else start_locs("key_lens", keys),
@@ -232,13 +276,25 @@ class AttentionBatch:
 
     @functools.cached_property
     def seq_lens_list(self) -> list[int]:
-        """seq_lens as a list on the host."""
+        """seq_lens_cpu as a list: the keys of each request, or bounds of them."""
         return self.seq_lens_cpu.tolist()
+
+    @functools.cached_property
+    def global_lens(self) -> list[int]:
+        """The length of each request: its seq_lens, or with key_positions theirs, on the host."""
+        if self.key_positions is None:
+            return self.seq_lens_list
+        return self.key_positions.seq_lens_cpu.tolist()
 
     @functools.cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request, on the host."""
         return list(map(operator.sub, self.query_start_list[1:], self.query_start_list))
+
+    @functools.cached_property
+    def new_lens(self) -> list[int]:
+        """Rows of key and value of each request, on the host."""
+        return list(map(operator.sub, self.key_starts[1:], self.key_starts))
 
     @property
     def num_tokens(self) -> int:
@@ -247,11 +303,11 @@ class AttentionBatch:
 
     @functools.cached_property
     def phases(self) -> list[Phase]:
-        """The phase of each request."""
+        """The phase of each request; with bounds, that of a request with as many keys."""
         decode, prefill, longest = Phase.DECODE, Phase.PREFILL, self.max_decode_query_len
         return [
             decode if query <= longest and (seq > query or seq == 0) else prefill
-            for query, seq in zip(self.query_lens, self.seq_lens_list, strict=True)
+            for query, seq in zip(self.query_lens, self.global_lens, strict=True)
         ]
 
     @functools.cached_property
@@ -283,69 +339,31 @@ class AttentionBatch:
         found = set(self.phases)
         if len(found) == 1:
             return {found.pop(): BatchPart(self, slice(None), slice(None))}
-        parts = {phase: self._part(phase) for phase in Phase if phase in found}
+        parts = {
+            phase: BatchPart(
+                *select(self, [i for i, each in enumerate(self.phases) if each is phase])
+            )
+            for phase in Phase
+            if phase in found
+        }
         if _ITSELF in self.checked:
             for part in parts.values():
                 part.batch.checked.add(_ITSELF)
         return parts
 
-    def _part(self, phase: Phase) -> BatchPart:
-        chosen = [i for i, each in enumerate(self.phases) if each is phase]
-        first, end = chosen[0], chosen[-1] + 1
-        mask, ranges = self._mask_of(chosen), self.multi_modal_placeholder_index_maps
-        ranges = None if ranges is None else _select(ranges, chosen)
-        own: dict[str, Any] = {"custom_mask": mask, "multi_modal_placeholder_index_maps": ranges}
-        if end - first == len(chosen):
-            return self._between(first, end, own)
-        device = self.seq_lens.device
-        tokens, query_lens = rows_of(chosen, self.query_start_list, device)
-        keys, key_lens = rows_of(chosen, self.key_starts, device)
-        requests = torch.tensor(chosen, device=device)
-        seq_lens = [self.seq_lens_list[i] for i in chosen]
-        part = self._of_lengths(
-            torch.tensor(query_lens, dtype=torch.int32, device="cpu"),
-            torch.tensor(seq_lens, dtype=torch.int32, device="cpu"),
-            None
-            if self.key_start_loc_cpu is None
-            else torch.tensor(key_lens, dtype=torch.int32, device="cpu"),
-            device,
-            max_query_len=max(query_lens),
-            max_seq_len=max(seq_lens),
-            block_table=None if self.block_table is None else self.block_table[requests],
-            slot_mapping=None if self.slot_mapping is None else self.slot_mapping[keys],
-            block_size=self.block_size,
-            enable_kv_scales_calculation=self.enable_kv_scales_calculation,
-            max_decode_query_len=self.max_decode_query_len,
-            **own,
-        )
-        return BatchPart(part, tokens, keys)
+    def positions_of(self, request: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """With key_positions, those of a request's queries and keys, int64; else None.
 
-    def _between(self, first: int, end: int, own: dict[str, Any]) -> BatchPart:
-        """The requests [first, end); nothing is copied from the host."""
-        requests, bounds = slice(first, end), slice(first, end + 1)
-        tokens, keys = (
-            slice(starts[first], starts[end]) for starts in (self.query_start_list, self.key_starts)
-        )
-        key_starts, table, slots = self.key_start_loc_cpu, self.block_table, self.slot_mapping
-        part = dataclasses.replace(
-            self,
-            query_start_loc=self.query_start_loc[bounds] - tokens.start,
-            seq_lens=self.seq_lens[requests].clone(),  # aligned, as kernels expect
-            query_start_loc_cpu=self.query_start_loc_cpu[bounds] - tokens.start,
-            seq_lens_cpu=self.seq_lens_cpu[requests],
-            max_query_len=max(self.query_lens[requests]),
-            max_seq_len=max(self.seq_lens_list[requests]),
-            block_table=None if table is None else table[requests],
-            slot_mapping=None if slots is None else slots[keys],
-            key_start_loc_cpu=None if key_starts is None else key_starts[bounds] - keys.start,
-            **own,
-        )
-        return BatchPart(part, tokens, keys)
-
-    def _mask_of(self, chosen: list[int]) -> torch.Tensor | None:
-        if self.custom_mask is None:
+        Returns:
+            (query_len,) and (seq_len,), on the batch's device.
+        """
+        positions = self.key_positions
+        if positions is None:
             return None
-        return torch.cat([self.request_mask(i).reshape(-1) for i in chosen])
+        length, device = self.global_lens[request], self.seq_lens.device
+        keys = torch.arange(self.seq_lens_list[request], device=device)
+        queries = torch.arange(length - self.query_lens[request], length, device=device)
+        return queries, positions.offset + positions.step * keys
 
     @functools.cached_property
     def mask_starts(self) -> list[int]:
@@ -359,6 +377,10 @@ class AttentionBatch:
         starts = self.mask_starts
         rows = self.custom_mask[starts[request] : starts[request + 1]]
         return rows.view(self.query_lens[request], self.seq_lens_list[request])
+
+    def trust(self) -> None:
+        """Do not check the batch: its maker vouches for it, as for one over static buffers."""
+        self.checked.add(_ITSELF)
 
     def check(self) -> None:
         """Check once that the batch is consistent, without waiting for a device.
@@ -374,6 +396,8 @@ class AttentionBatch:
             if self.slot_mapping is not None:
                 check_slot_tensor(self.slot_mapping)
             check_batch(self)
+            if self.key_positions is not None:
+                check_key_positions(self.key_positions, self)
             self.checked.add(_ITSELF)
 
 
@@ -387,15 +411,3 @@ class BatchPart(NamedTuple):
     batch: AttentionBatch
     tokens: slice | torch.Tensor
     keys: slice | torch.Tensor
-
-
-def _select(
-    maps: Mapping[str, Sequence[PlaceholderRange]], chosen: list[int]
-) -> dict[str, list[PlaceholderRange]]:
-    place = {request: i for i, request in enumerate(chosen)}
-    return {
-        modality: [
-            PlaceholderRange(place[r.request], r.start, r.end) for r in ranges if r.request in place
-        ]
-        for modality, ranges in maps.items()
-    }

@@ -12,6 +12,8 @@ import torch
 from attn_dispatch import environment
 from attn_dispatch.arguments import INT32_MAX, as_int, shown
 from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.interface.batch_lengths import check_bounds, check_lengths
+from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.tensors import INTEGERS, check_dense, wrong_form
 from attn_dispatch.interface.types import PlaceholderRange
 
@@ -48,15 +50,20 @@ def slots_of(
 def compute_slots(
     query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """The same for checked arguments; the blocks of the new tokens are checked here."""
+    """The same for checked arguments; the blocks of the new tokens are checked here.
+
+    `seq_lens` may be on the host, or on the table's device.
+    """
     requests = torch.arange(len(query_lens), device="cpu").repeat_interleave(query_lens.long())
     ends = torch.cumsum(query_lens, 0).long()
-    positions = torch.arange(len(requests), device="cpu") + (seq_lens.long() - ends)[requests]
-    requests, positions = requests.to(block_table.device), positions.to(block_table.device)
+    before_end = torch.arange(len(requests), device="cpu") - ends[requests]
+    device = block_table.device
+    requests, before_end = to_device(torch.stack([requests, before_end]), device)
+    positions = to_device(seq_lens, device, torch.int64)[requests] + before_end
     if not block_table.numel():
         return torch.full_like(positions, -1)
     blocks = block_table[requests, positions.clamp(min=0) // block_size].long()
-    if _is_readable(blocks) and (missing := (blocks < 0) & (positions >= 0)).any():
+    if is_readable(blocks) and (missing := (blocks < 0) & (positions >= 0)).any():
         row = int(missing.nonzero()[0])
         raise InvalidInputError(
             f"block_table of request {int(requests[row])} names block {int(blocks[row])} for a new "
@@ -79,6 +86,32 @@ def checked_lengths(name: str, values: Any) -> tuple[torch.Tensor, int]:
         least, most = (int(end) for end in lengths.aminmax())
         _check_length(name, least, most)
     return lengths.to(torch.int32), most
+
+
+def known_lengths(
+    lengths: Any, seq_lens: Any, bounds: Any, device: torch.device
+) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """What AttentionBatch.create knows of the key counts, by its arguments.
+
+    Returns:
+        (num_reqs,) int32 on the host, the key counts or their bounds; the largest; and the true
+        counts, with bounds on the device and else the same.
+    """
+    check_lengths(lengths)
+    if (lengths == "upper_bound") != (bounds is not None):
+        raise InvalidInputError(
+            "lengths='upper_bound' and seq_lens_upper_bound go together: give both, or neither. "
+            "seq_lens are the true key counts in either case."
+        )
+    if bounds is None:
+        seqs, longest = checked_lengths("seq_lens", seq_lens)
+        return seqs, longest, seqs
+    seqs, longest = checked_lengths("seq_lens_upper_bound", bounds)
+    wanted = f"a tensor of the true key counts on the device, ({len(seqs)},) int32"
+    check_dense("seq_lens", seq_lens, wanted, meta=True)
+    if seq_lens.shape != seqs.shape or seq_lens.dtype not in INTEGERS:
+        raise wrong_form("seq_lens", seq_lens, wanted)
+    return seqs, longest, to_device(seq_lens, device, torch.int32)
 
 
 def _check_length(name: str, least: int, most: int) -> None:
@@ -154,7 +187,7 @@ def check_block_ids(
     Without a block size all entries count. An id below 0 may be a block that was freed because the
     layers' window has passed it.
     """
-    if block_table.dtype == torch.int32 or not block_table.numel() or not _is_readable(block_table):
+    if block_table.dtype == torch.int32 or not block_table.numel() or not is_readable(block_table):
         return
     least, most = (int(end) for end in block_table.aminmax())
     if least >= 0 and most <= INT32_MAX:
@@ -174,19 +207,19 @@ def check_block_ids(
 
 
 def check_slot_tensor(slots: torch.Tensor) -> None:
-    """Check shape and dtype, and the slots where `_is_readable`."""
+    """Check shape and dtype, and the slots where `is_readable`."""
     wanted = "(num_key_tokens,) int64: block * block_size + offset for each new key, or −1"
     check_dense("slot_mapping", slots, wanted, meta=True)
     if slots.dim() != 1 or slots.dtype not in INTEGERS:
         raise wrong_form("slot_mapping", slots, wanted)
-    if _is_readable(slots) and slots.numel() and int(slots.min()) < -1:
+    if is_readable(slots) and slots.numel() and int(slots.min()) < -1:
         raise InvalidInputError(
             f"slot_mapping names slots {int(slots.min())} to {int(slots.max())}; slots are 0 or "
             "more, and −1 is padding."
         )
 
 
-def _is_readable(tensor: torch.Tensor) -> bool:
+def is_readable(tensor: torch.Tensor) -> bool:
     """Whether a tensor's contents may be read: on a GPU that waits for the device."""
     kind = tensor.device.type
     return kind == "cpu" or (kind != "meta" and environment.check_mode())
@@ -196,7 +229,6 @@ def check_room(
     block_table: torch.Tensor,
     new: torch.Tensor,
     seqs: torch.Tensor,
-    longest: int,
     block_size: int,
     *,
     is_query: bool = True,
@@ -207,7 +239,6 @@ def check_room(
         block_table: (num_reqs, max_blocks).
         new: (num_reqs,) how many new keys each request has.
         seqs: (num_reqs,) how many keys, the new ones included.
-        longest: the largest of `seqs`.
         block_size: tokens per block.
         is_query: the new keys are those of the new tokens.
     """
@@ -218,7 +249,7 @@ def check_room(
             f"Request {request} has {int(new[request])} new {what} and {int(seqs[request])} "
             "keys. seq_lens counts the new ones too."
         )
-    check_columns(block_table, longest, block_size)
+    check_columns(block_table, int(seqs.max()) if len(seqs) else 0, block_size)
 
 
 def check_columns(block_table: torch.Tensor, longest: int, block_size: int) -> None:
@@ -239,7 +270,7 @@ def rows_of(
     pairs = zip(requests, before, strict=False)  # the last of `before` is the number of rows
     shifts = torch.tensor([starts[i] - row for i, row in pairs], device="cpu")
     shifts = shifts.repeat_interleave(torch.tensor(lens, device="cpu"))
-    return (torch.arange(len(shifts), device="cpu") + shifts).to(device), lens
+    return to_device(torch.arange(len(shifts), device="cpu") + shifts, device), lens
 
 
 def check_placeholders(maps: object, num_reqs: int) -> None:
@@ -323,6 +354,9 @@ def check_batch(batch: Any) -> None:
                 f"{name} is on {tensor.device}, and seq_lens on {batch.seq_lens.device}. Make "
                 "the batch by AttentionBatch.create, with device=."
             )
+    if batch.lengths == "upper_bound":
+        check_bounds(batch.new_lens, seqs)
+        _check_needs_no_lengths(batch)
     mask = batch.custom_mask
     size = 0 if mask is None else batch.mask_starts[-1]
     if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
@@ -334,6 +368,25 @@ def check_batch(batch: Any) -> None:
         raise wrong_form("slot_mapping", slots, wanted, "−1 is for padding.")
     if batch.multi_modal_placeholder_index_maps is not None:
         check_placeholders(batch.multi_modal_placeholder_index_maps, num_reqs)
+
+
+def _check_needs_no_lengths(batch: Any) -> None:
+    """Check that a batch with bounds has nothing whose size follows from the true key counts."""
+    if batch.custom_mask is not None:
+        raise InvalidInputError(
+            "The batch has a custom_mask, whose size is that of the true key counts, and "
+            "lengths='upper_bound'. Give exact seq_lens to steps with a mask."
+        )
+    if batch.key_positions is not None:
+        raise InvalidInputError(
+            "The batch has key_positions, which follow from the true key counts, and "
+            "lengths='upper_bound'. Give exact seq_lens to steps with key_positions."
+        )
+    if batch.block_table is None:
+        raise InvalidInputError(
+            "Without a block_table the keys are the rows of key, so their counts are known. Make "
+            "the batch with lengths='exact', or give it the requests' block_table."
+        )
 
 
 def check_types(batch: Any) -> None:
@@ -357,6 +410,7 @@ def check_types(batch: Any) -> None:
             raise InvalidInputError(
                 f"{name}={shown(value)} is not a Python integer from {least} to {INT32_MAX}."
             )
+    check_lengths(batch.lengths)
     if type(batch.enable_kv_scales_calculation) is not bool:
         raise InvalidInputError(
             f"enable_kv_scales_calculation={shown(batch.enable_kv_scales_calculation)} is not "

@@ -87,7 +87,8 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
     """Keeps one set of static buffers, and makes metadata whose tensors are views of them.
 
     A captured graph holds one-token requests. A smaller step fills the rest with requests without
-    keys and with slot −1, which compute nothing and write nothing.
+    keys and with slot −1, which compute nothing and write nothing. `attn_dispatch.graph_state`
+    makes a state for other steps and for all layers of a model.
 
     Args:
         runner: the engine that owns the state.
@@ -199,10 +200,15 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
                 f"The graph was captured for {size} requests of one token, and the step has "
                 f"{num_reqs} with {batch.query_lens[:8]}. Replay a larger graph, or run eagerly."
             )
-        if batch.custom_mask is not None or attn_metadata.enable_kv_scales_calculation:
+        has_ranges = attn_metadata.builder.spec.bidirectional_ranges and any(
+            (batch.multi_modal_placeholder_index_maps or {}).values()
+        )
+        has_more = batch.custom_mask is not None or batch.key_positions is not None
+        if has_more or has_ranges or batch.enable_kv_scales_calculation:
             raise InvalidInputError(
-                "The step has a custom_mask or derives scales, and a captured graph supports "
-                "neither. Run it eagerly."
+                "The step has a custom_mask, bidirectional ranges or key_positions, or derives "
+                "scales, and this state supports none of them. Run it eagerly; graph_state "
+                "supports masks and ranges."
             )
         self.begin_forward(batch)
         input_buffers["seq_lens"].zero_()[:num_reqs].copy_(batch.seq_lens)

@@ -18,6 +18,7 @@ from attn_dispatch.interface.kv_cache import split_token_scales
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadata, T
 from attn_dispatch.interface.quantization import has_token_scales
+from attn_dispatch.interface.reach import folded_window
 from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec, plain_value
 from attn_dispatch.interface.types import AttentionType
 
@@ -100,6 +101,9 @@ _FEATURES = {
     "attn_type": "attn_type",
     "causal": "causal",
     "sliding_window": "sliding_window",
+    "window_size": "window_size",
+    "attention_chunk": "attention_chunk",
+    "key_positions": "key_positions",
     "logits_soft_cap": "logits_soft_cap",
     "returns_lse": "returns_lse",
     "alibi": "alibi_slopes",
@@ -141,6 +145,10 @@ class AttentionImpl(ABC, Generic[T]):
         head_size_v: elements per value head; None for head_size.
         causal: a query sees no later key; None for what attn_type implies.
         returns_lse: forward returns (output, lse) instead of output.
+        window_size: see AttentionSpec. The attributes have the spec's form: what causal and
+            sliding_window can state becomes these.
+        attention_chunk: see AttentionSpec.
+        key_positions: see AttentionSpec.
         alibi_symmetric: the slopes are times -abs(distance), as the spec's alibi="symmetric".
 
     Attributes:
@@ -171,6 +179,9 @@ class AttentionImpl(ABC, Generic[T]):
         head_size_v: int | None = None,
         causal: bool | None = None,
         returns_lse: bool = False,
+        window_size: tuple[int, int] | None = None,
+        attention_chunk: int | None = None,
+        key_positions: bool = False,
         alibi_symmetric: bool = False,
     ) -> None:
         _check_per_head("alibi_slopes", alibi_slopes, num_heads)
@@ -190,6 +201,13 @@ class AttentionImpl(ABC, Generic[T]):
         self.sinks = sinks
         self.head_size_v = head_size if head_size_v is None else head_size_v
         self.causal = self.attn_type == AttentionType.DECODER if causal is None else causal
+        self.window_size = window_size
+        if window_size is not None:
+            self.causal, self.sliding_window, self.window_size = folded_window(
+                self.causal, sliding_window, window_size
+            )
+        self.attention_chunk = attention_chunk
+        self.key_positions = key_positions
         self.returns_lse = returns_lse
         self.alibi_symmetric = alibi_symmetric
         self.alibi: bool | str = alibi_slopes is not None

@@ -5,6 +5,7 @@ from attn_dispatch.errors import *
 from attn_dispatch.interface.backend import *
 from attn_dispatch.interface.batch import *
 from attn_dispatch.interface.capability import *
+from attn_dispatch.interface.captured import *
 from attn_dispatch.interface.contents import *
 from attn_dispatch.interface.graphs import *
 from attn_dispatch.interface.impl import *

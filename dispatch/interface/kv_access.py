@@ -218,7 +218,7 @@ def _checked_scale(
             raise InvalidInputError(
                 f"{name}={shown(scale)} is not a finite number above 0, nor a tensor."
             )
-        return torch.tensor(value, dtype=torch.float32, device=kv_cache.device)
+        return torch.full((), value, dtype=torch.float32, device=kv_cache.device)
     check_dense(name, scale)
     is_float32 = scale.dtype == torch.float32
     if tuple(scale.shape) not in shapes or not is_float32 or scale.device != kv_cache.device:
@@ -236,16 +236,35 @@ def _scatter(
 
     The scales of an int8 cache, (num_blocks, block_size, heads), are written too.
     """
-    kept = (slots >= 0).nonzero().squeeze(1)
-    slots, new = slots[kept], new[kept]
+    if not len(slots):
+        return
+    has_slot = slots >= 0
+    if slots.device.type == "cpu":
+        rows = has_slot.nonzero().squeeze(1)
+    else:
+        # To leave rows out would wait for the device. A row without a slot repeats the first row
+        # with one; if there is none, what is in slot 0 is written there again.
+        index = torch.arange(len(slots), device=slots.device)
+        rows = torch.where(has_slot, index, has_slot.int().argmax())
+    slots, new = slots[rows], new[rows]
+    has_slot, slots = slots >= 0, slots.clamp(min=0)
     blocks, offsets = slots // cache.shape[1], slots % cache.shape[1]
+
+    def store(target: torch.Tensor, content: torch.Tensor) -> None:
+        if slots.device.type != "cpu":
+            kept = has_slot.view(-1, *[1] * (content.dim() - 1))
+            content = torch.where(kept, content, target[blocks, offsets])
+        target[blocks, offsets] = content
+
     if has_token_scales(cache.dtype):
-        cache[blocks, offsets], scale[blocks, offsets] = quantize_rows(new)
+        integers, scales = quantize_rows(new)
+        store(cache, integers)
+        store(scale, scales)
         return
     stored = (
         quantize(new, _per_head(scale), cache.dtype) if is_fp8(cache.dtype) else new.to(cache.dtype)
     )
-    as_indexable_bytes(cache)[blocks, offsets] = as_indexable_bytes(stored)
+    store(as_indexable_bytes(cache), as_indexable_bytes(stored))
 
 
 def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ class KVStrides:
     Attributes:
         key: (block, token, head), of keys.
         value: the same of values.
-        alignment: the largest power of two, up to 128, that divides both addresses.
+        alignment: the largest power of two, up to 16, that divides both addresses, in bytes.
         separate: keys and values are in two tensors, a KVCacheView.
     """
 

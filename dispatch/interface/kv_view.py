@@ -25,7 +25,8 @@ __all__ = [
     "storages_of",
 ]
 
-_LARGEST_ALIGNMENT = 128
+#: No kernel needs addresses to be multiples of more bytes; more would only tell caches apart.
+_LARGEST_ALIGNMENT = 16
 
 
 class KVCacheView:
@@ -199,8 +200,10 @@ def kv_strides_of(kv_cache: KVCache) -> KVStrides | None:
 
 
 def _has_dense_blocks(kv_cache: torch.Tensor) -> bool:
-    block = kv_cache[:1]  # the stride between blocks may be anything
-    return block[0].is_contiguous() or block[0].transpose(1, 2).is_contiguous()
+    if not len(kv_cache):
+        return True
+    block = kv_cache[0]  # the stride between blocks may be anything
+    return block.is_contiguous() or block.transpose(1, 2).is_contiguous()
 
 
 def _byte_strides(part: torch.Tensor) -> tuple[int, int, int]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import NO_REQUESTS, BatchTotals
 from attn_dispatch.interface.types import Phase, PlaceholderRange
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
+    from attn_dispatch.interface.captured import GraphLimits
     from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = [
@@ -103,6 +104,46 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
             InvalidInputError: the batch lacks what the layers need, e.g. a block table.
         """
 
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> T:
+        """The metadata that a CUDA graph captures, for all steps within its limits.
+
+        `build` is called, and only for requests of one token. A backend that overrides this can
+        capture every kind of step that it does not reject. What the layers derive from the lengths
+        must be derived on the device, or by `update_for_graph`; they must also set the rows of
+        output after the step's tokens to 0.
+
+        Args:
+            batch: over static tensors. Its copies on the host are those of an example.
+            limits: of the steps.
+
+        Raises:
+            UnsupportedError: the backend cannot capture such steps.
+        """
+        is_plain = batch.custom_mask is None and not self.spec.bidirectional_ranges
+        if limits.has_one_token_requests and is_plain:
+            return self.build(batch)
+        raise UnsupportedError(
+            f"{self._backend_name} captures CUDA graphs of one new token per request, and this "
+            f"step has {limits.kind}. Run it eagerly, or require another backend for these layers."
+        )
+
+    @property
+    def _backend_name(self) -> str:
+        """The backend's name, for messages."""
+        known = self.backend_cls is not None
+        return self.backend_cls.get_name() if known else type(self).__name__
+
+    def update_for_graph(self, metadata: T, batch: AttentionBatch) -> None:
+        """Before a replay, put what follows from a step's lengths into the captured metadata.
+
+        The tensors of the batch itself have been copied already. Nothing here may wait for the
+        device, change the address of a tensor, or raise for a step within the limits.
+
+        Args:
+            metadata: from `build_for_graph`.
+            batch: the step's, without padding.
+        """
+
 
 #: The fields that metadata reads from its batch.
 _OF_BATCH = frozenset(field.name for field in dataclasses.fields(AttentionMetadata))
@@ -175,13 +216,28 @@ class BatchMetadata(AttentionMetadata):
         """The metadata of a batch; `more` are a subclass's further fields.
 
         Raises:
-            InvalidInputError: the batch is inconsistent, or it has a mask and the spec has not.
+            InvalidInputError: the batch is inconsistent, or it has a mask or upper bounds and the
+                spec does not state them, or only one of the two has key positions.
         """
         batch.check()
         if batch.custom_mask is not None and not builder.spec.custom_mask:
             raise InvalidInputError(
                 "The batch has a custom_mask, and the layer's spec has none, so it would be "
                 "ignored. Make the layer with custom_mask=True."
+            )
+        if batch.lengths != "exact" and builder.spec.lengths == "exact":
+            raise InvalidInputError(
+                "The batch has only upper bounds of its key counts on the host, and the layer's "
+                "backend may need the counts. Make the layer with lengths='upper_bound'; it takes "
+                "batches of both kinds."
+            )
+        if (batch.key_positions is not None) != builder.spec.key_positions:
+            has, lacks = ("The batch has", "the layer's spec has none, so they would be ignored")
+            if batch.key_positions is None:
+                has, lacks = ("The layer has", "the batch states none")
+            raise InvalidInputError(
+                f"{has} key_positions, and {lacks}. Make the layer with key_positions=True, and "
+                "each of its batches with key_positions=KeyPositions.create(...)."
             )
         metadata = cls.__new__(cls)  # the constructor takes the batch's fields too
         metadata.batch, metadata.builder = batch, builder

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.graphs import AttentionState
 from attn_dispatch.interface.impl import AttentionImpl, MLAAttentionImpl
 from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadataBuilder
+from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 
-__all__ = ["signature_problems"]
+__all__ = ["OPTIONAL_ARGUMENTS", "signature_problems"]
 
 #: The methods of each base that are called.
 _METHODS: dict[type, tuple[str, ...]] = {
@@ -27,6 +28,7 @@ _METHODS: dict[type, tuple[str, ...]] = {
         "swap_blocks",
         "copy_blocks",
         "check_combination",
+        "kernel_notes",
         "kernel_provider",
     ),
     MLAAttentionImpl: ("__init__", "forward", "fused_output_quant_supported"),
@@ -47,18 +49,24 @@ _METHODS: dict[type, tuple[str, ...]] = {
 _PROPERTIES: dict[type, tuple[str, ...]] = {
     AttentionMetadata: ("prefill_metadata", "decode_metadata")
 }
-#: Given only to the impl of a backend that declares alibi="symmetric".
-_ALIBI_SYMMETRIC = "alibi_symmetric"
+#: Arguments that only the impl of a backend is given that declares them: name -> the field of the
+#: spec, and a value for which the argument is given.
+OPTIONAL_ARGUMENTS: dict[str, tuple[str, Any]] = {
+    "alibi_symmetric": ("alibi", ALIBI_SYMMETRIC),
+    "window_size": ("window_size", (1, 2)),
+    "attention_chunk": ("attention_chunk", 8192),
+    "key_positions": ("key_positions", True),
+}
 
 _Call = tuple[list[str], list[str]]
 
 
-def signature_problems(cls: type, *, alibi_symmetric: bool = False) -> list[str]:
+def signature_problems(cls: type, *, optional: Collection[str] = ()) -> list[str]:
     """Why members of a backend class, or of one of its parts, cannot be called.
 
     Args:
         cls: a subclass of one of the interface's classes.
-        alibi_symmetric: an impl must also take the argument of this name.
+        optional: those of OPTIONAL_ARGUMENTS that an impl must take.
     """
     base = next(base for base in _METHODS if issubclass(cls, base))
     problems = []
@@ -66,8 +74,9 @@ def signature_problems(cls: type, *, alibi_symmetric: bool = False) -> list[str]
         if inspect.getattr_static(cls, name) is inspect.getattr_static(base, name):
             continue
         expected = _expected(base, name)
-        if name == "__init__" and issubclass(base, AttentionImpl) and not alibi_symmetric:
-            kept = [p for p in expected.parameters.values() if p.name != _ALIBI_SYMMETRIC]
+        if name == "__init__" and issubclass(base, AttentionImpl):
+            left_out = OPTIONAL_ARGUMENTS.keys() - set(optional)
+            kept = [p for p in expected.parameters.values() if p.name not in left_out]
             expected = expected.replace(parameters=kept)
         problems += _problems_of(cls, base, name, expected)
     for name in _PROPERTIES.get(base, ()):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from attn_dispatch.arguments import as_int, shown
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_strides import KVStrides
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.reach import folded_window
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,9 @@ OUTPUT_QUANTS = ("fp8_e4m3", "fp8_e4m3_group128")
 ALIBI_SYMMETRIC = "symmetric"
 
 #: The kinds of layer that an override can name, see `AttentionSpec.kind`.
-LAYER_KINDS = ("full", "sliding_window", "encoder", "encoder_only", "encoder_decoder", "mla")
+LAYER_KINDS = (
+    *("full", "sliding_window", "chunked", "encoder", "encoder_only", "encoder_decoder", "mla"),
+)
 
 #: The value of a field that was left None.
 _DERIVED: dict[str, Callable[[AttentionSpec], Any]] = {
@@ -77,7 +80,14 @@ IMPL_FIELDS = (
     "head_size_v",
     "causal",
     "returns_lse",
+    "window_size",
+    "attention_chunk",
+    "key_positions",
 )
+
+#: Those of them that an impl is only given where they change something, so that an impl with a
+#: constructor of its own needs none that its backend does not declare.
+_OPTIONAL_IMPL_FIELDS = ("window_size", "attention_chunk", "key_positions")
 
 _REQUIRED: Any = dataclasses.MISSING
 
@@ -142,6 +152,12 @@ class AttentionSpec:
         None,
         neutral=None,
     )
+    lengths: str = _field(
+        "What the host knows of the key counts of a batch: 'exact' ones; or 'upper_bound', where "
+        "it may know only bounds of them and the device has the true ones.",
+        "exact",
+        neutral="exact",
+    )
     attn_type: str = _field("One of AttentionType.", AttentionType.DECODER)
     causal: bool = _field(
         "A query sees no later key; masks align to the end of the keys. "
@@ -150,6 +166,23 @@ class AttentionSpec:
     )
     sliding_window: int | None = _field(
         "Tokens a query sees, itself included; None for all.", None, neutral=None
+    )
+    window_size: tuple[int, int] | None = _field(
+        "(left, right): keys a query sees before and after its own, -1 for all. What causal and "
+        "sliding_window can state becomes these, so it remains only where the sides differ.",
+        None,
+        neutral=None,
+    )
+    attention_chunk: int | None = _field(
+        "A query sees only keys of its own chunk of this many positions (Llama 4); None for all.",
+        None,
+        neutral=None,
+    )
+    key_positions: bool = _field(
+        "The batch states the positions of the keys, which are some of a request's: those of one "
+        "GPU of several that share its cache.",
+        False,
+        neutral=False,
     )
     logits_soft_cap: float | None = _field(
         "Scores become cap * tanh(score / cap) before bias and mask.", None, neutral=None
@@ -222,11 +255,12 @@ class AttentionSpec:
                 f"kv_strides={shown(self.kv_strides)} is not a KVStrides. Give kv_strides_of(cache)"
                 " of the cache."
             )
+        _require_one_of("lengths", self.lengths, LENGTHS)
         if self.output_quant is not None:
             _require_one_of("output_quant", self.output_quant, OUTPUT_QUANTS)
         _require_one_of("attn_type", self.attn_type, tuple(t.value for t in AttentionType))
         fill("attn_type", AttentionType(self.attn_type))
-        for name in ("block_size", "sliding_window"):
+        for name in ("block_size", "sliding_window", "attention_chunk"):
             if getattr(self, name) is not None:
                 fill(name, as_int(name, getattr(self, name), 1))
         if self.logits_soft_cap is not None:
@@ -244,6 +278,9 @@ class AttentionSpec:
                 raise InvalidInputError(
                     f"{field.name}={shown(getattr(self, field.name))} is not True or False."
                 )
+        window = folded_window(self.causal, self.sliding_window, self.window_size)
+        for name, value in zip(("causal", "sliding_window", "window_size"), window, strict=True):
+            fill(name, value)
         if self.alibi == ALIBI_SYMMETRIC and self.causal and not self.bidirectional_ranges:
             fill("alibi", True)  # no visible key is later than its query
 
@@ -281,7 +318,10 @@ class AttentionSpec:
             return "mla"
         if self.attn_type != AttentionType.DECODER:
             return str(self.attn_type)
-        return "full" if self.sliding_window is None else "sliding_window"
+        if self.attention_chunk is not None:
+            return "chunked"
+        is_full = self.sliding_window is None and self.window_size is None
+        return "full" if is_full else "sliding_window"
 
     def __hash__(self) -> int:
         found: int | None = self.__dict__.get("_hash")  # kept: every decision looks the spec up
@@ -302,6 +342,9 @@ class AttentionSpec:
     def impl_arguments(self) -> dict[str, Any]:
         """What the spec states of the arguments of an AttentionImpl's constructor."""
         arguments = {name: getattr(self, name) for name in IMPL_FIELDS}
+        for name in _OPTIONAL_IMPL_FIELDS:
+            if not arguments[name]:  # None and False are neutral
+                del arguments[name]
         if self.alibi == ALIBI_SYMMETRIC:  # given only to impls of backends that declare it
             arguments["alibi_symmetric"] = True
         return arguments

@@ -5,7 +5,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["AttentionType", "Phase", "PlaceholderRange"]
+__all__ = ["LENGTHS", "AttentionType", "Phase", "PlaceholderRange"]
+
+#: What the host knows of the key counts of a batch: all of them, or a bound of each.
+LENGTHS = ("exact", "upper_bound")
 
 
 class AttentionType(str, Enum):

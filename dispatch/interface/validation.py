@@ -16,8 +16,7 @@ from torch.autograd import forward_ad
 from attn_dispatch import environment
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch_checks import check_columns
-from attn_dispatch.interface.capability import Strides
-from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS, check_batch_contents
 from attn_dispatch.interface.kv_view import (
     KVCache,
     KVCacheView,
@@ -35,9 +34,11 @@ from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.shared_memory import check_shared_memory, may_share_memory
-from attn_dispatch.interface.spec import IMPL_FIELDS
+from attn_dispatch.interface.spec import IMPL_FIELDS, AttentionSpec
 from attn_dispatch.interface.tensors import check_dense, wrong_form
+from attn_dispatch.platforms.detect import detect_device
 
 if TYPE_CHECKING:
     from attn_dispatch.interface.batch import AttentionBatch
@@ -118,7 +119,7 @@ def check_forward(
     if may_share_memory(query, key, value, kv_cache, output):
         check_shared_memory(query, key, value, kv_cache, output)
     if environment.check_mode() or query.device.type == "cpu":
-        check_batch_contents(batch, kv_cache, impl.sliding_window)
+        check_batch_contents(batch, kv_cache, Reach.of(impl))
 
 
 def check_tensors(**tensors: Any) -> None:
@@ -258,6 +259,11 @@ def _check_without_cache(
         )
     if key is None:
         raise InvalidInputError("Without a kv_cache the keys must be given; key is None.")
+    if batch.lengths == "upper_bound":
+        raise InvalidInputError(
+            "The batch has only upper bounds of its key counts, and kv_cache is None, so that a "
+            "request's keys are its rows of key. Make the batch with lengths='exact'."
+        )
     starts = batch.key_starts
     key_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     if key_lens != batch.seq_lens_list:
@@ -287,7 +293,7 @@ def _check_with_cache(
             f"(num_blocks, 2, block_size, {impl.num_kv_heads}, {stored}){scaled}."
         )
     check_cache_tensor(impl.kv_cache_dtype, query, kv_cache)
-    _check_strides(impl, kv_cache)
+    _check_strides(impl, query.dtype, kv_cache)
     check_block_size(batch, found[2])
     check_block_table(batch, found[2], query.device)
     if key is not None and impl.kv_sharing_target_layer_name is None:
@@ -316,13 +322,16 @@ def check_cache_tensor(kv_cache_dtype: str, query: torch.Tensor, kv_cache: KVCac
             )
 
 
-def _check_strides(impl: AttentionImpl[Any], kv_cache: KVCache) -> None:
+def _check_strides(impl: AttentionImpl[Any], dtype: torch.dtype, kv_cache: KVCache) -> None:
     """Check that the backend declares a cache with these strides."""
     if impl.backend_cls is None or (strides := kv_strides_of(kv_cache)) is None:
         return
     allowed = impl.backend_cls.capabilities.fields.get("kv_strides")
-    if not isinstance(allowed, Strides) or not allowed.suits(strides):
-        takes = allowed.describe() if isinstance(allowed, Strides) else "the library's own layouts"
+    fields = {name: getattr(impl, name) for name in IMPL_FIELDS}
+    spec = AttentionSpec(**fields, dtype=dtype, block_size=kv_cache.shape[2], kv_strides=strides)
+    device = detect_device(kv_cache.device)
+    if allowed is None or not allowed.accepts(strides, spec, device):
+        takes = "the library's own layouts" if allowed is None else allowed.describe(device)
         raise UnsupportedError(
             f"{impl.backend_cls.get_name()} does not read this kv_cache, {strides}; it takes "
             f"{takes}. Bind the cache by bind_kv_caches, or make the layer with "
@@ -353,7 +362,11 @@ def check_block_table(batch: AttentionBatch, block_size: int, device: torch.devi
             "The batch has no block_table, and the layer has a kv_cache. Give "
             "AttentionBatch.create the requests' block_table."
         )
-    check_columns(table, batch.max_seq_len, block_size)
+    if batch.lengths == "exact":
+        # A graph is captured for lengths up to max_seq_len; else that may be a loose bound.
+        is_static = OVER_STATIC_BUFFERS in batch.checked
+        longest = batch.max_seq_len if is_static else max(batch.seq_lens_list, default=0)
+        check_columns(table, longest, block_size)
     _check_device("block_table", table, device)
 
 

@@ -32,14 +32,16 @@ _CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 #: only apply to layers that have one.
 SERVING_FIELDS = (
     *_CACHE_FIELDS,
+    "lengths",
     "custom_mask",
+    "key_positions",
     "returns_lse",
     "output_quant",
     "batch_invariant",
     "cuda_graph",
 )
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+_SLIDING, _FULL, _CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
 #: More layers than any model has; a larger number is a mistake.
 _MAX_LAYERS = 10_000
 
@@ -186,7 +188,10 @@ def _layers(reader: ConfigReader, stack: Stack, image_tokens: int | None) -> lis
     alibi = stack.alibi
     base["alibi"] = reader.flag(alibi) if isinstance(alibi, str) else alibi
     base["sinks"] = stack.sinks
-    windows = _windows(reader, stack, num_layers)
+    chunks = _chunks(reader, stack, num_layers)
+    windows: list[int | None] = [None] * num_layers
+    if stack.chunk is None:
+        windows = _windows(reader, stack, num_layers)
     if stack.bidirectional and reader.flag(stack.bidirectional):
         base["attn_type"] = AttentionType.ENCODER_ONLY
         windows = [None if window is None else window // 2 + 1 for window in windows]
@@ -206,6 +211,7 @@ def _layers(reader: ConfigReader, stack: Stack, image_tokens: int | None) -> lis
         base
         | (full if window is None else {})
         | {"sliding_window": window, "kv_sharing": layer >= num_layers - shared}
+        | {"attention_chunk": chunks[layer]}
         for layer, window in enumerate(windows)
     ]
 
@@ -241,12 +247,7 @@ def _sizes(reader: ConfigReader, stack: Stack) -> dict[str, Any]:
 def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | None]:
     """The sliding window of each layer, or None."""
     types = reader.names("layer_types", num_layers)
-    unknown = sorted(set(types or ()) - {_SLIDING, _FULL})
-    if unknown:
-        raise UnsupportedError(
-            f"This config has layers of type {', '.join(unknown)}, and AttentionSpec has no field "
-            "for that. No backend here computes it."
-        )
+    _check_types(types or [], {_SLIDING, _FULL})
     size, sliding = _pattern(reader, stack, num_layers, by_type=types is not None)
     if types is not None:
         given = [kind == _SLIDING for kind in types]
@@ -266,6 +267,33 @@ def _windows(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | 
             "off. Set it, or make the layers full_attention."
         )
     return [size if windowed else None for windowed in sliding]
+
+
+def _chunks(reader: ConfigReader, stack: Stack, num_layers: int) -> list[int | None]:
+    """The size of the chunks that each layer attends in, or None."""
+    if stack.chunk is None or stack.chunked is None:
+        return [None] * num_layers
+    size = reader.optional_integer(stack.chunk)
+    types = reader.names("layer_types", num_layers)
+    chunked = stack.chunked(reader, num_layers)
+    if types is not None:
+        _check_types(types, {_CHUNKED, _FULL})
+        chunked = [kind == _CHUNKED for kind in types]
+    if size is None and any(chunked):
+        raise reader.problem(
+            f"has layers that attend in chunks, and {stack.chunk} is null. Set it, or make the "
+            "layers full_attention."
+        )
+    return [size if each else None for each in chunked]
+
+
+def _check_types(types: list[str], known: set[str]) -> None:
+    unknown = sorted(set(types) - known)
+    if unknown:
+        raise UnsupportedError(
+            f"This config has layers of type {', '.join(unknown)}, which is not supported for "
+            f"this model. {_ADVICE}"
+        )
 
 
 def _pattern(
@@ -347,6 +375,8 @@ def _names(specs: list[AttentionSpec]) -> list[str]:
         parts = [spec.kind]
         if spec.sliding_window is not None and spec.kind != "sliding_window":
             parts.append("sliding_window")
+        if spec.attention_chunk is not None and spec.kind != "chunked":
+            parts.append("chunked")
         if spec.kv_sharing:
             parts.append("kv_sharing")
         name = ", ".join(parts)

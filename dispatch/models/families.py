@@ -59,6 +59,9 @@ class Stack:
         logits_soft_cap: the key of the soft cap.
         alibi: whether there are ALiBi slopes, or the key of that flag.
         sinks: whether each head has a sink.
+        chunk: the key of the size of the chunks in which layers attend that `layer_types` names
+            chunked_attention; without these, those of which `chunked` is true.
+        chunked: for each layer of a config without layer_types, whether it attends in chunks.
         kv_shared_layers: the key of the number of last layers that read the caches of earlier ones.
         mla: multi-head latent attention, with DeepSeek's keys.
         bidirectional: the key of a flag that makes the model an encoder.
@@ -78,6 +81,8 @@ class Stack:
     logits_soft_cap: str | None = None
     alibi: bool | str = False
     sinks: bool = False
+    chunk: str | None = None
+    chunked: Callable[[ConfigReader, int], list[bool]] | None = None
     kv_shared_layers: str | None = None
     mla: bool = False
     bidirectional: str | None = None
@@ -169,6 +174,19 @@ def _gemma4_full_layers(config: ConfigReader) -> dict[str, int]:
     if config.flag("attention_k_eq_v") and kv_heads is not None:
         sizes["num_kv_heads"] = kv_heads
     return sizes
+
+
+def _llama4_chunked(config: ConfigReader, num_layers: int) -> list[bool]:
+    """The layers with rotary embeddings attend in chunks: no_rope_layers is 1 for these."""
+    given = config.get("no_rope_layers")
+    if given:
+        if not isinstance(given, (list, tuple)) or len(given) != num_layers:
+            raise config.problem(
+                f"has no_rope_layers={given!r}, which is no list of {num_layers} numbers."
+            )
+        return [bool(each) for each in given]
+    every = config.integer("no_rope_layer_interval")
+    return [(layer + 1) % every != 0 for layer in range(num_layers)]
 
 
 _PLAIN = Stack()
@@ -338,6 +356,22 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
             defaults=_kv(32, sliding_window=4096),
         ),
     ),
+    # Decoders that attend in chunks in most layers.
+    "llama4_text": (
+        Stack(
+            chunk="attention_chunk_size",
+            chunked=_llama4_chunked,
+            defaults=_kv(
+                8,
+                num_attention_heads=40,
+                num_hidden_layers=48,
+                hidden_size=5120,
+                head_dim=128,
+                attention_chunk_size=8192,
+                no_rope_layer_interval=4,
+            ),
+        ),
+    ),
     # Decoders with multi-head latent attention.
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), (_MLA,)),
     # Encoders.
@@ -384,6 +418,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "internvl": Wrapper(text="qwen2"),
     "kimi_k25": Wrapper(text="deepseek_v3"),
     **dict.fromkeys(("llava", "llava_next"), _LLAVA),
+    "llama4": Wrapper(text="llama4_text"),
     "mistral3": Wrapper(text="mistral"),
     "qwen2_vl": Wrapper(text="qwen2_vl_text", may_be_flat=True),
     "qwen2_5_vl": Wrapper(text="qwen2_5_vl_text", may_be_flat=True),
@@ -393,13 +428,11 @@ WRAPPERS: dict[str, Wrapper] = {
 
 _RELATIVE = "its scores get a bias learned for relative positions"
 _LINEAR = "most of its layers are linear attention"
-_CHUNKS = "most of its layers attend within chunks of attention_chunk_size tokens"
 
 #: Models that AttentionSpec cannot describe, with the feature that it has no field for.
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers"), _RELATIVE),
     **dict.fromkeys(("deberta", "deberta-v2", "mpnet"), _RELATIVE),
-    **dict.fromkeys(("llama4", "llama4_text"), _CHUNKS),
     **dict.fromkeys(("kimi_linear", "qwen3_next"), _LINEAR),
     "deepseek_v32": "its queries attend to the keys that an indexer picks",
 }

@@ -8,7 +8,7 @@ import torch
 
 from attn_dispatch.errors import summary_of
 
-__all__ = ["is_capturing", "is_device_lost", "is_out_of_memory"]
+__all__ = ["device_wait_of", "is_capturing", "is_device_lost", "is_out_of_memory"]
 
 #: Parts of messages, only their letters, in lower case.
 _OUT_OF_MEMORY = ("outofmemory", "memoryallocation", "tallocatememory", "notenoughmemory")
@@ -28,6 +28,16 @@ _LOST_DEVICE = (
     "uncorrectable",
     "memoryaccessfault",
 )
+
+
+#: Of what PyTorch raises for a wait while `torch.cuda.set_sync_debug_mode("error")` holds.
+_DEVICE_WAIT = "calledasynchronizing"
+
+
+def device_wait_of(error: BaseException) -> BaseException | None:
+    """The exception in which PyTorch reports a wait for the device: this one, a cause, or None."""
+    errors = (each for each in _chain(error) if isinstance(each, RuntimeError))
+    return next((each for each in errors if _DEVICE_WAIT in _letters(_message(each))), None)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -53,8 +63,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _mentions(error: Exception, texts: Sequence[str]) -> bool:
     """Whether the message of an error or of one of its causes contains one of these."""
-    messages = ("".join(filter(str.isalpha, _message(each).lower())) for each in _chain(error))
+    messages = (_letters(_message(each)) for each in _chain(error))
     return any(text in each for each in messages for text in texts)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalpha, text.lower()))
 
 
 def _message(error: BaseException) -> str:

@@ -67,14 +67,15 @@ _current: ContextVar[ForwardContext | None] = ContextVar("attn_dispatch_forward"
 
 @contextlib.contextmanager
 def forward_context(
-    batch: AttentionBatch | Mapping[str, AttentionBatch] | None,
+    batch: AttentionBatch | Mapping[str, AttentionBatch] | ForwardContext | None,
 ) -> Iterator[ForwardContext]:
     """Open the context of one forward pass, for this thread and asyncio task only.
 
     Args:
         batch: the step's batch; or layer name -> batch, where layers have block tables of their
             own (cross-attention, hybrid models). None for an engine's profiling run, before there
-            is a cache: every layer's output is zeros, and no cache is read or written.
+            is a cache: every layer's output is zeros, and no cache is read or written. A
+            `GraphStep` is taken too, for the metadata of a CUDA graph.
 
     Raises:
         InvalidInputError: it is none of these.
@@ -83,7 +84,7 @@ def forward_context(
         >>> with forward_context(batch):
         ...     logits = model(token_ids, positions)
     """
-    context = ForwardContext(batch)
+    context = batch if isinstance(batch, ForwardContext) else ForwardContext(batch)
     token = _current.set(context)
     try:
         yield context

@@ -10,6 +10,7 @@ import torch
 from attn_dispatch.arguments import checked_scale
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.kv_view import (
     KVCache,
     KVCacheView,
@@ -46,11 +47,14 @@ def attention(
     scale: float | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
+    window_size: tuple[int, int] | None = None,
+    attention_chunk: int | None = None,
     logits_soft_cap: float | None = None,
     alibi_slopes: Sequence[float] | torch.Tensor | None = None,
     alibi: bool | str | None = None,
     sinks: torch.Tensor | None = None,
     custom_mask: torch.Tensor | None = None,
+    key_positions: KeyPositions | None = None,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
     out: torch.Tensor | None = None,
@@ -76,12 +80,16 @@ def attention(
         scale: factor on the scores; None for head_size ** -0.5.
         causal: a query sees no later key; queries align to the end of the keys.
         sliding_window: tokens a query sees, itself included, or None.
+        window_size: (left, right), keys a query sees before and after its own, −1 for all; or None.
+        attention_chunk: a query sees only keys of its own chunk of this many positions; or None.
         logits_soft_cap: cap of the scores, or None.
         alibi_slopes: (num_heads,), or None.
         alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
             slopes times the signed distance, if there are slopes.
         sinks: (num_heads,) one more logit per head, or None.
         custom_mask: (sum of query_len * seq_len,) bool, see AttentionBatch, or None.
+        key_positions: of keys that are only some of each request's, see KeyPositions; or None.
+            seq_lens then counts these, and must be given.
         k_scale: of an fp8 cache: a number, or (num_kv_heads,).
         v_scale: the same for values.
         out: (num_tokens, num_heads, head_size_v), written and returned; made if None.
@@ -124,6 +132,9 @@ def attention(
         attn_type=AttentionType.DECODER,
         causal=causal,
         sliding_window=sliding_window,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        key_positions=key_positions is not None,
         logits_soft_cap=logits_soft_cap,
         alibi=alibi_of(alibi, alibi_slopes),
         sinks=sinks is not None,
@@ -139,6 +150,7 @@ def attention(
         slot_mapping=slot_mapping,
         key_lens=seq_lens if cache is None else None,
         custom_mask=custom_mask,
+        key_positions=key_positions,
         device=query.device,
     )
     if batch.num_tokens != len(query):

@@ -138,7 +138,9 @@ class _Inputs:
     def __init__(
         self, tensors: tuple[torch.Tensor | None, ...], batch: AttentionBatch | None, copies: bool
     ) -> None:
-        own = () if batch is None else (getattr(batch, name) for name in _OF_BATCH)
+        own = [] if batch is None else [getattr(batch, name) for name in _OF_BATCH]
+        if batch is not None and batch.key_positions is not None:
+            own += [batch.key_positions.seq_lens, batch.key_positions.seq_lens_cpu]
         given = [tensor for tensor in (*tensors, *own) if tensor is not None]
         self._copies = [(tensor, tensor.clone()) for tensor in given] if copies else None
         # Inference tensors have no counter.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_dispatch import environment
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -22,6 +23,7 @@ from attn_dispatch.interface.validation import check_no_grad, check_tensors, pro
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device_errors import is_capturing
+from attn_dispatch.platforms.waits import never_waits
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
 from attn_dispatch.runtime.hooks import observer
@@ -251,14 +253,13 @@ class Attention(LayerScales, nn.Module):
         if self._selected_at != version():
             self._refresh()
         binding = self._require_binding()
+        plan = never_waits(self._plan)  # but a backend that is built may wait
         metadata: AttentionMetadata
         try:
-            metadata = self._plan(binding, None, batch)
+            metadata = plan(binding, None, batch)
         except AttemptFailed as failed:
             assert self._device is not None
-            metadata = self._bind(
-                self._device, lambda other: self._plan(other, None, batch), failed
-            )
+            metadata = self._bind(self._device, lambda other: plan(other, None, batch), failed)
         return metadata
 
     def _plan(
@@ -379,12 +380,11 @@ class Attention(LayerScales, nn.Module):
             check_block_size(self, kv_cache)
         given = (query, key, value, kv_cache)
         results = (output, lse, output_scale, output_block_scale)
+        attend = never_waits(self._attend) if environment.sync_mode() else self._attend
         try:
-            self._attend(self._require_binding(), metadata, given, *results)
+            attend(self._require_binding(), metadata, given, *results)
         except AttemptFailed as failed:
-            self._bind(
-                query.device, lambda other: self._attend(other, metadata, given, *results), failed
-            )
+            self._bind(query.device, lambda other: attend(other, metadata, given, *results), failed)
 
     def _attend(
         self,

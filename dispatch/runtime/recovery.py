@@ -22,6 +22,7 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.device_errors import (
+    device_wait_of,
     is_capturing,
     is_device_lost,
     is_out_of_memory,
@@ -186,7 +187,9 @@ def _record(spec: AttentionSpec, context: SelectionContext, failures: Sequence[F
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether no other backend may try: the caller's mistake, or the machine's limit."""
+    """Whether no other backend may try: the caller's mistake, the machine's limit, or a wait."""
     if isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure):
         return True
-    return isinstance(error, InputsModified) or is_out_of_memory(error) or is_device_lost(error)
+    if isinstance(error, InputsModified) or device_wait_of(error) is not None:
+        return True
+    return is_out_of_memory(error) or is_device_lost(error)

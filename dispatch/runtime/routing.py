@@ -17,6 +17,7 @@ import torch
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart, BatchTotals
+from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import (
@@ -213,6 +214,26 @@ class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
             built = _call(part, self._builders[name].build, rows.batch)
             metadata.parts.append(part._replace(metadata=built))
         return metadata
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> RoutedMetadata:
+        """See AttentionMetadataBuilder.build_for_graph. One backend serves all requests.
+
+        It is the one that `route` picks for a batch of the graph's size. In a step with prompts it
+        is that of the prefills, as the rows of each phase would be others in each step.
+        """
+        prompts = batch.parts.get(Phase.PREFILL)
+        ((name, _),) = self.route(batch if prompts is None else prompts.batch)
+        part = RoutedPart(name, None, BatchPart(batch, slice(None), slice(None)), None)
+        built = _call(part, self._builders[name].build_for_graph, batch, limits)
+        metadata: RoutedMetadata = RoutedMetadata.of(
+            batch, self, parts=[part._replace(metadata=built)]
+        )
+        return metadata
+
+    def update_for_graph(self, metadata: RoutedMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        (part,) = metadata.parts
+        _call(part, self._builders[part.backend].update_for_graph, part.metadata, batch)
 
 
 class RoutedImpl:

@@ -26,7 +26,7 @@ from attn_dispatch.interface.capability import Capabilities, Reason, ReasonCode
 from attn_dispatch.interface.graphs import AttentionState
 from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadataBuilder
-from attn_dispatch.interface.signatures import signature_problems
+from attn_dispatch.interface.signatures import OPTIONAL_ARGUMENTS, signature_problems
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.log import logger
@@ -93,7 +93,7 @@ def check_backend_class(cls: Any) -> list[str]:
     if not isinstance(getattr(cls, "capabilities", None), Capabilities):
         problems.append(f"{cls.__name__}.capabilities is not a Capabilities")
     problems += signature_problems(cls)
-    is_symmetric = _declares_symmetric_alibi(cls)
+    optional = [name for name in OPTIONAL_ARGUMENTS if _is_given(cls, *OPTIONAL_ARGUMENTS[name])]
     for getter, base in _PARTS.items():
         try:
             part = getattr(cls, getter)()
@@ -109,9 +109,7 @@ def check_backend_class(cls: Any) -> list[str]:
         elif not (isinstance(part, type) and issubclass(part, base)):
             problems.append(f"{cls.__name__}.{getter}() is not a subclass of {base.__name__}")
         else:
-            problems += _missing_members(part) or signature_problems(
-                part, alibi_symmetric=is_symmetric
-            )
+            problems += _missing_members(part) or signature_problems(part, optional=optional)
     return problems
 
 
@@ -124,12 +122,12 @@ _PARTS: dict[str, type] = {
 }
 
 
-def _declares_symmetric_alibi(cls: type[AttentionBackend]) -> bool:
-    """Whether a known device exists on which the backend may get alibi="symmetric"."""
+def _is_given(cls: type[AttentionBackend], field: str, value: Any) -> bool:
+    """Whether a known device exists on which the backend may get this value of a field."""
     spec = AttentionSpec(num_heads=1, head_size=64, dtype=torch.float32)
     try:
-        constraint = cls.capabilities.fields["alibi"]
-        return any(constraint.accepts("symmetric", spec, each) for each in KNOWN_DEVICES.values())
+        constraint = cls.capabilities.fields[field]
+        return any(constraint.accepts(value, spec, each) for each in KNOWN_DEVICES.values())
     except Exception:  # a plug-in's constraint may raise anything; selection reports it
         return False
 

@@ -51,6 +51,7 @@ class Report:
         full_cls_name: (module, class) of the backend, or None.
         verdicts: one for every registered backend, in the order in which they were considered.
         measured: the evidence of a table of times; None without one, or if an override decided.
+        notes: what keeps the pick's fastest kernel from this layer; AttentionBackend.kernel_notes.
     """
 
     spec: AttentionSpec
@@ -62,6 +63,7 @@ class Report:
     full_cls_name: tuple[str, str] | None
     verdicts: tuple[Verdict, ...]
     measured: TimingEvidence | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -91,12 +93,14 @@ class Report:
             "full_cls_name": None if self.full_cls_name is None else list(self.full_cls_name),
             "verdicts": [verdict.asdict() for verdict in self.verdicts],
             "measured": None if self.measured is None else self.measured.asdict(),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         phase = f", {self.phase}" if self.phase else ""
         lines = [f"{self.spec} on {self.device.name} ({self.device.arch}){phase}"]
         lines.append(f"picked {self.picked}: {self.because}" if self.picked else self.because)
+        lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  {each.name}: {reason}" for each in self.verdicts for reason in each.reasons]
         return "\n".join(lines)
 

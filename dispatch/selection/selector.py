@@ -86,8 +86,19 @@ def decide(
         measured: TimingEvidence | None = None,
     ) -> Report:
         full_cls_name = candidates[picked].loaded_cls.full_cls_name() if picked else None
-        found = tuple(verdicts.values())
-        return Report(spec, device, phase, picked, source, because, full_cls_name, found, measured)
+        notes = _kernel_notes(candidates[picked], spec, device, phase) if picked else ()
+        return Report(
+            spec,
+            device,
+            phase,
+            picked,
+            source,
+            because,
+            full_cls_name,
+            tuple(verdicts.values()),
+            measured,
+            notes,
+        )
 
     decided: set[str] = set()  # already decided by a higher-priority rule
     unmet = ""
@@ -118,6 +129,15 @@ def decide(
     if measured is not None:
         because += f"; {measured.because}"
     return conclude(able[0], Source.PLATFORM, because + unmet, measured)
+
+
+def _kernel_notes(
+    candidate: Candidate, spec: AttentionSpec, device: DeviceProfile, phase: Phase | None
+) -> tuple[str, ...]:
+    try:
+        return tuple(candidate.loaded_cls.kernel_notes(spec, device, phase))
+    except Exception as error:  # a plug-in's code may raise anything; the pick is right without it
+        return (f"its kernel_notes raises {type(error).__name__}: {error}",)
 
 
 def _timing_evidence(

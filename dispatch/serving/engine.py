@@ -5,6 +5,9 @@ that are not computed yet (chunked prefill). All requests share one prefix that 
 its full blocks are shared, and its last, partial block is copied for each request. If no block is
 free, the youngest request is swapped out to the host and resumed later. The scheduler has the
 structure of vLLM's, reduced to what this demo needs.
+
+On a GPU, steps are CUDA graphs where the backends can capture them: one for decodes, and one for
+steps with chunks of prompts. Other steps run eagerly.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.serving import tokenizer
+from attn_dispatch.serving.graphs import CapturedSteps
 from attn_dispatch.serving.model import DemoModel
 
 __all__ = ["Engine", "EngineLimits", "EngineStats", "Request"]
@@ -59,6 +63,7 @@ class EngineStats:
     blocks_copied: int = 0
     preemptions: int = 0
     blocks_swapped: int = 0
+    replayed_steps: int = 0
 
 
 @dataclass
@@ -101,6 +106,7 @@ class Engine:
         limits: see EngineLimits.
         backend: an override of the selected backends.
         block_size: tokens per block.
+        use_graphs: capture steps into CUDA graphs, if the backends can; None for on a GPU.
 
     Raises:
         InvalidInputError: the cache is too small for the prefix.
@@ -115,29 +121,17 @@ class Engine:
         limits: EngineLimits | None = None,
         backend: str | None = None,
         block_size: int = 8,
+        use_graphs: bool | None = None,
     ) -> None:
-        config = model.config
         self.model = model
         self.device = model.embedding.weight.device
         self.limits = limits or EngineLimits()
         self.block_size = block_size
         self.stats = EngineStats()
-        self.layers = [
-            Attention(
-                config.num_heads,
-                config.head_size,
-                config.scale,
-                config.num_kv_heads,
-                sliding_window=layer.sliding_window,
-                logits_soft_cap=layer.logits_soft_cap,
-                prefix=f"layers.{index}",
-                dtype=model.embedding.weight.dtype,
-                device=self.device,
-                block_size=block_size,
-                backend=backend,
-            )
-            for index, layer in enumerate(config.layers)
-        ]
+        if use_graphs is None:
+            use_graphs = self.device.type == "cuda"
+        self._graphs: CapturedSteps | None = None
+        self.layers, use_graphs = self._make_layers(backend, use_graphs)
         named = {layer.prefix: layer for layer in self.layers}
         specs = {name: layer.spec for name, layer in named.items()}
         plan = plan_kv_cache(specs, self.device, backend=backend)
@@ -155,6 +149,41 @@ class Engine:
         self.finished: list[Request] = []
         self._prefix = Request(-1, list(prefix_ids), len(prefix_ids))
         self._compute_prefix()
+        if use_graphs:  # after a step that ran eagerly: by now the layers have their backends
+            self._graphs = CapturedSteps(
+                self._logits,
+                self.layers,
+                max_requests=self.limits.max_requests,
+                max_tokens=self.limits.max_tokens,
+                max_seq_len=self.limits.num_blocks * block_size,
+            )
+
+    def _make_layers(self, backend: str | None, use_graphs: bool) -> tuple[list[Attention], bool]:
+        """The layers, and whether their steps can be captured."""
+        config = self.model.config
+        try:
+            layers = [
+                Attention(
+                    config.num_heads,
+                    config.head_size,
+                    config.scale,
+                    config.num_kv_heads,
+                    sliding_window=layer.sliding_window,
+                    logits_soft_cap=layer.logits_soft_cap,
+                    prefix=f"layers.{index}",
+                    dtype=self.model.embedding.weight.dtype,
+                    device=self.device,
+                    block_size=self.block_size,
+                    cuda_graph=use_graphs,
+                    backend=backend,
+                )
+                for index, layer in enumerate(config.layers)
+            ]
+        except UnsupportedError:
+            if not use_graphs:
+                raise
+            return self._make_layers(backend, False)
+        return layers, use_graphs
 
     def add(self, index: int, prompt_ids: Sequence[int]) -> None:
         """Queue a request.
@@ -325,14 +354,21 @@ class Engine:
         for (request, _), start, end in zip(chunks, starts, ends, strict=True):
             token_ids += request.token_ids[start:end]
             positions += range(start, end)
+        inputs = (
+            torch.tensor(token_ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+        )
+        logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
+        self.stats.replayed_steps += logits is not None
         with torch.inference_mode(), forward_context(batch):
-            logits = self.model(
-                torch.tensor(token_ids, device=self.device),
-                torch.tensor(positions, device=self.device),
-                self._attend,
-            )
+            if logits is None:
+                logits = self._logits(*inputs)
             last = batch.query_start_loc[1:].long() - 1
-            return logits[last].argmax(-1).tolist()  # type: ignore[no-any-return]
+            return logits[last].argmax(-1).tolist()
+
+    def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(token_ids, positions, self._attend)
+        return logits
 
     def _attend(
         self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

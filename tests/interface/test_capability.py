@@ -28,7 +28,7 @@ from attn_dispatch.interface.capability import (
 )
 from attn_dispatch.interface.kv_strides import KVStrides
 from attn_dispatch.interface.spec import KV_CACHE_DTYPES, OUTPUT_QUANTS, AttentionSpec, plain_value
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES, known_device
 from attn_dispatch.selection.priorities import BUILTIN
@@ -117,8 +117,11 @@ VALUES: dict[str, list[Any]] = {
     "block_size": [None, 1, 16, 48, 64, 256],
     "kv_cache_layout": [None, "NHD", "HND"],
     "kv_strides": [None, *STRIDES],
+    "lengths": list(LENGTHS),
     "attn_type": list(AttentionType),
     "sliding_window": [None, 1, 128, 4096],
+    "window_size": [None, (128, 64), (-1, 8), (8, -1)],
+    "attention_chunk": [None, 1, 8192],
     "logits_soft_cap": [None, 30.0],
     "alibi": [False, True],  # "symmetric" is True where the layer is causal: see below
     "mla": [None, DEEPSEEK],
@@ -134,6 +137,8 @@ def request_with(name: str, field: str, value: Any) -> AttentionSpec | None:
     changes = {field: value}
     if field == "num_heads":
         changes["num_kv_heads"] = 1
+    if field == "window_size":  # a causal layer has no right side
+        changes["causal"] = False
     try:
         return served(name).replace(**changes)
     except InvalidInputError:

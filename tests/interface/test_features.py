@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from attn_dispatch.interface.capability import compare
+from attn_dispatch.interface.key_positions import KeyPositions
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, PlaceholderRange
 from attn_dispatch.platforms.device import DeviceProfile
@@ -68,6 +69,19 @@ SWITCHES = {
     "window": ({}, {"sliding_window": 3}),
     "wider window": ({"sliding_window": 3}, {"sliding_window": 4}),
     "window both ways": ({"causal": False}, {"causal": False, "sliding_window": 3}),
+    "window of two sizes": ({"causal": False}, {"causal": False, "window_size": (3, 1)}),
+    "sides swapped": (
+        {"causal": False, "window_size": (1, 3)},
+        {"causal": False, "window_size": (3, 1)},
+    ),
+    "chunks": ({}, {"attention_chunk": 3}),
+    "larger chunks": ({"attention_chunk": 3}, {"attention_chunk": 4}),
+    "chunks both ways": ({"causal": False}, {"causal": False, "attention_chunk": 3}),
+    "key positions": ({}, {"key_positions": True}),
+    "key positions and window": (
+        {"sliding_window": 4},
+        {"sliding_window": 4, "key_positions": True},
+    ),
     "not causal": ({}, {"causal": False}),
     "ALiBi": ({}, {"alibi": True}),
     "sinks": ({}, {"sinks": True}),
@@ -150,6 +164,16 @@ def move_ranges(step):
     step.batch = dataclasses.replace(step.batch, multi_modal_placeholder_index_maps=maps)
 
 
+def lengthen(step):
+    """The chunk's request is three keys longer, and none of them is here."""
+    positions = step.batch.key_positions
+    lengths = [*positions.seq_lens_cpu.tolist()[:2], int(positions.seq_lens_cpu[2]) + 3]
+    changed = KeyPositions.create(
+        lengths, offset=positions.offset, step=positions.step, device=step.device
+    )
+    step.batch = dataclasses.replace(step.batch, key_positions=changed)
+
+
 def change_slope(step):
     step.slopes[2] *= 3
 
@@ -168,6 +192,7 @@ INPUTS = {
     "cached value": ({}, nudge_cache(1), (DECODE, slice(0, 2))),
     "cached value of a chunk": ({}, nudge_cache(1, request=2), (CHUNK, slice(0, 2))),
     "order of blocks": ({"alibi": True}, swap_block_table, (DECODE,)),
+    "length": ({"key_positions": True, "sliding_window": 6}, lengthen, (CHUNK,)),
     "slope": ({"alibi": True}, change_slope, (slice(None), 2)),
     "sink": ({"sinks": True}, nudge("sinks", 1), (slice(None), 1)),
     "mask": ({"custom_mask": True}, flip_mask, (4,)),
@@ -196,6 +221,7 @@ WITHOUT_EFFECT = {
     "dtype": "how precise, not what",
     "block_size": "where keys lie",
     "kv_cache_layout": "where keys lie",
+    "lengths": "what the host knows, not what is computed",
     "mla": "has backends and tests of its own",
     "returns_lse": "adds a result",
     "output_quant": "how the output is stored; tested with the layer",

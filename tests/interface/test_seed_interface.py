@@ -32,7 +32,7 @@ from attn_dispatch.interface.graphs import AttentionState, CommonAttentionState
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer, MLAAttentionImpl
 from attn_dispatch.interface.metadata import AttentionMetadata, AttentionMetadataBuilder
 from attn_dispatch.interface.quantization import KVScales
-from attn_dispatch.interface.signatures import _METHODS
+from attn_dispatch.interface.signatures import _METHODS, OPTIONAL_ARGUMENTS
 from attn_dispatch.interface.spec import OUTPUT_QUANTS
 from attn_dispatch.interface.types import PlaceholderRange
 from attn_dispatch.selection.priorities import BUILTIN
@@ -589,7 +589,8 @@ def old_constructor(
 @pytest.mark.parametrize("alibi", [None, OneOf(True, False), OneOf(False, "symmetric"), ANY])
 def test_only_a_backend_that_declares_symmetric_alibi_must_take_the_argument(alibi):
     cls = backend_with(AttentionImpl, "__init__", old_constructor)
-    fields = {k: v for k, v in cls.capabilities.fields.items() if k != "alibi"}
+    optional = {field for field, _ in OPTIONAL_ARGUMENTS.values()}
+    fields = {k: v for k, v in cls.capabilities.fields.items() if k not in optional}
     fields |= {} if alibi is None else {"alibi": alibi}
     cls.capabilities = Capabilities(devices=cls.capabilities.devices, **fields)
     problems = check_backend_class(cls)
@@ -597,6 +598,17 @@ def test_only_a_backend_that_declares_symmetric_alibi_must_take_the_argument(ali
         assert "alibi_symmetric" in problems[0]
     else:
         assert problems == []
+
+
+@pytest.mark.parametrize("field", ["window_size", "attention_chunk", "key_positions"])
+def test_only_a_backend_that_declares_a_later_field_must_take_its_argument(field):
+    cls = backend_with(AttentionImpl, "__init__", old_constructor)
+    optional = {name for name, _ in OPTIONAL_ARGUMENTS.values()}
+    fields = {k: v for k, v in cls.capabilities.fields.items() if k not in optional}
+    cls.capabilities = Capabilities(devices=cls.capabilities.devices, **fields, **{field: ANY})
+    assert field in check_backend_class(cls)[0]
+    cls.capabilities = Capabilities(devices=cls.capabilities.devices, **fields)
+    assert check_backend_class(cls) == []
 
 
 def test_a_constructor_with_another_order_is_named():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attn_dispatch
+from attn_dispatch.backends.reference.semantics import visible
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import LAYER_KINDS, AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
@@ -53,6 +54,11 @@ WRONG_ALONE = [
     ("attn_type", None),
     ("sliding_window", 0),
     ("sliding_window", -1),
+    ("window_size", 8),
+    ("window_size", (8,)),
+    ("window_size", "8,8"),
+    ("attention_chunk", 0),
+    ("attention_chunk", 8.0),
     ("logits_soft_cap", 0),
     ("logits_soft_cap", -30.0),
     ("logits_soft_cap", float("inf")),
@@ -135,6 +141,7 @@ def test_replace_checks_like_the_constructor():
 KINDS = {
     "full": layer(),
     "sliding_window": layer(sliding_window=128),
+    "chunked": layer(attention_chunk=8192),
     "encoder": layer(attn_type=AttentionType.ENCODER),
     "encoder_only": layer(attn_type=AttentionType.ENCODER_ONLY, sliding_window=128),
     "encoder_decoder": layer(attn_type=AttentionType.ENCODER_DECODER),
@@ -145,6 +152,53 @@ KINDS = {
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_kind(kind):
     assert KINDS[kind].kind == kind
+
+
+#: causal, window_size -> causal, sliding_window, window_size of the layer.
+WINDOWS = [
+    (True, (-1, -1), True, None, None),
+    (False, (-1, -1), False, None, None),
+    (True, (7, 7), True, 8, None),
+    (False, (7, 7), False, 8, None),
+    (False, (7, 0), True, 8, None),
+    (True, (7, 3), True, 8, None),
+    (True, (7, -1), True, 8, None),
+    (True, (-1, 3), True, None, None),
+    (False, (-1, 0), True, None, None),
+    (False, (0, 0), True, 1, None),
+    (False, (7, 3), False, None, (7, 3)),
+    (False, (-1, 3), False, None, (-1, 3)),
+    (False, (7, -1), False, None, (7, -1)),
+    (False, [0, 3], False, None, (0, 3)),
+]
+
+
+@pytest.mark.parametrize(("causal", "window", "c", "s", "t"), WINDOWS, ids=str)
+def test_a_window_has_one_form(causal, window, c, s, t):
+    spec = layer(causal=causal, window_size=window)
+    assert (spec.causal, spec.sliding_window, spec.window_size) == (c, s, t)
+    same = layer(causal=c, sliding_window=s, window_size=t)
+    assert spec == same
+    assert spec.replace() == spec
+    positions = torch.arange(12)
+    left, right = window
+    k, q = positions, positions[:, None]
+    wanted = (k >= q - left) | torch.tensor(left < 0)
+    wanted &= (k <= q + right) | torch.tensor(right < 0)
+    wanted &= (k <= q) | torch.tensor(not causal)
+    fields = {"sliding_window": s, "window_size": t}
+    assert torch.equal(visible(positions, positions, causal=c, **fields), wanted)
+
+
+def test_a_layer_has_one_window():
+    message = r"sliding_window=8 and window_size=\(7, 3\) are both given"
+    with pytest.raises(InvalidInputError, match=message):
+        layer(causal=False, sliding_window=8, window_size=(7, 3))
+
+
+def test_sides_of_a_window_are_minus_one_or_more():
+    with pytest.raises(InvalidInputError, match="window_size=-2 is not an integer of -1 or more"):
+        layer(causal=False, window_size=(-2, 3))
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

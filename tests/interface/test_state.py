@@ -184,6 +184,22 @@ def test_a_graph_takes_no_mask():
         state.prepare_graph_input_buffers(buffers, builder_of("TORCH_SDPA", spec).build(batch))
 
 
+def test_a_graph_takes_no_ranges():
+    """Only of layers that would otherwise see them; others ignore a batch's."""
+    maps = {"image": [PlaceholderRange(0, 1, 3)]}
+    batch = AttentionBatch.create([1], [3], multi_modal_placeholder_index_maps=maps)
+    for has_ranges in (False, True):
+        spec = layer_spec(bidirectional_ranges=has_ranges)
+        state = state_of(spec=spec, max_batch_size=2)
+        buffers = state.get_graph_input_buffers(state.graph_capture_get_metadata_for_batch(2))
+        metadata = builder_of("TORCH_SDPA", spec).build(batch)
+        if has_ranges:
+            with pytest.raises(InvalidInputError, match="bidirectional ranges"):
+                state.prepare_graph_input_buffers(buffers, metadata)
+        else:
+            state.prepare_graph_input_buffers(buffers, metadata)
+
+
 def test_the_default_device_and_dtype_are_ignored(misleading_defaults):
     with misleading_defaults():
         metadata = state_of(max_batch_size=4).graph_capture_get_metadata_for_batch(3)

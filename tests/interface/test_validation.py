@@ -493,5 +493,7 @@ def test_an_inconsistent_batch_makes_no_metadata(backend, what):
 
 def test_the_check_variable_is_0_or_1(monkeypatch):
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", "yes")
-    with pytest.raises(InvalidInputError, match=r"ATTN_DISPATCH_CHECK='yes' .* Set it to 0 or 1"):
+    with pytest.raises(
+        InvalidInputError, match=r"ATTN_DISPATCH_CHECK='yes' .* Set it to 0, 1 or sync"
+    ):
         Call("REFERENCE")()

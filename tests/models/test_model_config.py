@@ -122,6 +122,10 @@ EXPECTED = {
     "gpt_oss": mixed(24, every(1, 24, 2), 128, 64, 8, 64, sinks=True),
     "kimi_k2": latent(61, 64),
     "llama": plain(32, 32, 8, 128, sinks=False, alibi=False, kv_sharing=False, causal=True),
+    "llama4": {
+        "chunked": (every(0, 48) - every(3, 48, 4), sizes(40, 8, 128, attention_chunk=8192)),
+        "full": (every(3, 48, 4), sizes(40, 8, 128, attention_chunk=None)),
+    },
     "llava": plain(32, 32, 32, 128, FP16),
     "ministral": mixed(36, every(0, 36, 4), 32768, 32, 8, 128),
     "ministral3": plain(26, 32, 8, 128),
@@ -211,6 +215,29 @@ DEFAULTS = [
 ]
 
 
+#: Number of layers, changes of the config, and the layers that attend in chunks.
+LLAMA4 = {
+    "no_rope_layers": (3, {"no_rope_layers": [1, 0, 1]}, {0, 2}),
+    "layer_types": (4, {"layer_types": ["full_attention", "chunked_attention"] * 2}, {1, 3}),
+    "interval": (5, {"no_rope_layer_interval": 2}, {0, 2, 4}),
+}
+
+
+@pytest.mark.parametrize("case", LLAMA4)
+def test_the_layers_of_llama4_that_attend_in_chunks(case):
+    num_layers, changes, chunked = LLAMA4[case]
+    text = load("llama4")["text_config"] | {"num_hidden_layers": num_layers} | changes
+    groups = layers_from_config(load("llama4", text_config=text))
+    assert set(groups["chunked"].layers) == chunked
+    assert groups["chunked"].spec.attention_chunk == 8192
+
+
+def test_layers_in_chunks_need_their_size():
+    text = load("llama4")["text_config"] | {"attention_chunk_size": None}
+    with pytest.raises(InvalidInputError, match="attention_chunk_size is null"):
+        layers_from_config(load("llama4", text_config=text))
+
+
 @pytest.mark.parametrize(("name", "changes", "group", "fields"), DEFAULTS)
 def test_missing_keys_have_the_defaults_of_transformers(name, changes, group, fields):
     spec = layers_from_config(load(name, **changes))[group].spec
@@ -243,7 +270,6 @@ def test_fields_that_the_config_decides_are_rejected():
 UNKNOWN_FEATURES = {
     "unknown model": ("llama", {"model_type": "llama5"}, "'llama5' are not supported.*--num-heads"),
     "t5": ("llama", {"model_type": "t5"}, "bias learned for relative positions"),
-    "llama4": ("llama", {"model_type": "llama4_text"}, "chunks of attention_chunk_size"),
     "chunks": ("llama", {"attention_chunk_size": 8192}, "attention_chunk_size=8192"),
     "window": ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
     "soft cap": ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),

@@ -34,6 +34,14 @@ def test_minimal_backend_runs():
     assert "MINIMAL and REFERENCE agree" in printed
 
 
+def test_a_model_runs_with_and_without_graphs():
+    printed = run(str(EXAMPLES / "cuda_graphs.py"))
+    for kind in ("decode", "drafts", "chunks"):
+        assert re.search(
+            rf"^{kind}: .* tokens, the largest difference from .* is 0\.0", printed, re.M
+        )
+
+
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_runs_on_emulated_gpus():
     printed = run(str(EXAMPLES / "emulate_kernel.py"))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import attn_dispatch
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import OneOf, Reason, ReasonCode
+from attn_dispatch.interface.kv_layout_table import with_kv_layout
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.device import DeviceMatch
@@ -204,6 +205,27 @@ def test_a_report_is_data(name):
     assert data["device"] == {"name": "NVIDIA H200", "arch": "sm90"}
     assert [v["name"] for v in data["verdicts"]] == [v.name for v in report.verdicts]
     assert all(r["message"] for v in data["verdicts"] for r in v["reasons"])
+
+
+def test_a_report_notes_what_keeps_the_fast_kernel_from_a_layer():
+    spec = with_kv_layout(layer(block_size=8), "sglang")
+    prefill, decode = explain(spec, "H200", backend="HOPPER_ATTN")
+    assert (prefill.notes, len(decode.notes)) == ((), 1)
+    assert decode.asdict()["notes"] == list(decode.notes)
+    assert f"  note: {decode.notes[0]}" in str(decode).splitlines()
+    assert explain(spec, "H200", backend="TRITON_ATTN")[1].notes == ()
+
+
+def test_notes_that_raise_do_not_stop_the_pick():
+    def kernel_notes(cls, spec, device, phase):
+        raise KeyError("sm")
+
+    noisy = make_backend("NOISY")
+    noisy.kernel_notes = classmethod(kernel_notes)
+    with registered(noisy):
+        (report, _) = explain(layer(), "cpu", backend="NOISY")
+    assert report.picked == "NOISY"
+    assert report.notes == ("its kernel_notes raises KeyError: 'sm'",)
 
 
 def test_a_selection_has_the_name_of_the_class():

@@ -45,6 +45,8 @@ FEATURES = {
     },
     "cross": {"attn_type": "encoder_decoder", "query_lens": (9, 1), "seq_lens": (4, 30)},
     "mixed": {"query_lens": (20, 1), "seq_lens": (20, 9)},
+    "engine's rows": {"kv_layout": "vllm-LBHNC"},
+    "engine's pools": {"kv_layout": "sglang", "kv_cache_dtype": "fp8_e4m3"},
 }
 
 

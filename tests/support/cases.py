@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attn_dispatch.backends.reference.torch_sdpa import MathPathWarning
-from attn_dispatch.conformance import cases
-from attn_dispatch.conformance.cases import FP8, GARBAGE_BLOCKS, INT8, MEMORY, Case, layer_spec
+from attn_dispatch.conformance.cases import FP8, INT8, Case, layer_spec
+from attn_dispatch.conformance.engine_step import GARBAGE_BLOCKS, MEMORY, EngineStep
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.kv_encoding import (
     as_stored,
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-class Step(cases.EngineStep):
+class Step(EngineStep):
     """A step that runs backends by name, with further oracles."""
 
     def run(self, backend, **forward):
@@ -74,6 +74,9 @@ class Step(cases.EngineStep):
                 scale=self.scale,
                 causal=spec.causal,
                 window=spec.sliding_window,
+                sides=spec.window_size,
+                chunk=spec.attention_chunk,
+                shard=self._shard(request),
                 cap=spec.logits_soft_cap,
                 slopes=self.slopes,
                 symmetric=spec.alibi == "symmetric",
@@ -86,6 +89,13 @@ class Step(cases.EngineStep):
         return _joined(outputs, spec, torch.float64), torch.cat(
             [torch.zeros(0, spec.num_heads).double(), *lses]
         )
+
+    def _shard(self, request):
+        """(offset, step, length) of a request's keys, as the scalar oracle takes them."""
+        if self.case.positions is None:
+            return None
+        offset, step, lengths = self.case.positions
+        return offset, step, lengths[request]
 
     def pytorch(self):
         """The output by PyTorch's own attention in the layer's dtype, ALiBi as its bias."""
@@ -114,7 +124,9 @@ class Step(cases.EngineStep):
     def _bias(self, request):
         """(num_heads, query_len, seq_len) float64: the mask and ALiBi bias for PyTorch."""
         num_queries, num_keys = len(self.queries[request]), len(self.keys[request])
-        distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
+        offset, step, length = self._shard(request) or (0, 1, num_keys)
+        positions = torch.arange(length - num_queries, length)[:, None]
+        distance = offset + step * torch.arange(num_keys) - positions
         if self.spec.alibi == "symmetric":
             distance = -distance.abs()
         slopes = torch.tensor(self.slopes or [0.0] * self.spec.num_heads).double()

@@ -135,13 +135,19 @@ class BatchPrefillWithPagedKVCacheWrapper:
         heads, kv_heads, size = plan.heads
         require(q.shape == (plan.num_rows, heads, size), f"q has shape {tuple(q.shape)}")
         check_loads(q)
-        logical = paged_kv_cache if self.kv_layout == "NHD" else paged_kv_cache.transpose(2, 3)
-        require(
-            logical.dim() == 5 and logical.shape[1:] == (2, plan.page_size, kv_heads, size),
-            f"the cache has shape {tuple(paged_kv_cache.shape)}",
-        )
-        check_loads(paged_kv_cache)
-        require((q.dtype, logical.dtype) == plan.dtypes[:2], "dtypes are those planned for")
+        parts = paged_kv_cache
+        if not isinstance(parts, tuple):
+            require(parts.dim() == 5 and parts.shape[1] == 2, f"the cache is {tuple(parts.shape)}")
+            parts = parts.unbind(1)
+        require(parts[0].stride() == parts[1].stride(), "keys and values have the same strides")
+        parts = [part if self.kv_layout == "NHD" else part.transpose(1, 2) for part in parts]
+        for part in parts:
+            require(
+                part.shape[1:] == (plan.page_size, kv_heads, size),
+                f"the cache has parts of shape {tuple(part.shape)}",
+            )
+            check_loads(part)
+            require((q.dtype, part.dtype) == plan.dtypes[:2], "dtypes are those planned for")
         for scale in (q_scale, k_scale, v_scale):
             require(scale is None or type(scale) is float, "scales are floats")
         scale = plan.sm_scale * (1.0 if q_scale is None else q_scale)
@@ -160,10 +166,10 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 slice(q_starts[i], q_starts[i + 1]),
                 pages[kv_starts[i] : kv_starts[i + 1]],
             )
-            require(0 <= min(blocks) <= max(blocks) < len(logical), f"page {blocks} is not there")
+            require(0 <= min(blocks) <= max(blocks) < len(parts[0]), f"page {blocks} is not there")
             num_keys = (len(blocks) - 1) * plan.page_size + last_len
-            stored = logical[torch.tensor(blocks, device=q.device)].float()
-            keys, values = stored.transpose(0, 1).flatten(1, 2)[:, :num_keys]
+            chosen = torch.tensor(blocks, device=q.device)
+            keys, values = (part[chosen].float().flatten(0, 1)[:num_keys] for part in parts)
             result, found[rows] = self._attend(q[rows].float(), keys, values, scale, sinks)
             out[rows] = result.to(out.dtype)
         if v_scale is not None:

@@ -224,9 +224,10 @@ def install_flashinfer(monkeypatch):
             self.heads = (heads, kv_heads, size)
 
         def attend(self, q, kv, *, sinks=None, k_scale=1.0, v_scale=1.0):
-            assert kv.dim() == 5
-            assert (q.dtype, kv.dtype) == self.dtypes
-            keys, values = (t.float() if t.dtype.itemsize == 1 else t for t in kv.unbind(1))
+            parts = kv if isinstance(kv, tuple) else kv.unbind(1)
+            assert all(part.dim() == 4 for part in parts)
+            assert (q.dtype, parts[0].dtype) == self.dtypes
+            keys, values = (t.float() if t.dtype.itemsize == 1 else t for t in parts)
             assert (q.shape[1], keys.shape[2], q.shape[2]) == self.heads
             left = self.options["window"][0]
             return stand_in_attention(

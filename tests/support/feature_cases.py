@@ -10,6 +10,9 @@ FEATURES = {
     "not_causal": {"causal": False},
     "window": {"sliding_window": 3},
     "window_of_one": {"sliding_window": 1},
+    "two_sides": {"causal": False, "window_size": (3, 1)},
+    "chunks": {"attention_chunk": 3},
+    "shard": {"key_positions": True},
     "soft_cap": {"logits_soft_cap": 1.5},
     "alibi": {"alibi": True},
     "sinks": {"sinks": True},
@@ -28,10 +31,12 @@ FEATURES = {
     "no_cache": {"block_size": None},
     "lse": {"returns_lse": True},
 }
+_WINDOWS = {"window", "window_of_one", "two_sides"}
 PAIRS = [
     (a, b)
     for a, b in itertools.combinations(FEATURES, 2)
     if not FEATURES[a].keys() & FEATURES[b].keys()
+    and not {a, b} <= _WINDOWS
     and not ("no_cache" in (a, b) and FEATURES[a].keys() & {"kv_sharing", "kv_cache_dtype"})
 ]
 

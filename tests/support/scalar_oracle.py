@@ -11,12 +11,23 @@ import math
 import torch
 
 
-def sees(query_position, key_position, *, causal, window=None, ranges=(), mask_value=True):
+def sees(
+    query_position, key_position, *, causal, window=None, sides=None, chunk=None, ranges=(),
+    mask_value=True,
+):  # fmt: skip
     """Whether a query sees a key."""
     allowed = True
     if causal and key_position > query_position:
         allowed = False
     if window is not None and not -window < key_position - query_position < window:
+        allowed = False
+    if sides is not None:
+        left, right = sides
+        if left != -1 and key_position < query_position - left:
+            allowed = False
+        if right != -1 and key_position > query_position + right:
+            allowed = False
+    if chunk is not None and key_position // chunk != query_position // chunk:
         allowed = False
     for start, end in ranges:
         if start <= query_position < end and start <= key_position < end:
@@ -26,12 +37,13 @@ def sees(query_position, key_position, *, causal, window=None, ranges=(), mask_v
 
 def attention_of_request(
     query, key, value, *, scale, causal, window=None, cap=None, slopes=None, sinks=None,
-    ranges=(), mask=None, symmetric=False,
+    ranges=(), mask=None, symmetric=False, sides=None, chunk=None, shard=None,
 ):  # fmt: skip
     """Output (num_queries, num_heads, head_size_v) and lse (num_queries, num_heads), float64.
 
     `query`, `key` and `value` belong to one request: (tokens, heads, size). With `symmetric`, ALiBi
-    depends on the distance to either side.
+    depends on the distance to either side. `shard` is (offset, step, length) where the keys are
+    only some of a request's: key j is at position offset + step * j.
     """
     num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads, head_size_v = value.shape
@@ -41,14 +53,17 @@ def attention_of_request(
     for head in range(num_heads):
         kv_head = head * num_kv_heads // num_heads
         for row in range(num_queries):
-            position = num_keys - num_queries + row
+            offset, step, length = shard or (0, 1, num_keys)
+            position = length - num_queries + row
             scores = {}
             for column in range(num_keys):
                 if not sees(
                     position,
-                    column,
+                    offset + step * column,
                     causal=causal,
                     window=window,
+                    sides=sides,
+                    chunk=chunk,
                     ranges=ranges,
                     mask_value=mask is None or bool(mask[row, column]),
                 ):
@@ -58,7 +73,7 @@ def attention_of_request(
                 if cap is not None:
                     score = cap * math.tanh(score / cap)
                 if slopes is not None:
-                    distance = column - position
+                    distance = offset + step * column - position
                     score += slopes[head] * (-abs(distance) if symmetric else distance)
                 scores[column] = score
             if not scores:

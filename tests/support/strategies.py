@@ -34,6 +34,8 @@ def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
         group = draw(st.sampled_from([1, 2, 3, 8, 64]))
         head_size = draw(st.sampled_from([1, 2, 7, 16, 64, 80, 128, 256, 512]))
         num_kv_heads = max(1, min(num_kv_heads, 2048 // (group * head_size)))
+        is_sharded = draw(options("key_positions", False, False, True))
+        sides = draw(options("window_size", None, None, (3, 1), (0, 7), (-1, 2), (4, -1)))
         spec = AttentionSpec(
             num_heads=num_kv_heads * group,
             num_kv_heads=num_kv_heads,
@@ -42,7 +44,12 @@ def cases(backend, *, dtypes=(torch.float32,), max_query=12, max_past=40):
             dtype=draw(st.sampled_from(dtypes)),
             attn_type=attn_type,
             causal=draw(st.booleans()),
-            sliding_window=draw(options("sliding_window", None, None, 1, 5, 10_000)),
+            sliding_window=draw(options("sliding_window", None, None, 1, 5, 10_000))
+            if sides is None
+            else None,
+            window_size=sides,
+            attention_chunk=draw(options("attention_chunk", None, None, 1, 6, 10_000)),
+            key_positions=is_sharded,
             logits_soft_cap=draw(options("logits_soft_cap", None, None, 2.0, 50.0)),
             alibi=draw(options("alibi", False, True, "symmetric")),
             sinks=draw(options("sinks", False, True)),

@@ -67,6 +67,8 @@ def test_keys_with_defaults_are_optional():
         ({"attn_type": "encoder"}, "without a cache"),
         ({"sliding_window": 0}, "sliding_window=0"),
         ({"logits_soft_cap": "50"}, "logits_soft_cap='50'"),
+        ({"kv_layout": "vlm"}, "There is no layout 'vlm' of a KV cache"),
+        ({"kv_layout": 3}, "There is no layout 3 of a KV cache"),
         ({"alibi": 1}, "alibi=1"),
         ({"alibi": None}, "alibi=None"),
     ],

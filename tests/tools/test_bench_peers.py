@@ -42,8 +42,12 @@ PEER_CASES = {
     "encoder, window": FEATURES["encoder, window"],
     "cross": FEATURES["cross"],
     "mixed": FEATURES["mixed"],
+    "engine's rows": FEATURES["engine's rows"],
+    "engine's tuple": {"kv_layout": "flashinfer-tuple"},
+    "engine's big blocks": {"kv_layout": "vllm-LBNHC", "block_size": 256},
 }
 CACHED = {"plain", "prefill", "no past", "no past, no groups", "big blocks", "no groups", "mixed"}
+CACHED |= {"engine's rows", "engine's tuple", "engine's big blocks"}
 FLASH = {*CACHED, "window", "soft cap", "encoder", "encoder, window", "cross"}
 RAGGED = {"no past", "no past, no groups", "encoder"}
 PEERS = {
@@ -55,7 +59,7 @@ PEERS = {
     "flash_attn": (
         registry.FlashAttention2,
         install_flash_attn_2,
-        {*RAGGED, "big blocks", "encoder, window"},
+        {*RAGGED, "big blocks", "engine's big blocks", "encoder, window"},
     ),
     "vllm 3": (registry.FlashAttention3, lambda patch: install_vllm(patch, 3), {*FLASH, "sinks"}),
     "flash_attn_interface": (registry.FlashAttention3, install_flash_attn_3, FLASH),
@@ -116,6 +120,15 @@ def test_peer_passes_the_arguments_of_its_function(name, monkeypatch):
             output = peer.prepare(inputs, variant)()
             assert judge.error_of(output) <= judge.allowed, (label, variant)
     assert found == computed
+
+
+@pytest.mark.parametrize("cls", registry.PEERS[:-1])
+def test_peer_gives_the_reason_for_a_cache_that_it_does_not_read(cls):
+    peer = cls()
+    peer.provider = "vllm.vllm_flash_attn"
+    heads_of_20 = case(head_size=20, kv_layout="vllm-LBNHC", **BF16)
+    assert "it reads caches with heads at multiples of 16 bytes" in peer.supports(heads_of_20)
+    assert peer.supports(case(head_size=24, kv_layout="vllm-LBNHC", **BF16)) is None
 
 
 @pytest.mark.usefixtures("no_peers")

@@ -278,6 +278,35 @@ def tuples(fields):
 
 
 @pytest.mark.usefixtures("quick")
+def test_cases_run_over_each_layout_of_a_cache(tmp_path):
+    encoder = case(name="encoder", **FEATURES["encoder"])
+    path, out = write_cases(tmp_path, case(name="decode/a"), encoder), tmp_path / "out.json"
+    layouts = ("--kv-layout", "ours, vllm,SGLANG-hnd", "--backends", "TORCH_SDPA")
+    text = bench("--cases", path, *layouts, "--json", out).stdout
+    found = json.loads(out.read_text())["cases"]
+    names = [None, "vllm-LBNHC", "sglang-HND"]
+    assert [each["case"]["kv_layout"] for each in found] == names
+    for each in found:
+        assert [row["status"] for row in each["rows"]] == ["ok"]
+    assert "decode/a, sglang-HND" in text
+    assert "encoder" not in text
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("vlm", "There is no layout 'vlm' of a KV cache"),
+        (",", "--kv-layout names no layout"),
+        ("vllm", "no case has a KV cache"),
+    ],
+)
+def test_a_layout_that_cannot_be_run_is_rejected(tmp_path, layout, message):
+    path = write_cases(tmp_path, case(**FEATURES["encoder"]))
+    assert message in bench("--cases", path, "--kv-layout", layout, code=2).output
+
+
+@pytest.mark.usefixtures("quick")
 def test_filter_selects_cases_by_name(tmp_path):
     path = write_cases(tmp_path, case(name="decode/a"), case(name="decode/b"))
     text = bench("--cases", path, "--filter", "/b").stdout

@@ -92,9 +92,17 @@ FLAGS = {
     "kv_scales": ("--kv-scales per_head", "per_head"),
     "block_size": ("--block-size 16", 16),
     "kv_cache_layout": ("--kv-cache-layout HND", "HND"),
+    "kv_strides": (
+        "--kv-layout vllm --block-size 16",
+        "one tensor with strides (8192, 512, 256) in bytes",
+    ),
+    "lengths": ("--lengths upper_bound", "upper_bound"),
     "attn_type": ("--attn-type encoder_only", "encoder_only"),
     "causal": ("--no-causal", False),
     "sliding_window": ("--sliding-window 4096", 4096),
+    "window_size": ("--no-causal --window-size 4096,128", [4096, 128]),
+    "attention_chunk": ("--attention-chunk 8192", 8192),
+    "key_positions": ("--key-positions", True),
     "logits_soft_cap": ("--logits-soft-cap 50", 50.0),
     "alibi": ("--alibi", True),
     "sinks": ("--sinks", True),
@@ -167,6 +175,9 @@ WRONG = {
     "L --without numpy": "--without numpy: no backend uses such a library",
     "L --without a>b>c": "--without a>b>c: no backend",
     "L --attn-type encoder --phase decode": "No requested layer has a decode phase",
+    "L --kv-layout vllm": "the layer has no block_size: give one",
+    "L --block-size 16 --kv-layout vlm": "There is no layout 'vlm' of a KV cache. The layouts are",
+    "M --block-size 16 --kv-layout vllm": "the layer caches latents",
     "--config nowhere.json": "There is no file nowhere.json",
     "--config CONFIGS": "contains no config.json",
     "--config CONFIGS/llama.json --num-heads 8": "num_heads cannot be given with a config",
@@ -234,6 +245,24 @@ def test_without_assumes_that_a_library_is_missing():
 
 def test_explain_one_phase():
     assert len(answer("explain", *LAYER, "--phase", "decode")["sections"][0]["reports"]) == 1
+
+
+def test_explain_shows_what_keeps_the_fast_kernel_from_a_cache():
+    layout = ("--device", "H200", "--backend", "HOPPER_ATTN", "--kv-layout", "SGLang")
+    text = " ".join(run("explain", *LAYER, *layout, "--block-size", "1").stdout.split())
+    assert "decode: HOPPER_ATTN: decodes run on TRITON_ATTN's kernel, not on the one for" in text
+    found = answer("explain", *LAYER, *layout, "--block-size", "1")
+    assert [len(report["notes"]) for report in found["sections"][0]["reports"]] == [0, 1]
+    found = answer("explain", *LAYER, *layout, "--block-size", "16")
+    assert [report["notes"] for report in found["sections"][0]["reports"]] == [[], []]
+
+
+def test_a_layout_is_that_of_all_layers_with_keys_and_values():
+    found = answer("explain", "--config", CONFIGS / "whisper.json", "--block-size", "16",
+                   "--device", "cpu", "--kv-layout", "vllm")  # fmt: skip
+    laid = {each["name"]: each["spec"]["kv_strides"] for each in found["sections"]}
+    assert {name for name, strides in laid.items() if strides is None} == {"encoder"}
+    assert set(laid) > {"encoder"}
 
 
 def test_explain_config():

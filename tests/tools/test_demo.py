@@ -42,6 +42,28 @@ def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
         serve(WORKLOAD, backend="TORCH_SDPA")
 
 
+@pytest.mark.parametrize("limits", [EngineLimits(max_requests=2, max_tokens=24)])
+def test_captured_steps_predict_the_same_tokens(limits):
+    """On a GPU graphs are replayed; in Triton's interpreter the same steps are called."""
+    from support.graph_cases import BACKEND, DEVICE, interpreted_backend
+
+    with interpreted_backend():
+        model = load_demo_model(device=DEVICE)
+        engine = Engine(model, PREFIX, limits=limits, backend=BACKEND, use_graphs=True)
+        for index, task in enumerate(WORKLOAD.tasks[:3]):
+            engine.add(index, tokenizer.encode(WORKLOAD.prefix + task.text))
+        while engine.has_work:
+            engine.step()
+    assert engine.stats.replayed_steps == engine.stats.steps
+    assert check_tokens(load_demo_model(torch.float64), engine.finished)[1] == 0
+
+
+def test_layers_that_cannot_be_captured_run_eagerly():
+    engine = Engine(load_demo_model(), PREFIX, backend="REFERENCE", use_graphs=True)
+    assert engine._graphs is None
+    assert not any(layer.spec.cuda_graph for layer in engine.layers)
+
+
 def test_all_blocks_are_freed():
     engine = Engine(load_demo_model(), PREFIX, limits=EngineLimits(num_blocks=48))
     free = len(engine._free)

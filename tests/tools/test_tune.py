@@ -24,6 +24,7 @@ from attn_dispatch.selection.timings.store import machine_of, write_table
 from attn_dispatch.selection.timings.table import LAYER_FIELDS, layer_key
 from attn_dispatch.selection.timings.table import BatchKind as Kind
 from attn_dispatch.tuning.measure import Grid, Tuner, cases_of, place_of
+from support.bench_cases import case as bench_case
 from support.cases import Case, Step, call, layer_of, layer_spec
 from support.selection import layer, make_backend, registered
 from support.timing_tables import FAST_REFERENCE, H200, point, table_of
@@ -326,6 +327,15 @@ def test_tune_measures_stores_and_shows():
     (report,) = explain(SMALL, "cpu", phase=Phase.DECODE)
     assert report.measured is not None
     assert {each.point.step for each in report.measured.comparisons} == {Kind.DECODE, Kind.VERIFY}
+
+
+def test_the_layout_of_an_engine_is_not_measured(tmp_path):
+    assert "for this library's own layout" in run(f"{FLAGS} {TINY} --kv-layout vllm", 2)
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([bench_case(kv_layout="sglang").asdict()]), encoding="utf-8")
+    text = run(f"--device cpu --cases {path}", 2)
+    assert "has a kv_layout" in text
+    assert "for this library's own layout" in text
 
 
 def test_interrupted_command_shows_its_points(monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.common import aligned
+from attn_dispatch.backends.common import aligned, on_device
 from attn_dispatch.backends.cuda.flash_attn.calls import (
     PAGES_OF_ONE,
     FlashCall,
@@ -43,10 +43,12 @@ from attn_dispatch.backends.triton.plan import MAX_GATHERED_BYTES
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
+from attn_dispatch.interface.captured import GraphLimits, StagedBuffers
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.unquantized import ForwardArgs, UnquantizedImpl
@@ -71,9 +73,12 @@ class FlashAttnMetadata(BatchMetadata):
 
     Attributes:
         calls: in any order.
+        padding: in a captured step of drafts, whose number of tokens differs, which rows of output
+            have no token: "rows", (num_tokens,) bool.
     """
 
     calls: list[FlashCall]
+    padding: StagedBuffers | None = None
 
     @functools.cached_property
     def without_pages(self) -> FlashAttnMetadata:
@@ -107,6 +112,25 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
             call.prepare()
         return metadata
 
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> FlashAttnMetadata:
+        """See AttentionMetadataBuilder.build_for_graph. Drafts can be captured too, in one call.
+
+        In a step with prompts, which requests share a call depends on their lengths.
+        """
+        if limits.phase is not Phase.DECODE or limits.has_one_token_requests:
+            return super().build_for_graph(batch, limits)
+        metadata = self.build(batch)
+        metadata.padding = StagedBuffers(self.device, rows=((limits.num_tokens,), torch.bool))
+        return metadata
+
+    def update_for_graph(self, metadata: FlashAttnMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        if metadata.padding is not None:
+            staged = metadata.padding.stage()
+            staged["rows"][: batch.num_tokens] = False
+            staged["rows"][batch.num_tokens :] = True
+            metadata.padding.send(staged)
+
     def _runs(self, batch: AttentionBatch) -> Iterator[tuple[int, int, bool]]:
         """(first request, the one after the last, whether it is a single long prompt)."""
         labels = self._labels(batch)
@@ -132,9 +156,11 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         def label(request: int, query_len: int, seq_len: int) -> object:
             if self._needs_own_call(query_len, seq_len):
                 # Neighbours without a past and of one length may be read together.
-                new = batch.key_starts[request + 1] - batch.key_starts[request]
-                is_fresh = has_cache and new == seq_len and not self.spec.kv_sharing
-                return (seq_len,) if is_fresh else request
+                is_fresh = has_cache and batch.new_lens[request] == seq_len
+                if is_fresh and not self.spec.kv_sharing:
+                    return (seq_len,)
+                if batch.lengths == "exact":  # which blocks are copied is decided on the host
+                    return request
             if has_cache:
                 return Phase.DECODE if query_len <= batch.max_decode_query_len else Phase.PREFILL
             return None if self.provider.takes_pages_of_one else (seq_len,)
@@ -191,10 +217,9 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
         spec = self.spec
         assert batch.block_table is not None
         assert spec.block_size is not None
-        seq_len, skipped = batch.seq_lens_list[request], 0
-        if spec.sliding_window is not None:
-            before = seq_len - batch.query_lens[request] + 1 - spec.sliding_window
-            skipped = max(0, before) // spec.block_size
+        seq_len = batch.seq_lens_list[request]
+        first_position = seq_len - batch.query_lens[request]
+        skipped = Reach.of(spec).first(first_position) // spec.block_size
         blocks = batch.block_table[request, skipped : -(-seq_len // spec.block_size)]
         return blocks, seq_len - skipped * spec.block_size
 
@@ -252,6 +277,11 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
             self._run(call, args, *rows, None if lse is None else select_rows(lse, call.tokens))
         if out is not output:
             output[: metadata.batch.num_tokens] = out[: metadata.batch.num_tokens]
+        if metadata.padding is not None:
+            is_padding = metadata.padding.tensors["rows"]
+            output[: len(is_padding)].masked_fill_(is_padding[:, None, None], 0)
+            if lse is not None:
+                lse[: len(is_padding)].masked_fill_(is_padding[:, None], float("-inf"))
 
     def _run(
         self,
@@ -279,7 +309,7 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
                 keys, values = (call.as_rows(gather(each, *call.gathered)) for each in pages)
         slopes, sinks = self._slopes_on(query.device), None
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device, torch.bfloat16).contiguous()
+            sinks = on_device(self.sinks, query.device, torch.bfloat16).contiguous()
         result, found = attend(Operands(query, keys, values, out, self._scale, slopes, sinks))
         if result.data_ptr() != out.data_ptr():
             out.copy_(result)
@@ -291,8 +321,7 @@ class FlashAttnImpl(UnquantizedImpl[FlashAttnMetadata]):
         if self.alibi_slopes is not None and (
             self._slopes is None or self._slopes.device != device
         ):
-            slopes = torch.as_tensor(self.alibi_slopes, dtype=torch.float32, device=device)
-            self._slopes = slopes.contiguous()
+            self._slopes = on_device(self.alibi_slopes, device, torch.float32).contiguous()
         return self._slopes
 
 

@@ -197,7 +197,7 @@ class FlashCall:
             max_seq_len=max_seq_len,
             is_decode=self.is_decode,
             causal=spec.causal,
-            window=window_sides(spec.causal, spec.sliding_window),
+            window=_window_of(spec),
             soft_cap=spec.logits_soft_cap or 0.0,
             returns_lse=spec.returns_lse,
             block_table=block_table,
@@ -216,14 +216,23 @@ class FlashCall:
         table, seq_lens, block_size = self.block_table, self.seq_lens, self.spec.block_size
         assert table is not None
         assert block_size is not None
-        if self.spec.sliding_window is None:
+        left = _window_of(self.spec)[0]
+        if left < 0:
             return table, seq_lens
         query_lens = 1 if self.is_decode else self.query_start_loc.diff()
-        before = seq_lens - (query_lens - 1 + min(self.spec.sliding_window, MAX_WINDOW))
+        before = seq_lens - (query_lens + min(left, MAX_WINDOW - 1))
         skipped = before.clamp(min=0) // block_size
         columns = torch.arange(table.shape[1], device=table.device) + skipped[:, None]
         table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
         return table, torch.sub(seq_lens, skipped, alpha=block_size)
+
+
+def _window_of(spec: AttentionSpec) -> tuple[int, int]:
+    """Keys visible to the left and to the right of a query's own; −1 for all."""
+    if spec.window_size is None:
+        return window_sides(spec.causal, spec.sliding_window)
+    left, right = (min(side, MAX_WINDOW) for side in spec.window_size)
+    return left, right
 
 
 def _cumulative(lengths: torch.Tensor) -> torch.Tensor:

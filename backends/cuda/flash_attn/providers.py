@@ -41,7 +41,7 @@ from attn_dispatch.interface.capability import (
 )
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import error_of, import_library
 
@@ -133,9 +133,11 @@ _COMMON: dict[str, Constraint] = {
     "kv_cache_dtype": OneOf("auto", "bfloat16", "float16"),
     "kv_cache_layout": OneOf(None, "NHD", "HND"),
     "kv_strides": Strides(aligned=True),
+    "lengths": OneOf(*LENGTHS),
     "attn_type": OneOf(*AttentionType),
     "causal": _BOTH,
     "sliding_window": ANY,
+    "window_size": ANY,
     "logits_soft_cap": ANY,
     "kv_sharing": _BOTH,
     "returns_lse": _BOTH,
@@ -289,7 +291,7 @@ def _has_unsupported_sizes_4(spec: AttentionSpec) -> bool:
 
 
 def _has_large_tiles_4(spec: AttentionSpec) -> bool:
-    is_full = not spec.causal and spec.sliding_window is None
+    is_full = not spec.causal and spec.sliding_window is None and spec.window_size is None
     return spec.block_size is not None and is_full and 64 < spec.head_size <= 96
 
 
@@ -326,8 +328,8 @@ _LIMITS: tuple[_Limit, ...] = (
     _Limit(
         lambda s: not computes_window(s),
         "sliding_window",
-        "sliding_window={s.sliding_window} with causal={s.causal}, head_size={s.head_size} and "
-        "{s.num_heads} query heads over {s.num_kv_heads}",
+        "sliding_window={s.sliding_window} or window_size={s.window_size}, causal={s.causal}, "
+        "head_size={s.head_size} and {s.num_heads} query heads over {s.num_kv_heads}",
         "head_size up to 64, or a window that its tiles do not cut (docs/vendors.md)",
         (3,),
     ),

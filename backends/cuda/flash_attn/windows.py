@@ -56,8 +56,10 @@ def computes_window(spec: AttentionSpec) -> bool:
     last row, unless the window is too short to contain an unmasked tile.
     """
     tile = tile_of(spec.head_size)
-    if spec.sliding_window is None or tile is None:
+    if tile is None:
         return True
+    if spec.sliding_window is None:
+        return spec.window_size is None  # of two sizes no window was measured
     # Keys from the first to the last one that the tile's first row sees.
     visible = spec.sliding_window if spec.causal else 2 * spec.sliding_window - 1
     group = spec.num_heads // spec.num_kv_heads

@@ -15,6 +15,7 @@ from attn_dispatch.backends.common import (
     SMALLEST_SCALE,
     aligned,
     is_aligned,
+    on_device,
 )
 from attn_dispatch.backends.cuda.flashinfer.plan import (
     FlashInferCall,
@@ -36,6 +37,7 @@ from attn_dispatch.interface.capability import (
     SameAs,
     Strides,
 )
+from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_view import KVCache, KVCacheView, keys_and_values
@@ -71,6 +73,17 @@ class FlashInferBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
                 "AttentionBatch.create the requests' block_table."
             )
         return metadata
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> FlashInferMetadata:
+        """See AttentionMetadataBuilder.build_for_graph."""
+        metadata = super().build_for_graph(batch, limits)
+        metadata.graph = FlashInferGraph(self.spec, self.device, batch)
+        return metadata
+
+    def update_for_graph(self, metadata: FlashInferMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph. Waits for the copies of the last plan."""
+        assert metadata.graph is not None  # by build_for_graph
+        metadata.graph.plan(batch.seq_lens_list)
 
 
 class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
@@ -155,7 +168,7 @@ class FlashInferImpl(UnquantizedImpl[FlashInferMetadata]):
         cache = (kv_cache.key, kv_cache.value) if isinstance(kv_cache, KVCacheView) else kv_cache
         run = functools.partial(call.wrapper.run, rows, cache)
         if self.sinks is not None:
-            sinks = self.sinks.to(query.device, torch.float32).contiguous()
+            sinks = on_device(self.sinks, query.device, torch.float32).contiguous()
             run(sinks, self._scale, out=out)
         else:
             options: dict[str, Any] = {"q_scale": self._scale, "out": out}

@@ -15,25 +15,30 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     BLOCK_N,
     DECODES,
     FEW_KV_HEADS_PER_SM,
+    FIXED_BLOCKS,
     MAX_DECODE_ROWS,
     DecodeConfig,
     DecodeLaunch,
     PrefillConfig,
 )
-from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
-from attn_dispatch.backends.triton.backend import Call, TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
+from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
+from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
-    TritonBuilder,
     TritonMetadata,
     plan_rows,
 )
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
-from attn_dispatch.platforms.device import DeviceMatch
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import Phase
+from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
@@ -45,11 +50,17 @@ class HopperPlan(PrefillPlan):
 
     Attributes:
         fresh_end: where these requests' rows of `key` end.
+        splits_all_sms: the decodes of the step are split as if they had all SMs, whatever their
+            share is, because that follows from bounds and the split decides bits.
+        may_be_fresh: by the bounds of their lengths a request may have a past, but need not; if it
+            has none, its keys can be read from `key`.
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
         descriptors: of gathered keys and values, which are at the same address for all layers.
     """
 
     fresh_end: int = 0
+    may_be_fresh: bool = False
+    splits_all_sms: bool = False
     shares: SMShares | None = None
     descriptors: tuple[Any, Any] | None = None
 
@@ -58,15 +69,24 @@ class HopperPlan(PrefillPlan):
         is_gathered = self.gathered is not None and source.k is self.gathered[0]
         if is_gathered and self.descriptors is not None:
             return self.descriptors
-        end = self.gathered_rows if is_gathered else self.fresh_end
-        k, v = (_describe(rows[:end], block_n) for rows in (source.k, source.v))
-        if is_gathered:
-            self.descriptors = k, v
+        if not is_gathered:
+            return self.describe_new(source.k, source.v, block_n)
+        k, v = (_describe(rows[: self.gathered_rows], block_n) for rows in (source.k, source.v))
+        self.descriptors = k, v
         return k, v
 
+    def describe_new(self, key: torch.Tensor, value: torch.Tensor, block_n: int) -> tuple[Any, Any]:
+        """TMA descriptors of the rows of a call's key and value."""
+        return _describe(key[: self.fresh_end], block_n), _describe(
+            value[: self.fresh_end], block_n
+        )
 
-class HopperBuilder(TritonBuilder):
-    """Plans prefills for the Hopper kernel, unless there are too many keys to gather."""
+
+class HopperBuilder(TritonGraphBuilder):
+    """Plans prefills for the Hopper kernel, unless there are too many keys to gather.
+
+    In a captured step, where no keys are gathered, the portable kernel computes prefills.
+    """
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
@@ -78,6 +98,12 @@ class HopperBuilder(TritonBuilder):
             num_tiles = len(plan.tiles) * self.spec.num_heads
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
+
+    def _most_programs(self, grid: int) -> int:
+        if self.spec.lengths == "exact":
+            return grid
+        programs = DECODES[self.spec.head_size].mixed.programs
+        return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         block_n = BLOCK_N[self.spec.head_size]
@@ -93,20 +119,20 @@ class HopperBuilder(TritonBuilder):
         plan = self._plan(batch, rows, tiles, has_pages, HopperPlan)
         assert isinstance(plan, HopperPlan)
         plan.is_fresh = plan.is_fresh and ends_with_tile
+        is_unknown = batch.lengths == "upper_bound" and not plan.is_fresh
+        plan.splits_all_sms = self.spec.lengths == "upper_bound"
+        plan.may_be_fresh = is_unknown and ends_with_tile and batch.key_start_loc_cpu is None
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
         return plan
 
 
 def _work_tiles(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
-    """(num_tiles, 8) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
+    """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
     requests, first_tokens = tiles.long().unbind(1)
-    starts, seq_lens = batch.query_start_loc_cpu, batch.seq_lens_cpu
+    starts = batch.query_start_loc_cpu
     firsts = starts[requests]
     lengths = starts[requests + 1] - firsts
-    work_tiles = torch.zeros(len(tiles), 8, dtype=torch.int32, device="cpu")
-    columns = (firsts, lengths, first_tokens, seq_lens[requests], requests)
-    work_tiles[:, : len(columns)] = torch.stack(columns, 1)
-    return work_tiles
+    return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
 
 
 class HopperImpl(TritonImpl):
@@ -137,6 +163,7 @@ class HopperImpl(TritonImpl):
         assert isinstance(prefill, HopperPlan)
         assert decode is not None
         device = call.query.device
+        num_sms = call.metadata.launches.num_sms
         side, main = side_stream(device), torch.cuda.current_stream(device)
         side.wait_stream(main)
         try:
@@ -145,7 +172,11 @@ class HopperImpl(TritonImpl):
                 main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
-            self._launch_decode(call, decode, pages, row, shares.decode)
+            # Blocks beyond the share wait for an SM.
+            blocks = shares.decode * row.blocks
+            if prefill.splits_all_sms:
+                blocks = FIXED_BLOCKS * num_sms
+            self._launch_decode(call, decode, pages, row, blocks)
         finally:  # the next work may write the same output
             main.wait_stream(side)
 
@@ -162,46 +193,62 @@ class HopperImpl(TritonImpl):
         query, out = call.query, call.out
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
+        descriptors = new = plan.describe(source, block_n)
+        has_fresh = self._skips_fresh(call, plan)
+        if has_fresh:
+            assert call.key is not None
+            assert call.value is not None
+            new = plan.describe_new(call.key, call.value, block_n)
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype),
+            ("hopper", query.dtype, sinks.dtype, has_fresh),
             self._hopper_kernel,
-            lambda: {"CONFIG": PrefillConfig(**self._layer_constants(), BLOCK_N=block_n)},
+            lambda: {
+                "CONFIG": PrefillConfig(
+                    **self._layer_constants(), BLOCK_N=block_n, HAS_FRESH=has_fresh
+                )
+            },
             {"num_warps": 4},
         )
         assert source.starts is not None
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            _describe(query, BLOCK_M // 2), *plan.describe(source, block_n), out.values, out.lse,
-            plan.tiles, source.starts, slopes, sinks, num_tiles, *out.values.stride()[:2],
-            *self._numbers,
+            _describe(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
+            call.metadata.batch.seq_lens, source.starts, slopes, sinks, num_tiles,
+            *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
+
+    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
+        return isinstance(plan, HopperPlan) and plan.may_be_fresh and self._has_rows(call)
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
         pages = self._pages(cache, plan, call.query.dtype)
         if pages is None:
             super()._decode(call, plan, cache)
             return
-        num_sms = call.metadata.launches.num_sms
-        is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
+        num_sms, prefill = call.metadata.launches.num_sms, call.metadata.prefill
         rows = DECODES[self.head_size]
-        self._launch_decode(call, plan, pages, rows.few if is_few else rows.many, num_sms)
+        if isinstance(prefill, HopperPlan) and prefill.splits_all_sms:
+            self._launch_decode(call, plan, pages, rows.mixed, FIXED_BLOCKS * num_sms)
+            return
+        is_few = plan.num_reqs * self.num_kv_heads < FEW_KV_HEADS_PER_SM * num_sms
+        row = rows.few if is_few else rows.many
+        self._launch_decode(call, plan, pages, row, num_sms * row.blocks)
 
     def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PagedTma | None:
         """The cache as the Hopper decode kernel reads it; None where the portable one must.
 
         The last result is kept.
         """
-        is_long = plan.longest * self.num_heads > MAX_DECODE_ROWS * self.num_kv_heads
-        if is_long or cache.k.dtype != dtype:
+        if not _fits_decode_rows(self, plan.longest) or cache.k.dtype != dtype:
             return None
         if self._last_pages is None or self._last_pages[0] is not cache:
             self._last_pages = cache, PagedTma.of(cache)
         return self._last_pages[1]
 
     def _launch_decode(
-        self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, num_sms: int
+        self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, blocks: int
     ) -> None:
-        """Launch the Hopper decode kernel on this many SMs."""
+        """Launch this many blocks of the Hopper decode kernel."""
         query, out, batch, requests = call.query, call.out, call.metadata.batch, plan.requests
         table = batch.block_table
         assert table is not None
@@ -234,7 +281,7 @@ class HopperImpl(TritonImpl):
         )
         keys, values = pages.keys, pages.values
         launch(
-            (num_sms * row.blocks, 1, 1),
+            (blocks, 1, 1),
             query, keys.descriptor, values.descriptor, out.values, out.lse, plan.part_out,
             plan.part_lse, plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
@@ -258,6 +305,33 @@ class HopperImpl(TritonImpl):
             "SINKS": self.sinks is not None,
             "LSE": self.returns_lse,
         }
+
+
+def _fits_decode_rows(layer: HopperImpl | AttentionSpec, query_len: int) -> bool:
+    """Whether the decode kernel's rows hold the query heads of a KV head, for this many tokens."""
+    return query_len * layer.num_heads <= MAX_DECODE_ROWS * layer.num_kv_heads
+
+
+def _decode_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
+    """What keeps the decode kernel from a layer's cache, as a sentence; "" if it reads it."""
+    assert spec.block_size is not None
+    dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
+    if dtype != spec.dtype:
+        stored, own = (str(each).removeprefix("torch.") for each in (dtype, spec.dtype))
+        return f"it reads caches of the layer's own dtype, {own}, and this one is {stored}"
+    if not _fits_decode_rows(spec, 1):
+        return (
+            f"it takes up to {MAX_DECODE_ROWS} query heads of a KV head, and the layer has "
+            f"{spec.num_heads // spec.num_kv_heads}"
+        )
+    width = dtype.itemsize
+    row = spec.head_size * width
+    pages = (spec.block_size, spec.num_kv_heads, row, width)
+    if (found := spec.kv_strides) is None:
+        token = spec.num_kv_heads * row
+        return page_problem(*pages, (2 * spec.block_size * token, token, row), 16)
+    problems = (page_problem(*pages, each, found.alignment) for each in (found.key, found.value))
+    return next(filter(None, problems), "")
 
 
 def _describe(tensor: torch.Tensor, rows: int) -> Any:
@@ -289,9 +363,24 @@ class HopperAttnBackend(TritonAttnBackend):
             "head_size_v": SameAs("head_size"),
             "dtype": OneOf(torch.bfloat16, torch.float16),
             "alibi": OneOf(True, False),  # prefill splits the distance by rows and columns
+            "window_size": OneOf(None),
+            "attention_chunk": OneOf(None),
+            "key_positions": OneOf(False),
             "custom_mask": OneOf(False),
             "bidirectional_ranges": OneOf(False),
             "output_quant": OneOf(None),
             "batch_invariant": OneOf(False),
         },
     )
+
+    @classmethod
+    def kernel_notes(
+        cls, spec: AttentionSpec, device: DeviceProfile, phase: Phase | None
+    ) -> tuple[str, ...]:
+        """Why decodes run on TRITON_ATTN's kernel, if they do."""
+        if spec.block_size is None or phase is Phase.PREFILL:
+            return ()
+        problem = _decode_problem(spec, device)
+        if not problem:
+            return ()
+        return (f"decodes run on TRITON_ATTN's kernel, not on the one for Hopper: {problem}",)

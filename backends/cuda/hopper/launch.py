@@ -15,6 +15,9 @@ BLOCK_N = {64: 128, 128: 128, 256: 64}
 MAX_DECODE_ROWS = 32
 #: A batch with fewer KV heads for each SM, over all requests, has few.
 FEW_KV_HEADS_PER_SM = 0.25
+#: Blocks for each SM of the device of decodes next to a prefill, if the number of blocks must not
+#: depend on how the SMs are shared. With two, the last ones to run are short.
+FIXED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class PrefillConfig(_Config):
 
     Attributes:
         BLOCK_N: keys in a tile.
+        HAS_FRESH: keys of requests without a past are read from the new rows, and not gathered.
         STAGES: of the rings.
         REGISTERS: of each thread of the two warp groups that compute.
     """
 
     BLOCK_N: int
+    HAS_FRESH: bool
     STAGES: int = 2
     REGISTERS: int = 240
 

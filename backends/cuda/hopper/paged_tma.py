@@ -10,15 +10,54 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.triton.operands import KVSource, suits_tma
+from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["PageMatrix", "PagedTma", "tma_descriptor"]
+__all__ = ["PageMatrix", "PagedTma", "page_problem", "tma_descriptor"]
 
 #: Columns of a box: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
-#: Rows of a box: tokens of one page, a power of two up to this.
-_ROWS = 64
+#: Rows of a box: tokens of one page, a power of two from the first to the second.
+_MIN_ROWS, _ROWS = 16, 64
+
+
+def page_problem(
+    block_size: int,
+    num_heads: int,
+    row_bytes: int,
+    element_bytes: int,
+    strides: Sequence[int],
+    address: int,
+) -> str:
+    """What keeps TMA from reading pages as rows of a matrix, as a sentence; "" if it can.
+
+    Args:
+        block_size: tokens of a page.
+        num_heads: KV heads.
+        row_bytes: of the elements of a head.
+        element_bytes: of one of them.
+        strides: (block, token, head), in bytes; 0 where there is only one.
+        address: of the first element, or a power of two that divides it.
+    """
+    if element_bytes != 2:
+        return f"it reads elements of 16 bits, and these have {8 * element_bytes}"
+    if math.gcd(block_size, _ROWS) < _MIN_ROWS:
+        return f"it reads blocks of a multiple of {_MIN_ROWS} tokens, and these have {block_size}"
+    block, token, head = strides
+    if any(number % 16 for number in (*strides, address)):
+        return "it reads heads that begin at multiples of 16 bytes"
+    if block % token:
+        return (
+            f"it reads blocks that are a multiple of the stride of tokens apart: {block} is none "
+            f"of {token} bytes"
+        )
+    rows, rest = divmod(head, token)
+    if (rows and rest) or rest * (num_heads - 1) + row_bytes > token:
+        return (
+            "it reads heads within the stride of tokens, or multiples of it apart: "
+            f"{num_heads} heads, {head} bytes apart, do not fit {token} bytes"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -40,20 +79,20 @@ class PageMatrix:
     def of(cls, part: torch.Tensor) -> PageMatrix | None:
         """The matrix of (num_blocks, block_size, num_kv_heads, head_size); see `PagedTma.of`."""
         num_blocks, block_size, num_heads, size = part.shape
-        rows = math.gcd(block_size, _ROWS)
-        block, token, head = part.stride()[:3]
-        if rows < 16 or part.element_size() != 2 or not suits_tma(part) or block % token:
+        width, steps = part.element_size(), part.stride()[:3]
+        block, token, head = (0 if part.shape[dim] == 1 else steps[dim] for dim in range(3))
+        strides, address = (block * width, token * width, head * width), part.data_ptr()
+        if not part.numel() or part.stride(3) != 1:
             return None
-        head_rows, head_columns = divmod(head, token) if num_heads > 1 else (0, 0)
-        columns = head_columns * (num_heads - 1) + size
-        if columns > token or (head_rows and head_columns):
+        if page_problem(block_size, num_heads, size * width, width, strides, address):
             return None
+        head_rows, head_columns = divmod(head, token)
         block_rows = block // token
         last = block_rows * (num_blocks - 1) + head_rows * (num_heads - 1)
-        shape = (last + block_size, columns)
+        shape = (last + block_size, head_columns * (num_heads - 1) + size)
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
-        descriptor = tma_descriptor(part, shape, token, (rows, _COLUMNS))
+        descriptor = tma_descriptor(part, shape, token, (math.gcd(block_size, _ROWS), _COLUMNS))
         return cls(descriptor, block_rows, head_rows, head_columns)
 
 

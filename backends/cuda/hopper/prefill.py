@@ -10,7 +10,8 @@ There is one program for each SM. It goes through a list of work tiles, so that 
 next work tile are under way while the last one is finished and stored.
 
 Keys and values are contiguous rows, (tokens, num_kv_heads * head_size): gathered from pages, or the
-new ones of this step. Zeros follow a request's last key, to the end of its last tile.
+new ones of this step. Where the host knows only bounds of the lengths, the device decides which, by
+request. Zeros follow a request's last key, to the end of its last tile.
 """
 
 from triton.experimental import gluon
@@ -41,14 +42,14 @@ class _WorkTile:
     """128 query tokens of a request and one head, and the tiles of keys that they see.
 
     Attributes:
-        q_start, q_len, seq_len: of the request.
+        request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
         first_token: of the work tile, among the request's query tokens.
         first_position: of that token.
         last_tile, num_tiles: the last key tile and how many there are; they are taken backwards.
         num_right, num_left: how many at the end and at the beginning are seen in part.
     """
 
-    ptr: gl.tensor
+    request: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -66,6 +67,7 @@ class _Schedule:
     """The list of work tiles. In a wave each program takes one, back and forth to even them out."""
 
     tiles_ptr: gl.tensor
+    seq_lens_ptr: gl.tensor
     num_tiles: gl.tensor
     window: gl.tensor
     config: gl.constexpr
@@ -88,11 +90,12 @@ class _Schedule:
         """The work tile that this program takes in a wave."""
         config: gl.constexpr = self.config
         index = self._index(wave)
-        ptr = self.tiles_ptr + index // config.NUM_HEADS * 8
+        ptr = self.tiles_ptr + index // config.NUM_HEADS * 4
         q_start = gl.load(ptr)
         q_len = gl.load(ptr + 1)
         first_token = gl.load(ptr + 2)
-        seq_len = gl.load(ptr + 3)
+        request = gl.load(ptr + 3)
+        seq_len = gl.load(self.seq_lens_ptr + request)
         past = seq_len - q_len
         first = past + first_token
         last = past + gl.minimum(first_token + 128, q_len) - 1
@@ -119,7 +122,7 @@ class _Schedule:
         if config.WINDOW:
             num_left = full_first - first_tile
         return _WorkTile(
-            ptr, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
+            request, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
             end_tile - 1, end_tile - first_tile, end_tile - full_end, num_left,
         )  # fmt: skip
 
@@ -327,7 +330,10 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
 
 
 @gluon.jit
-def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_start_loc_ptr):
+def _producer(
+    schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
+    key_start_loc_ptr,
+):  # fmt: skip
     """One warp: the queries of each work tile, then its keys and values through the rings."""
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
@@ -335,7 +341,7 @@ def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_star
     n = 0
     for wave in range(0, schedule.num_waves()):
         work = schedule.work_tile(wave)
-        key_start = gl.load(key_start_loc_ptr + gl.load(work.ptr + 4))
+        key_start = gl.load(key_start_loc_ptr + work.request)
         column = work.head // CONFIG.GROUP * D
         q_row = work.q_start + work.first_token
         q_ring.acquire(wave)
@@ -344,18 +350,31 @@ def _producer(schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_star
                 q_desc, [q_row + half * ROWS, work.head * D], q_ring.full.index(0),
                 q_ring.tiles.index(half),
             )  # fmt: skip
-        for i in range(0, work.num_tiles):
-            row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
-            k_ring.load(n + i, k_desc, [row, column])
-            v_ring.load(n + i, v_desc, [row, column])
+        if CONFIG.HAS_FRESH:
+            if work.seq_len == work.q_len:
+                _load_keys(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
+            else:
+                _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+        else:
+            _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
         n += work.num_tiles
+
+
+@gluon.jit
+def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
+    """Load a work tile's key tiles; the first one has number n in the rings."""
+    BLOCK_N: gl.constexpr = k_ring.tiles.shape[1]
+    for i in range(0, work.num_tiles):
+        row = key_start + (work.last_tile - i) * BLOCK_N
+        k_ring.load(n + i, k_desc, [row, column])
+        v_ring.load(n + i, v_desc, [row, column])
 
 
 @gluon.jit(do_not_specialize=["window", "num_tiles"], do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, tiles_ptr, key_start_loc_ptr, slopes_ptr, sinks_ptr,
-    num_tiles, out_stride_t, out_stride_h, window, scale_log2, cap_log2, scale_over_cap,
-    CONFIG: gl.constexpr,
+    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr,
+    key_start_loc_ptr, slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window,
+    scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
 
@@ -364,10 +383,12 @@ def hopper_prefill_kernel(
     Args:
         q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
         k_desc, v_desc: (rows, num_kv_heads * D), blocks of BLOCK_N by D.
-        tiles_ptr: (num_tiles / NUM_HEADS, 8) int32: the request's first query row and number of
-            queries, the work tile's first token among them, the request's number of keys, the
-            request; each for all heads, which vary fastest, so that concurrent work tiles share
-            keys.
+        new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
+            queries; read with HAS_FRESH, for requests that have no other keys.
+        tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
+            queries, the work tile's first token among them, the request; each for all heads, which
+            vary fastest, so that concurrent work tiles share keys.
+        seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
         key_start_loc_ptr: (num_reqs,) int32, where each request's rows of keys begin.
         num_tiles: of all heads.
         CONFIG: a PrefillConfig.
@@ -382,7 +403,7 @@ def hopper_prefill_kernel(
     k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     fence_async_shared()
-    schedule = _Schedule(tiles_ptr, num_tiles, window, CONFIG)
+    schedule = _Schedule(tiles_ptr, seq_lens_ptr, num_tiles, window, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
@@ -393,7 +414,8 @@ def hopper_prefill_kernel(
             (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output)),
             (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output)),
             (_producer, (
-                schedule, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, key_start_loc_ptr,
+                schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
+                key_start_loc_ptr,
             )),
         ],
         [4, 1],

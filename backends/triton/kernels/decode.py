@@ -26,6 +26,7 @@ from attn_dispatch.backends.triton.kernels.epilogue import store_rows, store_sta
 from attn_dispatch.backends.triton.kernels.online_softmax import (
     LOWEST,
     attend,
+    first_key,
     init_state,
     load_request,
     tile_of,
@@ -46,6 +47,9 @@ class Batch(NamedTuple):
     num_reqs: Any
     query_start_loc: Any
     seq_lens: Any
+    lengths: Any  # these four: see Inputs
+    key_offset: Any
+    key_step: Any
     window: Any
 
 
@@ -110,7 +114,12 @@ def _tiles_of(batch, i, ok, F: tl.constexpr, S: tl.constexpr):
     q_len = tl.load(batch.query_start_loc + r + 1, mask=ok, other=0) - start
     first = seq_len * 0
     if F.SKIPS_KEYS:
-        first = tl.maximum(seq_len - q_len - batch.window + 1, 0) // F.BLOCK_N
+        length = seq_len
+        if F.POSITIONS:
+            length = tl.load(batch.lengths + r, mask=ok, other=0)
+        first = first_key(length - q_len, batch.window, batch, F) // F.BLOCK_N
+        if F.POSITIONS:  # where no row sees a key, a tile is left, and with it their results
+            first = tl.minimum(first, tl.maximum(seq_len - 1, 0) // F.BLOCK_N)
     tiles = tl.maximum((seq_len + F.BLOCK_N - 1) // F.BLOCK_N - first, 0)
     row_tiles = (q_len * F.GROUP + S.ROWS - 1) // S.ROWS
     return tiles, row_tiles, first
@@ -307,7 +316,7 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
     kv_head = split.work_unit % F.NUM_KV_HEADS
     first_row = split.work_unit // F.NUM_KV_HEADS * S.ROWS
     rows = tl.arange(0, S.ROWS)
-    request = load_request(inputs, split.request)
+    request = load_request(inputs, split.request, F)
     seq_len = request.seq_len
     tile = tile_of(first_row + rows, request, kv_head, inputs, F)
     v_scale = value_scale(inputs, kv_head, F)
@@ -328,8 +337,8 @@ def _attend_split(split, inputs, kv, out, buffers, F: tl.constexpr, S: tl.conste
         k_row_scales = kv.k_row_scales + k_head_offset // PER_SCALE
         v_row_scales = kv.v_row_scales + v_head_offset // PER_SCALE
     key_lo = 0
-    if F.SKIPS_KEYS:  # blocks before the window may have been freed
-        key_lo = tl.maximum(seq_len - request.q_len - inputs.window + 1, 0)
+    if F.SKIPS_KEYS:  # blocks before window and chunk may have been freed
+        key_lo = first_key(request.length - request.q_len, inputs.window, inputs, F)
     block_table = kv.block_table + split.request.to(tl.int64) * kv.table_stride
     keys = Keys(
         kv.k + k_head_offset, kv.v + v_head_offset, k_row_scales, v_row_scales, block_table, 0,
@@ -394,6 +403,7 @@ def _store_empty(first, last, step, out, F: tl.constexpr):
 
 
 _UNSPECIALIZED = ["num_reqs", "all_reqs", "num_rows", "table_stride", "window"]
+_UNSPECIALIZED += ["key_offset", "key_step"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
@@ -401,10 +411,10 @@ def decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, out_scale_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, k_row_scales_ptr,
     v_row_scales_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr,
-    ranges_ptr, range_starts_ptr, q_stride_t, q_stride_h, k_stride_b, k_stride_t,
-    k_stride_h, v_stride_b, v_stride_t, v_stride_h, out_stride_t, out_stride_h, num_reqs, all_reqs,
-    num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap, F: tl.constexpr,
-    S: tl.constexpr,
+    ranges_ptr, range_starts_ptr, lengths_ptr, key_offset, key_step, q_stride_t, q_stride_h,
+    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, out_stride_t,
+    out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, scale_log2, cap_log2,
+    scale_over_cap, F: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Attention of the listed requests over the paged cache.
 
@@ -424,15 +434,18 @@ def decode_kernel(
         F, S: Features and DecodeSchedule.
         Others: see the fields of the same names in structs.py.
     """
-    batch = Batch(requests_ptr, num_reqs, query_start_loc_ptr, seq_lens_ptr, window)
+    batch = Batch(
+        requests_ptr, num_reqs, query_start_loc_ptr, seq_lens_ptr, lengths_ptr, key_offset,
+        key_step, window,
+    )  # fmt: skip
     kv = PagedKV(
         k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, k_stride_b, k_stride_t, k_stride_h,
         v_stride_b, v_stride_t, v_stride_h, block_table_ptr, table_stride,
     )  # fmt: skip
     inputs = Inputs(
         q_ptr, q_stride_t, q_stride_h, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, k_scale_ptr,
-        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, window, scale_log2,
-        cap_log2, scale_over_cap,
+        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, lengths_ptr,
+        key_offset, key_step, window, scale_log2, cap_log2, scale_over_cap,
     )  # fmt: skip
     out = Output(out_ptr, out_stride_t, out_stride_h, lse_ptr, out_scale_ptr, sinks_ptr)
     buffers = Parts(part_out_ptr, part_lse_ptr, counters_ptr)

@@ -4,13 +4,29 @@ Long queries read each key many times. Copied once, keys can be loaded in large 
 quantization is undone once.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8
+from attn_dispatch.backends.triton.kernels.online_softmax import first_key
 from attn_dispatch.backends.triton.launcher import METADATA
 
-__all__ = ["gather_kv_kernel"]
+__all__ = ["Skips", "gather_kv_kernel"]
+
+
+class Skips(NamedTuple):
+    """Which keys before the first query may have been freed; see Features."""
+
+    WINDOW: bool
+    CHUNK: int
+    POSITIONS: bool
+
+
+class _KeyPositions(NamedTuple):
+    key_offset: Any
+    key_step: Any
 
 
 @triton.jit
@@ -36,15 +52,19 @@ def _copy(
     tl.store(target_ptr + targets[:, None] * BLOCK_D + d_idx[None, :], x, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=METADATA)
+_UNSPECIALIZED = ["table_stride", "window", "key_offset", "key_step"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
 def gather_kv_kernel(
     k_ptr, v_ptr, k_row_scales_ptr, v_row_scales_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr,
     requests_ptr, query_start_loc_ptr, seq_lens_ptr, key_start_loc_ptr, k_out_ptr, v_out_ptr,
     k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, table_stride, window,
+    lengths_ptr, key_offset, key_step,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    PAD: tl.constexpr, WINDOW: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    PAD: tl.constexpr, SKIPS: tl.constexpr, SKIP_FRESH: tl.constexpr, FORMAT: tl.constexpr,
+    NATIVE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Copy the keys and values of the listed requests; keys that no query sees become zeros.
 
@@ -57,11 +77,18 @@ def gather_kv_kernel(
             pad the heads.
         k_stride_b, k_stride_t, k_stride_h: of the cache's keys; v_stride_b and so on of its values,
             not read with SAME_STRIDES.
+        lengths_ptr, key_offset, key_step: see Inputs.
         PAD: each request has as many rows as its keys, rounded up to this.
+        SKIPS: a Skips.
+        SKIP_FRESH: leave out requests whose keys are all new.
     """
     request = tl.load(requests_ptr + tl.program_id(1))
     seq_len = tl.load(seq_lens_ptr + request)
     padded = (seq_len + PAD - 1) // PAD * PAD
+    if SKIP_FRESH:
+        fresh_len = tl.load(query_start_loc_ptr + request + 1)
+        fresh_len -= tl.load(query_start_loc_ptr + request)
+        padded = tl.where(seq_len == fresh_len, 0, padded)
     first = tl.program_id(0) * ROWS
     if first < padded * NUM_KV_HEADS:
         rows = first + tl.arange(0, ROWS)
@@ -69,10 +96,14 @@ def gather_kv_kernel(
         heads = rows % NUM_KV_HEADS
         inside = positions < padded
         ok = positions < seq_len
-        if WINDOW:  # keys before the first query's window may have been freed
+        if SKIPS.WINDOW or SKIPS.CHUNK:  # keys that the first query does not see: see Skips
             q_len = tl.load(query_start_loc_ptr + request + 1)
             q_len -= tl.load(query_start_loc_ptr + request)
-            ok = ok & (positions > seq_len - q_len - window)
+            length = seq_len
+            if SKIPS.POSITIONS:
+                length = tl.load(lengths_ptr + request)
+            at = _KeyPositions(key_offset, key_step)
+            ok = ok & (positions >= first_key(length - q_len, window, at, SKIPS))
         row_of_table = block_table_ptr + request.to(tl.int64) * table_stride
         pages = tl.load(row_of_table + positions // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
         in_page = (positions % BLOCK_SIZE).to(tl.int64)

@@ -24,15 +24,8 @@ from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8
 from attn_dispatch.backends.triton.kernels.structs import Request, Tile
 
 __all__ = ["LOG2E", "LOWEST", "alibi_bias", "attend", "dequantize", "fully_masked", "hide"]
-__all__ += [
-    "init_state",
-    "load_request",
-    "soft_capped",
-    "tile_of",
-    "value_scale",
-    "visibility_mask",
-]
-__all__ += ["visible_key_range"]
+__all__ += ["first_key", "init_state", "load_request", "soft_capped", "tile_of", "value_scale"]
+__all__ += ["visibility_mask", "visible_by_all", "visible_key_range"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: A running maximum up to LOWEST is that of no score above −inf. Where keys are masked one by one,
@@ -42,11 +35,72 @@ SEEN = tl.constexpr(-3.0e38)
 
 
 @triton.jit
-def load_request(inputs, index):
+def load_request(inputs, index, F: tl.constexpr):
     """The request with this place in the batch."""
     q_start = tl.load(inputs.query_start_loc + index)
     q_len = tl.load(inputs.query_start_loc + index + 1) - q_start
-    return Request(index, q_start, q_len, tl.load(inputs.seq_lens + index))
+    seq_len = tl.load(inputs.seq_lens + index)
+    length = seq_len
+    if F.POSITIONS:
+        length = tl.load(inputs.lengths + index)
+    return Request(index, q_start, q_len, seq_len, length)
+
+
+# Which keys a query sees --------------------------------------------------------------------------
+# `at` is anything with the fields key_offset and key_step: the inputs, or a tile.
+
+
+@triton.jit
+def _keys_before(position, at, F: tl.constexpr):
+    """How many keys are before a position. Without POSITIONS that is the position itself."""
+    if F.POSITIONS:
+        return tl.maximum(position - at.key_offset + at.key_step - 1, 0) // at.key_step
+    else:
+        return position
+
+
+@triton.jit
+def _chunk_start(q_pos, F: tl.constexpr):
+    """The first position of a query's chunk; of one before all keys, where its position is < 0."""
+    return tl.where(q_pos < 0, -F.CHUNK, q_pos // F.CHUNK * F.CHUNK)
+
+
+@triton.jit
+def _window_end(window, F: tl.constexpr):
+    """From a query to the first position after its window, where that is on both sides."""
+    if F.RIGHT >= 0:
+        return F.RIGHT + 1
+    else:
+        return window
+
+
+@triton.jit
+def first_key(q_pos, window, at, F: tl.constexpr):
+    """The first key that queries at q_pos and later ones see, with WINDOW or CHUNK."""
+    if F.CHUNK:
+        first = _chunk_start(q_pos, F)
+        if F.WINDOW:
+            first = tl.maximum(first, q_pos - window + 1)
+    else:
+        first = q_pos - window + 1
+    return tl.maximum(_keys_before(first, at, F), 0)
+
+
+@triton.jit
+def end_key(q_pos, tile, F: tl.constexpr):
+    """The key after the last one that queries up to q_pos see, at most seq_len."""
+    seq_len = tile.seq_len
+    if F.CAUSAL:
+        return tl.minimum(seq_len, _keys_before(q_pos + 1, tile, F))
+    elif F.CHUNK:
+        end = _chunk_start(q_pos, F) + F.CHUNK
+        if F.WINDOW:
+            end = tl.minimum(end, q_pos + _window_end(tile.window, F))
+        return tl.minimum(seq_len, _keys_before(end, tile, F))
+    elif F.WINDOW:
+        return tl.minimum(seq_len, _keys_before(q_pos + _window_end(tile.window, F), tile, F))
+    else:
+        return seq_len
 
 
 @triton.jit
@@ -55,7 +109,7 @@ def tile_of(rows, request, kv_head, inputs, F: tl.constexpr):
     ok = rows < request.q_len * F.GROUP
     tokens = tl.where(ok, rows // F.GROUP, -1)
     heads = kv_head * F.GROUP + rows % F.GROUP
-    q_pos = request.seq_len - request.q_len + rows // F.GROUP
+    q_pos = request.length - request.q_len + rows // F.GROUP
     out_rows = request.q_start + rows // F.GROUP
     first_range = 0
     last_range = 0
@@ -75,8 +129,9 @@ def tile_of(rows, request, kv_head, inputs, F: tl.constexpr):
         scale_log2 *= k_scale
         scale_over_cap *= k_scale
     return Tile(
-        ok, tokens, heads, q_pos, out_rows, slopes, request.seq_len, mask, inputs.ranges,
-        first_range, last_range, inputs.window, scale_log2, inputs.cap_log2, scale_over_cap,
+        ok, tokens, heads, q_pos, out_rows, slopes, request.seq_len, inputs.key_offset,
+        inputs.key_step, mask, inputs.ranges, first_range, last_range, inputs.window, scale_log2,
+        inputs.cap_log2, scale_over_cap,
     )  # fmt: skip
 
 
@@ -130,13 +185,18 @@ def fully_masked(m_i, l_i, tile, F: tl.constexpr):
     """
     if F.RANGES or F.MASK:
         return (m_i == float("-inf")) & (l_i == 0.0)
+    elif F.POSITIONS:
+        first = tile.q_pos * 0
+        if F.WINDOW or F.CHUNK:
+            first = first_key(tile.q_pos, tile.window, tile, F)
+        return first >= end_key(tile.q_pos, tile, F)
     else:
         # No query comes after the last key, so only keys up to its own position can be missing.
         last = tile.q_pos * 0 + tile.seq_len - 1
-        if F.CAUSAL:
+        if F.CAUSAL or F.CHUNK:
             last = tile.q_pos
         elif F.WINDOW:
-            last = tl.minimum(last, tile.q_pos + tile.window - 1)
+            last = tl.minimum(last, tile.q_pos + _window_end(tile.window, F) - 1)
         return last < 0
 
 
@@ -149,8 +209,18 @@ def hide(s, visible, F: tl.constexpr):
 
 
 @triton.jit
+def _positions_of(keys, tile, F: tl.constexpr):
+    """The positions of keys."""
+    if F.POSITIONS:
+        return tile.key_offset + tile.key_step * keys
+    else:
+        return keys
+
+
+@triton.jit
 def alibi_bias(tile, k_pos, F: tl.constexpr):
     """(rows, keys): slope * (key - query), or slope * -abs(key - query) for the symmetric kind."""
+    k_pos = _positions_of(k_pos, tile, F)
     distance = k_pos.to(tl.float32)[None, :] - tile.q_pos.to(tl.float32)[:, None]
     if F.ALIBI == 2:
         distance = -tl.abs(distance)
@@ -160,38 +230,48 @@ def alibi_bias(tile, k_pos, F: tl.constexpr):
 @triton.jit
 def visible_key_range(first_position, last_position, tile, F: tl.constexpr):
     """[lo, hi): the keys that queries from first_position to last_position may see."""
-    seq_len, window = tile.seq_len, tile.window
+    seq_len = tile.seq_len
     lo = 0
-    hi = seq_len
-    if F.CAUSAL:
-        hi = tl.minimum(seq_len, last_position + 1)
-    if F.WINDOW:
-        lo = tl.maximum(0, first_position - window + 1)
-        if not F.CAUSAL:
-            hi = tl.minimum(seq_len, last_position + window)
+    if F.WINDOW or F.CHUNK:
+        lo = first_key(first_position, tile.window, tile, F)
+    hi = end_key(last_position, tile, F)
     if F.RANGES:
         for i in range(tile.first_range, tile.last_range):
             start = tl.load(tile.ranges + 2 * i)
             end = tl.load(tile.ranges + 2 * i + 1)
             if (start <= last_position) & (first_position < end):
-                lo = tl.minimum(lo, start)
-                hi = tl.maximum(hi, tl.minimum(seq_len, end))
+                lo = tl.minimum(lo, _keys_before(start, tile, F))
+                hi = tl.maximum(hi, tl.minimum(seq_len, _keys_before(end, tile, F)))
     return lo, hi
+
+
+@triton.jit
+def visible_by_all(first_position, last_position, tile, F: tl.constexpr):
+    """[lo, hi): keys that all queries from first_position to last_position see, without MASK."""
+    lo = 0
+    if F.WINDOW or F.CHUNK:
+        lo = first_key(last_position, tile.window, tile, F)
+    return lo, end_key(first_position, tile, F)
 
 
 @triton.jit
 def visibility_mask(tile, k_pos, F: tl.constexpr):
     """(rows, keys) bool: which row sees which key; rows without a token see none."""
     q = tile.q_pos[:, None]
-    k = k_pos[None, :]
-    visible = (k < tile.seq_len) & (tile.tokens >= 0)[:, None]
+    visible = (k_pos[None, :] < tile.seq_len) & (tile.tokens >= 0)[:, None]
     exists = visible
+    k = _positions_of(k_pos, tile, F)[None, :]
     if F.CAUSAL:
         visible = visible & (k <= q)
     if F.WINDOW:
         visible = visible & (k > q - tile.window)
         if not F.CAUSAL:
-            visible = visible & (k < q + tile.window)
+            visible = visible & (k < q + _window_end(tile.window, F))
+    if F.CHUNK:
+        start = _chunk_start(tile.q_pos, F)[:, None]
+        visible = visible & (k >= start)
+        if not F.CAUSAL:
+            visible = visible & (k < start + F.CHUNK)
     if F.RANGES:
         for i in range(tile.first_range, tile.last_range):
             start = tl.load(tile.ranges + 2 * i)
@@ -199,7 +279,7 @@ def visibility_mask(tile, k_pos, F: tl.constexpr):
             together = (q >= start) & (q < end) & (k >= start) & (k < end)
             visible = visible | (together & exists)
     if F.MASK:
-        offsets = tile.tokens.to(tl.int64)[:, None] * tile.seq_len + k
+        offsets = tile.tokens.to(tl.int64)[:, None] * tile.seq_len + k_pos[None, :]
         visible = visible & (tl.load(tile.mask + offsets, mask=exists, other=0) != 0)
     return visible
 

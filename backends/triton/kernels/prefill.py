@@ -16,6 +16,7 @@ from attn_dispatch.backends.triton.kernels.online_softmax import (
     load_request,
     tile_of,
     value_scale,
+    visible_by_all,
     visible_key_range,
 )
 from attn_dispatch.backends.triton.kernels.structs import Inputs, Keys, Output
@@ -24,14 +25,18 @@ from attn_dispatch.backends.triton.launcher import METADATA
 __all__ = ["prefill_kernel"]
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=METADATA)
+_UNSPECIALIZED = ["table_stride", "window", "key_offset", "key_step"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=METADATA)
 def prefill_kernel(
     q_ptr, k_src, v_src, out_ptr, lse_ptr, out_scale_ptr, tiles_ptr, query_start_loc_ptr,
     seq_lens_ptr, key_start_loc_ptr, block_table_ptr, k_row_scales_ptr, v_row_scales_ptr,
     k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, mask_ptr, mask_starts_ptr, ranges_ptr,
-    range_starts_ptr, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b,
-    v_stride_t, v_stride_h, out_stride_t, out_stride_h, table_stride, window, scale_log2, cap_log2,
-    scale_over_cap, BLOCK_M: tl.constexpr, F: tl.constexpr,
+    range_starts_ptr, lengths_ptr, key_offset, key_step, q_stride_t, q_stride_h, k_stride_b,
+    k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h, out_stride_t, out_stride_h,
+    table_stride, window, scale_log2, cap_log2, scale_over_cap, BLOCK_M: tl.constexpr,
+    F: tl.constexpr,
 ):  # fmt: skip
     """Attention of the rows in `tiles`.
 
@@ -50,11 +55,10 @@ def prefill_kernel(
     first = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1)
     inputs = Inputs(
         q_ptr, q_stride_t, q_stride_h, query_start_loc_ptr, seq_lens_ptr, slopes_ptr, k_scale_ptr,
-        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, window, scale_log2,
-        cap_log2, scale_over_cap,
+        v_scale_ptr, mask_ptr, mask_starts_ptr, ranges_ptr, range_starts_ptr, lengths_ptr,
+        key_offset, key_step, window, scale_log2, cap_log2, scale_over_cap,
     )  # fmt: skip
-    request = load_request(inputs, request_index)
-    seq_len = request.seq_len
+    request = load_request(inputs, request_index, F)
     tile = tile_of(first + tl.arange(0, BLOCK_M), request, kv_head, inputs, F)
     d_idx = tl.arange(0, F.BLOCK_D)
     q_ok = tile.ok[:, None]
@@ -65,25 +69,18 @@ def prefill_kernel(
     q_offsets += (tile.heads.to(tl.int64) * q_stride_h)[:, None] + d_idx[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_ok, other=0.0)
     v_scale = value_scale(inputs, kv_head, F)
-    past = seq_len - request.q_len
+    past = request.length - request.q_len
     first_position = past + first // F.GROUP
     last = tl.minimum(first + BLOCK_M, request.q_len * F.GROUP) - 1
     last_position = past + last // F.GROUP
 
     # Tiles of keys: those that rows see in part, those that every row sees whole, and again.
     lo, hi = visible_key_range(first_position, last_position, tile, F)
-    full_lo = 0
-    full_hi = seq_len
-    if F.CAUSAL:
-        full_hi = tl.minimum(seq_len, first_position + 1)
-    if F.WINDOW:
-        full_lo = tl.maximum(0, last_position - window + 1)
-        if not F.CAUSAL:
-            full_hi = tl.minimum(seq_len, first_position + window)
+    full_lo, full_hi = visible_by_all(first_position, last_position, tile, F)
     first_tile = lo // F.BLOCK_N
     last_tile = tl.maximum(tl.cdiv(hi, F.BLOCK_N), first_tile)
     full_first = first_tile
-    if F.WINDOW or F.RANGES:
+    if F.WINDOW or F.CHUNK or F.RANGES:
         full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, F.BLOCK_N), first_tile), last_tile)
     full_last = tl.maximum(tl.minimum(full_hi // F.BLOCK_N, last_tile), full_first)
     if F.MASK:
@@ -112,7 +109,7 @@ def prefill_kernel(
     )  # fmt: skip
 
     state = init_state(BLOCK_M, F)
-    if F.WINDOW or F.RANGES:
+    if F.WINDOW or F.CHUNK or F.RANGES:
         state = attend(state, q, tile, keys, first_tile, full_first, lo, hi, True, F)
     if not F.MASK:
         state = attend(state, q, tile, keys, full_first, full_last, lo, hi, False, F)

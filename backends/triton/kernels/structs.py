@@ -32,7 +32,10 @@ class Features(NamedTuple):
     SCALE_STRIDE: int  # from the scale of a head to the next one's; 0 if there is one for all
     CAUSAL: bool
     WINDOW: bool
-    SKIPS_KEYS: bool  # keys before the window are skipped: no range reaches back beyond it
+    RIGHT: int  # keys after its own that a query sees in its window; −1 for as many as before it
+    CHUNK: int  # positions of a chunk, if a query sees only its own chunk's keys; else 0
+    POSITIONS: bool  # key j is at position key_offset + key_step * j
+    SKIPS_KEYS: bool  # keys before window and chunk are skipped: no range reaches back beyond them
     CAP: bool
     FAST_TANH: bool  # the soft cap may use NVIDIA's instruction
     ALIBI: int  # 0 for none, 1 for signed distances, 2 for the symmetric kind
@@ -75,6 +78,9 @@ class Inputs(NamedTuple):
     mask_starts: Any  # (num_reqs,) int64, where the request's begins
     ranges: Any  # (num_ranges, 2) int32 [start, end), request by request
     range_starts: Any  # (num_reqs + 1,) int32, where the request's begin
+    lengths: Any  # with POSITIONS, (num_reqs,) int32, each request's length; seq_lens counts keys
+    key_offset: Any  # with POSITIONS, the position of key 0
+    key_step: Any  # and from one key to the next
     window: Any
     scale_log2: Any  # factor on the scores, times log2(e)
     cap_log2: Any  # the soft cap, times log2(e)
@@ -87,7 +93,8 @@ class Request(NamedTuple):
     index: Any
     q_start: Any
     q_len: Any
-    seq_len: Any
+    seq_len: Any  # keys
+    length: Any  # the position after the last query's
 
 
 class Tile(NamedTuple):
@@ -96,10 +103,12 @@ class Tile(NamedTuple):
     ok: Any  # (rows,) bool, rows that exist
     tokens: Any  # (rows,) the request's token, −1 for rows that do not exist
     heads: Any  # (rows,) the query head
-    q_pos: Any  # (rows,) the position of the query among the keys
+    q_pos: Any  # (rows,) the position of the query
     out_rows: Any  # (rows,) the row of the query and of the output
     slopes: Any  # (rows,) float32, of ALiBi, times log2(e)
     seq_len: Any
+    key_offset: Any
+    key_step: Any
     mask: Any  # pointer to the request's mask
     ranges: Any  # pointer to all ranges; the request's are [first_range, last_range)
     first_range: Any

@@ -15,6 +15,7 @@ from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.implementations import Call, Implementation
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.errors import summary_of
+from attn_dispatch.interface.capability import Strides
 
 __all__ = [
     "Peer",
@@ -26,6 +27,10 @@ __all__ = [
     "refusal_of",
     "window_of",
 ]
+
+
+#: What all peers need of a cache's memory.
+_READS = Strides(aligned=True)
 
 
 class PeerMissing(Exception):
@@ -91,7 +96,12 @@ def refusal_of(case: Case, *computes: str) -> str | None:
         "float32": case.dtype == "float32",
     }
     missing = [name for name, is_asked in asked.items() if is_asked and name not in computes]
-    return f"it does not compute {missing[0]}" if missing else None
+    if missing:
+        return f"it does not compute {missing[0]}"
+    strides = None if case.kv_layout is None else case.spec().kv_strides
+    if strides is not None and not _READS.suits(strides):
+        return f"it reads caches with {_READS.describe()}, and this one is {strides}"
+    return None
 
 
 def window_of(case: Case) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from attn_dispatch.bench.peers.base import (
     only_known,
     refusal_of,
 )
+from attn_dispatch.interface.kv_view import keys_and_values
 
 __all__ = ["FlashAttention2", "FlashAttention3", "FlashAttention4"]
 
@@ -31,7 +32,7 @@ def _rows(inputs: Inputs) -> dict[str, Any]:
 
 def _pages(inputs: Inputs, table: str) -> dict[str, Any]:
     """The keys in their pages; `table` is the function's name of the block table."""
-    key, value = inputs.kv_cache.unbind(1)
+    key, value = keys_and_values(inputs.kv_cache)
     return {"k": key, "v": value, "seqused_k": inputs.seq_lens, table: inputs.block_table}
 
 
@@ -122,7 +123,7 @@ class FlashAttention2(_FlashAttention):
 
     def _prepare_own(self, inputs: Inputs, paged: bool) -> Call:
         paged = paged and self._needs_pages(inputs.case)
-        key, value = inputs.kv_cache.unbind(1) if paged else inputs.ragged_keys_and_values()
+        key, value = keys_and_values(inputs.kv_cache) if paged else inputs.ragged_keys_and_values()
         arguments = {
             **arguments_of(inputs),
             "k": key,
@@ -151,7 +152,7 @@ class FlashAttention3(_FlashAttention):
         arguments = arguments_of(inputs)
         if not paged:
             return call_of(self._function, arguments | _rows(inputs))
-        key, value = inputs.kv_cache.unbind(1)
+        key, value = keys_and_values(inputs.kv_cache)
         del arguments["max_seqlen_k"]
         arguments |= {
             "k_cache": key,

@@ -13,6 +13,7 @@ from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.implementations import Call
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers.base import Peer, first_of, refusal_of, window_of
+from attn_dispatch.interface.kv_view import KVCacheView, keys_and_values
 
 __all__ = ["FlashInfer"]
 
@@ -67,7 +68,11 @@ class FlashInfer(Peer):
             wrapper = self._wrapper("BatchPrefillWithRaggedKVCacheWrapper", backend=variant)
             self._plan(wrapper, inputs, starts, inputs.key_start_loc(), causal=case.causal)
             return lambda: first_of(wrapper.run(inputs.query, inputs.key, inputs.value, **options))
-        arguments: tuple[Any, ...] = (inputs.query, inputs.kv_cache)
+        cache = inputs.kv_cache
+        arguments: tuple[Any, ...] = (
+            inputs.query,
+            keys_and_values(cache) if isinstance(cache, KVCacheView) else cache,
+        )
         if variant.startswith("decode"):
             name, with_tensor_cores = "BatchDecodeWithPagedKVCacheWrapper", "tensor" in variant
             wrapper = self._wrapper(name, use_tensor_cores=with_tensor_cores)

@@ -31,6 +31,7 @@ from attn_dispatch.bench.peers.flash_attention import (
     FlashAttention4,
 )
 from attn_dispatch.bench.peers.flashinfer import FlashInfer
+from attn_dispatch.interface.kv_view import keys_and_values
 
 __all__ = ["PEERS", "Peer", "PeerMissing", "TorchVarlen", "VllmTriton"]
 
@@ -63,7 +64,7 @@ class VllmTriton(Peer):
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """See Peer."""
         case = inputs.case
-        key, value = inputs.kv_cache.unbind(1)
+        key, value = keys_and_values(inputs.kv_cache)
         padded = 1 << (case.head_size - 1).bit_length()
         segments = (case.num_tokens, case.num_heads, _VLLM_SEGMENTS)
         buffer: dict[str, Any] = {"dtype": torch.float32, "device": inputs.device}
@@ -136,7 +137,7 @@ class TorchVarlen(Peer):
             options["enable_gqa"] = True
         key_starts: torch.Tensor | None = None
         if inputs.kv_cache is not None and "block_table" in self._known:
-            key, value = inputs.kv_cache.unbind(1)
+            key, value = keys_and_values(inputs.kv_cache)
             options |= {"seqused_k": inputs.seq_lens, "block_table": inputs.block_table}
         else:
             key, value = inputs.ragged_keys_and_values()

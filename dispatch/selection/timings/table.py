@@ -118,6 +118,7 @@ _WITHOUT_EFFECT = {
     "kv_sharing": False,
     "kv_cache_layout": None,
     "kv_strides": None,
+    "lengths": "exact",
 }
 
 

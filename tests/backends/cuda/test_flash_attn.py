@@ -14,7 +14,9 @@ from hypothesis import given
 
 from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
+from attn_dispatch.conformance.kv_layouts import engine_cache_of, memories_of
 from attn_dispatch.interface import unquantized
+from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS
 from attn_dispatch.interface.types import AttentionType
 from support.cases import MEMORY, Case, Step
 from support.fake_flash_attn import TILE, installed
@@ -109,6 +111,21 @@ def test_any_memory_layout_is_read(name, memory, block_size):
         fields = {} if block_size and name == OWN_2 else {"block_size": block_size}
         step = step_of(name, fields, MIXED, memory=memory, padding=3)
         check(step, forward(step))
+
+
+@each_kind
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+def test_the_layout_of_an_engine_is_read(name, layout):
+    """It is written in place, and nothing around it is."""
+    with provided(name):
+        step = step_of(name, {}, MIXED)
+        own = step.kv_cache.clone()
+        cache = engine_cache_of(KV_LAYOUTS[layout], step, own)
+        check(step, step.forward(FlashAttnBackend, cache))
+        step.forward(FlashAttnBackend, own)
+        written = engine_cache_of(KV_LAYOUTS[layout], step, own)
+        for found, expected in zip(memories_of(cache), memories_of(written), strict=True):
+            assert torch.equal(found, expected)
 
 
 @each_kind

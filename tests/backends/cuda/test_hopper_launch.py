@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 from unittest import mock
 
@@ -17,7 +18,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_dispatch.backends.cuda.hopper import paged_tma
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
 from attn_dispatch.backends.cuda.hopper.launch import DECODES
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
@@ -26,9 +26,13 @@ from attn_dispatch.backends.triton.configs.nvidia import HOPPER
 from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.kv_view import keys_and_values
+from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS, with_kv_layout
+from attn_dispatch.interface.kv_strides import KVStrides
+from attn_dispatch.interface.kv_view import KVCacheView, keys_and_values, kv_strides_of
 from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+from support.cases import layer_spec
 from support.hopper_cases import (
     CACHES,
     FEW,
@@ -45,6 +49,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 matrix = importlib.import_module("compile_matrix")
 cases = importlib.import_module("compile_cases")
 SM = matrix.UNITS["sm90"]
+DEVICE = KNOWN_DEVICES["sm90"]
 
 # The cache as a matrix.
 
@@ -100,6 +105,70 @@ def test_a_matrix_has_the_elements_of_its_cache(data):
     pages = matrices_of(cache)
     if pages is not None:
         assert_reads(cache, pages)
+    spec = layer_spec(
+        num_heads=sizes[3],
+        num_kv_heads=sizes[3],
+        head_size=64,
+        block_size=16,
+        dtype=torch.float16,
+        kv_strides=kv_strides_of(KVCacheView(*cache.unbind(1))),
+    )
+    notes = HopperAttnBackend.kernel_notes(spec, DEVICE, Phase.DECODE)
+    assert len(notes) == (pages is None)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+@pytest.mark.parametrize("name", KV_LAYOUTS)
+def test_the_decode_kernel_reads_the_layouts_of_engines(name, block_size, heads):
+    sizes = {"num_heads": heads, "num_kv_heads": heads, "head_size": 128, "block_size": block_size}
+    spec = layer_spec(dtype=torch.bfloat16, **sizes)
+    cache = KV_LAYOUTS[name].allocate(spec, 3)
+    assert_reads(cache, matrices_of(cache))
+    spec = spec.replace(kv_strides=kv_strides_of(cache))
+    assert HopperAttnBackend.kernel_notes(spec, DEVICE, None) == ()
+
+
+#: Changes of a layer over vLLM's cache -> why the portable kernel decodes it.
+NOTES = {
+    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, "dtype, bfloat16, and this one is float8_e4m3fn"),
+    "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, "and this one is int8"),
+    "another dtype": ({"kv_cache_dtype": "float16"}, "and this one is float16"),
+    "blocks of 8": ({"block_size": 8}, "blocks of a multiple of 16 tokens, and these have 8"),
+    "blocks of 24": ({"block_size": 24}, "blocks of a multiple of 16 tokens, and these have 24"),
+    "slots": ({"block_size": 1}, "blocks of a multiple of 16 tokens, and these have 1"),
+    "many query heads": ({"num_heads": 66}, "up to 32 query heads of a KV head, .* has 33"),
+    "unaligned": ({"head_size": 64, "kv_strides": (2120, 264, 132)}, "at multiples of 16 bytes"),
+    "blocks between tokens": (
+        {"head_size": 64, "kv_strides": (2112, 256, 128)},
+        "multiple of the stride of tokens apart: 2112 is none of 256 bytes",
+    ),
+    "heads between tokens": (
+        {"head_size": 64, "kv_strides": (4096, 256, 192)}, "2 heads, 192 bytes apart, do not fit"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("what", NOTES)
+def test_a_note_says_why_another_kernel_decodes(what, ours):
+    fields, reason = NOTES[what]
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "block_size": 16}
+    fields = {**sizes, "dtype": torch.bfloat16, **fields}
+    if (steps := fields.pop("kv_strides", None)) is not None:
+        fields["kv_strides"] = KVStrides(key=steps, value=steps, alignment=16, separate=True)
+    spec = layer_spec(**fields)
+    if not ours and steps is None:
+        spec = with_kv_layout(spec, "vllm")
+    (note,) = HopperAttnBackend.kernel_notes(spec, DEVICE, Phase.DECODE)
+    assert note.startswith("decodes run on TRITON_ATTN's kernel, not on the one for Hopper: it ")
+    assert re.search(reason, note)
+    assert HopperAttnBackend.kernel_notes(spec, DEVICE, Phase.PREFILL) == ()
+
+
+def test_a_layer_without_a_cache_has_no_notes():
+    spec = layer_spec(block_size=None, dtype=torch.bfloat16)
+    assert HopperAttnBackend.kernel_notes(spec, DEVICE, None) == ()
 
 
 @pytest.mark.parametrize(
@@ -126,10 +195,9 @@ def test_a_cache_of_2_to_the_31_rows_has_no_matrix():
     strides = (2 * 16 * 2 * 64, 64, 16 * 64, 1)
     for blocks, is_matrix in ((1 << 21, True), (1 << 26, False)):
         part = mock.Mock(shape=(blocks, 16, 2, 64), dtype=torch.bfloat16)
-        part.stride.return_value, part.element_size.return_value = strides, 2
-        part.data_ptr.return_value = 0
-        with mock.patch.object(paged_tma, "suits_tma", return_value=True):
-            assert (PageMatrix.of(part) is not None) is is_matrix
+        part.stride.side_effect = lambda dim=None: strides if dim is None else strides[dim]
+        part.element_size.return_value, part.data_ptr.return_value = 2, 0
+        assert (PageMatrix.of(part) is not None) is is_matrix
 
 
 def test_an_empty_cache_has_no_matrix():

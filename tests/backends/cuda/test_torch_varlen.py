@@ -26,12 +26,13 @@ from attn_dispatch.backends.cuda.torch_varlen import TorchVarlenBackend, TorchVa
 from attn_dispatch.conformance import verify
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.capability import compare
+from attn_dispatch.interface.kv_layout_table import with_kv_layout
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library
 from support import vendor_cases
-from support.cases import MEMORY, Case, Step
+from support.cases import MEMORY, Case, Step, layer_spec
 from support.vendor_cases import BRAIN, HALF, spec_of
 
 GPU = KNOWN_DEVICES["sm90"].with_libraries(Library("torch", version="2.13.0"))
@@ -513,3 +514,36 @@ def test_pytorch_does_not_read_before_the_window(block_size):
         step.kv_cache[step.batch.block_table[request, :passed].long()] = torch.nan
         step.batch.block_table[request, :passed] = -1
     check(step, expected=expected)
+
+
+# Notes for reports.
+
+NEW, OLD = (
+    KNOWN_DEVICES["sm90"].with_libraries(Library("torch", version=version))
+    for version in ("2.13.0", "2.12.1+cu130")
+)
+#: Fields of a layer over vLLM's cache, and the device -> a part of the note.
+NOTES = {
+    "pages that are read": ({"block_size": 256}, NEW, ""),
+    "small pages": ({"block_size": 16}, NEW, "a multiple of 256 tokens, and these have 16"),
+    "heads of 4": (
+        {"block_size": 256, "head_size": 4}, NEW, "whose heads begin at multiples of 16 bytes"
+    ),
+    "an old PyTorch": ({"block_size": 256}, OLD, "PyTorch reads pages from 2.13 on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOTES)
+def test_a_note_says_why_keys_are_copied(what):
+    fields, device, reason = NOTES[what]
+    spec = layer_spec(**{"head_size": 64, "dtype": torch.bfloat16, **fields})
+    notes = TorchVarlenBackend.kernel_notes(with_kv_layout(spec, "vllm"), device, None)
+    assert len(notes) == bool(reason)
+    for note in notes:
+        assert note.startswith("keys of requests with a past are copied from their pages first: ")
+        assert reason in note
+
+
+def test_a_layer_without_a_cache_has_no_note():
+    spec = layer_spec(block_size=None, dtype=torch.bfloat16)
+    assert TorchVarlenBackend.kernel_notes(spec, OLD, None) == ()

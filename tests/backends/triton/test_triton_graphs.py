@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from attn_dispatch.backends.triton import launcher, operands
-from attn_dispatch.backends.triton.backend import TritonAttnBackend, TritonImpl
+from attn_dispatch.backends.triton.backend import TritonAttnBackend
+from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache

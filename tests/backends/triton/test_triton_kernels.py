@@ -9,7 +9,7 @@ import torch
 
 from attn_dispatch.backends.triton import backend as triton_attn
 from attn_dispatch.backends.triton import launcher, operands
-from attn_dispatch.backends.triton.backend import TritonImpl
+from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8, encode_fp8
 from attn_dispatch.interface.kv_access import write_kv_cache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype

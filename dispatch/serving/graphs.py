@@ -1,0 +1,103 @@
+"""The demo engine's steps as CUDA graphs: decodes by their number, and steps with prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.runtime.context import forward_context
+from attn_dispatch.runtime.graph_state import ModelGraphState, graph_state
+from attn_dispatch.runtime.graph_step import GraphStep
+from attn_dispatch.runtime.layer import Attention
+
+__all__ = ["CapturedSteps"]
+
+#: Computes logits from token ids and positions, in the context of a step.
+Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Captured:
+    """A captured step and its inputs. On a CPU nothing is captured, and each replay is a call."""
+
+    def __init__(self, run: Run, state: ModelGraphState, step: GraphStep) -> None:
+        self._run, self._state, self.step = run, state, step
+        device = state.device
+        self._inputs = [
+            torch.zeros(step.limits.num_tokens, dtype=torch.int64, device=device) for _ in range(2)
+        ]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                self._call()  # kernels are compiled on their first call
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._call()
+
+    def _call(self) -> torch.Tensor:
+        with torch.inference_mode(), forward_context(self.step):
+            return self._run(*self._inputs)
+
+    def replay(self, batch: AttentionBatch, *inputs: torch.Tensor) -> torch.Tensor:
+        """The logits of the step's tokens; the next replay overwrites them."""
+        self._state.prepare_graph_input_buffers(self.step, batch)
+        for static, new in zip(self._inputs, inputs, strict=True):
+            static[: len(new)].copy_(new)
+        if self._graph is None:
+            return self._call()[: batch.num_tokens]
+        self._graph.replay()
+        return self._logits[: batch.num_tokens]
+
+
+class CapturedSteps:
+    """Captures a model's steps when it is made, and replays the smallest that fits a batch.
+
+    Args:
+        run: the model.
+        layers: its attention layers, with their caches.
+        max_requests: requests of a step.
+        max_tokens: new tokens of a step with chunks of prompts.
+        max_seq_len: keys of a request.
+
+    Raises:
+        UnsupportedError: a backend cannot capture decodes.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        layers: Sequence[Attention],
+        *,
+        max_requests: int,
+        max_tokens: int,
+        max_seq_len: int,
+    ) -> None:
+        state = graph_state(
+            layers,
+            max_num_seqs=max_requests,
+            max_num_tokens=max(max_tokens, max_requests),
+            max_seq_len=max_seq_len,
+        )
+        sizes = [1 << n for n in range(max_requests.bit_length()) if 1 << n < max_requests]
+        self._captured = []
+        with state.graph_capture():
+            make = state.graph_capture_get_metadata_for_batch
+            steps = [make(size) for size in (*sizes, max_requests)]
+            with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
+                steps.append(make(max_requests, num_tokens=max_tokens))
+            self._captured = [_Captured(run, state, step) for step in steps]
+
+    def run(
+        self, batch: AttentionBatch, token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The logits of a batch, or None if no captured step can run it."""
+        for captured in self._captured:
+            if captured.step.mismatch(batch) is None:
+                return captured.replay(batch, token_ids, positions)
+        return None
