@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_dispatch import Attention, AttentionBatch, forward_context, known_device
+from attn_dispatch import Attention, AttentionBatch, KeyPositions, forward_context, known_device
 from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import OneOf, compare
 from attn_dispatch.interface.contents import check_batch_contents, with_exact_lengths
+from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.timings.table import layer_key
@@ -154,6 +155,22 @@ def test_true_lengths_beyond_the_block_table_are_found():
     batch.seq_lens[3] = 40
     with pytest.raises(InvalidInputError, match="Give it 10 columns"):
         check_batch_contents(batch, torch.zeros(20, 2, 4, 2, 8))
+
+
+def test_key_positions_need_exact_lengths():
+    positions = KeyPositions.create([40, 40, 40, 40], offset=0, step=2)
+    with pytest.raises(InvalidInputError, match="Give exact seq_lens to steps with key_positions"):
+        bounded(key_positions=positions, slot_mapping=torch.full((13,), -1))
+
+
+def test_blocks_are_checked_by_the_window_of_the_true_lengths():
+    """The window of a bound begins later, so that a block of the true one could go unchecked."""
+    table = TABLE.clone()
+    table[0, 1] = 99  # keys 4 to 7; the only query is at 8 by the true length, at 18 by the bound
+    batch = bounded(block_table=table, slot_mapping=torch.full((13,), -1))
+    check_batch_contents(batch, torch.zeros(20, 2, 4, 1, 8), Reach(left=0))
+    with pytest.raises(InvalidInputError, match="request 0 names block 99"):
+        check_batch_contents(batch, torch.zeros(20, 2, 4, 1, 8), Reach(left=2))
 
 
 def test_a_request_that_pads_the_batch_may_have_no_keys():

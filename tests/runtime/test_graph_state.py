@@ -205,6 +205,12 @@ def test_layers_for_exact_lengths_reject_upper_bounds():
         captured.replay(batch)
 
 
+def test_layers_with_key_positions_are_rejected():
+    model = Model([{"key_positions": True, "returns_lse": True}])
+    with pytest.raises(UnsupportedError, match="has key_positions"):
+        model.state()
+
+
 # Several graphs, several batches.
 
 
