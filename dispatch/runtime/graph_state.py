@@ -21,6 +21,7 @@ from attn_dispatch.interface.captured import GraphLimits, StaticBatch
 from attn_dispatch.interface.graphs import AttentionState
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.platforms.waits import never_waits
 from attn_dispatch.runtime.graph_step import (
     GraphBuffers,
     GraphStep,
@@ -223,6 +224,7 @@ class ModelGraphState(AttentionState[Any]):
         """
         return GraphBuffers(attn_metadata)
 
+    @never_waits
     def prepare_graph_input_buffers(
         self,
         input_buffers: dict[str, torch.Tensor] | GraphStep,
@@ -241,6 +243,7 @@ class ModelGraphState(AttentionState[Any]):
         Raises:
             InvalidInputError: the batch is larger than what was captured, or has what was not
                 captured; nothing has been copied then.
+            DeviceWaitError: under ATTN_DISPATCH_CHECK=sync, a backend waited; FLASHINFER does.
         """
         step = input_buffers.step if isinstance(input_buffers, GraphBuffers) else input_buffers
         if not isinstance(step, GraphStep):

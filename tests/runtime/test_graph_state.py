@@ -211,6 +211,18 @@ def test_layers_with_key_positions_are_rejected():
         model.state()
 
 
+def test_a_wait_while_a_step_is_filled_is_an_error(monkeypatch):
+    model = Model([{}])
+    captured = Captured(model, model.state(), KINDS["decode"])
+    batch, modes = random_batch(random.Random(8), KINDS["decode"]), []
+    monkeypatch.setenv("ATTN_DISPATCH_CHECK", "sync")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    captured.state.prepare_graph_input_buffers(captured.step, batch)
+    assert modes == ["error", "default"]
+
+
 # Several graphs, several batches.
 
 
