@@ -40,7 +40,7 @@ from attn_dispatch.interface.capability import (
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, AttentionSpec
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.interface.validation import check_metadata, check_output, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
@@ -213,6 +213,7 @@ class TritonMLABackend(AttentionBackend):
         head_size_v=OneOf(*_KV_LORA_RANKS),
         dtype=OneOf(torch.bfloat16, torch.float16, torch.float32),
         kv_cache_dtype=OneOf(*_KV_CACHE_DTYPES),
+        lengths=OneOf(*LENGTHS),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         attn_type=OneOf(AttentionType.DECODER),

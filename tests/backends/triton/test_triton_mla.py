@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attn_dispatch import InvalidInputError, MLADims, UnsupportedError, resolve
+from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, UnsupportedError, resolve
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.selection.resolve import explained_device
 from support.cases import FP8
@@ -157,6 +157,22 @@ def test_batch_invariant_gives_the_same_bits_alone():
     together = step.run(metadata=with_launch(step, **SMALL))
     by_itself = alone.run(metadata=with_launch(alone, **SMALL))
     assert same_bits(tuple(each[:1] for each in together), by_itself)
+
+
+@pytest.mark.parametrize("fields", [{}, {"batch_invariant": True}], ids=["plain", "invariant"])
+def test_upper_bounds_of_key_counts_change_no_bit(fields):
+    step, exact = step_of(lengths="upper_bound", **fields), step_of(**fields)
+    step.batch = AttentionBatch.create(
+        QUERY_LENS,
+        step.batch.seq_lens,
+        seq_lens_upper_bound=[length + 9 for length in SEQ_LENS],
+        lengths="upper_bound",
+        block_table=step.batch.block_table,
+        slot_mapping=step.batch.slot_mapping,
+        device=DEVICE,
+    )
+    returned = step.run(metadata=with_launch(step, **SMALL))
+    assert same_bits(returned, exact.run(metadata=with_launch(exact, **SMALL)))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a GPU has an order of its own")
