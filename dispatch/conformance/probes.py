@@ -362,8 +362,9 @@ def case_for(spec: AttentionSpec, **changes: Any) -> Case:
         # Some bring the encoder's keys; of the others the cache has them.
         new_lens = tuple(n if i % 3 else 0 for i, n in enumerate(seq_lens))
     bounds = None
-    # The size of a mask follows from the lengths, so a batch with one has exact lengths.
-    if spec.lengths == "upper_bound" and spec.block_size is not None and not spec.custom_mask:
+    # The size of a mask and the positions of keys follow from the lengths, which are exact then.
+    needs_exact = spec.custom_mask or spec.key_positions
+    if spec.lengths == "upper_bound" and spec.block_size is not None and not needs_exact:
         bounds = tuple(map(operator.add, seq_lens, itertools.cycle(_SLACK)))
     return Case(
         spec=spec,

@@ -20,6 +20,7 @@ from attn_dispatch import (
     register_backend,
 )
 from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
+from attn_dispatch.interface import batch as batches
 from attn_dispatch.interface.types import PlaceholderRange
 from attn_dispatch.selection.registry import registry
 from support.cases import Case, Step, call, layer_of, layer_spec
@@ -280,10 +281,13 @@ def test_a_contradictory_batch_is_an_invalid_input(order):
 
 
 def test_all_layers_of_a_model_share_the_split(monkeypatch):
-    split, original = [], AttentionBatch._part
-    monkeypatch.setattr(
-        AttentionBatch, "_part", lambda self, phase: split.append(phase) or original(self, phase)
-    )
+    split, original = [], batches.select
+
+    def select(batch, chosen):
+        split.append(batch.phases[chosen[0]])
+        return original(batch, chosen)
+
+    monkeypatch.setattr(batches, "select", select)
     step = Step(Case(spec=layer_spec(), **MIXED))
     layers = [layer_of(step, backend=route) for route in itertools.chain(ROUTES, ROUTES)]
     with forward_context(step.batch):

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from attn_dispatch.backends.triton import backend as triton_attn
+from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.quantization import store_output
 from support.cases import INT8, Case, Step, layer_spec
@@ -223,7 +223,7 @@ def test_strided_block_table_is_not_copied():
 def test_new_cache_at_the_same_address_is_detected():
     """The last cache is kept by a weak reference."""
     step = mixed(num_kv_heads=1)
-    impl = triton_attn.TritonImpl(**step.impl_arguments())
+    impl = TritonImpl(**step.impl_arguments())
     metadata = builder_of(step.spec, **SMALL).build(step.batch)
     expected = forward(step, metadata)
     for _ in range(2):
@@ -237,7 +237,7 @@ def test_cache_with_strided_heads_is_rejected_before_writing():
     step = mixed()
     shape = (*step.kv_cache.shape, 2)
     cache = torch.zeros(shape, dtype=step.kv_cache.dtype, device=DEVICE)[..., 0]
-    impl = triton_attn.TritonImpl(**step.impl_arguments())
+    impl = TritonImpl(**step.impl_arguments())
     metadata = builder_of(step.spec, **SMALL).build(step.batch)
     for _ in range(2):
         with pytest.raises(InvalidInputError, match=r"contiguous.*allocate_kv_cache"):

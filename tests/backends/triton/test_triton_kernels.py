@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_dispatch.backends.triton import backend as triton_attn
+from attn_dispatch.backends.triton import impl as triton_impl
 from attn_dispatch.backends.triton import launcher, operands
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8, encode_fp8
@@ -95,7 +95,7 @@ def check_decode(step, expected=None, again=HAS_GPU, **launch):
 
 @pytest.mark.parametrize(("lengths", "feature"), some(7, LENGTHS, FEATURES))
 def test_keys_split_among_any_number_of_programs(lengths, feature, monkeypatch):
-    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", 2)
+    monkeypatch.setattr(triton_impl, "_MERGE_TILE_MAX_PARTS", 2)
     step = decode_step(LENGTHS[lengths], **FEATURES[feature])
     expected = step.expected()
     for programs in (3, 16):
@@ -130,7 +130,7 @@ def test_one_program_splits_nothing():
 )
 def test_both_merges_agree(few, head_size_v, feature, monkeypatch):
     """As whole tiles, or row by row; fewer wide rows at a time."""
-    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
+    monkeypatch.setattr(triton_impl, "_MERGE_TILE_MAX_PARTS", few)
     step = decode_step(((1, 3), (200, 90)), head_size_v=head_size_v, **FEATURES[feature])
     assert check_decode(step, **launched(16)) > 16
 
@@ -216,7 +216,7 @@ def test_few_requests_have_their_own_launch():
 )
 def test_fixed_splits_agree(feature, lengths, few, monkeypatch):
     """The schedule of batch_invariant."""
-    monkeypatch.setattr(triton_attn, "_MERGE_TILE_MAX_PARTS", few)
+    monkeypatch.setattr(triton_impl, "_MERGE_TILE_MAX_PARTS", few)
     step = decode_step(LENGTHS[lengths], batch_invariant=True, **FEATURES[feature])
     expected = step.expected()
     for programs in (5, 50) if HAS_GPU else (5,):
@@ -496,7 +496,7 @@ def test_cache_has_the_same_bytes_as_reference(dtype, kv_cache_dtype, layout, si
         scale = torch.tensor(values, device=DEVICE)
         layer = SimpleNamespace(_k_scale=scale, _v_scale=scale / 3)
         written, expected = cache.clone(), cache.clone()
-        impl = triton_attn.TritonImpl(**step.impl_arguments())
+        impl = triton_impl.TritonImpl(**step.impl_arguments())
         batch = SimpleNamespace(slot_mapping=slots)
         impl.write_kv(layer, key, value, written, batch)
         write_kv_cache(key, value, expected, slots, scale, scale / 3)
@@ -521,7 +521,7 @@ def test_memory_layouts_of_new_keys(memory, kv_cache_dtype):
     case = Case(spec=spec, query_lens=(3, 1), seq_lens=(3, 9), memory=memory, padding=2)
     step = Step(case, DEVICE)
     written, expected = step.kv_cache.clone(), step.kv_cache.clone()
-    impl = triton_attn.TritonImpl(**step.impl_arguments())
+    impl = triton_impl.TritonImpl(**step.impl_arguments())
     metadata = builder_of(spec).build(step.batch)
     impl.forward(step.layer, step.query, step.key, step.value, written, metadata)
     slots, scales = step.batch.slot_mapping, (step.layer._k_scale, step.layer._v_scale)
