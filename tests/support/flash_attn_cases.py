@@ -82,7 +82,7 @@ def fitted(spec, provider):
             changes["block_size"] = 256
         if "num_kv_heads" in changes:
             changes["num_kv_heads"] = spec.num_heads
-        if "sliding_window" in changes:  # it stands for both kinds of window
+        if "sliding_window" in changes:  # the reason is one for both kinds of window
             changes["window_size"] = None
         spec = spec.replace(**changes)
     raise AssertionError(f"{spec} does not fit: {reasons}")
