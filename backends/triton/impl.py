@@ -285,8 +285,8 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
             batch.query_start_loc, batch.seq_lens, table, cache.k_row_scales, cache.v_row_scales,
             k_scale, v_scale, slopes, sinks, *metadata.extras(),
             *query.stride()[:2], *cache.k_strides, *cache.v_strides, *out.values.stride()[:2],
-            plan.num_reqs,
-            batch.seq_lens.shape[0], query.shape[0], table.stride(0), *self._numbers,
+            plan.num_reqs, batch.seq_lens.shape[0], query.shape[0], table.stride(0),
+            *self._numbers,
         )  # fmt: skip
 
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:

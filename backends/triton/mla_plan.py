@@ -12,6 +12,7 @@ from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     Launches,
     TritonMetadata,
+    int32_tensor,
 )
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -89,13 +90,9 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
         floats = torch.empty(
             slots * rows * (spec.head_size_v + 1), dtype=torch.float32, device=self.device
         )
-        requests = None
-        if chosen is not None:
-            requests = torch.tensor(chosen, dtype=torch.int32, device="cpu")
-            requests = requests.to(self.device, non_blocking=True)
         return DecodePlan(
             launch=launch,
-            requests=requests,
+            requests=None if chosen is None else int32_tensor(chosen, self.device),
             num_reqs=num_reqs,
             longest=longest,
             rows=rows,

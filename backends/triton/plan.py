@@ -35,6 +35,7 @@ __all__ = [
     "TritonBuilder",
     "TritonMetadata",
     "Variant",
+    "int32_tensor",
     "launch_table",
     "plan_rows",
 ]
@@ -253,7 +254,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             ranges = [metadata.ranges_of(request) for request in range(batch.num_reqs)]
             flat = [pair for each in ranges for pair in each]
             metadata.range_starts = start_offsets([len(each) for each in ranges], self.device)
-            metadata.ranges = _int32(flat or [(0, 0)], self.device)
+            metadata.ranges = int32_tensor(flat or [(0, 0)], self.device)
         return metadata
 
     def _few_tokens(self, batch: AttentionBatch) -> list[bool] | None:
@@ -270,7 +271,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             num_reqs, longest = batch.num_reqs, batch.max_query_len
         else:
             num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
-        requests = None if chosen is None else _int32(chosen, self.device)
+        requests = None if chosen is None else int32_tensor(chosen, self.device)
         return self._decode_plan(num_reqs, longest, requests)
 
     def _decode_plan(
@@ -340,7 +341,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         own_keys = batch.key_start_loc_cpu
         return plan_cls(
             tiles=tiles.to(self.device, non_blocking=True),
-            requests=_int32(rows.requests, self.device),
+            requests=int32_tensor(rows.requests, self.device),
             # An upper bound that is the number of new keys is the true count: these are among the
             # keys. Whether keys are fresh depends on the batch, which must not affect invariant
             # results. With key positions, new keys may be another GPU's, and their number may still
@@ -428,5 +429,6 @@ def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
     )
 
 
-def _int32(values: Any, device: torch.device) -> torch.Tensor:
+def int32_tensor(values: Any, device: torch.device) -> torch.Tensor:
+    """Integers on the host as int32 on a device, without a wait."""
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device, non_blocking=True)

@@ -15,7 +15,7 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.contents import OVER_STATIC_BUFFERS
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata, T
 
-__all__ = ["AttentionState", "CommonAttentionState", "GraphRunner"]
+__all__ = ["BATCH_TENSORS", "AttentionState", "CommonAttentionState", "GraphRunner"]
 
 
 class GraphRunner(Protocol):
@@ -80,7 +80,7 @@ class AttentionState(ABC, Generic[T]):
 
 
 #: The tensors of a batch that change from step to step.
-_BUFFERS = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+BATCH_TENSORS = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
 
 
 class CommonAttentionState(AttentionState[BatchMetadata]):
@@ -178,7 +178,7 @@ class CommonAttentionState(AttentionState[BatchMetadata]):
         self, attn_metadata: BatchMetadata, is_encoder_decoder_model: bool = False
     ) -> dict[str, torch.Tensor]:
         """See AttentionState.get_graph_input_buffers."""
-        tensors = {name: getattr(attn_metadata.batch, name) for name in _BUFFERS}
+        tensors = {name: getattr(attn_metadata.batch, name) for name in BATCH_TENSORS}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def prepare_graph_input_buffers(

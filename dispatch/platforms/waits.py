@@ -19,7 +19,7 @@ from attn_dispatch import environment
 from attn_dispatch.errors import DeviceWaitError
 from attn_dispatch.platforms.device_errors import device_wait_of
 
-__all__ = ["never_waits"]
+__all__ = ["never_waits", "watched"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,6 +42,11 @@ def never_waits(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **options)
 
     return run
+
+
+def watched(method: Callable[P, T]) -> Callable[P, T]:
+    """A method as `never_waits` makes it, under the check; else itself, at no cost for its call."""
+    return never_waits(method) if environment.sync_mode() else method
 
 
 @contextlib.contextmanager

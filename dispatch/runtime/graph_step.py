@@ -13,6 +13,7 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits, StaticBatch
 from attn_dispatch.interface.contents import check_batch_contents
+from attn_dispatch.interface.graphs import BATCH_TENSORS
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder
 from attn_dispatch.interface.reach import Reach
 from attn_dispatch.interface.types import AttentionType
@@ -88,7 +89,7 @@ class GraphBuffers(dict[str, torch.Tensor]):
     def __init__(self, step: GraphStep) -> None:
         super().__init__()
         self.step = step
-        names = ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "custom_mask")
+        names = (*BATCH_TENSORS, "custom_mask")
         for index, part in enumerate(step._parts):
             prefix = "" if len(step._parts) == 1 else f"{index}."
             tensors = {name: getattr(part.static.batch, name) for name in names}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_dispatch import environment
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -23,7 +22,7 @@ from attn_dispatch.interface.validation import check_no_grad, check_tensors, pro
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device_errors import is_capturing
-from attn_dispatch.platforms.waits import never_waits
+from attn_dispatch.platforms.waits import watched
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
 from attn_dispatch.runtime.hooks import observer
@@ -253,7 +252,7 @@ class Attention(LayerScales, nn.Module):
         if self._selected_at != version():
             self._refresh()
         binding = self._require_binding()
-        plan = never_waits(self._plan)  # but a backend that is built may wait
+        plan = watched(self._plan)  # but a backend that is built may wait
         metadata: AttentionMetadata
         try:
             metadata = plan(binding, None, batch)
@@ -380,7 +379,7 @@ class Attention(LayerScales, nn.Module):
             check_block_size(self, kv_cache)
         given = (query, key, value, kv_cache)
         results = (output, lse, output_scale, output_block_scale)
-        attend = never_waits(self._attend) if environment.sync_mode() else self._attend
+        attend = watched(self._attend)
         try:
             attend(self._require_binding(), metadata, given, *results)
         except AttemptFailed as failed:

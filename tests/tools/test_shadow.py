@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from types import SimpleNamespace
 
@@ -18,14 +17,9 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.types import AttentionType, Phase
 from attn_dispatch.selection import failure_record
 from support.cases import FP8, INT8, Case, Step, call, layer_of, layer_spec
-from support.paths import EXAMPLES
 from support.selection import make_backend, registered
 from support.strategies import cases
-
-EXAMPLE = EXAMPLES / "wrong_backend.py"
-spec = importlib.util.spec_from_file_location("wrong_backend", EXAMPLE)
-wrong_backend = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(wrong_backend)
+from support.wrong_backend import wrong
 
 MIXED = {"query_lens": (3, 1, 2, 1), "seq_lens": (3, 9, 6, 5)}
 LONG = {"query_lens": (40, 1, 20), "seq_lens": (40, 70, 50)}
@@ -84,7 +78,7 @@ FAULTS = {
 def test_fault_is_caught_and_named(fault, dtype):
     fields, text = FAULTS[fault]
     step = Step(Case(spec=layer_spec(dtype=dtype, **fields), **LONG))
-    with registered(wrong_backend.wrong_backend(fault)), drifting(text) as caught:
+    with registered(wrong.wrong_backend(fault)), drifting(text) as caught:
         found = run(step, "WRONG")
     assert (found.calls, found.compared, found.drifted) == (1, 1, 1)
     assert found.error > found.allowed > 0
@@ -112,7 +106,7 @@ def test_scales_that_are_ignored_are_named():
 
 def test_fault_without_effect_is_not_reported():
     step = Step(Case(spec=layer_spec(dtype=torch.bfloat16), **LONG))
-    with registered(wrong_backend.wrong_backend("drops the soft cap")):
+    with registered(wrong.wrong_backend("drops the soft cap")):
         assert run(step, "WRONG").drifted == 0
 
 

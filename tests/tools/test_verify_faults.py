@@ -18,54 +18,19 @@ from attn_dispatch.conformance.check import BackendUnderTest
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.errors import BackendFailure, InvalidInputError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import Capabilities, OneOf
-from attn_dispatch.interface.kv_view import KVCacheView
+from attn_dispatch.interface.capability import OneOf
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+from support.faulty_backends import backend, failures
 from support.selection import make_backend, registered
 
 CPU = KNOWN_DEVICES["cpu"]
 LAYER = AttentionSpec(num_heads=1, head_size=8, dtype=torch.float32)
 
 
-def backend(forward=None, *, init=None, propagates_nan=True, **fields):
-    """REFERENCE whose forward is `forward(impl, compute, arguments, named)`."""
-
-    class Impl(ReferenceImpl):
-        def __init__(self, *arguments, **named):
-            if init is not None:
-                arguments, named = init(arguments, named)
-            super().__init__(*arguments, **named)
-
-        def forward(self, *arguments, **named):
-            compute = super().forward
-            if forward is None:
-                return compute(*arguments, **named)
-            return forward(self, compute, list(arguments), named)
-
-    members = {
-        "__module__": __name__,
-        "get_name": staticmethod(lambda: "FAULTY"),
-        "get_impl_cls": staticmethod(lambda: Impl),
-        "propagates_nan": propagates_nan,
-    }
-    if fields:
-        declared = {**ReferenceBackend.capabilities.fields, **fields}
-        members["capabilities"] = Capabilities(
-            devices=ReferenceBackend.capabilities.devices, **declared
-        )
-    return type("FaultyBackend", (ReferenceBackend,), members)
-
-
 def outcome(cls, full_name):
     (check,) = (c for c in checks_for(cls, "cpu") if c.full_name == full_name)
     return run(check)
-
-
-def failures(cls, only, **more):
-    report = verify(cls, "cpu", only=only, **more)
-    assert report.outcomes
-    return {o.check.full_name: o.message for o in report.failures}
 
 
 # --- Errors of any kind ------------------------------------------------------------------------
@@ -595,76 +560,3 @@ def test_outcome_keeps_the_finding():
     check = Check("name", "It shows.", LAYER, lambda: ErrorBound(0.25, 0.5))
     assert run(check).finding == ErrorBound(0.25, 0.5)
     assert make_backend("X").propagates_nan
-
-
-# --- Layouts of engines ------------------------------------------------------------------------
-
-
-def over_pools(change):
-    """A forward that computes over what `change` makes of a cache in two tensors."""
-
-    def forward(impl, compute, arguments, named):
-        given = arguments[4]
-        if isinstance(given, KVCacheView):
-            arguments[4] = change(given)
-        result = compute(*arguments, **named)
-        if isinstance(given, KVCacheView) and change is write_around:
-            given.key.untyped_storage()[3] = 1
-        return result
-
-    return forward
-
-
-def write_around(view):
-    return view
-
-
-POOLS = {
-    "a copy is written": (
-        lambda view: KVCacheView(view.key.clone(), view.value.clone()),
-        "over the layout sglang, other bytes are written than over the library's own, or outside",
-    ),
-    "a byte before the cache is written": (write_around, "other bytes are written"),
-    "keys are taken for values": (lambda view: KVCacheView(view.value, view.key), "is off by"),
-}
-
-
-@pytest.mark.parametrize("fault", POOLS)
-def test_faults_over_the_layout_of_an_engine_are_caught(fault):
-    change, sentence = POOLS[fault]
-    failed = failures(backend(over_pools(change)), "kv_layouts/", quick=True)
-    assert set(failed) >= {"kv_layouts/sglang", "kv_layouts/flashinfer-tuple"}
-    assert sentence in failed["kv_layouts/sglang"]
-    assert not any("vllm-0.24-NHD" in name for name in failed)  # one tensor
-
-
-def without_strides(cls):
-    """A backend with this one's impl that declares no strides."""
-    declared = {**cls.capabilities.fields}
-    del declared["kv_strides"]
-    members = {
-        "__module__": __name__,
-        "name": "OWN_LAYOUTS",
-        "impl_cls": cls.get_impl_cls(),
-        "capabilities": Capabilities(devices=cls.capabilities.devices, **declared),
-    }
-    return type("OwnLayouts", (ReferenceBackend,), members)
-
-
-def test_layouts_that_are_not_declared_must_be_rejected():
-    cls = without_strides(backend())
-    names = {o.check.full_name for o in verify(cls, "cpu", quick=True, only="kv_layouts/").outcomes}
-    assert {"kv_layouts/refused, sglang", "kv_layouts/vllm-0.24-NHD"} <= names
-    assert "kv_layouts/sglang" not in names
-    assert failures(cls, "kv_layouts/", quick=True) == {}
-
-
-def test_a_backend_that_copies_an_undeclared_layout_is_caught():
-    def gathered(view):
-        return torch.stack([view.key, view.value], 1)
-
-    cls = without_strides(backend(over_pools(gathered)))
-    failed = failures(cls, "kv_layouts/refused, sglang", quick=True)
-    assert failed["kv_layouts/refused, sglang"] == (
-        "a cache of the layout sglang is not declared, and not rejected."
-    )
