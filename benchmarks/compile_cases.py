@@ -190,6 +190,12 @@ FEATURES = (
     ),
     Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
     Case(
+        name="ranges, chunks of both directions",
+        fields={"attention_chunk": 128, "causal": False, "bidirectional_ranges": True},
+        lens=PAGES,
+        archs=("sm90",),
+    ),
+    Case(
         name="key positions, window",
         fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
         lens=PAGES,
