@@ -9,32 +9,39 @@ are masked and come first and last; the pipelined loop between them has no masks
 There is one program for each SM. It goes through a list of work tiles, so that the loads for the
 next work tile are under way while the last one is finished and stored.
 
-Keys and values are contiguous rows, (tokens, num_kv_heads * head_size): gathered from pages, or the
-new ones of this step. Where the host knows only bounds of the lengths, the device decides which, by
-request. Zeros follow a request's last key, to the end of its last tile.
+Keys and values are read from the pages of the cache, from the new rows of this step if a request
+has no others, or from contiguous rows that were gathered from pages which TMA cannot read. Where
+the host does not know which requests have a past, the device decides, by request. What lies before
+a request's first visible key and behind its last one may be anything: the consumers replace such
+values by zeros, since 0 * NaN is NaN.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
+from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     load_tile,
     make_ring,
     mma_layout,
+    reinterpret,
     row_layout,
 )
 from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
 from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_prefill_kernel"]
+
+_BOX = gl.constexpr(64)  # rows and columns of a part of a tile
 
 
 @aggregate
@@ -60,6 +67,14 @@ class _WorkTile:
     num_tiles: gl.tensor
     num_right: gl.tensor
     num_left: gl.tensor
+
+    @gluon.jit
+    def first_key(self, window, WINDOW: gl.constexpr):
+        """The first key that a query of the request sees. Blocks before it may be freed."""
+        if WINDOW:
+            return gl.maximum(self.seq_len - self.q_len - window + 1, 0)
+        else:
+            return 0
 
 
 @aggregate
@@ -143,7 +158,9 @@ class _Rows:
     work: _WorkTile
     scale: Scale
     window: gl.tensor
+    hidden: gl.shared_memory_descriptor
     config: gl.constexpr
+    WHICH: gl.constexpr
 
     @gluon.jit
     def unit(self):
@@ -219,6 +236,37 @@ class _Rows:
         return gl.convert_layout(p.to(self.q.dtype), WEIGHTS)
 
     @gluon.jit
+    def hide_values(self, v_ring, n, i, turn):
+        """Zero values of the i-th tile that no query of the request sees; return the next turn.
+
+        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
+        here at the same tiles.
+        """
+        BLOCK_N: gl.constexpr = self.config.BLOCK_N
+        LAYOUT: gl.constexpr = row_layout(_BOX)
+        PER_HALF: gl.constexpr = BLOCK_N // _BOX
+        BOXES: gl.constexpr = PER_HALF * self.config.D // _BOX
+        first = (self.work.last_tile - i) * BLOCK_N
+        first_key = self.work.first_key(self.window, self.config.WINDOW)
+        if (first + BLOCK_N > self.work.seq_len) | (first < first_key):
+            stage = v_ring.wait(n)
+            dtype: gl.constexpr = v_ring.tiles.dtype
+            BOX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BOX, _BOX], dtype)
+            ALL: gl.constexpr = v_ring.tiles.shape[0] * BOXES
+            boxes = reinterpret(v_ring.tiles, dtype, [ALL, _BOX, _BOX], BOX_LAYOUT)
+            for b in range(self.WHICH, BOXES, 2):
+                box = boxes.index(stage * BOXES + b)
+                key = first + b % PER_HALF * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
+                is_seen = (key >= first_key) & (key < self.work.seq_len)
+                values = box.load(LAYOUT)
+                box.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
+            fence_async_shared()
+            mbarrier.arrive(self.hidden)
+            mbarrier.wait(self.hidden, turn & 1)
+            turn += 1
+        return turn
+
+    @gluon.jit
     def begin_tile(self, acc, m_i, l_i, k_ring, n, i):
         """Weights of the i-th tile, which is masked and has number n in the rings."""
         stage = k_ring.wait(n)
@@ -269,7 +317,7 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, output):
+def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
     """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
     CONFIG: gl.constexpr = schedule.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
@@ -280,6 +328,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
     q = q_ring.tiles.index(WHICH)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
+    turn = 0  # of hide_values
     for wave in range(0, schedule.num_waves()):
         work = schedule.work_tile(wave)
         slope = gl.to_tensor(0.0)
@@ -289,7 +338,9 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
             col_bias = slope * col.to(gl.float32)
         positions = work.first_position + WHICH * ROWS
         positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        rows = _Rows(q, positions, col, col_bias, slope, work, scale, schedule.window, CONFIG)
+        rows = _Rows(
+            q, positions, col, col_bias, slope, work, scale, schedule.window, hidden, CONFIG, WHICH
+        )
         m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -298,9 +349,11 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
         q_ring.wait(wave)
         for i in range(0, begin):
             acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+            turn = rows.hide_values(v_ring, n + i, i, turn)
             acc = rows.finish_tile(acc, p, v_ring, n + i)
         if work.num_tiles > 0:
             acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + begin, begin)
+            turn = rows.hide_values(v_ring, n + begin, begin, turn)
             weights = rows.operand(p)
             for i in range(begin + 1, first_left):
                 stage = k_ring.wait(n + i)
@@ -321,6 +374,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
             if CONFIG.WINDOW:
                 for i in range(end, work.num_tiles):
                     acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+                    turn = rows.hide_values(v_ring, n + i, i, turn)
                     acc = rows.finish_tile(acc, p, v_ring, n + i)
                 q_ring.release(0)
         else:
@@ -330,10 +384,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
 
 
 @gluon.jit
-def _producer(
-    schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
-    key_start_loc_ptr,
-):  # fmt: skip
+def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
     """One warp: the queries of each work tile, then its keys and values through the rings."""
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
@@ -341,8 +392,6 @@ def _producer(
     n = 0
     for wave in range(0, schedule.num_waves()):
         work = schedule.work_tile(wave)
-        key_start = gl.load(key_start_loc_ptr + work.request)
-        column = work.head // CONFIG.GROUP * D
         q_row = work.q_start + work.first_token
         q_ring.acquire(wave)
         for half in gl.static_range(2):
@@ -352,17 +401,37 @@ def _producer(
             )  # fmt: skip
         if CONFIG.HAS_FRESH:
             if work.seq_len == work.q_len:
-                _load_keys(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
+                column = work.head // CONFIG.GROUP * D
+                _load_rows(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
             else:
-                _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+                _load_keys(work, n, schedule.window, keys, values, k_ring, v_ring, CONFIG)
         else:
-            _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+            _load_keys(work, n, schedule.window, keys, values, k_ring, v_ring, CONFIG)
         n += work.num_tiles
 
 
 @gluon.jit
-def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
-    """Load a work tile's key tiles; the first one has number n in the rings."""
+def _load_keys(work, n, window, keys, values, k_ring, v_ring, CONFIG: gl.constexpr):
+    """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
+    kv_head = work.head // CONFIG.GROUP
+    if CONFIG.BLOCK_SIZE == 0:
+        key_start = gl.load(keys.table_ptr + work.request)
+        column = kv_head * CONFIG.D
+        _load_rows(work, n, key_start, column, keys.desc, values.desc, k_ring, v_ring)
+    else:
+        first_key = work.first_key(window, CONFIG.WINDOW)
+        table = keys.table_of(work.request)
+        for i in range(0, work.num_tiles):
+            first = (work.last_tile - i) * CONFIG.BLOCK_N
+            # Before the ring has room, so that their latency passes in that time.
+            blocks = keys.blocks(table, first, first_key, work.seq_len - 1, CONFIG)
+            keys.load(k_ring, n + i, blocks, first, kv_head, CONFIG)
+            values.load(v_ring, n + i, blocks, first, kv_head, CONFIG)
+
+
+@gluon.jit
+def _load_rows(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
+    """Load a work tile's key tiles from contiguous rows."""
     BLOCK_N: gl.constexpr = k_ring.tiles.shape[1]
     for i in range(0, work.num_tiles):
         row = key_start + (work.last_tile - i) * BLOCK_N
@@ -370,10 +439,18 @@ def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
         v_ring.load(n + i, v_desc, [row, column])
 
 
-@gluon.jit(do_not_specialize=["window", "num_tiles"], do_not_specialize_on_alignment=METADATA)
+#: Parameters whose values the compiled code does not depend on.
+_COUNTS = (
+    "window num_tiles table_stride k_block_rows k_head_rows k_head_columns v_block_rows "
+    "v_head_rows v_head_columns"
+).split()
+
+
+@gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
     q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr,
-    key_start_loc_ptr, slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window,
+    table_ptr, slopes_ptr, sinks_ptr, num_tiles, table_stride, k_block_rows, k_head_rows,
+    k_head_columns, v_block_rows, v_head_rows, v_head_columns, out_stride_t, out_stride_h, window,
     scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
@@ -382,15 +459,17 @@ def hopper_prefill_kernel(
 
     Args:
         q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
-        k_desc, v_desc: (rows, num_kv_heads * D), blocks of BLOCK_N by D.
+        k_desc, v_desc: pages as matrices, see pages.py; or, where CONFIG.BLOCK_SIZE is 0, rows:
+            (rows, num_kv_heads * D), blocks of BLOCK_N by D.
         new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
             queries; read with HAS_FRESH, for requests that have no other keys.
         tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
             queries, the work tile's first token among them, the request; each for all heads, which
             vary fastest, so that concurrent work tiles share keys.
         seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
-        key_start_loc_ptr: (num_reqs,) int32, where each request's rows of keys begin.
+        table_ptr: the block table; or (num_reqs,) int32, where each request's rows of keys begin.
         num_tiles: of all heads.
+        k_block_rows and so on: see pages.py.
         CONFIG: a PrefillConfig.
         Others: as for triton/kernels/prefill.py.
     """
@@ -398,11 +477,15 @@ def hopper_prefill_kernel(
     STAGES: gl.constexpr = CONFIG.STAGES
     dtype: gl.constexpr = q_desc.dtype
     Q: gl.constexpr = q_desc.layout
-    KV: gl.constexpr = k_desc.layout
+    KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.BLOCK_N, D], dtype)
     q_ring = make_ring(dtype, 1, 2, 64, D, Q, 2)
     k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
+    hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(hidden, count=2)
     fence_async_shared()
+    keys = Pages(k_desc, table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
+    values = Pages(v_desc, table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)
     schedule = _Schedule(tiles_ptr, seq_lens_ptr, num_tiles, window, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
@@ -411,13 +494,12 @@ def hopper_prefill_kernel(
     # Written out: in a tuple that has a name, constants would no longer be constants.
     gl.warp_specialize(
         [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output)),
+            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
             (_producer, (
-                schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
-                key_start_loc_ptr,
+                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
             )),
         ],
         [4, 1],
-        [CONFIG.REGISTERS, 24],
+        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
     )  # fmt: skip
