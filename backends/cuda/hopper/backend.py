@@ -157,8 +157,8 @@ class HopperImpl(TritonImpl):
         launch(
             (min(num_tiles, num_sms), 1, 1),
             describe_rows(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
-            batch.seq_lens, table, slopes, sinks, num_tiles, *steps, *out.values.stride()[:2],
-            *self._numbers,
+            plan.counters, batch.seq_lens, table, slopes, sinks, num_tiles, *steps,
+            *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
 
     def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:

@@ -29,6 +29,7 @@ class HopperPlan(PrefillPlan):
     """A plan whose tiles are the Hopper kernel's work tiles, of tokens of one query head.
 
     Attributes:
+        counters: (2,) int32 zeros, in which the kernel counts.
         fresh_end: where these requests' rows of `key` end.
         splits_all_sms: the decodes of the step are split as if they had all SMs, whatever their
             share is, because that follows from bounds and the split decides bits.
@@ -39,6 +40,7 @@ class HopperPlan(PrefillPlan):
         descriptors: of gathered keys and values, which are at the same address for all layers.
     """
 
+    counters: torch.Tensor | None = None
     fresh_end: int = 0
     may_be_fresh: bool = False
     reads_pages: bool = False
@@ -100,8 +102,11 @@ class HopperBuilder(TritonGraphBuilder):
         if has_pages and not reads_pages and not self._has_room(rows):
             return super()._prefill(batch, chosen)
         tiles = self._work_tiles(batch, rows)
-        plan = self._plan(batch, rows, tiles, has_pages, HopperPlan)
+        # One copy to the device for both.
+        counters_and_tiles = torch.cat([tiles.new_zeros(1, tiles.shape[1]), tiles])
+        plan = self._plan(batch, rows, counters_and_tiles, has_pages, HopperPlan)
         assert isinstance(plan, HopperPlan)
+        plan.counters, plan.tiles = plan.tiles[0, :2], plan.tiles[1:]
         is_bound = batch.lengths == "upper_bound"
         lens = zip(rows.key_lens, rows.seq_lens, strict=True)
         has_fresh = is_bound or any(new == keys for new, keys in lens)
@@ -112,26 +117,12 @@ class HopperBuilder(TritonGraphBuilder):
         return plan
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
-        """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents.
-
-        The most work first: programs take work tiles in turns, back and forth, so that each of them
-        gets about as much.
-        """
-        tiles = self._tiles(rows, BLOCK_M, 1)
-        requests, first_tokens = tiles.long().unbind(1)
+        """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
+        requests, first_tokens = self._tiles(rows, BLOCK_M, 1).long().unbind(1)
         starts = batch.query_start_loc_cpu
         firsts = starts[requests]
         lengths = starts[requests + 1] - firsts
-        seq_lens = torch.tensor(batch.seq_lens_list, device="cpu")[requests]
-        begins = seq_lens - lengths + first_tokens  # positions
-        ends = torch.minimum(begins + BLOCK_M, seq_lens) if self.spec.causal else seq_lens
-        if self.spec.sliding_window is not None:
-            begins = (begins - self.spec.sliding_window).clamp(min=0)
-            work = ends - begins
-        else:
-            work = ends
-        order = torch.argsort(work // BLOCK_N[self.spec.head_size], descending=True, stable=True)
-        return torch.stack((firsts, lengths, first_tokens, requests), 1)[order].to(torch.int32)
+        return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
 
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         if not self._reads_pages:
@@ -154,6 +145,7 @@ class HopperBuilder(TritonGraphBuilder):
             return plan
         return HopperPlan(
             **vars(plan),
+            counters=tiles.new_zeros(2),
             fresh_end=batch.num_tokens,
             may_be_fresh=True,
             reads_pages=True,

@@ -6,8 +6,10 @@ Two warp groups compute 64 query rows each and share the keys. Each issues the n
 before the softmax of the last, so that the tensor cores stay busy. Tiles that rows see only in part
 are masked and come first and last; the pipelined loop between them has no masks.
 
-There is one program for each SM. It goes through a list of work tiles, so that the loads for the
-next work tile are under way while the last one is finished and stored.
+There is one program for each SM. Its producer takes work tiles from a list, one at a time and by a
+counter in memory, so that all programs end at about the same time however different the work tiles
+are; FlashAttention 3 does the same. The loads for the next work tile are under way while the last
+one is finished and stored.
 
 Keys and values are read from the pages of the cache, from the new rows of this step if a request
 has no others, or from contiguous rows that were gathered from pages which TMA cannot read. Where
@@ -28,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
+from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     load_tile,
@@ -42,6 +45,7 @@ from attn_dispatch.backends.triton.launcher import METADATA
 __all__ = ["hopper_prefill_kernel"]
 
 _BOX = gl.constexpr(64)  # rows and columns of a part of a tile
+_ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 
 
 @aggregate
@@ -49,14 +53,13 @@ class _WorkTile:
     """128 query tokens of a request and one head, and the tiles of keys that they see.
 
     Attributes:
-        request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
+        q_start, q_len, seq_len: the request's query rows and its number of keys.
         first_token: of the work tile, among the request's query tokens.
         first_position: of that token.
         last_tile, num_tiles: the last key tile and how many there are; they are taken backwards.
         num_right, num_left: how many at the end and at the beginning are seen in part.
     """
 
-    request: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -79,38 +82,66 @@ class _WorkTile:
 
 @aggregate
 class _Schedule:
-    """The list of work tiles. In a wave each program takes one, back and forth to even them out."""
+    """The list of work tiles, and how the producer tells the consumers which one is next.
+
+    `ticket` is written and read like the queries: after the producer has acquired their ring, and
+    once they have arrived.
+    """
 
     tiles_ptr: gl.tensor
     seq_lens_ptr: gl.tensor
+    counters_ptr: gl.tensor
     num_tiles: gl.tensor
     window: gl.tensor
+    ticket: gl.shared_memory_descriptor
     config: gl.constexpr
 
     @gluon.jit
-    def _index(self, wave):
-        program = gl.program_id(0)
-        num_programs = gl.num_programs(0)
-        place = gl.where(wave % 2 == 0, program, num_programs - 1 - program)
-        return wave * num_programs + place
+    def take(self):
+        """For the producer: the index of the next work tile that no program has taken."""
+        return gl.atomic_add(self.counters_ptr, 1, sem="relaxed", scope="gpu")
 
     @gluon.jit
-    def num_waves(self):
-        """The number of work tiles that this program takes."""
-        whole = self.num_tiles // gl.num_programs(0)
-        return whole + (self._index(whole) < self.num_tiles).to(gl.int32)
+    def finish(self):
+        """For the producer: the last one to end leaves the counters at zero."""
+        ended = gl.atomic_add(self.counters_ptr + 1, 1, sem="relaxed", scope="gpu")
+        if ended == gl.num_programs(0) - 1:
+            gl.store(self.counters_ptr, 0)
+            gl.store(self.counters_ptr + 1, 0)
 
     @gluon.jit
-    def work_tile(self, wave):
-        """The work tile that this program takes in a wave."""
+    def work_tile(self, index):
+        """For the producer: (a work tile of the list, its request)."""
         config: gl.constexpr = self.config
-        index = self._index(wave)
         ptr = self.tiles_ptr + index // config.NUM_HEADS * 4
-        q_start = gl.load(ptr)
-        q_len = gl.load(ptr + 1)
-        first_token = gl.load(ptr + 2)
         request = gl.load(ptr + 3)
-        seq_len = gl.load(self.seq_lens_ptr + request)
+        work = self._work(
+            index % config.NUM_HEADS, gl.load(ptr), gl.load(ptr + 1),
+            gl.load(self.seq_lens_ptr + request), gl.load(ptr + 2),
+        )  # fmt: skip
+        return work, request
+
+    @gluon.jit
+    def send(self, head, q_start, q_len, seq_len, first_token):
+        """For the producer: write the ticket; a head of −1 says that there are no more."""
+        values = (head, q_start, q_len, seq_len, first_token)
+        for i in gl.static_range(5):
+            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, _ONE_WARP))
+
+    @gluon.jit
+    def receive(self):
+        """For the consumers: the work tile of the ticket."""
+        return self._work(
+            self._read(0), self._read(1), self._read(2), self._read(3), self._read(4)
+        )  # fmt: skip
+
+    @gluon.jit
+    def _read(self, i: gl.constexpr):
+        return gl.max(self.ticket.index(i).load(VECTOR), 0)
+
+    @gluon.jit
+    def _work(self, head, q_start, q_len, seq_len, first_token):
+        config: gl.constexpr = self.config
         past = seq_len - q_len
         first = past + first_token
         last = past + gl.minimum(first_token + 128, q_len) - 1
@@ -137,8 +168,8 @@ class _Schedule:
         if config.WINDOW:
             num_left = full_first - first_tile
         return _WorkTile(
-            request, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
-            end_tile - 1, end_tile - first_tile, end_tile - full_end, num_left,
+            head, q_start, q_len, seq_len, first_token, first, end_tile - 1,
+            end_tile - first_tile, end_tile - full_end, num_left,
         )  # fmt: skip
 
 
@@ -329,8 +360,10 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
-    for wave in range(0, schedule.num_waves()):
-        work = schedule.work_tile(wave)
+    number = 0  # of work tiles before this one
+    q_ring.wait(0)
+    work = schedule.receive()
+    while work.head >= 0:
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
@@ -346,7 +379,6 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
         first_left = work.num_tiles - work.num_left
         begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
-        q_ring.wait(wave)
         for i in range(0, begin):
             acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
             turn = rows.hide_values(v_ring, n + i, i, turn)
@@ -381,6 +413,9 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
             q_ring.release(0)
         n += work.num_tiles
         rows.store(acc, m_i, l_i, WHICH, output)
+        number += 1
+        q_ring.wait(number)
+        work = schedule.receive()
 
 
 @gluon.jit
@@ -389,11 +424,16 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
-    n = 0
-    for wave in range(0, schedule.num_waves()):
-        work = schedule.work_tile(wave)
+    n = 0  # key tiles before this work tile
+    number = 0  # of work tiles before this one
+    index = schedule.take()
+    while index < schedule.num_tiles:
+        work, request = schedule.work_tile(index)
+        index = schedule.take()  # its latency passes during the loads
         q_row = work.q_start + work.first_token
-        q_ring.acquire(wave)
+        q_ring.wait_empty(number)
+        schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
+        mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
         for half in gl.static_range(2):
             load_tile(
                 q_desc, [q_row + half * ROWS, work.head * D], q_ring.full.index(0),
@@ -404,23 +444,29 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
                 column = work.head // CONFIG.GROUP * D
                 _load_rows(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
             else:
-                _load_keys(work, n, schedule.window, keys, values, k_ring, v_ring, CONFIG)
+                _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         else:
-            _load_keys(work, n, schedule.window, keys, values, k_ring, v_ring, CONFIG)
+            _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         n += work.num_tiles
+        number += 1
+    q_ring.wait_empty(number)
+    schedule.send(-1, 0, 0, 0, 0)
+    mbarrier.arrive(q_ring.full.index(0))
+    schedule.finish()
 
 
 @gluon.jit
-def _load_keys(work, n, window, keys, values, k_ring, v_ring, CONFIG: gl.constexpr):
+def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
     """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
+    CONFIG: gl.constexpr = schedule.config
     kv_head = work.head // CONFIG.GROUP
     if CONFIG.BLOCK_SIZE == 0:
-        key_start = gl.load(keys.table_ptr + work.request)
+        key_start = gl.load(keys.table_ptr + request)
         column = kv_head * CONFIG.D
         _load_rows(work, n, key_start, column, keys.desc, values.desc, k_ring, v_ring)
     else:
-        first_key = work.first_key(window, CONFIG.WINDOW)
-        table = keys.table_of(work.request)
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        table = keys.table_of(request)
         for i in range(0, work.num_tiles):
             first = (work.last_tile - i) * CONFIG.BLOCK_N
             # Before the ring has room, so that their latency passes in that time.
@@ -448,10 +494,10 @@ _COUNTS = (
 
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr,
-    table_ptr, slopes_ptr, sinks_ptr, num_tiles, table_stride, k_block_rows, k_head_rows,
-    k_head_columns, v_block_rows, v_head_rows, v_head_columns, out_stride_t, out_stride_h, window,
-    scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
+    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, counters_ptr,
+    seq_lens_ptr, table_ptr, slopes_ptr, sinks_ptr, num_tiles, table_stride, k_block_rows,
+    k_head_rows, k_head_columns, v_block_rows, v_head_rows, v_head_columns, out_stride_t,
+    out_stride_h, window, scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
 
@@ -466,6 +512,7 @@ def hopper_prefill_kernel(
         tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
             queries, the work tile's first token among them, the request; each for all heads, which
             vary fastest, so that concurrent work tiles share keys.
+        counters_ptr: (2,) int32, zeros, which are zero again afterwards.
         seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
         table_ptr: the block table; or (num_reqs,) int32, where each request's rows of keys begin.
         num_tiles: of all heads.
@@ -486,7 +533,8 @@ def hopper_prefill_kernel(
     fence_async_shared()
     keys = Pages(k_desc, table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
     values = Pages(v_desc, table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)
-    schedule = _Schedule(tiles_ptr, seq_lens_ptr, num_tiles, window, CONFIG)
+    ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    schedule = _Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
