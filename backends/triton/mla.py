@@ -1,30 +1,23 @@
 """TRITON_MLA: multi-head latent attention in absorbed form, by the decode kernel of TRITON_ATTN.
 
-In absorbed form (backends/mla.py) it is attention with one KV head: keys of kv_lora_rank +
-qk_rope_head_dim elements, whose first kv_lora_rank are the values too. The kernel reads a tile of
-latents once for both. Prefills take the same form. Their arithmetic for each pair of a query and a
-key is then 2 * kv_lora_rank + qk_rope_head_dim multiplications for each head, where the expanded
-form has qk_nope_head_dim + qk_rope_head_dim + v_head_dim: for DeepSeek-V3 1088 and 320. So for long
-prompts this is slower than the expanded form would be.
+The kernel reads a tile of latents once, for keys and values. Prefills take the same form, which
+backends/mla_absorbed.py compares with the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from attn_dispatch.backends.mla import ProjectingMLAImpl, latent_cache_shape
-from attn_dispatch.backends.reference.semantics import without_autocast
+from attn_dispatch.backends.mla import latent_cache_shape
+from attn_dispatch.backends.mla_absorbed import AbsorbedMLAImpl, Product, batched_product
 from attn_dispatch.backends.triton.configs import amd
 from attn_dispatch.backends.triton.impl import Call, TritonImpl
-from attn_dispatch.backends.triton.kv_writer import LatentCacheWriter
 from attn_dispatch.backends.triton.launcher import Launchers
 from attn_dispatch.backends.triton.mla_plan import MERGE_GROUP, TritonMLABuilder, TritonMLAMetadata
 from attn_dispatch.backends.triton.operands import (
     OutputBuffers,
-    on_tensor_device,
     with_contiguous_heads,
 )
 from attn_dispatch.backends.triton.plan import DecodePlan
@@ -38,10 +31,8 @@ from attn_dispatch.interface.capability import (
     ReasonCode,
 )
 from attn_dispatch.interface.impl import AttentionLayer
-from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES, AttentionSpec
 from attn_dispatch.interface.types import LENGTHS, AttentionType
-from attn_dispatch.interface.validation import check_metadata, check_output, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 
 __all__ = ["TritonMLABackend", "TritonMLAImpl"]
@@ -53,14 +44,6 @@ _ROPE_HEAD_DIMS = (16, 32, 64, 128)
 _KV_CACHE_DTYPES = tuple(
     name for name in KV_CACHE_DTYPES if name not in (INT8_PER_TOKEN_HEAD, "float64")
 )
-
-
-_Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Store each head's rows of x, (num_tokens, num_heads, K), times its weight, (K, N), in out."""
-    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
 
 
 class _LatentAttention(TritonImpl):
@@ -81,8 +64,8 @@ class _LatentAttention(TritonImpl):
         return self._query_factor
 
 
-class TritonMLAImpl(ProjectingMLAImpl[TritonMLAMetadata]):
-    """Absorbs the projections by batched products, and launches the kernel in between."""
+class TritonMLAImpl(AbsorbedMLAImpl[TritonMLAMetadata]):
+    """Launches the decode kernel over latents."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,85 +81,33 @@ class TritonMLAImpl(ProjectingMLAImpl[TritonMLAMetadata]):
             causal=self.causal,
             returns_lse=self.returns_lse,
         )
-        self._writer = LatentCacheWriter(self, self.mla.kv_lora_rank)
+        self._query_factor = self._attention.query_factor
         from attn_dispatch.backends.triton.kernels import project
 
         self._project_kernel = project.project_kernel
         self._launchers = Launchers()
 
-    def fused_output_quant_supported(self, quant_key: str) -> bool:
-        """Static fp8."""
-        return quant_key == "fp8_e4m3"
-
-    @without_autocast
-    @on_tensor_device
-    def forward(
+    def _attend_latents(
         self,
         layer: AttentionLayer,
-        hidden_states_or_cq: torch.Tensor,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
+        absorbed: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonMLAMetadata | None,
-        output: torch.Tensor | None = None,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See MLAAttentionImpl.forward."""
-        scales = (output_scale, output_block_scale)
-        if attn_metadata is None:
-            return profiling_output(
-                self, hidden_states_or_cq, output, *scales, head_size_v=self.mla.v_head_dim
-            )
-        check_metadata(self, attn_metadata, TritonMLAMetadata)
-        batch, mla = attn_metadata.batch, self.mla
-        query = self._queries(hidden_states_or_cq)
-        k_pe = k_pe.flatten(1) if k_pe.dim() > 2 else k_pe
-        self._check(layer, query, kv_c_normed, k_pe, kv_cache, batch)
-        query = query.unflatten(1, (self.num_heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
-        shape = (len(query), self.num_heads, mla.v_head_dim)
-        check_output(shape, query, output, *scales)
+        metadata: TritonMLAMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See AbsorbedMLAImpl."""
         cache = self._writer.pages(kv_cache)
-        self._writer.write(layer, kv_c_normed[:, None], k_pe[:, None], kv_cache, batch)
-        up_k, up_v = self._projections(query.dtype)
-        is_invariant = attn_metadata.builder.spec.batch_invariant
-        product = self._invariant_product if is_invariant else _product
-        absorbed = self._absorbed(query, up_k, product)
         mixed = OutputBuffers.of(self._attention, absorbed, None, None, None)
-        call = Call(layer, attn_metadata, absorbed, None, None, cache, mixed)
-        self._attention.over_latents(call, attn_metadata.whole)
-        expanded = self._expanded(mixed.values, up_v, output, product)
-        if output is None:
-            output = expanded
-        elif output is not expanded:
-            store_output(expanded, output, *scales)
-        return (output, mixed.lse) if self.returns_lse else output
+        call = Call(layer, metadata, absorbed, None, None, cache, mixed)
+        self._attention.over_latents(call, metadata.whole)
+        return mixed.values, mixed.lse if self.returns_lse else None
 
-    def _absorbed(self, query: torch.Tensor, up_k: torch.Tensor, product: _Product) -> torch.Tensor:
-        """(num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim), what is compared with keys."""
-        factor, mla = self._attention.query_factor, self.mla
-        query = query if factor == 1.0 else query * factor
-        nope, rotated = query.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        absorbed = query.new_empty(*query.shape[:2], self.head_size)
-        product(nope, up_k, absorbed[..., : mla.kv_lora_rank])
-        absorbed[..., mla.kv_lora_rank :] = rotated
-        return absorbed
-
-    def _expanded(
-        self,
-        mixed: torch.Tensor,
-        up_v: torch.Tensor,
-        output: torch.Tensor | None,
-        product: _Product,
-    ) -> torch.Tensor:
-        """(num_tokens, num_heads, v_head_dim) from latents; in output if its dtype is right."""
-        if output is None or output.dtype != mixed.dtype or output.stride(-1) != 1:
-            output = mixed.new_empty(*mixed.shape[:2], self.mla.v_head_dim)
-        product(mixed, up_v.transpose(1, 2), output)
-        return output
+    def _product(self, metadata: TritonMLAMetadata) -> Product:
+        """A kernel of its own with batch_invariant."""
+        is_invariant = metadata.builder.spec.batch_invariant
+        return self._invariant_product if is_invariant else batched_product
 
     def _invariant_product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """As _product, and a token's result has the same bits in any batch."""
+        """As batched_product, and a token's result has the same bits in any batch."""
         tokens, heads, size = x.shape
         if not tokens:
             return
