@@ -83,6 +83,7 @@ BUILTIN: dict[str, Builtin] = {
         rdna=20,
         other=10,
     ),
+    "HOPPER_MLA": Builtin("cuda.hopper.mla:HopperMLABackend", hopper=65),
     "TRITON_MLA": Builtin(
         "triton.mla:TritonMLABackend", ampere=60, hopper=70, blackwell=60, cdna=50, rdna=30
     ),
