@@ -28,7 +28,7 @@ from attn_dispatch.platforms.libraries import import_library
 __all__ = ["HopperMLABackend", "HopperMLABuilder", "HopperMLAImpl", "HopperMLAMetadata"]
 
 #: The sizes of the kernel: kv_lora_rank and qk_rope_head_dim, rows and keys of a tile.
-_LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 64
+_LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 32
 #: Counters of a program.
 _COUNTERS = 4
 #: A program that works has at least this many key tiles.
@@ -132,7 +132,7 @@ class HopperMLAImpl(TritonMLAImpl):
                     ROWS=_ROWS,
                     KEYS=_KEYS,
                     BLOCK_SIZE=kv_cache.shape[1],
-                    STAGES=2,
+                    STAGES=128 // _KEYS,
                     PROGRAMS=1,
                     MIN_TILES=_MIN_TILES,
                     HAS_REQUEST_LIST=False,
@@ -153,7 +153,7 @@ class HopperMLAImpl(TritonMLAImpl):
     def _pages(self, kv_cache: torch.Tensor) -> PageMatrix:
         """The cache as TMA reads it. The last result is kept."""
         if self._last_pages is None or self._last_pages[0] is not kv_cache:
-            self._last_pages = kv_cache, PageMatrix.of(kv_cache[:, :, None])
+            self._last_pages = kv_cache, PageMatrix.of(kv_cache[:, :, None], _KEYS)
         pages = self._last_pages[1]
         if pages is None:
             raise InvalidInputError(

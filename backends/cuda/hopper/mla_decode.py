@@ -33,6 +33,7 @@ from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     barrier,
     load_tile,
+    mma_layout,
     reinterpret,
     row_layout,
 )
@@ -41,25 +42,20 @@ from attn_dispatch.backends.triton.launcher import METADATA
 __all__ = ["COUNTERS", "hopper_mla_kernel"]
 
 _ROWS = gl.constexpr(64)
-_KEYS = gl.constexpr(64)
 _LATENT = gl.constexpr(512)
 _OWN = gl.constexpr(256)  # columns of a warp group
 _BOX = gl.constexpr(64)  # 16-bit columns of a swizzled row of shared memory
 _CHUNKS = gl.constexpr(8)  # boxes of a latent; the rotated part is one more
-_STAGES = gl.constexpr(2)
-_TILE_BYTES = gl.constexpr(64 * 576 * 2)
+_ALL_KEYS = gl.constexpr(128)  # of all stages
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
-def _mma(columns):
-    return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
-    )
+@gluon.constexpr_function
+def _by_row(columns):
+    """The layout of a value for each row of a product with this many columns."""
+    return gl.SliceLayout(1, mma_layout(columns))
 
 
-_SCORES = gl.constexpr(_mma(64))
-_OUT = gl.constexpr(_mma(256))
-_BY_ROW = gl.constexpr(gl.SliceLayout(1, _mma(64)))
 #: A step of a merge has 16 pairs of a part and a row, by the columns of a warp group. A thread has
 #: all pairs of its columns.
 _PAIRS = gl.constexpr(16)
@@ -81,7 +77,7 @@ class _Buffers:
 
     Attributes:
         q, q_rotated: the queries of a work unit.
-        latents, rotated: two stages of key tiles. Tile number n is in stage n % 2, and the warp
+        latents, rotated: stages of key tiles. Tile number n is in stage n % STAGES, and the warp
             group n % 2 computes its scores.
         weights: of a tile, for the other warp group.
         largest, factor: of a tile, by row: the running maxima, and what the output was multiplied
@@ -106,14 +102,28 @@ class _Buffers:
     empty: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
     summed: gl.shared_memory_descriptor
+    KEYS: gl.constexpr
+    STAGES: gl.constexpr
+
+    @gluon.jit
+    def wait_full(self, n):
+        """Wait until tile n is loaded, and return its stage."""
+        stage = n % self.STAGES
+        mbarrier.wait(self.full.index(stage), n // self.STAGES & 1)
+        return stage
+
+    @gluon.jit
+    def release(self, n):
+        """Tile n's stage can be loaded again, if both warp groups say so."""
+        mbarrier.arrive(self.empty.index(n % self.STAGES))
 
     @gluon.jit
     def values(self, n, WHICH: gl.constexpr):
-        """A warp group's columns of tile n, (64, 256)."""
+        """A warp group's columns of tile n, (KEYS, 256)."""
         dtype: gl.constexpr = self.latents.dtype
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _OWN], dtype)
-        halves = reinterpret(self.latents, dtype, [2 * _STAGES, _KEYS, _OWN], LAYOUT)
-        return halves.index(2 * (n & 1) + WHICH)
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([self.KEYS, _OWN], dtype)
+        halves = reinterpret(self.latents, dtype, [2 * self.STAGES, self.KEYS, _OWN], LAYOUT)
+        return halves.index(2 * (n % self.STAGES) + WHICH)
 
 
 @gluon.jit
@@ -125,25 +135,29 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(dtype: gl.constexpr):
+def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
     """The buffers. A fence must follow, before warp_specialize."""
-    LATENT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _LATENT], dtype)
-    BOX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _BOX], dtype)
+    STAGES: gl.constexpr = _ALL_KEYS // KEYS
+    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, _BOX], dtype)
+    KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, _BOX], dtype)
+    P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, KEYS], dtype)
     return _Buffers(
-        gl.allocate_shared_memory(dtype, [_ROWS, _LATENT], LATENT),
-        gl.allocate_shared_memory(dtype, [_ROWS, _BOX], BOX),
-        gl.allocate_shared_memory(dtype, [_STAGES, _KEYS, _LATENT], LATENT),
-        gl.allocate_shared_memory(dtype, [_STAGES, _KEYS, _BOX], BOX),
-        gl.allocate_shared_memory(dtype, [_ROWS, _KEYS], BOX),
+        gl.allocate_shared_memory(dtype, [_ROWS, _LATENT], Q),
+        gl.allocate_shared_memory(dtype, [_ROWS, _BOX], Q),
+        gl.allocate_shared_memory(dtype, [STAGES, KEYS, _LATENT], KV),
+        gl.allocate_shared_memory(dtype, [STAGES, KEYS, _BOX], KV),
+        gl.allocate_shared_memory(dtype, [_ROWS, KEYS], P),
         gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
         gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
         gl.allocate_shared_memory(gl.float32, [4, _ROWS], _VECTOR),
         _barriers(1, 1),
         _barriers(1, 2),
-        _barriers(_STAGES, 1),
-        _barriers(_STAGES, 2),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
         _barriers(2, 1),
         _barriers(2, 1),
+        KEYS,
+        STAGES,
     )
 
 
@@ -152,11 +166,13 @@ def _producer(share, buffers, pages, q_desc):
     """One warp: the queries of each work unit, and its key tiles."""
     CONFIG: gl.constexpr = share.space.config
     PAGE: gl.constexpr = pages.desc.block_type.shape[0]
-    PER_TILE: gl.constexpr = _KEYS // PAGE
+    KEYS: gl.constexpr = buffers.KEYS
+    STAGES: gl.constexpr = buffers.STAGES
+    PER_TILE: gl.constexpr = KEYS // PAGE
     dtype: gl.constexpr = pages.desc.dtype
-    LATENTS: gl.constexpr = _STAGES * _CHUNKS * PER_TILE
+    LATENTS: gl.constexpr = STAGES * _CHUNKS * PER_TILE
     latents = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
-    ROTATED: gl.constexpr = _STAGES * PER_TILE
+    ROTATED: gl.constexpr = STAGES * PER_TILE
     rotated = reinterpret(buffers.rotated, dtype, [ROTATED, PAGE, _BOX], pages.desc.layout)
     q = reinterpret(buffers.q, dtype, [_CHUNKS, _ROWS, _BOX], q_desc.layout)
     n = 0  # key tiles
@@ -166,12 +182,12 @@ def _producer(share, buffers, pages, q_desc):
         if work.unit >= 0:
             table = pages.table_of(work.request)
             for tile in range(work.first_tile, work.last_tile):
-                first = tile * _KEYS
+                first = tile * KEYS
                 blocks = pages.blocks(table, first, work.first_key, work.seq_len - 1, CONFIG)
-                stage = n & 1
-                mbarrier.wait(buffers.empty.index(stage), ((n >> 1) & 1) ^ 1)
+                stage = n % STAGES
+                mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
                 full = buffers.full.index(stage)
-                mbarrier.expect(full, _TILE_BYTES)
+                mbarrier.expect(full, KEYS * 576 * 2)
                 for p in gl.static_range(PER_TILE):
                     row = pages.row_of(blocks, p, first, CONFIG)
                     for c in gl.static_range(_CHUNKS):
@@ -184,7 +200,7 @@ def _producer(share, buffers, pages, q_desc):
                     row = work.q_start * CONFIG.GROUP + work.unit * _ROWS
                     mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
                     full = buffers.q_full.index(0)
-                    mbarrier.expect(full, _TILE_BYTES)
+                    mbarrier.expect(full, _ROWS * 576 * 2)
                     for c in gl.static_range(_CHUNKS):
                         load_tile(q_desc, [row, c * _BOX], full, q.index(c))
                     load_tile(q_desc, [row, _LATENT], full, buffers.q_rotated)
@@ -195,11 +211,12 @@ def _producer(share, buffers, pages, q_desc):
 def _softmax(s, m_before, work, positions, first_key, scale):
     """(weights, running maxima, the same but 0 without a score) of a tile of scores."""
     CONFIG: gl.constexpr = work.config
+    SCORES: gl.constexpr = s.type.layout
     if CONFIG.CAP:
         s = tanh(s * scale.scale_over_cap) * scale.cap_log2
     else:
         s = s * scale.scale_log2
-    keys = first_key + gl.arange(0, _KEYS, gl.SliceLayout(0, _SCORES))
+    keys = first_key + gl.arange(0, CONFIG.KEYS, gl.SliceLayout(0, SCORES))
     seen = (keys < work.seq_len)[None, :]
     if CONFIG.CAUSAL:
         seen = seen & (keys[None, :] <= positions[:, None])
@@ -216,16 +233,18 @@ def _softmax(s, m_before, work, positions, first_key, scale):
 @gluon.jit
 def _hide_values(buffers, n, tile, work, WHICH: gl.constexpr):
     """Zero a warp group's columns of unseen values: 0 * NaN is NaN."""
-    first = tile * _KEYS
-    if (first < work.first_key) | (first + _KEYS > work.seq_len):
+    KEYS: gl.constexpr = buffers.KEYS
+    first = tile * KEYS
+    if (first < work.first_key) | (first + KEYS > work.seq_len):
         LAYOUT: gl.constexpr = row_layout(_BOX)
         dtype: gl.constexpr = buffers.latents.dtype
-        BOX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_KEYS, _BOX], dtype)
-        boxes = reinterpret(buffers.latents, dtype, [_STAGES * _CHUNKS, _KEYS, _BOX], BOX)
-        key = first + gl.arange(0, _KEYS, gl.SliceLayout(1, LAYOUT))
+        BOX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, _BOX], dtype)
+        BOXES: gl.constexpr = buffers.STAGES * _CHUNKS
+        boxes = reinterpret(buffers.latents, dtype, [BOXES, KEYS, _BOX], BOX)
+        key = first + gl.arange(0, KEYS, gl.SliceLayout(1, LAYOUT))
         is_seen = (key >= work.first_key) & (key < work.seq_len)
         for b in range(0, _CHUNKS // 2):
-            box = boxes.index(((n & 1) * 2 + WHICH) * (_CHUNKS // 2) + b)
+            box = boxes.index((n % buffers.STAGES * 2 + WHICH) * (_CHUNKS // 2) + b)
             values = box.load(LAYOUT)
             box.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
         fence_async_shared()
@@ -235,9 +254,8 @@ def _hide_values(buffers, n, tile, work, WHICH: gl.constexpr):
 @gluon.jit
 def _issue_scores(buffers, n):
     """Issue the products of the queries and the keys of tile n."""
-    zero = gl.zeros([_ROWS, _KEYS], gl.float32, _SCORES)
-    stage = n & 1
-    mbarrier.wait(buffers.full.index(stage), (n >> 1) & 1)
+    zero = gl.zeros([_ROWS, buffers.KEYS], gl.float32, mma_layout(buffers.KEYS))
+    stage = buffers.wait_full(n)
     latents = buffers.latents.index(stage).permute((1, 0))
     rotated = buffers.rotated.index(stage).permute((1, 0))
     s = warpgroup_mma(buffers.q, latents, zero, use_acc=False, is_async=True)
@@ -247,16 +265,16 @@ def _issue_scores(buffers, n):
 @gluon.jit
 def _scaled(acc, factor):
     """acc times a factor for each row."""
-    return acc * gl.convert_layout(factor, gl.SliceLayout(1, _OUT))[:, None]
+    return acc * gl.convert_layout(factor, _by_row(_OWN))[:, None]
 
 
 @gluon.jit
 def _other_tile(buffers, acc, n, tile, work, WHICH: gl.constexpr):
     """Issue the product of the other warp group's weights of tile n and the own columns."""
-    mbarrier.wait(buffers.full.index(n & 1), (n >> 1) & 1)
+    buffers.wait_full(n)
     _hide_values(buffers, n, tile, work, WHICH)
     mbarrier.wait(buffers.ready.index(1 - WHICH), (n >> 1) & 1)
-    acc = _scaled(acc, buffers.factor.load(_BY_ROW))
+    acc = _scaled(acc, buffers.factor.load(_by_row(_OWN)))
     return warpgroup_mma(buffers.weights, buffers.values(n, WHICH), acc, is_async=True)
 
 
@@ -273,30 +291,32 @@ def _send_weights(buffers, p, m_new, alpha, WHICH: gl.constexpr):
 @gluon.jit
 def _own_values(buffers, acc, p, alpha, n, tile, work, WHICH: gl.constexpr):
     """Add the own columns of the own tile n, by its weights."""
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_OUT, k_width=2)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_layout(_OWN), k_width=2)
     _hide_values(buffers, n, tile, work, WHICH)
     weights = gl.convert_layout(p.to(buffers.weights.dtype), WEIGHTS)
     acc = _scaled(acc, alpha)
     acc = warpgroup_mma(weights, buffers.values(n, WHICH), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(buffers.empty.index(n & 1))
+    buffers.release(n)
     return acc
 
 
 @gluon.jit
 def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
     """A warp group: half of the columns of each of the program's work tiles."""
+    KEYS: gl.constexpr = buffers.KEYS
+    BY_ROW: gl.constexpr = _by_row(KEYS)
     first_share = share
     n = 0  # key tiles before this work tile
     unit = 0
     while share.position < share.end:
         work, share = share.next()
         if work.unit >= 0:
-            rows = work.rows(_BY_ROW)
-            m_i = gl.full([_ROWS], MASKED, gl.float32, _BY_ROW)  # of all tiles so far
+            rows = work.rows(BY_ROW)
+            m_i = gl.full([_ROWS], MASKED, gl.float32, BY_ROW)  # of all tiles so far
             m_own = m_i  # of the own tiles, when the last of them was added
-            l_i = gl.zeros([_ROWS], gl.float32, _BY_ROW)  # of the own tiles, by m_own
-            acc = gl.zeros([_ROWS, _OWN], gl.float32, _OUT)
+            l_i = gl.zeros([_ROWS], gl.float32, BY_ROW)  # of the own tiles, by m_own
+            acc = gl.zeros([_ROWS, _OWN], gl.float32, mma_layout(_OWN))
             num_tiles = work.last_tile - work.first_tile
             own = (n & 1) ^ WHICH  # the first own tile, counted from the work tile's first
             mbarrier.wait(buffers.q_full.index(0), unit & 1)
@@ -304,40 +324,40 @@ def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
                 tile = work.first_tile
                 s = _issue_scores(buffers, n)
                 s = warpgroup_mma_wait(0, deps=[s])
-                p, m_i, m_use = _softmax(s, m_i, work, rows.positions, tile * _KEYS, scale)
+                p, m_i, m_use = _softmax(s, m_i, work, rows.positions, tile * KEYS, scale)
                 l_i = gl.sum(p, 1)
                 m_own = m_use
-                alpha = gl.zeros([_ROWS], gl.float32, _BY_ROW)
+                alpha = gl.zeros([_ROWS], gl.float32, BY_ROW)
                 _send_weights(buffers, p, m_i, alpha, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n, tile, work, WHICH)
             for i in range(2 - own, num_tiles, 2):
                 tile = work.first_tile + i
                 s = _issue_scores(buffers, n + i)
                 acc = _other_tile(buffers, acc, n + i - 1, tile - 1, work, WHICH)
-                m_before = buffers.largest.load(_BY_ROW)
+                m_before = buffers.largest.load(BY_ROW)
                 s = warpgroup_mma_wait(1, deps=[s])
-                p, m_i, m_use = _softmax(s, m_before, work, rows.positions, tile * _KEYS, scale)
+                p, m_i, m_use = _softmax(s, m_before, work, rows.positions, tile * KEYS, scale)
                 alpha = gl.exp2(m_before - m_use)
                 l_i = l_i * gl.exp2(m_own - m_use) + gl.sum(p, 1)
                 m_own = m_use
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(buffers.empty.index((n + i - 1) & 1))
+                buffers.release(n + i - 1)
                 _send_weights(buffers, p, m_i, alpha, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n + i, tile, work, WHICH)
             mbarrier.arrive(buffers.q_empty.index(0))
             n += num_tiles
             if ((n - 1) & 1) != WHICH:  # the last tile is the other's
                 acc = _other_tile(buffers, acc, n - 1, work.last_tile - 1, work, WHICH)
-                m_i = buffers.largest.load(_BY_ROW)
+                m_i = buffers.largest.load(BY_ROW)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(buffers.empty.index((n - 1) & 1))
+                buffers.release(n - 1)
             m_use = gl.where(no_score(m_i), 0.0, m_i)
             l_i = l_i * gl.exp2(m_own - m_use)
             buffers.sums.index(2 * (unit & 1) + WHICH).store(l_i)
             barrier()
             mbarrier.arrive(buffers.summed.index(WHICH))
             mbarrier.wait(buffers.summed.index(1 - WHICH), unit & 1)
-            total = l_i + buffers.sums.index(2 * (unit & 1) + 1 - WHICH).load(_BY_ROW)
+            total = l_i + buffers.sums.index(2 * (unit & 1) + 1 - WHICH).load(BY_ROW)
             unit += 1
             if work.is_whole:
                 _store_rows(acc, m_i, total, rows, output, WHICH)
@@ -355,10 +375,10 @@ def _store_rows(acc, m_i, total, rows, output, WHICH: gl.constexpr):
     """Store a warp group's columns of whole rows."""
     factor = output._decode_factor(m_i, total, rows)
     out = _scaled(acc, gl.where(rows.sees_no_key, 0.0, factor))
-    hidden = gl.convert_layout(rows.sees_no_key.to(gl.int32), gl.SliceLayout(1, _OUT)) != 0
+    hidden = gl.convert_layout(rows.sees_no_key.to(gl.int32), _by_row(_OWN)) != 0
     out = gl.where(hidden[:, None], 0.0, out).to(output.out_ptr.dtype.element_ty)
-    rows = rows.to(gl.SliceLayout(1, _OUT))
-    column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, _OUT))
+    rows = rows.to(_by_row(_OWN))
+    column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, mma_layout(_OWN)))
     at = output.offsets(rows.tokens, rows.heads)
     gl.store(output.out_ptr + at[:, None] + column[None, :], out, mask=rows.ok[:, None])
 
@@ -381,13 +401,13 @@ class _Parts:
         slot = program.to(gl.int64) * 2 + (program == work.first_program).to(gl.int64)
         empty = total == 0.0  # no score above −inf; a NaN is in the sum
         some = gl.where(empty, 1.0, total)
-        r = gl.arange(0, _ROWS, _BY_ROW)
+        r = gl.arange(0, _ROWS, total.type.layout)
         lse = gl.where(empty, float("-inf"), m_i + gl.log2(some))
         gl.store(self.lse_ptr + (slot * 2 + WHICH) * _ROWS + r, lse)
         part = _scaled(acc, 1.0 / some)
-        ok = gl.convert_layout(rows.ok.to(gl.int32), gl.SliceLayout(1, _OUT)) != 0
-        r = gl.arange(0, _ROWS, gl.SliceLayout(1, _OUT))
-        column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, _OUT))
+        ok = gl.convert_layout(rows.ok.to(gl.int32), _by_row(_OWN)) != 0
+        r = gl.arange(0, _ROWS, _by_row(_OWN))
+        column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, mma_layout(_OWN)))
         at = (slot * _ROWS + r)[:, None] * _LATENT + column[None, :]
         gl.store(self.out_ptr + at, part, mask=ok[:, None])
         # All threads' stores come before the one thread's release.
@@ -492,8 +512,8 @@ def hopper_mla_kernel(
 
     Args:
         q_desc: (num_tokens * NUM_HEADS, 576), boxes of 64 by 64.
-        kv_desc: the tokens of the cache by 576, boxes of 16, 32 or 64 rows, which divide a page, by
-            64 columns.
+        kv_desc: the tokens of the cache by 576, boxes of 16, 32 or 64 rows, which divide a page and
+            a key tile, by 64 columns.
         out_ptr: (num_tokens, NUM_HEADS, 512), see the strides.
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
         counters_ptr: COUNTERS * programs zeros, which are zero again afterwards.
@@ -512,7 +532,7 @@ def hopper_mla_kernel(
         out_ptr, lse_ptr, lse_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     parts = _Parts(part_out_ptr, part_lse_ptr, counters_ptr)
-    buffers = _allocate(kv_desc.dtype)
+    buffers = _allocate(kv_desc.dtype, CONFIG.KEYS)
     fence_async_shared()
 
     output.store_empty(space)
