@@ -266,14 +266,7 @@ LATENTS = (
         archs=("sm80", "sm90", "gfx90a", "gfx1201"),
     ),
     Case(
-        name="Hopper, MLA",
-        fields={"mla": _DEEPSEEK, "num_heads": 128},
-        lens=ONE,
-        archs=("sm90",),
-        only="hopper_mla",
-    ),
-    Case(
-        name="Hopper, MLA, pages of 64, all features",
+        name="Hopper, MLA, all features",
         fields={
             "mla": _DEEPSEEK,
             "num_heads": 40,
