@@ -161,7 +161,8 @@ def latent_calls(
         keys: for each request; those with equal ones share a call.
         plan: makes a call's plan, for its requests.
     """
-    spec, groups = builder.spec, {}
+    spec = builder.spec
+    groups: dict[object, list[int]] = {}
     for i, (query_len, seq_len) in enumerate(
         zip(batch.query_lens, batch.seq_lens_list, strict=True)
     ):
@@ -170,7 +171,7 @@ def latent_calls(
             groups.setdefault(keys[i], []).append(i)
     calls = []
     for chosen in groups.values():
-        part, tokens = batch, slice(0, batch.num_tokens)
+        part, tokens = _whole(batch)
         if len(chosen) < batch.num_reqs:
             part, tokens = select(batch, chosen)[:2]
         has_no_keys = None
@@ -178,6 +179,10 @@ def latent_calls(
             has_no_keys = PerPass(_RowsWithoutKeys(part, spec), spec.cuda_graph)
         calls.append(LatentCall(tokens, part, has_no_keys, plan(part)))
     return calls
+
+
+def _whole(batch: AttentionBatch) -> tuple[AttentionBatch, slice | torch.Tensor]:
+    return batch, slice(0, batch.num_tokens)
 
 
 def _has_rows_without_keys(batch: AttentionBatch, spec: AttentionSpec) -> bool:
@@ -220,7 +225,6 @@ class LatentCallsImpl(AbsorbedMLAImpl[M]):
         call: LatentCall[Any],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: M,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute a call.
 
@@ -229,12 +233,11 @@ class LatentCallsImpl(AbsorbedMLAImpl[M]):
             call: which one.
             query: (num_rows, num_heads, 576), absorbed, contiguous, at a multiple of 16 bytes.
             kv_cache: as for `_attend_latents`.
-            metadata: the batch's.
 
         Returns:
-            (num_rows, num_heads, 512) in the query's dtype, which nothing else uses; and with
-            returns_lse (num_rows, num_heads) float32, natural log. Anything for the rows that see
-            no key.
+            (num_rows, num_heads, 512) in the query's dtype, which nothing else uses; and
+            (num_rows, num_heads) float32, natural log, which may be None without returns_lse.
+            Anything for the rows that see no key.
         """
 
     def _check_latents(
@@ -274,14 +277,14 @@ class LatentCallsImpl(AbsorbedMLAImpl[M]):
         """See AbsorbedMLAImpl."""
         calls = metadata.calls
         if len(calls) == 1 and calls[0].tokens == slice(0, len(absorbed)):
-            return self._computed(layer, calls[0], absorbed, kv_cache, metadata)
+            return self._computed(layer, calls[0], absorbed, kv_cache)
         mixed = absorbed.new_zeros(*absorbed.shape[:2], self.mla.kv_lora_rank)
         lse = None
         if self.returns_lse:
             lse = mixed.new_full(mixed.shape[:2], -torch.inf, dtype=torch.float32)
         for call in calls:
             rows = absorbed[call.tokens]
-            values, found = self._computed(layer, call, rows, kv_cache, metadata)
+            values, found = self._computed(layer, call, rows, kv_cache)
             mixed[call.tokens] = values
             if lse is not None and found is not None:
                 lse[call.tokens] = found
@@ -293,10 +296,9 @@ class LatentCallsImpl(AbsorbedMLAImpl[M]):
         call: LatentCall[Any],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: M,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A call's result, with 0 and −inf for the rows that see no key."""
-        values, lse = self._run(layer, call, query, kv_cache, metadata)
+        values, lse = self._run(layer, call, query, kv_cache)
         if call.has_no_keys is not None:
             rows = call.has_no_keys.get(self)[:, None]
             values = values.masked_fill_(rows[..., None], 0)

@@ -45,8 +45,8 @@ class Builtin:
 #   requests of equal lengths and ahead for unequal ones. FLASH_ATTN takes what HOPPER_ATTN has no
 #   kernel for: its prefills are faster than TRITON_ATTN's. FLASHINFER's decodes were level. The
 #   place of TORCH_VARLEN is a guess. Latents: on an H100, FLASHMLA's decodes led nearly everywhere,
-#   and FLASHINFER_MLA's came next. For prompts FLASHMLA needs a call for each length, so it is
-#   last; the order of the others there is a guess.
+#   and FLASHINFER_MLA's came next. For prompts FLASH_ATTN_MLA and FLASHINFER_MLA were level, and
+#   the former plans nothing on the host. TRITON_MLA was 4 to 8 times slower than these.
 # The others are guesses from published figures; `attn-dispatch tune` replaces them by times.
 # ampere: FlashAttention 2 and FlashInfer's FA2 kernels were tuned for it. Prefills are bound by how
 #   well a kernel feeds the tensor cores. Decodes are bound by memory, where Triton's do as well.
@@ -85,7 +85,7 @@ BUILTIN: dict[str, Builtin] = {
         rdna=20,
         other=10,
     ),
-    "FLASHMLA": Builtin("cuda.flashmla.backend:FlashMLABackend", hopper=(75, 66)),
+    "FLASHMLA": Builtin("cuda.flashmla.backend:FlashMLABackend", hopper=(65, 66)),
     "FLASHINFER_MLA": Builtin(
         "cuda.flashinfer.mla:FlashInferMLABackend", ampere=55, hopper=(64, 67), blackwell=55
     ),

@@ -12,53 +12,31 @@ ones, which are loaded entry by entry, up to the last.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from attn_dispatch.backends.mla import latent_cache_shape
 from attn_dispatch.backends.mla_calls import (
     LATENT_FIELDS,
     LatentCall,
     LatentCallsImpl,
     LatentCallsMetadata,
     PerPass,
-    check_has_pages,
-    latent_calls,
-    other_cache_dtype,
 )
-from attn_dispatch.backends.packages import Functions, Package, pick_package, require_package
+from attn_dispatch.backends.mla_packages import PackageMLABackend, PackageMLABuilder
+from attn_dispatch.backends.packages import Functions, Package
 from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.capability import Capabilities, MultipleOf, OneOf, Reason
+from attn_dispatch.interface.capability import Capabilities, MultipleOf, OneOf
 from attn_dispatch.interface.impl import AttentionLayer
-from attn_dispatch.interface.metadata import AttentionMetadataBuilder
-from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import LENGTHS
-from attn_dispatch.platforms.detect import detect_device
-from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
+from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["FlashAttnMLABackend", "FlashAttnMLABuilder", "FlashAttnMLAImpl"]
 
 #: The sizes of a page that are not loaded by TMA, largest first.
 _PAGE_SIZES = (48, 32, 16)
-
-
-@dataclass(eq=False)
-class _Plan:
-    """What the layers of a step share in one call.
-
-    Attributes:
-        page_size: tokens of a page, as the kernel sees pages.
-        shared: the page table, (num_reqs, max_pages) int32, and the result of the package's
-            get_scheduler_metadata, or None.
-    """
-
-    page_size: int
-    shared: PerPass[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class _Args(NamedTuple):
@@ -69,8 +47,8 @@ class _Args(NamedTuple):
         rows: the rotated parts of queries and keys, and the latents: (num_rows, num_heads, 64),
             (num_pages, page_size, 1, 64) and (num_pages, page_size, 1, 512).
         q_v: (num_rows, num_heads, 512), compared with the latents.
-        table: see _Plan.
-        schedule: see _Plan.
+        table: the page table, (num_reqs, max_pages) int32.
+        schedule: the result of get_scheduler_metadata, or None.
         scale: of the scores, positive.
         causal: masks align to the end of the keys.
     """
@@ -171,31 +149,32 @@ PACKAGES: tuple[Package[_Kernel], ...] = (
 )
 
 
-class FlashAttnMLABuilder(AttentionMetadataBuilder[LatentCallsMetadata[_Plan]]):
-    """Picks the package, and makes a call for each phase of a batch.
+class _Plan(NamedTuple):
+    """What the layers of a step share in one call.
 
-    Raises:
-        UnsupportedError: no package is installed.
-        BackendFailure: the package cannot be imported.
+    Attributes:
+        kernel: the package's functions.
+        page_size: tokens of a page, as the kernel sees pages.
+        shared: the page table, (num_reqs, max_pages) int32, and the result of the package's
+            get_scheduler_metadata, or None.
     """
 
-    def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
-        super().__init__(spec, device)
-        package = require_package("FLASH_ATTN_MLA", PACKAGES, detect_device(device))
-        self.kernel = package.load("FLASH_ATTN_MLA")
+    kernel: _Kernel
+    page_size: int
+    shared: PerPass[tuple[torch.Tensor, torch.Tensor | None]]
 
-    def build(self, batch: AttentionBatch) -> LatentCallsMetadata[_Plan]:
-        """The batch's metadata; see AttentionMetadataBuilder.build."""
-        check_has_pages(batch)
-        metadata: LatentCallsMetadata[_Plan] = LatentCallsMetadata.of(batch, self, calls=[])
-        metadata.calls += latent_calls(self, batch, batch.phases, self._plan)
-        return metadata
+
+class FlashAttnMLABuilder(PackageMLABuilder[_Kernel, _Plan]):
+    """Makes a call for each phase; see PackageMLABuilder."""
+
+    def _groups(self, batch: AttentionBatch) -> Sequence[object]:
+        return batch.phases
 
     def _plan(self, batch: AttentionBatch) -> _Plan:
         assert self.spec.block_size is not None  # the backend declares it as required
         size = next(size for size in _PAGE_SIZES if self.spec.block_size % size == 0)
         make = functools.partial(self._shared, batch, size)
-        return _Plan(size, PerPass(make, self.spec.cuda_graph))
+        return _Plan(self.kernel, size, PerPass(make, self.spec.cuda_graph))
 
     def _shared(
         self, batch: AttentionBatch, page_size: int
@@ -257,14 +236,13 @@ class FlashAttnMLAImpl(LatentCallsImpl[LatentCallsMetadata[_Plan]]):
         call: LatentCall[_Plan],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: LatentCallsMetadata[_Plan],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See LatentCallsImpl."""
         rank, size = self.mla.kv_lora_rank, call.plan.page_size
         pages = kv_cache.unflatten(1, (-1, size)).flatten(0, 1)[:, :, None]
         q_v, rotated = query.split([rank, query.shape[-1] - rank], dim=-1)
         table, schedule = call.plan.shared.get(self)
-        output, lse = metadata.builder.kernel.attend(
+        output, lse = call.plan.kernel.attend(
             _Args(
                 batch=call.batch,
                 rows=(rotated, pages[..., rank:], pages[..., :rank]),
@@ -278,7 +256,7 @@ class FlashAttnMLAImpl(LatentCallsImpl[LatentCallsMetadata[_Plan]]):
         return output, lse.T.contiguous() if self.returns_lse else None
 
 
-class FlashAttnMLABackend(AttentionBackend):
+class FlashAttnMLABackend(PackageMLABackend):
     """FlashAttention 3 with `q_v`, for DeepSeek's sizes on Hopper.
 
     What it returns for NaN and infinity has not been measured, so that is not declared.
@@ -286,9 +264,9 @@ class FlashAttnMLABackend(AttentionBackend):
 
     interface_version = 2
     name = "FLASH_ATTN_MLA"
+    packages = PACKAGES
     impl_cls = FlashAttnMLAImpl
     builder_cls = FlashAttnMLABuilder
-    metadata_cls = LatentCallsMetadata
     propagates_nan = False
     capabilities = Capabilities(
         devices=(DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0)),),
@@ -298,22 +276,3 @@ class FlashAttnMLABackend(AttentionBackend):
         lengths=OneOf(*LENGTHS),
         cuda_graph=OneOf(True, False),
     )
-
-    @classmethod
-    def kernel_provider(cls, spec: AttentionSpec, device: DeviceProfile) -> str:
-        """The package."""
-        picked = pick_package(PACKAGES, device)
-        return picked.name if isinstance(picked, Package) else ""
-
-    @classmethod
-    def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
-        """A package must be installed, and the cache have the layer's dtype."""
-        picked = pick_package(PACKAGES, device)
-        return other_cache_dtype(spec) + ([] if isinstance(picked, Package) else picked)
-
-    get_kv_cache_shape = staticmethod(latent_cache_shape)
-
-    @staticmethod
-    def get_kv_cache_stride_order() -> tuple[int, ...]:
-        """Unchanged."""
-        return 0, 1, 2

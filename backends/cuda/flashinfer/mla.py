@@ -194,11 +194,11 @@ class FlashInferMLAImpl(LatentCallsImpl[LatentCallsMetadata[_Planned]]):
         call: LatentCall[_Planned],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: LatentCallsMetadata[_Planned],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See LatentCallsImpl."""
         values = query.new_empty(*query.shape[:2], self.mla.kv_lora_rank)
-        lse, options = None, {}
+        lse: torch.Tensor | None = None
+        options: dict[str, Any] = {}
         if self.returns_lse:
             lse = query.new_empty(query.shape[:2], dtype=torch.float32)
             options = {"return_lse": True, "return_lse_base_on_e": True}

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, UnsupportedError, resolve
 from attn_dispatch.errors import BackendFailure
+from attn_dispatch.interface import backend as interface_backend
 from attn_dispatch.interface.capability import compare
 from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
@@ -29,12 +30,11 @@ from support.selection import DEEPSEEK, mla_layer
 
 pytest.importorskip("triton", minversion="3.6")
 
-from attn_dispatch.backends import packages
+from attn_dispatch.backends import mla_packages, packages
 from attn_dispatch.backends.cuda.flash_attn import mla as flash_attn_mla
 from attn_dispatch.backends.cuda.flash_attn.mla import FlashAttnMLABackend
 from attn_dispatch.backends.cuda.flashinfer import mla as flashinfer_mla
 from attn_dispatch.backends.cuda.flashinfer.mla import FlashInferMLABackend
-from attn_dispatch.backends.cuda.flashmla import backend as flashmla
 from attn_dispatch.backends.cuda.flashmla.backend import FlashMLABackend
 from attn_dispatch.backends.mla_calls import PerPass
 
@@ -60,9 +60,7 @@ def _on_hopper(monkeypatch):
     monkeypatch.setattr(libraries, "_broken", {})
     for cached in (flashinfer_mla._pool, flashinfer_mla.workspace):
         cached.cache_clear()
-    from attn_dispatch.interface import backend as interface_backend
-
-    for module in (flash_attn_mla, flashmla, flashinfer_mla, interface_backend):
+    for module in (mla_packages, flashinfer_mla, interface_backend):
         monkeypatch.setattr(module, "detect_device", lambda device: HOPPER)
 
 
@@ -202,7 +200,7 @@ def test_every_release_of_flashmla_agrees_with_float64(release, monkeypatch):
         made = fake_mla.install_vllm_flash_mla(monkeypatch)
     else:
         made = fake_mla.install_flash_mla(monkeypatch, release)
-    monkeypatch.setattr(flashmla, "detect_device", lambda device_: device)
+    monkeypatch.setattr(mla_packages, "detect_device", lambda device_: device)
     step = step_of("FLASHMLA", returns_lse=True)
     impl, metadata = step.impl(), step.builder().build(step.batch)
     check(step, step.run(impl, metadata=metadata))
@@ -234,8 +232,8 @@ def test_every_package_of_flash_attention_3_agrees_with_float64(package, monkeyp
     libraries_ = [Library(name, "unknown") for name in ("triton", "vllm", "sgl_kernel")]
     libraries_.append(Library("flash_attn_interface", "unknown"))
     device = HOPPER.with_libraries(*libraries_)
-    monkeypatch.setattr(flash_attn_mla, "PACKAGES", chosen)
-    monkeypatch.setattr(flash_attn_mla, "detect_device", lambda device_: device)
+    monkeypatch.setattr(FlashAttnMLABackend, "packages", chosen)
+    monkeypatch.setattr(mla_packages, "detect_device", lambda device_: device)
     with (
         mock.patch.object(FlashAttnMLABackend, "check_combination", return_value=[]),
         fake_flash_attn.installed(package) as recorder,
