@@ -113,7 +113,7 @@ class LatentCall(Generic[C]):
 
     Attributes:
         tokens: their rows of query and output.
-        batch: the requests; each has a query token.
+        batch: the requests. Each has a query token, except in captured steps.
         has_no_keys: (number of their rows,) bool, the rows that see no key; None if the host knows
             that each sees one.
         plan: what the package needs for them.
@@ -158,7 +158,8 @@ def latent_calls(
     Args:
         builder: of the metadata.
         batch: the step's.
-        keys: for each request; those with equal ones share a call.
+        keys: for each request; those with equal ones share a call, and None is for none. Requests
+            that the host knows to have no queries or no keys get none either.
         plan: makes a call's plan, for its requests.
     """
     spec = builder.spec
@@ -167,7 +168,7 @@ def latent_calls(
         zip(batch.query_lens, batch.seq_lens_list, strict=True)
     ):
         # A graph is captured for requests whose lengths are not known yet.
-        if query_len and (seq_len or spec.cuda_graph):
+        if keys[i] is not None and (spec.cuda_graph or (query_len and seq_len)):
             groups.setdefault(keys[i], []).append(i)
     calls = []
     for chosen in groups.values():
@@ -192,20 +193,24 @@ def _has_rows_without_keys(batch: AttentionBatch, spec: AttentionSpec) -> bool:
 
 @dataclass
 class _RowsWithoutKeys:
-    """Computes (num_tokens,) bool, which rows of a batch see no key, on its device."""
+    """Computes (num_tokens,) bool on the device: which rows see no key, or are of no request."""
 
     batch: AttentionBatch
     spec: AttentionSpec
 
     def __call__(self) -> torch.Tensor:
         batch = self.batch
-        starts, seq_lens, rows = batch.query_start_loc, batch.seq_lens, batch.num_tokens
+        starts, seq_lens = batch.query_start_loc, batch.seq_lens
+        rows = torch.arange(batch.num_tokens, dtype=starts.dtype, device=starts.device)
+        # Before which row of the output a request sees nothing. The last of its queries sees all of
+        # its keys, and each one before it one key less.
+        firsts = starts[1:] - seq_lens
         if not self.spec.causal:
-            visible = seq_lens
-            return (visible <= 0).repeat_interleave(starts.diff(), output_size=rows)
-        # The last query of a request sees all of its keys, and each one before it one key less.
-        ends = (starts[1:] - seq_lens).repeat_interleave(starts.diff(), output_size=rows)
-        return torch.arange(rows, device=seq_lens.device) < ends
+            firsts = torch.where(seq_lens > 0, 0, starts[1:])
+        # In a captured step, the rows after those of the requests see nothing either.
+        firsts = torch.nn.functional.pad(firsts, (0, 1), value=batch.num_tokens)
+        requests = torch.bucketize(rows, starts[1:], right=True)
+        return rows < firsts[requests]
 
 
 class LatentCallsImpl(AbsorbedMLAImpl[M]):

@@ -49,14 +49,18 @@ class PackageMLABuilder(AttentionMetadataBuilder[LatentCallsMetadata[P]], Generi
 
     def build(self, batch: AttentionBatch) -> LatentCallsMetadata[P]:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
+        return self._metadata(batch, self._groups(batch))
+
+    def _metadata(self, batch: AttentionBatch, keys: Sequence[object]) -> LatentCallsMetadata[P]:
+        """The metadata with these calls; `keys` as for latent_calls."""
         check_has_pages(batch)
         metadata: LatentCallsMetadata[P] = LatentCallsMetadata.of(batch, self, calls=[])
-        metadata.calls += latent_calls(self, batch, self._groups(batch), self._plan)
+        metadata.calls += latent_calls(self, batch, keys, self._plan)
         return metadata
 
     @abstractmethod
     def _groups(self, batch: AttentionBatch) -> Sequence[object]:
-        """For each request a key; those with equal ones share a call."""
+        """For each request a key, as latent_calls takes them."""
 
     @abstractmethod
     def _plan(self, batch: AttentionBatch) -> P:

@@ -29,6 +29,7 @@ from attn_dispatch.backends.packages import Functions, Package
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, MultipleOf, OneOf
+from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.types import LENGTHS
 from attn_dispatch.platforms.device import DeviceMatch
@@ -168,7 +169,13 @@ class FlashAttnMLABuilder(PackageMLABuilder[_Kernel, _Plan]):
     """Makes a call for each phase; see PackageMLABuilder."""
 
     def _groups(self, batch: AttentionBatch) -> Sequence[object]:
-        return batch.phases
+        return [p if q else None for p, q in zip(batch.phases, batch.query_lens, strict=True)]
+
+    def build_for_graph(
+        self, batch: AttentionBatch, limits: GraphLimits
+    ) -> LatentCallsMetadata[_Plan]:
+        """See AttentionMetadataBuilder.build_for_graph. Any kind of step is one call."""
+        return self._metadata(batch, [0] * batch.num_reqs)
 
     def _plan(self, batch: AttentionBatch) -> _Plan:
         assert self.spec.block_size is not None  # the backend declares it as required

@@ -47,7 +47,7 @@ class FlashMLABuilder(PackageMLABuilder[Kernel, _Plan]):
     """Makes a call for each number of query tokens; see PackageMLABuilder."""
 
     def _groups(self, batch: AttentionBatch) -> Sequence[object]:
-        return batch.query_lens
+        return [query_len or None for query_len in batch.query_lens]
 
     def _plan(self, batch: AttentionBatch) -> _Plan:
         rows = batch.query_lens[0] * self.spec.num_heads

@@ -20,6 +20,8 @@ from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, Unsupporte
 from attn_dispatch.errors import BackendFailure
 from attn_dispatch.interface import backend as interface_backend
 from attn_dispatch.interface.capability import compare
+from attn_dispatch.interface.captured import GraphLimits, StaticBatch
+from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms import libraries
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library
@@ -280,6 +282,56 @@ def test_flashinfer_reads_fp8_latents(monkeypatch):
     del batch
     output, expected = step.run(), step.expected()[0]
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=0.02 * expected.abs().max())
+
+
+#: The largest captured step, and steps that it serves: query lengths, and keys before them.
+CAPTURED = {
+    "decodes": (
+        {"num_reqs": 3, "num_tokens": 3, "max_query_len": 1},
+        [((1, 1, 1), (70, 3, 127)), ((1,), (9,))],
+    ),
+    "drafts": (
+        {"num_reqs": 3, "num_tokens": 12, "max_query_len": 4},
+        [((4, 4, 4), (70, 3, 120)), ((3, 1), (9, 64)), ((2, 0, 4), (5, 6, 7))],
+    ),
+    "chunks": (
+        {"num_reqs": 3, "num_tokens": 30, "max_query_len": 30, "phase": Phase.PREFILL},
+        [((20, 1, 3), (0, 3, 64)), ((30,), (0,)), ((1, 1, 1), (100, 0, 9))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN_MLA", "FLASHMLA"], indirect=True)
+@pytest.mark.parametrize("kind", CAPTURED)
+def test_captured_metadata_serves_steps_of_other_lengths(name, calls, kind):
+    """Whatever a graph would replay comes from static tensors here, too."""
+    limits, steps = CAPTURED[kind]
+    limits = GraphLimits(**limits, max_seq_len=128)
+    table = torch.zeros(limits.num_slots, 2, dtype=torch.int32)
+    static = StaticBatch.make(limits, torch.device("cpu"), block_table=table)
+    first = step_of(name, (1,), (5,), cuda_graph=True, returns_lse=True, padding=0)
+    builder = first.builder()
+    if name == "FLASHMLA" and kind != "decodes":
+        with pytest.raises(UnsupportedError, match="one new token per request"):
+            builder.build_for_graph(static.batch, limits)
+        return
+    metadata, impls = builder.build_for_graph(static.batch, limits), [first.impl(), first.impl()]
+    for seed, (query_lens, pasts) in enumerate(steps):
+        seq_lens = tuple(query + past for query, past in zip(query_lens, pasts, strict=True))
+        fields = {"cuda_graph": True, "returns_lse": True}
+        step = step_of(name, query_lens, seq_lens, seed, padding=0, **fields)
+        step.weight = first.weight
+        static.fill(step.batch)
+        tokens = sum(query_lens)
+        rest = limits.num_tokens - tokens
+        for each in ("query", "latents", "rotated"):
+            padding = torch.full((rest, *getattr(step, each).shape[1:]), math.nan).half()
+            setattr(step, each, torch.cat([getattr(step, each), padding]))
+        for impl in impls:
+            output, lse = step.run(impl, metadata=metadata)
+            expected, expected_lse = step.expected()
+            step.check(output, expected)
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-3, atol=2e-3)
 
 
 def test_a_value_of_a_step_is_made_once_in_each_pass():
