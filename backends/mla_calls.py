@@ -219,9 +219,12 @@ class LatentCallsImpl(AbsorbedMLAImpl[M]):
     A kernel gets a positive scale: with a negative one it would take the wrong maximum.
     """
 
+    #: The kernel takes scales from about this one on.
+    _smallest_scale = 2.0**-60
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._query_factor, self._kernel_scale = split_scale(self.scale)
+        self._query_factor, self._kernel_scale = split_scale(self.scale, self._smallest_scale)
 
     @abstractmethod
     def _run(

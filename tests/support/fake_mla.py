@@ -83,6 +83,7 @@ def _dense_decode(calls, q, k_cache, table, seq_lens, size_v, scale, causal):
     require(size == SIZE and size_v == RANK, "Unsupported head size")
     require(q.dtype in (torch.bfloat16, torch.float16) and k_cache.dtype == q.dtype, "dtypes")
     require(k_cache.shape[1:] == (64, 1, SIZE), "Currently page_block_size must be 64")
+    require(scale * math.log2(math.e) * 1e33 > 2e30, "hidden scores would not be the lowest")
     _check_loads("q", q)
     _check_loads("k_cache", k_cache)
     _check_int32("block_table", table, (batch, table.shape[1]))

@@ -56,7 +56,14 @@ class FlashMLABuilder(PackageMLABuilder[Kernel, _Plan]):
 
 
 class FlashMLAImpl(LatentCallsImpl[LatentCallsMetadata[_Plan]]):
-    """Calls the metadata's package. A Triton kernel writes the cache."""
+    """Calls the metadata's package. A Triton kernel writes the cache.
+
+    The kernel hides a score by setting it to -1e33, and starts from a maximum of -1e30 of scores
+    times scale. So where a row sees nothing of the first page of its part of a request, it relies
+    on scale * log2(e) * 1e33 being more than 1e30. With smaller scales such rows are NaN.
+    """
+
+    _smallest_scale = 2.0**-8
 
     def _run(
         self,
