@@ -190,6 +190,12 @@ FEATURES = (
     ),
     Case(name="chunks", fields={"attention_chunk": 128}, lens=PAGES),
     Case(
+        name="ranges, chunks of both directions",
+        fields={"attention_chunk": 128, "causal": False, "bidirectional_ranges": True},
+        lens=PAGES,
+        archs=("sm90",),
+    ),
+    Case(
         name="key positions, window",
         fields={"key_positions": True, "sliding_window": 128, "returns_lse": True},
         lens=PAGES,
@@ -200,7 +206,14 @@ _PREFILLS = tuple(
     Case(name=f"Hopper, {name}", fields=fields, archs=("sm90",), only="hopper_prefill", lens=lens)
     for name, fields, lens in (
         ("128", {}, FRESH),
-        ("64, gathered", {"head_size": 64}, GATHERED),
+        ("64, pages", {"head_size": 64, "block_size": 32}, GATHERED),
+        ("128, pages", {}, GATHERED),
+        (
+            "256, pages of 64, window",
+            {"head_size": 256, "block_size": 64, "sliding_window": 99},
+            GATHERED,
+        ),
+        ("64, gathered", {"head_size": 64, "block_size": 8}, GATHERED),
         ("128, upper bounds", {"lengths": "upper_bound"}, FRESH),
         ("256, float16", {"head_size": 256, "dtype": torch.float16}, FRESH),
         ("soft cap, ALiBi", {"logits_soft_cap": 30.0, "alibi": True}, FRESH),

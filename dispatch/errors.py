@@ -51,8 +51,10 @@ class DeviceWaitError(AttnDispatchError):
 def summary_of(error: BaseException, limit: int = 300) -> str:
     """Return the type and the first line of an exception's message: `ValueError: no such key`.
 
-    An exception whose own `str()` fails is named only by its type. A first line longer than `limit`
-    characters is cut.
+    A compiler's error that only says where it is, in a first line ending in a colon, is followed by
+    the last line of the error of the same type that caused it, which says what is wrong. An
+    exception whose own `str()` fails is named only by its type. More than `limit` characters are
+    cut.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
@@ -60,6 +62,10 @@ def summary_of(error: BaseException, limit: int = 300) -> str:
     name = type(error).__name__
     try:
         text = str.strip(str(error))
+        cause = error
+        while type(cause.__cause__) is type(error):
+            cause = cause.__cause__
+        why = str.strip(str(cause))
     except KeyboardInterrupt:
         raise
     except BaseException as failure:  # `str()` runs code of the exception's author
@@ -67,7 +73,10 @@ def summary_of(error: BaseException, limit: int = 300) -> str:
     if not text:
         return name
     # A lone surrogate could not be printed or written.
-    line = text.splitlines()[0].rstrip().encode("utf-8", "replace").decode("utf-8")
+    line = text.splitlines()[0].rstrip()
+    if line.endswith(":") and why:
+        line += " " + why.splitlines()[-1].strip()
+    line = line.encode("utf-8", "replace").decode("utf-8")
     if len(line) > limit:
         line = line[: limit - 3] + "..."
     return f"{name}: {line}"

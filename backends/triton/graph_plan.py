@@ -59,7 +59,8 @@ class TritonGraphBuilder(TritonBuilder):
         if is_split:
             longest = min(limits.max_decode_query_len, MAX_DECODE_TOKENS)
             shapes["requests"] = ((limits.num_reqs,), torch.int32)
-            shapes["tiles"] = ((self._max_tiles(limits, longest), 2), torch.int32)
+            size = (self._max_tiles(limits, longest), len(self._idle_tile(0)))
+            shapes["tiles"] = (size, torch.int32)
         if batch.custom_mask is not None:
             shapes["mask_starts"] = ((batch.num_reqs,), torch.int64)
         if self.spec.bidirectional_ranges:
@@ -104,7 +105,20 @@ class TritonGraphBuilder(TritonBuilder):
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         """The most tiles that the prefill kernel gets in a step."""
         full = limits.num_tokens * self._group // self.launches.prefill.block_m
-        return full + min(limits.num_reqs, limits.num_tokens // (longest_decode + 1))
+        return full + self._max_prefills(limits, longest_decode)
+
+    def _max_prefills(self, limits: GraphLimits, longest_decode: int) -> int:
+        """The most requests of a step that the prefill kernel computes."""
+        return min(limits.num_reqs, limits.num_tokens // (longest_decode + 1))
+
+    def _idle_tile(self, idle: int) -> tuple[int, ...]:
+        """A tile of an idle request, in the columns of `PrefillPlan.tiles`."""
+        return idle, 0
+
+    def _listed_tiles(self, batch: AttentionBatch, prefills: list[int]) -> torch.Tensor:
+        """The tiles of these requests, on the host."""
+        row = self.launches.prefill
+        return self._tiles(plan_rows(batch, prefills, row.block_n), row.block_m, self._group)
 
     def _prefill_plan(
         self, batch: AttentionBatch, tiles: torch.Tensor, requests: torch.Tensor
@@ -129,11 +143,9 @@ class TritonGraphBuilder(TritonBuilder):
         prefills = [i for i, n in enumerate(batch.query_lens) if n > longest]
         staged["requests"].fill_(idle)
         staged["requests"][: len(decodes)] = torch.tensor(decodes, device="cpu")
-        staged["tiles"][:, 0], staged["tiles"][:, 1] = idle, 0
+        staged["tiles"][:] = torch.tensor(self._idle_tile(idle), device="cpu")
         if prefills:
-            row = self.launches.prefill
-            rows = plan_rows(batch, prefills, row.block_n)
-            tiles = self._tiles(rows, row.block_m, self._group)
+            tiles = self._listed_tiles(batch, prefills)
             staged["tiles"][: len(tiles)] = tiles
 
     def _share_room(self, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:

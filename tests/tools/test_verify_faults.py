@@ -51,7 +51,15 @@ class Leaves(Exception):
         raise SystemExit(3)
 
 
+def nested():
+    """As Triton nests a compiler's errors: each says where, and the innermost one why."""
+    where, why = ValueError("at 9:1:\n    f(x)\n    ^"), ValueError("at 2:4:\n    y\n^\nno y")
+    where.__cause__ = why
+    return where
+
+
 SUMMARIES = {
+    "nested": (nested(), "ValueError: at 9:1: no y"),
     "one line": (ValueError("no such key"), "ValueError: no such key"),
     "lines": (ValueError("\n first \nsecond"), "ValueError: first"),
     "nothing": (ValueError(), "ValueError"),

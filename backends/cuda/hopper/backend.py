@@ -5,7 +5,6 @@ The portable Triton kernels do what these do not support.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,118 +20,29 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DecodeLaunch,
     PrefillConfig,
 )
-from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, page_problem, tma_descriptor
-from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms, side_stream
+from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma
+from attn_dispatch.backends.cuda.hopper.plan import (
+    HopperBuilder,
+    HopperPlan,
+    cache_problem,
+    describe_rows,
+)
+from attn_dispatch.backends.cuda.hopper.sm_partition import side_stream
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
-from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
 from attn_dispatch.backends.triton.impl import Call, TritonImpl
-from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
+from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
-    TritonMetadata,
-    plan_rows,
 )
-from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
-from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["HopperAttnBackend", "HopperBuilder", "HopperImpl", "HopperPlan"]
-
-
-@dataclass
-class HopperPlan(PrefillPlan):
-    """A plan whose tiles are the Hopper kernel's work tiles, of tokens of one query head.
-
-    Attributes:
-        fresh_end: where these requests' rows of `key` end.
-        splits_all_sms: the decodes of the step are split as if they had all SMs, whatever their
-            share is, because that follows from bounds and the split decides bits.
-        may_be_fresh: by the bounds of their lengths a request may have a past, but need not; if it
-            has none, its keys can be read from `key`.
-        shares: how the SMs are shared with concurrent decodes; None if decodes run first.
-        descriptors: of gathered keys and values, which are at the same address for all layers.
-    """
-
-    fresh_end: int = 0
-    may_be_fresh: bool = False
-    splits_all_sms: bool = False
-    shares: SMShares | None = None
-    descriptors: tuple[Any, Any] | None = None
-
-    def describe(self, source: KVSource, block_n: int) -> tuple[Any, Any]:
-        """TMA descriptors of keys and values."""
-        is_gathered = self.gathered is not None and source.k is self.gathered[0]
-        if is_gathered and self.descriptors is not None:
-            return self.descriptors
-        if not is_gathered:
-            return self.describe_new(source.k, source.v, block_n)
-        k, v = (_describe(rows[: self.gathered_rows], block_n) for rows in (source.k, source.v))
-        self.descriptors = k, v
-        return k, v
-
-    def describe_new(self, key: torch.Tensor, value: torch.Tensor, block_n: int) -> tuple[Any, Any]:
-        """TMA descriptors of the rows of a call's key and value."""
-        return _describe(key[: self.fresh_end], block_n), _describe(
-            value[: self.fresh_end], block_n
-        )
-
-
-class HopperBuilder(TritonGraphBuilder):
-    """Plans prefills for the Hopper kernel, unless there are too many keys to gather.
-
-    In a captured step, where no keys are gathered, the portable kernel computes prefills.
-    """
-
-    def build(self, batch: AttentionBatch) -> TritonMetadata:
-        """The batch's metadata; see AttentionMetadataBuilder.build."""
-        metadata = super().build(batch)
-        plan = metadata.prefill
-        if isinstance(plan, HopperPlan) and metadata.decode is not None:
-            is_decode = self._few_tokens(batch)
-            assert is_decode is not None  # the batch has both kinds
-            num_tiles = len(plan.tiles) * self.spec.num_heads
-            plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
-        return metadata
-
-    def _most_programs(self, grid: int) -> int:
-        if self.spec.lengths == "exact":
-            return grid
-        programs = DECODES[self.spec.head_size].mixed.programs
-        return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
-
-    def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
-        block_n = BLOCK_N[self.spec.head_size]
-        rows = plan_rows(batch, chosen, block_n)
-        has_pages = batch.block_table is not None
-        # The last tile of a request's new keys must not reach into those of the next: 0 * NaN is
-        # NaN. TMA reads zeros behind the last request.
-        ends = [batch.key_starts[i + 1] - batch.key_starts[i] for i in chosen[:-1]]
-        ends_with_tile = not any(length % block_n for length in ends)
-        if not (self._has_room(rows) if has_pages else ends_with_tile):
-            return super()._prefill(batch, chosen)
-        tiles = _work_tiles(batch, self._tiles(rows, BLOCK_M, 1))
-        plan = self._plan(batch, rows, tiles, has_pages, HopperPlan)
-        assert isinstance(plan, HopperPlan)
-        plan.is_fresh = plan.is_fresh and ends_with_tile
-        is_unknown = batch.lengths == "upper_bound" and not plan.is_fresh
-        plan.splits_all_sms = self.spec.lengths == "upper_bound"
-        plan.may_be_fresh = is_unknown and ends_with_tile and batch.key_start_loc_cpu is None
-        plan.fresh_end = batch.key_starts[chosen[-1] + 1]
-        return plan
-
-
-def _work_tiles(batch: AttentionBatch, tiles: torch.Tensor) -> torch.Tensor:
-    """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
-    requests, first_tokens = tiles.long().unbind(1)
-    starts = batch.query_start_loc_cpu
-    firsts = starts[requests]
-    lengths = starts[requests + 1] - firsts
-    return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
+__all__ = ["HopperAttnBackend", "HopperImpl"]
 
 
 class HopperImpl(TritonImpl):
@@ -156,7 +66,7 @@ class HopperImpl(TritonImpl):
         shares = prefill.shares if isinstance(prefill, HopperPlan) else None
         pages = None
         if decode is not None and decode.num_reqs and call.cache is not None:
-            pages = self._pages(call.cache, decode, call.query.dtype)
+            pages = self._pages_to_decode(call.cache, decode, call.query.dtype)
         if shares is None or pages is None:
             super()._attend(call)
             return
@@ -180,6 +90,29 @@ class HopperImpl(TritonImpl):
         finally:  # the next work may write the same output
             main.wait_stream(side)
 
+    def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
+        """As TRITON_ATTN's, but pages that the Hopper kernel reads are not gathered."""
+        source = super()._source
+        if not isinstance(plan, HopperPlan):
+            return source(call, plan)
+        if self._paged(call, plan) is not None:
+            assert call.cache is not None
+            return call.cache
+        if plan.reads_pages and plan.gathered_start_loc is None and not plan.is_fresh:
+            raise InvalidInputError(
+                "The kv_cache begins at an address that is no multiple of 16, or has 2 ** 31 rows; "
+                "a captured step of HOPPER_ATTN reads it by TMA, which needs the former and fewer "
+                "rows. Align the cache."
+            )
+        return source(call, plan)
+
+    def _paged(self, call: Call, plan: HopperPlan) -> PagedTma | None:
+        """The cache, if the prefill kernel reads it."""
+        is_new = plan.is_fresh and call.value is not None and self._has_rows(call)
+        if is_new or not plan.reads_pages or call.cache is None:
+            return None
+        return self._pages(call.cache, call.query.dtype)
+
     def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if isinstance(plan, HopperPlan):
             self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
@@ -190,30 +123,41 @@ class HopperImpl(TritonImpl):
         """Launch the Hopper prefill kernel on this many SMs."""
         if not len(plan.tiles):
             return
-        query, out = call.query, call.out
+        query, out, batch = call.query, call.out, call.metadata.batch
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
-        descriptors = new = plan.describe(source, block_n)
+        pages, table, steps = self._paged(call, plan), source.starts, (0,) * 7
+        if pages is None:
+            descriptors = plan.describe(source, block_n)
+        else:
+            table, keys, values = batch.block_table, pages.keys, pages.values
+            descriptors = keys.descriptor, values.descriptor
+            steps = (table.stride(0), *keys.steps, *values.steps)
+        new = descriptors
         has_fresh = self._skips_fresh(call, plan)
         if has_fresh:
             assert call.key is not None
             assert call.value is not None
             new = plan.describe_new(call.key, call.value, block_n)
+        block_size = 0 if pages is None else pages.block_size
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype, has_fresh),
+            ("hopper", query.dtype, sinks.dtype, block_size, has_fresh),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": PrefillConfig(
-                    **self._layer_constants(), BLOCK_N=block_n, HAS_FRESH=has_fresh
+                    **self._layer_constants(),
+                    BLOCK_N=block_n,
+                    BLOCK_SIZE=block_size,
+                    HAS_FRESH=has_fresh,
                 )
             },
             {"num_warps": 4},
         )
-        assert source.starts is not None
+        assert table is not None
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            _describe(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
-            call.metadata.batch.seq_lens, source.starts, slopes, sinks, num_tiles,
+            describe_rows(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
+            plan.counters, batch.seq_lens, table, slopes, sinks, num_tiles, *steps,
             *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
 
@@ -221,7 +165,7 @@ class HopperImpl(TritonImpl):
         return isinstance(plan, HopperPlan) and plan.may_be_fresh and self._has_rows(call)
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
-        pages = self._pages(cache, plan, call.query.dtype)
+        pages = self._pages_to_decode(cache, plan, call.query.dtype)
         if pages is None:
             super()._decode(call, plan, cache)
             return
@@ -234,12 +178,15 @@ class HopperImpl(TritonImpl):
         row = rows.few if is_few else rows.many
         self._launch_decode(call, plan, pages, row, num_sms * row.blocks)
 
-    def _pages(self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype) -> PagedTma | None:
-        """The cache as the Hopper decode kernel reads it; None where the portable one must.
+    def _pages_to_decode(
+        self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype
+    ) -> PagedTma | None:
+        """The cache as the Hopper decode kernel reads it; None where the portable one must."""
+        return self._pages(cache, dtype) if _fits_decode_rows(self, plan.longest) else None
 
-        The last result is kept.
-        """
-        if not _fits_decode_rows(self, plan.longest) or cache.k.dtype != dtype:
+    def _pages(self, cache: KVSource, dtype: torch.dtype) -> PagedTma | None:
+        """The cache as TMA reads it, if it can. The last result is kept."""
+        if cache.k.dtype != dtype:
             return None
         if self._last_pages is None or self._last_pages[0] is not cache:
             self._last_pages = cache, PagedTma.of(cache)
@@ -285,10 +232,8 @@ class HopperImpl(TritonImpl):
             query, keys.descriptor, values.descriptor, out.values, out.lse, plan.part_out,
             plan.part_lse, plan.counters, batch.seq_lens if requests is None else requests,
             batch.query_start_loc, batch.seq_lens, table, slopes, sinks, *query.stride()[:2],
-            keys.block_rows, keys.head_rows, keys.head_columns, values.block_rows,
-            values.head_rows, values.head_columns,
-            *out.values.stride()[:2], plan.num_reqs, batch.seq_lens.shape[0], query.shape[0],
-            table.stride(0), *self._numbers,
+            *keys.steps, *values.steps, *out.values.stride()[:2], plan.num_reqs,
+            batch.seq_lens.shape[0], query.shape[0], table.stride(0), *self._numbers,
         )  # fmt: skip
 
     def _layer_constants(self) -> dict[str, Any]:
@@ -313,37 +258,13 @@ def _fits_decode_rows(layer: HopperImpl | AttentionSpec, query_len: int) -> bool
 
 
 def _decode_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
-    """What keeps the decode kernel from a layer's cache, as a sentence; "" if it reads it."""
-    assert spec.block_size is not None
-    dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
-    if dtype != spec.dtype:
-        stored, own = (str(each).removeprefix("torch.") for each in (dtype, spec.dtype))
-        return f"it reads caches of the layer's own dtype, {own}, and this one is {stored}"
+    """What keeps the decode kernel from a layer, as a sentence; "" if it computes it."""
     if not _fits_decode_rows(spec, 1):
         return (
             f"it takes up to {MAX_DECODE_ROWS} query heads of a KV head, and the layer has "
             f"{spec.num_heads // spec.num_kv_heads}"
         )
-    width = dtype.itemsize
-    row = spec.head_size * width
-    pages = (spec.block_size, spec.num_kv_heads, row, width)
-    if (found := spec.kv_strides) is None:
-        token = spec.num_kv_heads * row
-        return page_problem(*pages, (2 * spec.block_size * token, token, row), 16)
-    problems = (page_problem(*pages, each, found.alignment) for each in (found.key, found.value))
-    return next(filter(None, problems), "")
-
-
-def _describe(tensor: torch.Tensor, rows: int) -> Any:
-    """A TMA descriptor of (tokens, heads, size) in boxes of this many rows by one head.
-
-    The tensor is copied if TMA cannot read it.
-    """
-    size = tensor.shape[2]
-    if not fills_tiles(tensor, size):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    matrix = tensor.flatten(1)
-    return tma_descriptor(matrix, matrix.shape, matrix.stride(0), (rows, size))
+    return cache_problem(spec, device)
 
 
 class HopperAttnBackend(TritonAttnBackend):

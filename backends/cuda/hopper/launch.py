@@ -42,15 +42,19 @@ class PrefillConfig(_Config):
 
     Attributes:
         BLOCK_N: keys in a tile.
-        HAS_FRESH: keys of requests without a past are read from the new rows, and not gathered.
+        BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
+        HAS_FRESH: keys of requests without a past are read from the new rows.
         STAGES: of the rings.
-        REGISTERS: of each thread of the two warp groups that compute.
+        REGISTERS, PRODUCER_REGISTERS: of each thread of the two warp groups that compute, and of
+            the warp that loads.
     """
 
     BLOCK_N: int
+    BLOCK_SIZE: int
     HAS_FRESH: bool
     STAGES: int = 2
     REGISTERS: int = 240
+    PRODUCER_REGISTERS: int = 32
 
 
 @dataclass(frozen=True)

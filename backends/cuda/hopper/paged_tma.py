@@ -75,6 +75,11 @@ class PageMatrix:
     head_rows: int
     head_columns: int
 
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """(block_rows, head_rows, head_columns), as the kernels take them."""
+        return self.block_rows, self.head_rows, self.head_columns
+
     @classmethod
     def of(cls, part: torch.Tensor) -> PageMatrix | None:
         """The matrix of (num_blocks, block_size, num_kv_heads, head_size); see `PagedTma.of`."""

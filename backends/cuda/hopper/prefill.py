@@ -6,29 +6,37 @@ Two warp groups compute 64 query rows each and share the keys. Each issues the n
 before the softmax of the last, so that the tensor cores stay busy. Tiles that rows see only in part
 are masked and come first and last; the pipelined loop between them has no masks.
 
-There is one program for each SM. It goes through a list of work tiles, so that the loads for the
-next work tile are under way while the last one is finished and stored.
+There is one program for each SM. Its producer takes work tiles from a list, one at a time and by a
+counter in memory, so that all programs end at about the same time however different the work tiles
+are; FlashAttention 3 does the same. The loads for the next work tile are under way while the last
+one is finished and stored.
 
-Keys and values are contiguous rows, (tokens, num_kv_heads * head_size): gathered from pages, or the
-new ones of this step. Where the host knows only bounds of the lengths, the device decides which, by
-request. Zeros follow a request's last key, to the end of its last tile.
+Keys and values are read from the pages of the cache, from the new rows of this step if a request
+has no others, or from contiguous rows that were gathered from pages which TMA cannot read. Where
+the host does not know which requests have a past, the device decides, by request. What lies before
+a request's first visible key and behind its last one may be anything: the consumers replace such
+values by zeros, since 0 * NaN is NaN.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
+from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
+from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     load_tile,
     make_ring,
     mma_layout,
+    reinterpret,
     row_layout,
 )
 from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
@@ -36,20 +44,22 @@ from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_prefill_kernel"]
 
+_BOX = gl.constexpr(64)  # rows and columns of a part of a tile
+_ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+
 
 @aggregate
 class _WorkTile:
     """128 query tokens of a request and one head, and the tiles of keys that they see.
 
     Attributes:
-        request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
+        q_start, q_len, seq_len: the request's query rows and its number of keys.
         first_token: of the work tile, among the request's query tokens.
         first_position: of that token.
         last_tile, num_tiles: the last key tile and how many there are; they are taken backwards.
         num_right, num_left: how many at the end and at the beginning are seen in part.
     """
 
-    request: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     q_len: gl.tensor
@@ -61,41 +71,77 @@ class _WorkTile:
     num_right: gl.tensor
     num_left: gl.tensor
 
+    @gluon.jit
+    def first_key(self, window, WINDOW: gl.constexpr):
+        """The first key that a query of the request sees. Blocks before it may be freed."""
+        if WINDOW:
+            return gl.maximum(self.seq_len - self.q_len - window + 1, 0)
+        else:
+            return 0
+
 
 @aggregate
 class _Schedule:
-    """The list of work tiles. In a wave each program takes one, back and forth to even them out."""
+    """The list of work tiles, and how the producer tells the consumers which one is next.
+
+    `ticket` is written and read like the queries: after the producer has acquired their ring, and
+    once they have arrived.
+    """
 
     tiles_ptr: gl.tensor
     seq_lens_ptr: gl.tensor
+    counters_ptr: gl.tensor
     num_tiles: gl.tensor
     window: gl.tensor
+    ticket: gl.shared_memory_descriptor
     config: gl.constexpr
 
     @gluon.jit
-    def _index(self, wave):
-        program = gl.program_id(0)
-        num_programs = gl.num_programs(0)
-        place = gl.where(wave % 2 == 0, program, num_programs - 1 - program)
-        return wave * num_programs + place
+    def take(self):
+        """For the producer: the index of the next work tile that no program has taken."""
+        return gl.atomic_add(self.counters_ptr, 1, sem="relaxed", scope="gpu")
 
     @gluon.jit
-    def num_waves(self):
-        """The number of work tiles that this program takes."""
-        whole = self.num_tiles // gl.num_programs(0)
-        return whole + (self._index(whole) < self.num_tiles).to(gl.int32)
+    def finish(self):
+        """For the producer: the last one to end leaves the counters at zero."""
+        ended = gl.atomic_add(self.counters_ptr + 1, 1, sem="relaxed", scope="gpu")
+        if ended == gl.num_programs(0) - 1:
+            gl.store(self.counters_ptr, 0)
+            gl.store(self.counters_ptr + 1, 0)
 
     @gluon.jit
-    def work_tile(self, wave):
-        """The work tile that this program takes in a wave."""
+    def work_tile(self, index):
+        """For the producer: (a work tile of the list, its request)."""
         config: gl.constexpr = self.config
-        index = self._index(wave)
         ptr = self.tiles_ptr + index // config.NUM_HEADS * 4
-        q_start = gl.load(ptr)
-        q_len = gl.load(ptr + 1)
-        first_token = gl.load(ptr + 2)
         request = gl.load(ptr + 3)
-        seq_len = gl.load(self.seq_lens_ptr + request)
+        work = self._work(
+            index % config.NUM_HEADS, gl.load(ptr), gl.load(ptr + 1),
+            gl.load(self.seq_lens_ptr + request), gl.load(ptr + 2),
+        )  # fmt: skip
+        return work, request
+
+    @gluon.jit
+    def send(self, head, q_start, q_len, seq_len, first_token):
+        """For the producer: write the ticket; a head of −1 says that there are no more."""
+        values = (head, q_start, q_len, seq_len, first_token)
+        for i in gl.static_range(5):
+            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, _ONE_WARP))
+
+    @gluon.jit
+    def receive(self):
+        """For the consumers: the work tile of the ticket."""
+        return self._work(
+            self._read(0), self._read(1), self._read(2), self._read(3), self._read(4)
+        )  # fmt: skip
+
+    @gluon.jit
+    def _read(self, i: gl.constexpr):
+        return gl.max(self.ticket.index(i).load(VECTOR), 0)
+
+    @gluon.jit
+    def _work(self, head, q_start, q_len, seq_len, first_token):
+        config: gl.constexpr = self.config
         past = seq_len - q_len
         first = past + first_token
         last = past + gl.minimum(first_token + 128, q_len) - 1
@@ -122,8 +168,8 @@ class _Schedule:
         if config.WINDOW:
             num_left = full_first - first_tile
         return _WorkTile(
-            request, index % config.NUM_HEADS, q_start, q_len, seq_len, first_token, first,
-            end_tile - 1, end_tile - first_tile, end_tile - full_end, num_left,
+            head, q_start, q_len, seq_len, first_token, first, end_tile - 1,
+            end_tile - first_tile, end_tile - full_end, num_left,
         )  # fmt: skip
 
 
@@ -143,7 +189,9 @@ class _Rows:
     work: _WorkTile
     scale: Scale
     window: gl.tensor
+    hidden: gl.shared_memory_descriptor
     config: gl.constexpr
+    WHICH: gl.constexpr
 
     @gluon.jit
     def unit(self):
@@ -219,6 +267,37 @@ class _Rows:
         return gl.convert_layout(p.to(self.q.dtype), WEIGHTS)
 
     @gluon.jit
+    def hide_values(self, v_ring, n, i, turn):
+        """Zero values of the i-th tile that no query of the request sees; return the next turn.
+
+        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
+        here at the same tiles.
+        """
+        BLOCK_N: gl.constexpr = self.config.BLOCK_N
+        LAYOUT: gl.constexpr = row_layout(_BOX)
+        PER_HALF: gl.constexpr = BLOCK_N // _BOX
+        BOXES: gl.constexpr = PER_HALF * self.config.D // _BOX
+        first = (self.work.last_tile - i) * BLOCK_N
+        first_key = self.work.first_key(self.window, self.config.WINDOW)
+        if (first + BLOCK_N > self.work.seq_len) | (first < first_key):
+            stage = v_ring.wait(n)
+            dtype: gl.constexpr = v_ring.tiles.dtype
+            BOX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BOX, _BOX], dtype)
+            ALL: gl.constexpr = v_ring.tiles.shape[0] * BOXES
+            boxes = reinterpret(v_ring.tiles, dtype, [ALL, _BOX, _BOX], BOX_LAYOUT)
+            for b in range(self.WHICH, BOXES, 2):
+                box = boxes.index(stage * BOXES + b)
+                key = first + b % PER_HALF * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
+                is_seen = (key >= first_key) & (key < self.work.seq_len)
+                values = box.load(LAYOUT)
+                box.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
+            fence_async_shared()
+            mbarrier.arrive(self.hidden)
+            mbarrier.wait(self.hidden, turn & 1)
+            turn += 1
+        return turn
+
+    @gluon.jit
     def begin_tile(self, acc, m_i, l_i, k_ring, n, i):
         """Weights of the i-th tile, which is masked and has number n in the rings."""
         stage = k_ring.wait(n)
@@ -269,7 +348,7 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, output):
+def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
     """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
     CONFIG: gl.constexpr = schedule.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
@@ -280,8 +359,11 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
     q = q_ring.tiles.index(WHICH)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
-    for wave in range(0, schedule.num_waves()):
-        work = schedule.work_tile(wave)
+    turn = 0  # of hide_values
+    number = 0  # of work tiles before this one
+    q_ring.wait(0)
+    work = schedule.receive()
+    while work.head >= 0:
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
@@ -289,18 +371,21 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
             col_bias = slope * col.to(gl.float32)
         positions = work.first_position + WHICH * ROWS
         positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        rows = _Rows(q, positions, col, col_bias, slope, work, scale, schedule.window, CONFIG)
+        rows = _Rows(
+            q, positions, col, col_bias, slope, work, scale, schedule.window, hidden, CONFIG, WHICH
+        )
         m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
         first_left = work.num_tiles - work.num_left
         begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
-        q_ring.wait(wave)
         for i in range(0, begin):
             acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+            turn = rows.hide_values(v_ring, n + i, i, turn)
             acc = rows.finish_tile(acc, p, v_ring, n + i)
         if work.num_tiles > 0:
             acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + begin, begin)
+            turn = rows.hide_values(v_ring, n + begin, begin, turn)
             weights = rows.operand(p)
             for i in range(begin + 1, first_left):
                 stage = k_ring.wait(n + i)
@@ -321,30 +406,34 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, scale, outp
             if CONFIG.WINDOW:
                 for i in range(end, work.num_tiles):
                     acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+                    turn = rows.hide_values(v_ring, n + i, i, turn)
                     acc = rows.finish_tile(acc, p, v_ring, n + i)
                 q_ring.release(0)
         else:
             q_ring.release(0)
         n += work.num_tiles
         rows.store(acc, m_i, l_i, WHICH, output)
+        number += 1
+        q_ring.wait(number)
+        work = schedule.receive()
 
 
 @gluon.jit
-def _producer(
-    schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
-    key_start_loc_ptr,
-):  # fmt: skip
+def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
     """One warp: the queries of each work tile, then its keys and values through the rings."""
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
-    n = 0
-    for wave in range(0, schedule.num_waves()):
-        work = schedule.work_tile(wave)
-        key_start = gl.load(key_start_loc_ptr + work.request)
-        column = work.head // CONFIG.GROUP * D
+    n = 0  # key tiles before this work tile
+    number = 0  # of work tiles before this one
+    index = schedule.take()
+    while index < schedule.num_tiles:
+        work, request = schedule.work_tile(index)
+        index = schedule.take()  # its latency passes during the loads
         q_row = work.q_start + work.first_token
-        q_ring.acquire(wave)
+        q_ring.wait_empty(number)
+        schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
+        mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
         for half in gl.static_range(2):
             load_tile(
                 q_desc, [q_row + half * ROWS, work.head * D], q_ring.full.index(0),
@@ -352,17 +441,43 @@ def _producer(
             )  # fmt: skip
         if CONFIG.HAS_FRESH:
             if work.seq_len == work.q_len:
-                _load_keys(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
+                column = work.head // CONFIG.GROUP * D
+                _load_rows(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
             else:
-                _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+                _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         else:
-            _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring)
+            _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         n += work.num_tiles
+        number += 1
+    q_ring.wait_empty(number)
+    schedule.send(-1, 0, 0, 0, 0)
+    mbarrier.arrive(q_ring.full.index(0))
+    schedule.finish()
 
 
 @gluon.jit
-def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
-    """Load a work tile's key tiles; the first one has number n in the rings."""
+def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
+    """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
+    CONFIG: gl.constexpr = schedule.config
+    kv_head = work.head // CONFIG.GROUP
+    if CONFIG.BLOCK_SIZE == 0:
+        key_start = gl.load(keys.table_ptr + request)
+        column = kv_head * CONFIG.D
+        _load_rows(work, n, key_start, column, keys.desc, values.desc, k_ring, v_ring)
+    else:
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        table = keys.table_of(request)
+        for i in range(0, work.num_tiles):
+            first = (work.last_tile - i) * CONFIG.BLOCK_N
+            # Before the ring has room, so that their latency passes in that time.
+            blocks = keys.blocks(table, first, first_key, work.seq_len - 1, CONFIG)
+            keys.load(k_ring, n + i, blocks, first, kv_head, CONFIG)
+            values.load(v_ring, n + i, blocks, first, kv_head, CONFIG)
+
+
+@gluon.jit
+def _load_rows(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
+    """Load a work tile's key tiles from contiguous rows."""
     BLOCK_N: gl.constexpr = k_ring.tiles.shape[1]
     for i in range(0, work.num_tiles):
         row = key_start + (work.last_tile - i) * BLOCK_N
@@ -370,11 +485,19 @@ def _load_keys(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
         v_ring.load(n + i, v_desc, [row, column])
 
 
-@gluon.jit(do_not_specialize=["window", "num_tiles"], do_not_specialize_on_alignment=METADATA)
+#: Parameters whose values the compiled code does not depend on.
+_COUNTS = (
+    "window num_tiles table_stride k_block_rows k_head_rows k_head_columns v_block_rows "
+    "v_head_rows v_head_columns"
+).split()
+
+
+@gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, seq_lens_ptr,
-    key_start_loc_ptr, slopes_ptr, sinks_ptr, num_tiles, out_stride_t, out_stride_h, window,
-    scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
+    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, counters_ptr,
+    seq_lens_ptr, table_ptr, slopes_ptr, sinks_ptr, num_tiles, table_stride, k_block_rows,
+    k_head_rows, k_head_columns, v_block_rows, v_head_rows, v_head_columns, out_stride_t,
+    out_stride_h, window, scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
 
@@ -382,15 +505,18 @@ def hopper_prefill_kernel(
 
     Args:
         q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
-        k_desc, v_desc: (rows, num_kv_heads * D), blocks of BLOCK_N by D.
+        k_desc, v_desc: pages as matrices, see pages.py; or, where CONFIG.BLOCK_SIZE is 0, rows:
+            (rows, num_kv_heads * D), blocks of BLOCK_N by D.
         new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
             queries; read with HAS_FRESH, for requests that have no other keys.
         tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
             queries, the work tile's first token among them, the request; each for all heads, which
             vary fastest, so that concurrent work tiles share keys.
+        counters_ptr: (2,) int32, zeros, which are zero again afterwards.
         seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
-        key_start_loc_ptr: (num_reqs,) int32, where each request's rows of keys begin.
+        table_ptr: the block table; or (num_reqs,) int32, where each request's rows of keys begin.
         num_tiles: of all heads.
+        k_block_rows and so on: see pages.py.
         CONFIG: a PrefillConfig.
         Others: as for triton/kernels/prefill.py.
     """
@@ -398,12 +524,17 @@ def hopper_prefill_kernel(
     STAGES: gl.constexpr = CONFIG.STAGES
     dtype: gl.constexpr = q_desc.dtype
     Q: gl.constexpr = q_desc.layout
-    KV: gl.constexpr = k_desc.layout
+    KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.BLOCK_N, D], dtype)
     q_ring = make_ring(dtype, 1, 2, 64, D, Q, 2)
     k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
     v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
+    hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(hidden, count=2)
     fence_async_shared()
-    schedule = _Schedule(tiles_ptr, seq_lens_ptr, num_tiles, window, CONFIG)
+    keys = Pages(k_desc, table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
+    values = Pages(v_desc, table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)
+    ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    schedule = _Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
@@ -411,13 +542,12 @@ def hopper_prefill_kernel(
     # Written out: in a tuple that has a name, constants would no longer be constants.
     gl.warp_specialize(
         [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, scale, output)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, scale, output)),
+            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
             (_producer, (
-                schedule, q_desc, k_desc, v_desc, new_k_desc, new_v_desc, q_ring, k_ring, v_ring,
-                key_start_loc_ptr,
+                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
             )),
         ],
         [4, 1],
-        [CONFIG.REGISTERS, 24],
+        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
     )  # fmt: skip

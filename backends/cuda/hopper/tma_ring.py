@@ -62,10 +62,16 @@ class TmaRing:
         return TmaRing(self.tiles, self.full, self.empty, FIRST, self.STAGES, self.TILE_BYTES)
 
     @gluon.jit
-    def acquire(self, n):
+    def wait_empty(self, n):
         """For the producer: wait until tile n can be loaded, and return its stage."""
         stage = self.FIRST + n % self.STAGES
         mbarrier.wait(self.empty.index(stage), ((n // self.STAGES) & 1) ^ 1)
+        return stage
+
+    @gluon.jit
+    def acquire(self, n):
+        """For the producer: `wait_empty`, and announce the bytes of the tile."""
+        stage = self.wait_empty(n)
         mbarrier.expect(self.full.index(stage), self.TILE_BYTES)
         return stage
 

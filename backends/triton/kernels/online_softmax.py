@@ -268,10 +268,10 @@ def visibility_mask(tile, k_pos, F: tl.constexpr):
         if not F.CAUSAL:
             visible = visible & (k < q + _window_end(tile.window, F))
     if F.CHUNK:
-        start = _chunk_start(tile.q_pos, F)[:, None]
-        visible = visible & (k >= start)
+        chunk = _chunk_start(tile.q_pos, F)[:, None]
+        visible = visible & (k >= chunk)
         if not F.CAUSAL:
-            visible = visible & (k < start + F.CHUNK)
+            visible = visible & (k < chunk + F.CHUNK)
     if F.RANGES:
         for i in range(tile.first_range, tile.last_range):
             start = tl.load(tile.ranges + 2 * i)

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from attn_dispatch.backends.cuda.hopper.backend import HopperBuilder, HopperImpl, HopperPlan
+from attn_dispatch.backends.cuda.hopper.backend import HopperImpl
+from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
 from attn_dispatch.backends.triton.impl import TritonImpl
-from attn_dispatch.backends.triton.plan import PrefillPlan
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.platforms import libraries
 from support.hopper_cases import BATCH, check, on_gpu, step_of
@@ -44,11 +44,11 @@ VARIANTS = {
     "fresh, fused": ({}, SINGLE | {"memory": "fused", "padding": 60}),
     "without a cache": ({"block_size": None}, SINGLE),
     "several without a cache": ({"block_size": None}, {"seq_lens": BATCH["query_lens"]}),
-    "several fresh": ({}, {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)}),
-    "several without a cache, whole tiles": (
-        {"block_size": None, "returns_lse": True},
-        {"query_lens": (256, 128, 70), "seq_lens": (256, 128, 70)},
-    ),
+    "several fresh": ({}, {"query_lens": (256, 100, 70), "seq_lens": (256, 100, 70)}),
+    "fresh and chunks": ({}, {"query_lens": (200, 100, 70), "seq_lens": (200, 350, 70)}),
+    "pages of 8": ({"block_size": 8}, {}),
+    "pages of 48": ({"block_size": 48}, {}),
+    "pages of 256, window": ({"block_size": 256, "sliding_window": 70}, {}),
     "without keys": ({"block_size": None, "returns_lse": True}, SINGLE | {"seq_lens": (200,)}),
 }
 
@@ -61,18 +61,34 @@ def test_a_step_agrees_with_the_reference(variant):
 
 
 @on_gpu
+@pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("keys_are", ["new", "in the cache"])
-def test_nan_behind_a_prompt_does_not_reach_it(keys_are):
-    """NaN in the keys and values of a decode in the same step, and of padding."""
+def test_nan_behind_a_prompt_does_not_reach_it(keys_are, head_size):
+    """NaN in the keys and values of a decode in the same step, of padding, and of unused slots."""
     batch = {"query_lens": (300, 1), "seq_lens": (300, 50), "padding": 90}
-    step = step_of({}, batch | {"brings_keys": keys_are == "new"}, "cuda")
+    fields = {"head_size": head_size}
+    step = step_of(fields, batch | {"brings_keys": keys_are == "new"}, "cuda")
     expected = step.expected()[0]
     if keys_are == "new":
         step.key[300:], step.value[300:] = torch.nan, torch.nan
     else:
-        step.kv_cache[step.batch.block_table[1, :3].long()] = torch.nan
+        last = step.batch.block_table[0, 18].long()
+        step.kv_cache[last, :, 300 - 18 * 16 :] = torch.nan
+        step.kv_cache[step.batch.block_table[1, :4].long()] = torch.nan
     output = step.run("HOPPER_ATTN")[:300].double().cpu()
     torch.testing.assert_close(output, expected[:300], rtol=0, atol=0.02)
+
+
+@on_gpu
+def test_nan_before_a_window_does_not_reach_a_chunk():
+    """Blocks that no query of the chunk sees may be freed, and their entries name any block."""
+    batch = {"query_lens": (200,), "seq_lens": (900,), "brings_keys": False}
+    step = step_of({"sliding_window": 130}, batch, "cuda")
+    expected = step.expected()[0]
+    freed = (900 - 200 - 130 + 1) // 16
+    step.kv_cache[step.batch.block_table[0, :freed].long()] = torch.nan
+    output = step.run("HOPPER_ATTN").double().cpu()
+    torch.testing.assert_close(output, expected, rtol=0, atol=0.02)
 
 
 @on_gpu
@@ -98,37 +114,43 @@ def test_work_tiles_cover_every_token_of_a_prefill_once():
     assert sorted(covered) == list(range(1, 450))  # requests 1, 2 and 3
 
 
-def test_gathered_requests_start_at_multiples_of_a_tile():
-    plan = plan_of({}, {}).prefill
+#: Changes to a layer whose pages the kernel cannot read.
+GATHERED = {
+    "fp8 cache": {"kv_cache_dtype": "fp8_e4m3"},
+    "pages of 8": {"block_size": 8},
+}
+
+
+@pytest.mark.parametrize("variant", GATHERED)
+def test_pages_that_tma_cannot_read_are_gathered_at_multiples_of_a_tile(variant):
+    plan = plan_of(GATHERED[variant], {}).prefill
+    assert not plan.reads_pages
     starts = plan.gathered_start_loc.tolist()
     assert [starts[i] for i in (1, 2, 3)] == [0, 128, 512]
     assert plan.gathered_rows == 128 + 384 + 640
 
 
+@pytest.mark.parametrize("variant", [None, *GATHERED])
+def test_only_pages_that_are_read_directly_may_have_any_number_of_keys(variant, monkeypatch):
+    monkeypatch.setattr("attn_dispatch.backends.triton.plan.MAX_GATHERED_BYTES", 1 << 20)
+    plan = plan_of({} if variant is None else GATHERED[variant], {}).prefill
+    assert isinstance(plan, HopperPlan) is (variant is None)
+
+
 @pytest.mark.parametrize(
-    ("fields", "batch", "is_fresh"),
+    ("batch", "is_fresh", "may_be_fresh"),
     [
-        ({}, SINGLE, True),
-        ({}, {"query_lens": (300, 1), "seq_lens": (300, 50)}, True),
-        ({}, {"query_lens": (44, 256), "seq_lens": (44, 256)}, False),
-        ({}, {"query_lens": (256, 44), "seq_lens": (256, 44)}, True),
-        ({"head_size": 256}, {"query_lens": (192, 108), "seq_lens": (192, 108)}, True),
-        ({}, {"query_lens": (192, 108), "seq_lens": (192, 108)}, False),
-        ({}, {"query_lens": (300,), "seq_lens": (400,)}, False),
+        (SINGLE, True, False),
+        ({"query_lens": (300, 1), "seq_lens": (300, 50)}, True, False),
+        ({"query_lens": (44, 256), "seq_lens": (44, 256)}, True, False),
+        ({"query_lens": (44, 256), "seq_lens": (44, 999)}, False, True),
+        ({"query_lens": (300,), "seq_lens": (400,)}, False, False),
     ],
 )
-def test_new_prompts_that_end_with_a_tile_are_not_gathered(fields, batch, is_fresh):
-    plan = plan_of(fields, batch).prefill
-    assert plan.is_fresh is is_fresh
+def test_keys_of_prompts_without_a_past_are_the_new_rows(batch, is_fresh, may_be_fresh):
+    plan = plan_of({}, batch).prefill
+    assert (plan.is_fresh, plan.may_be_fresh) == (is_fresh, may_be_fresh)
     assert plan.fresh_end == 300
-
-
-def test_the_portable_kernel_runs_requests_without_pages_that_end_inside_a_tile():
-    plan = plan_of({"block_size": None}, {"seq_lens": BATCH["query_lens"]}).prefill
-    assert type(plan) is PrefillPlan
-    lengths = (128, 256, 70)
-    plan = plan_of({"block_size": None}, {"query_lens": lengths, "seq_lens": lengths}).prefill
-    assert type(plan) is HopperPlan
 
 
 def test_the_portable_kernel_rejects_a_hopper_plan():

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_dispatch.backends.cuda.hopper import backend as hopper_attn
-from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
+from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES
+from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.interface.batch import AttentionBatch

@@ -18,9 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperBuilder
+from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
+from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
 from attn_dispatch.backends.cuda.hopper.sm_partition import share_sms
 from attn_dispatch.backends.triton.configs.nvidia import HOPPER
 from attn_dispatch.backends.triton.operands import KVSource

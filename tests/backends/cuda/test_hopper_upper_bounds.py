@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from attn_dispatch.backends.cuda.hopper.backend import HopperBuilder, HopperPlan
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, FIXED_BLOCKS
+from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
 from attn_dispatch.interface.batch import AttentionBatch
 from support.cases import layer_spec
 from support.hopper_cases import check, on_gpu, step_of
@@ -60,10 +60,9 @@ def plan_of(lens, bounds, **fields):
         ("prompts", "exact", True, False),
         ("prompts", "twice", False, True),
         ("prompts and a chunk", "exact", False, True),
-        ("prompts and a chunk", None, False, False),
-        # The last tile of a request's new keys would reach into those of the next one.
-        ("ragged prompts", "exact", False, False),
-        ("ragged prompts", "twice", False, False),
+        ("prompts and a chunk", None, False, True),
+        ("ragged prompts", "exact", True, False),
+        ("ragged prompts", "twice", False, True),
     ],
 )
 def test_whose_keys_are_read_from_the_new_rows(lens, bounds, is_fresh, may_be_fresh):
