@@ -100,17 +100,18 @@ def visible(
     return seen
 
 
-def split_scale(scale: float) -> tuple[float, float]:
+def split_scale(scale: float, smallest: float = _SMALLEST_SCALE) -> tuple[float, float]:
     """(factor, remaining scale above 0): the query is multiplied by the factor.
 
     For kernels that take only positive scales, and for scales so small that products with them
-    would vanish. A scale of 0 goes into the factor, so a NaN or infinity in the query becomes NaN.
+    would vanish: the remaining one is at least about `smallest`. A scale of 0 goes into the factor,
+    so a NaN or infinity in the query becomes NaN.
     """
     if scale == 0:
         return 0.0, 1.0
     factor, scale = math.copysign(1.0, scale), abs(scale)
-    if scale < _SMALLEST_SCALE:  # a power of two does not round
-        exponent = math.frexp(scale / _SMALLEST_SCALE)[1] - 1
+    if scale < smallest:  # a power of two does not round
+        exponent = math.frexp(scale / smallest)[1] - 1
         factor, scale = math.ldexp(factor, exponent), math.ldexp(scale, -exponent)
     return factor, scale
 

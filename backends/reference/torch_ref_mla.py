@@ -22,6 +22,8 @@ from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
 
+#: The result of AttentionBatch.positions_of.
+_Positions = tuple[torch.Tensor, torch.Tensor] | None
 #: An entry has a latent and a rotated key. One scale for both would be inaccurate.
 _KV_CACHE_DTYPES = tuple(name for name in KV_CACHE_DTYPES if name != INT8_PER_TOKEN_HEAD)
 
@@ -90,7 +92,8 @@ class ReferenceMLAImpl(ProjectingMLAImpl[ReferenceMLAMetadata]):
             rows = slice(batch.query_start_list[request], batch.query_start_list[request + 1])
             latents, rotated = self._latents_of(request, layer, kv_cache, batch, dtype)
             compute = self._absorbed if phase is Phase.DECODE else self._expanded
-            result[rows], lse[rows] = compute(query[rows].to(dtype), latents, rotated)
+            positions = batch.positions_of(request)
+            result[rows], lse[rows] = compute(query[rows].to(dtype), latents, rotated, positions)
         if output is None:
             output = torch.empty_like(result, dtype=query.dtype)
         store_output(result, output, output_scale, output_block_scale)
@@ -114,26 +117,38 @@ class ReferenceMLAImpl(ProjectingMLAImpl[ReferenceMLAMetadata]):
         return latents, rotated
 
     def _expanded(
-        self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        rotated: torch.Tensor,
+        positions: _Positions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         up_k, up_v = self._projections(query.dtype)
         keys = torch.einsum("kr,hnr->khn", latents, up_k)
         rotated = rotated[:, None].expand(-1, self.num_heads, -1)
         values = torch.einsum("kr,hvr->khv", latents, up_v)
-        return self._attend(query, torch.cat([keys, rotated], dim=-1), values)
+        return self._attend(query, torch.cat([keys, rotated], dim=-1), values, positions)
 
     def _absorbed(
-        self, query: torch.Tensor, latents: torch.Tensor, rotated: torch.Tensor
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        rotated: torch.Tensor,
+        positions: _Positions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         up_k, up_v = self._projections(query.dtype)
         nope, pe = query.split([self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], dim=-1)
         query = torch.cat([torch.einsum("qhn,hnr->qhr", nope, up_k), pe], dim=-1)
         keys = torch.cat([latents, rotated], dim=-1)[:, None]
-        mixed, lse = self._attend(query, keys, latents[:, None])
+        mixed, lse = self._attend(query, keys, latents[:, None], positions)
         return torch.einsum("qhr,hvr->qhv", mixed, up_v), lse
 
     def _attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: _Positions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return attend(
             query,
@@ -143,6 +158,7 @@ class ReferenceMLAImpl(ProjectingMLAImpl[ReferenceMLAMetadata]):
             causal=self.causal,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
+            positions=positions,
         )
 
 
@@ -167,6 +183,7 @@ class ReferenceMLABackend(AttentionBackend):
         attn_type=OneOf(AttentionType.DECODER),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        key_positions=OneOf(True, False),
         logits_soft_cap=ANY,
         kv_sharing=OneOf(True, False),
         mla=NOT_NONE,

@@ -85,6 +85,7 @@ class TritonMLAImpl(AbsorbedMLAImpl[TritonMLAMetadata]):
             head_size_v=self.mla.kv_lora_rank,
             causal=self.causal,
             returns_lse=self.returns_lse,
+            key_positions=self.key_positions,
         )
         self._query_factor = self._attention.query_factor
         from attn_dispatch.backends.triton.kernels import project
@@ -155,6 +156,7 @@ class TritonMLABackend(AttentionBackend):
         attn_type=OneOf(AttentionType.DECODER),
         causal=OneOf(True, False),
         sliding_window=ANY,
+        key_positions=OneOf(True, False),
         logits_soft_cap=ANY,
         kv_sharing=OneOf(True, False),
         mla=NOT_NONE,

@@ -73,6 +73,9 @@ LIBRARIES: dict[str, LibraryInfo] = {
             "cutlass", ("nvidia-cutlass-dsl",), "it comes with pip install --pre flash-attn-4"
         ),
         LibraryInfo("quack", ("quack-kernels",), "it comes with pip install --pre flash-attn-4"),
+        LibraryInfo(
+            "flash_mla", ("sgl-flash-mla", "flash-mla", "flash_mla"), "pip install sgl-flash-mla"
+        ),
         LibraryInfo("flashinfer", ("flashinfer-python",), "pip install flashinfer-python"),
         LibraryInfo("aiter", ("aiter", "amd-aiter"), "build it from source, for ROCm"),
         LibraryInfo("transformers", ("transformers",), "pip install attn-dispatch[transformers]"),

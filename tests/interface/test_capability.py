@@ -59,7 +59,7 @@ def with_new_field(spec: AttentionSpec, value: Any, **metadata: Any) -> Attentio
 
 def served(name: str) -> AttentionSpec:
     """A request that the backend accepts."""
-    return mla_layer() if name.endswith("_MLA") else layer()
+    return mla_layer(block_size=64) if name.endswith("MLA") else layer()
 
 
 def home(name: str) -> DeviceProfile:

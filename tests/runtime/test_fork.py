@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attn_dispatch import AttentionBatch, attention
-from attn_dispatch.backends.cuda.flashinfer.plan import _Pool
+from attn_dispatch.backends.cuda.flashinfer.wrappers import WrapperPool
 from attn_dispatch.conformance import shadow
 from attn_dispatch.locks import ForkSafeLock, _cached_properties
 from attn_dispatch.selection import registry
@@ -22,7 +22,7 @@ from support.selection import make_backend
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
-_POOL = _Pool()
+_POOL = WrapperPool()
 #: Place -> its lock, and a function that needs it.
 USES = {
     "registry": (

@@ -270,7 +270,7 @@ def test_shared_names_need_no_translation(name, monkeypatch):
     assert (selection.name, selection.source) == (name, Source.VLLM_ENVIRONMENT)
 
 
-UNKNOWN_HERE = ["XFORMERS", "FLASHMLA", "PALLAS", "ROCM_AITER_UNIFIED_ATTN", "NO_SUCH_BACKEND"]
+UNKNOWN_HERE = ["XFORMERS", "CUTLASS_MLA", "PALLAS", "ROCM_AITER_UNIFIED_ATTN", "NO_SUCH_BACKEND"]
 
 
 @pytest.mark.parametrize("name", UNKNOWN_HERE)
@@ -280,7 +280,7 @@ def test_vllms_name_without_a_counterpart_is_rejected(name, monkeypatch):
         pick_by_keywords()
 
 
-@pytest.mark.parametrize("name", ["TORCH_SDPA", "FLASHMLA"])
+@pytest.mark.parametrize("name", ["TORCH_SDPA", "CUTLASS_MLA"])
 def test_our_variable_outranks_vllms_even_with_an_unknown_name(name, monkeypatch):
     monkeypatch.setenv(VLLM, name)
     monkeypatch.setenv(OURS, "REFERENCE")
@@ -288,7 +288,7 @@ def test_our_variable_outranks_vllms_even_with_an_unknown_name(name, monkeypatch
 
 
 def test_vllms_variable_counts_if_ours_is_for_another_kind(monkeypatch):
-    monkeypatch.setenv(VLLM, "FLASHMLA")
+    monkeypatch.setenv(VLLM, "CUTLASS_MLA")
     monkeypatch.setenv(OURS, "mla=REFERENCE_MLA")
     with pytest.raises(UnknownBackendError, match=VLLM):
         pick_by_keywords()

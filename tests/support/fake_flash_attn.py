@@ -120,6 +120,21 @@ def _check_tensors(q, k, v, out, slopes, sinks, head_pairs):
     _check_vectors("out", out)
 
 
+def _joined(q, k, v, q_v, are):
+    """q and k with their second parts, for latents: q_v is compared with the values.
+
+    Pages of 64 would be loaded by TMA, whole.
+    """
+    if q_v is None:
+        return q, k, are
+    _check((q.shape[-1], v.shape[-1]) == (64, 512), "q_v needs heads of 64 and 512")
+    _check(q_v.shape == (*q.shape[:2], 512) and q_v.dtype == q.dtype, "q_v has another form")
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("q_v", q_v)):
+        _check_vectors(name, tensor)
+    sizes = {"head_pairs": lambda size, size_v: (size, size_v) == (576, 512)}
+    return torch.cat([q, q_v], -1), torch.cat([k, v], -1), are | sizes
+
+
 def _varlen(
     q, k, v, *, starts, max_q, seq_lens=None, key_starts=None, max_k=None, table=None, out=None,
     scale, causal, window, softcap, slopes=None, sinks=None, page_multiple=1, largest_page=None,
@@ -304,9 +319,10 @@ def _with_kvcache_3(recorder, schedules):
             recorder, scheduler_metadata, q, k_cache, v_cache, page_table, cache_seqlens,
             cu_seqlens_q, max_seqlen_q, rest,
         )  # fmt: skip
+        q, k_cache, are = _joined(q, k_cache, v_cache, qv, _ARE_3)
         features = {
             "starts": cu_seqlens_q, "max_q": max_seqlen_q, "scale": softmax_scale,
-            "causal": causal, "window": window_size, "softcap": softcap, **_ARE_3,
+            "causal": causal, "window": window_size, "softcap": softcap, **are,
         }  # fmt: skip
         output, lse = _varlen(
             q, k_cache, v_cache, seq_lens=cache_seqlens, table=page_table, **features
@@ -368,6 +384,7 @@ def _vllm(recorder):
         assert cu_seqlens_k is None or seqused_k is None
         assert block_table is None or seqused_k is not None
         assert fa_version == 2 or alibi_slopes is None
+        window_size = (-1, -1) if window_size is None else window_size
         assert len(window_size) == 2
         _check(fa_version == 3 or scheduler_metadata is None, "scheduler_metadata is FA3's")
         _check(fa_version != 2 or s_aux is None, "FA2 does not support s_aux")
@@ -381,12 +398,14 @@ def _vllm(recorder):
             recorder, scheduler_metadata, q, k, v, block_table, seqused_k, cu_seqlens_q,
             max_seqlen_q, rest,
         )  # fmt: skip
+        _check(fa_version == 3 or q_v is None, "q_v is FA3's")
+        q, k, are = _joined(q, k, v, q_v, versions[fa_version])
         output, lse = _varlen(
             q, k, v, starts=cu_seqlens_q, max_q=max_seqlen_q, seq_lens=seqused_k,
             key_starts=cu_seqlens_k, max_k=max_seqlen_k, table=block_table, out=out,
             scale=softmax_scale, causal=causal, window=tuple(window_size), softcap=softcap,
             slopes=alibi_slopes, sinks=s_aux, page_multiple=16 if fa_version == 2 else 1,
-            **versions[fa_version],
+            **are,
         )  # fmt: skip
         return (output, lse) if return_softmax_lse else output
 

@@ -51,7 +51,10 @@ class MLAStep:
         # Scores of about 1, whatever the sizes.
         self.scale = 0.5 if dims is SMALL_DIMS else 1.0 / (self.width * dims.qk_nope_head_dim**0.5)
         self.layer = SimpleNamespace(
-            _k_scale=torch.tensor(0.02, device=device), _v_scale=torch.ones((), device=device)
+            _k_scale=torch.tensor(0.02, device=device),
+            _v_scale=torch.ones((), device=device),
+            _k_scale_float=0.02,
+            _v_scale_float=1.0,
         )
         expands = dims.qk_nope_head_dim + dims.v_head_dim
         self.weight = new(heads * expands, dims.kv_lora_rank)

@@ -24,7 +24,8 @@ from attn_dispatch.backends.cuda.flash_attn.adapters import (
     bind_vllm,
 )
 from attn_dispatch.backends.cuda.flash_attn.windows import computes_window
-from attn_dispatch.errors import BackendFailure, UnsupportedError
+from attn_dispatch.backends.packages import load_functions
+from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.capability import (
     ANY,
     AnyOf,
@@ -43,7 +44,7 @@ from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 from attn_dispatch.interface.types import LENGTHS, AttentionType
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
-from attn_dispatch.platforms.libraries import error_of, import_library
+from attn_dispatch.platforms.libraries import error_of
 
 __all__ = [
     "PROVIDERS",
@@ -97,17 +98,8 @@ class Provider:
         Raises:
             BackendFailure: it cannot be imported, or lacks a function.
         """
-        module = import_library(self.imports[0])
-        for name in self.imports[1:]:  # a package may have been built without this generation
-            import_library(name, part=self.name)
-        found = {name: getattr(module, name, None) for name in self.functions + self.optional}
-        missing = [name for name in self.functions if found[name] is None]
-        if missing:
-            raise BackendFailure(
-                f"{self.imports[0]} has no {' and no '.join(missing)}. Install another version of "
-                "it, or exclude the backend by the override -FLASH_ATTN."
-            )
-        return found
+        names = (self.imports, self.functions, self.optional)
+        return load_functions(self.name, "FLASH_ATTN", *names)
 
 
 _BOTH = OneOf(True, False)

@@ -7,8 +7,6 @@ float workspace is shared by a device's wrappers, because their work runs in ord
 from __future__ import annotations
 
 import functools
-import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +19,13 @@ from attn_dispatch.backends.common import (
     start_offsets,
     window_sides,
 )
+from attn_dispatch.backends.cuda.flashinfer.wrappers import WrapperPool, record_event, workspace
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Reason, ReasonCode
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
-from attn_dispatch.locks import ForkSafeLock
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
@@ -39,8 +37,6 @@ __all__ = [
     "rejected_combinations",
 ]
 
-#: Twice what FlashInfer's documentation recommends.
-_WORKSPACE_BYTES = 256 << 20
 #: FlashInfer has separate prefill kernels for these.
 _HOPPER = DeviceMatch(vendor="nvidia", min_capability=(9, 0), max_capability=(9, 0))
 #: The only head size with sinks: FlashInfer's name for the compiled kernel leaves out the size, so
@@ -105,12 +101,6 @@ def rejected_combinations(spec: AttentionSpec) -> list[Reason]:
     ]
 
 
-@functools.cache
-def _workspace(device: torch.device) -> torch.Tensor:
-    """FlashInfer's memory for the parts of split requests, for every wrapper of a device."""
-    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-
-
 def kernels_for(spec: AttentionSpec, device: DeviceProfile) -> dict[Phase, str]:
     """FlashInfer's name of the kernels for each phase.
 
@@ -132,10 +122,10 @@ def _make_wrapper(spec: AttentionSpec, device: torch.device, kernels: str, **gra
     module = import_library("flashinfer")
     if not spec.sinks:
         return module.BatchPrefillWithPagedKVCacheWrapper(
-            _workspace(device), "NHD", backend=kernels, **graph
+            workspace(device), "NHD", backend=kernels, **graph
         )
     return module.BatchAttentionWithAttentionSinkWrapper(
-        _workspace(device),
+        workspace(device),
         "NHD",
         backend=kernels,
         q_data_type=spec.dtype,
@@ -147,48 +137,15 @@ def _make_wrapper(spec: AttentionSpec, device: torch.device, kernels: str, **gra
     )
 
 
-def _record_event(device: torch.device) -> torch.cuda.Event | None:
-    """An event that completes after all work that the device has been given so far."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-class _Pool:
-    """Wrappers of one kind, each lent to one plan at a time.
-
-    A wrapper copies a plan to the device from memory that its next plan overwrites. So a returned
-    wrapper is lent again only after that copy has completed.
-    """
-
-    def __init__(self) -> None:
-        self._lock = ForkSafeLock()
-        self._free: deque[tuple[Any, torch.cuda.Event | None]] = deque()
-
-    def take(self, make: Callable[[], Any]) -> Any:
-        """A free wrapper, or a new one."""
-        with self._lock:
-            for _ in range(len(self._free)):
-                wrapper, copied = self._free.popleft()
-                if copied is None or copied.query():
-                    return wrapper
-                self._free.append((wrapper, copied))
-        return make()
-
-    def lend(self, wrapper: Any, borrower: object, copied: torch.cuda.Event | None) -> None:
-        """Take the wrapper back once the borrower is gone."""
-        weakref.finalize(borrower, self._free.append, (wrapper, copied)).atexit = False
-
-
 @functools.cache
-def _pool(device: torch.device, kernels: str, sinks: tuple[torch.dtype, bool] | None) -> _Pool:
+def _pool(
+    device: torch.device, kernels: str, sinks: tuple[torch.dtype, bool] | None
+) -> WrapperPool:
     """The wrappers of a device and a set of kernels.
 
     A wrapper for sinks is made for one dtype, with a window or without.
     """
-    return _Pool()
+    return WrapperPool()
 
 
 @dataclass(frozen=True)
@@ -327,7 +284,7 @@ class FlashInferGraph:
         rows = _mask_rows_without_keys(batch, _count_rows_without_keys(batch, self._spec))
         self._has_no_keys.copy_(rows, non_blocking=True)
         _plan(self.call.wrapper, self._spec, batch, self._device)
-        self._copied = _record_event(self._device)
+        self._copied = record_event(self._device)
 
 
 def _planned_call(
@@ -348,7 +305,7 @@ def _planned_call(
     pool = _pool(device, kernels, sinks)
     call.wrapper = pool.take(lambda: _make_wrapper(spec, device, kernels))
     _plan(call.wrapper, spec, batch, device)
-    pool.lend(call.wrapper, call, _record_event(device))
+    pool.lend(call.wrapper, call, record_event(device))
     return call
 
 

@@ -51,7 +51,7 @@ DECODES = {"query_lens": (1, 1, 1), "seq_lens": (19, 40, 2)}
 @pytest.fixture(autouse=True)
 def installed(monkeypatch, request):
     """FlashInfer itself on a GPU, else the fake; no wrapper is left from another test."""
-    for cached in (flashinfer_plan._pool, flashinfer_plan._workspace):
+    for cached in (flashinfer_plan._pool, flashinfer_plan.workspace):
         cached.cache_clear()
     fake.MADE.clear()
     fake.COMPILED.clear()
@@ -270,7 +270,7 @@ def test_a_wrapper_is_reused_after_its_plan_is_dropped():
 
 def test_a_wrapper_is_not_reused_before_its_plan_is_copied(monkeypatch):
     copied = SimpleNamespace(query=lambda: False)
-    monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: copied)
+    monkeypatch.setattr(flashinfer_plan, "record_event", lambda device: copied)
     for number in (1, 2):
         run(step_of({}, DECODES))
         gc.collect()
@@ -372,7 +372,7 @@ def test_a_replay_plans_into_the_captured_buffers(fields, size, monkeypatch):
 def test_a_replay_waits_until_the_last_plan_is_copied(monkeypatch):
     waited = []
     event = SimpleNamespace(synchronize=lambda: waited.append(True))
-    monkeypatch.setattr(flashinfer_plan, "_record_event", lambda device: event)
+    monkeypatch.setattr(flashinfer_plan, "record_event", lambda device: event)
     spec = spec_of(cuda_graph=True)
     state = state_of(spec, 4)
     captured = state.graph_capture_get_metadata_for_batch(4)

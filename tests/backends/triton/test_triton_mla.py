@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, UnsupportedError, resolve
 from attn_dispatch.interface.graphs import CommonAttentionState
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
+from attn_dispatch.platforms.libraries import Library
 from attn_dispatch.selection.resolve import explained_device
 from support.cases import FP8
 from support.mla_cases import MLAStep
@@ -308,8 +310,10 @@ def test_what_is_not_declared_is_rejected(fields, reason):
 
 @pytest.mark.parametrize("device", ["A100", "H200", "MI300X", "gfx1100"])
 def test_it_is_selected_for_latents_on_gpus(device):
+    """Where no other package is installed."""
+    profile = KNOWN_DEVICES[explained_device(device).arch].with_libraries(Library("triton", "3.6"))
     for spec in (mla_layer(), mla_layer(num_heads=128, kv_cache_dtype="fp8_e4m3")):
-        assert resolve(spec, explained_device(device)).name == "TRITON_MLA"
+        assert resolve(spec, profile).name == "TRITON_MLA"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""FLASHMLA: DeepSeek's kernels for multi-head latent attention."""
