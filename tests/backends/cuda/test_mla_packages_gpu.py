@@ -1,4 +1,4 @@
-"""FLASH_ATTN_MLA, FLASHMLA and FLASHINFER_MLA on a GPU, with the installed packages."""
+"""The backends for latents on a GPU, with the installed packages."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ pytest.importorskip("triton", minversion="3.6")
 from attn_dispatch.backends.cuda.flash_attn.mla import FlashAttnMLABackend
 from attn_dispatch.backends.cuda.flashinfer.mla import FlashInferMLABackend
 from attn_dispatch.backends.cuda.flashmla.backend import FlashMLABackend
+from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
+from attn_dispatch.backends.triton.mla import TritonMLABackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,25 +29,28 @@ pytestmark = [
 ]
 
 DIMS = MLADims(kv_lora_rank=512, qk_nope_head_dim=16, qk_rope_head_dim=64, v_head_dim=16)
-#: (backend, the package that it is to use; None for FlashInfer, which has one)
+#: (backend, the package that it is to use, or the module of one that has no choice)
 PACKAGES = [
     *((cls, each) for cls in (FlashAttnMLABackend, FlashMLABackend) for each in cls.packages),
-    (FlashInferMLABackend, None),
+    (FlashInferMLABackend, "flashinfer.mla"),
+    (HopperMLABackend, "triton.experimental.gluon.language.nvidia.hopper"),
+    (TritonMLABackend, "triton"),
 ]
 
 
-@pytest.fixture(params=PACKAGES, ids=lambda pair: getattr(pair[1], "name", "FlashInfer"))
+@pytest.fixture(params=PACKAGES, ids=lambda pair: getattr(pair[1], "name", pair[0].name))
 def backend(request, monkeypatch):
     """A backend with only this package, which must be installed here."""
     cls, package = request.param
     if not any(match.matches(detect_device("cuda")) for match in cls.capabilities.devices):
         pytest.skip("it is not for this GPU")
-    for module in package.imports if package else ("flashinfer.mla",):
+    has_choice = not isinstance(package, str)
+    for module in package.imports if has_choice else (package,):
         try:
             importlib.import_module(module)
         except (ImportError, OSError) as error:
             pytest.skip(f"{module}: {error}")
-    if package is not None:
+    if has_choice:
         monkeypatch.setattr(cls, "packages", (package,))
     return cls
 
