@@ -15,6 +15,7 @@ import torch
 
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, DecodeLaunches
+from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.mla import TritonMLABackend
@@ -265,6 +266,21 @@ LATENTS = (
         archs=("sm80", "sm90", "gfx90a", "gfx1201"),
     ),
     Case(
+        name="Hopper, MLA, all features",
+        fields={
+            "mla": _DEEPSEEK,
+            "num_heads": 40,
+            "dtype": torch.float16,
+            "block_size": 64,
+            "sliding_window": 99,
+            "logits_soft_cap": 30.0,
+            "returns_lse": True,
+        },
+        lens=VERIFY,
+        archs=("sm90",),
+        only="hopper_mla",
+    ),
+    Case(
         name="MLA, many heads, lse",
         fields={"mla": _DEEPSEEK, "num_heads": 128, "returns_lse": True},
         lens=ONE,
@@ -431,13 +447,14 @@ def _launches_over_latents(case: Case, device: DeviceProfile) -> list[Launch]:
     mla = spec.mla
     assert mla is not None
     expands = spec.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    impl = TritonMLABackend.make_impl(
+    backend = HopperMLABackend if case.only == "hopper_mla" else TritonMLABackend
+    impl = backend.make_impl(
         spec,
         scale=0.1,
         mla=mla,
         kv_b_proj=torch.zeros(expands, mla.kv_lora_rank, dtype=spec.dtype),
     )
-    builder = TritonMLABackend.make_builder(spec, torch.device("cpu"))
+    builder = backend.make_builder(spec, torch.device("cpu"))
     builder.launches = Launches.of(spec, device)
     batch, num_blocks = _batch(case, spec)
     size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -449,7 +466,9 @@ def _launches_over_latents(case: Case, device: DeviceProfile) -> list[Launch]:
     with recorded() as launches, torch.inference_mode():
         impl.forward(KVScales(), query, *new, kv_cache, builder.build(batch))
     return [
-        dataclasses.replace(launch, cache=_cache_arguments(kv_cache, launch)) for launch in launches
+        dataclasses.replace(launch, cache=_cache_arguments(kv_cache, launch))
+        for launch in launches
+        if case.only in launch.name
     ]
 
 

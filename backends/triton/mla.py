@@ -63,6 +63,11 @@ class _LatentAttention(TritonImpl):
         """The queries are multiplied by this, and the kernels by the rest of the scale."""
         return self._query_factor
 
+    @property
+    def numbers(self) -> tuple[int, float, float, float]:
+        """The last arguments of every attention kernel: window, scale * log2(e) and so on."""
+        return self._numbers
+
 
 class TritonMLAImpl(AbsorbedMLAImpl[TritonMLAMetadata]):
     """Launches the decode kernel over latents."""

@@ -48,9 +48,7 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
 
     def build(self, batch: AttentionBatch) -> TritonMLAMetadata:
         """See AttentionMetadataBuilder.build."""
-        if batch.block_table is None:
-            raise InvalidInputError("Multi-head latent attention needs a block_table in the batch.")
-        check_int32(batch)
+        self._check(batch)
         metadata: TritonMLAMetadata = TritonMLAMetadata.of(
             batch, self, launches=self.launches, decode=None, prefill=None
         )
@@ -66,6 +64,11 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
                 metadata.decode = self._plan(decodes, len(decodes), 1, parts=INVARIANT_PARTS)
             metadata.whole = self._plan(others, len(others), 1, parts=1)
         return metadata
+
+    def _check(self, batch: AttentionBatch) -> None:
+        if batch.block_table is None:
+            raise InvalidInputError("Multi-head latent attention needs a block_table in the batch.")
+        check_int32(batch)
 
     def _plan(
         self, chosen: list[int] | None, num_reqs: int, longest: int, *, parts: int

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["BLOCK_M", "BLOCK_N", "DECODES", "DecodeConfig", "DecodeLaunch", "PrefillConfig"]
+__all__ = [
+    "BLOCK_M",
+    "BLOCK_N",
+    "DECODES",
+    "DecodeConfig",
+    "DecodeLaunch",
+    "MLAConfig",
+    "PrefillConfig",
+]
 
 #: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
 BLOCK_M = 128
@@ -80,6 +88,17 @@ class DecodeConfig(_Config):
     MIN_TILES: int
     HAS_REQUEST_LIST: bool
     LENGTHS_PER_LOAD: int = 128
+
+
+@dataclass(frozen=True)
+class MLAConfig(DecodeConfig):
+    """What the kernel for multi-head latent attention is compiled for.
+
+    Attributes:
+        BLOCK_N: KEYS, by the name that the prefill kernel has.
+    """
+
+    BLOCK_N: int = 64
 
 
 @dataclass(frozen=True)

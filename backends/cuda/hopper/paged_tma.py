@@ -81,8 +81,11 @@ class PageMatrix:
         return self.block_rows, self.head_rows, self.head_columns
 
     @classmethod
-    def of(cls, part: torch.Tensor) -> PageMatrix | None:
-        """The matrix of (num_blocks, block_size, num_kv_heads, head_size); see `PagedTma.of`."""
+    def of(cls, part: torch.Tensor, max_rows: int = _ROWS) -> PageMatrix | None:
+        """The matrix of (num_blocks, block_size, num_kv_heads, head_size); see `PagedTma.of`.
+
+        Boxes have at most max_rows rows.
+        """
         num_blocks, block_size, num_heads, size = part.shape
         width, steps = part.element_size(), part.stride()[:3]
         block, token, head = (0 if part.shape[dim] == 1 else steps[dim] for dim in range(3))
@@ -97,7 +100,7 @@ class PageMatrix:
         shape = (last + block_size, head_columns * (num_heads - 1) + size)
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
-        descriptor = tma_descriptor(part, shape, token, (math.gcd(block_size, _ROWS), _COLUMNS))
+        descriptor = tma_descriptor(part, shape, token, (math.gcd(block_size, max_rows), _COLUMNS))
         return cls(descriptor, block_rows, head_rows, head_columns)
 
 

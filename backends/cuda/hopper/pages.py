@@ -46,6 +46,14 @@ class Pages:
         return gl.load(table + at // CONFIG.BLOCK_SIZE)
 
     @gluon.jit
+    def row_of(self, blocks, p: gl.constexpr, first, CONFIG: gl.constexpr):
+        """The matrix row of the first head's box p of a tile."""
+        PAGE: gl.constexpr = self.desc.block_type.shape[0]
+        box = gl.arange(0, CONFIG.BLOCK_N // PAGE, _BLOCKS)
+        block = gl.sum(gl.where(box == p, blocks, 0), 0)
+        return block * self.block_rows + (first + p * PAGE) % CONFIG.BLOCK_SIZE
+
+    @gluon.jit
     def load(self, ring, n, blocks, first, kv_head, CONFIG: gl.constexpr):
         """Load a key tile as the ring's tile n.
 
@@ -57,12 +65,9 @@ class Pages:
         HALVES: gl.constexpr = CONFIG.D // _HALF
         ALL: gl.constexpr = ring.tiles.shape[0] * HALVES * PER_TILE
         boxes = reinterpret(ring.tiles, self.desc.dtype, [ALL, PAGE, _HALF], self.desc.layout)
-        p_idx = gl.arange(0, PER_TILE, _BLOCKS)
         stage = ring.acquire(n)
         for p in gl.static_range(PER_TILE):
-            block = gl.sum(gl.where(p_idx == p, blocks, 0), 0)
-            in_block = (first + p * PAGE) % CONFIG.BLOCK_SIZE
-            row = block * self.block_rows + kv_head * self.head_rows + in_block
+            row = self.row_of(blocks, p, first, CONFIG) + kv_head * self.head_rows
             for h in gl.static_range(HALVES):
                 load_tile(
                     self.desc,
