@@ -6,27 +6,36 @@ The oracle gets the keys and values that the cache holds, scales applied.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from attn_dispatch.bench.cases import Case
+from attn_dispatch.bench.implementations import LAYER
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.conformance import oracle
 from attn_dispatch.conformance.tolerance import allowance, distance
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
+
+#: Rows of an output, and their values by the oracle.
+_Expected = tuple[torch.Tensor, torch.Tensor]
 
 __all__ = ["AccuracyJudge", "exact_rows", "sample_of"]
 
 #: The sample: requests, rows of one, and rows of all requests together.
 _MAX_REQUESTS, _MAX_ROWS, _ALL_ROWS, _MIN_ROWS = 128, 256, 4096, 16
 
+#: The sample of a whole layer of latent attention, whose keys are expanded for each head.
+_LAYER_REQUESTS, _LAYER_ROWS = 8, 16
+
 #: Elements of the keys of some heads that are held at a time.
 _MAX_ELEMENTS = 1 << 25
 
 
-def sample_of(case: Case) -> dict[int, torch.Tensor]:
+def sample_of(
+    case: Case, max_requests: int = _MAX_REQUESTS, max_rows: int = _MAX_ROWS
+) -> dict[int, torch.Tensor]:
     """Request -> (num_rows,) int64, the rows of its query that are compared, on the host.
 
     Up to 128 requests, evenly spaced from the first to the last, and the longest. Of each as many
@@ -34,8 +43,8 @@ def sample_of(case: Case) -> dict[int, torch.Tensor]:
     """
     count = len(case.query_lens)
     longest = max(range(count), key=lambda request: case.seq_lens[request])
-    requests = sorted({longest, *_spaced(count, _MAX_REQUESTS).tolist()})
-    most = min(_MAX_ROWS, max(_MIN_ROWS, _ALL_ROWS // len(requests)))
+    requests = sorted({longest, *_spaced(count, max_requests).tolist()})
+    most = min(max_rows, max(_MIN_ROWS, _ALL_ROWS // len(requests)))
     return {request: _spaced(case.query_lens[request], most) for request in requests}
 
 
@@ -69,8 +78,10 @@ class AccuracyJudge:
         self.sampled_rows = sum(len(rows) for rows in sample.values())
         beyond_sdpa = case.alibi or case.sinks or case.logits_soft_cap is not None
         self.sdpa_error = 0.0
+        #: Of a whole layer of latent attention.
+        self._layer = None if case.mla is None else _LayerJudge(inputs)
         #: Rows of the output, and their values by the oracle.
-        self._expected: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._expected: list[_Expected] = []
         for request, rows in sample.items():
             expected = exact_rows(inputs, request, rows)
             self._expected.append(((rows + starts[request]).to(inputs.device), expected))
@@ -82,17 +93,106 @@ class AccuracyJudge:
         units = 2 if beyond_sdpa or case.is_quantized else 1
         self.allowed = allowance(case.torch_dtype, self.sdpa_error, units=units)
 
-    def error_of(self, output: torch.Tensor) -> float:
-        """The error of an output, (num_tokens, num_heads, head_size); infinite with a NaN in it.
+    def error_of(self, output: torch.Tensor, variant: str = "") -> float:
+        """The error of an output; infinite with a NaN in it, or if its shape is another.
 
         All of the output is searched for NaN and infinity, also rows that are not in the sample.
+
+        Args:
+            output: (num_tokens, num_heads, head_size); of latent attention, see
+                Implementation.prepare.
+            variant: of the implementation.
         """
-        if not bool(output.isfinite().all()):
-            return math.inf
-        return max(
-            distance(output[rows].double(), expected, cancelled=0.0)
-            for rows, expected in self._expected
-        )
+        judge = self if variant != LAYER or self._layer is None else self._layer
+        return _error_of(output, judge._expected)
+
+    def allowed_for(self, variant: str) -> float:
+        """The error that an output of this variant may have."""
+        return self._layer.allowed if variant == LAYER and self._layer else self.allowed
+
+
+class _LayerJudge:
+    """As AccuracyJudge, of a whole layer of latent attention.
+
+    What is expected is the expanded form in float64: each latent is multiplied by each head's
+    projections. PyTorch's error is that of the absorbed form in the case's dtype, which rounds the
+    absorbed queries and the mixed latents too.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        case = inputs.case
+        starts = inputs.batch.query_start_list
+        own_error = 0.0
+        self._expected: list[_Expected] = []
+        for request, rows in sample_of(case, _LAYER_REQUESTS, _LAYER_ROWS).items():
+            expected = _expanded_rows(inputs, request, rows)
+            own = distance(_absorbed_rows(inputs, request, rows).double(), expected, cancelled=0.0)
+            if math.isfinite(own):
+                own_error = max(own_error, own)
+            self._expected.append(((rows + starts[request]).to(inputs.device), expected))
+        units = 2 if case.is_quantized else 1
+        self.allowed = allowance(case.torch_dtype, own_error, units=units)
+
+
+def _error_of(output: torch.Tensor, rows_and_values: Sequence[_Expected]) -> float:
+    if any(output.shape[1:] != values.shape[1:] for _, values in rows_and_values):
+        return math.inf
+    if not bool(output.isfinite().all()):
+        return math.inf
+    return max(
+        distance(output[rows].double(), expected, cancelled=0.0)
+        for rows, expected in rows_and_values
+    )
+
+
+def _projections(inputs: Inputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_UK (num_heads, qk_nope_head_dim, rank) and W_UV (num_heads, v_head_dim, rank)."""
+    case, dims, latent = inputs.case, inputs.case.mla_dims, inputs.latent
+    assert dims is not None
+    assert latent is not None
+    both = latent.kv_b_proj.to(dtype).view(case.num_heads, -1, dims.kv_lora_rank)
+    up_k, up_v = both.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)
+    return up_k, up_v
+
+
+def _expanded_rows(inputs: Inputs, request: int, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a request by the expanded form in float64.
+
+    Returns:
+        (num_rows, num_heads, v_head_dim) float64, on the inputs' device.
+    """
+    case, dims, latent = inputs.case, inputs.case.mla_dims, inputs.latent
+    assert dims is not None
+    assert latent is not None
+    num_keys = case.seq_lens[request]
+    whole = (slice(0, num_keys), slice(None), torch.float64)
+    entries = inputs.keys_and_values(request, *whole)[0][:, 0]
+    latents, rotated = entries.split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
+    up_k, up_v = _projections(inputs, torch.float64)
+    own = (rows + inputs.batch.query_start_list[request]).to(inputs.device)
+    positions = (rows + num_keys - case.query_lens[request]).to(inputs.device)
+    seen = oracle.sees(positions, num_keys, causal=case.causal, window=case.sliding_window)
+    width = dims.qk_nope_head_dim + dims.qk_rope_head_dim
+    step = max(1, _MAX_ELEMENTS // (num_keys * width))
+    found = []
+    for start in range(0, case.num_heads, step):
+        heads = slice(start, start + step)
+        nope = torch.einsum("kr,hnr->khn", latents, up_k[heads])
+        keys = torch.cat([nope, rotated[:, None].expand(-1, nope.shape[1], -1)], -1)
+        values = torch.einsum("kr,hvr->khv", latents, up_v[heads])
+        output, _ = oracle.attention_of_request(
+            latent.query[own, heads], keys, values, scale=case.scale, seen=seen,
+            positions=positions, cap=case.logits_soft_cap,
+        )  # fmt: skip
+        found.append(output)
+    return torch.cat(found, 1)
+
+
+def _absorbed_rows(inputs: Inputs, request: int, rows: torch.Tensor) -> torch.Tensor:
+    """The same rows by the absorbed form, with PyTorch's own attention in the case's dtype."""
+    mixed = _sdpa_rows(inputs, request, rows)
+    up_v = _projections(inputs, mixed.dtype)[1]
+    return torch.bmm(mixed.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
 
 
 def _calls(

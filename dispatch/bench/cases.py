@@ -21,9 +21,19 @@ from attn_dispatch.interface.quantization import (
     kv_cache_torch_dtype,
     stored_head_size,
 )
-from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, KV_CACHE_DTYPES, AttentionSpec
+from attn_dispatch.interface.spec import (
+    ALIBI_SYMMETRIC,
+    KV_CACHE_DTYPES,
+    AttentionSpec,
+    MLADims,
+)
 from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.selection.timings.table import LAYER_FIELDS
+from attn_dispatch.selection.timings.table import (
+    LAYER_FIELDS,
+    MLA_FIELDS,
+    mla_of,
+    spec_of,
+)
 
 __all__ = [
     "DECODE_QUERY_LEN",
@@ -62,6 +72,9 @@ class Case:
         logits_soft_cap: cap of the scores, or None.
         alibi: False, True or "symmetric", as in AttentionSpec.
         sinks: whether the layer has them.
+        mla: of multi-head latent attention, MLADims in the order of its fields: kv_lora_rank,
+            qk_nope_head_dim, qk_rope_head_dim, v_head_dim; else None. The layer's other sizes are
+            those of the latent cache: one KV head, and kv_lora_rank + qk_rope_head_dim elements.
         kv_layout: one of KV_LAYOUTS, the layout of an engine's cache; None for ours.
     """
 
@@ -79,6 +92,7 @@ class Case:
     logits_soft_cap: float | None = None
     alibi: bool | str = False
     sinks: bool = False
+    mla: tuple[int, ...] | None = None
     kv_layout: str | None = None
 
     @property
@@ -111,7 +125,8 @@ class Case:
         """
         fresh = any(q == s for q, s in zip(self.query_lens, self.seq_lens, strict=True))
         is_exact = self.stored_dtype == self.torch_dtype
-        return self.has_kv_cache and self.causal and self.kind != "decode" and fresh and is_exact
+        is_paged = self.has_kv_cache and self.causal and self.mla is None
+        return is_paged and self.kind != "decode" and fresh and is_exact
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -133,9 +148,21 @@ class Case:
         return "prefill" if min(self.query_lens) > DECODE_QUERY_LEN else "mixed"
 
     @property
+    def mla_dims(self) -> MLADims | None:
+        """The sizes of multi-head latent attention, or None."""
+        return None if self.mla is None else mla_of(self.mla)
+
+    @property
+    def head_size_v(self) -> int:
+        """Elements of a value as attention over the cache sees it, and of its output."""
+        return self.head_size if self.mla is None else self.mla[0]
+
+    @property
     def scale(self) -> float:
-        """Factor on the scores."""
-        return float(self.head_size**-0.5)
+        """Factor on the scores: of latent attention, by the size of the expanded keys."""
+        dims = self.mla_dims
+        size = self.head_size if dims is None else dims.qk_nope_head_dim + dims.qk_rope_head_dim
+        return float(size**-0.5)
 
     @property
     def num_tokens(self) -> int:
@@ -147,7 +174,7 @@ class Case:
         fields = {name: getattr(self, name) for name in LAYER_FIELDS} | {"dtype": self.torch_dtype}
         if not self.has_kv_cache:
             fields |= {"kv_cache_dtype": "auto", "block_size": None}
-        spec = AttentionSpec(**fields)
+        spec = spec_of(fields)
         return spec if self.kv_layout is None else with_kv_layout(spec, self.kv_layout)
 
     def key_ranges(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -168,20 +195,36 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of both products, for only the visible pairs."""
+        """Multiplications and additions of both products, for only the visible pairs.
+
+        Of latent attention, in absorbed form and without the projections.
+        """
         pairs = sum(int((end - first).clamp(min=0).sum()) for first, end in self.key_ranges())
-        return 4 * self.head_size * self.num_heads * pairs
+        return 2 * (self.head_size + self.head_size_v) * self.num_heads * pairs
 
     @property
     def bytes(self) -> int:
-        """The least traffic: keys and values that some query sees, queries and output, once."""
+        """The least traffic: keys and values that some query sees, queries and output, once.
+
+        A latent is key and value in one.
+        """
         seen = sum(max(0, int(end.max()) - int(first.min())) for first, end in self.key_ranges())
-        queries = 2 * self.num_tokens * self.num_heads * self.head_size
         row_bytes = self.head_size * self.stored_dtype.itemsize
         if has_token_scales(self.stored_dtype):
             row_bytes += torch.float32.itemsize
-        keys = 2 * seen * self.num_kv_heads * row_bytes
-        return queries * self.torch_dtype.itemsize + keys
+        keys = self._tensors * seen * self.num_kv_heads * row_bytes
+        return self._query_bytes + keys
+
+    @property
+    def _tensors(self) -> int:
+        """Rows of the cache for each token and KV head: a key and a value, or a latent."""
+        return 2 if self.mla is None else 1
+
+    @property
+    def _query_bytes(self) -> int:
+        """Of the queries and the output."""
+        sizes = self.head_size + self.head_size_v
+        return self.num_tokens * self.num_heads * sizes * self.torch_dtype.itemsize
 
     @property
     def bytes_held(self) -> int:
@@ -191,8 +234,7 @@ class Case:
             keys = sum(-(-n // self.block_size) for n in self.seq_lens) * self.block_size
             keys *= 1 if self.kv_layout is None else LAYERS
         row = stored_head_size(self.kv_cache_dtype, self.head_size) * self.stored_dtype.itemsize
-        queries = 2 * self.num_tokens * self.num_heads * self.head_size
-        return 2 * keys * self.num_kv_heads * row + queries * self.torch_dtype.itemsize
+        return self._tensors * keys * self.num_kv_heads * row + self._query_bytes
 
     def asdict(self) -> dict[str, Any]:
         """The case in the form of the file."""
@@ -295,6 +337,13 @@ def _check_lens(key: str, value: Any) -> None:
         _check_int(f"a length in {key}", each)
 
 
+def _check_mla(key: str, value: Any) -> None:
+    if not isinstance(value, list) or len(value) != len(MLA_FIELDS):
+        raise InvalidInputError(f"{key}={shown(value)} is not a list of {', '.join(MLA_FIELDS)}.")
+    for name, each in zip(MLA_FIELDS, value, strict=True):
+        _check_int(f"{key}: {name}", each)
+
+
 def _check_number(key: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
@@ -330,6 +379,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "logits_soft_cap": _or_null(_check_number),
     "alibi": _one_of(True, False, ALIBI_SYMMETRIC),
     "sinks": _one_of(True, False),
+    "mla": _or_null(_check_mla),
     "kv_layout": _or_null(lambda key, value: kv_layout_named(value)),
 }
 

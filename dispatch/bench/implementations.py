@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.backends.mla_absorbed import AbsorbedMLAImpl
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.errors import UnknownBackendError
@@ -21,6 +22,8 @@ from attn_dispatch.selection.selector import decide
 from attn_dispatch.selection.timings.policy import split_route
 
 __all__ = [
+    "LATENTS",
+    "LAYER",
     "BackendImplementation",
     "Call",
     "Implementation",
@@ -30,6 +33,10 @@ __all__ = [
 ]
 
 Call = Callable[[], torch.Tensor]
+
+#: Variants of latent attention: attention of absorbed queries over the cached latents, which is
+#: what other packages compute; and the whole layer, with the projections before and after.
+LATENTS, LAYER = "latents", "layer"
 
 
 class Implementation(ABC):
@@ -56,7 +63,8 @@ class Implementation(ABC):
         """Do what an engine does once per batch.
 
         Returns:
-            A call that returns the output, (num_tokens, num_heads, head_size).
+            A call that returns the output, (num_tokens, num_heads, head_size). Of latent attention
+            it has kv_lora_rank elements for a head, or with the variant LAYER v_head_dim.
         """
 
 
@@ -66,27 +74,43 @@ class BackendImplementation(Implementation):
     Args:
         name: the backend, or "PREFILL+DECODE": two that each compute their phase of a batch.
         device: of the benchmark.
+        whole_layers: only time whole layers, as an engine calls them.
     """
 
     kind = "backend"
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self._device = name, device
+    def __init__(self, name: str, device: torch.device, *, whole_layers: bool = False) -> None:
+        self.name, self._device, self._whole_layers = name, device, whole_layers
 
     def supports(self, case: Case) -> str | None:
         """The reasons of selection; two backends are given only if they compute the case."""
         if "+" in self.name:
-            return None
+            is_latent = case.mla is not None
+            return "latent attention is not split between two backends here" if is_latent else None
         return "; ".join(map(str, verdicts_of(case, self._device)[self.name].reasons)) or None
+
+    def variants(self, case: Case) -> Sequence[str]:
+        """Of latent attention, LATENTS if the backend has the absorbed form, and LAYER."""
+        if case.mla is None:
+            return ("",)
+        if self._whole_layers:
+            return (LAYER,)
+        is_absorbed = issubclass(class_of(self.name).get_impl_cls(), AbsorbedMLAImpl)
+        return (LATENTS, LAYER) if is_absorbed else (LAYER,)
 
     def prepare(self, inputs: Inputs, variant: str = "") -> Call:
         """The forward over metadata that is built once."""
-        spec, output = inputs.spec, inputs.empty_output()
+        spec, output = inputs.spec, inputs.empty_layer_output()
         routes = split_route(self.name) if "+" in self.name else (self.name,)
         classes = {phase: class_of(name) for phase, name in zip(Phase, routes, strict=False)}
-        features = {
+        features: dict[str, Any] = {
             "scale": inputs.case.scale, "alibi_slopes": inputs.slopes, "sinks": inputs.sinks
         }  # fmt: skip
+        latent = inputs.latent
+        new: tuple[Any, ...] = (inputs.query, inputs.key, inputs.value)
+        if latent is not None:
+            features |= {"mla": inputs.case.mla_dims, "kv_b_proj": latent.kv_b_proj}
+            new = (latent.query.flatten(1), latent.kv_c, latent.k_pe)
         impls = {phase: cls.make_impl(spec, **features) for phase, cls in classes.items()}
         builders = {p: cls.make_builder(spec, inputs.device) for p, cls in classes.items()}
         impl: Any = impls[Phase.PREFILL]
@@ -94,13 +118,28 @@ class BackendImplementation(Implementation):
         if len(routes) > 1:
             impl, builder = RoutedImpl(impls, classes), RoutedBuilder(builders)
         metadata = builder.build(inputs.batch)
-        arguments = (inputs.query, inputs.key, inputs.value, inputs.kv_cache, metadata, output)
+        if variant == LATENTS:
+            return _over_latents(impl, inputs, metadata)
+        arguments = (*new, inputs.kv_cache, metadata, output)
 
         def call() -> torch.Tensor:
             impl.forward(inputs.layer, *arguments)
             return output
 
         return call
+
+
+def _over_latents(impl: AbsorbedMLAImpl[Any], inputs: Inputs, metadata: Any) -> Call:
+    """Attention of the absorbed queries over the cache."""
+    assert inputs.latent is not None
+    impl._check_latents(inputs.layer, inputs.latent.query, inputs.kv_cache, metadata)
+    query = inputs.query * impl._query_factor
+
+    def call() -> torch.Tensor:
+        mixed, _ = impl._attend_latents(inputs.layer, query, inputs.kv_cache, metadata)
+        return mixed
+
+    return call
 
 
 def class_of(name: str) -> type[AttentionBackend]:

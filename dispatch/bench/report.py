@@ -8,11 +8,13 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_dispatch.bench.implementations import LAYER
 from attn_dispatch.bench.roofline import Ceilings
 from attn_dispatch.bench.runner import CaseResult, Row
 from attn_dispatch.platforms.detect import detect_device
@@ -156,9 +158,7 @@ def _add_rows(table: Table, result: CaseResult, ceilings: Ceilings) -> None:
         table.add_row("  skipped", *["-"] * 6)
         return
     styles = {"ok": "", "refused": "dim", "wrong": "red", "error": "red"}
-    for name in result.names:
-        row = result.best(name)
-        assert row is not None
+    for row in _listed(result):
         label = _name_of(row) if row.status == "ok" else row.name
         table.add_row(f"  {label}", *_cells(result, row, ceilings), style=styles[row.status])
     picked = result.best(result.picked_row)
@@ -167,6 +167,16 @@ def _add_rows(table: Table, result: CaseResult, ceilings: Ceilings) -> None:
     else:
         style = styles[picked.status] or "green"
         table.add_row(f"  picked: {picked.name}", *_cells(result, picked, ceilings), style=style)
+
+
+def _listed(result: CaseResult) -> Iterator[Row]:
+    """The fastest variant of each implementation; of latent attention also a backend's layer."""
+    for name in result.names:
+        row = result.best(name)
+        assert row is not None
+        yield row
+        own = (each for each in result.rows if each.name == name and each.variant == LAYER)
+        yield from (each for each in own if each is not row)
 
 
 def _name_of(row: Row) -> str:

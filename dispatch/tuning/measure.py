@@ -39,6 +39,7 @@ from attn_dispatch.selection.timings.table import (
     Point,
     Table,
     layer_key,
+    spec_of,
     totals_of,
 )
 
@@ -150,8 +151,11 @@ class Task:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """Everything that is timed: in a mixed step also pairs of backends that split it."""
-        if self.place[0] is not BatchKind.MIXED:
+        """Everything that is timed: in a mixed step also pairs of backends that split it.
+
+        Pairs for latent attention are left out: RoutedImpl takes queries, keys and values.
+        """
+        if self.place[0] is not BatchKind.MIXED or self.case.mla is not None:
             return self.names
         return self.names + tuple("+".join(pair) for pair in itertools.permutations(self.names, 2))
 
@@ -291,7 +295,10 @@ class Tuner:
         bench = Bench(
             self.device,
             backends=task.names,
-            peers=[BackendImplementation(entry, self.device) for entry in splits],
+            peers=[
+                BackendImplementation(entry, self.device, whole_layers=True) for entry in splits
+            ],
+            whole_layers=True,
             clock=clock,
             budget_s=_SECONDS,
             rounds=self.rounds,
@@ -389,4 +396,4 @@ _DTYPES = {str(each).removeprefix("torch."): each for each in (
 
 def _spec_of(key: LayerKey) -> AttentionSpec:
     fields = dict(zip(LAYER_FIELDS, key, strict=True))
-    return AttentionSpec(**fields | {"dtype": _DTYPES.get(fields["dtype"])})
+    return spec_of(fields | {"dtype": _DTYPES.get(fields["dtype"])})

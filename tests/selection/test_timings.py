@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from attn_dispatch import attention_backend, explain, resolve
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.cli import app
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import OneOf
 from attn_dispatch.interface.spec import AttentionSpec
@@ -37,15 +38,16 @@ from attn_dispatch.selection.timings.policy import (
     compare_points,
     routes_of,
 )
-from attn_dispatch.selection.timings.reader import read_table
+from attn_dispatch.selection.timings.reader import parse_table, read_table
 from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
     BatchKind,
     bucket_of,
     layer_key,
+    spec_of,
     totals_of,
 )
-from support.selection import Forbidden, layer, make_backend, mla_layer, registered
+from support.selection import DEEPSEEK, Forbidden, layer, make_backend, mla_layer, registered
 from support.timing_tables import FAST_REFERENCE, in_force, point, table_of, times_of
 
 SPEC = layer(dtype=torch.float32)
@@ -123,7 +125,31 @@ def test_buckets_are_powers_of_two_of_averages():
 )
 def test_unmeasured_features_have_no_key(change):
     assert layer_key(layer(**change)) is None
-    assert layer_key(mla_layer()) is None
+    if not {"head_size_v", "kv_scales"} & set(change):
+        assert layer_key(mla_layer(**change)) is None
+
+
+def test_the_key_of_latent_attention_has_its_sizes():
+    key = layer_key(mla_layer())
+    assert key[-1] == (512, 128, 64, 128)
+    assert layer_key(mla_layer(cuda_graph=True)) == key
+    narrow = dataclasses.replace(DEEPSEEK, v_head_dim=64)
+    assert layer_key(mla_layer(mla=narrow)) not in (None, key)
+    assert spec_of(dict(zip(LAYER_FIELDS, key, strict=True)) | {"dtype": torch.bfloat16}) == (
+        mla_layer()
+    )
+
+
+def test_a_table_states_latent_attention_by_its_sizes():
+    table = table_of({layer(): FAST_REFERENCE, mla_layer(): FAST_REFERENCE})
+    data = json.loads(json.dumps(table.asdict()))
+    assert [each["layer"].get("mla") for each in data["layers"]] == [None, [512, 128, 64, 128]]
+    assert "mla" not in data["layers"][0]["layer"]  # as in tables of earlier versions
+    assert list(parse_table(data, "x").layers) == [layer_key(layer()), layer_key(mla_layer())]
+    for wrong in ([512, 128, 64], [512, 128, 64, 0], "512", [512, 128, 64, 128, 1]):
+        data["layers"][1]["layer"]["mla"] = wrong
+        with pytest.raises(InvalidInputError, match=r"layers\[1\].layer.mla"):
+            parse_table(data, "x")
 
 
 def test_the_key_of_a_layer_has_the_fields_that_change_its_time():

@@ -10,6 +10,7 @@ import pytest
 from attn_dispatch.bench.accuracy import AccuracyJudge
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.peers import registry
+from attn_dispatch.bench.peers.mla import MLA_PEERS
 from support.bench_cases import CPU, FEATURES, case
 from support.fake_peers import (
     install_flash_attn_2,
@@ -88,10 +89,14 @@ PEERS = {
 }
 
 
+#: The peers for dense attention, except PyTorch's.
+DENSE = [p for p in registry.PEERS if p not in (*MLA_PEERS, registry.TorchVarlen)]
+
+
 @pytest.fixture
 def no_peers(monkeypatch):
     """None of the peers can be imported, whatever is installed."""
-    for name in ("flash_attn", "flash_attn_interface", "flashinfer", "vllm"):
+    for name in ("flash_attn", "flash_attn_interface", "flashinfer", "flash_mla", "vllm"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -122,7 +127,7 @@ def test_peer_passes_the_arguments_of_its_function(name, monkeypatch):
     assert found == computed
 
 
-@pytest.mark.parametrize("cls", registry.PEERS[:-1])
+@pytest.mark.parametrize("cls", DENSE)
 def test_peer_gives_the_reason_for_a_cache_that_it_does_not_read(cls):
     peer = cls()
     peer.provider = "vllm.vllm_flash_attn"
@@ -132,9 +137,9 @@ def test_peer_gives_the_reason_for_a_cache_that_it_does_not_read(cls):
 
 
 @pytest.mark.usefixtures("no_peers")
-@pytest.mark.parametrize("cls", registry.PEERS[:-1])
+@pytest.mark.parametrize("cls", [*DENSE, *MLA_PEERS])
 def test_missing_peer_names_the_missing_module(cls):
-    with pytest.raises(registry.PeerMissing, match=r"flash_attn|flashinfer|vllm"):
+    with pytest.raises(registry.PeerMissing, match=r"flash_attn|flashinfer|flash_mla|vllm"):
         cls().load()
 
 

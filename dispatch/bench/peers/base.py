@@ -86,6 +86,7 @@ def _version_of(module_name: str) -> str:
 def refusal_of(case: Case, *computes: str) -> str | None:
     """The reason why a peer that computes only these features does not compute the case."""
     asked = {
+        "multi-head latent attention": case.mla is not None,
         "alibi": bool(case.alibi),
         "symmetric alibi": case.alibi == "symmetric" and not case.causal,
         "sinks": case.sinks,

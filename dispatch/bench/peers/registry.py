@@ -31,6 +31,7 @@ from attn_dispatch.bench.peers.flash_attention import (
     FlashAttention4,
 )
 from attn_dispatch.bench.peers.flashinfer import FlashInfer
+from attn_dispatch.bench.peers.mla import MLA_PEERS
 from attn_dispatch.interface.kv_view import keys_and_values
 
 __all__ = ["PEERS", "Peer", "PeerMissing", "TorchVarlen", "VllmTriton"]
@@ -155,4 +156,5 @@ PEERS: tuple[type[Peer], ...] = (
     FlashInfer,
     VllmTriton,
     TorchVarlen,
+    *MLA_PEERS,
 )

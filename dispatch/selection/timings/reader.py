@@ -17,6 +17,7 @@ from attn_dispatch.files import parse_json, read_file
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC
 from attn_dispatch.selection.timings.table import (
     LAYER_FIELDS,
+    MLA_FIELDS,
     VERSION,
     BatchKind,
     LayerKey,
@@ -32,6 +33,9 @@ __all__ = ["parse_table", "parse_text", "read_table"]
 _MAX_BYTES = 4 << 20
 _MAX_LAYERS, _MAX_POINTS, _MAX_NAMES = 256, 1024, 64
 _MAX_COUNT, _MAX_US, _MAX_TEXT = 1 << 40, 1e10, 256
+
+#: The keys of a layer that every file has; only layers of latent attention have `mla`.
+_LAYER_KEYS = tuple(name for name in LAYER_FIELDS if name != "mla")
 
 
 def read_table(path: Path, origin: str | None = None) -> Table:
@@ -102,7 +106,7 @@ def _parse(data: Any, origin: str) -> Table:
 
 
 def _layer(data: Any, where: str) -> LayerKey:
-    fields = _object(data, where, LAYER_FIELDS)
+    fields = {"mla": None, **_object(data, where, _LAYER_KEYS, ("mla",))}
     for name in ("num_heads", "num_kv_heads", "head_size"):
         _count(fields[name], f"{where}.{name}", 1)
     for name in ("block_size", "sliding_window"):
@@ -116,6 +120,11 @@ def _layer(data: Any, where: str) -> LayerKey:
         raise _Flaw(f"{where}.sinks is not true or false")
     if not isinstance(fields["alibi"], bool) and fields["alibi"] != ALIBI_SYMMETRIC:
         raise _Flaw(f"{where}.alibi is not true, false or {ALIBI_SYMMETRIC!r}")
+    if fields["mla"] is not None:
+        sizes = _list(fields["mla"], f"{where}.mla", len(MLA_FIELDS))
+        if len(sizes) != len(MLA_FIELDS):
+            raise _Flaw(f"{where}.mla is not a list of {', '.join(MLA_FIELDS)}")
+        fields["mla"] = tuple(_count(each, f"{where}.mla", 1) for each in sizes)
     return tuple(fields[name] for name in LAYER_FIELDS)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from attn_dispatch.interface.batch import AttentionBatch, BatchTotals
-from attn_dispatch.interface.spec import AttentionSpec, plain_value
+from attn_dispatch.interface.spec import AttentionSpec, MLADims, plain_value
 from attn_dispatch.interface.types import AttentionType, Phase
 
 __all__ = [
     "LAYER_FIELDS",
+    "MLA_FIELDS",
     "VERSION",
     "Bucket",
     "LayerKey",
@@ -24,6 +25,8 @@ __all__ = [
     "Table",
     "bucket_of",
     "layer_key",
+    "mla_of",
+    "spec_of",
     "step_of",
     "totals_of",
 ]
@@ -107,9 +110,13 @@ LAYER_FIELDS = (
     "logits_soft_cap",
     "alibi",
     "sinks",
+    "mla",
 )
 
-#: The values of LAYER_FIELDS, dtypes by name.
+#: The sizes of multi-head latent attention, in the order of a case and of a table.
+MLA_FIELDS = tuple(each.name for each in dataclasses.fields(MLADims))
+
+#: The values of LAYER_FIELDS: dtypes by name, MLADims as a tuple of its fields.
 LayerKey = tuple[Any, ...]
 
 #: Fields that decide which backends support a layer, but not which of them is fastest.
@@ -125,10 +132,9 @@ _WITHOUT_EFFECT = {
 def layer_key(spec: AttentionSpec) -> LayerKey | None:
     """The key of a layer in tables; None if no table has such layers.
 
-    That is so if a field outside of LAYER_FIELDS changes the work (latent attention, masks, a
-    quantized output), if the cache is HND or not aligned, which is not measured, and with
-    batch_invariant: a choice by the batch's size would make a request's bits depend on the rest of
-    the batch.
+    That is so if a field outside of LAYER_FIELDS changes the work (masks, a quantized output), if
+    the cache is HND or not aligned, which is not measured, and with batch_invariant: a choice by
+    the batch's size would make a request's bits depend on the rest of the batch.
     """
     if spec.kv_cache_layout == "HND":
         return None
@@ -137,12 +143,31 @@ def layer_key(spec: AttentionSpec) -> LayerKey | None:
     if AttentionType(spec.attn_type).has_kv_cache and spec.block_size is None:
         return None
     fields = {name: getattr(spec, name) for name in LAYER_FIELDS}
-    if AttentionSpec(**fields) != spec.replace(**_WITHOUT_EFFECT):
+    fields["mla"] = None if spec.mla is None else dataclasses.astuple(spec.mla)
+    if spec_of(fields) != spec.replace(**_WITHOUT_EFFECT):
         return None
-    plain = {name: plain_value(value) for name, value in fields.items()}
+    plain = {n: value if n == "mla" else plain_value(value) for n, value in fields.items()}
     if plain["kv_cache_dtype"] == plain["dtype"]:
         plain["kv_cache_dtype"] = "auto"
     return tuple(plain.values())
+
+
+def mla_of(sizes: Sequence[int]) -> MLADims:
+    """MLADims from the values of MLA_FIELDS."""
+    return MLADims(**dict(zip(MLA_FIELDS, sizes, strict=True)))
+
+
+def spec_of(fields: Mapping[str, Any]) -> AttentionSpec:
+    """The layer with these values of LAYER_FIELDS, dtype a torch.dtype.
+
+    Raises:
+        InvalidInputError: they contradict each other.
+    """
+    sizes = fields["mla"]
+    if sizes is None:
+        return AttentionSpec(**fields)
+    mla = mla_of(sizes)
+    return AttentionSpec(**{**fields, "mla": mla, "head_size_v": mla.kv_lora_rank})
 
 
 @dataclass(frozen=True)
@@ -250,7 +275,7 @@ class Table:
             **self.machine.asdict(),
             "layers": [
                 {
-                    "layer": dict(zip(LAYER_FIELDS, key, strict=True)),
+                    "layer": _layer_as_dict(key),
                     **({"kernel_provider": dict(providers)} if providers else {}),
                     "points": [point.asdict() for point in times.points],
                 }
@@ -258,3 +283,10 @@ class Table:
                 for providers in [times.kernel_provider]
             ],
         }
+
+
+def _layer_as_dict(key: LayerKey) -> dict[str, Any]:
+    """A layer in the form of the file, where only latent attention has `mla`."""
+    fields = dict(zip(LAYER_FIELDS, key, strict=True))
+    mla = fields.pop("mla")
+    return fields if mla is None else {**fields, "mla": list(mla)}
