@@ -131,6 +131,7 @@ class HopperImpl(TritonImpl):
             descriptors = plan.describe(source, block_n)
         else:
             table, keys, values = batch.block_table, pages.keys, pages.values
+            assert table is not None
             descriptors = keys.descriptor, values.descriptor
             steps = (table.stride(0), *keys.steps, *values.steps)
         new = descriptors
