@@ -15,12 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from attn_dispatch.backends.cuda.hopper.epilogue import Output, Parts
+from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, tanh
 from attn_dispatch.backends.cuda.hopper.stream_k import IterationSpace
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
@@ -45,18 +45,6 @@ _COUNTS = (
     "num_reqs all_reqs num_rows table_stride window k_block_rows k_head_rows k_head_columns "
     "v_block_rows v_head_rows v_head_columns"
 ).split()
-
-
-@aggregate
-class _Pages:
-    """Keys or values as a matrix, and how many rows or columns of it lie between its parts."""
-
-    desc: tma.tensor_descriptor
-    block_table_ptr: gl.tensor
-    table_stride: gl.tensor
-    block_rows: gl.tensor
-    head_rows: gl.tensor
-    head_columns: gl.tensor
 
 
 @aggregate
@@ -117,7 +105,7 @@ def _load_pages(ring, n, pages, tile, work):
     HALVES: gl.constexpr = CONFIG.D // _HALF
     BOXES: gl.constexpr = ring.tiles.shape[0] * HALVES * PER_TILE
     boxes = reinterpret(ring.tiles, pages.desc.dtype, [BOXES, PAGE, _HALF], pages.desc.layout)
-    table = pages.block_table_ptr + work.request.to(gl.int64) * pages.table_stride
+    table = pages.table_of(work.request)
     kv_head = work.kv_head()
     stage = ring.acquire(n)
     for p in gl.static_range(PER_TILE):
@@ -308,10 +296,8 @@ def hopper_decode_kernel(
     space = IterationSpace(
         requests_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, CONFIG
     )
-    keys = _Pages(k_desc, block_table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
-    values = _Pages(
-        v_desc, block_table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns
-    )
+    keys = Pages(k_desc, block_table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
+    values = Pages(v_desc, block_table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG

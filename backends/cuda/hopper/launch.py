@@ -11,6 +11,7 @@ __all__ = [
     "DECODES",
     "DecodeConfig",
     "DecodeLaunch",
+    "MLA_COUNTERS",
     "MLAConfig",
     "PrefillConfig",
 ]
@@ -19,6 +20,9 @@ __all__ = [
 BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 128: 128, 256: 64}
+#: Counters of a program of the kernel for latents: parts that have arrived, and programs that have
+#: seen all of them, for the columns of each warp group.
+MLA_COUNTERS = 4
 #: The decode kernel's row tiles have at most this many rows; the portable kernel takes more.
 MAX_DECODE_ROWS = 32
 #: A batch with fewer KV heads for each SM, over all requests, has few.

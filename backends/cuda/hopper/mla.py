@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper.launch import MLAConfig
+from attn_dispatch.backends.cuda.hopper.launch import MLA_COUNTERS, MLAConfig
 from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix, page_problem, tma_descriptor
 from attn_dispatch.backends.triton.mla import TritonMLABackend, TritonMLAImpl
 from attn_dispatch.backends.triton.mla_plan import TritonMLABuilder, TritonMLAMetadata
@@ -29,8 +29,6 @@ __all__ = ["HopperMLABackend", "HopperMLABuilder", "HopperMLAImpl", "HopperMLAMe
 
 #: The sizes of the kernel: kv_lora_rank and qk_rope_head_dim, rows and keys of a tile.
 _LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 32
-#: Counters of a program.
-_COUNTERS = 4
 #: A program that works has at least this many key tiles.
 _MIN_TILES = 2
 
@@ -76,7 +74,7 @@ class HopperMLABuilder(TritonMLABuilder):
             out=floats[: slots * _ROWS * _LATENT],
             lse=floats[slots * _ROWS * _LATENT :],
             counters=torch.zeros(
-                _COUNTERS * self.launches.num_sms, dtype=torch.int32, device=self.device
+                MLA_COUNTERS * self.launches.num_sms, dtype=torch.int32, device=self.device
             ),
         )
         return metadata

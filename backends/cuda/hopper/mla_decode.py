@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
+from attn_dispatch.backends.cuda.hopper.launch import MLA_COUNTERS
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, tanh
 from attn_dispatch.backends.cuda.hopper.stream_k import IterationSpace
@@ -39,7 +40,7 @@ from attn_dispatch.backends.cuda.hopper.tma_ring import (
 )
 from attn_dispatch.backends.triton.launcher import METADATA
 
-__all__ = ["COUNTERS", "hopper_mla_kernel"]
+__all__ = ["hopper_mla_kernel"]
 
 _ROWS = gl.constexpr(64)
 _LATENT = gl.constexpr(512)
@@ -63,9 +64,7 @@ _merge_layout = gl.BlockedLayout([16, 2], [1, 32], [1, 4], [1, 0])
 _MERGE = gl.constexpr(_merge_layout)
 _BY_PAIR = gl.constexpr(gl.SliceLayout(1, _merge_layout))
 _BY_COLUMN = gl.constexpr(gl.SliceLayout(0, _merge_layout))
-#: Counters of a program: parts that have arrived, and programs that have seen all of them, for the
-#: columns of each warp group.
-COUNTERS = gl.constexpr(4)
+_COUNTERS = gl.constexpr(MLA_COUNTERS)
 
 #: Parameters whose values the compiled code does not depend on.
 _COUNTS = "num_reqs all_reqs num_rows table_stride window block_rows".split()
@@ -416,7 +415,7 @@ class _Parts:
 
     @gluon.jit
     def _counter(self, work, WHICH: gl.constexpr):
-        return self.counters_ptr + COUNTERS * work.first_program + 2 * WHICH
+        return self.counters_ptr + _COUNTERS * work.first_program + 2 * WHICH
 
     @gluon.jit
     def merge(self, work, program, output, WHICH: gl.constexpr):
@@ -516,7 +515,7 @@ def hopper_mla_kernel(
             a key tile, by 64 columns.
         out_ptr: (num_tokens, NUM_HEADS, 512), see the strides.
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
-        counters_ptr: COUNTERS * programs zeros, which are zero again afterwards.
+        counters_ptr: MLA_COUNTERS * programs zeros, which are zero again afterwards.
         block_rows: rows of the cache's matrix between one block and the next.
         CONFIG: an MLAConfig.
         Others: as for triton/kernels/decode.py.
