@@ -29,6 +29,7 @@ from attn_dispatch.interface.validation import (
     check_block_table,
     check_cache_tensor,
     check_no_grad,
+    check_output,
     check_slot_mapping,
 )
 
@@ -120,6 +121,36 @@ class ProjectingMLAImpl(MLAAttentionImpl[T]):
         given = hidden_states_or_cq
         query = given if self.q_proj is None else self.q_proj(given)
         return query.flatten(1) if query.dim() > 2 else query
+
+    def check_call(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+        output: torch.Tensor | None = None,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Check the arguments of `forward`, for a caller that gives it a batch in parts.
+
+        Args:
+            layer: as for `forward`, like the others.
+            query: (num_tokens, num_heads, qk_nope_head_dim + qk_rope_head_dim).
+            kv_c_normed, k_pe, kv_cache: as for `forward`.
+            batch: all of it.
+            output, output_scale, output_block_scale: as for `forward`.
+
+        Raises:
+            InvalidInputError: an argument does not fit.
+        """
+        flat = (each.flatten(1) if each.dim() > 2 else each for each in (query, k_pe))
+        flat_query, flat_rope = flat
+        self._check(layer, flat_query, kv_c_normed, flat_rope, kv_cache, batch)
+        shape = (len(query), self.num_heads, self.mla.v_head_dim)
+        check_output(shape, query, output, output_scale, output_block_scale)
 
     def _check(
         self,

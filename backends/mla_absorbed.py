@@ -20,6 +20,7 @@ from attn_dispatch.backends.mla import ProjectingMLAImpl
 from attn_dispatch.backends.reference.semantics import without_autocast
 from attn_dispatch.backends.triton.kv_writer import LatentCacheWriter
 from attn_dispatch.backends.triton.operands import on_tensor_device
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.metadata import T as MetadataT
@@ -104,6 +105,18 @@ class AbsorbedMLAImpl(ProjectingMLAImpl[MetadataT]):
             return output
         assert lse is not None  # by _attend_latents
         return output, lse
+
+    def write_kv(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: Any,
+        batch: AttentionBatch,
+    ) -> None:
+        """See MLAAttentionImpl.write_kv."""
+        rotated = value if value.dim() > 2 else value[:, None]
+        self._writer.write(layer, key[:, None], rotated, kv_cache, batch)
 
     @abstractmethod
     def _attend_latents(

@@ -46,6 +46,7 @@ _HOMES = {
     "runtime.kv_cache_plan": "KVCachePlan plan_kv_cache",
     "runtime.kv_regions": "KVRegion",
     "runtime.layer": "Attention",
+    "runtime.mla_layer": "MLAAttention",
     "selection.failure_record": "BackendFallbackWarning failures forget_failures",
     "selection.get_backend": "get_attn_backend",
     "selection.overrides": "attention_backend",

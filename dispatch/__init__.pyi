@@ -73,6 +73,7 @@ from attn_dispatch.runtime.kv_cache_plan import KVCachePlan as KVCachePlan
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache as plan_kv_cache
 from attn_dispatch.runtime.kv_regions import KVRegion as KVRegion
 from attn_dispatch.runtime.layer import Attention as Attention
+from attn_dispatch.runtime.mla_layer import MLAAttention as MLAAttention
 from attn_dispatch.selection.failure_record import BackendFallbackWarning as BackendFallbackWarning
 from attn_dispatch.selection.failure_record import failures as failures
 from attn_dispatch.selection.failure_record import forget_failures as forget_failures

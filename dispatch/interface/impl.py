@@ -13,7 +13,7 @@ import torch
 
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.kv_access import write_rows
+from attn_dispatch.interface.kv_access import write_mla_cache, write_rows
 from attn_dispatch.interface.kv_cache import split_token_scales
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadata, T
@@ -313,6 +313,26 @@ class MLAAttentionImpl(AttentionImpl[T]):
             output_scale: as in AttentionImpl.forward.
             output_block_scale: as in AttentionImpl.forward.
         """
+
+    def write_kv(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KVCache,
+        batch: AttentionBatch,
+    ) -> None:
+        """Store a batch's new latents and rotated key parts, `key` and `value`, as `forward` does.
+
+        Nothing is stored without slots, or for a layer that shares another's cache.
+        """
+        slots = batch.slot_mapping
+        if self.kv_sharing_target_layer_name is not None or slots is None:
+            return
+        assert isinstance(kv_cache, torch.Tensor)
+        rows = len(slots)
+        rotated = value.flatten(1) if value.dim() > 2 else value
+        write_mla_cache(key[:rows], rotated[:rows], kv_cache, slots, layer._k_scale)
 
 
 def get_kv_scales(layer: AttentionLayer, kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,14 +19,18 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.selection.registry import is_builtin
 
-__all__ = ["GuardedImpl", "InputsModified", "make_impl"]
+__all__ = ["FinalFailure", "GuardedImpl", "InputsModified", "make_impl"]
 
 #: Element size -> an integer whose bits are a NaN that no computation produces.
 _UNWRITTEN = {2: 0x7FD3, 4: 0x7FD3A5C1, 8: 0x7FFDA5C17FD3A5C1}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class InputsModified(BackendFailure):
+class FinalFailure(BackendFailure):
+    """A failure after which no other backend can serve the call."""
+
+
+class InputsModified(FinalFailure):
     """A backend modified its inputs and raised, so no other backend can serve the call."""
 
 

@@ -80,6 +80,8 @@ def bind_kv_caches(
 def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: KVCache) -> AttentionSpec:
     """A layer's spec with the cache's strides; and its block size and layout, if these are open."""
     check_kv_cache(f"The cache of layer {name!r}", kv_cache, meta=True)
+    if spec.mla is not None:
+        return _spec_with_latents(name, spec, kv_cache)
     sizes = [stored_head_size(spec.kv_cache_dtype, n) for n in (spec.head_size, spec.head_size_v)]
     shape = tuple(kv_cache.shape)
     blocks = "block_size" if spec.block_size is None else spec.block_size
@@ -96,18 +98,7 @@ def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: KVCache) -> Atten
             "plan over the layers' specs, and the layers with its block size or with "
             "block_size=None."
         )
-    wanted = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
-    either = spec.kv_cache_dtype == "fp8" and is_e4m3(kv_cache.dtype)
-    if kv_cache.dtype != wanted and not either:
-        raise InvalidInputError(
-            f"The cache of layer {name!r} is {kv_cache.dtype}; the layer takes {wanted} "
-            f"(kv_cache_dtype={spec.kv_cache_dtype!r})."
-        )
-    if not isinstance(kv_cache, KVCacheView) and overlaps_itself(kv_cache):
-        raise InvalidInputError(
-            f"The cache of layer {name!r} overlaps itself: shape {shape}, strides "
-            f"{kv_cache.stride()}. Make it by allocate_kv_cache."
-        )
+    _check_form(name, spec, kv_cache)
     strides = kv_strides_of(kv_cache)
     if spec.kv_strides not in (None, strides):
         raise InvalidInputError(
@@ -121,6 +112,42 @@ def _spec_with_cache(name: str, spec: AttentionSpec, kv_cache: KVCache) -> Atten
     if isinstance(kv_cache, torch.Tensor):
         layout = layout or layout_of(kv_cache)
     return spec.replace(block_size=shape[2], kv_cache_layout=layout)
+
+
+def _spec_with_latents(name: str, spec: AttentionSpec, kv_cache: KVCache) -> AttentionSpec:
+    """The same for a layer of latent attention."""
+    shape = tuple(kv_cache.shape)
+    blocks = "block_size" if spec.block_size is None else spec.block_size
+    if (
+        len(shape) != 3
+        or shape[2] != spec.head_size
+        or shape[1] < 1
+        or shape[1] != (spec.block_size or shape[1])
+    ):
+        raise InvalidInputError(
+            f"The cache of layer {name!r} has shape {shape}; the layer takes (num_blocks, "
+            f"{blocks}, {spec.head_size}), with kv_lora_rank + qk_rope_head_dim elements for each "
+            "token. Make the caches by a plan over the layers, and the layers with its block size "
+            "or with block_size=None."
+        )
+    _check_form(name, spec, kv_cache)
+    return spec if spec.block_size is not None else spec.replace(block_size=shape[1])
+
+
+def _check_form(name: str, spec: AttentionSpec, kv_cache: KVCache) -> None:
+    """Check a cache's element type, and that its entries do not overlap."""
+    wanted = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
+    either = spec.kv_cache_dtype == "fp8" and is_e4m3(kv_cache.dtype)
+    if kv_cache.dtype != wanted and not either:
+        raise InvalidInputError(
+            f"The cache of layer {name!r} is {kv_cache.dtype}; the layer takes {wanted} "
+            f"(kv_cache_dtype={spec.kv_cache_dtype!r})."
+        )
+    if not isinstance(kv_cache, KVCacheView) and overlaps_itself(kv_cache):
+        raise InvalidInputError(
+            f"The cache of layer {name!r} overlaps itself: shape {tuple(kv_cache.shape)}, strides "
+            f"{kv_cache.stride()}. Make it by allocate_kv_cache."
+        )
 
 
 def _layers_by_name(layers: object) -> dict[str, Attention]:

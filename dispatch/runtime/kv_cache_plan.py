@@ -47,6 +47,8 @@ class KVCachePlan:
         stride_orders: layer name -> the order of dimensions in memory.
         dtypes: layer name -> element type.
         shared: layer name -> the layer whose cache it reads.
+        workspace_bytes: the largest of the layers' MLAAttention.workspace_bytes; layers run one at
+            a time, and share it. 0 without such layers.
     """
 
     layout: str
@@ -56,6 +58,7 @@ class KVCachePlan:
     stride_orders: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
     shared: Mapping[str, str]
+    workspace_bytes: int = 0
 
     @property
     def bytes_per_block(self) -> int:
@@ -65,12 +68,13 @@ class KVCachePlan:
         )
 
     def num_blocks(self, memory_bytes: int) -> int:
-        """The number of blocks that fit into this much memory.
+        """The number of blocks that fit into this much memory, in addition to the workspace.
 
         Raises:
             InvalidInputError: memory_bytes is not an integer, or negative.
         """
         memory_bytes = as_int("memory_bytes", memory_bytes, 0)
+        memory_bytes = max(0, memory_bytes - self.workspace_bytes)
         return memory_bytes // self.bytes_per_block if self.shapes else 0
 
     def allocate(
@@ -186,7 +190,8 @@ def plan_kv_cache(
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, context.device.arch)
-    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared)
+    workspace = max((getattr(each, "workspace_bytes", 0) for each in modules.values()), default=0)
+    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared, workspace)
 
 
 def _by_name(layers: Any) -> Mapping[Any, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from attn_dispatch.arguments import checked_scale, shown
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -16,9 +14,9 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_view import KVCache, as_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadata, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
-from attn_dispatch.interface.spec import SPEC_FIELDS, AttentionSpec, alibi_of
+from attn_dispatch.interface.spec import AttentionSpec, alibi_of
 from attn_dispatch.interface.types import AttentionType, Phase
-from attn_dispatch.interface.validation import check_no_grad, check_tensors, profiling_output
+from attn_dispatch.interface.validation import check_no_grad, profiling_output
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.platforms.device_errors import is_capturing
@@ -27,8 +25,16 @@ from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.context import current_context
 from attn_dispatch.runtime.hooks import observer
 from attn_dispatch.runtime.kv_scales import CacheState, LayerScales
-from attn_dispatch.runtime.layer_checks import check_block_size, check_quantized, unflatten
-from attn_dispatch.runtime.ops import attention_op, layers_by_key
+from attn_dispatch.runtime.layer_checks import (
+    check_block_size,
+    check_dtype,
+    check_features,
+    check_quantized,
+    check_query,
+    derives_scales,
+    unflatten,
+)
+from attn_dispatch.runtime.ops import CalledByOp, attention_op
 from attn_dispatch.runtime.recovery import AttemptFailed, with_fallback
 from attn_dispatch.selection import overrides
 from attn_dispatch.selection.registry import registry
@@ -38,10 +44,8 @@ from attn_dispatch.selection.version import version
 
 __all__ = ["Attention"]
 
-_serial = itertools.count()
 
-
-class Attention(LayerScales, nn.Module):
+class Attention(LayerScales, CalledByOp):
     """One attention layer. Its backends are picked when it is made; see `selections`.
 
     If a backend that was picked automatically fails, when it is built or on a call, another one
@@ -102,14 +106,7 @@ class Attention(LayerScales, nn.Module):
         **features: Any,
     ) -> None:
         super().__init__()
-        unknown = features.keys() - SPEC_FIELDS
-        if unknown:
-            raise InvalidInputError(
-                f"Attention has no argument {min(unknown)!r}. In addition to its own arguments it "
-                f"takes the fields of AttentionSpec: {', '.join(sorted(SPEC_FIELDS))}."
-            )
-        if not isinstance(prefix, str):
-            raise InvalidInputError(f"prefix={shown(prefix)} is not a string.")
+        check_features("Attention", features)
         no_cap = isinstance(logits_soft_cap, (int, float)) and not logits_soft_cap
         spec = AttentionSpec(
             num_heads=num_heads,
@@ -126,21 +123,34 @@ class Attention(LayerScales, nn.Module):
             kv_sharing=kv_sharing_target_layer_name is not None,
             **features,
         )
+        if spec.mla is not None:
+            raise InvalidInputError("Attention does not take mla=; use MLAAttention.")
+        # In a dict, so that sinks which are a Parameter are not registered in this module too.
+        self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        rules = overrides.current_rules(backend, registry.names())
+        self._set_up(spec, prefix, scale, kv_sharing_target_layer_name, rules)
+        self._bind_first(device)
+
+    def _set_up(
+        self,
+        spec: AttentionSpec,
+        prefix: str,
+        scale: float | None,
+        kv_sharing_target_layer_name: str | None,
+        rules: Sequence[overrides.Rule],
+    ) -> None:
+        """Set what every kind of layer has; `_bind_first` is called after a kind's own."""
+        if not isinstance(prefix, str):
+            raise InvalidInputError(f"prefix={shown(prefix)} is not a string.")
         has_kv_cache = AttentionType(spec.attn_type).has_kv_cache
         self.spec = spec if has_kv_cache else spec.replace(block_size=None)
         self._declared_spec = self.spec  # a cache that is bound fills in what this leaves open
-        if self.spec.mla is not None:
-            raise InvalidInputError(
-                "Attention has no multi-head latent attention; use the impl of "
-                "resolve(spec).backend_cls."
-            )
         self.prefix = prefix
-        self.scale = head_size**-0.5 if scale is None else checked_scale(scale)
+        self.scale = spec.head_size**-0.5 if scale is None else checked_scale(scale)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.kv_cache: KVCache | None = None
-        # In a dict, so that sinks which are a Parameter are not registered in this module too.
-        self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-        self._rules = overrides.current_rules(backend, registry.names())
+        self._rules = tuple(rules)
+        self._output_size = spec.head_size_v if spec.mla is None else spec.mla.v_head_dim
         # Not buffers: a scale must stay float32 when the module is cast.
         self._cache_state = CacheState()
         self._device: torch.device | None = None
@@ -149,21 +159,10 @@ class Attention(LayerScales, nn.Module):
         self._selected_at = version()
         self._fp8_dtype = torch.float8_e4m3fn
         self._register()
-        chosen = usable_device(device)
-        if chosen.type != "meta":
+
+    def _bind_first(self, device: torch.device | str | None) -> None:
+        if (chosen := usable_device(device)).type != "meta":
             self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has no cache: caches are large, and two layers must not write the same one.
-        return {**self.__dict__, "kv_cache": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._register()
-
-    def _register(self) -> None:
-        self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
-        layers_by_key[self._op_key] = self
 
     @property
     def selections(self) -> dict[Phase, Selection]:
@@ -190,7 +189,7 @@ class Attention(LayerScales, nn.Module):
         """
 
         def attempt(context: SelectionContext) -> tuple[LayerBinding, Any]:
-            binding = LayerBinding.of(self.spec, device, context, self._impl_arguments())
+            binding = self._binding_of(device, context)
             return binding, None if run is None else run(binding)
 
         context = SelectionContext.current(device, rules=self._rules)
@@ -207,6 +206,9 @@ class Attention(LayerScales, nn.Module):
                     "layer %s: %s %s, %s", self.prefix, phase, each.name, each.report.evidence
                 )
         return result
+
+    def _binding_of(self, device: torch.device, context: SelectionContext) -> LayerBinding:
+        return LayerBinding.of(self.spec, device, context, self._impl_arguments())
 
     def _follow_cache(self, spec: AttentionSpec) -> None:
         """Take over a spec with the block size, layout and strides of the cache that is bound."""
@@ -315,11 +317,7 @@ class Attention(LayerScales, nn.Module):
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
         spec = self.spec
-        if not isinstance(query, torch.Tensor) or (
-            output is not None and not isinstance(output, torch.Tensor)
-        ):
-            check_tensors(query=query, output=output)
-            raise InvalidInputError("query is None. Give (num_tokens, num_heads, head_size).")
+        check_query(query, output)
         if torch.is_grad_enabled():  # the op hides autograd from what it calls
             check_no_grad(query, key, value, output, *self._per_head.values())
         is_flat = query.dim() == 2
@@ -327,14 +325,30 @@ class Attention(LayerScales, nn.Module):
         if key is not None and value is not None:
             key = unflatten(self, "key", key, spec.num_kv_heads, spec.head_size)
             value = unflatten(self, "value", value, spec.num_kv_heads, spec.head_size_v)
+        scales = (output_scale, output_block_scale)
+        return self._call(query, key, value, kv_cache, attn_metadata, output, scales, is_flat)
+
+    def _call(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: Any,
+        attn_metadata: AttentionMetadata | None,
+        output: torch.Tensor | None,
+        scales: tuple[torch.Tensor | None, torch.Tensor | None],
+        is_flat: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Make the results, and run the op or its body."""
+        spec = self.spec
         if output is None:
-            shape = (query.shape[0], spec.num_heads, spec.head_size_v)
+            shape = (query.shape[0], spec.num_heads, self._output_size)
             dtype = self._fp8_dtype if spec.output_quant else query.dtype
             output = torch.empty(shape, dtype=dtype, device=query.device)
         lse = None
         if spec.returns_lse:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-        arguments = (query, key, value, output, lse, output_scale, output_block_scale)
+        arguments = (query, key, value, output, lse, *scales)
         if torch.compiler.is_compiling():
             if kv_cache is not None or attn_metadata is not None:
                 raise InvalidInputError(
@@ -365,11 +379,7 @@ class Attention(LayerScales, nn.Module):
             self._bind(query.device)
         elif self._selected_at != version():
             self._refresh()
-        if query.dtype != spec.dtype:
-            raise InvalidInputError(
-                f"query is {query.dtype}; layer {self.prefix!r} was made for {spec.dtype}. Cast "
-                "the query, or make the layer with dtype=."
-            )
+        check_dtype(self, query)
         if spec.output_quant is not None or is_fp8(output.dtype):
             check_quantized(self, output, output_scale, output_block_scale)
         if kv_cache is None:
@@ -404,18 +414,13 @@ class Attention(LayerScales, nn.Module):
         used = self._plan(binding, metadata)
         scales = (output_scale, output_block_scale)
         if used is None:  # a profiling run
-            result = profiling_output(self.spec, given[0], output, *scales)
+            size = self._output_size
+            result = profiling_output(self.spec, given[0], output, *scales, head_size_v=size)
             if lse is not None:
                 lse.copy_(result[1])
             return
         derived_scales = False
-        try:
-            derives_scales = used.enable_kv_scales_calculation
-        except AttributeError as error:
-            raise InvalidInputError(
-                f"attn_metadata is a {type(used).__name__}. Make it by layer.build_metadata(batch)."
-            ) from error
-        if derives_scales and not self._cache_state.scales_are_final:
+        if derives_scales(used) and not self._cache_state.scales_are_final:
             derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
         observe = observer()
         seen = None if observe is None else observe(self, *given, self._batch_of(metadata))

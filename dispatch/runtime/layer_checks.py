@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.kv_view import KVCache, check_kv_cache
 from attn_dispatch.interface.quantization import is_e4m3
-from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.spec import SPEC_FIELDS, AttentionSpec
 from attn_dispatch.interface.validation import check_tensors
 
-__all__ = ["check_block_size", "check_quantized", "unflatten"]
+__all__ = [
+    "check_block_size",
+    "check_dtype",
+    "check_features",
+    "check_quantized",
+    "check_query",
+    "derives_scales",
+    "unflatten",
+]
 
 _SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_block_scale"}
 
@@ -20,6 +29,51 @@ _SCALE_OF_QUANT = {"fp8_e4m3": "output_scale", "fp8_e4m3_group128": "output_bloc
 class _Layer(Protocol):
     spec: AttentionSpec
     prefix: str
+
+
+def check_features(layer: str, features: Iterable[str], own: frozenset[str] = frozenset()) -> None:
+    """Check that further arguments of a layer's constructor are fields of a spec.
+
+    Args:
+        layer: the name of its class.
+        features: the names of the arguments.
+        own: fields that the constructor fills in.
+    """
+    fields = SPEC_FIELDS - own
+    unknown = set(features) - fields
+    if unknown:
+        raise InvalidInputError(
+            f"{layer} has no argument {min(unknown)!r}. In addition to its own arguments it "
+            f"takes the fields of AttentionSpec: {', '.join(sorted(fields))}."
+        )
+
+
+def check_dtype(layer: _Layer, query: torch.Tensor) -> None:
+    """Check that the query has the dtype of the layer."""
+    if query.dtype != layer.spec.dtype:
+        raise InvalidInputError(
+            f"query is {query.dtype}; layer {layer.prefix!r} was made for {layer.spec.dtype}. Cast "
+            "the query, or make the layer with dtype=."
+        )
+
+
+def check_query(query: object, output: object) -> None:
+    """Check that query is a tensor, and output too if there is one."""
+    if not isinstance(query, torch.Tensor) or (
+        output is not None and not isinstance(output, torch.Tensor)
+    ):
+        check_tensors(query=query, output=output)
+        raise InvalidInputError("query is None. Give (num_tokens, num_heads, head_size).")
+
+
+def derives_scales(metadata: Any) -> bool:
+    """Whether the scales of an fp8 cache are to be derived from the call of this metadata."""
+    try:
+        return bool(metadata.enable_kv_scales_calculation)
+    except AttributeError as error:
+        raise InvalidInputError(
+            f"attn_metadata is a {type(metadata).__name__}. Make it by layer.build_metadata(batch)."
+        ) from error
 
 
 def unflatten(
@@ -42,12 +96,11 @@ def unflatten(
 def check_block_size(layer: _Layer, kv_cache: KVCache) -> None:
     """Check that it is a cache and, if it has blocks, that they have the layer's size."""
     check_kv_cache("kv_cache", kv_cache, meta=True)
-    if len(kv_cache.shape) == 5 and layer.spec.block_size not in (
-        None,
-        kv_cache.shape[2],
-    ):
+    dim = 2 if layer.spec.mla is None else 1
+    is_cache = len(kv_cache.shape) == (5 if dim == 2 else 3)
+    if is_cache and layer.spec.block_size not in (None, kv_cache.shape[dim]):
         raise InvalidInputError(
-            f"kv_cache has blocks of {kv_cache.shape[2]} tokens, and layer {layer.prefix!r} was "
+            f"kv_cache has blocks of {kv_cache.shape[dim]} tokens, and layer {layer.prefix!r} was "
             f"made with block_size={layer.spec.block_size}. Give it a cache of its own plan."
         )
 

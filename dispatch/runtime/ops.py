@@ -2,17 +2,40 @@
 
 # No `from __future__ import annotations`: the op's schema is inferred from real annotations.
 
+import itertools
 import weakref
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
 from attn_dispatch.errors import InvalidInputError
 
-__all__ = ["attention_op", "layers_by_key"]
+__all__ = ["CalledByOp", "attention_op", "layers_by_key"]
+
+_serial = itertools.count()
 
 #: The layers that exist, by the key in their op call.
 layers_by_key: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
+
+
+class CalledByOp(nn.Module):
+    """A layer that the op finds by its key; a copied or unpickled one gets a key of its own."""
+
+    prefix: str
+    _op_key: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no cache: caches are large, and two layers must not write the same one.
+        return {**self.__dict__, "kv_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register()
+
+    def _register(self) -> None:
+        self._op_key = f"{self.prefix or 'attention'}#{next(_serial)}"
+        layers_by_key[self._op_key] = self
 
 
 @torch.library.custom_op(

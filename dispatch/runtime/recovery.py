@@ -28,7 +28,7 @@ from attn_dispatch.platforms.device_errors import (
     is_out_of_memory,
 )
 from attn_dispatch.platforms.libraries import BrokenLibraryWarning
-from attn_dispatch.runtime.guard import InputsModified
+from attn_dispatch.runtime.guard import FinalFailure
 from attn_dispatch.selection import failure_record
 from attn_dispatch.selection.failure_record import Failure
 from attn_dispatch.selection.overrides import Mode
@@ -190,6 +190,6 @@ def _is_final(error: Exception) -> bool:
     """Whether no other backend may try: the caller's mistake, the machine's limit, or a wait."""
     if isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure):
         return True
-    if isinstance(error, InputsModified) or device_wait_of(error) is not None:
+    if isinstance(error, FinalFailure) or device_wait_of(error) is not None:
         return True
     return is_out_of_memory(error) or is_device_lost(error)

@@ -26,7 +26,7 @@ from attn_dispatch.interface.metadata import (
     BatchMetadata,
 )
 from attn_dispatch.interface.quantization import as_indexable_bytes
-from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward, check_metadata
 from attn_dispatch.selection.report import Selection
@@ -271,7 +271,12 @@ class RoutedImpl:
         check_metadata(first, attn_metadata, RoutedMetadata)
         batch, parts = attn_metadata.batch, attn_metadata.parts
         impls = [self._impl_of(part) for part in parts]
-        check_forward(first, query, key, value, kv_cache, batch, output, *scales)
+        if isinstance(getattr(first, "mla", None), MLADims):
+            check: Any = getattr(first, "check_call", None)  # backends of this package have it
+            if check is not None:
+                check(layer, query, key, value, kv_cache, batch, output, *scales)
+        else:
+            check_forward(first, query, key, value, kv_cache, batch, output, *scales)
 
         new: list[tuple[Any, Any]] = [(None, None)] * len(parts)
         if key is not None and value is not None:
