@@ -114,6 +114,8 @@ def begin_shadow(
     if not is_compared:
         return None
     try:
+        if layer.spec.mla is not None:
+            raise InvalidInputError("calls of latent attention are not compared")
         if batch is None:
             raise InvalidInputError("the metadata keeps no batch; make it a BatchMetadata")
         return ShadowCall(found, layer, query, key, value, kv_cache, batch)

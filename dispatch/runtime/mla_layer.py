@@ -162,7 +162,8 @@ class MLAAttention(Attention):
         workspace = as_int("prefill_workspace_bytes", prefill_workspace_bytes, 1)
         self._chunk = 0 if self._why_absorbed else chunk_size(spec, workspace)
         names = registry.names()
-        self._dense_rules = _dense_rules(overrides.current_rules(prefill_backend, names))
+        rules = overrides.current_rules(prefill_backend, names)
+        self._dense_rules = _dense_rules(rules, dense_spec(spec))
         self._dense: tuple[Attention, Attention] | None = None
         self._requires_dense = prefill == "expanded" or prefill_backend is not None
         scale = self._query_size**-0.5 if scale is None else scale
@@ -405,15 +406,19 @@ class _DenseLayer(Attention):
         self._bind_first(device)
 
 
-def _dense_rules(rules: tuple[overrides.Rule, ...]) -> tuple[overrides.Rule, ...]:
+def _dense_rules(
+    rules: tuple[overrides.Rule, ...], spec: AttentionSpec
+) -> tuple[overrides.Rule, ...]:
     """The rules that are about dense attention: those for latents, by kind or name, are not."""
-    return tuple(rule for rule in rules if rule.kind != "mla" and not _is_for_latents(rule.name))
+    candidates = registry.candidates()
 
+    def is_for_latents(name: str) -> bool:
+        cls = candidates[name].backend_cls if name in candidates else None
+        if cls is None or "mla" not in cls.capabilities.fields:
+            return False
+        return not cls.capabilities.accepts_somewhere("mla", None, spec)
 
-def _is_for_latents(name: str) -> bool:
-    candidate = registry.candidates().get(name)
-    cls = None if candidate is None else candidate.backend_cls
-    return cls is not None and "mla" in cls.capabilities.fields
+    return tuple(rule for rule in rules if rule.kind != "mla" and not is_for_latents(rule.name))
 
 
 def _checked_projections(

@@ -42,6 +42,17 @@ def test_a_model_runs_with_and_without_graphs():
         )
 
 
+def test_latent_attention_equals_float64():
+    printed = run(str(EXAMPLES / "mla_layer.py"))
+    found = re.findall(r"^a (.*) of \d+, (\w+): largest difference (\S+)$", printed, re.M)
+    forms = [(what, form) for what, form, _ in found]
+    assert forms == [
+        ("prompt", "expanded"), ("chunk", "expanded"),
+        ("small chunk", "absorbed"), ("decode", "absorbed"),
+    ]  # fmt: skip
+    assert all(float(error) < 2e-6 for _, _, error in found)
+
+
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_runs_on_emulated_gpus():
     printed = run(str(EXAMPLES / "emulate_kernel.py"))

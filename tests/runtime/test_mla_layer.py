@@ -301,6 +301,10 @@ def test_an_override_for_latents_does_not_apply_to_the_dense_backend():
     with attention_backend("REFERENCE_MLA"):
         layer = MLAAttention(3, SMALL_DIMS, weight, device="cpu")
     assert layer.prefill_selection.name == "REFERENCE"
+    with attention_backend("full=REFERENCE"):
+        layer = MLAAttention(3, SMALL_DIMS, weight, device="cpu")
+    assert layer.selections[Phase.DECODE].name == "REFERENCE_MLA"
+    assert "full=REFERENCE" in str(layer.prefill_selection.report.evidence)
     with pytest.raises(UnsupportedError):
         MLAAttention(3, SMALL_DIMS, weight, device="cpu", backend="REFERENCE")
     with pytest.raises(UnsupportedError):
