@@ -284,7 +284,7 @@ def bare_impl(cls, **arguments):
     return impl
 
 
-NON_MLA = [name for name in BUILTIN if not name.endswith("_MLA")]
+NON_MLA = [name for name in BUILTIN if not name.endswith("MLA")]
 
 
 @pytest.mark.parametrize("name", [*NON_MLA, "NO_ATTENTION"])
