@@ -58,7 +58,7 @@ def runs_on(profile):
         for name, candidate in registry.candidates().items()
         if candidate.backend_cls is not None
         and not compare_availability(candidate.backend_cls.capabilities, profile)
-        and not candidate.backend_cls.get_name().endswith("_MLA")
+        and not candidate.backend_cls.get_name().endswith("MLA")
     )
 
 
