@@ -32,6 +32,8 @@ def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
         console.print()
         console.print(title, style="bold underline")
         print_section(console, found)
+    console.print()
+    console.print("Next: attn-dispatch explain --config config.json, for a model's picks here.")
 
 
 def _print_devices(console: Console, found: dict[str, Any]) -> None:

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from attn_dispatch.models.config import LayerGroup
 
 __all__ = [
+    "RequestedModel",
     "fields_from_flags",
     "flag_name",
     "requested_layers",
+    "requested_model",
     "spec_from_fields",
     "with_spec_flags",
 ]
@@ -234,26 +236,65 @@ def _with_layout(spec: AttentionSpec, layout: str | None) -> AttentionSpec:
     return spec if layout is None else with_kv_layout(spec, layout)
 
 
-def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> dict[str, LayerGroup]:
+@dataclasses.dataclass(frozen=True)
+class RequestedModel:
+    """What a command is asked about.
+
+    Attributes:
+        groups: the layers, by the name of their kind.
+        others: layers without softmax attention, by what they have.
+        rejected: layers that AttentionSpec cannot describe, by the reason.
+        notes: sentences about what was left out or assumed.
+    """
+
+    groups: Mapping[str, LayerGroup]
+    others: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    rejected: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def requested_model(config: Path | None, fields: Mapping[str, Any]) -> RequestedModel:
     """The layers of a model, by their kind; without a config, the one that the fields describe.
 
     A layout of the cache is that of all layers with keys and values in blocks.
 
     Raises:
-        InvalidInputError, UnsupportedError: as for `layers_from_config` or `spec_from_fields`.
+        InvalidInputError, UnsupportedError: as for `describe`, `layers_from_config` or
+            `spec_from_fields`.
     """
-    from attn_dispatch.models.config import LayerGroup, layers_from_config
+    from attn_dispatch.models.config import LayerGroup
+
+    if config is None:
+        spec = spec_from_fields(fields)
+        return RequestedModel({spec.kind: LayerGroup(spec, ())})
+    layout = fields.get(_LAYOUT_FIELD)
+    own = {name: value for name, value in fields.items() if name != _LAYOUT_FIELD}
+    model = _model(config, own)
+    groups = {
+        name: dataclasses.replace(group, spec=_with_layout(group.spec, layout))
+        if AttentionType(group.spec.attn_type).has_kv_cache and group.spec.mla is None
+        else group
+        for name, group in model.groups.items()
+    }
+    return dataclasses.replace(model, groups=groups)
+
+
+def _model(config: Path, fields: Mapping[str, Any]) -> RequestedModel:
+    """The model as transformers runs it, if that is installed; otherwise as a table has it."""
+    from attn_dispatch.models.config import layers_from_config
     from attn_dispatch.models.hf import load_config
 
-    if config is not None:
-        layout = fields.get(_LAYOUT_FIELD)
-        own = {name: value for name, value in fields.items() if name != _LAYOUT_FIELD}
-        groups = layers_from_config(load_config(config), **own)
-        return {
-            name: dataclasses.replace(group, spec=_with_layout(group.spec, layout))
-            if AttentionType(group.spec.attn_type).has_kv_cache and group.spec.mla is None
-            else group
-            for name, group in groups.items()
-        }
-    spec = spec_from_fields(fields)
-    return {spec.kind: LayerGroup(spec, ())}
+    content = load_config(config)
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return RequestedModel(layers_from_config(content, **fields))
+    from attn_dispatch.integrations.transformers import describe
+
+    found = describe(content, **fields)
+    return RequestedModel(found.groups, found.others, found.rejected, found.notes)
+
+
+def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> Mapping[str, LayerGroup]:
+    """The layers of `requested_model` that can be dispatched."""
+    return requested_model(config, fields).groups

@@ -25,7 +25,14 @@ from attn_dispatch.models.hf import ConfigReader, read_dtype
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SERVING_FIELDS", "LayerGroup", "layers_from_config"]
+__all__ = [
+    "SERVING_FIELDS",
+    "LayerGroup",
+    "check_serving_fields",
+    "group_names",
+    "layers_from_config",
+    "with_serving_fields",
+]
 
 _CACHE_FIELDS = ("kv_cache_dtype", "kv_scales", "block_size", "kv_cache_layout")
 #: Fields of AttentionSpec that the engine decides and no config.json contains. Those of the cache
@@ -58,10 +65,12 @@ class LayerGroup:
     Attributes:
         spec: of each of them.
         layers: their indices, from 0; an encoder and its decoder are counted separately.
+        scale: what the model multiplies the scores by; None if it is not known.
     """
 
     spec: AttentionSpec
     layers: tuple[int, ...]
+    scale: float | None = None
 
 
 def layers_from_config(
@@ -98,7 +107,7 @@ def layers_from_config(
             f"config is a {type(config).__name__}, not a mapping. Give the content of "
             "config.json, or to_dict() of a transformers config object."
         )
-    _check_extra(extra)
+    check_serving_fields(extra)
     model_type = _model_type(config)
     wrapper = WRAPPERS.get(model_type)
     text, image_tokens = config, None
@@ -114,13 +123,14 @@ def layers_from_config(
         reader = ConfigReader(text, model_type, {**stack.defaults, **defaults})
         readers.append(reader)
         for layer, fields in enumerate(_layers(reader, stack, image_tokens)):
-            groups.setdefault(_spec(fields, dtype, extra), []).append(layer)
+            groups.setdefault(with_serving_fields(fields, dtype, extra), []).append(layer)
     _reject_unread(readers)
-    named = zip(_names(list(groups)), groups.items(), strict=True)
+    named = zip(group_names(list(groups)), groups.items(), strict=True)
     return {name: LayerGroup(spec, tuple(layers)) for name, (spec, layers) in named}
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
+def check_serving_fields(extra: Mapping[str, Any]) -> None:
+    """Raise InvalidInputError for a field that a model decides, not its engine."""
     foreign = sorted(set(extra) - set(SERVING_FIELDS))
     if foreign:
         raise InvalidInputError(
@@ -361,14 +371,17 @@ def _not_understood(reader: ConfigReader, key: str, value: Any) -> UnsupportedEr
     )
 
 
-def _spec(fields: dict[str, Any], dtype: torch.dtype, extra: Mapping[str, Any]) -> AttentionSpec:
+def with_serving_fields(
+    fields: dict[str, Any], dtype: torch.dtype, extra: Mapping[str, Any]
+) -> AttentionSpec:
+    """The spec of a layer, with those serving fields that apply to it."""
     if not fields["attn_type"].has_kv_cache:
         extra = {name: value for name, value in extra.items() if name not in _CACHE_FIELDS}
     fields = {**fields, "dtype": dtype, **extra}
     return AttentionSpec.for_mla(**fields) if "mla" in fields else AttentionSpec(**fields)
 
 
-def _names(specs: list[AttentionSpec]) -> list[str]:
+def group_names(specs: list[AttentionSpec]) -> list[str]:
     """A name for each: the kind of layer, with a suffix if that is ambiguous."""
     names: list[str] = []
     for spec in specs:

@@ -5,6 +5,7 @@ The meaning of the keys is in `families`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ def load_config(path: str | Path) -> dict[str, Any]:
         if file != path and not file.exists():
             raise InvalidInputError(f"The folder {path} contains no config.json. {advice}")
         if not file.is_file():
+            if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and path.suffix != ".json":
+                advice = (
+                    f"That looks like a model on the Hugging Face Hub: `hf download {path} "
+                    f"config.json --local-dir {path.name}`, then --config {path.name}."
+                )
             raise InvalidInputError(f"There is no file {file}. {advice}")
         if file.stat().st_size > _MAX_BYTES:
             raise InvalidInputError(f"{file} is too large for a config.json. {advice}")
