@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 import attn_dispatch.interface.spec as spec_module
-from attn_dispatch.errors import InvalidInputError
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 
@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 _PANEL = "The layer, by the fields of AttentionSpec"
+
+#: The first release of transformers that `describe` works with.
+_TRANSFORMERS = "5.17"
 
 #: The largest integer that a flag accepts; no layer has more of anything.
 _MAX_INTEGER = (1 << 31) - 1
@@ -285,14 +288,29 @@ def _model(config: Path, fields: Mapping[str, Any]) -> RequestedModel:
     from attn_dispatch.models.hf import load_config
 
     content = load_config(config)
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return RequestedModel(layers_from_config(content, **fields))
+    if not _has_transformers():
+        try:
+            return RequestedModel(layers_from_config(content, **fields))
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{error} More models are understood with transformers {_TRANSFORMERS} or newer: "
+                "pip install 'attn-dispatch[transformers]'."
+            ) from error
     from attn_dispatch.integrations.transformers import describe
 
     found = describe(content, **fields)
     return RequestedModel(found.groups, found.others, found.rejected, found.notes)
+
+
+def _has_transformers() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.version import Version
+
+    try:
+        return Version(version("transformers")) >= Version(_TRANSFORMERS)
+    except PackageNotFoundError:
+        return False
 
 
 def requested_layers(config: Path | None, fields: Mapping[str, Any]) -> Mapping[str, LayerGroup]:
