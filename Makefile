@@ -29,9 +29,9 @@ $(VENV)/models: $(VENV)/ready
 demo: $(VENV)/models
 	$(BIN)/attn-dispatch demo $(DEMO_ARGS)
 
-# What trained models answer, against transformers' eager attention.
+# What trained models answer, against transformers' eager attention; and models in two processes.
 models: $(VENV)/models
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m trained tests/serving tests/integrations
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m models tests/serving tests/integrations
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -138,6 +138,9 @@ def generate(
             tp_plan="auto" if tensor_parallel else None,
         )
     chats = _as_prompts(engine, texts, system, raw)
+    if tensor_parallel and torch.distributed.get_rank() != 0:
+        engine.generate(chats, sampling)  # all ranks compute the same steps, and one prints
+        return
     if not serve(engine, texts, chats, sampling, plot=plot, output=output, as_json=as_json):
         raise typer.Exit(130)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ class LanguageModel(Protocol):
         max_seq_len: the most tokens of a request, or None for no limit.
     """
 
-    layers: Mapping[str, Attention]
+    layers: dict[str, Attention]
     device: torch.device
     max_seq_len: int | None
 
@@ -131,7 +131,7 @@ class Engine:
         assert limits.num_blocks is not None
         assert limits.max_seq_len is not None
         self._caches = plan.allocate(limits.num_blocks, self.device)
-        self._make_host_caches = lambda: plan.allocate(num_host_blocks, "cpu")
+        self._plan, self._num_host_blocks = plan, num_host_blocks
         self._host_caches: dict[str, torch.Tensor] = {}
         bind_kv_caches(model.layers, self._caches)
         self.layers = list(model.layers.values())
@@ -306,7 +306,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         on_step: Callable[[], None] = lambda: None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Serve prompts, and yield text as it is produced; the last piece of each may be empty.
 
         Args, Raises: as for `generate`. If the caller stops early, the rest is cancelled.
@@ -356,7 +356,7 @@ class Engine:
 
     def _swap(self, src: Sequence[int], dst: Sequence[int], to_host: bool) -> None:
         # Allocated on the first preemption, which most runs never have.
-        self._host_caches = self._host_caches or self._make_host_caches()
+        self._host_caches = self._host_caches or self._plan.allocate(self._num_host_blocks, "cpu")
         caches = (self._caches, self._host_caches)
         source, target = caches if to_host else caches[::-1]
         pairs = torch.tensor([list(src), list(dst)], dtype=torch.int64).T

@@ -143,7 +143,7 @@ def _model(
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     where = {"tp_plan": tp_plan} if tp_plan else {}
-    model = AutoModelForCausalLM.from_pretrained(**source, **where, dtype=dtype or "auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, **where, dtype=dtype or "auto")
     return model if tp_plan else model.to(device)
 
 

@@ -40,9 +40,10 @@ class Text:
             raise InvalidInputError(f"A prompt is {shown(prompt)}. Give text, ids or messages.")
         if all(isinstance(each, Mapping) for each in prompt) and prompt:
             return self._chat(prompt)
-        if not all(isinstance(each, int) and each >= 0 for each in prompt):
+        ids = [each for each in prompt if isinstance(each, int) and each >= 0]
+        if len(ids) != len(prompt):
             raise InvalidInputError(f"A prompt is {shown(prompt)}. Give text, ids or messages.")
-        return [int(each) for each in prompt]  # type: ignore[call-overload]
+        return ids
 
     def _chat(self, messages: Sequence[Any]) -> list[int]:
         tokenizer = self._require()

