@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,11 +38,14 @@ class LanguageModel(Protocol):
         layers: its attention layers by name; the engine binds their caches.
         device: where it runs.
         max_seq_len: the most tokens of a request, or None for no limit.
+        states: None, or the RecurrentStates of layers without attention. Then each call of `logits`
+            has one request, or one token of each of several.
     """
 
     layers: dict[str, Attention]
     device: torch.device
     max_seq_len: int | None
+    states: Any
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
@@ -136,7 +140,8 @@ class Engine:
         bind_kv_caches(model.layers, self._caches)
         self.layers = list(model.layers.values())
         self._scheduler = Scheduler(
-            BlockPool(limits.num_blocks, self.block_size),
+            # A state is that of all tokens before, and is not kept for each block.
+            BlockPool(limits.num_blocks, self.block_size, keeps_content=model.states is None),
             BlockPool(num_host_blocks, self.block_size, keeps_content=False),
             self._swap,
             max_requests=limits.max_requests,
@@ -149,7 +154,7 @@ class Engine:
 
     def _capture(self, limits: Limits) -> None:
         """Capture steps into graphs, if the layers can be; each is run once before."""
-        if not all(layer.spec.cuda_graph for layer in self.layers):
+        if self.model.states or not all(layer.spec.cuda_graph for layer in self.layers):
             return
         self._warm_up()
         assert limits.max_seq_len is not None
@@ -237,15 +242,26 @@ class Engine:
             return []
         self._failed = True
         last = [chunk for chunk in chunks if chunk.is_last]
-        logits = self._logits(chunks)
-        tokens = choose_tokens(logits, [chunk.request for chunk in last]) if last else []
+        tokens: dict[Request, int] = {}
+        for group in self._groups(chunks):
+            logits = self._logits(group)
+            asked = [chunk.request for chunk in group if chunk.is_last]
+            if asked:
+                tokens.update(zip(asked, choose_tokens(logits, asked), strict=True))
         self._failed = False
         self._count(chunks)
         for chunk in chunks:
             chunk.request.num_computed = chunk.end
-        for chunk, token in zip(last, tokens, strict=True):
-            self._append(chunk.request, token)
+        for chunk in last:
+            self._append(chunk.request, tokens[chunk.request])
         return [chunk.request for chunk in last]
+
+    def _groups(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        """The chunks of each forward pass: all in one, if the model keeps no states."""
+        if self.model.states is None:
+            return [chunks]
+        decodes = [chunk for chunk in chunks if chunk.start and chunk.end - chunk.start == 1]
+        return [each for each in (decodes, *([c] for c in chunks if c not in decodes)) if each]
 
     def _count(self, chunks: Sequence[Chunk]) -> None:
         stats = self.stats
@@ -270,6 +286,8 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason, request.finished_at = reason, self.clock()
         self._scheduler.finish(request)
+        if self.model.states is not None:
+            self.model.states.forget(request.index)
         self.finished.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -390,6 +408,18 @@ class Engine:
         logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
         self.stats.replayed_steps += logits is not None
         if logits is None:
-            with torch.inference_mode(), forward_context(batch):
+            with torch.inference_mode(), forward_context(batch), self._states_of(chunks):
                 logits = self.model.logits(*inputs)
         return logits
+
+    def _states_of(self, chunks: Sequence[Chunk]) -> contextlib.AbstractContextManager[None]:
+        states = self.model.states
+        if states is None:
+            return contextlib.nullcontext()
+        for chunk in chunks:
+            if chunk.start == 0:
+                states.forget(chunk.request.index)
+        step: contextlib.AbstractContextManager[None] = states.step(
+            [chunk.request.index for chunk in chunks]
+        )
+        return step

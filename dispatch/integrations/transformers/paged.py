@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.integrations.transformers.calls import NAME, NoKeysCache, register, run_as
 from attn_dispatch.integrations.transformers.describe import describe
+from attn_dispatch.integrations.transformers.states import RecurrentStates
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.runtime.layer import Attention
@@ -27,95 +26,14 @@ from attn_dispatch.runtime.mla_layer import MLAAttention
 
 __all__ = ["PagedModel"]
 
-#: The name of the attention function. There is no mask function of this name, so that transformers
-#: makes no masks.
-_NAME = "attn_dispatch_paged"
-
 #: Fields of AttentionSpec that a layer takes as features, because Attention has no argument for
 #: them or derives them otherwise.
 _FEATURES = ("head_size_v", "attention_chunk", "window_size")
 
 #: Tokens of the run that looks at the model's layers.
 _PROBE_LEN = 4
-
-
-class _Step(Protocol):
-    """What the attention function and the cache do during a run of the model."""
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> Any:
-        """Take a layer's new keys and values, and return what the model goes on with."""
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """(1, num_tokens, num_heads, head_size_v)."""
-
-
-_running: ContextVar[_Step | None] = ContextVar("attn_dispatch_paged_step", default=None)
-
-
-@contextlib.contextmanager
-def _run_as(step: _Step) -> Iterator[None]:
-    token = _running.set(step)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def _current() -> _Step:
-    step = _running.get()
-    if step is None:
-        raise InvalidInputError(
-            "This model's attention reads paged caches, so only its PagedModel can run it. Call "
-            "model.set_attn_implementation('sdpa') to use it by itself again."
-        )
-    return step
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any = None,
-    **arguments: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function; query, key, value: (1, num_heads, num_tokens, head_size)."""
-    return _current().attend(module, query, key, value, arguments), None
-
-
-class _NoCache(Cache):
-    """A cache in transformers' sense: keys and values stay in our paged caches instead."""
-
-    is_compileable = False
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> Any:
-        return _current().update(key_states, value_states, layer_idx)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
+#: Differences, relative to the largest logit, between a prompt at once and in parts.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -198,7 +116,7 @@ class _Paged:
         if layer_idx not in self._latent:
             return key, value
         # The model expands what it gets here into keys of every head, which are not needed.
-        self._new = (key[0, 0], value[0, 0])
+        self._new = (key[:, 0].flatten(0, 1), value[:, 0].flatten(0, 1))
         return key[:, :, :1], value[:, :, :1]
 
     def attend(
@@ -210,7 +128,7 @@ class _Paged:
         arguments: Mapping[str, Any],
     ) -> torch.Tensor:
         layer = self._layers[module]
-        rows = query[0].transpose(0, 1)
+        rows, keys, values = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
         if isinstance(layer, MLAAttention):
             assert self._new is not None
             latents, self._new = self._new, None
@@ -218,9 +136,9 @@ class _Paged:
         elif layer.spec.kv_sharing:
             output = layer(rows)
         else:
-            output = layer(rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            output = layer(rows, keys, values)
         assert isinstance(output, torch.Tensor)
-        return output[None]
+        return output.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 class PagedModel:
@@ -239,6 +157,8 @@ class PagedModel:
         layers: the attention layers, by their name "layers.INDEX". Bind their caches before the
             first call of `logits`.
         device: where the model is.
+        states: what layers without attention keep; None for a model that has none. A step is then
+            one request, or one token of each of several; see RecurrentStates.step.
         max_seq_len: the most tokens of a request that the model was made for, or None.
         notes: what `describe` noted about the model.
 
@@ -259,15 +179,25 @@ class PagedModel:
         _check_version()
         self.model = model.eval()
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.notes, described = _described(model)
-        AttentionInterface.register(_NAME, _attention)
-        model.set_attn_implementation(_NAME)
-        self._cache = _NoCache()
+        self.notes, described, others = _described(model)
+        register()
+        model.set_attn_implementation(NAME)
+        states = RecurrentStates()
+        self._cache = NoKeysCache(states)
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.states: RecurrentStates | None = None
         text = model.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None)
         self.max_seq_len = limit if isinstance(limit, int) and limit > 0 else None
-        seen = self._look(described)
+        seen = self._look(described, states)
+        missing = sorted({*others} - states.layers)
+        if missing:
+            raise UnsupportedError(
+                f"The engine does not run a model of type {model.config.model_type!r}: layer "
+                f"{missing[0]} has {others[missing[0]]}, and does not keep its state in "
+                "transformers' cache."
+            )
+        self.states = states if states.layers else None
         options = {
             "device": self.device,
             "block_size": block_size,
@@ -284,13 +214,25 @@ class PagedModel:
             {each.latent_idx for each in seen if each.latent_idx is not None},
         )
 
-    def _look(self, described: list[tuple[AttentionSpec, float | None]]) -> list[_Seen]:
+    def _look(
+        self, described: list[tuple[AttentionSpec, float | None]], states: RecurrentStates
+    ) -> list[_Seen]:
         """The layers in the order of their calls, which are those that were described."""
         sizes = {i: spec.mla for i, (spec, _) in enumerate(described) if spec.mla is not None}
         look = _Look(sizes)
         tokens = torch.arange(_PROBE_LEN, device=self.device)
-        with _run_as(look), torch.no_grad():
-            self._forward(tokens, tokens, tokens[-1:])
+        whole = self._run_looking(look, states, tokens)
+        if states.layers:
+            states.forget(-1)
+            pieces = tokens.split([2, 1, 1])
+            parts = [self._run_looking(_Look(sizes), states, each) for each in pieces]
+            difference = (parts[-1] - whole).abs().max()
+            if not difference <= _ROUNDING[whole.dtype] * whole.abs().max():
+                raise UnsupportedError(
+                    f"A model of type {self.model.config.model_type!r} gives other results if a "
+                    "prompt is computed in parts, so it keeps a state that the engine does not see."
+                )
+        states.forget(-1)
         if len(look.seen) != len(described):
             raise UnsupportedError(
                 f"This model's forward pass has {len(look.seen)} calls of attention, and "
@@ -298,17 +240,27 @@ class PagedModel:
             )
         return look.seen
 
+    def _run_looking(
+        self, look: _Look, states: RecurrentStates, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits after the last token."""
+        with run_as(look), states.step([-1]), torch.no_grad():
+            return self._forward(tokens, tokens, torch.zeros_like(tokens[:1]) + len(tokens) - 1)
+
     def _forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        keep = {"logits_to_keep": rows} if self._keeps_rows else {}
+        # Layers with states tell requests apart by their rows, and then each has one token.
+        apart = self.states is not None and self.states.num_requests > 1
+        shape = (-1, 1) if apart else (1, -1)
+        keep = {"logits_to_keep": rows} if self._keeps_rows and not apart else {}
         logits: torch.Tensor = self.model(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
+            input_ids=token_ids.view(shape),
+            position_ids=positions.view(shape),
             cache=self._cache,
             use_cache=True,
             **keep,
-        ).logits[0]
+        ).logits.flatten(0, 1)
         return logits if keep else logits[rows]
 
     @contextlib.contextmanager
@@ -318,7 +270,7 @@ class PagedModel:
         try:
             yield self.model
         finally:
-            self.model.set_attn_implementation(_NAME)
+            self.model.set_attn_implementation(NAME)
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
@@ -333,7 +285,7 @@ class PagedModel:
         Returns:
             (n, vocab_size), dtype of the model.
         """
-        with _run_as(self._step):
+        with run_as(self._step):
             return self._forward(token_ids, positions, rows)
 
 
@@ -348,17 +300,19 @@ def _check_version() -> None:
         )
 
 
-def _described(model: Any) -> tuple[tuple[str, ...], list[tuple[AttentionSpec, float | None]]]:
-    """The notes about a model, and each layer's spec and scale.
+def _described(
+    model: Any,
+) -> tuple[tuple[str, ...], list[tuple[AttentionSpec, float | None]], dict[int, str]]:
+    """The notes about a model, each layer's spec and scale, and what other layers have.
 
     Raises:
         UnsupportedError: the engine cannot run all of its layers.
     """
     found = describe(model)
-    for reason, layers in (*found.rejected.items(), *found.others.items()):
+    for reason, layers in found.rejected.items():
         raise UnsupportedError(
             f"The engine does not run a model of type {found.model_type!r}: {len(layers)} of its "
-            f"layers, e.g. {layers[0]}, have {reason}, and it keeps only keys and values."
+            f"layers, e.g. {layers[0]}: {reason}."
         )
     by_layer = {
         layer: (group.spec, group.scale)
@@ -372,7 +326,8 @@ def _described(model: Any) -> tuple[tuple[str, ...], list[tuple[AttentionSpec, f
             f"The engine runs causal language models; a model of type {found.model_type!r} has "
             f"attention of type {kind}."
         )
-    return found.notes, [by_layer[layer] for layer in sorted(by_layer)]
+    others = {layer: name for name, layers in found.others.items() for layer in layers}
+    return found.notes, [by_layer[layer] for layer in sorted(by_layer)], others
 
 
 def _layer(

@@ -23,6 +23,7 @@ class AdditionModel:
     """A LanguageModel: the addition model, with one Attention for each of its layers."""
 
     max_seq_len = 288
+    states = None
 
     def __init__(
         self, device: torch.device | str = "cpu", backend: str | None = None, **options: object

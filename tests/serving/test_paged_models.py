@@ -1,0 +1,80 @@
+"""Decoders of many architectures in the engine: each token is that of eager attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.24")
+
+from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.integrations.transformers import paged
+from attn_dispatch.integrations.transformers.paged import PagedModel
+from attn_dispatch.serving import Engine, Limits, Sampling
+from attn_dispatch.serving.eager import check_answers
+from support.parity_models import DECODERS, VOCABULARY, build
+
+#: So few blocks that requests are preempted, and steps so short that prompts are cut.
+SMALL = Limits(max_requests=4, max_tokens=12, num_blocks=13, max_seq_len=48)
+NEW_TOKENS = 8
+#: Models with layers that are not attention.
+HYBRID = {"qwen3_next", "granitemoehybrid"}
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda count: torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+    first = draw(23)
+    return [first, draw(5), draw(3), [*first[:9], *draw(4)]]
+
+
+def serve(model_type, limits=SMALL):
+    engine = Engine(PagedModel(build(model_type), block_size=4), limits=limits)
+    engine.generate(prompts(), Sampling(max_new_tokens=NEW_TOKENS))
+    return engine
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_each_token_is_that_of_eager_attention(model_type):
+    engine = serve(model_type)
+    result = check_answers(engine.model, engine.finished)
+    assert (result.tokens, result.different) == (4 * NEW_TOKENS, 0)
+    assert engine.stats.preemptions > 0
+    assert (engine.stats.shared_tokens > 0) == (model_type not in HYBRID)
+
+
+def test_states_of_requests_that_start_again_are_dropped():
+    limits = Limits(max_requests=4, max_tokens=12, num_blocks=13, max_seq_len=48, host_bytes=0)
+    engine = serve("qwen3_next", limits)
+    assert engine.stats.recomputed > 0
+    assert check_answers(engine.model, engine.finished).different == 0
+    assert engine.model.states._of == {}
+
+
+def test_a_state_that_the_engine_does_not_see_is_found(monkeypatch):
+    monkeypatch.setattr(
+        "attn_dispatch.integrations.transformers.calls.NoKeysCache.get_recurrent_state",
+        lambda self, layer_idx, state_idx=0: None,
+    )
+    with pytest.raises(UnsupportedError, match="other results if a prompt is computed in parts"):
+        PagedModel(build("qwen3_next"))
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "logits_soft_cap", "sinks", "scale"])
+def test_a_feature_that_is_left_out_changes_tokens(field, monkeypatch):
+    model_type = {"sinks": "gpt_oss", "scale": "gemma2", "logits_soft_cap": "gemma2"}
+    attention = paged.Attention
+
+    def without(*sizes, **fields):
+        if field == "scale":
+            sizes = (*sizes[:2], None, *sizes[3:])
+        return attention(*sizes, **{**fields, **({} if field == "scale" else {field: None})})
+
+    monkeypatch.setattr(paged, "Attention", without)
+    engine = serve(model_type.get(field, "mistral"))
+    assert check_answers(engine.model, engine.finished).different > 0
+
+
+def test_encoders_are_rejected():
+    with pytest.raises(UnsupportedError, match="causal language models"):
+        PagedModel(build("bert"))
