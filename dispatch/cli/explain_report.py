@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from attn_dispatch.cli.spec_flags import RequestedModel
     from attn_dispatch.interface.spec import AttentionSpec
-    from attn_dispatch.models.config import LayerGroup
+    from attn_dispatch.models.layers import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
     from attn_dispatch.selection.report import Report, Verdict
 
