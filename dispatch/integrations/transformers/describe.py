@@ -13,11 +13,11 @@ from attn_dispatch.integrations.transformers.build import (
     MAX_LAYERS,
     config_object,
     other_mixer,
-    own_attention,
     run_model,
     text_part,
 )
 from attn_dispatch.integrations.transformers.description import ModelDescription
+from attn_dispatch.integrations.transformers.failures import own_attention
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.models.config_file import model_type_of, own_code, require_dtype
@@ -95,12 +95,24 @@ def describe(
     _check_layers(content)
     _check_own_code(content, notes)
     config = config_object(content)
-    text = text_part(config)
+    text, model, calls = _run_text_part(config)
     _note_left_out(config, text, notes)
     dtype = dtype or _stated_dtype(text, config)
-    model, calls = run_model(text)
     images = config is not text and config.model_type in _BIDIRECTIONAL_IMAGES
     return _description(text, model, calls, images, dtype, extra, notes)
+
+
+def _run_text_part(config: Any) -> tuple[Any, torch.nn.Module, list[Call]]:
+    """The config of the language model, and what `run_model` gives for it."""
+    text = text_part(config)
+    try:
+        return (text, *run_model(text))
+    except UnsupportedError:
+        inner = config.get_text_config()
+        if inner is text or inner.model_type == text.model_type:
+            raise
+        # An encoder of something else with a decoder of text, or a detector that reads text.
+        return (inner, *run_model(inner))
 
 
 def _content(given: Any, dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.dtype | None]:
