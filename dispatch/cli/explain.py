@@ -88,7 +88,7 @@ def explain(
     else:
         console = make_console()
         libraries_text = _describe_libraries(assumed, missing)
-        print_head(console, profile, config, libraries_text, (*model.notes, *assumption))
+        print_head(console, profile, device, config, libraries_text, (*model.notes, *assumption))
         if config is not None:
             print_overview(console, sections, model)
         print_sections(console, sections, phase, profile, verbose=verbose)

@@ -82,10 +82,29 @@ def config_object(content: Mapping[str, Any]) -> Any:
 
 
 def text_part(config: Any) -> Any:
-    """The config of the language model in a multimodal one; otherwise the config itself."""
+    """The config of the language model in a multimodal one; otherwise the config itself.
+
+    Raises:
+        UnsupportedError: the model has several.
+        InvalidInputError: a part is not a config.
+    """
+    from transformers import PreTrainedConfig
+
     if getattr(config, "is_encoder_decoder", False):
         return config
-    return config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedError(
+            f"A model of type {config.model_type!r} has several language models. Give the config "
+            "of one of them."
+        ) from error
+    if not isinstance(text, PreTrainedConfig):
+        raise InvalidInputError(
+            f"This config has a nested one, such as text_config, which models of type "
+            f"{config.model_type!r} do not have."
+        )
+    return text
 
 
 def run_model(config: Any) -> tuple[torch.nn.Module, list[Call]]:

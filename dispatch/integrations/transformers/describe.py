@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -108,8 +108,11 @@ def _run_text_part(config: Any) -> tuple[Any, torch.nn.Module, list[Call]]:
     try:
         return (text, *run_model(text))
     except UnsupportedError:
-        inner = config.get_text_config()
-        if inner is text or inner.model_type == text.model_type:
+        try:
+            inner = config.get_text_config()
+        except ValueError:  # it has several
+            inner = text
+        if inner.model_type == text.model_type:
             raise
         # An encoder of something else with a decoder of text, or a detector that reads text.
         return (inner, *run_model(inner))
@@ -281,6 +284,7 @@ def _description(
     )
     if not groups:
         raise UnsupportedError(_nothing(config, model, rejected, others))
+    _note_unused_windows(config, groups, notes)
     names = group_names([spec for spec, _ in groups])
     return ModelDescription(
         model_type=config.model_type,
@@ -292,6 +296,20 @@ def _description(
         rejected={reason: tuple(dict.fromkeys(layers)) for reason, layers in rejected.items()},
         notes=tuple(notes),
     )
+
+
+def _note_unused_windows(
+    config: Any, groups: Iterable[tuple[AttentionSpec, float | None]], notes: list[str]
+) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    windows = {spec.sliding_window for spec, _ in groups if spec.sliding_window is not None}
+    if not isinstance(longest, int):
+        return
+    for window in sorted(window for window in windows if window >= longest):
+        notes.append(
+            f"The sliding window of {window} tokens hides nothing: the longest context of the "
+            f"model is {longest} (max_position_embeddings)."
+        )
 
 
 def _attn_type(call: Call, config: Any) -> AttentionType:

@@ -22,6 +22,12 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"'\w+Config' object has no attribute '(\w+)'", "reads {0}, which this config does not have"),
     (r"needs? to be specified|is not set", "needs a value that this config does not have"),
     (r"got NoneType|'NoneType'|of type NoneType", "needs a value or input that is not there"),
+    (
+        r"split_with_sizes|reduction dim|for input of size|broadcast a dimension|out of range|"
+        r"channel dimensions|not enough values|normalized_shape|[Ii]mage size|tensor of shape|"
+        r"a multiple of|must be mono|not in range|to have shape",
+        "has sizes that do not fit this request",
+    ),
     (r"meta tensor|register_meta|on meta|expected meta device", "depends on values of tensors"),
 )
 
