@@ -291,7 +291,7 @@ def _model(config: Path, fields: Mapping[str, Any]) -> RequestedModel:
     if not _has_transformers():
         return RequestedModel(
             layers_from_config(content, **fields),
-            notes=(f"Described by a short table: transformers {_TRANSFORMERS} is not installed.",),
+            notes=(f"By a short table, without transformers {_TRANSFORMERS} or newer.",),
         )
     from attn_dispatch.integrations.transformers import describe
 
