@@ -130,10 +130,10 @@ def run_model(config: Any) -> tuple[torch.nn.Module, list[Call]]:
         for inputs, answer in itertools.product(requests, (False, True)):
             if answer and not _needs_values(first):
                 continue
-            calls, error = _run(model, inputs, config, answer)
-            if error is None:
+            calls, raised = _run(model, inputs, config, answer)
+            if raised is None:
                 return model, calls
-            first = first or error
+            first = first or raised
         problem = first
     assert problem is not None
     raise UnsupportedError(why_not_run(cls, model, problem)) from problem
