@@ -8,7 +8,7 @@ Run once for a release of transformers, with the extra `transformers` installed;
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,12 +28,21 @@ that records how it is called. No code of a checkpoint is run.
 - Of multimodal models, the language model is described, with a note.
 - Layers with attention that an `AttentionSpec` cannot describe are rejected with the reason.
 - A dtype that the file does not state is not assumed: give `--dtype`.
+- Without transformers, a short table has {table}.
 
-The table is made by `docs/generate_models.py` from the default config of each model type in
+The tables are made by `docs/generate_models.py` from the default config of each model type in
 transformers {version}. A default config can lack sizes that published files have; such a model
-can work with its own file. {described} types are described, {rejected} are rejected with the
-reason, and {unknown} cannot be run without weights on one request of text, an image or audio.
+can work with its own file. {described} types are described and {rejected} are rejected with the
+reason. {unknown} do not run without weights on one request of text, an image, a video or audio;
+many of these are parts of multimodal models, which are described by their language model.
 """
+
+#: Parts of messages -> what the page says.
+_SHORTER = {
+    "computes its attention itself": "It does not call the attention function of transformers, "
+    "or has no attention.",
+    "has no model class": "The config of a part that has no class of its own.",
+}
 
 
 def line(model_type: str) -> tuple[str, str, str]:
@@ -48,40 +57,61 @@ def line(model_type: str) -> tuple[str, str, str]:
     warnings.simplefilter("ignore")
     try:
         config = CONFIG_MAPPING[model_type]()
-    except Exception as error:  # any: some configs have no defaults
-        return model_type, "unknown", f"has no default config ({type(error).__name__})"
+    except Exception:  # any: some configs have no defaults
+        return model_type, "unknown", "It has no default config."
     try:
         found = describe(config, dtype=torch.bfloat16)
     except AttnDispatchError as error:
-        text = str(error)
+        text = " ".join(str(error).split())
         state = "unknown" if "cannot be run" in text or "rejects this" in text else "rejected"
-        text = text.partition(": ")[2] if text.startswith("AttentionSpec cannot") else text
-        return model_type, state, " ".join(text.split())
+        return model_type, state, _reason(text)
     parts = [f"{len(group.layers)} {name}" for name, group in found.groups.items()]
-    parts += [f"{len(layers)} {name} (not attention)" for name, layers in found.others.items()]
+    parts += [f"{len(layers)} {name} (not dispatched)" for name, layers in found.others.items()]
     parts += [f"{len(layers)} rejected: {reason}" for reason, layers in found.rejected.items()]
     return model_type, "described", "; ".join(parts)
 
 
-def page() -> Iterator[str]:
-    """The lines of the page."""
-    import transformers
-    from transformers import CONFIG_MAPPING
+def _reason(text: str) -> str:
+    """A message about one model as a sentence that can be about several."""
+    for part, shorter in _SHORTER.items():
+        if part in text:
+            return shorter
+    if text.startswith(("AttentionSpec cannot", "transformers rejects")):
+        text = text.partition(": ")[2]
+    if "has no softmax attention" in text:
+        text = "no softmax attention"
+    text = text.partition("so its attention is not known: ")[2] or text
+    text = text.partition(" (")[0] if "does not accept this request" in text else text
+    text = text.partition(". Describe")[0].rstrip(".")
+    return f"{text[0].upper()}{text[1:]}."
 
-    with ProcessPoolExecutor(2) as pool:
-        rows = sorted(pool.map(line, list(CONFIG_MAPPING), chunksize=8))
+
+def page(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+    """The lines of the page, from what `line` gives for each model type."""
+    import transformers
+
+    from attn_dispatch.models.short_table import FAMILIES
+
     counts = {state: sum(row[1] == state for row in rows) for state in _TITLES}
-    yield _HEAD.format(version=transformers.__version__, **counts)
+    table = ", ".join(f"`{name}`" for name in FAMILIES)
+    yield _HEAD.format(version=transformers.__version__, table=table, **counts)
     for state, title in _TITLES.items():
         yield f"## {title}\n"
-        yield "| Type | Layers |" if state == "described" else "| Type | Reason |"
+        first = "Layers" if state == "described" else "Reason"
+        yield f"| {first} | Types |"
         yield "| --- | --- |"
-        for model_type, own, text in rows:
+        types: dict[str, list[str]] = {}
+        for model_type, own, text in sorted(rows):
             if own == state:
-                cell = text.replace("|", "\\|")
-                yield f"| `{model_type}` | {cell} |"
+                types.setdefault(text.replace("|", "\\|"), []).append(f"`{model_type}`")
+        for text, names in sorted(types.items(), key=lambda item: (-len(item[1]), item[0])):
+            yield f"| {text} | {', '.join(names)} |"
         yield ""
 
 
 if __name__ == "__main__":
-    _PAGE.write_text("\n".join(page()).rstrip() + "\n", encoding="utf-8")
+    from transformers import CONFIG_MAPPING
+
+    with ProcessPoolExecutor(2) as pool:
+        found = list(pool.map(line, list(CONFIG_MAPPING), chunksize=8))
+    _PAGE.write_text("\n".join(page(found)).rstrip() + "\n", encoding="utf-8")

@@ -55,6 +55,7 @@ def diagnose() -> dict[str, Any]:
         "tables": _tables(profiles),
         "backends": backends,
         "gains": _gains(backends),
+        "slow": _slow(profiles),
     }
 
 
@@ -250,3 +251,31 @@ def _gains(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     todo = (f"what one of these needs: {'; '.join(todo)}",)
                 gains.setdefault(todo, {}).setdefault(backend["name"], []).append(device)
     return [{"do": list(todo), "gains": gained} for todo, gained in gains.items()]
+
+
+def _slow(profiles: dict[str, DeviceProfile]) -> list[dict[str, str]]:
+    """The GPUs and kinds of layer that a reference backend, which is slow, would serve."""
+    import torch
+
+    from attn_dispatch.interface.spec import AttentionSpec, MLADims
+    from attn_dispatch.selection.priorities import LAST_RESORT
+    from attn_dispatch.selection.resolve import explain
+
+    dims = MLADims(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    dtype = torch.bfloat16
+    kinds = {
+        "attention": AttentionSpec(
+            num_heads=32, num_kv_heads=8, head_size=128, dtype=dtype, block_size=16
+        ),
+        "latent attention (MLA)": AttentionSpec.for_mla(
+            num_heads=128, dtype=dtype, mla=dims, block_size=64
+        ),
+    }
+    return [
+        {"device": device, "layers": kind, "backend": report.picked}
+        for device, profile in profiles.items()
+        if profile.vendor != "cpu"
+        for kind, spec in kinds.items()
+        for report in explain(spec, profile)[:1]
+        if report.picked in LAST_RESORT
+    ]

@@ -32,6 +32,14 @@ def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
         console.print()
         console.print(title, style="bold underline")
         print_section(console, found)
+    for each in found["slow"]:
+        console.print()
+        console.print(
+            f"Warning: on {each['device']}, {each['layers']} goes to {each['backend']}, which is "
+            "for correctness and slow. Install what would help, or see why: attn-dispatch explain "
+            "--verbose.",
+            style="yellow",
+        )
     console.print()
     console.print("Next: attn-dispatch explain --config config.json, for a model's picks here.")
 

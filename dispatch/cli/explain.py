@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from attn_dispatch.cli.spec_flags import RequestedModel
-    from attn_dispatch.models.config import LayerGroup
+    from attn_dispatch.models.layers import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
     from attn_dispatch.selection.report import Report
 
@@ -88,7 +88,7 @@ def explain(
     else:
         console = make_console()
         libraries_text = _describe_libraries(assumed, missing)
-        print_head(console, profile, config, libraries_text, (*model.notes, *assumption))
+        print_head(console, profile, device, config, libraries_text, (*model.notes, *assumption))
         if config is not None:
             print_overview(console, sections, model)
         print_sections(console, sections, phase, profile, verbose=verbose)

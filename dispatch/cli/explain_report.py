@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from attn_dispatch.cli.spec_flags import RequestedModel
     from attn_dispatch.interface.spec import AttentionSpec
-    from attn_dispatch.models.config import LayerGroup
+    from attn_dispatch.models.layers import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
     from attn_dispatch.selection.report import Report, Verdict
 
@@ -50,13 +50,22 @@ class Section:
 def print_head(
     console: Console,
     profile: DeviceProfile,
+    device: str | None,
     config: Path | None,
     libraries: str,
     notes: Sequence[str],
 ) -> None:
-    """Print what the answer is about, and what was left out or assumed."""
+    """Print what the answer is about, and what was left out or assumed.
+
+    Args:
+        device: the name that the user gave; devices of the same kind share a profile.
+    """
     facts = facts_table()
-    facts.add_row("Device", f"{profile.name} ({profile.arch})")
+    name = f"{profile.name} ({profile.arch})"
+    given = (device or "").lower()
+    if given and given != profile.arch and given not in name.lower() and ":" not in given:
+        name = f"{device}, which is treated as {name}"
+    facts.add_row("Device", name)
     facts.add_row("Libraries", libraries)
     if config is not None:
         facts.add_row("Model", str(config))
@@ -74,7 +83,7 @@ def print_overview(console: Console, sections: Sequence[Section], model: Request
         style = "red" if "none" in picked.values() else ""
         table.add_row(section.name, str(len(section.group.layers)), *cells, style=style)
     for name, layers in model.others.items():
-        table.add_row(name, str(len(layers)), *("not attention" for _ in Phase), style="dim")
+        table.add_row(name, str(len(layers)), *("not dispatched" for _ in Phase), style="dim")
     console.print()
     console.print(table)
     for reason, layers in model.rejected.items():
@@ -99,29 +108,40 @@ def print_sections(
             for name, texts in known[0].items()
             if all(why.get(name) == texts for why in known)
         }
-    first: AttentionSpec | None = None
-    for section, why in zip(sections, whys, strict=True):
+    able = [_able(section.reports) for section in sections]
+    all_able = able[0] if len(able) > 1 and all(each == able[0] for each in able) else {}
+    first: LayerGroup | None = None
+    for section, why, others in zip(sections, whys, able, strict=True):
         _print_section(console, section, phase, None if verbose else first)
         _print_reference(console, section, profile)
         own = {name: texts for name, texts in why.items() if name not in shared}
         _print_others(console, own, len(section.reports), "Not picked")
-        if not verbose:
-            _print_able(console, section.reports)
-        first = first or section.group.spec
+        if not verbose and not all_able:
+            _print_able(console, others, "Also supported")
+        first = first or section.group
     _print_others(console, shared, len(sections[0].reports), "Not picked, for all of these")
+    if not verbose and all_able:
+        console.print()
+        _print_able(console, all_able, "Also supported, for all of these")
     if not verbose:
         _print_folded(console, sections)
 
 
-def _print_able(console: Console, reports: Sequence[Report]) -> None:
-    """Print the backends that are supported and rank lower, in one line for each set of phases."""
+def _able(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
+    """The backends that are supported and rank lower -> the phases, if not all of them."""
     phases: dict[tuple[str, ...], list[str]] = {}
     for report in reports:
         if report.others:
             phases.setdefault(report.others, []).append(str(report.phase))
-    for names, where in phases.items():
-        prefix = "" if len(where) == len(reports) else f" ({', '.join(where)})"
-        console.print(f"Also supported{prefix}: {', '.join(names)}", style="dim")
+    return {
+        names: "" if len(where) == len(reports) else f" ({', '.join(where)})"
+        for names, where in phases.items()
+    }
+
+
+def _print_able(console: Console, able: Mapping[tuple[str, ...], str], title: str) -> None:
+    for names, where in able.items():
+        console.print(f"{title}{where}: {', '.join(names)}", style="dim")
 
 
 def _print_folded(console: Console, sections: Sequence[Section]) -> None:
@@ -141,7 +161,7 @@ def _print_folded(console: Console, sections: Sequence[Section]) -> None:
 
 
 def _print_section(
-    console: Console, section: Section, phase: Phase | None, first: AttentionSpec | None
+    console: Console, section: Section, phase: Phase | None, first: LayerGroup | None
 ) -> None:
     spec = section.group.spec
     console.print()
@@ -149,8 +169,8 @@ def _print_section(
         console.print(section.name, style="bold underline", end="")
         layers = section.group.layers
         console.print(f", layer{'' if len(layers) == 1 else 's'} {_indices(layers)}")
-    text = str(spec) if first is None else _difference(spec, first)
-    if section.group.scale is not None:
+    text = str(spec) if first is None else _difference(spec, first.spec)
+    if section.group.scale is not None and (first is None or section.group.scale != first.scale):
         text += f", scale {section.group.scale:.6g}"
     console.print(text)
     console.print()
@@ -229,7 +249,8 @@ def _by_phase(reports: Sequence[Report]) -> dict[tuple[str | None, str], str]:
     for report in reports:
         # The reasons that the sentence announces are in a table of their own.
         because = report.because.removesuffix(" The reasons:").removesuffix(":")
-        why = f"{report.source}: {because}" if report.source else because
+        repeats = because.startswith("first in this platform's order")
+        why = because if repeats or not report.source else f"{report.source}: {because}"
         phases.setdefault((report.picked, why), []).append(str(report.phase))
     return {key: ", ".join(names) for key, names in phases.items()}
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 import attn_dispatch.interface.spec as spec_module
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 
 if TYPE_CHECKING:
-    from attn_dispatch.models.config import LayerGroup
+    from attn_dispatch.models.layers import LayerGroup
 
 __all__ = [
     "RequestedModel",
@@ -265,7 +265,7 @@ def requested_model(config: Path | None, fields: Mapping[str, Any]) -> Requested
         InvalidInputError, UnsupportedError: as for `describe`, `layers_from_config` or
             `spec_from_fields`.
     """
-    from attn_dispatch.models.config import LayerGroup
+    from attn_dispatch.models.layers import LayerGroup
 
     if config is None:
         spec = spec_from_fields(fields)
@@ -284,18 +284,15 @@ def requested_model(config: Path | None, fields: Mapping[str, Any]) -> Requested
 
 def _model(config: Path, fields: Mapping[str, Any]) -> RequestedModel:
     """The model as transformers runs it, if that is installed; otherwise as a table has it."""
-    from attn_dispatch.models.config import layers_from_config
-    from attn_dispatch.models.hf import load_config
+    from attn_dispatch.models.config_file import load_config
+    from attn_dispatch.models.short_table import layers_from_config
 
     content = load_config(config)
     if not _has_transformers():
-        try:
-            return RequestedModel(layers_from_config(content, **fields))
-        except UnsupportedError as error:
-            raise UnsupportedError(
-                f"{error} More models are understood with transformers {_TRANSFORMERS} or newer: "
-                "pip install 'attn-dispatch[transformers]'."
-            ) from error
+        return RequestedModel(
+            layers_from_config(content, **fields),
+            notes=(f"By a short table, without transformers {_TRANSFORMERS} or newer.",),
+        )
     from attn_dispatch.integrations.transformers import describe
 
     found = describe(content, **fields)

@@ -129,6 +129,32 @@ def test_invalid_configs_are_rejected(case):
         describe({"model_type": "llama", **SMALL, **changes})
 
 
+def test_a_window_that_hides_nothing_is_noted():
+    own = {"sliding_window": 4096, "max_position_embeddings": 4096, "pad_token_id": 0}
+    (note,) = describe({"model_type": "phi3", **SMALL, **own}).notes
+    assert "window of 4096 tokens hides nothing" in note
+    own["max_position_embeddings"] = 4097
+    assert describe({"model_type": "phi3", **SMALL, **own}).notes == ()
+
+
+def test_gpt_oss_states_no_dtype():
+    with pytest.raises(InvalidInputError, match=r"states no dtype.*--dtype"):
+        describe(load("gpt_oss"))
+
+
+def test_a_class_that_is_not_run_gives_the_reason():
+    with pytest.raises(UnsupportedError, match=r"cannot be run without weights.*needs the input"):
+        describe({"model_type": "idefics2_perceiver"}, dtype=BF16)
+
+
+def test_an_encoder_of_something_else_gives_its_decoder_of_text():
+    found = describe({"model_type": "rag", "question_encoder": {"model_type": "dpr"},
+                      "generator": {"model_type": "bart", "encoder_layers": 2, "decoder_layers": 3},
+                      "is_encoder_decoder": True}, dtype=BF16)  # fmt: skip
+    layers = {name: len(group.layers) for name, group in found.groups.items()}
+    assert layers == {"encoder": 2, "full": 3, "encoder_decoder": 3}
+
+
 def test_notes_name_own_code_and_what_is_left_out():
     own = {"auto_map": {"AutoModelForCausalLM": "modeling.LlamaOwn"}}
     (note,) = describe({"model_type": "llama", **SMALL, **own}).notes

@@ -6,7 +6,7 @@ import torch
 
 from attn_dispatch.interface.spec import MLADims
 from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.models.hf import load_config
+from attn_dispatch.models.config_file import load_config
 from support.paths import CONFIGS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

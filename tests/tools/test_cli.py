@@ -275,6 +275,14 @@ def test_explain_config():
     assert [reason["field"] for reason in verdicts["TORCH_SDPA"]] == ["logits_soft_cap"]
 
 
+def test_explain_prints_what_all_kinds_of_layer_share_once():
+    text = run("explain", "--config", CONFIGS / "gemma3n.json", "--device", "H100").stdout
+    assert text.count("Also supported") == 1
+    assert text.count("scale 1") == 1
+    assert "H100, which is treated as NVIDIA H200 (sm90)" in text
+    assert "as the first, with kv_sharing=True\n" in text
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_explain_fits_a_narrow_terminal(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
@@ -353,6 +361,22 @@ def test_doctor_with_a_gpu(monkeypatch):
     assert "- HOPPER on cuda:2: does not run on NVIDIA A100 (sm80)" in text
     assert "- HOPPER on cpu: does not run on CPU (cpu)" in text
     assert doctor_report._range(["cuda:0", "cuda:1"]) == "cuda:0-1"
+
+
+def test_doctor_warns_where_a_reference_would_serve_a_gpu(monkeypatch):
+    accelerator = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kw: accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    h200, triton = known_device("H200"), libraries.Library("triton", "3.6.0")
+    bare = h200.with_libraries(*(libraries.Library(name) for name in libraries.LIBRARIES))
+    profiles = {"cuda:0": h200.with_libraries(triton), "cuda:1": bare, "cpu": known_device("cpu")}
+    monkeypatch.setattr(detect, "detect_device", profiles.__getitem__)
+    slow = {(each["device"], each["layers"]): each["backend"] for each in answer("doctor")["slow"]}
+    assert slow["cuda:1", "latent attention (MLA)"] == "REFERENCE_MLA"
+    assert not {device for device, _ in slow} & {"cuda:0", "cpu"}
+    text = " ".join(run("doctor").stdout.split())
+    assert "Warning: on cuda:1, latent attention (MLA) goes to REFERENCE_MLA" in text
+    assert text.endswith("attn-dispatch explain --config config.json, for a model's picks here.")
 
 
 def test_doctor_handles_a_backend_that_needs_any_of_several_libraries(monkeypatch):

@@ -6,7 +6,6 @@ Only classes that transformers itself contains are used, never code that a check
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import re
 import warnings
@@ -17,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.integrations.transformers.failures import first_line, why_not_run
+from attn_dispatch.integrations.transformers.inputs import input_sets
 from attn_dispatch.integrations.transformers.recording import RECORDER, Call, recording
 
 __all__ = [
@@ -24,16 +25,12 @@ __all__ = [
     "MAX_LAYERS",
     "config_object",
     "other_mixer",
-    "own_attention",
     "run_model",
     "text_part",
 ]
 
 #: More layers than any model has; building more only takes long.
 MAX_LAYERS = 1_000
-
-#: Lengths of the one request, different so that cross attention is recognized.
-_QUERY_LEN, _ENCODER_LEN = 8, 12
 
 #: Names that published files use for architectures that transformers has under another name.
 ALIASES = {"kimi_k2": "deepseek_v3"}
@@ -80,15 +77,34 @@ def config_object(content: Mapping[str, Any]) -> Any:
             return CONFIG_MAPPING[name].from_dict(own)
     except Exception as error:  # any: the values come from a file, and transformers checks few
         raise InvalidInputError(
-            f"transformers rejects this config of type {model_type!r}: {_first_line(error)}"
+            f"transformers rejects this config of type {model_type!r}: {first_line(error)}"
         ) from error
 
 
 def text_part(config: Any) -> Any:
-    """The config of the language model in a multimodal one; otherwise the config itself."""
+    """The config of the language model in a multimodal one; otherwise the config itself.
+
+    Raises:
+        UnsupportedError: the model has several.
+        InvalidInputError: a part is not a config.
+    """
+    from transformers import PreTrainedConfig
+
     if getattr(config, "is_encoder_decoder", False):
         return config
-    return config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedError(
+            f"A model of type {config.model_type!r} has several language models. Give the config "
+            "of one of them."
+        ) from error
+    if not isinstance(text, PreTrainedConfig):
+        raise InvalidInputError(
+            f"This config has a nested one, such as text_config, which models of type "
+            f"{config.model_type!r} do not have."
+        )
+    return text
 
 
 def run_model(config: Any) -> tuple[torch.nn.Module, list[Call]]:
@@ -98,32 +114,48 @@ def run_model(config: Any) -> tuple[torch.nn.Module, list[Call]]:
         UnsupportedError: transformers' class cannot be built or run without weights.
     """
     cls = _model_class(config)
-    chunk = getattr(config, "attention_chunk_size", None)
     problem: Exception | None = None
-    for skip, answer in itertools.product((_one, _pair, None), (False, True)):
-        if answer and not _needs_values(problem):
-            continue
+    model: torch.nn.Module | None = None
+    for skip in (_one, _pair, None):
         try:
-            with (
-                _quiet(),
-                recording(chunk if isinstance(chunk, int) else None) as record,
-                torch.no_grad(),
-                _AnswerConditions() if answer else contextlib.nullcontext(),
-            ):
+            with _quiet(), recording(None):
                 model = _build(cls, config)
                 if skip is not None:
                     _skip_modules(model, skip)
-                model(**_inputs(model, config))
-            return model, record.calls
-        except Exception as error:  # any: foreign code runs on tensors without values
+                requests = list(input_sets(model, config))
+        except Exception as error:  # any: foreign code that builds a model of a foreign config
             problem = error
+            break
+        first: Exception | None = None
+        for inputs, answer in itertools.product(requests, (False, True)):
+            if answer and not _needs_values(first):
+                continue
+            calls, raised = _run(model, inputs, config, answer)
+            if raised is None:
+                return model, calls
+            first = first or raised
+        problem = first
     assert problem is not None
-    if isinstance(problem, KeyError) and problem.args == (RECORDER,):
-        raise UnsupportedError(own_attention(cls))
-    raise UnsupportedError(
-        f"transformers' {cls.__name__} cannot be run without weights, so its attention is not "
-        f"known: {type(problem).__name__}: {_first_line(problem)}"
-    ) from problem
+    raise UnsupportedError(why_not_run(cls, model, problem)) from problem
+
+
+def _run(
+    model: torch.nn.Module, inputs: Mapping[str, Any], config: Any, answer: bool
+) -> tuple[list[Call], Exception | None]:
+    """The attention calls of one forward pass, or what it raised."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    answers = _AnswerConditions() if answer else contextlib.nullcontext()
+    try:
+        with (
+            _quiet(),
+            recording(chunk if isinstance(chunk, int) else None) as record,
+            torch.no_grad(),
+            answers,
+        ):
+            model(**inputs)
+    except Exception as error:  # any: foreign code runs on tensors without values
+        return [], error
+    return record.calls, None
 
 
 @contextlib.contextmanager
@@ -137,15 +169,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def own_attention(cls: type) -> str:
-    """The message about a class whose attention cannot be replaced, so that it is not seen."""
-    return (
-        f"transformers' {cls.__name__} computes its attention itself and never calls the attention "
-        "function that can be replaced, so its layers are not known. Describe them by flags such "
-        "as --num-heads."
-    )
 
 
 def _needs_values(problem: Exception | None) -> bool:
@@ -274,42 +297,3 @@ def other_mixer(layer: torch.nn.Module) -> str | None:
     """The class in a layer that mixes tokens without softmax attention, or None."""
     kinds = (type(module).__name__ for module in layer.modules() if module is not layer)
     return next((kind for kind in kinds if _OTHER_MIXERS.search(kind)), None)
-
-
-def _inputs(model: torch.nn.Module, config: Any) -> dict[str, Any]:
-    """One request for the model's forward, without values."""
-    main = getattr(model, "main_input_name", "input_ids")
-    accepted = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {}
-
-    def add(name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
-        if name in accepted or name == main:
-            inputs[name] = torch.ones(shape, dtype=dtype, device="meta")
-
-    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    length = _ENCODER_LEN if is_encoder_decoder else _QUERY_LEN
-    if main == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        add(main, 1, getattr(config, "num_channels", 3), height, width, dtype=torch.bfloat16)
-    elif main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 1500)
-        add(main, 1, getattr(config, "num_mel_bins", 80), frames, dtype=torch.bfloat16)
-    elif main == "input_values":
-        add(main, 1, 16_000, dtype=torch.bfloat16)
-    else:
-        add("input_ids", 1, length)
-        # With a mask, transformers does not look for packed sequences in the positions' values.
-        add("attention_mask", 1, length)
-    if is_encoder_decoder:
-        add("decoder_input_ids", 1, _QUERY_LEN)
-        add("decoder_attention_mask", 1, _QUERY_LEN)
-    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -12,20 +13,20 @@ from attn_dispatch.integrations.transformers.build import (
     MAX_LAYERS,
     config_object,
     other_mixer,
-    own_attention,
     run_model,
     text_part,
 )
 from attn_dispatch.integrations.transformers.description import ModelDescription
+from attn_dispatch.integrations.transformers.failures import own_attention
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.models.config import (
+from attn_dispatch.models.config_file import model_type_of, own_code, require_dtype
+from attn_dispatch.models.layers import (
     LayerGroup,
     check_serving_fields,
     group_names,
     with_serving_fields,
 )
-from attn_dispatch.models.hf import read_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,6 @@ __all__ = ["describe"]
 _NO_CALL = "no call of the attention function"
 #: Names of layers that are known to have something else than softmax attention.
 _OTHER = re.compile(r"linear|mamba|conv|recurrent|delta|rwkv|lstm", re.IGNORECASE)
-#: Names of classes whose attention is not causal.
-_BOTH_WAYS = re.compile(r"bidirectional|bi(model|for)|noncausal", re.IGNORECASE)
 #: Nested configs of wrappers that transformers does not know.
 _INNER_KEYS = ("text_config", "llm_config", "language_config")
 #: Wrappers whose image tokens see each other both ways.
@@ -96,12 +95,27 @@ def describe(
     _check_layers(content)
     _check_own_code(content, notes)
     config = config_object(content)
-    text = text_part(config)
+    text, model, calls = _run_text_part(config)
     _note_left_out(config, text, notes)
     dtype = dtype or _stated_dtype(text, config)
-    model, calls = run_model(text)
     images = config is not text and config.model_type in _BIDIRECTIONAL_IMAGES
     return _description(text, model, calls, images, dtype, extra, notes)
+
+
+def _run_text_part(config: Any) -> tuple[Any, torch.nn.Module, list[Call]]:
+    """The config of the language model, and what `run_model` gives for it."""
+    text = text_part(config)
+    try:
+        return (text, *run_model(text))
+    except UnsupportedError:
+        try:
+            inner = config.get_text_config()
+        except ValueError:  # it has several
+            inner = text
+        if inner.model_type == text.model_type:
+            raise
+        # An encoder of something else with a decoder of text, or a detector that reads text.
+        return (inner, *run_model(inner))
 
 
 def _content(given: Any, dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.dtype | None]:
@@ -119,12 +133,7 @@ def _content(given: Any, dtype: torch.dtype | None) -> tuple[dict[str, Any], tor
             f"describe() got a {type(given).__name__}. Give the content of config.json, or a "
             "config or model of transformers."
         )
-    model_type = given.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise InvalidInputError(
-            f"This config has model_type={model_type!r}, so the model is unknown. Is it a "
-            "Hugging Face model's own config.json?"
-        )
+    model_type_of(given)
     assert dtype is None or isinstance(dtype, torch.dtype)
     return dict(given), dtype
 
@@ -204,28 +213,19 @@ def _check_layers(content: Mapping[str, Any]) -> None:
 
 def _check_own_code(content: Mapping[str, Any], notes: list[str]) -> None:
     """Note or reject a checkpoint that brings classes of its own."""
-    import transformers
-
-    auto_map = content.get("auto_map")
-    named = [str(name) for name in content.get("architectures") or ()]
-    own = [name for name in named if not hasattr(transformers, name)]
-    if isinstance(auto_map, Mapping):
-        own += [str(value).rpartition(".")[2] for value in auto_map.values()]
-    own = [name for name in dict.fromkeys(own) if not name.endswith(("Config", "Tokenizer"))]
-    both_ways = [
-        name for name in own if re.search(r"bidirectional|bi(model|for)|noncausal", name, re.I)
-    ]
-    if both_ways:
-        raise UnsupportedError(
-            f"This config names code of its own ({both_ways[0]}), which attends in both "
-            f"directions; transformers' {content['model_type']!r} does not. Describe the layer by "
-            "flags with --attn-type encoder_only."
-        )
+    own = own_code(content, is_known=lambda name: name in _names_in_transformers())
     if own:
         notes.append(
             f"The file names code of its own ({', '.join(own[:3])}). It is not run: this describes "
             f"transformers' own {content['model_type']!r}."
         )
+
+
+@functools.cache
+def _names_in_transformers() -> frozenset[str]:
+    import transformers
+
+    return frozenset(dir(transformers))
 
 
 def _note_left_out(config: Any, text: Any, notes: list[str]) -> None:
@@ -246,19 +246,9 @@ def _note_left_out(config: Any, text: Any, notes: list[str]) -> None:
 
 
 def _stated_dtype(text: Any, config: Any) -> torch.dtype:
-    for each in (text, config):
-        stated = read_dtype({"dtype": _dtype_name(each)})
-        if stated is not None:
-            return stated
-    raise InvalidInputError(
-        "This config states no dtype, and none is assumed. Give the dtype that the model runs in: "
-        "--dtype bfloat16, or dtype=torch.bfloat16."
-    )
-
-
-def _dtype_name(config: Any) -> str | None:
-    stated = getattr(config, "dtype", None)
-    return None if stated is None else str(stated).removeprefix("torch.")
+    dtypes = (getattr(each, "dtype", None) for each in (text, config))
+    stated = next((dtype for dtype in dtypes if dtype is not None), None)
+    return require_dtype({} if stated is None else {"dtype": str(stated)})
 
 
 def _description(
@@ -294,6 +284,7 @@ def _description(
     )
     if not groups:
         raise UnsupportedError(_nothing(config, model, rejected, others))
+    _note_unused_windows(config, groups, notes)
     names = group_names([spec for spec, _ in groups])
     return ModelDescription(
         model_type=config.model_type,
@@ -305,6 +296,20 @@ def _description(
         rejected={reason: tuple(dict.fromkeys(layers)) for reason, layers in rejected.items()},
         notes=tuple(notes),
     )
+
+
+def _note_unused_windows(
+    config: Any, groups: Iterable[tuple[AttentionSpec, float | None]], notes: list[str]
+) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    windows = {spec.sliding_window for spec, _ in groups if spec.sliding_window is not None}
+    if not isinstance(longest, int):
+        return
+    for window in sorted(window for window in windows if window >= longest):
+        notes.append(
+            f"The sliding window of {window} tokens hides nothing: the longest context of the "
+            f"model is {longest} (max_position_embeddings)."
+        )
 
 
 def _attn_type(call: Call, config: Any) -> AttentionType:

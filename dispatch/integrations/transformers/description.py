@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from attn_dispatch.models.config import LayerGroup
+from attn_dispatch.models.layers import LayerGroup
 
 __all__ = ["ModelDescription"]
 
