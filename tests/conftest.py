@@ -26,6 +26,32 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc) -> None:
+    """Without a GPU, of the many cases that need one only the first is collected, to be skipped."""
+    if torch.cuda.is_available():
+        return
+    definition = metafunc.definition
+    needs_gpu = definition.get_closest_marker("gpu") is not None
+    definition.own_markers[:] = [
+        _without_gpu_cases(mark, needs_gpu) if mark.name == "parametrize" else mark
+        for mark in definition.own_markers
+    ]
+
+
+def _without_gpu_cases(mark: pytest.Mark, needs_gpu: bool) -> pytest.Mark:
+    """A parametrize mark with the first of its values that need a GPU and all the others."""
+    names, values, *more = mark.args
+    values, ids = list(values), mark.kwargs.get("ids")
+    on_gpu = [needs_gpu or any(m.name == "gpu" for m in getattr(v, "marks", ())) for v in values]
+    kept = [i for i, is_on_gpu in enumerate(on_gpu) if not is_on_gpu or i == on_gpu.index(True)]
+    kwargs = dict(mark.kwargs)
+    if ids is not None and not callable(ids):
+        ids = list(ids)
+        kwargs["ids"] = [ids[i] for i in kept]
+    return pytest.mark.parametrize(names, [values[i] for i in kept], *more, **kwargs).mark
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     """Unset the variables of overrides, checks and timing tables; a test sets what it needs."""
