@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -28,13 +29,17 @@ def test_tokens_are_right_while_blocks_are_shared_copied_and_swapped():
     assert result.stats.mixed_steps > 0
 
 
+@functools.cache
+def usual():
+    return serve(WORKLOAD)
+
+
 @pytest.mark.parametrize("backend", ["REFERENCE", "full.decode=REFERENCE", "-TORCH_SDPA"])
 def test_overrides_change_the_picks_but_not_the_answers(backend):
-    usual = serve(WORKLOAD)
     other = serve(WORKLOAD, backend=backend)
     picked = lambda result: [[report.picked for report in layer] for layer in result.picks]
-    assert picked(other) != picked(usual)
-    assert other.answers == usual.answers
+    assert picked(other) != picked(usual())
+    assert other.answers == usual().answers
 
 
 def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
@@ -42,15 +47,16 @@ def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
         serve(WORKLOAD, backend="TORCH_SDPA")
 
 
-@pytest.mark.parametrize("limits", [EngineLimits(max_requests=2, max_tokens=24)])
-def test_captured_steps_predict_the_same_tokens(limits):
+@pytest.mark.parametrize("tasks", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_captured_steps_predict_the_same_tokens(tasks):
     """On a GPU graphs are replayed; in Triton's interpreter the same steps are called."""
     from support.graph_cases import BACKEND, DEVICE, interpreted_backend
 
+    limits = EngineLimits(max_requests=2, max_tokens=24)
     with interpreted_backend():
         model = load_demo_model(device=DEVICE)
         engine = Engine(model, PREFIX, limits=limits, backend=BACKEND, use_graphs=True)
-        for index, task in enumerate(WORKLOAD.tasks[:3]):
+        for index, task in enumerate(WORKLOAD.tasks[:tasks]):
             engine.add(index, tokenizer.encode(WORKLOAD.prefix + task.text))
         while engine.has_work:
             engine.step()
