@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 
 import hypothesis
@@ -26,6 +27,12 @@ if torch.cuda.is_available():
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections, which `bench` and others ask for, do not visit modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
