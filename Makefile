@@ -5,9 +5,10 @@ BIN := $(abspath $(VENV))/bin
 # PyTorch's CPU builds; the default wheel on Linux brings several GB of CUDA packages.
 # Empty (`make test TORCH_INDEX=`): pip's own index, with the CUDA builds on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?= -n auto
+# Tests with the mark `slow` are left to `make test-slow`, those with `models` to `make models`.
+PYTEST_ARGS ?= -n auto -m "not slow and not models"
 
-.PHONY: demo models test emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
+.PHONY: demo models test test-slow emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -35,6 +36,11 @@ models: $(VENV)/models
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The rest: what is slow, and property tests with more examples.
+test-slow: export HYPOTHESIS_PROFILE = slow
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n auto -m "slow or hypothesis"
 
 # Kernels for AMD GPUs, executed by an emulator, one process for each GPU.
 EMULATE ?= gfx942 gfx1100
@@ -69,9 +75,11 @@ wheel-check: $(VENV)/ready
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python .ci/check_wheel.py build/wheel/*.whl
 
-# Compiles every Triton kernel for every known GPU, and compares with docs/kernels.md. No GPU needed.
+# Compiles Triton's kernels for known GPUs, and compares with docs/kernels.md. No GPU needed. The
+# whole table: make compile-matrix MATRIX_ARGS=--check.
+MATRIX_ARGS ?= --quick --check
 compile-matrix: $(VENV)/ready
-	$(BIN)/python benchmarks/compile_matrix.py --check
+	$(BIN)/python benchmarks/compile_matrix.py $(MATRIX_ARGS)
 
 # On a CPU most cases take long: make bench BENCH_ARGS="--cases benchmarks/cases.json --filter B1-512".
 BENCH_ARGS ?= --cases benchmarks/cases.json

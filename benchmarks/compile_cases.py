@@ -43,6 +43,7 @@ __all__ = [
     "covering_set",
     "full_set",
     "launches_of",
+    "quick_set",
 ]
 
 NVIDIA = tuple(name for name, device in KNOWN_DEVICES.items() if device.vendor == "nvidia")
@@ -333,6 +334,28 @@ def covering_set() -> list[Compilation]:
         for case, arch in pairs
         for addressing in _addressings(case, arch)
     ]
+
+
+def quick_set() -> list[Compilation]:
+    """A part of the table: each case, and each device, with tensors as they usually are.
+
+    Each device has one of the sizes. Features and latents are compiled for one NVIDIA device, in
+    turns, and latents for one AMD device too; features that name AMD devices are compiled for one
+    of each instruction set. What else AMD devices launch is also compiled by `make emulation`.
+    """
+    pairs = [
+        (SIZES[i % len(SIZES)], arch) for archs in (NVIDIA, AMD) for i, arch in enumerate(archs)
+    ]
+    pairs += [(case, "sm90") for case in HOPPER]
+    for i, case in enumerate(LATENTS):
+        for vendor in (NVIDIA, AMD):
+            archs = [arch for arch in vendor if arch in (case.archs or ())]
+            pairs += [(case, archs[i % len(archs)])] if archs else []
+    for i, case in enumerate(FEATURES):
+        archs = case.archs or (NVIDIA[i % len(NVIDIA)],)
+        on_nvidia = [arch for arch in archs if arch in NVIDIA]
+        pairs += [(case, arch) for arch in (*on_nvidia[:1], *_INSTRUCTION_SETS) if arch in archs]
+    return [Compilation(case, arch, "mixed" if arch in AMD else "") for case, arch in pairs]
 
 
 def _addressings(case: Case, arch: str) -> tuple[str, ...]:

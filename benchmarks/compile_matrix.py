@@ -1,6 +1,6 @@
 """Compile every Triton kernel for every known GPU, and check the result.
 
-    python benchmarks/compile_matrix.py [--arch amd] [--filter fp8] [--full] [--check | --write]
+    python benchmarks/compile_matrix.py [--quick | --full] [--check | --write] [--arch amd]
 
 No GPU is needed. What the library would launch for a layer on a device is recorded, not run, and
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
@@ -8,7 +8,8 @@ more than is allowed or multiplies without matrix instructions is a problem, and
 so is a Hopper decode kernel of which fewer programs fit on an SM than are launched for it, and an
 AMD kernel with an instruction that attn_dispatch.emulation does not know. With --check, so is a
 table in docs/kernels.md that differs from the compiler's figures; --write updates it. A covering
-set is compiled; --full compiles every case for every device, on AMD with tensors of every size.
+set is compiled, which is what the table has; --quick compiles a part of it, and --full every case
+for every device, on AMD with tensors of every size.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from compile_cases import (
     covering_set,
     full_set,
     launches_of,
+    quick_set,
 )
 from occupancy import UNITS
 
@@ -379,7 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = (*vendors, *NVIDIA, *AMD)
     parser.add_argument("--arch", choices=names, help="only this device, or this vendor's")
     parser.add_argument("--filter", default="", help="cases that have this in their name")
-    parser.add_argument("--full", action="store_true", help="every case on every device")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--quick", action="store_true", help="each case on one device or two")
+    chosen.add_argument("--full", action="store_true", help="every case on every device")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--check", action="store_true", help="compare with docs/kernels.md")
@@ -387,12 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed here: pip install 'triton>=3.6'")
+    whole = quick_set() if args.quick else full_set() if args.full else covering_set()
     archs = names if args.arch is None else vendors.get(args.arch, (args.arch,))
-    compilations = [
-        each
-        for each in (full_set() if args.full else covering_set())
-        if each.arch in archs and args.filter in each.case.name
-    ]
+    compilations = [each for each in whole if each.arch in archs and args.filter in each.case.name]
     reports = run(compilations, args.jobs)
     bad = [report for report in reports if report.problems]
     for report in bad if args.check or args.write else reports:
@@ -400,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(reports)} kernels, {len(bad)} with problems")
     is_stale = False
     if args.check or args.write:
-        is_whole = not (args.arch or args.filter)
+        is_whole = not (args.arch or args.filter or args.quick)
         version = importlib.metadata.version("triton")
         is_stale = settle(reports, version, is_whole, args.write)
     return 1 if bad or is_stale else 0

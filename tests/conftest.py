@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 
 import hypothesis
@@ -12,9 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
-hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("slow", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+_PROFILE = "slow" if torch.cuda.is_available() else "ci"
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", _PROFILE))
 
 #: Devices of the property tests.
 DEVICES = ["cpu"]
@@ -24,6 +27,68 @@ if torch.cuda.is_available():
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections, which `bench` and others ask for, do not visit modules and tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc) -> None:
+    """Without a GPU, of the many cases that need one only the first is collected, to be skipped."""
+    if torch.cuda.is_available():
+        return
+    definition = metafunc.definition
+    needs_gpu = definition.get_closest_marker("gpu") is not None
+    definition.own_markers[:] = [
+        _without_gpu_cases(mark, needs_gpu) if mark.name == "parametrize" else mark
+        for mark in definition.own_markers
+    ]
+
+
+def _without_gpu_cases(mark: pytest.Mark, needs_gpu: bool) -> pytest.Mark:
+    """A parametrize mark with the first of its values that need a GPU and all the others."""
+    names, values, *more = mark.args
+    values, ids = list(values), mark.kwargs.get("ids")
+    on_gpu = [needs_gpu or any(m.name == "gpu" for m in getattr(v, "marks", ())) for v in values]
+    kept = [i for i, is_on_gpu in enumerate(on_gpu) if not is_on_gpu or i == on_gpu.index(True)]
+    kwargs = dict(mark.kwargs)
+    if ids is not None and not callable(ids):
+        ids = list(ids)
+        kwargs["ids"] = [ids[i] for i in kept]
+    return pytest.mark.parametrize(names, [values[i] for i in kept], *more, **kwargs).mark
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Of a test with the mark `sampled`, all but some cases get the mark `slow`."""
+    cases: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        (every,) = each[0].get_closest_marker("sampled").args
+        chosen = _sample(each, -(-len(each) // every))
+        for item in each:
+            if item not in chosen:
+                item.add_marker("slow")
+
+
+def _sample(items: list[pytest.Function], number: int) -> list[pytest.Function]:
+    """About `number` cases of one test, and with each value of each parameter at least one."""
+    values = {
+        item: {f"{name}={value!r}" for name, value in item.callspec.params.items()}
+        for item in items
+    }
+    missing, chosen = set().union(*values.values()), []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(values[item] & missing)))
+        missing -= values[chosen[-1]]
+    left = [item for item in items if item not in chosen]
+    more = max(0, number - len(chosen))
+    return chosen + left[:: -(-len(left) // more)] if more else chosen
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,7 @@ def check(backend, layout, step):
     assert_same_memory(cache, laid(layout, step, own))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", KV_LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,6 +79,7 @@ def test_a_layout_gives_the_bits_of_our_own(backend, name, step):
     check(backend, KV_LAYOUTS[name], step_of(KV_LAYOUTS[name], step))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kv_cache_dtype", [*FP8, INT8])
 @pytest.mark.parametrize("name", ["vllm", "vllm-0.10", "sglang", "sglang-HND"])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,6 +6,8 @@ or a cache that has changed although the call raised.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,7 @@ def batch_arguments():
     }
 
 
+@functools.cache
 def plan():
     return ad.plan_kv_cache({"a": ad.AttentionSpec(**SHAPE)}, "cpu")
 

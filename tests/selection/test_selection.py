@@ -299,7 +299,6 @@ def test_get_attn_backend_rejects_an_invalid_request():
         get_attn_backend(0, torch.float32, num_heads=8, device="cpu")
 
 
-@pytest.mark.slow
 def test_a_warm_call_costs_less_than_30_reads_of_a_variable():
     """Some 15 us on an idle machine, where it costs 15 of them; a busy one slows both down."""
 

@@ -147,15 +147,20 @@ INTERPRETED += ("scales/", "non_finite/", "calls/", "overlaps/", "kv_layouts/", 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU does it faster")
-def test_triton_attn_passes_in_the_interpreter():
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_triton_attn_passes_in_the_interpreter(part):
+    """A quarter of the checks of each group."""
     pytest.importorskip("triton", minversion="3.6")
     gpu = KNOWN_DEVICES["sm90"].with_libraries(Library("triton", version="3.6.0"))
     checks = checks_for(backend("TRITON_ATTN"), "cpu", quick=True, profile=gpu)
     checks = [c for c in checks if c.spec.dtype != torch.bfloat16]  # wrong in the interpreter
     chosen = [c for c in checks if c.full_name.startswith(INTERPRETED)]
     chosen = [c for c in chosen if c.name != "several kinds of layers"]  # layers need the GPU
-    assert {check.group for check in chosen} == {name.split("/")[0] for name in INTERPRETED}
-    outcomes = [run(check) for check in chosen]
+    groups = {name.split("/")[0]: [] for name in INTERPRETED}
+    for check in chosen:
+        groups[check.group].append(check)
+    assert all(groups.values())
+    outcomes = [run(check) for group in groups.values() for check in group[part::4]]
     assert [(o.check.full_name, o.message) for o in outcomes if o.status != "passed"] == []
 
 
@@ -214,19 +219,25 @@ def test_each_fault_is_caught_and_named(fault):
     assert sentence in outcome.message
 
 
+#: Fault -> the layers that it touches. The first two are tested each time.
+TOUCHES = {
+    "window off by one": lambda spec: spec.sliding_window is not None,
+    "writes a shared cache": lambda spec: spec.kv_sharing,
+    "drops the soft cap": lambda spec: spec.logits_soft_cap is not None,
+    "ignores ALiBi": lambda spec: spec.alibi,
+    "ignores sinks": lambda spec: spec.sinks,
+    "lse in base 2": lambda spec: spec.returns_lse,
+    "ignores k_scale": lambda spec: spec.kv_cache_dtype.startswith("fp8"),
+    "takes symmetric ALiBi for signed": lambda spec: spec.alibi == "symmetric",
+}
+
+
 @pytest.mark.parametrize(
     ("fault", "touches"),
-    {
-        "drops the soft cap": lambda spec: spec.logits_soft_cap is not None,
-        "ignores ALiBi": lambda spec: spec.alibi,
-        "ignores sinks": lambda spec: spec.sinks,
-        "window off by one": lambda spec: spec.sliding_window is not None,
-        "lse in base 2": lambda spec: spec.returns_lse,
-        "writes a shared cache": lambda spec: spec.kv_sharing,
-        "ignores k_scale": lambda spec: spec.kv_cache_dtype.startswith("fp8"),
-        "takes symmetric ALiBi for signed": lambda spec: spec.alibi == "symmetric",
-    }.items(),
-    ids=lambda value: value if isinstance(value, str) else "",
+    [
+        pytest.param(fault, touches, id=fault, marks=() if i < 2 else pytest.mark.slow)
+        for i, (fault, touches) in enumerate(TOUCHES.items())
+    ],
 )
 def test_fault_fails_only_checks_of_its_feature(fault, touches):
     report = verify(wrong.wrong_backend(fault), "cpu", quick=True)

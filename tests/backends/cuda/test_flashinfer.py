@@ -103,6 +103,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch", [MIXED, DECODES], ids=["mixed", "decodes"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature_agrees_with_the_oracle(feature, batch):

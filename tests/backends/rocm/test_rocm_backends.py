@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from support.cases import FP8, INT8, MEMORY, Case, Step, layer_spec
@@ -139,6 +139,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "variant"), EVERY, ids=str)
 def test_a_step_agrees_with_the_reference(name, variant, calls):
     fields, batch = (VARIANTS | OF_AITER)[variant]
@@ -248,7 +249,6 @@ def test_quantized_output_is_rejected_before_anything_is_written(name, calls):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20)
 @given(data=st.data())
 def test_any_step_agrees_with_the_oracle(backend, data):
     step = Step(data.draw(random_cases(backend)))

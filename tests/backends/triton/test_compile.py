@@ -90,7 +90,6 @@ def test_compiled_and_eager_models_agree(backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
-@pytest.mark.slow
 def test_inductor_keeps_every_layer_in_order():
     model = Model(num_layers=2)
     eager, eager_caches = run_steps(model, model)

@@ -86,6 +86,23 @@ def test_matrix_covers_every_known_gpu():
         assert vendors == {"nvidia", "amd"} or case.archs is not None
 
 
+def test_the_quick_part_has_every_case_device_and_kernel():
+    quick, whole = (
+        [(case.name, arch, addressing) for case, arch, addressing in each]
+        for each in (cases.quick_set(), cases.covering_set())
+    )
+    assert set(quick) < set(whole)
+    assert len(set(quick)) == len(quick) < 0.6 * len(whole)
+    assert {name for name, *_ in quick} == {name for name, *_ in whole}
+    assert {arch for _, arch, _ in quick} == {*cases.NVIDIA, *cases.AMD}
+    for device, vendor in (("sm90", cases.NVIDIA), ("gfx942", cases.AMD)):
+        names = {name for name, arch, _ in quick if arch in vendor} & CASES.keys()
+        # Steps of other layers over latents launch nothing more, and are made slowly.
+        names = {name for name in names if "MLA" not in name or "invariant" in name}
+        kernels = {kernel for name in names for kernel in recorded(name, device)}
+        assert kernels >= {"write_kv", "decode", "gather_kv", "prefill", "project"}
+
+
 def recorded(name, arch="sm90"):
     return {each.name: each for each in cases.launches_of(CASES[name], KNOWN_DEVICES[arch])}
 
@@ -294,6 +311,8 @@ def test_exit_status_for_problems_and_outdated_pages(tmp_path, monkeypatch, caps
     assert [(case.name, arch) for case, arch, _ in asked[-1]] == [("128", "sm80")]
     assert main("--arch", "sm90", found=matrix.judged(report(matrix=""), has_matrix=True)) == 1
     assert "without matrix instructions" in capsys.readouterr().out
+    assert main("--quick", "--check") == 0
+    assert asked[-1] == cases.quick_set()
     assert main("--full") == 0
     on_amd = len(cases.AMD) * len(cases.ADDRESSINGS)
     assert len(asked[-1]) == len(CASES) * (len(cases.NVIDIA) + on_amd) + len(cases.HOPPER)

@@ -36,6 +36,7 @@ def step_of(bounds, lens=LENS, **fields):
     return Step(Case(spec=spec, **lens, bounds=bounds, ranges=ranges), DEVICE)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gathers", GATHERS)
 @pytest.mark.parametrize("fields", FIELDS)
 def test_bounds_change_no_bit(fields, gathers):
