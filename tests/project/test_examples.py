@@ -53,6 +53,14 @@ def test_latent_attention_equals_float64():
     assert all(float(error) < 2e-6 for _, _, error in found)
 
 
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_a_transformers_model_generates_the_same_tokens():
+    printed = run(str(EXAMPLES / "transformers_generate.py"))
+    assert "same tokens as eager: True" in printed
+    assert "sliding_window, decode: REFERENCE, 2 layers" in printed
+    assert "full, prefill: REFERENCE, 2 layers" in printed
+
+
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_runs_on_emulated_gpus():
     printed = run(str(EXAMPLES / "emulate_kernel.py"))

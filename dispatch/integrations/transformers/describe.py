@@ -18,6 +18,7 @@ from attn_dispatch.integrations.transformers.build import (
 )
 from attn_dispatch.integrations.transformers.description import ModelDescription
 from attn_dispatch.integrations.transformers.failures import own_attention
+from attn_dispatch.integrations.transformers.keywords import KEYWORD_REASONS
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.models.config_file import model_type_of, own_code, require_dtype
@@ -50,11 +51,6 @@ _MARKERS: dict[str, str] = {
     "indexer": "an indexer picks the keys that each query attends to (sparse attention)",
     "lambda_q1": "differential attention: a difference of two softmaxes",
     "relative_attention_bias": "its scores get a bias learned for relative positions",
-}
-#: Keywords of the attention function -> the same.
-_KEYWORDS: dict[str, str] = {
-    "position_bias": "its scores get a bias learned for relative positions",
-    "indices": "an indexer picks the keys that each query attends to (sparse attention)",
 }
 #: Keys of configs that transformers has no model for -> the same.
 _KEYS: dict[str, str] = {
@@ -330,7 +326,7 @@ def _reason(call: Call, attn_type: AttentionType, config: Any) -> str | None:
         if getattr(call.module, name, None) is not None:
             return reason
     for name in call.unknown:
-        return _KEYWORDS.get(name, f"it passes {name} to its attention function")
+        return KEYWORD_REASONS.get(name, f"it passes {name} to its attention function")
     if call.visibility.problem is not None:
         return call.visibility.problem
     return None

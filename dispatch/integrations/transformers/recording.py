@@ -11,24 +11,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from attn_dispatch.integrations.transformers.keywords import unknown_keywords
 from attn_dispatch.integrations.transformers.visibility import Visibility, read_visibility
 
 __all__ = ["RECORDER", "Call", "Recording", "recording"]
 
 #: The name to give as `attn_implementation`.
 RECORDER = "attn_dispatch_recorder"
-
-#: Keywords that transformers passes to attention functions and that do not change their result.
-_WITHOUT_EFFECT = frozenset(
-    (
-        *("cache", "cache_position", "dropout", "layer_idx", "logits_to_keep", "past_key_value"),
-        *("past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache"),
-        *("output_attentions", "output_hidden_states", "output_router_logits", "deterministic"),
-        *("input_ids", "target_dtype", "implementation", "training", "num_items_in_batch"),
-    )
-)
-#: Keywords that a Call has a field for, or that its other fields decide.
-_READ = frozenset(("scaling", "softcap", "s_aux", "sliding_window", "is_causal"))
 
 
 @dataclass(frozen=True)
@@ -118,14 +107,6 @@ def _attention(
     """
     record = _current.get()
     if record is not None:
-        unknown = sorted(
-            name
-            for name, value in kw.items()
-            if value is not None
-            and value is not False
-            and name not in _WITHOUT_EFFECT
-            and name not in _READ
-        )
         soft_cap = kw.get("softcap")
         scale = kw.get("scaling")
         call = Call(
@@ -140,7 +121,7 @@ def _attention(
             logits_soft_cap=float(soft_cap) if soft_cap else None,
             sinks=kw.get("s_aux") is not None,
             visibility=record.visibility_of(attention_mask, module, kw.get("is_causal")),
-            unknown=tuple(unknown),
+            unknown=unknown_keywords(kw),
         )
         record.calls.append(call)
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
