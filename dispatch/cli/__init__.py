@@ -1,4 +1,5 @@
-"""The command line: `attn-dispatch doctor`, `explain`, `bench`, `tune`, `verify` and `demo`.
+"""The command line: `attn-dispatch doctor`, `explain`, `bench`, `tune`, `verify`,
+`generate` and `demo`.
 
 Heavy modules are imported when a command runs, so that `--help` is fast.
 """
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from attn_dispatch.cli import bench, demo, doctor, explain, tune, verify
+from attn_dispatch.cli import bench, demo, doctor, explain, generate, tune, verify
 from attn_dispatch.cli.streams import OutputError, checked_streams, print_error
 from attn_dispatch.errors import AttnDispatchError, summary_of
 from attn_dispatch.version import __version__
@@ -91,7 +92,15 @@ def _options(
     pass
 
 
-_COMMANDS = (doctor.doctor, explain.explain, bench.bench, tune.tune, verify.verify, demo.demo)
+_COMMANDS = (
+    doctor.doctor,
+    explain.explain,
+    bench.bench,
+    tune.tune,
+    verify.verify,
+    generate.generate,
+    demo.demo,
+)
 for _command in _COMMANDS:
     app.command()(_command)
 

@@ -1,378 +1,395 @@
-"""A small serving engine over attn-dispatch: continuous batching on one paged KV cache.
-
-Each step runs one forward pass: one token of every request in decode, and chunks of the prompts
-that are not computed yet (chunked prefill). All requests share one prefix that is computed once:
-its full blocks are shared, and its last, partial block is copied for each request. If no block is
-free, the youngest request is swapped out to the host and resumed later. The scheduler has the
-structure of vLLM's, reduced to what this demo needs.
-
-On a GPU, steps are CUDA graphs where the backends can capture them: one for decodes, and one for
-steps with chunks of prompts. Other steps run eagerly.
-"""
+"""Engine: serves a causal language model by continuous batching over one paged KV cache."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.arguments import shown
+from attn_dispatch.errors import AttnDispatchError, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.runtime.layer import Attention
-from attn_dispatch.serving import tokenizer
+from attn_dispatch.serving.blocks import BlockPool
 from attn_dispatch.serving.graphs import CapturedSteps
-from attn_dispatch.serving.model import DemoModel
+from attn_dispatch.serving.limits import Limits, sized
+from attn_dispatch.serving.requests import FinishReason, Request, Sampling
+from attn_dispatch.serving.sampling import choose_tokens
+from attn_dispatch.serving.scheduler import Chunk, Scheduler, Stats
+from attn_dispatch.serving.text import Text, TextStream
 
-__all__ = ["Engine", "EngineLimits", "EngineStats", "Request"]
+__all__ = ["Engine", "LanguageModel", "Piece"]
+
+#: Steps with prompts are captured up to this many tokens. Longer ones keep a GPU busy without.
+_MAX_CAPTURED_TOKENS = 256
+
+
+class LanguageModel(Protocol):
+    """What an Engine runs. `integrations.transformers.PagedModel` is one.
+
+    Attributes:
+        layers: its attention layers by name; the engine binds their caches.
+        device: where it runs.
+        max_seq_len: the most tokens of a request, or None for no limit.
+    """
+
+    layers: dict[str, Attention]
+    device: torch.device
+    max_seq_len: int | None
+
+    def logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """(len(rows), vocab_size): the logits after these of the step's tokens.
+
+        token_ids, positions: (num_tokens,) int64; rows: int64 indices. It is called in the step's
+        forward_context, and its attention layers find their batch there.
+        """
 
 
 @dataclass(frozen=True)
-class EngineLimits:
-    """Sizes of the caches, and limits of a step.
+class Piece:
+    """New text of an answer.
 
     Attributes:
-        num_blocks: blocks of the cache on the device; few, so that requests are preempted.
-        num_host_blocks: blocks on the host, for requests that are swapped out.
-        max_requests: requests in a step.
-        max_tokens: new tokens in a step, over all requests.
-        max_new_tokens: tokens in an answer.
+        request: which; finished if `request.finish_reason` is not None.
+        text: what it adds to the answer.
     """
 
-    num_blocks: int = 96
-    num_host_blocks: int = 256
-    max_requests: int = 16
-    max_tokens: int = 128
-    max_new_tokens: int = 9
-
-
-@dataclass
-class EngineStats:
-    """Counters of the engine."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    largest_batch: int = 0
-    mixed_steps: int = 0
-    blocks_shared: int = 0
-    blocks_copied: int = 0
-    preemptions: int = 0
-    blocks_swapped: int = 0
-    replayed_steps: int = 0
-
-
-@dataclass
-class Request:
-    """A request and its blocks.
-
-    Attributes:
-        token_ids: prompt and answer so far.
-        num_prompt_tokens: this many of them are the prompt.
-        num_computed: this many of them have keys and values in the cache.
-        blocks: its blocks on the device, in order; the first `num_shared` belong to the prefix.
-        host_blocks: the other blocks while it is swapped out.
-    """
-
-    index: int
-    token_ids: list[int]
-    num_prompt_tokens: int
-    num_shared: int = 0
-    num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    host_blocks: list[int] = field(default_factory=list)
-
-    @property
-    def answer_ids(self) -> list[int]:
-        """The tokens of the answer so far."""
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def num_ready(self) -> int:
-        """Tokens that can be computed: the rest of the prompt, or the newest token."""
-        return len(self.token_ids) - self.num_computed
+    request: Request
+    text: str
 
 
 class Engine:
-    """Serves a DemoModel.
+    """Serves a language model.
+
+    Each step is one forward pass over one token of every request that is decoding and chunks of
+    the prompts that are not computed yet. Requests whose tokens begin in the same way share full
+    blocks. If no block is free, the youngest request is swapped out to the host. On a GPU, decodes
+    and short steps are replays of CUDA graphs where the backends can be captured.
 
     Args:
-        model: on `device`.
-        prefix_ids: the tokens that every prompt begins with.
-        limits: see EngineLimits.
-        backend: an override of the selected backends.
-        block_size: tokens per block.
-        use_graphs: capture steps into CUDA graphs, if the backends can; None for on a GPU.
+        model: see LanguageModel.
+        tokenizer: of transformers; None if prompts are given as token ids.
+        eos_ids: tokens that end an answer.
+        limits: see Limits.
+        use_graphs: whether to capture steps; None for on a GPU. The layers must have been made
+            with cuda_graph=True.
+        clock: the time in seconds.
+
+    Attributes:
+        layers: the attention layers.
+        block_size: tokens per block of the cache.
+        limits: with the numbers that were None.
+        stats: counters.
+        finished: requests, in the order in which they ended.
 
     Raises:
-        InvalidInputError: the cache is too small for the prefix.
-        UnsupportedError: no backend, or not the required one, supports one of the layers.
+        InvalidInputError: a limit is too small for a block, or larger than the memory.
+        UnsupportedError: no layout of the cache is accepted by all layers.
+
+    Example:
+        >>> engine = load_engine("SmolLM2-135M-Instruct")
+        >>> for request in engine.generate(["The capital of France is"]):
+        ...     print(engine.text_of(request))
     """
 
     def __init__(
         self,
-        model: DemoModel,
-        prefix_ids: Sequence[int],
+        model: LanguageModel,
+        tokenizer: Any = None,
         *,
-        limits: EngineLimits | None = None,
-        backend: str | None = None,
-        block_size: int = 8,
+        eos_ids: Sequence[int] = (),
+        limits: Limits | None = None,
         use_graphs: bool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model = model
-        self.device = model.embedding.weight.device
-        self.limits = limits or EngineLimits()
-        self.block_size = block_size
-        self.stats = EngineStats()
-        if use_graphs is None:
-            use_graphs = self.device.type == "cuda"
-        self._graphs: CapturedSteps | None = None
-        self.layers, use_graphs = self._make_layers(backend, use_graphs)
-        named = {layer.prefix: layer for layer in self.layers}
-        specs = {name: layer.spec for name, layer in named.items()}
-        plan = plan_kv_cache(specs, self.device, backend=backend)
-        self._caches = plan.allocate(self.limits.num_blocks, self.device)
-        self._host_caches = plan.allocate(self.limits.num_host_blocks, "cpu")
-        bind_kv_caches(named, self._caches)
-        # All backends copy and swap blocks in the same way, so any of them will do.
-        self._backend_cls = next(iter(self.layers[0].selections.values())).backend_cls
-
-        self._free = deque(range(self.limits.num_blocks))
-        self._free_host = deque(range(self.limits.num_host_blocks))
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
-        self.swapped: deque[Request] = deque()
+        self.model, self.clock = model, clock
+        self.device = model.device
+        self.text = Text(tokenizer)
+        self.eos_ids = frozenset(eos_ids)
+        self.stats = Stats()
         self.finished: list[Request] = []
-        self._prefix = Request(-1, list(prefix_ids), len(prefix_ids))
-        self._compute_prefix()
-        if use_graphs:  # after a step that ran eagerly: by now the layers have their backends
-            self._graphs = CapturedSteps(
-                self._logits,
-                self.layers,
-                max_requests=self.limits.max_requests,
-                max_tokens=self.limits.max_tokens,
-                max_seq_len=self.limits.num_blocks * block_size,
-            )
+        self._num_added = 0
+        self._failed = False
+        plan = plan_kv_cache(model.layers)
+        self.block_size = plan.block_size
+        limits, num_host_blocks = sized(
+            limits or Limits(),
+            model.max_seq_len,
+            plan.block_size,
+            plan.bytes_per_block,
+            self.device,
+        )
+        self.limits = limits
+        assert limits.num_blocks is not None
+        assert limits.max_seq_len is not None
+        self._caches = plan.allocate(limits.num_blocks, self.device)
+        self._plan, self._num_host_blocks = plan, num_host_blocks
+        self._host_caches: dict[str, torch.Tensor] = {}
+        bind_kv_caches(model.layers, self._caches)
+        self.layers = list(model.layers.values())
+        self._scheduler = Scheduler(
+            BlockPool(limits.num_blocks, self.block_size),
+            BlockPool(num_host_blocks, self.block_size, keeps_content=False),
+            self._swap,
+            max_requests=limits.max_requests,
+            max_tokens=limits.max_tokens,
+            stats=self.stats,
+        )
+        self._graphs: CapturedSteps | None = None
+        if self.device.type == "cuda" if use_graphs is None else use_graphs:
+            self._capture(limits)
 
-    def _make_layers(self, backend: str | None, use_graphs: bool) -> tuple[list[Attention], bool]:
-        """The layers, and whether their steps can be captured."""
-        config = self.model.config
+    def _capture(self, limits: Limits) -> None:
+        """Capture steps into graphs, if the layers can be; each is run once before."""
+        if not all(layer.spec.cuda_graph for layer in self.layers):
+            return
+        self._warm_up()
+        assert limits.max_seq_len is not None
         try:
-            layers = [
-                Attention(
-                    config.num_heads,
-                    config.head_size,
-                    config.scale,
-                    config.num_kv_heads,
-                    sliding_window=layer.sliding_window,
-                    logits_soft_cap=layer.logits_soft_cap,
-                    prefix=f"layers.{index}",
-                    dtype=self.model.embedding.weight.dtype,
-                    device=self.device,
-                    block_size=self.block_size,
-                    cuda_graph=use_graphs,
-                    backend=backend,
-                )
-                for index, layer in enumerate(config.layers)
-            ]
+            self._graphs = CapturedSteps(
+                self.model.logits,
+                self.layers,
+                max_requests=limits.max_requests,
+                max_tokens=min(_MAX_CAPTURED_TOKENS, limits.max_tokens),
+                max_seq_len=limits.max_seq_len,
+            )
         except UnsupportedError:
-            if not use_graphs:
-                raise
-            return self._make_layers(backend, False)
-        return layers, use_graphs
+            self._graphs = None  # a backend has no graphs for these layers; steps run eagerly
 
-    def add(self, index: int, prompt_ids: Sequence[int]) -> None:
+    def _warm_up(self) -> None:
+        """Run a prompt and a decode, so that kernels are compiled and backends final."""
+        dummy = Request(-1, [0] * 3, 2)
+        dummy.blocks = list(range(self._scheduler.pool.blocks_for(3)))
+        for chunk in (Chunk(dummy, 0, 2), Chunk(dummy, 2, 3)):
+            self._logits([chunk])
+
+    def add(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+        sampling: Sampling | None = None,
+    ) -> Request:
         """Queue a request.
 
+        Args:
+            prompt: text, which is not changed; token ids; or the messages of a chat, which the
+                tokenizer's chat template makes a text of.
+            sampling: None for the most likely tokens.
+
         Raises:
-            InvalidInputError: the prompt does not continue the prefix, or is too long.
+            InvalidInputError: the prompt is empty, or too long together with the answer.
         """
-        prefix = self._prefix.token_ids
-        longest = len(prompt_ids) + self.limits.max_new_tokens
-        if list(prompt_ids[: len(prefix)]) != prefix or len(prompt_ids) == len(prefix):
-            raise InvalidInputError("A prompt must continue the engine's prefix.")
-        if self._blocks_for(longest) > self.limits.num_blocks - self._blocks_for(len(prefix)):
+        sampling = sampling or Sampling()
+        token_ids = self.text.encode(prompt)
+        longest = len(token_ids) + sampling.max_new_tokens
+        assert self.limits.max_seq_len is not None
+        if not token_ids:
+            raise InvalidInputError("The prompt has no tokens.")
+        if longest > self.limits.max_seq_len:
             raise InvalidInputError(
-                f"A request of {longest} tokens does not fit into {self.limits.num_blocks} blocks "
-                f"of {self.block_size}. Raise num_blocks."
+                f"A prompt of {len(token_ids)} tokens with an answer of up to "
+                f"{sampling.max_new_tokens} takes {longest}; the engine has room for requests of "
+                f"{self.limits.max_seq_len}. Shorten it, lower max_new_tokens, or raise "
+                "max_seq_len and the size of the cache where the model allows it."
             )
-        self.waiting.append(Request(index, list(prompt_ids), len(prompt_ids)))
+        request = Request(
+            self._num_added, list(token_ids), len(token_ids), sampling, added_at=self.clock()
+        )
+        self._num_added += 1
+        self._scheduler.waiting.append(request)
+        return request
 
     @property
     def has_work(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self.waiting or self.running or self.swapped)
+        return self._scheduler.has_work
 
-    def step(self) -> None:
-        """Resume and admit what fits, run one forward pass, and append the predicted tokens."""
-        self._resume()
-        self._admit()
-        chunks = self._schedule()
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not begun, or are swapped out."""
+        return len(self._scheduler.waiting) + len(self._scheduler.swapped)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have blocks on the device."""
+        return len(self._scheduler.running)
+
+    def step(self) -> list[Request]:
+        """Run one forward pass, and append a token to each request whose prompt is computed.
+
+        Returns:
+            These requests.
+
+        Raises:
+            InvalidInputError: an earlier step failed; the cache is not to be trusted after that.
+        """
+        if self._failed:
+            raise InvalidInputError("An earlier step of this engine failed. Make a new one.")
+        chunks = self._scheduler.schedule()
         if not chunks:
-            return
-        next_ids = self._forward(chunks)
-        self.stats.steps += 1
-        self.stats.largest_batch = max(self.stats.largest_batch, len(chunks))
-        kinds = {request.num_ready == 1 and bool(request.answer_ids) for request, _ in chunks}
-        self.stats.mixed_steps += len(kinds) == 2
-        for (request, num_tokens), next_id in zip(chunks, next_ids, strict=True):
-            self._advance(request, num_tokens, next_id)
+            return []
+        self._failed = True
+        last = [chunk for chunk in chunks if chunk.is_last]
+        logits = self._logits(chunks)
+        tokens = choose_tokens(logits, [chunk.request for chunk in last]) if last else []
+        self._failed = False
+        self._count(chunks)
+        for chunk in chunks:
+            chunk.request.num_computed = chunk.end
+        for chunk, token in zip(last, tokens, strict=True):
+            self._append(chunk.request, token)
+        return [chunk.request for chunk in last]
 
-    def _advance(self, request: Request, num_tokens: int, next_id: int) -> None:
-        """Record computed tokens; once the prompt is computed, append the predicted token."""
-        in_prompt = max(0, min(num_tokens, request.num_prompt_tokens - request.num_computed))
-        self.stats.prompt_tokens += in_prompt
-        request.num_computed += num_tokens
-        if request.num_computed < len(request.token_ids):
-            return
-        request.token_ids.append(next_id)
+    def _count(self, chunks: Sequence[Chunk]) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.largest_batch = max(stats.largest_batch, len(chunks))
+        stats.mixed_steps += len({chunk.end - chunk.start > 1 for chunk in chunks}) == 2
+        for chunk in chunks:
+            end = min(chunk.end, chunk.request.num_prompt_tokens)
+            stats.prompt_tokens += max(0, end - chunk.start)
+
+    def _append(self, request: Request, token: int) -> None:
+        """Append a token, and finish the request if it was the last."""
+        request.token_ids.append(token)
         self.stats.new_tokens += 1
-        if next_id == tokenizer.END_ID or len(request.answer_ids) == self.limits.max_new_tokens:
-            self.running.remove(request)
-            self._free.extend(request.blocks[request.num_shared :])
-            self.finished.append(request)
+        if request.first_token_at is None:
+            request.first_token_at = self.clock()
+        if token in self.eos_ids and not request.sampling.ignore_eos:
+            self._finish(request, FinishReason.STOP)
+        elif request.num_new_tokens == request.sampling.max_new_tokens:
+            self._finish(request, FinishReason.LENGTH)
 
-    def _compute_prefix(self) -> None:
-        """Prefill the prefix, in chunks like any prompt."""
-        prefix = self._prefix
-        while prefix.num_computed < len(prefix.token_ids):
-            num_tokens = min(prefix.num_ready, self.limits.max_tokens)
-            if not self._grow(prefix, num_tokens):
-                raise InvalidInputError("The prefix does not fit into the cache. Raise num_blocks.")
-            self._forward([(prefix, num_tokens)])
-            prefix.num_computed += num_tokens
-            self.stats.prompt_tokens += num_tokens
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason, request.finished_at = reason, self.clock()
+        self._scheduler.finish(request)
+        self.finished.append(request)
 
-    def _admit(self) -> None:
-        """Start waiting requests on the prefix's blocks while blocks are free."""
-        prefix = self._prefix
-        shared = prefix.blocks[: len(prefix.token_ids) // self.block_size]
-        partial = prefix.blocks[len(shared) :]
-        pairs = []
-        while self.waiting and len(self.running) < self.limits.max_requests and not self.swapped:
-            if len(self._free) < len(partial) + 1:
-                break
-            request = self.waiting.popleft()
-            own = [self._free.popleft() for _ in partial]
-            pairs += list(zip(partial, own, strict=True))
-            request.blocks = [*shared, *own]
-            request.num_shared = len(shared)
-            request.num_computed = len(prefix.token_ids)
-            self.stats.blocks_shared += len(shared)
-            self.running.append(request)
-        if pairs:
-            self._backend_cls.copy_blocks(list(self._caches.values()), torch.tensor(pairs))
-            self.stats.blocks_copied += len(pairs)
+    def cancel(self, request: Request) -> None:
+        """End a request now; its answer is what there is."""
+        if request.finish_reason is None:
+            self._finish(request, FinishReason.CANCELLED)
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Give a request the blocks for its next tokens; False if not enough are free."""
-        missing = self._blocks_for(request.num_computed + num_tokens) - len(request.blocks)
-        if missing > len(self._free):
-            return False
-        request.blocks += [self._free.popleft() for _ in range(missing)]
-        return True
-
-    def _schedule(self) -> list[tuple[Request, int]]:
-        """The requests of the next step, each with a number of tokens: decodes, then prompts."""
-        chunks: list[tuple[Request, int]] = []
-        budget = self.limits.max_tokens
-        for request in sorted(self.running, key=lambda r: not r.answer_ids):  # oldest first
-            num_tokens = min(request.num_ready, budget)
-            if num_tokens == 0 or request not in self.running:  # the loop may have preempted it
-                continue
-            while not self._grow(request, num_tokens):
-                scheduled = [each for each, _ in chunks]
-                victim = next(r for r in reversed(self.running) if r not in scheduled)
-                self._preempt(victim)  # the youngest one that is not scheduled
-                if victim is request:
-                    break
-            if request in self.running:
-                chunks.append((request, num_tokens))
-                budget -= num_tokens
-        return chunks
-
-    def _preempt(self, request: Request) -> None:
-        """Swap a request's own blocks out to the host."""
-        own = request.blocks[request.num_shared :]
-        request.host_blocks = [self._free_host.popleft() for _ in own]
-        self._swap(self._caches, self._host_caches, own, request.host_blocks)
-        self._free.extend(own)
-        del request.blocks[request.num_shared :]
-        self.running.remove(request)
-        self.swapped.append(request)
-        self.stats.preemptions += 1
-
-    def _resume(self) -> None:
-        """Swap requests back in while blocks are free, first the one that was swapped out first."""
-        while self.swapped and len(self.running) < self.limits.max_requests:
-            request = self.swapped[0]
-            # With one block more than it had; otherwise it would be preempted again at once.
-            if self.running and len(self._free) < len(request.host_blocks) + 1:
-                return
-            own = [self._free.popleft() for _ in request.host_blocks]
-            self._swap(self._host_caches, self._caches, request.host_blocks, own)
-            self._free_host.extend(request.host_blocks)
-            request.host_blocks = []
-            request.blocks += own
-            self.running.append(self.swapped.popleft())
-
-    def _swap(
+    def generate(
         self,
-        src: dict[str, torch.Tensor],
-        dst: dict[str, torch.Tensor],
-        src_blocks: list[int],
-        dst_blocks: list[int],
-    ) -> None:
-        pairs = torch.tensor([src_blocks, dst_blocks], dtype=torch.int64).T
-        for name, cache in src.items():
-            self._backend_cls.swap_blocks(cache, dst[name], pairs)
-        self.stats.blocks_swapped += len(src_blocks)
+        prompts: Sequence[Any],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> list[Request]:
+        """Serve prompts, and return their finished requests in the same order.
 
-    def _forward(self, chunks: list[tuple[Request, int]]) -> list[int]:
-        """Run one forward pass, and return the most likely token after each chunk."""
-        starts = [request.num_computed for request, _ in chunks]
-        lens = [num_tokens for _, num_tokens in chunks]
-        ends = [start + num_tokens for start, num_tokens in zip(starts, lens, strict=True)]
-        columns = max(len(request.blocks) for request, _ in chunks)
-        table = [request.blocks + [0] * (columns - len(request.blocks)) for request, _ in chunks]
+        Args:
+            prompts: as for `add`.
+            sampling: for all of them, or one for each.
+            on_step: called after each step.
+
+        Raises:
+            InvalidInputError: as for `add`; nothing is served then.
+        """
+        requests = self._add_all(prompts, sampling)
+        while any(request.finish_reason is None for request in requests):
+            self.step()
+            on_step()
+        return requests
+
+    def stream(
+        self,
+        prompts: Sequence[Any],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Generator[Piece, None, None]:
+        """Serve prompts, and yield text as it is produced; the last piece of each may be empty.
+
+        Args, Raises: as for `generate`. If the caller stops early, the rest is cancelled.
+        """
+        requests = self._add_all(prompts, sampling)
+        texts = {id(request): TextStream(self.text) for request in requests}
+        try:
+            while any(request.finish_reason is None for request in requests):
+                stepped = self.step()
+                on_step()
+                for request in stepped:
+                    if id(request) in texts:
+                        ids, is_last = self._text_ids(request), request.finish_reason is not None
+                        piece = texts[id(request)].new_text(ids, is_last=is_last)
+                        if piece or is_last:
+                            yield Piece(request, piece)
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    def _add_all(
+        self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise InvalidInputError("prompts is one text. Give a list of prompts.")
+        each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(each) != len(prompts):
+            raise InvalidInputError(f"{len(prompts)} prompts, and sampling for {len(each)}.")
+        requests: list[Request] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                requests.append(self.add(prompt, one))
+        except AttnDispatchError as error:
+            for request in requests:
+                self._scheduler.finish(request)
+            at = f"Prompt {len(requests) + 1} of {len(prompts)}, {shown(prompt)}: "
+            raise InvalidInputError(f"{at}{error}") from error
+        return requests
+
+    def text_of(self, request: Request) -> str:
+        """The answer as text, without the token that ended it."""
+        return self.text.decode(self._text_ids(request))
+
+    def _text_ids(self, request: Request) -> list[int]:
+        ids = request.answer_ids
+        return ids[:-1] if request.finish_reason is FinishReason.STOP else ids
+
+    def _swap(self, src: Sequence[int], dst: Sequence[int], to_host: bool) -> None:
+        # Allocated on the first preemption, which most runs never have.
+        self._host_caches = self._host_caches or self._plan.allocate(self._num_host_blocks, "cpu")
+        caches = (self._caches, self._host_caches)
+        source, target = caches if to_host else caches[::-1]
+        pairs = torch.tensor([list(src), list(dst)], dtype=torch.int64).T
+        for layer in self.layers:
+            if layer.kv_sharing_target_layer_name is None:
+                # All backends copy blocks in the same way, so any of them will do.
+                backend_cls = next(iter(layer.selections.values())).backend_cls
+                backend_cls.swap_blocks(source[layer.prefix], target[layer.prefix], pairs)
+
+    def _logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Run one forward pass; the logits after each chunk that ends its request's tokens."""
+        tables = [chunk.request.blocks for chunk in chunks]
+        columns = max(map(len, tables))
         batch = AttentionBatch.create(
-            lens,
-            ends,
-            block_table=torch.tensor(table),
+            [chunk.end - chunk.start for chunk in chunks],
+            [chunk.end for chunk in chunks],
+            block_table=torch.tensor([row + [0] * (columns - len(row)) for row in tables]),
             block_size=self.block_size,
             device=self.device,
         )
         token_ids: list[int] = []
         positions: list[int] = []
-        for (request, _), start, end in zip(chunks, starts, ends, strict=True):
-            token_ids += request.token_ids[start:end]
-            positions += range(start, end)
-        inputs = (
-            torch.tensor(token_ids, device=self.device),
-            torch.tensor(positions, device=self.device),
-        )
+        rows: list[int] = []
+        for chunk in chunks:
+            token_ids += chunk.request.token_ids[chunk.start : chunk.end]
+            positions += range(chunk.start, chunk.end)
+            if chunk.is_last:
+                rows.append(len(token_ids) - 1)
+        inputs = [torch.tensor(x, device=self.device) for x in (token_ids, positions)]
+        inputs.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
         logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
         self.stats.replayed_steps += logits is not None
-        with torch.inference_mode(), forward_context(batch):
-            if logits is None:
-                logits = self._logits(*inputs)
-            last = batch.query_start_loc[1:].long() - 1
-            return logits[last].argmax(-1).tolist()
-
-    def _logits(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(token_ids, positions, self._attend)
+        if logits is None:
+            with torch.inference_mode(), forward_context(batch):
+                logits = self.model.logits(*inputs)
         return logits
-
-    def _attend(
-        self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        output = self.layers[index](query, key, value)
-        assert isinstance(output, torch.Tensor)
-        return output

@@ -1,4 +1,4 @@
-"""The demo engine's steps as CUDA graphs: decodes by their number, and steps with prompts."""
+"""An engine's steps as CUDA graphs: decodes by their number, and steps with prompts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from attn_dispatch.runtime.layer import Attention
 
 __all__ = ["CapturedSteps"]
 
-#: Computes logits from token ids and positions, in the context of a step.
-Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: Computes the logits of some rows, from token ids, positions and the rows' indices.
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Captured:
@@ -26,9 +26,8 @@ class _Captured:
     def __init__(self, run: Run, state: ModelGraphState, step: GraphStep) -> None:
         self._run, self._state, self.step = run, state, step
         device = state.device
-        self._inputs = [
-            torch.zeros(step.limits.num_tokens, dtype=torch.int64, device=device) for _ in range(2)
-        ]
+        sizes = (step.limits.num_tokens, step.limits.num_tokens, step.limits.num_reqs)
+        self._inputs = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             side = torch.cuda.Stream(device)
@@ -45,14 +44,15 @@ class _Captured:
             return self._run(*self._inputs)
 
     def replay(self, batch: AttentionBatch, *inputs: torch.Tensor) -> torch.Tensor:
-        """The logits of the step's tokens; the next replay overwrites them."""
+        """The logits of the step's rows; the next replay overwrites them."""
         self._state.prepare_graph_input_buffers(self.step, batch)
         for static, new in zip(self._inputs, inputs, strict=True):
             static[: len(new)].copy_(new)
+        num_rows = len(inputs[-1])
         if self._graph is None:
-            return self._call()[: batch.num_tokens]
+            return self._call()[:num_rows]
         self._graph.replay()
-        return self._logits[: batch.num_tokens]
+        return self._logits[:num_rows]
 
 
 class CapturedSteps:
@@ -62,7 +62,7 @@ class CapturedSteps:
         run: the model.
         layers: its attention layers, with their caches.
         max_requests: requests of a step.
-        max_tokens: new tokens of a step with chunks of prompts.
+        max_tokens: new tokens of a step with chunks of prompts; None to capture decodes only.
         max_seq_len: keys of a request.
 
     Raises:
@@ -75,13 +75,13 @@ class CapturedSteps:
         layers: Sequence[Attention],
         *,
         max_requests: int,
-        max_tokens: int,
+        max_tokens: int | None,
         max_seq_len: int,
     ) -> None:
         state = graph_state(
             layers,
             max_num_seqs=max_requests,
-            max_num_tokens=max(max_tokens, max_requests),
+            max_num_tokens=max(max_tokens or 0, max_requests),
             max_seq_len=max_seq_len,
         )
         sizes = [1 << n for n in range(max_requests.bit_length()) if 1 << n < max_requests]
@@ -89,15 +89,20 @@ class CapturedSteps:
         with state.graph_capture():
             make = state.graph_capture_get_metadata_for_batch
             steps = [make(size) for size in (*sizes, max_requests)]
-            with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
-                steps.append(make(max_requests, num_tokens=max_tokens))
+            if max_tokens is not None:
+                with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
+                    steps.append(make(max_requests, num_tokens=max_tokens))
             self._captured = [_Captured(run, state, step) for step in steps]
 
     def run(
-        self, batch: AttentionBatch, token_ids: torch.Tensor, positions: torch.Tensor
+        self,
+        batch: AttentionBatch,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The logits of a batch, or None if no captured step can run it."""
+        """The logits of a batch's rows, or None if no captured step can run it."""
         for captured in self._captured:
             if captured.step.mismatch(batch) is None:
-                return captured.replay(batch, token_ids, positions)
+                return captured.replay(batch, token_ids, positions, rows)
         return None

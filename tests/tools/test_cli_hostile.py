@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from attn_dispatch.cli import app
 from attn_dispatch.cli.streams import one_line
+from support.tiny_model import save_tiny_model
 
 LAYER = ["--num-heads=2", "--num-kv-heads=1", "--head-size=8", "--dtype=float32", "--block-size=4"]
 TUNE = ["tune", *LAYER, "--device", "cpu", "--backends", "TORCH_SDPA,REFERENCE"]
@@ -65,9 +66,12 @@ PLACES = {
     "explain phase": ["explain", *LAYER, "--phase", None],
     "explain config": ["explain", "--config", None],
     "demo requests": ["demo", "--requests", None],
-    "demo prompt": ["demo", "--prompt", None],
     "demo device": ["demo", "--device", None],
-    "demo backend": ["demo", "--prompt", "1+1", "--device", "cpu", "--backend", "prefill=", None],
+    "generate model": ["generate", "--prompt", "x", "--model", None],
+    "generate prompts": ["generate", "--model", "x", "--prompts", None],
+    "generate tokens": ["generate", "--model", "x", "--max-new-tokens", None],
+    "generate dtype": ["generate", "--model", "x", "--prompt", "x", "--dtype", None],
+    "generate output": ["generate", "--model", "x", "--prompt", "x", "--output", None],
     "tune requests": [*TUNE, "--requests", None],
     "tune lengths": [*TUNE, "--lengths", None],
     "tune steps": [*TUNE, "--steps", None],
@@ -108,7 +112,7 @@ def test_invalid_values_give_one_line(place):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["demo", "--requests", "1000000000000"], "4096"),
+        (["demo", "--requests", "1000000000000"], "32"),
         ([*TUNE, "--requests", "1000000000000"], "accepted is 65536"),
         ([*TUNE, "--lengths", ",".join(map(str, range(1, 5000)))], "at most 64"),
         ([*TUNE, "--rounds", "1000000000000"], "100000"),
@@ -118,7 +122,6 @@ def test_invalid_values_give_one_line(place):
         ([*TUNE, "--time-budget", "inf"], "not a number of seconds"),
         (["explain", *LAYER, "--sliding-window", str(2**40)], "no layer has"),
         (["explain", *LAYER, "--mla", f"{2**40},1,1,1"], "no layer has"),
-        (["demo", "--prompt", "\u0661+\u0662"], "not such a sum"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
@@ -130,7 +133,14 @@ def test_numbers_are_limited_before_memory_is_allocated(arguments, part):
     "device", ["meta", "xpu", "mps", "vulkan", "cpu:-1", "cuda:99999", "cpu:x"]
 )
 @pytest.mark.parametrize(
-    "command", [["demo", "--prompt", "1+1"], TINY, SWEEP, ["verify", "REFERENCE", "--quick"]]
+    "command",
+    [
+        ["demo"],
+        ["generate", "--model", "x", "--prompt", "x"],
+        TINY,
+        SWEEP,
+        ["verify", "REFERENCE", "--quick"],
+    ],
 )
 def test_missing_devices_give_one_line(command, device):
     try:
@@ -242,9 +252,12 @@ def test_tune_continues_its_own_table(tmp_path):
     ("value", "error"),
     [("shadow:" + "9" * 5000, "is not understood"), ("9" * 5000, "is not understood")],
 )
-def test_long_values_of_a_variable_give_one_line(value, error, monkeypatch):
+def test_long_values_of_a_variable_give_one_line(value, error, monkeypatch, tmp_path):
+    pytest.importorskip("transformers", minversion="5.24")
     monkeypatch.setenv("ATTN_DISPATCH_CHECK", value)
-    assert_rejected("demo", "--prompt", "1+1", "--device", "cpu", part=error)
+    model = save_tiny_model(tmp_path)
+    words = ("--model", model, "--prompt", "x", "--device", "cpu", "--json")
+    assert_rejected("generate", *words, part=error)
 
 
 def test_one_line_joins_lines_and_cuts_long_words():

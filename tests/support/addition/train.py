@@ -1,4 +1,4 @@
-"""Train the decoder of ``attn-dispatch demo`` from scratch, in half an hour on one CPU core.
+"""Train the addition model of the tests from scratch, in half an hour on one CPU core.
 
 The task is addition of numbers of 1 to 6 digits. A training row is a begin-of-text token followed
 by sums until the row is full. The loss covers the digits of the answers and the ``;`` after each,
@@ -6,7 +6,7 @@ since nothing else can be predicted. So every sum in a row is a question, with t
 as worked examples. Rows are short at first, while the model learns the algorithm, and reach
 ``DemoConfig.max_context`` at the end, when it has to work at any position.
 
-    python examples/train_demo_model.py --out weights.safetensors --threads 1
+    PYTHONPATH=tests python -m support.addition.train --out weights.safetensors --threads 1
 
 The evaluation at the end loads the written file, and tests new questions for every pair of digit
 counts after 0 to 12 worked examples, in float32 and in float64. ``--steps 0`` evaluates an existing
@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attn_dispatch.serving import tokenizer
-from attn_dispatch.serving.model import (
+from support.addition import tokenizer
+from support.addition.model import (
     CONFIG_KEY,
     Attend,
     DemoConfig,

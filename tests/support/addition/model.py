@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import RMSNorm, functional
 
 from attn_dispatch.conformance.oracle import attention_of_request, positions_of, sees
-from attn_dispatch.serving import tokenizer
+from support.addition import tokenizer
 
 WEIGHTS_PATH = Path(__file__).with_name("weights.safetensors")
 """The trained weights of the package: float16, with the config in the metadata."""

@@ -1,0 +1,400 @@
+"""A causal language model of transformers with its attention over paged caches.
+
+The model's own code runs unchanged, through public interfaces: a registered attention function, and
+a `Cache` that keeps nothing. Several requests are packed into one row without padding; only the
+attention layers tell them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.integrations.transformers.describe import describe
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.runtime.layer import Attention
+from attn_dispatch.runtime.mla_layer import MLAAttention
+
+__all__ = ["PagedModel"]
+
+#: The name of the attention function. There is no mask function of this name, so that transformers
+#: makes no masks.
+_NAME = "attn_dispatch_paged"
+
+#: Fields of AttentionSpec that a layer takes as features, because Attention has no argument for
+#: them or derives them otherwise.
+_FEATURES = ("head_size_v", "attention_chunk", "window_size")
+
+#: Tokens of the run that looks at the model's layers.
+_PROBE_LEN = 4
+
+
+class _Step(Protocol):
+    """What the attention function and the cache do during a run of the model."""
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> Any:
+        """Take a layer's new keys and values, and return what the model goes on with."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """(1, num_tokens, num_heads, head_size_v)."""
+
+
+_running: ContextVar[_Step | None] = ContextVar("attn_dispatch_paged_step", default=None)
+
+
+@contextlib.contextmanager
+def _run_as(step: _Step) -> Iterator[None]:
+    token = _running.set(step)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _current() -> _Step:
+    step = _running.get()
+    if step is None:
+        raise InvalidInputError(
+            "This model's attention reads paged caches, so only its PagedModel can run it. Call "
+            "model.set_attn_implementation('sdpa') to use it by itself again."
+        )
+    return step
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function; query, key, value: (1, num_heads, num_tokens, head_size)."""
+    return _current().attend(module, query, key, value, arguments), None
+
+
+class _NoCache(Cache):
+    """A cache in transformers' sense: keys and values stay in our paged caches instead."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> Any:
+        return _current().update(key_states, value_states, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A layer, as the run that looks at the layers sees it.
+
+    Attributes:
+        module: its attention module.
+        num_heads, num_kv_heads, head_size, head_size_v, dtype: of the tensors on this rank.
+        sinks: its tensor, or None.
+        source: the index of the layer whose keys it reads; None for its own.
+        latent_idx: its index in the cache, if it stores latents.
+    """
+
+    module: torch.nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    dtype: torch.dtype
+    sinks: torch.Tensor | None
+    source: int | None
+    latent_idx: int | None
+
+
+class _Look:
+    """A run that only looks at the layers; its outputs are zeros."""
+
+    def __init__(self, latent_sizes: Mapping[int, MLADims]) -> None:
+        self.seen: list[_Seen] = []
+        self._latent_sizes = latent_sizes
+        self._latent: int | None = None
+        self._keys: list[torch.Tensor] = []
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> Any:
+        dims = self._latent_sizes.get(len(self.seen))
+        if dims is not None:
+            sizes = (key.shape[1], key.shape[-1], value.shape[-1])
+            if sizes == (1, dims.kv_lora_rank, dims.qk_rope_head_dim):
+                self._latent = layer_idx
+        return key, value
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        # A layer that shares another's keys gets the same tensor.
+        source = next((i for i, known in enumerate(self._keys) if known is key), None)
+        self._keys.append(key)
+        self.seen.append(
+            _Seen(
+                module=module,
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                head_size=query.shape[-1],
+                head_size_v=value.shape[-1],
+                dtype=query.dtype,
+                sinks=arguments.get("s_aux"),
+                source=source,
+                latent_idx=self._latent,
+            )
+        )
+        self._latent = None
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+class _Paged:
+    """Runs over the caches that are bound to the layers, in a forward_context."""
+
+    def __init__(self, layers: Mapping[torch.nn.Module, Attention], latent: set[int]) -> None:
+        self._layers = layers
+        self._latent = latent
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> Any:
+        if layer_idx not in self._latent:
+            return key, value
+        # The model expands what it gets here into keys of every head, which are not needed.
+        self._new = (key[0, 0], value[0, 0])
+        return key[:, :, :1], value[:, :, :1]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> torch.Tensor:
+        layer = self._layers[module]
+        rows = query[0].transpose(0, 1)
+        if isinstance(layer, MLAAttention):
+            assert self._new is not None
+            latents, self._new = self._new, None
+            output = layer(rows, *latents)
+        elif layer.spec.kv_sharing:
+            output = layer(rows)
+        else:
+            output = layer(rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        assert isinstance(output, torch.Tensor)
+        return output[None]
+
+
+class PagedModel:
+    """A causal language model of transformers over paged caches, which an Engine can run.
+
+    Its attention function is replaced; `model.set_attn_implementation` changes it back.
+
+    Args:
+        model: on its device, e.g. of `AutoModelForCausalLM.from_pretrained`.
+        block_size: tokens per block; None for what `plan_kv_cache` finds best.
+        kv_cache_dtype: see spec.KV_CACHE_DTYPES.
+        backend: an override of the selected backends.
+        cuda_graph: whether the layers will be captured.
+
+    Attributes:
+        layers: the attention layers, by their name "layers.INDEX". Bind their caches before the
+            first call of `logits`.
+        device: where the model is.
+        max_seq_len: the most tokens of a request that the model was made for, or None.
+        notes: what `describe` noted about the model.
+
+    Raises:
+        UnsupportedError: the model has layers that keep a state other than keys and values, or
+            attention that no spec describes; or no backend supports one of the layers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        block_size: int | None = None,
+        kv_cache_dtype: str = "auto",
+        backend: str | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        _check_version()
+        self.model = model.eval()
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.notes, described = _described(model)
+        AttentionInterface.register(_NAME, _attention)
+        model.set_attn_implementation(_NAME)
+        self._cache = _NoCache()
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        text = model.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        self.max_seq_len = limit if isinstance(limit, int) and limit > 0 else None
+        seen = self._look(described)
+        options = {
+            "device": self.device,
+            "block_size": block_size,
+            "kv_cache_dtype": kv_cache_dtype,
+            "backend": backend,
+            "cuda_graph": cuda_graph,
+        }
+        layers = [
+            _layer(index, each, *described[index], options) for index, each in enumerate(seen)
+        ]
+        self.layers: dict[str, Attention] = {layer.prefix: layer for layer in layers}
+        self._step = _Paged(
+            {each.module: layer for each, layer in zip(seen, layers, strict=True)},
+            {each.latent_idx for each in seen if each.latent_idx is not None},
+        )
+
+    def _look(self, described: list[tuple[AttentionSpec, float | None]]) -> list[_Seen]:
+        """The layers in the order of their calls, which are those that were described."""
+        sizes = {i: spec.mla for i, (spec, _) in enumerate(described) if spec.mla is not None}
+        look = _Look(sizes)
+        tokens = torch.arange(_PROBE_LEN, device=self.device)
+        with _run_as(look), torch.no_grad():
+            self._forward(tokens, tokens, tokens[-1:])
+        if len(look.seen) != len(described):
+            raise UnsupportedError(
+                f"This model's forward pass has {len(look.seen)} calls of attention, and "
+                f"{len(described)} layers are known. The engine does not run it."
+            )
+        return look.seen
+
+    def _forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        keep = {"logits_to_keep": rows} if self._keeps_rows else {}
+        logits: torch.Tensor = self.model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            cache=self._cache,
+            use_cache=True,
+            **keep,
+        ).logits[0]
+        return logits if keep else logits[rows]
+
+    @contextlib.contextmanager
+    def attention_of(self, implementation: str) -> Iterator[Any]:
+        """The model of transformers with another attention implementation, e.g. "eager"."""
+        self.model.set_attn_implementation(implementation)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(_NAME)
+
+    def logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits after some of a step's tokens; call it in the step's forward_context.
+
+        Args:
+            token_ids: (num_tokens,) int64, the new tokens of all requests.
+            positions: (num_tokens,) int64, each token's position in its request.
+            rows: (n,) int64, indices into the tokens.
+
+        Returns:
+            (n, vocab_size), dtype of the model.
+        """
+        with _run_as(self._step):
+            return self._forward(token_ids, positions, rows)
+
+
+def _check_version() -> None:
+    from packaging.version import Version
+    from transformers import __version__
+
+    if Version(__version__) < Version("5.24"):
+        raise UnsupportedError(
+            f"This is transformers {__version__}; models run over paged caches since 5.24, where a "
+            "model updates its cache itself. pip install 'transformers>=5.24'."
+        )
+
+
+def _described(model: Any) -> tuple[tuple[str, ...], list[tuple[AttentionSpec, float | None]]]:
+    """The notes about a model, and each layer's spec and scale.
+
+    Raises:
+        UnsupportedError: the engine cannot run all of its layers.
+    """
+    found = describe(model)
+    for reason, layers in (*found.rejected.items(), *found.others.items()):
+        raise UnsupportedError(
+            f"The engine does not run a model of type {found.model_type!r}: {len(layers)} of its "
+            f"layers, e.g. {layers[0]}, have {reason}, and it keeps only keys and values."
+        )
+    by_layer = {
+        layer: (group.spec, group.scale)
+        for group in found.groups.values()
+        for layer in group.layers
+    }
+    other = [spec.attn_type for spec, _ in by_layer.values() if spec.attn_type != "decoder"]
+    if other or found.groups.keys() & {"encoder", "encoder_decoder"}:
+        kind = AttentionType(other[0]) if other else "encoder"
+        raise UnsupportedError(
+            f"The engine runs causal language models; a model of type {found.model_type!r} has "
+            f"attention of type {kind}."
+        )
+    return found.notes, [by_layer[layer] for layer in sorted(by_layer)]
+
+
+def _layer(
+    index: int, seen: _Seen, spec: AttentionSpec, scale: float | None, options: Mapping[str, Any]
+) -> Attention:
+    """The layer of a spec with this rank's sizes and the model's tensors."""
+    own = {**options, "prefix": f"layers.{index}", "dtype": seen.dtype}
+    if spec.mla is not None and seen.latent_idx is not None:
+        if options["block_size"] is None:
+            own["block_size"] = None
+        return MLAAttention(seen.num_heads, spec.mla, seen.module.kv_b_proj, scale, **own)
+    features = {name: getattr(spec, name) for name in _FEATURES}
+    features["head_size_v"] = seen.head_size_v
+    return Attention(
+        seen.num_heads,
+        seen.head_size,
+        scale,
+        seen.num_kv_heads,
+        sliding_window=spec.sliding_window,
+        logits_soft_cap=spec.logits_soft_cap,
+        sinks=seen.sinks,
+        kv_sharing_target_layer_name=None if seen.source is None else f"layers.{seen.source}",
+        **own,
+        **{name: value for name, value in features.items() if value is not None},
+    )
