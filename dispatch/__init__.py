@@ -12,6 +12,9 @@ from typing import Any
 from attn_dispatch.version import __version__ as __version__
 
 _HOMES = {
+    "distributed.context_parallel": "ContextParallel",
+    "distributed.merge": "merge_states_distributed",
+    "distributed.ring": "ring_attention zigzag_rows",
     "errors": "AttnDispatchError BackendFailure DeviceWaitError InvalidInputError "
     "UnknownBackendError UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",

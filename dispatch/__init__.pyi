@@ -1,3 +1,7 @@
+from attn_dispatch.distributed.context_parallel import ContextParallel as ContextParallel
+from attn_dispatch.distributed.merge import merge_states_distributed as merge_states_distributed
+from attn_dispatch.distributed.ring import ring_attention as ring_attention
+from attn_dispatch.distributed.ring import zigzag_rows as zigzag_rows
 from attn_dispatch.errors import AttnDispatchError as AttnDispatchError
 from attn_dispatch.errors import BackendFailure as BackendFailure
 from attn_dispatch.errors import DeviceWaitError as DeviceWaitError

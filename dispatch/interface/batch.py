@@ -28,6 +28,7 @@ from attn_dispatch.interface.batch_checks import (
     start_locs,
 )
 from attn_dispatch.interface.batch_parts import select
+from attn_dispatch.interface.batch_shards import shard_batch
 from attn_dispatch.interface.host_copies import pack_to_device, to_device
 from attn_dispatch.interface.key_positions import KeyPositions, check_key_positions
 from attn_dispatch.interface.tensors import check_dense
@@ -58,6 +59,7 @@ _FURTHER = (
     "enable_kv_scales_calculation",
     "max_decode_query_len",
     "key_positions",
+    "shared_prefix_len",
 )
 
 
@@ -97,6 +99,8 @@ class AttentionBatch:
         key_positions: the positions of the keys, if they are only some of each request's, for
             layers with key_positions; see KeyPositions. seq_lens then counts the keys that are
             here. None if key j is at position j.
+        shared_prefix_len: the first keys, this many, of all requests are in the same blocks: whole
+            blocks, before the new keys. Layers with shared_prefix=True read them once.
     """
 
     query_start_loc: torch.Tensor
@@ -115,6 +119,7 @@ class AttentionBatch:
     block_size: int | None = None
     lengths: str = "exact"
     key_positions: KeyPositions | None = None
+    shared_prefix_len: int = 0
 
     @classmethod
     @never_waits
@@ -158,7 +163,7 @@ class AttentionBatch:
                 the host: what an asynchronous scheduler knows before the last step has finished.
             max_seq_len: as the attribute; None for the largest of the lengths or bounds.
             **more: custom_mask, multi_modal_placeholder_index_maps, enable_kv_scales_calculation,
-                max_decode_query_len or key_positions: as the attributes.
+                max_decode_query_len, key_positions or shared_prefix_len: as the attributes.
 
         Raises:
             InvalidInputError: an argument has another type or is out of range, or the lengths
@@ -350,6 +355,28 @@ class AttentionBatch:
             for part in parts.values():
                 part.batch.checked.add(_ITSELF)
         return parts
+
+    def shard(self, rank: int, world: int, *, positions: bool = True) -> AttentionBatch:
+        """The batch over the keys that one of several ranks has: every world-th, from `rank` on.
+
+        Lengths, slots and the mask become local; the block table is the same, and each of its
+        blocks holds 1 / world of the tokens here. The queries are those of the whole batch.
+
+        Args:
+            rank: 0 to world - 1.
+            world: how many ranks share each request's keys.
+            positions: give the batch key_positions. Without them causality, windows and ALiBi are
+                those of the local keys, which is right only for requests with one new token, under
+                no rule but causality.
+
+        Raises:
+            InvalidInputError: an argument is out of range, the batch has key_positions, or its
+                block_size is not a multiple of world.
+            UnsupportedError: the batch has lengths="upper_bound", or key_lens.
+        """
+        sharded: AttentionBatch = shard_batch(self, rank, world, positions=positions)
+        sharded.check()
+        return sharded
 
     def positions_of(self, request: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """With key_positions, those of a request's queries and keys, int64; else None.

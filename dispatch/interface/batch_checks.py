@@ -311,7 +311,8 @@ _LENGTHS = (
     "key_start_loc_cpu",
 )
 #: The attributes that are integers, and their smallest values.
-_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1}
+_COUNTS = {"max_query_len": 0, "max_seq_len": 0, "max_decode_query_len": 1, "block_size": 1,
+           "shared_prefix_len": 0}  # fmt: skip
 
 
 def check_batch(batch: Any) -> None:
@@ -366,8 +367,33 @@ def check_batch(batch: Any) -> None:
     if slots is not None and (slots.dim() != 1 or len(slots) < num_keys):
         wanted = f"int64 of one dimension, a slot for each of {num_keys} new keys"
         raise wrong_form("slot_mapping", slots, wanted, "−1 is for padding.")
+    if batch.shared_prefix_len:
+        _check_shared_prefix(batch)
     if batch.multi_modal_placeholder_index_maps is not None:
         check_placeholders(batch.multi_modal_placeholder_index_maps, num_reqs)
+
+
+def _check_shared_prefix(batch: Any) -> None:
+    """Check that the prefix is whole blocks, before all new keys, and the same where readable."""
+    length, table, size = batch.shared_prefix_len, batch.block_table, batch.block_size
+    if table is None or size is None or length % size or batch.key_positions is not None:
+        raise InvalidInputError(
+            f"shared_prefix_len={length} needs a block_table and its block_size, of which it is a "
+            "multiple, and no key_positions. Round it down to whole blocks."
+        )
+    lens = zip(batch.seq_lens_list, batch.query_lens, strict=True)
+    for request, (seq, query) in enumerate(lens):
+        if seq - query < length:
+            raise InvalidInputError(
+                f"shared_prefix_len is {length}, and request {request} has {seq - query} keys "
+                "before its new ones. It is the least that all requests share."
+            )
+    shared = table[:, : length // size]
+    if is_readable(shared) and len(shared) and bool((shared != shared[:1]).any()):
+        raise InvalidInputError(
+            f"shared_prefix_len is {length}, and the first {shared.shape[1]} columns of "
+            "block_table differ between requests."
+        )
 
 
 def _check_needs_no_lengths(batch: Any) -> None:

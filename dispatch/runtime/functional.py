@@ -31,7 +31,7 @@ from attn_dispatch.runtime.guard import make_impl
 from attn_dispatch.runtime.recovery import raise_attempt_failed, with_fallback
 from attn_dispatch.selection.resolve import SelectionContext
 
-__all__ = ["attention", "merge_states"]
+__all__ = ["attention", "check_states", "merge_states"]
 
 
 def attention(
@@ -283,7 +283,7 @@ def merge_states(
         InvalidInputError: there is no part, or the parts or the sinks are not tensors that fit each
             other in shape, dtype and device.
     """
-    _check_states(outputs, lses, sinks)
+    check_states(outputs, lses, sinks)
     dtype = lses[0].dtype
     stacked = torch.stack(list(lses))
     stacked = stacked.masked_fill(stacked == float("inf"), float("-inf"))
@@ -301,7 +301,7 @@ def merge_states(
     return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)
 
 
-def _check_states(outputs: Any, lses: Any, sinks: Any) -> None:
+def check_states(outputs: Any, lses: Any, sinks: Any) -> None:
     """Check the arguments of merge_states, but not their values."""
     for name, parts in (("outputs", outputs), ("lses", lses)):
         if not isinstance(parts, (list, tuple)):

@@ -24,6 +24,7 @@ from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.runtime.kv_regions import KVRegion, regions_of
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.named_layers import layers_by_prefix, layers_of_model
+from attn_dispatch.runtime.split import part_spec
 from attn_dispatch.selection.overrides import Source
 from attn_dispatch.selection.report import Report
 from attn_dispatch.selection.resolve import SelectionContext
@@ -49,6 +50,7 @@ class KVCachePlan:
         shared: layer name -> the layer whose cache it reads.
         workspace_bytes: the largest of the layers' MLAAttention.workspace_bytes; layers run one at
             a time, and share it. 0 without such layers.
+        context_parallel: how many ranks share each request's keys.
     """
 
     layout: str
@@ -59,10 +61,20 @@ class KVCachePlan:
     dtypes: Mapping[str, torch.dtype]
     shared: Mapping[str, str]
     workspace_bytes: int = 0
+    context_parallel: int = 1
+
+    @property
+    def tokens_per_block(self) -> int:
+        """The tokens of a request that a block of the engine's table holds, on all ranks together.
+
+        It is the block_size of `AttentionBatch.create`; without context parallelism that of the
+        plan.
+        """
+        return self.block_size * self.context_parallel
 
     @property
     def bytes_per_block(self) -> int:
-        """The memory of one block over all layers."""
+        """The memory of one block over all layers, on one rank."""
         return sum(
             math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
         )
@@ -134,6 +146,7 @@ def plan_kv_cache(
     *,
     shared: Mapping[str, str] | None = None,
     backend: str | None = None,
+    context_parallel: int | None = None,
 ) -> KVCachePlan:
     """One layout and block size that every layer's backends accept, in every phase.
 
@@ -149,6 +162,8 @@ def plan_kv_cache(
             layers name theirs.
         backend: as for `resolve`; only for specs, as layers keep the overrides they were made
             with.
+        context_parallel: how many ranks share each request's keys; None for what the layers were
+            made for, or 1. The plan is that of one rank's caches, and the same on every rank.
 
     Raises:
         UnsupportedError: no layout and block size is accepted by all; the message names the
@@ -166,6 +181,7 @@ def plan_kv_cache(
             f"backend={shown(backend)} is given with Attention layers, which keep the overrides "
             "they were made with. Give it to the layers, or plan over their specs."
         )
+    world = _ranks_of(modules, context_parallel)
     specs = {name: _spec_of(each) for name, each in named.items()}
     cached = {
         name: spec for name, spec in specs.items() if AttentionType(spec.attn_type).has_kv_cache
@@ -176,7 +192,9 @@ def plan_kv_cache(
     for name, spec in cached.items():
         _check_sharing(name, spec, cached, shared)
     contexts = {name: _context(modules.get(name), device, backend) for name in cached}
-    block_size, layout = _choose(cached, contexts)
+    is_split = world > 1 or any(each.context_parallel for each in modules.values())
+    stored = {name: part_spec(each) if is_split else each for name, each in cached.items()}
+    block_size, layout = _choose(stored, contexts)
     choice = {"block_size": block_size, "kv_cache_layout": layout}
     specs |= {name: spec.replace(**choice) for name, spec in cached.items()}
     shapes, orders, dtypes = {}, {}, {}
@@ -185,13 +203,34 @@ def plan_kv_cache(
             continue
         spec = specs[name]
         size = stored_head_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
-        backend_cls = _picked_cls(context, context.report(spec, phases_of(spec)[0]))
+        selected = stored[name].replace(**choice)
+        backend_cls = _picked_cls(context, context.report(selected, phases_of(spec)[0]))
         shape = backend_cls.get_kv_cache_shape(1, block_size, spec.num_kv_heads, size)
         shapes[name] = tuple(shape[1:])
         orders[name] = STRIDE_ORDERS[layout] if len(shape) == 5 else tuple(range(len(shape)))
         dtypes[name] = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, context.device.arch)
     workspace = max((getattr(each, "workspace_bytes", 0) for each in modules.values()), default=0)
-    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared, workspace)
+    return KVCachePlan(layout, block_size, specs, shapes, orders, dtypes, shared, workspace, world)
+
+
+def _ranks_of(modules: Mapping[str, Attention], given: int | None) -> int:
+    """How many ranks share the keys, by the argument and by the layers with a cache."""
+    sizes = {
+        name: 1 if each.context_parallel is None else each.context_parallel.size
+        for name, each in modules.items()
+        if AttentionType(each.spec.attn_type).has_kv_cache
+    }
+    world = as_int("context_parallel", given, 1) if given is not None else None
+    if world is None:
+        world = next(iter(sizes.values()), 1)
+    for name, size in sizes.items():
+        if size != world:
+            raise InvalidInputError(
+                f"The keys of layer {name!r} are on {size} ranks, and those of the plan on "
+                f"{world}. Make all layers that share a block table with one context_parallel, and "
+                "plan the others separately."
+            )
+    return world
 
 
 def _by_name(layers: Any) -> Mapping[Any, Any]:

@@ -15,7 +15,7 @@ from attn_dispatch.interface.kv_view import KVCache, as_kv_cache
 from attn_dispatch.interface.metadata import AttentionMetadata, BatchMetadata
 from attn_dispatch.interface.quantization import is_fp8, kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec, alibi_of
-from attn_dispatch.interface.types import AttentionType, Phase
+from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.interface.validation import check_no_grad, profiling_output
 from attn_dispatch.log import logger
 from attn_dispatch.platforms.detect import usable_device
@@ -36,16 +36,16 @@ from attn_dispatch.runtime.layer_checks import (
 )
 from attn_dispatch.runtime.ops import CalledByOp, attention_op
 from attn_dispatch.runtime.recovery import AttemptFailed, with_fallback
+from attn_dispatch.runtime.split import HasBackends, checked_split
 from attn_dispatch.selection import overrides
 from attn_dispatch.selection.registry import registry
-from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.resolve import SelectionContext
 from attn_dispatch.selection.version import version
 
 __all__ = ["Attention"]
 
 
-class Attention(LayerScales, CalledByOp):
+class Attention(LayerScales, HasBackends, CalledByOp):
     """One attention layer. Its backends are picked when it is made; see `selections`.
 
     If a backend that was picked automatically fails, when it is built or on a call, another one
@@ -77,6 +77,8 @@ class Attention(LayerScales, CalledByOp):
         alibi: "symmetric" for slopes times −abs(distance) where attention is not causal; None for
             slopes times the signed distance, if there are slopes.
         backend: an override with the authority of an argument.
+        context_parallel: a ContextParallel, if ranks share the keys of each request; or None.
+        shared_prefix: read what a batch's shared_prefix_len names once, for all requests.
         **features: any other field of AttentionSpec.
 
     Raises:
@@ -103,6 +105,8 @@ class Attention(LayerScales, CalledByOp):
         block_size: int | None = 16,
         alibi: bool | str | None = None,
         backend: str | None = None,
+        context_parallel: Any = None,
+        shared_prefix: bool = False,
         **features: Any,
     ) -> None:
         super().__init__()
@@ -128,7 +132,8 @@ class Attention(LayerScales, CalledByOp):
         # In a dict, so that sinks which are a Parameter are not registered in this module too.
         self._per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
         rules = overrides.current_rules(backend, registry.names())
-        self._set_up(spec, prefix, scale, kv_sharing_target_layer_name, rules)
+        self._set_up(spec, prefix, scale, kv_sharing_target_layer_name, rules, context_parallel)
+        self._set_cascade(shared_prefix)
         self._bind_first(device)
 
     def _set_up(
@@ -138,6 +143,7 @@ class Attention(LayerScales, CalledByOp):
         scale: float | None,
         kv_sharing_target_layer_name: str | None,
         rules: Sequence[overrides.Rule],
+        context_parallel: Any = None,
     ) -> None:
         """Set what every kind of layer has; `_bind_first` is called after a kind's own."""
         if not isinstance(prefix, str):
@@ -150,6 +156,9 @@ class Attention(LayerScales, CalledByOp):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.kv_cache: KVCache | None = None
         self._rules = tuple(rules)
+        split = self.context_parallel = checked_split(context_parallel, self.spec)
+        #: The heads of a call: with context_parallel those of this rank.
+        self._call_spec = self.spec if split is None else split.call_spec(self.spec)
         self._output_size = spec.head_size_v if spec.mla is None else spec.mla.v_head_dim
         # Not buffers: a scale must stay float32 when the module is cast.
         self._cache_state = CacheState()
@@ -161,21 +170,13 @@ class Attention(LayerScales, CalledByOp):
         self._register()
 
     def _bind_first(self, device: torch.device | str | None) -> None:
-        if (chosen := usable_device(device)).type != "meta":
-            self._bind(torch.empty(0, device=chosen).device)  # "cuda" becomes "cuda:0"
-
-    @property
-    def selections(self) -> dict[Phase, Selection]:
-        """The backend of each phase, and why; empty until the layer is on a device."""
-        return {} if self._binding is None else self._binding.selections
-
-    def _require_binding(self) -> LayerBinding:
-        if self._binding is None:
-            raise InvalidInputError(
-                f"Layer {self.prefix!r} was made on the meta device and has not run on another "
-                "yet. Call it there first, or make it with device=."
-            )
-        return self._binding
+        if (chosen := usable_device(device)).type == "meta":
+            return
+        chosen = torch.empty(0, device=chosen).device  # "cuda" becomes "cuda:0"
+        if self.context_parallel is None:
+            self._bind(chosen)
+        else:
+            self.context_parallel.agree(self.prefix, lambda: self._bind(chosen) or self._picks())
 
     def _bind(
         self,
@@ -193,7 +194,7 @@ class Attention(LayerScales, CalledByOp):
             return binding, None if run is None else run(binding)
 
         context = SelectionContext.current(device, rules=self._rules)
-        binding, result = with_fallback(self.spec, context, attempt, failed)
+        binding, result = with_fallback(self._selected_spec, context, attempt, failed)
         self._was_rebound = self._binding is not None
         self._selected_at = binding.version
         self._binding = binding
@@ -206,9 +207,6 @@ class Attention(LayerScales, CalledByOp):
                     "layer %s: %s %s, %s", self.prefix, phase, each.name, each.report.evidence
                 )
         return result
-
-    def _binding_of(self, device: torch.device, context: SelectionContext) -> LayerBinding:
-        return LayerBinding.of(self.spec, device, context, self._impl_arguments())
 
     def _follow_cache(self, spec: AttentionSpec) -> None:
         """Take over a spec with the block size, layout and strides of the cache that is bound."""
@@ -228,7 +226,7 @@ class Attention(LayerScales, CalledByOp):
         if binding is None or self._device is None or is_capturing():
             return  # nothing is built while a graph is captured
         context = SelectionContext.current(self._device, rules=self._rules)
-        if binding.failures == set(context.failures_of(self.spec)):
+        if binding.failures == set(context.failures_of(self._selected_spec)):
             self._selected_at = context.version
         else:
             self._bind(self._device)
@@ -321,7 +319,7 @@ class Attention(LayerScales, CalledByOp):
         if torch.is_grad_enabled():  # the op hides autograd from what it calls
             check_no_grad(query, key, value, output, *self._per_head.values())
         is_flat = query.dim() == 2
-        query = unflatten(self, "query", query, spec.num_heads, spec.head_size)
+        query = unflatten(self, "query", query, self._call_spec.num_heads, spec.head_size)
         if key is not None and value is not None:
             key = unflatten(self, "key", key, spec.num_kv_heads, spec.head_size)
             value = unflatten(self, "value", value, spec.num_kv_heads, spec.head_size_v)
@@ -342,7 +340,7 @@ class Attention(LayerScales, CalledByOp):
         """Make the results, and run the op or its body."""
         spec = self.spec
         if output is None:
-            shape = (query.shape[0], spec.num_heads, self._output_size)
+            shape = (query.shape[0], self._call_spec.num_heads, self._output_size)
             dtype = self._fp8_dtype if spec.output_quant else query.dtype
             output = torch.empty(shape, dtype=dtype, device=query.device)
         lse = None
@@ -415,14 +413,14 @@ class Attention(LayerScales, CalledByOp):
         scales = (output_scale, output_block_scale)
         if used is None:  # a profiling run
             size = self._output_size
-            result = profiling_output(self.spec, given[0], output, *scales, head_size_v=size)
+            result = profiling_output(self._call_spec, given[0], output, *scales, head_size_v=size)
             if lse is not None:
                 lse.copy_(result[1])
             return
         derived_scales = False
         if derives_scales(used) and not self._cache_state.scales_are_final:
             derived_scales = self._derive_scales(*given[1:], used.slot_mapping)
-        observe = observer()
+        observe = observer() if self.context_parallel is None else None  # it sees no other rank
         seen = None if observe is None else observe(self, *given, self._batch_of(metadata))
         try:
             result = binding.impl.forward(self, *given, used, output, *scales)
@@ -446,5 +444,5 @@ class Attention(LayerScales, CalledByOp):
 
     def extra_repr(self) -> str:
         """The request and the picks, for print(model)."""
-        picks = {str(phase): s.name for phase, s in self.selections.items()}
-        return f"{self.spec}, backends={picks}"
+        split = "" if self.context_parallel is None else f", {self.context_parallel!r}"
+        return f"{self.spec}, backends={self._picks()}{split}"

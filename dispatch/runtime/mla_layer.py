@@ -29,6 +29,7 @@ from attn_dispatch.runtime.mla_plan import (
     why_absorbed,
 )
 from attn_dispatch.runtime.mla_weights import KVProjection, apply_rope
+from attn_dispatch.runtime.split import part_spec
 from attn_dispatch.selection import overrides
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.registry import registry
@@ -78,6 +79,7 @@ class MLAAttention(Attention):
         index_topk: of a layer with an indexer (DeepSeek V3.2), which is rejected; None.
         prefix, dtype, device, block_size, kv_cache_dtype, kv_sharing_target_layer_name, backend:
             as for Attention.
+        context_parallel: as for Attention; kv_b_proj has all ranks' heads. Prefills are absorbed.
         **features: any other field of AttentionSpec.
 
     Raises:
@@ -119,6 +121,7 @@ class MLAAttention(Attention):
         device: torch.device | str | None = None,
         block_size: int | None = 16,
         backend: str | None = None,
+        context_parallel: Any = None,
         **features: Any,
     ) -> None:
         super(Attention, self).__init__()
@@ -154,7 +157,7 @@ class MLAAttention(Attention):
         if inv_freq is not None:
             self._rope = (_checked_inv_freq(inv_freq, mla), float(rope_factor), rope_interleaved)
         self._prefill = prefill
-        self._why_absorbed = why_absorbed(spec)
+        self._why_absorbed = why_absorbed(spec if context_parallel is None else part_spec(spec))
         if prefill == "absorbed":
             self._why_absorbed = "Prefills are absorbed: the layer has prefill='absorbed'."
         if prefill == "expanded" and self._why_absorbed:
@@ -162,13 +165,13 @@ class MLAAttention(Attention):
         workspace = as_int("prefill_workspace_bytes", prefill_workspace_bytes, 1)
         self._chunk = 0 if self._why_absorbed else chunk_size(spec, workspace)
         names = registry.names()
-        rules = overrides.current_rules(prefill_backend, names)
-        self._dense_rules = _dense_rules(rules, dense_spec(spec))
+        dense_rules = overrides.current_rules(prefill_backend, names)
+        self._dense_rules = _dense_rules(dense_rules, dense_spec(spec))
         self._dense: tuple[Attention, Attention] | None = None
         self._requires_dense = prefill == "expanded" or prefill_backend is not None
         scale = self._query_size**-0.5 if scale is None else scale
         rules = overrides.current_rules(backend, names)
-        self._set_up(spec, prefix, scale, kv_sharing_target_layer_name, rules)
+        self._set_up(spec, prefix, scale, kv_sharing_target_layer_name, rules, context_parallel)
         self._bind_first(device)
 
     @property
@@ -187,8 +190,8 @@ class MLAAttention(Attention):
 
     def explain(self) -> str:
         """The backend of each phase, and how prefills are computed, in sentences."""
-        lines = [f"{phase}: {each.name}, {each.report.evidence}" for phase, each in
-                 self.selections.items()]  # fmt: skip
+        each = self.selections.items()
+        lines = [f"{phase}: {pick.name}, {pick.report.evidence}" for phase, pick in each]
         dense = self.prefill_selection
         if dense is None:
             lines.append(self._why_absorbed)
@@ -253,8 +256,7 @@ class MLAAttention(Attention):
                 self._why_absorbed = (
                     f"Prefills are absorbed: no dense backend computes them. {error}"
                 )
-        always = self._prefill == "expanded"
-        expanded = None
+        always, expanded = self._prefill == "expanded", None
         if self._dense is not None and self._chunk:
             expanded = ExpandedPrefill(self.spec, self._kv_b_proj, *self._dense)
         chunk = self._chunk if expanded else 0
@@ -332,22 +334,20 @@ class MLAAttention(Attention):
         for projection in self._projections:
             query = projection(query)
         # What a projection returns is checked too: its width is that of the queries.
-        query_3d = unflatten(self, "query", query, self.spec.num_heads, self._query_size)
+        query_3d = unflatten(self, "query", query, self._call_spec.num_heads, self._query_size)
         k_pe = k_pe.flatten(1) if k_pe.dim() == 3 else k_pe
         self._check_widths(query_3d, kv_c_normed, k_pe)
         if torch.is_grad_enabled():
             check_no_grad(query, kv_c_normed, k_pe, output, self._kv_b_proj.stored)
         query_3d, k_pe = self._rotated(query_3d, k_pe, positions)
         scales = (output_scale, output_block_scale)
-        is_flat = query.dim() == 2
-        return self._call(
-            query_3d, kv_c_normed, k_pe, kv_cache, attn_metadata, output, scales, is_flat
-        )
+        given = (query_3d, kv_c_normed, k_pe, kv_cache, attn_metadata, output)
+        return self._call(*given, scales, is_flat=query.dim() == 2)
 
     def _check_widths(
         self, query: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor
     ) -> None:
-        wanted = (self.spec.num_heads, self._query_size)
+        wanted = (self._call_spec.num_heads, self._query_size)
         if query.shape[1:] != wanted:
             raise InvalidInputError(
                 f"query has shape {tuple(query.shape)}; layer {self.prefix!r} takes "

@@ -61,6 +61,18 @@ def test_a_transformers_model_generates_the_same_tokens():
     assert "full, prefill: REFERENCE, 2 layers" in printed
 
 
+def test_keys_of_a_request_are_on_two_ranks():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run(*torchrun, str(EXAMPLES / "context_parallel.py"))
+    errors = re.findall(r"^(.*): largest difference from float64 (\S+)$", printed, re.M)
+    assert [what for what, _ in errors] == [
+        "prompt, ring",
+        *(f"token {n}" for n in (101, 102, 103)),
+    ]
+    assert all(float(error) < 2e-6 for _, error in errors)
+    assert "Keys on 2 ranks, this is rank 0" in printed
+
+
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_runs_on_emulated_gpus():
     printed = run(str(EXAMPLES / "emulate_kernel.py"))

@@ -20,6 +20,7 @@ LAYERS = [
     ["interface"],
     ["backends", "selection", "models"],
     ["runtime"],
+    ["distributed"],
     ["conformance", "integrations"],
     ["serving"],
     ["bench"],

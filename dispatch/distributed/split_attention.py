@@ -1,0 +1,383 @@
+"""The impl and the builder of a layer whose keys are split over ranks.
+
+A step: the query heads of all ranks are gathered; each rank attends to its own keys, with the
+LSE; the parts are merged. Every collective of a step follows from the batch, which is the same on
+all ranks. If a rank's attention raises, it takes part in the remaining collectives and raises at
+their end; the other ranks get NaN or raise, see `merge_over_ranks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from attn_dispatch.backends.reference.semantics import without_autocast
+from attn_dispatch.distributed.merge import merge_over_ranks
+from attn_dispatch.distributed.options import SplitOptions
+from attn_dispatch.distributed.prefill import PrefillByGather
+from attn_dispatch.errors import (
+    AttnDispatchError,
+    BackendFailure,
+    InvalidInputError,
+    UnsupportedError,
+    summary_of,
+)
+from attn_dispatch.interface.batch import AttentionBatch, BatchPart
+from attn_dispatch.interface.batch_parts import select
+from attn_dispatch.interface.captured import GraphLimits
+from attn_dispatch.interface.kv_view import KVCache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import store_output
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import Phase
+from attn_dispatch.interface.validation import check_forward
+from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
+from attn_dispatch.runtime.binding import LayerBinding
+from attn_dispatch.runtime.guard import FinalFailure
+from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
+from attn_dispatch.selection.report import Selection
+
+__all__ = ["Part", "SplitBuilder", "SplitImpl", "SplitMetadata"]
+
+T = TypeVar("T")
+
+
+class Part(str, Enum):
+    """How requests of a batch are computed."""
+
+    PLAIN = "plain"
+    """Each rank attends to its keys without their positions; every query sees all of them."""
+    POSITIONS = "positions"
+    """Each rank attends to its keys by their positions."""
+    GATHERED = "gathered"
+    """Earlier keys are gathered, and each rank computes its own heads."""
+
+
+class SplitPart(NamedTuple):
+    """Requests of a batch, and what computes them.
+
+    `planned` is the plan of PrefillByGather; or the metadata of this rank's part, or what its
+    backend raised.
+    """
+
+    kind: Part
+    rows: BatchPart
+    planned: Any
+
+
+@dataclass
+class SplitMetadata(BatchMetadata):
+    """A batch of all keys, and its parts: at most one that is merged, and one that is gathered.
+
+    Attributes:
+        local: the batch over this rank's keys.
+        parts: together all requests.
+    """
+
+    local: AttentionBatch
+    parts: list[SplitPart]
+
+    def __post_init__(self) -> None:
+        batch = self.batch
+        super().__post_init__()
+        if self.batch is not batch:
+            fresh = self.builder.build(self.batch)
+            self.local, self.parts = fresh.local, fresh.parts
+
+
+class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
+    """Shards a batch, and plans this rank's part of it.
+
+    Args:
+        split: the layer's ContextParallel.
+        spec: of the layer.
+        device: of the layer.
+        bindings: the backends of this rank's parts; POSITIONS, and PLAIN where it exists.
+        prefill: for GATHERED, or None.
+    """
+
+    def __init__(
+        self,
+        split: SplitOptions,
+        spec: AttentionSpec,
+        device: torch.device,
+        bindings: Mapping[Part, LayerBinding],
+        prefill: PrefillByGather | None,
+    ) -> None:
+        super().__init__(spec, device)
+        self._split, self._bindings, self._prefill = split, bindings, prefill
+        keys = tuple((part, each.metadata_key) for part, each in bindings.items())
+        #: Equal for builders whose metadata is interchangeable, see LayerBinding.accepts.
+        self.route = (
+            keys,
+            None if prefill is None else prefill.metadata_key,
+            id(split.ranks.group),
+        )
+
+    def build(self, batch: AttentionBatch) -> SplitMetadata:
+        """See AttentionMetadataBuilder.build. What a backend raises is raised in the forward."""
+        ranks = self._split.ranks
+        local = batch.shard(ranks.rank, ranks.size)
+        metadata: SplitMetadata = SplitMetadata.of(batch, self, local=local, parts=[])
+        for kind, chosen in self._kinds(batch).items():
+            rows = BatchPart(batch, slice(None), slice(None))
+            if len(chosen) < batch.num_reqs:
+                rows = BatchPart(*select(batch, chosen))
+                rows.batch.trust()  # the whole batch was checked
+            metadata.parts.append(SplitPart(kind, rows, self._plan(kind, rows.batch)))
+        return metadata
+
+    def _plan(self, kind: Part, batch: AttentionBatch) -> Any:
+        ranks = self._split.ranks
+        if kind is Part.GATHERED:
+            assert self._prefill is not None
+            return self._prefill.plan(batch)
+        local = batch.shard(ranks.rank, ranks.size, positions=kind is Part.POSITIONS)
+        try:
+            return self._bindings[kind].builder.build(local)
+        except (InvalidInputError, UnsupportedError):  # the same on every rank
+            raise
+        except Exception as error:
+            return error
+
+    def _kinds(self, batch: AttentionBatch) -> dict[Part, list[int]]:
+        """The requests of each kind."""
+        kinds: list[Part] = []
+        for request, (phase, length) in enumerate(zip(batch.phases, batch.query_lens, strict=True)):
+            gathers = phase is Phase.PREFILL and self._prefill is not None
+            if gathers and self._prefill is not None and self._prefill.takes(batch, request):
+                kinds.append(Part.GATHERED)
+            elif length <= 1 and Part.PLAIN in self._bindings:
+                kinds.append(Part.PLAIN)
+            else:
+                kinds.append(Part.POSITIONS)
+        if Part.POSITIONS in kinds or not kinds:  # one merge in place of two
+            kinds = [Part.POSITIONS if each is Part.PLAIN else each for each in kinds]
+        found: dict[Part, list[int]] = {}
+        for request, kind in enumerate(kinds):
+            found.setdefault(kind, []).append(request)
+        return found or {Part.POSITIONS: []}
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> SplitMetadata:
+        """Raise UnsupportedError: the collectives are not captured."""
+        raise UnsupportedError("A layer with context_parallel is not captured. Run it eagerly.")
+
+
+class _Attempts:
+    """Runs what may raise, until something did; the collectives in between always run."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def run(self, function: Callable[[], T], default: T) -> T:
+        """What the function returns, or the default if it, or an earlier one, raised."""
+        if self.error is None:
+            try:
+                return function()
+            except Exception as error:
+                self.error = error
+        return default
+
+    def always(self, function: Callable[[], T], default: T) -> T:
+        """What a collective returns, which runs in any case; the default if it raised."""
+        try:
+            return function()
+        except FinalFailure as error:
+            self.error = self.error or error
+        return default
+
+    def finish(self, rank: int) -> None:
+        """Raise what was raised, so that no other backend repeats the call on this rank only."""
+        error = self.error
+        if error is None:
+            return
+        if isinstance(error, PartFailed) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        is_invalid = isinstance(error, AttnDispatchError) and not isinstance(error, BackendFailure)
+        if (
+            is_invalid
+            or isinstance(error, FinalFailure)
+            or is_out_of_memory(error)
+            or is_device_lost(error)
+        ):
+            raise error
+        raise FinalFailure(
+            f"Attention failed on rank {rank}: {summary_of(error)}. There is no fallback, because "
+            "the other ranks are in the same step; exclude the backend by an override on all ranks."
+        ) from error
+
+
+class SplitImpl:
+    """Computes a batch together with the other ranks: what a layer calls as its impl.
+
+    Args:
+        split: the layer's ContextParallel.
+        spec: of the layer.
+        bindings: as for SplitBuilder.
+        prefill: as for SplitBuilder.
+        sinks: (num_heads,) of all ranks, or None.
+    """
+
+    def __init__(
+        self,
+        split: SplitOptions,
+        spec: AttentionSpec,
+        bindings: Mapping[Part, LayerBinding],
+        prefill: PrefillByGather | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        self._split, self._ranks, self._spec = split, split.ranks, spec
+        self._bindings = dict(bindings)
+        if prefill is not None:
+            self._bindings[Part.GATHERED] = prefill.binding
+        self._impls = {part: each.impl for part, each in bindings.items()}
+        impl = self._impls[Part.POSITIONS]
+        self._first: Any = (
+            next(iter(impl._impls.values())) if isinstance(impl, RoutedImpl) else impl
+        )
+        self._prefill = prefill
+        self._sinks = sinks
+        self._is_sharded = split.heads == "sharded"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The kinds of requests that are computed differently."""
+        return tuple(self._bindings)
+
+    def selections(self, part: Part) -> Mapping[Phase, Selection]:
+        """The backends of a kind of requests; empty if there is no such kind."""
+        return self._bindings[part].selections if part in self._bindings else {}
+
+    @without_autocast
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: KVCache | None,
+        attn_metadata: SplitMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See AttentionImpl.forward; the output must be given."""
+        if not isinstance(attn_metadata, SplitMetadata):
+            raise InvalidInputError(
+                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
+                "layer.build_metadata(batch)."
+            )
+        attempts = _Attempts()
+        given = (layer, query, key, value, kv_cache)
+        parts = attn_metadata.parts
+        if len(parts) > 1 or parts[0].kind is Part.GATHERED:
+            # Requests may share a prefix, so write all new keys before any part is read.
+            attempts.run(lambda: self._write(*given, attn_metadata.local), None)
+        if len(parts) == 1:
+            values, lse = self._compute(parts[0], given, output.shape[2], attempts)
+        else:
+            values = output.new_zeros(output.shape, dtype=query.dtype)
+            lse = query.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
+            for part in parts:
+                tokens = part.rows.tokens
+                values[tokens], lse[tokens] = self._compute(part, given, output.shape[2], attempts)
+        attempts.finish(self._ranks.rank)
+        store_output(values, output, output_scale, output_block_scale)
+        return (output, lse) if self._spec.returns_lse else output
+
+    def _write(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: KVCache | None,
+        local: AttentionBatch,
+    ) -> None:
+        if kv_cache is None:
+            raise InvalidInputError(
+                "kv_cache is None; a layer with context_parallel needs this rank's cache. Bind the "
+                "caches by bind_kv_caches."
+            )
+        whole = query[:, :1].expand(-1, self._spec.num_heads, -1)  # as after the gather
+        check_forward(self._first, whole, key, value, kv_cache, local)
+        if key is not None and value is not None:
+            self._first.write_kv(layer, key, value, kv_cache, local)
+
+    def _compute(
+        self,
+        part: SplitPart,
+        given: tuple[Any, torch.Tensor, Any, Any, Any],
+        size: int,
+        attempts: _Attempts,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and LSE of a part's rows, for the heads of a call."""
+        layer, query, key, value, kv_cache = given
+        tokens, keys = part.rows.tokens, part.rows.keys
+        query = query[tokens]
+        new = (key if key is None else key[keys], value if value is None else value[keys])
+        if part.kind is Part.GATHERED:
+            return self._gathered(layer, query, *new, kv_cache, part.planned, size, attempts)
+        if isinstance(part.planned, Exception):
+            attempts.error = attempts.error or part.planned
+        if self._is_sharded:
+            query = self._ranks.gather_heads(query)
+        out = query.new_empty((*query.shape[:2], size))
+        lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+        impl, metadata = self._impls[part.kind], part.planned
+        out, lse = attempts.run(
+            lambda: impl.forward(layer, query, *new, kv_cache, metadata, out),  # type: ignore[arg-type,return-value]
+            (out, lse),
+        )
+        sinks = self._own_sinks(query.device)
+        heads = "scatter" if self._is_sharded else "replicate"
+        own = out.chunk(self._ranks.size if self._is_sharded else 1, dim=1)[0]
+        return attempts.always(
+            lambda: merge_over_ranks(
+                self._ranks,
+                out,
+                lse,
+                sinks,
+                heads,
+                self._split.combine,
+                failed=attempts.error is not None,
+            ),
+            (own, lse[:, : own.shape[1]]),
+        )
+
+    def _own_sinks(self, device: torch.device) -> torch.Tensor | None:
+        if self._sinks is None:
+            return None
+        sinks = self._sinks.to(device, non_blocking=True)
+        return sinks.chunk(self._ranks.size)[self._ranks.rank] if self._is_sharded else sinks
+
+    def _gathered(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        plan: Any,
+        size: int,
+        attempts: _Attempts,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        prefill = self._prefill
+        assert prefill is not None
+        if not self._is_sharded:
+            query = query.chunk(self._ranks.size, dim=1)[self._ranks.rank]
+        sent = prefill.empty(plan, query)
+        sent = attempts.run(lambda: prefill.collect(plan, kv_cache, query.dtype), sent)
+        received = self._ranks.all_to_all(sent) if plan.num_rows else sent
+        out = query.new_full((*query.shape[:2], size), float("nan"))
+        lse = query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
+        out, lse = attempts.run(
+            lambda: prefill.attend(layer, query, key, value, received, plan, out), (out, lse)
+        )
+        if not self._is_sharded:
+            out, lse = self._ranks.gather_heads(out), self._ranks.gather_heads(lse)
+        return out, lse

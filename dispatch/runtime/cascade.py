@@ -1,0 +1,275 @@
+"""Cascade attention: keys that all requests of a batch begin with are read once.
+
+Requests that share a prefix, such as a system prompt, have the same blocks in their first columns
+of the block table. A decode reads them for each request. Here all queries attend to the prefix as
+one request, by the backend of a prefill, and each request to its remaining keys; both parts return
+their LSE and are merged. (Hydragen, arXiv:2402.05099; FlashInfer's cascade inference.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_dispatch.backends.reference.semantics import without_autocast
+from attn_dispatch.errors import InvalidInputError, UnsupportedError, summary_of
+from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.captured import GraphLimits
+from attn_dispatch.interface.kv_view import KVCache
+from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
+from attn_dispatch.interface.quantization import store_output
+from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
+from attn_dispatch.runtime.binding import LayerBinding
+from attn_dispatch.runtime.functional import merge_states
+from attn_dispatch.runtime.recovery import AttemptFailed
+from attn_dispatch.selection.failure_record import BackendFallbackWarning
+from attn_dispatch.selection.resolve import SelectionContext
+
+__all__ = ["bind_cascade", "check_cascade"]
+
+#: Fields under which a query does not see the whole prefix, or which add positions to the scores.
+_NOT_SHARED = (
+    *("sliding_window", "window_size", "attention_chunk", "alibi", "custom_mask"),
+    *("bidirectional_ranges", "key_positions", "mla", "batch_invariant"),
+)
+
+
+def check_cascade(spec: AttentionSpec) -> None:
+    """Check that a layer of this spec can read a shared prefix once.
+
+    Raises:
+        UnsupportedError: it cannot; the message says why.
+    """
+    found = [name for name in _NOT_SHARED if getattr(spec, name)]
+    if spec.attn_type != AttentionType.DECODER or not spec.causal:
+        found.append("attention that is not a decoder's")
+    if found:
+        raise UnsupportedError(
+            f"shared_prefix=True does not go with {', '.join(found)}. Make the layer without it: "
+            "then each request reads the whole prefix."
+        )
+
+
+def bind_cascade(
+    spec: AttentionSpec,
+    device: torch.device,
+    context: SelectionContext,
+    arguments: Mapping[str, Any],
+) -> LayerBinding:
+    """The backends of a layer, and those of its two parts for batches with a shared prefix.
+
+    Raises:
+        UnsupportedError: no backend computes the layer, or one of the parts.
+        AttemptFailed: a backend of the layer raised when it was built.
+    """
+    whole = LayerBinding.of(spec, device, context, arguments)
+    suffix = spec.replace(returns_lse=True, sinks=False, output_quant=None)
+    given = {**arguments, "sinks": None}
+    try:
+        prefix = suffix.replace(causal=False)  # every query sees all of it
+        parts = (
+            LayerBinding.of(prefix, device, context, given),
+            LayerBinding.of(suffix, device, context, given),
+        )
+    except AttemptFailed as failed:  # the layer works without them
+        _warn(failed.__cause__ or failed)
+        return whole
+    impl: Any = _CascadeImpl(spec, whole, *parts, arguments["sinks"])
+    builder = _CascadeBuilder(whole, *parts)
+    return dataclasses.replace(
+        whole, impl=impl, builder=builder, metadata_key=(builder.route, spec, device)
+    )
+
+
+def _warn(error: BaseException) -> None:
+    warnings.warn(
+        f"A shared prefix is read by each request from now on, because {summary_of(error)}",
+        BackendFallbackWarning,
+        stacklevel=3,
+    )
+
+
+@dataclass
+class CascadeMetadata(BatchMetadata):
+    """A batch as a whole, or in two parts.
+
+    Attributes:
+        whole: the metadata of the layer's backends; None if there are parts.
+        prefix, suffix: those of the parts.
+    """
+
+    whole: Any
+    prefix: Any
+    suffix: Any
+
+    def __post_init__(self) -> None:
+        batch = self.batch
+        super().__post_init__()
+        if self.batch is not batch:
+            fresh = self.builder.build(self.batch)
+            self.whole, self.prefix, self.suffix = fresh.whole, fresh.prefix, fresh.suffix
+
+
+class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
+    def __init__(self, whole: LayerBinding, prefix: LayerBinding, suffix: LayerBinding) -> None:
+        super().__init__(whole.builder.spec, whole.builder.device)
+        self._whole, self._parts = whole, (prefix, suffix)
+        #: Equal for builders whose metadata is interchangeable, see LayerBinding.accepts.
+        self.route = tuple(each.metadata_key for each in (whole, prefix, suffix))
+        self.has_failed = False
+
+    def build(self, batch: AttentionBatch) -> CascadeMetadata:
+        """See AttentionMetadataBuilder.build."""
+        if not self.has_failed and _is_shared(batch):
+            batch.check()
+            try:
+                prefix, suffix = (
+                    part.builder.build(own)
+                    for part, own in zip(self._parts, _parts_of(batch), strict=True)
+                )
+                return _metadata_of(batch, self, None, prefix, suffix)
+            except (InvalidInputError, UnsupportedError):
+                raise
+            except Exception as error:
+                self.fail(error)
+        return _metadata_of(batch, self, self.build_whole(batch), None, None)
+
+    def fail(self, error: Exception) -> None:
+        """Plan no parts from now on."""
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise error
+        self.has_failed = True
+        _warn(error)
+
+    def build_whole(self, batch: AttentionBatch) -> Any:
+        """The metadata of the layer's backends."""
+        return self._whole.builder.build(batch)
+
+    def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> CascadeMetadata:
+        """See AttentionMetadataBuilder.build_for_graph. Captured steps have no shared prefix."""
+        whole = self._whole.builder.build_for_graph(batch, limits)
+        return _metadata_of(batch, self, whole, None, None)
+
+    def update_for_graph(self, metadata: CascadeMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        self._whole.builder.update_for_graph(metadata.whole, batch)
+
+
+def _metadata_of(
+    batch: AttentionBatch, builder: _CascadeBuilder, whole: Any, prefix: Any, suffix: Any
+) -> CascadeMetadata:
+    metadata: CascadeMetadata = CascadeMetadata.of(
+        batch, builder, whole=whole, prefix=prefix, suffix=suffix
+    )
+    return metadata
+
+
+def _is_shared(batch: AttentionBatch) -> bool:
+    """Whether a prefix is read once: not if its queries are more than its keys."""
+    length = batch.shared_prefix_len
+    return batch.num_reqs > 1 and batch.lengths == "exact" and length > batch.num_tokens
+
+
+def _parts_of(batch: AttentionBatch) -> tuple[AttentionBatch, AttentionBatch]:
+    """All queries over the prefix, and each request's over the keys after it."""
+    length, table, block_size = batch.shared_prefix_len, batch.block_table, batch.block_size
+    assert table is not None
+    assert block_size is not None
+    columns = length // block_size
+    prefix = AttentionBatch.create(
+        [batch.num_tokens],
+        [length],
+        block_table=table[:1, :columns],
+        device=batch.seq_lens.device,
+    )
+    suffix = dataclasses.replace(
+        batch,
+        seq_lens=batch.seq_lens - length,
+        seq_lens_cpu=batch.seq_lens_cpu - length,
+        max_seq_len=batch.max_seq_len - length,
+        block_table=table[:, columns:].contiguous(),  # as kernels expect
+        shared_prefix_len=0,
+    )
+    return prefix, suffix
+
+
+class _CascadeImpl:
+    """Computes a batch in two parts, if it was planned so."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        whole: LayerBinding,
+        prefix: LayerBinding,
+        suffix: LayerBinding,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        self._returns_lse, self._sinks = spec.returns_lse, sinks
+        self._whole, self._prefix, self._suffix = whole.impl, prefix.impl, suffix.impl
+
+    @without_autocast
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: KVCache | None,
+        attn_metadata: CascadeMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See AttentionImpl.forward; the output must be given."""
+        if not isinstance(attn_metadata, CascadeMetadata):
+            raise InvalidInputError(
+                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
+                "layer.build_metadata(batch)."
+            )
+        scales = (output_scale, output_block_scale)
+        given = (layer, query, key, value, kv_cache)
+        whole = attn_metadata.whole
+        if whole is None:
+            try:
+                merged, lse = self._in_parts(*given, attn_metadata, output.shape[2])
+            except (InvalidInputError, UnsupportedError):
+                raise
+            except Exception as error:
+                builder = attn_metadata.builder
+                assert isinstance(builder, _CascadeBuilder)
+                builder.fail(error)
+                whole = builder.build_whole(attn_metadata.batch)
+            else:
+                store_output(merged, output, *scales)
+                return (output, lse) if self._returns_lse else output
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+        result = self._whole.forward(*given, whole, output, *scales)
+        return result
+
+    def _in_parts(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: KVCache | None,
+        metadata: CascadeMetadata,
+        size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = []
+        for impl, own, new in (
+            (self._suffix, metadata.suffix, (key, value)),  # it writes the new keys
+            (self._prefix, metadata.prefix, (None, None)),
+        ):
+            out = query.new_empty((*query.shape[:2], size))
+            parts.append(impl.forward(layer, query, *new, kv_cache, own, out))
+        outs, lses = zip(*parts, strict=True)
+        sinks = None if self._sinks is None else self._sinks.to(query.device, non_blocking=True)
+        return merge_states(list(outs), list(lses), sinks)
