@@ -8,11 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attn_dispatch import DeviceMatch, MLADims
+from attn_dispatch import AttentionSpec, DeviceMatch, MLADims
 from attn_dispatch.backends.reference.torch_ref_mla import ReferenceMLABackend, ReferenceMLAImpl
 from attn_dispatch.cli import app
 from attn_dispatch.conformance import backend_named, checks_for, run, verify
+from attn_dispatch.conformance.cases import Case
 from attn_dispatch.conformance.check import BackendUnderTest
+from attn_dispatch.conformance.latents import LatentStep
 from attn_dispatch.conformance.probes import base_spec
 from attn_dispatch.conformance.pytest_plugin import conformance_checks
 from attn_dispatch.conformance.real_latents import draws_of_latents, judge_latents
@@ -48,22 +50,23 @@ def test_reference_mla_passes_in_every_group():
 
 
 def test_the_oracle_is_the_scalar_one():
-    target = BackendUnderTest(ReferenceMLABackend, torch.device("cpu"), detect_device("cpu"))
-    step = target.step(target.base, query_lens=(1, 3), seq_lens=(5, 3))
+    mla = MLADims(kv_lora_rank=6, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3)
+    spec = AttentionSpec.for_mla(num_heads=3, mla=mla, dtype=torch.float64, block_size=4)
+    step = LatentStep(Case(spec=spec, query_lens=(1, 3, 0), seq_lens=(5, 3, 2)))
     output, lse = step.expected()
-    mla, first = step.mla, 0
+    first = 0
     for query, entries in zip(step.queries, step.entries, strict=True):
-        rank, rows = mla.kv_lora_rank, slice(first, first + len(query))
+        rows = slice(first, first + len(query))
         keys, values = scalar_oracle.expanded_latents(
-            entries[:, :rank], entries[:, rank:], step.kv_b_proj,
-            num_heads=4, nope=mla.qk_nope_head_dim, size_v=mla.v_head_dim,
-        )  # fmt: skip
+            entries[:, :6], entries[:, 6:], step.kv_b_proj, num_heads=3, nope=5, size_v=3
+        )
         wanted, wanted_lse = scalar_oracle.attention_of_request(
             query, keys, values, scale=step.scale, causal=True
         )
         torch.testing.assert_close(output[rows], wanted, rtol=0, atol=1e-12)
         torch.testing.assert_close(lse[rows], wanted_lse, rtol=0, atol=1e-12)
         first = rows.stop
+    assert first == len(output) == 4
 
 
 # Faults.
