@@ -23,6 +23,7 @@ from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.contents import check_batch_contents
 from attn_dispatch.interface.impl import AttentionLayer, MLAAttentionImpl
 from attn_dispatch.interface.metadata import T
+from attn_dispatch.interface.shared_memory import check_shared_memory, may_share_memory
 from attn_dispatch.interface.spec import MLADims
 from attn_dispatch.interface.validation import (
     check_block_size,
@@ -149,8 +150,29 @@ class ProjectingMLAImpl(MLAAttentionImpl[T]):
         flat = (each.flatten(1) if each.dim() > 2 else each for each in (query, k_pe))
         flat_query, flat_rope = flat
         self._check(layer, flat_query, kv_c_normed, flat_rope, kv_cache, batch)
+        tensors = (query, kv_c_normed, k_pe, kv_cache)
+        self._check_output(*tensors, output, output_scale, output_block_scale)
+
+    def _check_output(
+        self,
+        query: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor | None,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> None:
+        """Check the output and its scales, and that what is written is not still to be read.
+
+        Raises:
+            InvalidInputError: an argument does not fit.
+        """
         shape = (len(query), self.num_heads, self.mla.v_head_dim)
         check_output(shape, query, output, output_scale, output_block_scale)
+        tensors = (query, kv_c_normed, k_pe, kv_cache, output)
+        if may_share_memory(*tensors):
+            check_shared_memory(*tensors)
 
     def _check(
         self,

@@ -25,7 +25,7 @@ from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.metadata import BatchMetadata
 from attn_dispatch.interface.metadata import T as MetadataT
 from attn_dispatch.interface.quantization import store_output
-from attn_dispatch.interface.validation import check_metadata, check_output, profiling_output
+from attn_dispatch.interface.validation import check_metadata, profiling_output
 
 __all__ = ["AbsorbedMLAImpl", "Product", "batched_product"]
 
@@ -88,7 +88,7 @@ class AbsorbedMLAImpl(ProjectingMLAImpl[MetadataT]):
         k_pe = k_pe.flatten(1) if k_pe.dim() > 2 else k_pe
         self._check(layer, query, kv_c_normed, k_pe, kv_cache, batch)
         query = query.unflatten(1, (self.num_heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
-        check_output((len(query), self.num_heads, mla.v_head_dim), query, output, *scales)
+        self._check_output(query, kv_c_normed, k_pe, kv_cache, output, *scales)
         self._writer.pages(kv_cache)  # checks its strides before anything is written
         self._check_latents(layer, query, kv_cache, attn_metadata)
         self._writer.write(layer, kv_c_normed[:, None], k_pe[:, None], kv_cache, batch)

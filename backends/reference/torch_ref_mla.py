@@ -11,13 +11,14 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import ANY, NOT_NONE, Capabilities, OneOf
+from attn_dispatch.interface.contents import with_exact_lengths
 from attn_dispatch.interface.impl import AttentionLayer
 from attn_dispatch.interface.kv_access import gather_kv, write_mla_cache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import INT8_PER_TOKEN_HEAD, KV_CACHE_DTYPES
-from attn_dispatch.interface.types import AttentionType, Phase
-from attn_dispatch.interface.validation import check_metadata, check_output, profiling_output
+from attn_dispatch.interface.types import LENGTHS, AttentionType, Phase
+from attn_dispatch.interface.validation import check_metadata, profiling_output
 from attn_dispatch.platforms.device import DeviceMatch
 
 __all__ = ["ReferenceMLABackend", "ReferenceMLABuilder", "ReferenceMLAImpl", "ReferenceMLAMetadata"]
@@ -33,13 +34,14 @@ class ReferenceMLAMetadata(BatchMetadata):
 
 
 class ReferenceMLABuilder(AttentionMetadataBuilder[ReferenceMLAMetadata]):
-    """Checks that the batch has a block table."""
+    """Checks that the batch has a block table; upper bounds are replaced by the true lengths."""
 
     def build(self, batch: AttentionBatch) -> ReferenceMLAMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
         if batch.block_table is None:
             raise InvalidInputError("Multi-head latent attention needs a block_table in the batch.")
-        metadata: ReferenceMLAMetadata = ReferenceMLAMetadata.of(batch, self)
+        exact = with_exact_lengths(batch, self.spec)
+        metadata: ReferenceMLAMetadata = ReferenceMLAMetadata.of(exact, self)
         return metadata
 
 
@@ -76,7 +78,8 @@ class ReferenceMLAImpl(ProjectingMLAImpl[ReferenceMLAMetadata]):
         self._check(layer, query, kv_c_normed, k_pe, kv_cache, batch)
         query = query.unflatten(1, (self.num_heads, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
         shape = (len(query), self.num_heads, mla.v_head_dim)
-        check_output(shape, query, output, output_scale, output_block_scale)
+        tensors = (query, kv_c_normed, k_pe, kv_cache)
+        self._check_output(*tensors, output, output_scale, output_block_scale)
         if self.kv_sharing_target_layer_name is None:
             slots = batch.slot_mapping
             assert slots is not None  # by _check
@@ -178,6 +181,7 @@ class ReferenceMLABackend(AttentionBackend):
         head_size_v=ANY,
         dtype=FLOATS,
         kv_cache_dtype=OneOf(*_KV_CACHE_DTYPES),
+        lengths=OneOf(*LENGTHS),
         block_size=ANY,
         kv_cache_layout=OneOf(None, "NHD", "HND"),
         attn_type=OneOf(AttentionType.DECODER),

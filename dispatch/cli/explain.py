@@ -121,6 +121,7 @@ def _explain_all(
     *,
     named: bool,
 ) -> list[Section]:
+    from attn_dispatch.runtime.mla_dense import explain_expanded
     from attn_dispatch.selection.resolve import explain as explain_spec
     from attn_dispatch.selection.selector import phases_of
 
@@ -129,7 +130,10 @@ def _explain_all(
         reports: tuple[Report, ...] = ()
         if phase is None or phase in phases_of(group.spec):
             reports = explain_spec(group.spec, profile, backend=backend, phase=phase)
-        sections.append(Section(name if named else None, group, reports))
+        expanded = None
+        if group.spec.mla is not None and phase in (None, Phase.PREFILL):
+            expanded = explain_expanded(group.spec, profile, backend=backend)
+        sections.append(Section(name if named else None, group, reports, expanded))
     if not any(section.reports for section in sections):
         raise InvalidInputError(
             f"No requested layer has a {phase} phase: an encoder only has a prefill. "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.models.layers import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
+    from attn_dispatch.runtime.mla_dense import ExpandedPrefills
     from attn_dispatch.selection.report import Report, Verdict
 
 __all__ = ["Section", "print_head", "print_overview", "print_sections"]
@@ -30,11 +31,15 @@ _Why = dict[str, dict[str, list[str]]]
 
 @dataclass(frozen=True)
 class Section:
-    """One kind of layer and its decisions; name and indices are those in the model, if any."""
+    """One kind of layer and its decisions; name and indices are those in the model, if any.
+
+    `expanded` has the dense backend of the prefills of latent attention.
+    """
 
     name: str | None
     group: LayerGroup
     reports: tuple[Report, ...]
+    expanded: ExpandedPrefills | None = None
 
     def asdict(self) -> dict[str, Any]:
         """The section as JSON-ready data."""
@@ -44,6 +49,7 @@ class Section:
             "scale": self.group.scale,
             "spec": self.group.spec.asdict(),
             "reports": [report.asdict() for report in self.reports],
+            "expanded_prefills": None if self.expanded is None else self.expanded.asdict(),
         }
 
 
@@ -182,6 +188,9 @@ def _print_section(
         table.add_row(phases, pick or "none", why, style="green" if pick else "red")
     console.print(table)
     _print_notes(console, section.reports)
+    if section.expanded is not None:
+        console.print()
+        console.print(str(section.expanded))
 
 
 def _difference(spec: AttentionSpec, first: AttentionSpec) -> str:
@@ -193,7 +202,10 @@ def _difference(spec: AttentionSpec, first: AttentionSpec) -> str:
 
 def _print_reference(console: Console, section: Section, profile: DeviceProfile) -> None:
     """Warn where a slow reference backend would serve a GPU."""
-    slow = sorted({r.picked for r in section.reports if r.picked in LAST_RESORT})
+    reports = [*section.reports]
+    if section.expanded is not None and section.expanded.report is not None:
+        reports.append(section.expanded.report)
+    slow = sorted({r.picked for r in reports if r.picked in LAST_RESORT})
     if slow and profile.arch != "cpu":
         console.print(
             f"Warning: {', '.join(slow)} is for correctness and slow on a GPU. The reasons below "

@@ -12,7 +12,6 @@ from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
 from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.kv_encoding import int8_rows, per_head
 from attn_dispatch.conformance.tolerance import ErrorBound, require, require_rejected
-from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, allocate_kv_cache
 from attn_dispatch.interface.spec import AttentionSpec
 
 __all__ = ["cache"]
@@ -67,10 +66,7 @@ def _slots(step: EngineStep) -> torch.Tensor:
 
 def _changed_slots(step: EngineStep, after: torch.Tensor) -> set[int]:
     """The slots at which any byte of the cache differs from the step's own."""
-    rows = []
-    for tensor in (step.kv_cache, after):
-        by_slot = tensor.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 1)
-        rows.append(by_slot.flatten(1).view(torch.uint8))
+    rows = [step.bytes_by_slot(each) for each in (step.kv_cache, after)]
     changed = (rows[0] != rows[1]).any(1).nonzero().flatten()
     return set(changed.tolist())
 
@@ -93,7 +89,7 @@ def _writes(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
 
 def _require_stored(step: EngineStep, after: torch.Tensor, slots: torch.Tensor) -> None:
     """Check that the new tokens' slots hold their values in the cache's type."""
-    block_size, dtype = after.shape[2], after.dtype
+    block_size, dtype = step.block_size, after.dtype
     rows = (slots >= 0).nonzero().flatten()
     blocks, offsets = slots[rows] // block_size, slots[rows] % block_size
     host = after.cpu()
@@ -101,7 +97,7 @@ def _require_stored(step: EngineStep, after: torch.Tensor, slots: torch.Tensor) 
     scales = (step.layer._k_scale, step.layer._v_scale)
     for index, new in enumerate((step.key, step.value)):
         wanted = new.cpu()[rows]
-        stored = host[:, index][blocks, offsets]
+        stored = step.part_of(host, index)[blocks, offsets]
         values = stored[..., : wanted.shape[-1]].contiguous().view(dtype)
         if dtype == torch.int8:
             integers, token_scales = int8_rows(wanted)
@@ -116,9 +112,7 @@ def _require_stored(step: EngineStep, after: torch.Tensor, slots: torch.Tensor) 
             same = bool((off <= _FP8_STEPS * clamped.abs() + small).all())
         else:
             same = torch.equal(values, wanted.to(dtype))
-        require(
-            same, f"the new {('keys', 'values')[index]} are not what their slots hold afterwards"
-        )
+        require(same, f"the new {step.parts[index]} are not what their slots hold afterwards")
 
 
 def _skips_padding(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
@@ -179,9 +173,7 @@ def _rejects_before_writing(target: BackendUnderTest, spec: AttentionSpec) -> No
         call = partial(step.forward, target.cls, after, output=output)
         require_rejected(call, f"{what} was given, and no InvalidInputError was raised")
         require(not _changed_slots(step, after), f"{what} was rejected after the cache was written")
-    sizes = (3, 2, 16, spec.num_kv_heads + 1, step.kv_cache.shape[-1])
-    other = allocate_kv_cache(sizes, STRIDE_ORDERS["NHD"], step.kv_cache.dtype, target.device)
     require_rejected(
-        partial(step.forward, target.cls, other),
+        partial(step.forward, target.cls, step.wider_cache()),
         "a cache of another shape was given, and no InvalidInputError was raised",
     )

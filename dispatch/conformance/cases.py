@@ -22,6 +22,8 @@ __all__ = [
     "Case",
     "CaseTensors",
     "layer_spec",
+    "output_size",
+    "query_size",
 ]
 
 #: Offset and step of the keys of a layer with key positions: those of the second of three GPUs.
@@ -101,6 +103,17 @@ def layer_spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**(sizes | fields))
 
 
+def query_size(spec: AttentionSpec) -> int:
+    """Elements of a query head, as a call gets it."""
+    mla = spec.mla
+    return spec.head_size if mla is None else mla.qk_nope_head_dim + mla.qk_rope_head_dim
+
+
+def output_size(spec: AttentionSpec) -> int:
+    """Elements of an output head, as a call returns it."""
+    return spec.head_size_v if spec.mla is None else spec.mla.v_head_dim
+
+
 @dataclass(eq=False, kw_only=True)
 class CaseTensors:
     """The tensors of a call, and what the call should return.
@@ -134,13 +147,22 @@ class CaseTensors:
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
-        """(rows of the query, num_heads, head_size_v)."""
-        return len(self.query), self.spec.num_heads, self.spec.head_size_v
+        """(rows of the query, num_heads, elements of an output head)."""
+        return len(self.query), self.spec.num_heads, output_size(self.spec)
+
+    @property
+    def default_scale(self) -> float:
+        """The usual scale of such a layer."""
+        return float(query_size(self.spec) ** -0.5)
 
     @property
     def device(self) -> torch.device:
         """Where the call runs."""
         return self.query.device
+
+    def has_infinite_latents(self, request: int) -> bool:
+        """Whether two forms of the request's attention differ; see LatentTensors."""
+        return False
 
     def ranges_of(self, request: int) -> list[tuple[int, int]]:
         """The bidirectional ranges of a request."""
@@ -206,7 +228,7 @@ class CaseTensors:
                 )
             )
         ]
-        empty = torch.zeros(0, spec.num_heads, spec.head_size_v, dtype=torch.float64)
+        empty = torch.zeros(0, spec.num_heads, output_size(spec), dtype=torch.float64)
         outputs, lses = zip((empty, empty[..., 0]), *found, strict=True)
         return torch.cat(outputs), torch.cat(lses)
 

@@ -13,7 +13,15 @@ import torch
 
 from attn_dispatch.conformance.comparison import compare_with_oracle, require_returned
 from attn_dispatch.conformance.engine_step import EngineStep
-from attn_dispatch.conformance.probes import Probe, base_spec, case_for, probes_for, refusals
+from attn_dispatch.conformance.latents import step_for
+from attn_dispatch.conformance.probes import (
+    Probe,
+    base_spec,
+    case_for,
+    is_request,
+    probes_for,
+    refusals,
+)
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.conformance.unchanged import inputs_unchanged
 from attn_dispatch.errors import BackendFailure, UnsupportedError, summary_of
@@ -215,8 +223,8 @@ class BackendUnderTest:
         return [probe for probe in self.probes if probe.field == name and not probe.reasons]
 
     def accepts(self, spec: AttentionSpec) -> bool:
-        """Whether the backend accepts such a layer here."""
-        return not refusals(self.cls, spec, self.profile)
+        """Whether there is such a layer, and the backend accepts it here."""
+        return is_request(spec) and not refusals(self.cls, spec, self.profile)
 
     def spec_with(self, *names: str, **fields: Any) -> AttentionSpec | None:
         """The plain layer with the first declared value of these fields; None if rejected.
@@ -244,7 +252,7 @@ class BackendUnderTest:
 
     def step(self, spec: AttentionSpec, **case: Any) -> EngineStep:
         """A step of this layer; `case` as for `case_for`."""
-        step = EngineStep(case_for(spec, **case), self.device, self.profile.arch)
+        step = step_for(case_for(spec, **case), self.device, self.profile.arch)
         step.min_cache_bytes = self.min_cache_bytes
         if spec.logits_soft_cap:
             step.scale *= max(1.0, _NEAR_CAP * spec.logits_soft_cap)

@@ -286,16 +286,39 @@ def suspects(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
     if step.case.ranges:
         yield looks("bidirectional_ranges", "no ranges: it is dropped", ranges=())
     yield looks(f"causal={spec.causal}", f"causal={not spec.causal}", causal=not spec.causal)
-    for name, kind in (("k_scale", "keys"), ("v_scale", "values")):
-        scale = per_head(getattr(step.layer, f"_{name}").double().cpu())
-        if bool((scale != 1).any()):
-            yield (
-                f"the cache's {kind} have a {name}, and the output is that of a scale of 1: it is "
-                "ignored",
-                {kind: [each / scale for each in getattr(step, kind)]},
-            )
-    default = spec.head_size**-0.5
+    yield from _suspects_of_cache(step)
+    default = step.default_scale
     if step.scale < 0:
         yield looks(f"scale={step.scale:.3g}", f"{-step.scale:.3g}", scale=-step.scale)
     if step.scale != default:
-        yield looks(f"scale={step.scale:.3g}", "head_size ** -0.5", scale=default)
+        yield looks(f"scale={step.scale:.3g}", "the default one", scale=default)
+
+
+def _suspects_of_cache(step: CaseTensors) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Mistakes about what the cache holds, as from `suspects`."""
+    mla = step.spec.mla
+    scaled: dict[str, tuple[str, ...]] = {"k_scale": ("keys",), "v_scale": ("values",)}
+    if mla is not None:  # one scale for an entry, of which keys and values are made
+        scaled = {"k_scale": ("keys", "values")}
+        rope = mla.qk_rope_head_dim
+        for what, part in (("rotated part", slice(-rope, None)), ("latent part", slice(-rope))):
+            yield (
+                f"the output is that of scores without the {what} of queries and keys",
+                {"keys": [_without(keys, part) for keys in step.keys]},
+            )
+    for name, kinds in scaled.items():
+        scale = per_head(getattr(step.layer, f"_{name}").double().cpu())
+        if bool((scale != 1).any()):
+            what = " and ".join(kinds)
+            yield (
+                f"the cache's {what} have a {name}, and the output is that of a scale of 1: it is "
+                "ignored",
+                {kind: [each / scale for each in getattr(step, kind)] for kind in kinds},
+            )
+
+
+def _without(keys: torch.Tensor, part: slice) -> torch.Tensor:
+    """Keys of which some elements are 0."""
+    changed = keys.clone()
+    changed[..., part] = 0.0
+    return changed

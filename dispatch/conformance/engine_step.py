@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from attn_dispatch.conformance.cases import Case, CaseTensors
+from attn_dispatch.conformance.cases import Case, CaseTensors, query_size
 from attn_dispatch.conformance.kv_encoding import (
+    as_stored,
     dequantized,
     encoded_parts,
     layer_with,
@@ -63,9 +64,11 @@ class EngineStep(CaseTensors):
         arch: of the device.
         exact_keys, exact_values: those of each request, before a cache rounded them.
         min_cache_bytes: the storage of a copy of the cache has at least this size.
+        parts: what `key` and `value` are called.
     """
 
     min_cache_bytes: int = 0
+    parts: tuple[str, str] = ("keys", "values")
 
     key: Any = None
     value: Any = None
@@ -79,12 +82,7 @@ class EngineStep(CaseTensors):
         self._random = torch.Generator().manual_seed(case.seed)
         has_cache = spec.block_size is not None
         self.new_lens = case.new_lens or (case.query_lens if has_cache else case.seq_lens)
-        slopes = [0.7 ** (1 + h) for h in range(spec.num_heads)] if spec.alibi else None
-        sinks = self._normal(spec.num_heads).float().to(device) if spec.sinks else None
-        shape = (spec.num_kv_heads,) if spec.kv_scales == "per_head" else ()
-        scales = [0.01 + 0.03 * torch.rand(shape, generator=self._random) for _ in range(2)]
-        if not spec.kv_cache_dtype.startswith("fp8"):
-            scales = [torch.ones(())] * 2
+        per_head, scales = self._make_per_head(device), self._make_scales()
 
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         queries = [self._new(n, heads, spec.head_size) for n in case.query_lens]
@@ -108,16 +106,30 @@ class EngineStep(CaseTensors):
         super().__init__(
             case=case,
             layer=layer_with(scales, device),
-            scale=0.8 * spec.head_size**-0.5,
+            scale=0.8 * query_size(spec) ** -0.5,
             query=query,
             queries=[q.double() for q in queries],
             keys=[k.double() for k in keys],
             values=[v.double() for v in values],
             masks=self._make_masks() if spec.custom_mask else None,
-            slopes=slopes,
-            sinks=sinks,
+            **per_head,
         )
         self.batch = self._make_batch()
+
+    def _make_per_head(self, device: torch.device) -> dict[str, Any]:
+        """The slopes and sinks of the layer."""
+        spec = self.spec
+        return {
+            "slopes": [0.7 ** (1 + h) for h in range(spec.num_heads)] if spec.alibi else None,
+            "sinks": self._normal(spec.num_heads).float().to(device) if spec.sinks else None,
+        }
+
+    def _make_scales(self) -> list[torch.Tensor]:
+        """Two scales, which are 1 for a cache without."""
+        spec = self.spec
+        shape = (spec.num_kv_heads,) if spec.kv_scales == "per_head" else ()
+        scales = [0.01 + 0.03 * torch.rand(shape, generator=self._random) for _ in range(2)]
+        return scales if spec.kv_cache_dtype.startswith("fp8") else [torch.ones(())] * 2
 
     def _normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._random, dtype=torch.float64)
@@ -162,33 +174,92 @@ class EngineStep(CaseTensors):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """A cache on the CPU with the keys and values that are older than the step."""
-        spec, case, block_size = self.spec, self.case, self.spec.block_size
-        assert block_size is not None
-        needed = [-(-n // block_size) for n in case.seq_lens]
-        num_blocks = sum(needed) + 2
+        spec, block_size = self.spec, self.block_size
+        num_blocks, older = self._place_requests()
         size = stored_size(spec.kv_cache_dtype, max(spec.head_size, spec.head_size_v))
         shape = (num_blocks, 2, block_size, spec.num_kv_heads, size)
         cache = nan_cache(shape, spec.kv_cache_layout or "NHD", dtype)
         stored = cache.view(torch.uint8) if dtype.itemsize == 1 else cache
+        for request, old in enumerate(older):
+            for index, each in enumerate(tensors):
+                parts = encoded_parts(each[request][: len(old)], scales[index], dtype)
+                for part, content in parts:
+                    stored[old // block_size, index, old % block_size, :, part] = content
+        return cache
+
+    def _place_requests(self) -> tuple[int, list[torch.Tensor]]:
+        """Choose the blocks of each request: makes the block table and the slots of new tokens.
+
+        Returns:
+            The number of blocks, and the slots of each request's older tokens.
+        """
+        spec, case, block_size = self.spec, self.case, self.block_size
+        needed = [-(-n // block_size) for n in case.seq_lens]
+        num_blocks = sum(needed) + 2
         free = torch.randperm(num_blocks, generator=self._random).tolist()
         columns = max(needed, default=0) + 1
-        rows, slots = [], []
+        rows, slots, older = [], [], []
         for request, (seq_len, new) in enumerate(zip(case.seq_lens, self.new_lens, strict=True)):
             blocks = [free.pop() for _ in range(needed[request])]
             garbage = [GARBAGE_BLOCKS[(request + i) % len(GARBAGE_BLOCKS)] for i in range(columns)]
             rows.append((blocks + garbage)[:columns])
             own = [blocks[p // block_size] * block_size + p % block_size for p in range(seq_len)]
             is_written = case.brings_keys and not spec.kv_sharing
-            old = torch.tensor(own[: seq_len - new if is_written else seq_len]).long()
-            for index, each in enumerate(tensors):
-                parts = encoded_parts(each[request][: len(old)], scales[index], dtype)
-                for part, content in parts:
-                    stored[old // block_size, index, old % block_size, :, part] = content
+            older.append(torch.tensor(own[: seq_len - new if is_written else seq_len]).long())
             slots += [-1] * (new - seq_len)  # a request without keys pads a graph's batch
             slots += own[max(0, seq_len - new) :]
         self._table = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), columns)
         self._slots = torch.tensor(slots + [-1] * case.padding, dtype=torch.int64)
-        return cache
+        return num_blocks, older
+
+    # The cache, for checks that read or change it. A subclass has another one.
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block of the step's cache."""
+        assert self.spec.block_size is not None
+        return self.spec.block_size
+
+    def part_of(self, kv_cache: torch.Tensor, index: int) -> torch.Tensor:
+        """(num_blocks, block_size, ...), the keys (0) or values (1) of a cache."""
+        return kv_cache[:, index]
+
+    def bytes_by_slot(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """(number of slots, bytes of a slot) uint8, a copy."""
+        by_slot = kv_cache.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 1)
+        return by_slot.flatten(1).view(torch.uint8)
+
+    def wider_cache(self) -> torch.Tensor:
+        """A cache for a head more."""
+        num_blocks, _, block_size, heads, size = self.kv_cache.shape
+        cache: torch.Tensor = self.kv_cache
+        return cache.new_empty(num_blocks, 2, block_size, heads + 1, size)
+
+    def cache_of(self, num_blocks: int) -> torch.Tensor:
+        """A cache of this many blocks, with any content."""
+        cache: torch.Tensor = self.kv_cache
+        return cache[:1].repeat(num_blocks, *[1] * (cache.dim() - 1))
+
+    def empty_rows(self, count: int) -> list[torch.Tensor]:
+        """Zeros in place of query, key and value, of this many tokens."""
+        given = (self.query, self.key, self.value)
+        return [each.new_zeros(count, *each.shape[1:]) for each in given]
+
+    def change_cached(self, index: int, position: int = 2) -> None:
+        """Replace a key (0) or value (1) of the first request, which has a past."""
+        tensor = (self.keys, self.values)[index][0]
+        block, offset = self._table[0, position // self.block_size], position % self.block_size
+        cached = self.part_of(self.kv_cache, index)
+        row = as_stored(-3 * tensor[position], torch.ones(()), cached.dtype)
+        cached[int(block), offset, :, : row.shape[-1]] = row.to(self.device)
+        tensor[position] = row.double()
+
+    def double_cache_scale(self, index: int) -> None:
+        """Double all keys (0) or values (1) by their scale; the step brings none."""
+        scales = [self.layer._k_scale, self.layer._v_scale]
+        scales[index] = 2 * scales[index]
+        self.layer = layer_with(scales, self.device)
+        setattr(self, self.parts[index], [2 * each for each in getattr(self, self.parts[index])])
 
     def _make_masks(self) -> list[torch.Tensor]:
         masks = []
@@ -199,12 +270,11 @@ class EngineStep(CaseTensors):
         return masks
 
     def _make_batch(self) -> AttentionBatch:
-        case, spec = self.case, self.spec
+        case = self.case
         flat = None
         if self.masks is not None:
             flat = torch.cat([torch.zeros(0).bool(), *(mask.reshape(-1) for mask in self.masks)])
             flat = flat.to(self.device)
-        writes = case.brings_keys and not spec.kv_sharing
         ranges = {"image": [PlaceholderRange(*r) for r in case.ranges]} if case.ranges else None
         true = torch.tensor(case.seq_lens, device=self.device).int()
         return AttentionBatch.create(
@@ -213,7 +283,7 @@ class EngineStep(CaseTensors):
             lengths="exact" if case.bounds is None else "upper_bound",
             seq_lens_upper_bound=case.bounds,
             block_table=self._table,
-            slot_mapping=self._slots if writes else None,
+            slot_mapping=self._batch_slots(),
             key_lens=None if self.new_lens == case.query_lens else self.new_lens,
             custom_mask=flat,
             multi_modal_placeholder_index_maps=ranges,
@@ -221,6 +291,11 @@ class EngineStep(CaseTensors):
             key_positions=self._key_positions(),
             device=self.device,
         )
+
+    def _batch_slots(self) -> torch.Tensor | None:
+        """The slots of new tokens; None for a step that writes nothing."""
+        writes = self.case.brings_keys and not self.spec.kv_sharing
+        return self._slots if writes else None
 
     def _key_positions(self) -> KeyPositions | None:
         if self.case.positions is None:

@@ -155,15 +155,10 @@ class _Captured:
         except UnsupportedError as error:
             skip(str(error))
         self._impl, self._layer = first.impl_of(target.cls), first.layer
-        sizes = (
-            (spec.num_heads, spec.head_size),
-            (spec.num_kv_heads, spec.head_size),
-            (spec.num_kv_heads, spec.head_size_v),
-        )
         rows = limits.num_tokens + _PADDING
-        self._rows = [torch.zeros(rows, *size, dtype=spec.dtype, device=device) for size in sizes]
-        self._output = self._rows[0].new_empty(rows, spec.num_heads, spec.head_size_v)
-        self.cache = first.kv_cache[:1].repeat(_REQUESTS * columns + 3, 1, 1, 1, 1)
+        self._rows = first.empty_rows(rows)
+        self._output = self._rows[0].new_empty(rows, *first.output_shape[1:])
+        self.cache = first.cache_of(_REQUESTS * columns + 3)
         self.replay = self.call
 
     def call(self) -> Any:
@@ -252,7 +247,7 @@ def _check_model(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
         layers, max_num_seqs=_REQUESTS, max_seq_len=_KEYS, batches=[[name] for name in layers]
     )
     rows = {
-        name: [each.repeat(2, 1, 1)[:_REQUESTS] for each in (step.query, step.key, step.value)]
+        name: [torch.cat([each, each])[:_REQUESTS] for each in (step.query, step.key, step.value)]
         for name, step in steps.items()
     }
     with state.graph_capture():

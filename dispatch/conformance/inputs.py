@@ -18,7 +18,7 @@ from attn_dispatch.conformance.check import (
 )
 from attn_dispatch.conformance.comparison import allowed_error
 from attn_dispatch.conformance.engine_step import MEMORY, EngineStep
-from attn_dispatch.conformance.kv_encoding import as_stored, layer_with
+from attn_dispatch.conformance.latents import LatentStep
 from attn_dispatch.conformance.tolerance import ErrorBound, distance, require, worst_of
 from attn_dispatch.interface.contents import first_seen_keys
 from attn_dispatch.interface.reach import Reach
@@ -70,28 +70,22 @@ def _move_ranges(step: EngineStep) -> None:
 
 def _double_cache_scale(index: int) -> _Change:
     """Double all keys (0) or values (1) by their scale; the step brings none, so all are cached."""
-
-    def change(step: EngineStep) -> None:
-        scales = [step.layer._k_scale, step.layer._v_scale]
-        scales[index] = 2 * scales[index]
-        step.layer = layer_with(scales, step.device)
-        name = ("keys", "values")[index]
-        setattr(step, name, [2 * each for each in getattr(step, name)])
-
-    return change
+    return lambda step: step.double_cache_scale(index)
 
 
 def _change_cached(index: int) -> _Change:
     """Another key (0) or value (1) at position 2 of the first request, which has a past."""
+    return lambda step: step.change_cached(index)
 
-    def change(step: EngineStep) -> None:
-        cache, tensor = step.kv_cache, (step.keys, step.values)[index][0]
-        block, offset = int(step._table[0, 2 // cache.shape[2]]), 2 % cache.shape[2]
-        row = as_stored(-3 * tensor[2], torch.ones(()), cache.dtype)
-        cache[block, index, offset, :, : row.shape[-1]] = row.to(step.device)
-        tensor[2] = row.double()
 
-    return change
+def _change_weight(change: Callable[[torch.Tensor, torch.Tensor], Any]) -> _Change:
+    """Change a part of kv_b_proj in place."""
+
+    def changed(step: EngineStep) -> None:
+        assert isinstance(step, LatentStep)
+        step.change_weight(change)
+
+    return changed
 
 
 #: Feature -> its value in a layer without it.
@@ -116,6 +110,12 @@ _INPUTS: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
     "mask": (("custom_mask",), _flip_masks, False),
     "ranges": (("bidirectional_ranges",), _move_ranges, False),
 }
+#: The same for latent attention: the projections. A model may load its weights later, so the same
+#: impl must see them.
+_OF_LATENTS: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
+    "W_UK": ((), _change_weight(lambda up_k, up_v: up_k.mul_(-2)), False),
+    "W_UV": ((), _change_weight(lambda up_k, up_v: up_v.mul_(-2)), False),
+}
 #: The same for steps that bring no keys, over what the cache holds.
 _CACHED: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
     "cached key": ((), _change_cached(0), False),
@@ -129,11 +129,15 @@ _CACHED: dict[str, tuple[tuple[str, ...], _Change, bool]] = {
 
 def inputs(target: BackendUnderTest) -> Iterator[Check]:
     """Each input is changed: the output changes, and is right both times."""
-    for table, brings_keys in ((_INPUTS, True), (_CACHED, False)):
+    is_latent = target.base.mla is not None
+    new = {**_INPUTS, **_OF_LATENTS} if is_latent else _INPUTS
+    for table, brings_keys in ((new, True), (_CACHED, False)):
         for name, (fields, change, makes_impl) in table.items():
             spec = _layer_with(target, fields)
             if spec is None or (not brings_keys and spec.block_size is None):
                 continue
+            if is_latent and name == "v_scale":
+                continue  # an entry has one scale
             if name.startswith("cached") and spec.kv_cache_dtype != "auto":
                 continue  # another value would have to be stored by a scale
             step = partial(target.step, spec, brings_keys=brings_keys)
@@ -188,7 +192,7 @@ def _stale(step: EngineStep) -> None:
 
 def _free_what_no_query_sees(step: EngineStep) -> None:
     """Fill the blocks before window and chunk of each request's first query with NaN."""
-    cache, block_size = step.kv_cache, step.kv_cache.shape[2]
+    cache, block_size = step.kv_cache, step.block_size
     for request, first_seen in enumerate(first_seen_keys(step.batch, Reach.of(step.spec))):
         cache[step._table[request, : first_seen // block_size].long().to(cache.device)] = math.nan
 
@@ -224,7 +228,7 @@ def garbage(target: BackendUnderTest) -> Iterator[Check]:
         return
     shows = "Keys that an earlier request left past a request's end are not read."
     yield Check("stale keys past a request's end", shows, plain, partial(after, _stale, plain))
-    shows = "NaN among the values of one request stays in its rows."
+    shows = "NaN that is cached of one request stays in its rows."
     test = partial(_nan_stays_in_its_request, target, plain)
     yield Check("NaN of another request", shows, plain, test)
     for field, names in _FREEING.items():
@@ -238,10 +242,12 @@ def garbage(target: BackendUnderTest) -> Iterator[Check]:
 
 
 def _nan_stays_in_its_request(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
-    """All cached values of the last request are NaN, and the other requests are right."""
+    """All that is cached of the last request is NaN, and the other requests are right."""
     step = target.step(spec, query_lens=(1, 9, 2), seq_lens=(21, 9, 18))
-    used = -(-step.case.seq_lens[-1] // step.kv_cache.shape[2])
-    step.kv_cache[step._table[-1, :used].long().to(step.device), 1] = math.nan
+    used = step._table[-1, : -(-step.case.seq_lens[-1] // step.block_size)].long()
+    for index in range(2):
+        part = step.part_of(step.kv_cache, index)
+        part[used.to(step.device)] = math.nan
     done = target.forward(step)
     others = step.batch.query_start_list[-2]
     found = distance(done.output[:others].double().cpu(), step.expected()[0][:others])

@@ -16,12 +16,14 @@ from attn_dispatch.conformance.check import (
     Run,
     checks_of_cases,
     same_bits,
+    skip,
     skip_unless,
 )
 from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.graph_steps import captured_call, graph_steps
 from attn_dispatch.conformance.harness import call, layer_of
 from attn_dispatch.conformance.tolerance import ErrorBound, require, worst_of
+from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.metadata import AttentionMetadata
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType, Phase
@@ -97,16 +99,22 @@ def layers(target: BackendUnderTest) -> Iterator[Check]:
     name, base = target.name, target.base
     kinds = {"eager": ("The layer gives the oracle's result.", name)}
     if AttentionType(base.attn_type).has_kv_cache and base.block_size is not None:
-        kinds["decodes next to REFERENCE"] = (
+        other = "REFERENCE" if base.mla is None else "REFERENCE_MLA"
+        kinds[f"decodes next to {other}"] = (
             "Prefills may go to another backend.",
-            f"prefill=REFERENCE,decode={name}",
+            f"prefill={other},decode={name}",
         )
-        kinds["prefills next to REFERENCE"] = (
+        kinds[f"prefills next to {other}"] = (
             "Decodes may go to another backend.",
-            f"prefill={name},decode=REFERENCE",
+            f"prefill={name},decode={other}",
         )
     for kind, (shows, override) in kinds.items():
         yield Check(kind, shows, base, partial(_as_layer, target, override))
+    if base.mla is not None:
+        shows = "Prefills in expanded form, by a dense backend, agree with the oracle."
+        # Their parts are merged by an LSE in float32, which is too inaccurate for float64.
+        spec = target.spec_with(dtype=torch.float32) or base
+        yield Check("expanded prefills", shows, spec, partial(_expanded_prefills, target, spec))
     if not target.quick:
         shows = "The layer compiles in one graph, without a break."
         yield Check("torch.compile", shows, base, partial(_compiled, target))
@@ -128,6 +136,16 @@ def _as_layer(target: BackendUnderTest, override: str) -> ErrorBound:
     _require_registered(target)
     step = target.step(target.base)
     layer = layer_of(step, backend=override)
+    return target.judge(step, Run(call(layer, step), layer.kv_cache))
+
+
+def _expanded_prefills(target: BackendUnderTest, spec: AttentionSpec) -> ErrorBound:
+    _require_registered(target)
+    step = target.step(spec)
+    try:
+        layer = layer_of(step, backend=target.name, prefill="expanded")
+    except UnsupportedError as error:  # by MLAAttention: no dense backend has such heads
+        skip(str(error))
     return target.judge(step, Run(call(layer, step), layer.kv_cache))
 
 
@@ -186,20 +204,15 @@ class _Capture:
             metadata_builder=self._builder,
             device=device,
             max_blocks_per_request=_COLUMNS,
-            max_seq_len=_COLUMNS * first.kv_cache.shape[2],
+            max_seq_len=_COLUMNS * first.block_size,
         )
         self._state: Any = target.cls.get_state_cls()(runner)
         self._impl = first.impl_of(target.cls)
         self._layer = first.layer
-        sizes = (
-            (spec.num_heads, spec.head_size),
-            (spec.num_kv_heads, spec.head_size),
-            (spec.num_kv_heads, spec.head_size_v),
-        )
         rows = _GRAPH_SIZE + padding
-        self._rows = [torch.zeros(rows, *size, dtype=spec.dtype, device=device) for size in sizes]
-        self._output = self._rows[0].new_empty(rows, spec.num_heads, spec.head_size_v)
-        self.cache = first.kv_cache[:1].repeat(_GRAPH_SIZE * _COLUMNS + 2, 1, 1, 1, 1)
+        self._rows = first.empty_rows(rows)
+        self._output = self._rows[0].new_empty(rows, *first.output_shape[1:])
+        self.cache = first.cache_of(_GRAPH_SIZE * _COLUMNS + 2)
         with self._state.graph_capture(_GRAPH_SIZE):
             self._metadata = self._state.graph_capture_get_metadata_for_batch(_GRAPH_SIZE)
             self._replay = self._run

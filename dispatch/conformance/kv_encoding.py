@@ -26,7 +26,7 @@ __all__ = [
 
 def nan_cache(
     shape: Sequence[int],
-    layout: str,
+    layout: str | None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
@@ -34,11 +34,11 @@ def nan_cache(
 
     Args:
         shape: the logical one.
-        layout: "NHD" or "HND".
+        layout: "NHD" or "HND"; None for a cache of latents, which is contiguous.
         dtype: of its elements.
         device: of the cache.
     """
-    order = STRIDE_ORDERS[layout]
+    order = range(len(shape)) if layout is None else STRIDE_ORDERS[layout]
     physical = [shape[dim] for dim in order]
     if dtype == torch.int8:  # four bytes of ones are a NaN too
         memory = torch.full(physical, -1, dtype=dtype)
@@ -47,7 +47,7 @@ def nan_cache(
         memory = torch.full(physical, int(nan), dtype=torch.uint8).view(dtype)
     else:
         memory = torch.full(physical, math.nan, dtype=dtype)
-    return memory.to(device).permute([order.index(dim) for dim in range(5)])
+    return memory.to(device).permute([order.index(dim) for dim in range(len(shape))])
 
 
 def stored_size(kv_cache_dtype: str, size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from attn_dispatch.conformance.check import BackendUnderTest, Check
 from attn_dispatch.conformance.engine_step import EngineStep
+from attn_dispatch.conformance.latent_layouts import latent_layouts
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound, require, worst_of
 from attn_dispatch.conformance.unchanged import memory_of
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
@@ -34,6 +35,9 @@ _STEPS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 def kv_layouts(target: BackendUnderTest) -> Iterator[Check]:
     """Over the layouts of engines: those that are declared work, and the others are rejected."""
     base = target.base
+    if base.mla is not None:
+        yield from latent_layouts(target)
+        return
     if base.block_size is None:
         return
     layouts = list(KV_LAYOUTS.values())

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from attn_dispatch.conformance.cases import output_size
 from attn_dispatch.conformance.check import BackendUnderTest, Check, same_bits
 from attn_dispatch.conformance.engine_step import EngineStep
 from attn_dispatch.conformance.tolerance import ErrorBound, require
@@ -85,7 +86,7 @@ def overlaps(target: BackendUnderTest) -> Iterator[Check]:
     base = target.base
     if base.returns_lse or base.output_quant is not None:
         return
-    row = base.num_heads * base.head_size_v
+    row = base.num_heads * output_size(base)
     kinds: dict[str, Callable[[EngineStep], _Call]] = {}
     for name in ("query", "key", "value"):
         kinds[f"output over {name}"] = _output_over(name, 0)
@@ -94,7 +95,8 @@ def overlaps(target: BackendUnderTest) -> Iterator[Check]:
     kinds["output with rows that overlap"] = _overlapping_rows
     if base.block_size is not None:
         kinds["cache that is one block"] = _expanded_cache
-        kinds["cache with its keys over its values"] = _keys_over_values
+        if base.mla is None:
+            kinds["cache with its keys over its values"] = _keys_over_values
         if base.kv_cache_dtype == "auto":
             kinds["output in the cache"] = _output_in_cache
     shows = "Overlapping memory gives the right result, or is rejected before anything is written."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,13 @@ from attn_dispatch.interface.capability import (
     compare,
 )
 from attn_dispatch.interface.reach import Reach
-from attn_dispatch.interface.spec import ALIBI_SYMMETRIC, OUTPUT_QUANTS, AttentionSpec, plain_value
+from attn_dispatch.interface.spec import (
+    ALIBI_SYMMETRIC,
+    OUTPUT_QUANTS,
+    AttentionSpec,
+    MLADims,
+    plain_value,
+)
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device import DeviceProfile
 
@@ -44,6 +50,17 @@ __all__ = [
     "probes_for",
     "refusals",
 ]
+
+#: Sizes of latent attention: small ones, and those of MiniCPM3, DeepSeek-V3 and GLM-4.7-Flash.
+_DIMS = tuple(
+    MLADims(kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=size_v)
+    for rank, nope, rope, size_v in (
+        *((32, 24, 16, 40), (64, 24, 16, 40), (128, 40, 32, 24)),
+        *((256, 64, 32, 64), (512, 128, 64, 128), (512, 192, 64, 256)),
+    )
+)
+#: With each rank that a backend declares, these sizes of the rotated part are tried.
+_ROPE_HEAD_DIMS = (16, 32, 64, 128)
 
 #: Field -> values to try, in addition to those that a backend's declaration names. Pairs use the
 #: first that it accepts.
@@ -68,6 +85,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "alibi": (True, ALIBI_SYMMETRIC),
     "sinks": (True,),
     "kv_sharing": (True,),
+    "mla": _DIMS,
     "custom_mask": (True,),
     "bidirectional_ranges": (True,),
     "returns_lse": (True,),
@@ -79,7 +97,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
 #: Fields without values to try, and why.
 WITHOUT_PROBES = {
     "kv_strides": "the group kv_layouts uses the layouts of engines",
-    "mla": "the interface leaves the constructor of a latent attention's impl to each backend",
 }
 
 #: The number of values of a field in pairs, if it is not one; the dtypes take turns instead.
@@ -105,6 +122,13 @@ _HEADS = ((4, 2), (4, 1), (4, 4), (8, 1), (16, 1), (32, 8), (32, 1))
 #: The number of plain layers to try: heads and sizes change first, then the fields above them.
 _PLAIN_TRIED = 20_000
 
+#: The same for a backend that computes only latent attention, whose sizes come from `mla`.
+_PLAIN_LATENT: dict[str, tuple[Any, ...]] = {
+    **{name: values for name, values in _PLAIN.items() if name != "head_size"},
+    "block_size": (16, 32, 64, 128, 256, 1),
+    "num_heads": (4, 16, 8, 32, 64, 128, 1),
+}
+
 #: Changes of the plain layer for a value that the backend rejects with it.
 _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"head_size": 128},
@@ -112,6 +136,7 @@ _ELSEWHERE: tuple[dict[str, Any], ...] = (
     {"block_size": None},
     {"dtype": torch.bfloat16},
     {"causal": False},
+    {"block_size": 64},
 )
 
 _NO_CACHE = {
@@ -122,6 +147,9 @@ _NO_CACHE = {
 }
 _ANY_LAYER = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float16, block_size=16
+)
+_ANY_LATENT_LAYER = AttentionSpec.for_mla(
+    num_heads=16, dtype=torch.bfloat16, block_size=64, mla=_DIMS[4]
 )
 
 #: A decode, a prompt, drafts to verify, no tokens, a chunk, a decode: in no order of phases.
@@ -172,7 +200,7 @@ def is_request(spec: AttentionSpec) -> bool:
     of_cache = (spec.kv_cache_dtype != "auto", spec.kv_cache_layout, spec.kv_sharing, has_bounds)
     return (
         (has_cache or not any((*of_cache, spec.cuda_graph)))
-        and (has_cache or not is_cross)
+        and (has_cache or not (is_cross or spec.mla is not None))
         and (not has_cache or AttentionType(spec.attn_type).has_kv_cache)
         and (spec.kv_scales == "per_tensor" or spec.kv_cache_dtype.startswith("fp8"))
         and not (is_cross and (spec.kv_sharing or spec.bidirectional_ranges))
@@ -207,55 +235,75 @@ def _named(constraint: Constraint | None, profile: DeviceProfile) -> Iterator[An
 
 
 def _values(field: str, capabilities: Capabilities, profile: DeviceProfile) -> list[Any]:
+    if field == "mla":
+        return _dims(capabilities, profile)
     limit = _LARGEST.get(field)
     named = _named(capabilities.fields.get(field), profile)
     values = [*VALUES[field], *named]
     return list(dict.fromkeys(v for v in values if limit is None or v is None or v <= limit))
 
 
+def _dims(capabilities: Capabilities, profile: DeviceProfile) -> list[MLADims]:
+    """Sizes of latent attention: those of the table, and others with each rank that is declared."""
+    known = _DIMS[1]
+    ranks = [r for r in _named(capabilities.fields.get("head_size_v"), profile) if r is not None]
+    named = [
+        replace(known, kv_lora_rank=rank, qk_rope_head_dim=rope)
+        for rank, rope in itertools.product(ranks, _ROPE_HEAD_DIMS)
+        if rank <= _LARGEST["head_size_v"] and "mla" in capabilities.fields
+    ]
+    return list(dict.fromkeys([*_DIMS, *named]))
+
+
+def _sizes_of(mla: MLADims) -> dict[str, Any]:
+    """The fields of a request that follow from these sizes."""
+    size = mla.kv_lora_rank + mla.qk_rope_head_dim
+    return {"mla": mla, "num_kv_heads": 1, "head_size": size, "head_size_v": mla.kv_lora_rank}
+
+
 def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionSpec:
-    """A plain layer that the backend accepts on this device.
+    """A plain layer that the backend accepts on this device; of latents if it takes no others.
 
     Raises:
         InvalidInputError: it accepts none that is tried; the message has the reasons.
     """
     fields = cls.capabilities.fields
-    if "mla" in fields and not fields["mla"].accepts(None, _ANY_LAYER, profile):
-        raise InvalidInputError(
-            f"{cls.get_name()} computes only multi-head latent attention, which this suite leaves "
-            f"out: {WITHOUT_PROBES['mla']}. Test it against the float64 oracle by hand."
-        )
+    is_latent = "mla" in fields and not fields["mla"].accepts(None, _ANY_LAYER, profile)
+    like = _ANY_LATENT_LAYER if is_latent else _ANY_LAYER
     options: dict[str, list[Any]] = {}
-    for name, values in _PLAIN.items():
+    for name, values in (_PLAIN_LATENT if is_latent else _PLAIN).items():
         constraint = fields.get(name)
         admitted = [
             value
             for value in (*values, *_named(constraint, profile))
-            if constraint is None or constraint.accepts(value, _ANY_LAYER, profile)
+            if constraint is None or constraint.accepts(value, like, profile)
         ]
         options[name] = list(dict.fromkeys(admitted or values))[: 1 if constraint is None else 8]
-    heads = itertools.product(
-        *(_named(fields.get(n), profile) for n in ("num_heads", "num_kv_heads"))
-    )
-    options["heads"] = [*_HEADS, *heads]
-    options["head_size_v"] = [None, *_named(fields.get("head_size_v"), profile)][:4]
+    if is_latent:
+        options["sizes"] = [_sizes_of(mla) for mla in _dims(cls.capabilities, profile)]
+    else:
+        named = (_named(fields.get(n), profile) for n in ("num_heads", "num_kv_heads"))
+        options["sizes"] = [
+            {"num_heads": heads, "num_kv_heads": kv_heads, "head_size_v": size_v}
+            for heads, kv_heads in (*_HEADS, *itertools.product(*named))
+            for size_v in [None, *_named(fields.get("head_size_v"), profile)][:4]
+        ]
     for choice in itertools.islice(itertools.product(*options.values()), _PLAIN_TRIED):
         chosen = dict(zip(options, choice, strict=True))
-        num_heads, num_kv_heads = chosen.pop("heads")
-        spec = _changed(
-            _ANY_LAYER, {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **chosen}
-        )
+        spec = _changed(like, {**chosen.pop("sizes"), **chosen})
         if spec is not None and not refusals(cls, spec, profile):
             return spec
-    reasons = "; ".join(map(str, refusals(cls, _ANY_LAYER, profile)))
+    reasons = "; ".join(map(str, refusals(cls, like, profile)))
     raise InvalidInputError(
         f"{cls.get_name()} accepts no plain layer on {profile.name} ({profile.arch}) that could be "
-        f"tried. It rejects {_ANY_LAYER}: {reasons}."
+        f"tried. It rejects {like}: {reasons}."
     )
 
 
 def _companions(field: str, value: Any) -> list[dict[str, Any]]:
     """Other fields that a value may need; the first that the backend accepts with it is used."""
+    if field == "mla":
+        return [_sizes_of(value)]
     if field == "kv_scales":
         return [{"kv_cache_dtype": name} for name in ("fp8_e4m3", "fp8", *FP8[1:])]
     if field == "attn_type":

@@ -70,8 +70,12 @@ def free_elements(
     lost = expected_lse.isnan()
     if lse is not None:
         found = lse[: len(expected_lse)].double().cpu()
+        two_forms = [
+            torch.full((len(query), 1), step.has_infinite_latents(request))
+            for request, query in enumerate(step.queries)
+        ]
         _require_none(
-            lost & (found.isfinite() | (found == -math.inf)),
+            lost & ~torch.cat(two_forms) & (found.isfinite() | (found == -math.inf)),
             "a row whose scores are NaN or infinite has a number as its lse",
         )
     return FreeElements(~finite | spread, lost)
@@ -92,7 +96,6 @@ def _touched(step: CaseTensors, like: torch.Tensor) -> tuple[torch.Tensor, torch
     rows that share a request and a KV head with such a value."""
     touched = torch.zeros_like(like, dtype=torch.bool)
     spreads = touched.clone()
-    group = step.spec.num_heads // step.spec.num_kv_heads
     start = 0
     for query, key, value in zip(step.queries, step.keys, step.values, strict=True):
         rows = slice(start, start + len(query))
@@ -100,5 +103,5 @@ def _touched(step: CaseTensors, like: torch.Tensor) -> tuple[torch.Tensor, torch
         if not all(bool(each.isfinite().all()) for each in (query, key, value)):
             touched[rows] = True
             of_heads = ~value.isfinite().all(-1).all(0)
-            spreads[rows] = of_heads.repeat_interleave(group)
+            spreads[rows] = of_heads.repeat_interleave(step.spec.num_heads // len(of_heads))
     return touched, spreads

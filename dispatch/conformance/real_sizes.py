@@ -21,6 +21,7 @@ from attn_dispatch.conformance import oracle
 from attn_dispatch.conformance.cases import Case
 from attn_dispatch.conformance.check import BackendUnderTest, Check, skip
 from attn_dispatch.conformance.kv_encoding import layer_with
+from attn_dispatch.conformance.real_latents import real_latents
 from attn_dispatch.conformance.tolerance import (
     CheckFailed,
     ErrorBound,
@@ -85,6 +86,9 @@ def real_sizes(target: BackendUnderTest) -> Iterator[Check]:
         shows = "Long requests give the oracle's result."
         reason = "the float64 oracle of thousands of keys takes a GPU"
         yield Check("all", shows, target.base, partial(skip, reason))
+        return
+    if target.base.mla is not None:
+        yield from real_latents(target)
         return
     shows = "Long requests with windows of any size give the oracle's result, in each row."
     for head_size, heads in itertools.product(HEAD_SIZES, HEADS):

@@ -43,8 +43,8 @@ def inputs_unchanged(step: EngineStep, may_change: tuple[str, ...] = ()) -> Iter
 
 
 def _inputs(step: EngineStep) -> Iterator[tuple[str, Any]]:
-    for name in ("query", "key", "value", "slopes", "sinks"):
-        yield name, getattr(step, name)
+    for name in ("query", "key", "value", "slopes", "sinks", "kv_b_proj"):
+        yield name, getattr(step, name, None)
     for name in ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float"):
         yield f"layer.{name}", getattr(step.layer, name)
     for field in dataclasses.fields(step.batch):

@@ -89,12 +89,10 @@ class MLABuilder(AttentionMetadataBuilder[MLAMetadata]):
 
     def build(self, batch: AttentionBatch) -> MLAMetadata:
         """The metadata of both parts; see AttentionMetadataBuilder.build."""
-        mla = self.spec.mla
-        assert mla is not None
         metadata: MLAMetadata = MLAMetadata.of(
             batch, self, absorbed=None, absorbed_rows=None, expanded=None, expanded_rows=None
         )
-        chosen = expanded_requests(batch, mla, always=self._always) if self._chunk else []
+        chosen = self.expanded_requests(batch)
         rest = sorted(set(range(batch.num_reqs)) - set(chosen))
         whole = BatchPart(batch, slice(None), slice(None))
         if chosen:
@@ -106,6 +104,12 @@ class MLABuilder(AttentionMetadataBuilder[MLAMetadata]):
             metadata.absorbed_rows = rows
             metadata.absorbed = self._inner.build(rows.batch)
         return metadata
+
+    def expanded_requests(self, batch: AttentionBatch) -> list[int]:
+        """The requests of a batch that are computed in expanded form."""
+        mla = self.spec.mla
+        assert mla is not None
+        return expanded_requests(batch, mla, always=self._always) if self._chunk else []
 
     def build_absorbed(self, batch: AttentionBatch) -> Any:
         """The backend's metadata of a batch, all of it in absorbed form."""

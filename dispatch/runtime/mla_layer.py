@@ -20,6 +20,7 @@ from attn_dispatch.interface.validation import check_no_grad, check_tensors
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.layer_checks import check_features, check_query, unflatten
+from attn_dispatch.runtime.mla_dense import dense_rules, describe_expanded
 from attn_dispatch.runtime.mla_impl import ExpandedPrefill, MLABuilder, MLAImpl
 from attn_dispatch.runtime.mla_plan import (
     PREFILL_WORKSPACE_BYTES,
@@ -165,8 +166,8 @@ class MLAAttention(Attention):
         workspace = as_int("prefill_workspace_bytes", prefill_workspace_bytes, 1)
         self._chunk = 0 if self._why_absorbed else chunk_size(spec, workspace)
         names = registry.names()
-        dense_rules = overrides.current_rules(prefill_backend, names)
-        self._dense_rules = _dense_rules(dense_rules, dense_spec(spec))
+        rules = overrides.current_rules(prefill_backend, names)
+        self._dense_rules = dense_rules(rules, dense_spec(spec))
         self._dense: tuple[Attention, Attention] | None = None
         self._requires_dense = prefill == "expanded" or prefill_backend is not None
         scale = self._query_size**-0.5 if scale is None else scale
@@ -196,11 +197,7 @@ class MLAAttention(Attention):
         if dense is None:
             lines.append(self._why_absorbed)
         else:
-            lines.append(
-                f"prefill, expanded to {dense_spec(self.spec)}: {dense.name}, "
-                f"{dense.report.evidence}; earlier keys in chunks of {self._chunk}, "
-                f"{self.workspace_bytes} bytes"
-            )
+            lines.append(describe_expanded(self.spec, dense.report, self._chunk))
         return "\n".join(line for line in lines if line)
 
     def set_kv_scales(
@@ -404,21 +401,6 @@ class _DenseLayer(Attention):
         self._per_head = {"alibi_slopes": None, "sinks": None}
         self._set_up(spec, prefix, scale, None, rules)
         self._bind_first(device)
-
-
-def _dense_rules(
-    rules: tuple[overrides.Rule, ...], spec: AttentionSpec
-) -> tuple[overrides.Rule, ...]:
-    """The rules that are about dense attention: those for latents, by kind or name, are not."""
-    candidates = registry.candidates()
-
-    def is_for_latents(name: str) -> bool:
-        cls = candidates[name].backend_cls if name in candidates else None
-        if cls is None or "mla" not in cls.capabilities.fields:
-            return False
-        return not cls.capabilities.accepts_somewhere("mla", None, spec)
-
-    return tuple(rule for rule in rules if rule.kind != "mla" and not is_for_latents(rule.name))
 
 
 def _checked_projections(

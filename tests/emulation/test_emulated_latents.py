@@ -12,6 +12,7 @@ pytest.importorskip("triton", minversion="3.6")
 from attn_dispatch import MLADims
 from attn_dispatch.backends.triton.mla import TritonMLABackend
 from attn_dispatch.backends.triton.plan import Launches
+from attn_dispatch.conformance import checks_for, run
 from attn_dispatch.conformance.emulated import EmulatedDevice
 from support.compiling import needs_compiler
 from support.mla_cases import MLAStep
@@ -54,3 +55,14 @@ def test_latents_on_an_emulated_gpu(arch, rank, rope, fields):
     step.check(output, step.expected()[0])
     assert emulation.launches[-1].kernel == "decode_kernel"
     assert "atomic_add" in " ".join(emulation.launches[-1].counts.instructions)
+
+
+def test_verify_on_an_emulated_gpu():
+    device = EmulatedDevice.named("gfx942")
+    checks = checks_for(TritonMLABackend, quick=True, emulate=device)
+    (plain,) = (check for check in checks if check.full_name == "numbers/plain")
+    outcome = run(plain)
+    assert (outcome.status, outcome.message) == ("passed", "")
+    assert device.launches >= 2  # the cache is written, and attention computed
+    captured = {run(check).status for check in checks if "capture" in check.name}
+    assert captured == {"skipped"}  # and reported

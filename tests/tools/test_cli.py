@@ -215,6 +215,32 @@ def test_explain_has_every_pick_and_every_verdict():
     assert found["complete"] is True
 
 
+def test_explain_has_the_dense_backend_of_expanded_prefills(monkeypatch):
+    found = answer("explain", *MLA, "--device", "sm90")["sections"][0]
+    expanded = found["expanded_prefills"]
+    assert (expanded["picked"], expanded["why_absorbed"]) == ("FLASH_ATTN", "")
+    assert expanded["report"]["spec"]["head_size"] == 192
+    key = (576 + 16 * (256 + 192)) * 2 + 48
+    assert expanded["chunk"] == 2**28 // key
+    text = " ".join(run("explain", *MLA, "--device", "sm90").stdout.split())
+    assert "returns_lse=True: FLASH_ATTN, first in the platform's order" in text
+    monkeypatch.setenv("ATTN_DISPATCH_BACKEND", "full=TRITON_ATTN,mla=FLASHMLA")
+    found = answer("explain", *MLA, "--block-size", "64", "--device", "sm90")["sections"][0]
+    assert [report["picked"] for report in found["reports"]] == ["FLASHMLA"] * 2
+    assert found["expanded_prefills"]["picked"] == "TRITON_ATTN"
+
+
+def test_explain_says_why_prefills_are_absorbed():
+    window = ["--sliding-window", "9", "--device", "cpu"]
+    expanded = answer("explain", *MLA, *window)["sections"][0]["expanded_prefills"]
+    assert (expanded["picked"], expanded["report"], expanded["workspace_bytes"]) == (None, None, 0)
+    assert "does not compute sliding_window" in expanded["why_absorbed"]
+    decode = answer("explain", *MLA, "--phase", "decode", "--device", "cpu")["sections"][0]
+    assert decode["expanded_prefills"] is None
+    dense = answer("explain", *LAYER, "--device", "cpu")["sections"][0]
+    assert dense["expanded_prefills"] is None
+
+
 def test_explain_exits_with_1_if_no_backend_is_picked():
     found = answer("explain", *MLA, "--alibi", "--device", "cpu", code=1)
     assert found["complete"] is False

@@ -370,7 +370,7 @@ def test_failed_comparison_warns_once_and_the_call_goes_on(monkeypatch):
     def fail(*arguments):
         raise MemoryError("no room for a copy")
 
-    monkeypatch.setattr(shadow, "_copy_of_blocks", fail)
+    monkeypatch.setattr(shadow, "copy_of_blocks", fail)
     step = Step(Case(spec=layer_spec(), **MIXED))
     layer = layer_of(step)
     with drifting("cannot be compared with the reference: MemoryError: no room") as caught:
@@ -401,7 +401,7 @@ def test_lost_device_error_is_raised(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(shadow, "_copy_of_blocks", fail)
+    monkeypatch.setattr(shadow, "copy_of_blocks", fail)
     step = Step(Case(spec=layer_spec(), **MIXED))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         call(layer_of(step), step)

@@ -47,7 +47,6 @@ def test_command_prints_failures_as_sentences():
         (["-TORCH_SDPA"], ""),
         (["TORCH_SDPA,REFERENCE"], "requires both"),
         (["decode=REFERENCE"], "not the name of one backend"),
-        (["REFERENCE_MLA", "--device", "cpu"], "only multi-head latent attention"),
         (["REFERENCE", "--device", "cpu", "--only", "no such"], "The groups are: declaration"),
         (["REFERENCE", "--json", "/no/such/folder/x.json"], "there is no folder"),
     ],
