@@ -138,7 +138,7 @@ class _Paged:
         else:
             output = layer(rows, keys, values)
         assert isinstance(output, torch.Tensor)
-        return output.unflatten(0, (query.shape[0], query.shape[2]))
+        return output.view(query.shape[0], query.shape[2], *output.shape[1:])
 
 
 class PagedModel:
