@@ -25,7 +25,7 @@ from attn_dispatch.backends.reference.torch_sdpa_plan import Group, SDPABuilder,
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.capability import ANY, ByDevice, Capabilities, OneOf, Strides
-from attn_dispatch.interface.kv_access import read_kv_cache
+from attn_dispatch.interface.kv_access import read_rows
 from attn_dispatch.interface.kv_cache import view_kv_cache
 from attn_dispatch.interface.kv_view import keys_and_values
 from attn_dispatch.interface.quantization import (
@@ -95,17 +95,17 @@ class SDPAImpl(UnquantizedImpl[SDPAMetadata]):
             return key[index], value[index]
         block_table, block_size = args.metadata.batch.block_table, kv_cache.shape[2]
         assert block_table is not None
-        blocks = block_table[group.requests, group.positions // block_size].long()
-        offsets = group.positions % block_size
+        # `check_forward` has checked the block ids.
+        blocks, offsets = group.places(block_table, block_size)
         if has_token_scales(kv_cache.dtype):
-            rows = [read_kv_cache(part, blocks, offsets) for part in keys_and_values(kv_cache)]
+            rows = [read_rows(part, blocks, offsets) for part in keys_and_values(kv_cache)]
             keys, values = (
                 dequantize_rows(each[..., :size], token_scales(each), dtype)
                 for each, size in zip(rows, (self.head_size, self.head_size_v), strict=True)
             )
             return keys, values
         views = view_kv_cache(kv_cache, self.head_size, self.head_size_v)
-        keys, values = (read_kv_cache(view, blocks, offsets).to(dtype) for view in views)
+        keys, values = (read_rows(view, blocks, offsets).to(dtype) for view in views)
         return keys, values
 
     def _call(

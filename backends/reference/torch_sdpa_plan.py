@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -70,6 +70,27 @@ class Group:
     distance: torch.Tensor | None
     causal: bool
     has_empty_rows: bool
+    _kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def places(
+        self, block_table: torch.Tensor, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks of its keys and the offsets there, (num_pieces, num_keys) int64 each.
+
+        They are kept for the other layers, unless the table may have changed since.
+        """
+        known = None
+        if not block_table.is_inference():  # such a tensor has no version
+            known = (block_table.data_ptr(), block_table._version, block_size)
+            if known in self._kept:
+                return self._kept[known]
+        blocks = block_table[self.requests, self.positions // block_size].long()
+        found = (blocks, self.positions % block_size)
+        if known is not None:
+            self._kept[known] = found
+        return found
 
 
 @dataclass

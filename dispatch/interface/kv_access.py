@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -107,8 +107,11 @@ def write_rows(
     keys, values = view_kv_cache(kv_cache, key.shape[-1], value.shape[-1])
     if has_token_scales(kv_cache.dtype):
         k_scale, v_scale = split_token_scales(kv_cache)
-    _scatter(key, keys, slot_mapping, k_scale)
-    _scatter(value, values, slot_mapping, v_scale)
+    if not len(slot_mapping):
+        return
+    places = _places_of(slot_mapping, keys.shape[1])
+    _scatter(key, keys, places, k_scale)
+    _scatter(value, values, places, v_scale)
 
 
 def write_mla_cache(
@@ -154,8 +157,11 @@ def write_mla_cache(
         )
     scale = _checked_scale("scale", scale, ((),), kv_cache)
     _check_written(kv_cache, slot_mapping, kv_cache.shape[0] * kv_cache.shape[1], **new)
+    if not len(slot_mapping):
+        return
     latents = torch.cat([kv_c_normed, k_pe], dim=-1)
-    _scatter(latents[:, None], kv_cache[:, :, None], slot_mapping.long(), scale)
+    places = _places_of(slot_mapping.long(), kv_cache.shape[1])
+    _scatter(latents[:, None], kv_cache[:, :, None], places, scale)
 
 
 def _check_rows(name: str, rows: torch.Tensor, rank: int, kv_cache: KVCache) -> None:
@@ -229,32 +235,52 @@ def _checked_scale(
     return scale
 
 
-def _scatter(
-    new: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor
-) -> None:
+class _Places(NamedTuple):
+    """Where new rows go.
+
+    Attributes:
+        rows: which of the new rows are stored; None for all, in their order.
+        blocks, offsets: of each of these.
+        is_stored: on a device, whether a row has a slot; else what is there is written again.
+    """
+
+    rows: torch.Tensor | None
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    is_stored: torch.Tensor | None
+
+
+def _places_of(slots: torch.Tensor, block_size: int) -> _Places:
+    """The places of (num_tokens,) int64 slots; there is at least one."""
+    if slots.device.type == "cpu":
+        rows = None
+        if int(slots.min()) < 0:
+            rows = (slots >= 0).nonzero().squeeze(1)
+            slots = slots[rows]
+        return _Places(rows, slots // block_size, slots % block_size, None)
+    # To leave rows out would wait for the device. A row without a slot repeats the first row
+    # with one; if there is none, what is in slot 0 is written there again.
+    has_slot = slots >= 0
+    index = torch.arange(len(slots), device=slots.device)
+    rows = torch.where(has_slot, index, has_slot.int().argmax())
+    slots = slots[rows]
+    is_stored, slots = slots >= 0, slots.clamp(min=0)
+    return _Places(rows, slots // block_size, slots % block_size, is_stored)
+
+
+def _scatter(new: torch.Tensor, cache: torch.Tensor, at: _Places, scale: torch.Tensor) -> None:
     """Write (num_tokens, heads, size) rows into a (num_blocks, block_size, heads, size) view.
 
     The scales of an int8 cache, (num_blocks, block_size, heads), are written too.
     """
-    if not len(slots):
-        return
-    has_slot = slots >= 0
-    if slots.device.type == "cpu":
-        rows = has_slot.nonzero().squeeze(1)
-    else:
-        # To leave rows out would wait for the device. A row without a slot repeats the first row
-        # with one; if there is none, what is in slot 0 is written there again.
-        index = torch.arange(len(slots), device=slots.device)
-        rows = torch.where(has_slot, index, has_slot.int().argmax())
-    slots, new = slots[rows], new[rows]
-    has_slot, slots = slots >= 0, slots.clamp(min=0)
-    blocks, offsets = slots // cache.shape[1], slots % cache.shape[1]
+    if at.rows is not None:
+        new = new[at.rows]
 
     def store(target: torch.Tensor, content: torch.Tensor) -> None:
-        if slots.device.type != "cpu":
-            kept = has_slot.view(-1, *[1] * (content.dim() - 1))
-            content = torch.where(kept, content, target[blocks, offsets])
-        target[blocks, offsets] = content
+        if at.is_stored is not None:
+            kept = at.is_stored.view(-1, *[1] * (content.dim() - 1))
+            content = torch.where(kept, content, target[at.blocks, at.offsets])
+        target[at.blocks, at.offsets] = content
 
     if has_token_scales(cache.dtype):
         integers, scales = quantize_rows(new)
@@ -286,7 +312,7 @@ def read_kv_cache(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
             are out of range.
     """
     _check_places(cache, blocks, offsets)
-    return _read_kv_cache(cache, blocks, offsets)
+    return read_rows(cache, blocks, offsets)
 
 
 def _check_places(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -312,9 +338,7 @@ def _check_places(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tens
                 )
 
 
-def _read_kv_cache(
-    cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
+def read_rows(cache: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The same for arguments that were checked."""
     stored, num_heads, size = as_indexable_bytes(cache), cache.shape[2], cache.shape[3]
     by_block, by_offset, by_head, by_element = stored.stride()
@@ -376,7 +400,7 @@ def gather_kv(
     _check_places(cache, blocks, offsets)
     if has_token_scales(cache.dtype) or is_fp8(cache.dtype):
         check_dense("scale", scale)
-    stored = _read_kv_cache(cache, blocks, offsets)
+    stored = read_rows(cache, blocks, offsets)
     if has_token_scales(cache.dtype):
         if scale.shape != cache.shape[:-1]:
             raise InvalidInputError(

@@ -41,6 +41,10 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether an element of one tensor has the address of an element of another."""
     if not one.numel() or not other.numel() or one.device != other.device:
         return False
+    storage, other_storage = one.untyped_storage(), other.untyped_storage()
+    start, other_start = storage.data_ptr(), other_storage.data_ptr()
+    if start + storage.nbytes() <= other_start or other_start + other_storage.nbytes() <= start:
+        return False
     distance = other.data_ptr() - one.data_ptr()
     if distance >= _extent(one) or -distance >= _extent(other):
         return False

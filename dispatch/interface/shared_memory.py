@@ -21,10 +21,10 @@ def may_share_memory(
     """Whether `check_shared_memory` is needed; this is on the hot path.
 
     On a GPU only the storages of the output and the other tensors are compared: two storages over
-    the same memory come only from foreign code.
+    the same memory come only from foreign code. On a CPU they come from NumPy too.
     """
     if not query.is_cuda:
-        return True
+        return _storages_meet(query, key, value, kv_cache, output)
     if output is None:
         return False
     storage = output.untyped_storage().data_ptr()
@@ -34,6 +34,31 @@ def may_share_memory(
         or (value is not None and value.untyped_storage().data_ptr() == storage)
         or (kv_cache is not None and storage in storages_of(kv_cache))
     )
+
+
+def _storages_meet(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    kv_cache: KVCache | None,
+    output: torch.Tensor | None,
+) -> bool:
+    """Whether any storage that is written reaches into another one of the call."""
+    reads = [_extent(each) for each in (query, key, value) if each is not None]
+    cache = [] if kv_cache is None else [_extent(part) for part in parts_of(kv_cache)]
+    writes = [] if key is None else cache
+    if output is not None:
+        out = _extent(output)
+        if any(out[0] < end and start < out[1] for start, end in (*reads, *cache)):
+            return True
+    return any(start < end and begin < stop for start, stop in writes for begin, end in reads)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first address of a tensor's storage, and the one after the last."""
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
+    return start, start + storage.nbytes()
 
 
 def check_shared_memory(
