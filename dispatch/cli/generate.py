@@ -32,6 +32,9 @@ from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.files import check_writable, read_file
 
 if TYPE_CHECKING:
+    import torch
+
+    from attn_dispatch.distributed.context_parallel import ContextParallel
     from attn_dispatch.serving import Engine, Sampling
 
 __all__ = ["generate", "serve"]
@@ -83,6 +86,10 @@ def generate(
     tensor_parallel: Annotated[
         bool, typer.Option("--tensor-parallel", help="Split the model; start it with torchrun.")
     ] = False,
+    context_parallel: Annotated[
+        int,
+        typer.Option(min=1, metavar="W", help="Split the keys over W processes; with torchrun."),
+    ] = 1,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the batch size and tokens of each step."),
@@ -112,6 +119,10 @@ def generate(
         check_writable(path)
     if plot is not None:
         check_format(plot)
+    if tensor_parallel and context_parallel > 1:
+        raise InvalidInputError("Give --tensor-parallel or --context-parallel, and not both.")
+    if tensor_parallel or context_parallel > 1:
+        _check_launched()
     limits = Limits(
         max_requests=max_requests,
         max_tokens=max(max_tokens, max_requests),
@@ -136,9 +147,10 @@ def generate(
             kv_cache_dtype=kv_cache_dtype,
             random_weights=random_weights,
             tp_plan="auto" if tensor_parallel else None,
+            context_parallel=_ranks(context_parallel, torch_device),
         )
     chats = _as_prompts(engine, texts, system, raw)
-    if tensor_parallel and torch.distributed.get_rank() != 0:
+    if (tensor_parallel or context_parallel > 1) and torch.distributed.get_rank() != 0:
         engine.generate(chats, sampling)  # all ranks compute the same steps, and one prints
         return
     if not serve(engine, texts, chats, sampling, plot=plot, output=output, as_json=as_json):
@@ -233,6 +245,38 @@ def appending(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     finally:
         with contextlib.suppress(OSError):
             file.close()
+
+
+def _check_launched() -> None:
+    from torch import distributed
+
+    if not distributed.is_torchelastic_launched():
+        raise InvalidInputError(
+            "A model is split over processes that torchrun starts: torchrun --nproc-per-node 2 "
+            "--no-python attn-dispatch generate ..."
+        )
+
+
+def _ranks(world: int, device: torch.device) -> ContextParallel | None:
+    """The processes that share the keys, which torchrun has started.
+
+    Raises:
+        InvalidInputError: there is another number of them.
+    """
+    if world == 1:
+        return None
+    from torch import distributed
+
+    from attn_dispatch.distributed.context_parallel import ContextParallel
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if distributed.get_world_size() != world:
+        raise InvalidInputError(
+            f"--context-parallel {world}, and torchrun has started {distributed.get_world_size()} "
+            "processes. Give the same number."
+        )
+    return ContextParallel(heads="replicated")
 
 
 def _read_prompts(prompt: Sequence[str] | None, prompts: Path | None) -> list[str]:

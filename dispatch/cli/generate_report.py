@@ -162,6 +162,7 @@ def run_data(
         "seconds": recorder.seconds,
         "stats": asdict(engine.stats),
         "limits": asdict(engine.limits),
+        "block_size": engine.block_size,
         "layers": {
             layer.prefix: {str(phase): each.name for phase, each in layer.selections.items()}
             for layer in engine.layers

@@ -89,7 +89,7 @@ class Engine:
 
     Attributes:
         layers: the attention layers.
-        block_size: tokens per block of the cache.
+        block_size: tokens per block; with context parallelism, on all ranks together.
         limits: with the numbers that were None.
         stats: counters.
         finished: requests, in the order in which they ended.
@@ -123,11 +123,11 @@ class Engine:
         self._num_added = 0
         self._failed = False
         plan = plan_kv_cache(model.layers)
-        self.block_size = plan.block_size
+        self.block_size = plan.tokens_per_block
         limits, num_host_blocks = sized(
             limits or Limits(),
             model.max_seq_len,
-            plan.block_size,
+            self.block_size,
             plan.bytes_per_block,
             self.device,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.distributed.context_parallel import ContextParallel
 from attn_dispatch.errors import InvalidInputError, UnsupportedError, summary_of
 from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.serving.engine import Engine
@@ -28,6 +29,7 @@ def load_engine(
     use_graphs: bool | None = None,
     random_weights: bool = False,
     tp_plan: str | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Engine:
     """An Engine that runs a causal language model of transformers.
 
@@ -43,6 +45,8 @@ def load_engine(
         use_graphs: see Engine.
         random_weights: make the model from its config only, to measure it; no tokenizer is needed.
         tp_plan: "auto" to split the model over the processes that torchrun started.
+        context_parallel: splits the keys over processes instead, each of which runs the whole
+            model; made with heads="replicated". Steps are not captured then.
 
     Raises:
         InvalidInputError: there is no model at this path, or it cannot be read.
@@ -59,7 +63,12 @@ def load_engine(
         model = _model(source, dtype, where, random_weights, tp_plan)
         tokenizer = _tokenizer(source, required=not random_weights)
     captures = where.type == "cuda" if use_graphs is None else use_graphs
-    make = {"backend": backend, "kv_cache_dtype": kv_cache_dtype}
+    captures = captures and context_parallel is None
+    make = {
+        "backend": backend,
+        "kv_cache_dtype": kv_cache_dtype,
+        "context_parallel": context_parallel,
+    }
     try:
         paged = PagedModel(model, cuda_graph=captures, **make)  # type: ignore[arg-type]
     except UnsupportedError:

@@ -135,6 +135,11 @@ INVALID = {
     "no prompt": ([], "Give --prompt TEXT"),
     "too long": (["--prompt", "x" * 300, "--raw"], "room for requests of 256"),
     "system without template": (["--prompt", "x", "--raw", "--system", "y"], "--system needs"),
+    "two splits": (
+        ["--prompt", "x", "--tensor-parallel", "--context-parallel", "2"],
+        "not both",
+    ),
+    "one process": (["--prompt", "x", "--context-parallel", "2"], "torchrun --nproc-per-node"),
     "dtype": (["--prompt", "x", "--dtype", "int8"], "--dtype int8"),
     "backend": (["--prompt", "x", "--backend", "NONE"], "NONE"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], "temperature"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.distributed.context_parallel import ContextParallel
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.integrations.transformers.calls import NAME, NoKeysCache, register, run_as
 from attn_dispatch.integrations.transformers.describe import describe
@@ -152,6 +153,8 @@ class PagedModel:
         kv_cache_dtype: see spec.KV_CACHE_DTYPES.
         backend: an override of the selected backends.
         cuda_graph: whether the layers will be captured.
+        context_parallel: splits the keys over ranks, each of which runs the whole model; made with
+            heads="replicated".
 
     Attributes:
         layers: the attention layers, by their name "layers.INDEX". Bind their caches before the
@@ -175,6 +178,7 @@ class PagedModel:
         kv_cache_dtype: str = "auto",
         backend: str | None = None,
         cuda_graph: bool = False,
+        context_parallel: ContextParallel | None = None,
     ) -> None:
         _check_version()
         self.model = model.eval()
@@ -204,6 +208,7 @@ class PagedModel:
             "kv_cache_dtype": kv_cache_dtype,
             "backend": backend,
             "cuda_graph": cuda_graph,
+            "context_parallel": context_parallel,
         }
         layers = [
             _layer(index, each, *described[index], options) for index, each in enumerate(seen)

@@ -1,4 +1,4 @@
-"""A model that is split over two processes answers like a whole one."""
+"""A model, or its keys, split over two processes: the answers are those of one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.models
 MAIN = "from attn_dispatch.cli import main; main()"
 
 
-def test_two_processes_answer_like_one(tmp_path):
+@pytest.mark.parametrize("split", [["--tensor-parallel"], ["--context-parallel", "2"]], ids=str)
+def test_two_processes_answer_like_one(split, tmp_path):
     script = tmp_path / "main.py"
     script.write_text(MAIN)
     words = ["generate", "--model", str(save_tiny_model(tmp_path / "model")), "--device", "cpu"]
@@ -29,15 +30,16 @@ def test_two_processes_answer_like_one(tmp_path):
     whole = json.loads(CliRunner().invoke(app, words).stdout)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(script), *words, "--tensor-parallel"],
+        [*torchrun, str(script), *words, *split],
         check=False,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    split = json.loads(done.stdout)  # one process prints
+    found = json.loads(done.stdout)  # one process prints
     ids = lambda run: [each["token_ids"] for each in run["answers"]]
-    assert ids(split) == ids(whole)
-    # Half the heads take half the memory.
-    assert split["limits"]["num_blocks"] == 2 * whole["limits"]["num_blocks"]
+    assert ids(found) == ids(whole)
+    # Each process keeps half of the heads, or every other token.
+    tokens = lambda run: run["limits"]["num_blocks"] * run["block_size"]
+    assert tokens(found) == 2 * tokens(whole)
