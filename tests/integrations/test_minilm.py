@@ -57,9 +57,8 @@ def embeddings(model, inputs):
 def test_embeddings_equal_those_of_eager_attention(loaded):
     model, tokenizer = loaded
     inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
-    assert len(set(inputs["attention_mask"].sum(1).tolist())) == len(
-        SENTENCES
-    )  # all but one padded
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    assert max(lengths) > 2 * min(lengths)
     expected = embeddings(model, inputs)
     enable(model)
     found = embeddings(model, inputs)
