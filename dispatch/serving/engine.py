@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,12 @@ from typing import Any, Protocol
 import torch
 
 from attn_dispatch.arguments import shown
-from attn_dispatch.errors import AttnDispatchError, InvalidInputError, UnsupportedError
+from attn_dispatch.errors import (
+    AttnDispatchError,
+    InvalidInputError,
+    UnsupportedError,
+    summary_of,
+)
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
@@ -168,6 +174,11 @@ class Engine:
             )
         except UnsupportedError:
             self._graphs = None  # a backend has no graphs for these layers; steps run eagerly
+        except RuntimeError as error:  # the model's own code waits for the device, for example
+            self._graphs = None
+            warnings.warn(
+                f"Steps are not captured, and run eagerly: {summary_of(error)}", stacklevel=3
+            )
 
     def _warm_up(self) -> None:
         """Run a prompt and a decode, so that kernels are compiled and backends final."""

@@ -75,6 +75,35 @@ def test_a_feature_that_is_left_out_changes_tokens(field, monkeypatch):
     assert check_answers(engine.model, engine.finished).different > 0
 
 
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 128),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 128),
+        (
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 32,
+            },
+            32,
+        ),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else "",
+)
+def test_a_step_has_one_set_of_frequencies(rope, longest):
+    """Some kinds of RoPE change for all tokens of a step with its longest request."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**DECODERS["llama"].config, rope_parameters=rope)
+    model = PagedModel(LlamaForCausalLM(config))
+    assert model.max_seq_len == longest
+    assert any("longest request" in note for note in model.notes) == (longest < 128)
+
+
 def test_encoders_are_rejected():
     with pytest.raises(UnsupportedError, match="causal language models"):
         PagedModel(build("bert"))

@@ -191,8 +191,8 @@ class PagedModel:
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.states: RecurrentStates | None = None
         text = model.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None)
-        self.max_seq_len = limit if isinstance(limit, int) and limit > 0 else None
+        self.max_seq_len, note = _longest(text)
+        self.notes = (*self.notes, *note)
         seen = self._look(described, states)
         missing = sorted({*others} - states.layers)
         if missing:
@@ -292,6 +292,38 @@ class PagedModel:
         """
         with run_as(self._step):
             return self._forward(token_ids, positions, rows)
+
+
+#: Kinds of RoPE whose frequencies depend on the largest position of a step.
+_MOVING_ROPE = ("dynamic", "longrope")
+
+
+def _longest(config: Any) -> tuple[int | None, tuple[str, ...]]:
+    """The most tokens of a request, and a note if it is less than the model was made for.
+
+    transformers changes the frequencies of some kinds of RoPE for all tokens of a step once one of
+    them is beyond the original context. Then an answer would depend on the other requests.
+    """
+    stated = getattr(config, "max_position_embeddings", None)
+    limit = stated if isinstance(stated, int) and stated > 0 else None
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+    kinds = [each.get("rope_type") for each in parts]
+    moving = [kind for kind in kinds if kind in _MOVING_ROPE]
+    if not moving:
+        return limit, ()
+    keys = "original_max_position_embeddings"
+    originals = [each.get(keys) or getattr(config, keys, None) for each in parts]
+    lengths = [each for each in (limit, *originals) if isinstance(each, int)]
+    if not lengths:
+        return limit, ()
+    shortest = min(lengths)
+    if shortest == limit:
+        return limit, ()
+    return shortest, (
+        f"Requests have at most {shortest} tokens: beyond that, RoPE of type {moving[0]!r} changes "
+        "with the longest request of a step.",
+    )
 
 
 def _check_version() -> None:
