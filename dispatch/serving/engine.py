@@ -44,6 +44,7 @@ class LanguageModel(Protocol):
         layers: its attention layers by name; the engine binds their caches.
         device: where it runs.
         max_seq_len: the most tokens of a request, or None for no limit.
+        max_step_tokens: the most new tokens of a step, or None for no limit.
         states: None, or the RecurrentStates of layers without attention. Then each call of `logits`
             has one request, or one token of each of several.
     """
@@ -51,6 +52,7 @@ class LanguageModel(Protocol):
     layers: dict[str, Attention]
     device: torch.device
     max_seq_len: int | None
+    max_step_tokens: int | None
     states: Any
 
     def logits(
@@ -133,6 +135,7 @@ class Engine:
         limits, num_host_blocks = sized(
             limits or Limits(),
             model.max_seq_len,
+            model.max_step_tokens,
             self.block_size,
             plan.bytes_per_block,
             self.device,

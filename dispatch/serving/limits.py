@@ -51,6 +51,7 @@ class Limits:
 def sized(
     limits: Limits,
     model_limit: int | None,
+    step_limit: int | None,
     block_size: int,
     bytes_per_block: int,
     device: torch.device,
@@ -60,6 +61,7 @@ def sized(
     Args:
         limits: as they were given.
         model_limit: the most tokens of a request that the model was made for, or None.
+        step_limit: the most new tokens of a step with this model, or None.
         block_size: tokens per block.
         bytes_per_block: over all layers.
         device: of the cache.
@@ -84,6 +86,8 @@ def sized(
             )
     filled = dataclasses.replace(
         limits,
+        max_requests=min(limits.max_requests, step_limit or limits.max_requests),
+        max_tokens=min(limits.max_tokens, step_limit or limits.max_tokens),
         max_seq_len=min(longest, num_blocks * block_size),
         cache_bytes=num_blocks * bytes_per_block,
         num_blocks=num_blocks,

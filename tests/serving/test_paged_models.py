@@ -104,6 +104,43 @@ def test_a_step_has_one_set_of_frequencies(rope, longest):
     assert any("longest request" in note for note in model.notes) == (longest < 128)
 
 
+@pytest.mark.parametrize(("floor_scale", "longest"), [(100, 95), (10_000, None)])
+def test_code_that_counts_the_tokens_of_a_step_is_found(floor_scale, longest):
+    """Llama 4 scales queries by their index in the step, and not by their position."""
+    model = build("llama4_text")
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in layers:
+        layer.attn_temperature_tuning, layer.use_rope = True, False
+        layer.floor_scale = floor_scale
+    paged_model = PagedModel(model)
+    assert paged_model.max_step_tokens == longest
+    assert paged_model.max_seq_len == (longest or 128)
+    limits = Engine(paged_model, limits=Limits(num_blocks=64)).limits
+    assert limits.max_tokens == (longest or 2048)
+
+
+def test_a_model_that_ignores_positions_is_rejected(monkeypatch):
+    model = build("llama")
+    rotary = model.model.rotary_emb.forward
+    cache = "attn_dispatch.integrations.transformers.calls.NoKeysCache"
+
+    def counting(x, position_ids):
+        return rotary(x, position_ids + model.past())
+
+    model.past = lambda: 0
+    monkeypatch.setattr(model.model.rotary_emb, "forward", counting)
+    monkeypatch.setattr(f"{cache}.get_mask_sizes", lambda self, length, layer_idx=0: (length, 0))
+    original = PagedModel._forward
+
+    def forward(self, *inputs):
+        model.past = lambda: self._cache.past
+        return original(self, *inputs)
+
+    monkeypatch.setattr(PagedModel, "_forward", forward)
+    with pytest.raises(UnsupportedError, match="positions from the length of its cache"):
+        PagedModel(model)
+
+
 def test_encoders_are_rejected():
     with pytest.raises(UnsupportedError, match="causal language models"):
         PagedModel(build("bert"))

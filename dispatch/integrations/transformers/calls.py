@@ -86,6 +86,7 @@ class NoKeysCache(Cache):
     def __init__(self, states: RecurrentStates) -> None:
         super().__init__(layers=[])
         self._states = states
+        self.past = 0
 
     def update(
         self,
@@ -99,12 +100,12 @@ class NoKeysCache(Cache):
         return _current().update(key_states, value_states, layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions are given to the model."""
-        return 0
+        """`past`, which is 0 but for tests of a model: positions are given to it."""
+        return self.past
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """0, see get_seq_length."""
-        return 0
+        """See get_seq_length."""
+        return self.past
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """The length and offset of the keys, as if there were only new ones."""

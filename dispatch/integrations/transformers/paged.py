@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from attn_dispatch.distributed.context_parallel import ContextParallel
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.integrations.transformers.calls import NAME, NoKeysCache, register, run_as
 from attn_dispatch.integrations.transformers.describe import describe
+from attn_dispatch.integrations.transformers.looking import Looking, SeenLayer
 from attn_dispatch.integrations.transformers.states import RecurrentStates
-from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.mla_layer import MLAAttention
@@ -30,79 +30,6 @@ __all__ = ["PagedModel"]
 #: Fields of AttentionSpec that a layer takes as features, because Attention has no argument for
 #: them or derives them otherwise.
 _FEATURES = ("head_size_v", "attention_chunk", "window_size")
-
-#: Tokens of the run that looks at the model's layers.
-_PROBE_LEN = 4
-#: Differences, relative to the largest logit, between a prompt at once and in parts.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A layer, as the run that looks at the layers sees it.
-
-    Attributes:
-        module: its attention module.
-        num_heads, num_kv_heads, head_size, head_size_v, dtype: of the tensors on this rank.
-        sinks: its tensor, or None.
-        source: the index of the layer whose keys it reads; None for its own.
-        latent_idx: its index in the cache, if it stores latents.
-    """
-
-    module: torch.nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    head_size_v: int
-    dtype: torch.dtype
-    sinks: torch.Tensor | None
-    source: int | None
-    latent_idx: int | None
-
-
-class _Look:
-    """A run that only looks at the layers; its outputs are zeros."""
-
-    def __init__(self, latent_sizes: Mapping[int, MLADims]) -> None:
-        self.seen: list[_Seen] = []
-        self._latent_sizes = latent_sizes
-        self._latent: int | None = None
-        self._keys: list[torch.Tensor] = []
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> Any:
-        dims = self._latent_sizes.get(len(self.seen))
-        if dims is not None:
-            sizes = (key.shape[1], key.shape[-1], value.shape[-1])
-            if sizes == (1, dims.kv_lora_rank, dims.qk_rope_head_dim):
-                self._latent = layer_idx
-        return key, value
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        arguments: Mapping[str, Any],
-    ) -> torch.Tensor:
-        # A layer that shares another's keys gets the same tensor.
-        source = next((i for i, known in enumerate(self._keys) if known is key), None)
-        self._keys.append(key)
-        self.seen.append(
-            _Seen(
-                module=module,
-                num_heads=query.shape[1],
-                num_kv_heads=key.shape[1],
-                head_size=query.shape[-1],
-                head_size_v=value.shape[-1],
-                dtype=query.dtype,
-                sinks=arguments.get("s_aux"),
-                source=source,
-                latent_idx=self._latent,
-            )
-        )
-        self._latent = None
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
 class _Paged:
@@ -160,6 +87,7 @@ class PagedModel:
         layers: the attention layers, by their name "layers.INDEX". Bind their caches before the
             first call of `logits`.
         device: where the model is.
+        max_step_tokens: the most new tokens of a step, or None for no limit.
         states: what layers without attention keep; None for a model that has none. A step is then
             one request, or one token of each of several; see RecurrentStates.step.
         max_seq_len: the most tokens of a request that the model was made for, or None.
@@ -193,7 +121,17 @@ class PagedModel:
         text = model.config.get_text_config()
         self.max_seq_len, note = _longest(text)
         self.notes = (*self.notes, *note)
-        seen = self._look(described, states)
+        sizes = {i: spec.mla for i, (spec, _) in enumerate(described) if spec.mla is not None}
+        looking = Looking(self._forward, self._cache, states, sizes, self.device)
+        seen = looking.layers(len(described))
+        self.max_step_tokens = looking.trusted_length(self.max_seq_len)
+        if self.max_step_tokens is not None:
+            self.max_seq_len = self.max_step_tokens
+            self.notes = (
+                *self.notes,
+                f"Requests and steps have at most {self.max_seq_len} tokens: beyond that, the "
+                "model's code counts the tokens of a step, and not the positions of a request.",
+            )
         missing = sorted({*others} - states.layers)
         if missing:
             raise UnsupportedError(
@@ -218,39 +156,6 @@ class PagedModel:
             {each.module: layer for each, layer in zip(seen, layers, strict=True)},
             {each.latent_idx for each in seen if each.latent_idx is not None},
         )
-
-    def _look(
-        self, described: list[tuple[AttentionSpec, float | None]], states: RecurrentStates
-    ) -> list[_Seen]:
-        """The layers in the order of their calls, which are those that were described."""
-        sizes = {i: spec.mla for i, (spec, _) in enumerate(described) if spec.mla is not None}
-        look = _Look(sizes)
-        tokens = torch.arange(_PROBE_LEN, device=self.device)
-        whole = self._run_looking(look, states, tokens)
-        if states.layers:
-            states.forget(-1)
-            pieces = tokens.split([2, 1, 1])
-            parts = [self._run_looking(_Look(sizes), states, each) for each in pieces]
-            difference = (parts[-1] - whole).abs().max()
-            if not difference <= _ROUNDING[whole.dtype] * whole.abs().max():
-                raise UnsupportedError(
-                    f"A model of type {self.model.config.model_type!r} gives other results if a "
-                    "prompt is computed in parts, so it keeps a state that the engine does not see."
-                )
-        states.forget(-1)
-        if len(look.seen) != len(described):
-            raise UnsupportedError(
-                f"This model's forward pass has {len(look.seen)} calls of attention, and "
-                f"{len(described)} layers are known. The engine does not run it."
-            )
-        return look.seen
-
-    def _run_looking(
-        self, look: _Look, states: RecurrentStates, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """The logits after the last token."""
-        with run_as(look), states.step([-1]), torch.no_grad():
-            return self._forward(tokens, tokens, torch.zeros_like(tokens[:1]) + len(tokens) - 1)
 
     def _forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
@@ -368,7 +273,11 @@ def _described(
 
 
 def _layer(
-    index: int, seen: _Seen, spec: AttentionSpec, scale: float | None, options: Mapping[str, Any]
+    index: int,
+    seen: SeenLayer,
+    spec: AttentionSpec,
+    scale: float | None,
+    options: Mapping[str, Any],
 ) -> Attention:
     """The layer of a spec with this rank's sizes and the model's tensors."""
     own = {**options, "prefix": f"layers.{index}", "dtype": seen.dtype}

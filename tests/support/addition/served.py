@@ -23,6 +23,7 @@ class AdditionModel:
     """A LanguageModel: the addition model, with one Attention for each of its layers."""
 
     max_seq_len = 288
+    max_step_tokens = None
     states = None
 
     def __init__(
