@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class EngineAttention:
     A second layer, with fp8 output, is made when the engine asks for one.
 
     Args:
+        try_shared_prefix: read a shared prefix once, if the layer's features and backends allow it.
         **arguments: of `Attention`. The block size is left open: it is that of the cache.
 
     Raises:
@@ -53,11 +55,17 @@ class EngineAttention:
 
     Attributes:
         layer: the layer.
+        shares_prefix: it reads a shared prefix once.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, try_shared_prefix: bool = False, **arguments: Any) -> None:
         self._arguments = {"block_size": None, **arguments}
         self.layer = Attention(**self._arguments)
+        self.shares_prefix = False
+        if try_shared_prefix:
+            with contextlib.suppress(UnsupportedError):
+                self.layer = Attention(**self._arguments, shared_prefix=True)
+                self.shares_prefix = self._arguments["shared_prefix"] = True
         self._quantized: Attention | None = None
         self._given: object = None
         self._scales = (1.0, 1.0)

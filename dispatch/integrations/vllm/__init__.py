@@ -1,7 +1,7 @@
 """attn-dispatch as an attention backend of vLLM: `vllm serve MODEL --attention-backend ...`.
 
-vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. It is
-imported there, and in the modules of this package that only vLLM loads.
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Only
+that function and the module `backend`, which vLLM loads by name, import vLLM.
 """
 
 from __future__ import annotations
