@@ -6,6 +6,7 @@ its own files; every other module is a stub, whose attributes accept any use.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import os
@@ -70,9 +71,16 @@ class Stub(metaclass=_StubType):
 
 
 class _StubModule(ModuleType):
+    def __init__(self, name: str, own: frozenset[str]) -> None:
+        super().__init__(name)
+        self.__dict__["own modules"] = own
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        inner = f"{self.__name__}.{name}"
+        if any(f"{each}.".startswith(f"{inner}.") for each in self.__dict__["own modules"]):
+            return importlib.import_module(inner)
         return Stub
 
 
@@ -95,7 +103,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> ModuleType:
-        return _StubModule(spec.name)
+        return _StubModule(spec.name, self.own)
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(self.values.get(module.__name__, {}))
