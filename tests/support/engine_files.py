@@ -1,7 +1,7 @@
 """The Python files of an engine's released wheel, unpacked, and imported one by one.
 
-Importing a whole engine needs its kernels and its requirements. Here only modules that are named are
-its own files; every other module is a stub, whose attributes accept any use.
+Importing a whole engine needs its kernels and its requirements. Here only modules that are named
+are its own files; every other module is a stub, whose attributes accept any use.
 """
 
 from __future__ import annotations

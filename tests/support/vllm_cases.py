@@ -106,7 +106,9 @@ def fill(cache, past, scales=(1.0, 1.0)):
                 part[TABLE[i, p // BLOCK], p % BLOCK] = row.to(part.dtype)
 
 
-def reference(query, cache, *, scales=(1.0, 1.0), scale=SIZE**-0.5, window=None, **features):
+def reference(
+    query, cache, *, scales=(1.0, 1.0), scale=SIZE**-0.5, window=None, chunk=None, **features
+):
     """The output in float64, from what the cache holds after the step."""
     outputs, start = [], 0
     for i, (n, t) in enumerate(zip(NEW, TOTAL, strict=True)):
@@ -116,6 +118,8 @@ def reference(query, cache, *, scales=(1.0, 1.0), scale=SIZE**-0.5, window=None,
         ]
         distance = torch.arange(t - n, t)[:, None] - torch.arange(t)
         seen = (distance >= 0) & (distance < (window or t))
+        if chunk:
+            seen &= torch.arange(t - n, t)[:, None] // chunk == torch.arange(t) // chunk
         rows = query[start : start + n]
         outputs.append(attention_of_request(rows, *parts, scale=scale, seen=seen, **features)[0])
         start += n

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +20,8 @@ VERSIONS = ("0.24.0", "0.33.0")
 _LAYERS = "vllm.model_executor.layers"
 #: Modules that are vLLM's own files, in both versions; the others are stubs.
 OWN = (
-    "vllm.model_executor.layers.attention_layer_base",
-    "vllm.model_executor.layers.quantization.utils.quant_utils",
+    f"{_LAYERS}.attention_layer_base",
+    f"{_LAYERS}.quantization.utils.quant_utils",
     f"{_LAYERS}.attention.attention",
     f"{_LAYERS}.attention.chunked_local_attention",
     f"{_LAYERS}.attention.encoder_only_attention",
@@ -43,9 +43,16 @@ def _no_group() -> Any:
     raise AssertionError("no group")
 
 
+def _cache_dtype(name: str, model_config: Any) -> torch.dtype:
+    return torch.float32 if name == "auto" else torch.uint8
+
+
+def _on_host(data: Any, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.as_tensor(data, dtype=dtype)
+
+
 def _stubs(config: Any, context: Any) -> dict[str, dict[str, Any]]:
     """What the stubs have, for the modules that are its own files."""
-    dtypes = {"auto": torch.float32, "fp8_e4m3": torch.uint8}
     return {
         "vllm.envs": {
             "VLLM_BATCH_INVARIANT": False,
@@ -70,8 +77,12 @@ def _stubs(config: Any, context: Any) -> dict[str, dict[str, Any]]:
                 is_rocm=lambda: False,
             )
         },
+        "vllm.utils.gpu_sync_debug": {"gpu_sync_allowed": contextlib.nullcontext},
         "vllm.utils.torch_utils": {
-            "kv_cache_dtype_str_to_dtype": lambda name, model_config: dtypes[name],
+            "kv_cache_dtype_str_to_dtype": _cache_dtype,
+            "async_tensor_h2d": _on_host,
+            "np_to_pinned_tensor": torch.from_numpy,
+            "PIN_MEMORY": False,
             "get_dtype_size": lambda dtype: dtype.itemsize,
             "_resolve_layer_name": lambda name: name,
             "_encode_layer_name": lambda name: name,
@@ -79,7 +90,7 @@ def _stubs(config: Any, context: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def vllm_engine(version: str, monkeypatch: Any) -> Iterator[Any]:
     """The engine of this version."""
     config = SimpleNamespace(
@@ -94,6 +105,7 @@ def vllm_engine(version: str, monkeypatch: Any) -> Iterator[Any]:
         ours = importlib.import_module(fake_vllm.OURS)
         layers = importlib.import_module(f"{_LAYERS}.attention.attention")
         encoders = importlib.import_module(f"{_LAYERS}.attention.encoder_only_attention")
+        chunked = importlib.import_module(f"{_LAYERS}.attention.chunked_local_attention")
         theirs = importlib.import_module("vllm.v1.attention.backend")
         quantizations = importlib.import_module(f"{_LAYERS}.quantization.utils.quant_utils")
         registry = importlib.import_module("vllm.v1.attention.backends.registry")
@@ -143,6 +155,7 @@ def vllm_engine(version: str, monkeypatch: Any) -> Iterator[Any]:
             run=run,
             path_of=lambda name: registry.AttentionBackendEnum[name].get_path(),
             layers=layers,
+            chunked=chunked,
             encoders=encoders,
             theirs=theirs,
             context=context,

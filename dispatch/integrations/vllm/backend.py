@@ -5,7 +5,6 @@ vLLM imports this module by name, so that everything here may import vLLM.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.integrations.engines import EngineAttention, reasons_against
 from attn_dispatch.integrations.vllm import NAME
 from attn_dispatch.integrations.vllm.batches import batch_of
+from attn_dispatch.integrations.vllm.private import scales_of
 from attn_dispatch.integrations.vllm.requests import (
     FP8_NAMES,
     MAX_DECODE_QUERY_LEN,
@@ -37,9 +37,6 @@ from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.runtime.context import ForwardContext
 
 __all__ = ["AttnDispatchBackend", "AttnDispatchBuilder", "AttnDispatchImpl", "AttnDispatchMetadata"]
-
-#: The only private names of vLLM that are used: a layer's scales on the host.
-_scales_of = operator.attrgetter("_k_scale_float", "_v_scale_float")
 
 #: Kernel block sizes that are tried. A smaller one is possible, but no fast kernel reads it.
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -305,7 +302,7 @@ class AttnDispatchImpl(theirs.AttentionImpl):
             return output.fill_(0)
         attention = self.attention
         if AttentionType(attention.layer.spec.attn_type).has_kv_cache:
-            attention.set_scales(*_scales_of(layer))
+            attention.set_scales(*scales_of(layer))
             if not attention.is_bound_to(kv_cache):
                 self._bind(layer.layer_name, kv_cache)
         attention.forward(query, key, value, attn_metadata.context, output, output_scale)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.errors import UnsupportedError
+from attn_dispatch.integrations.vllm.private import exact_lengths_of
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
@@ -78,7 +79,9 @@ def batch_of(
 
 def _host_lengths(common: Any, spec: AttentionSpec, num_reqs: int, room: int) -> torch.Tensor:
     """(num_reqs,) int32, the keys of each request, or bounds of them."""
-    bounds: torch.Tensor | None = common.seq_lens_cpu_upper_bound
+    bounds = exact_lengths_of(common)
+    if bounds is None:
+        bounds = common.seq_lens_cpu_upper_bound
     if bounds is not None:
         # A draft that is counted twice can lead beyond the last block.
         own = bounds[:num_reqs].clone()
