@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import io
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from attn_dispatch.cli.doctor_report import _print_engines
 from attn_dispatch.integrations.vllm import PLUGIN
 from support import fake_vllm, vllm_cases
 
@@ -97,3 +100,16 @@ def test_the_status_of_the_plugin(monkeypatch):
     status = PLUGIN.status()
     assert status["version"] == "0.24.0+cu129"
     assert status["tested_here"] == PLUGIN.tested["0.24.0"]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(None, "not installed"), ("0.33.0", "names and signatures"), ("0.31.0", "never tested")],
+)
+def test_doctor_prints_the_engine(version, words, monkeypatch):
+    console = Console(width=200, record=True, file=io.StringIO())
+    status = {**PLUGIN.status(), "version": version, "tested_here": PLUGIN.tested.get(version)}
+    _print_engines(console, {"engines": [status]})
+    text = console.export_text()
+    assert words in text
+    assert "--attention-backend ATTN_DISPATCH" in text

@@ -19,13 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: Where unpacked wheels are kept: ATTN_DISPATCH_WHEELS, or a folder of the user.
-FOLDER = Path(os.environ.get("ATTN_DISPATCH_WHEELS") or "~/.cache/attn-dispatch-wheels")
+#: Where wheels and their files are kept, as `make contracts` states it; None elsewhere.
+FOLDER = Path(os.environ["ENGINE_WHEELS"]) if os.environ.get("ENGINE_WHEELS") else None
 
 
 def unpacked(package: str, version: str) -> Path:
     """The folder with the Python files of a release, which is downloaded once."""
-    folder = FOLDER.expanduser() / f"{package}-{version}"
+    assert FOLDER is not None
+    folder = FOLDER / f"{package}-{version}"
     if not (folder / package).is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         wheels = list(folder.parent.glob(f"{package}-{version}-*.whl"))
@@ -39,6 +40,7 @@ def unpacked(package: str, version: str) -> Path:
             wheels = list(folder.parent.glob(f"{package}-{version}-*.whl"))
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extractall(folder, [n for n in wheel.namelist() if n.endswith(".py")])
+        wheels[0].unlink()  # hundreds of megabytes of kernels
     return folder
 
 

@@ -44,8 +44,8 @@ def batch_of(
         UnsupportedError: the step needs what these layers were not made for.
     """
     _check(common, spec)
-    starts = common.query_start_loc_cpu.tolist()
-    num_reqs = len(starts) - 1
+    num_reqs = int(common.num_reqs)
+    starts = common.query_start_loc_cpu[: num_reqs + 1].tolist()
     while num_reqs and starts[num_reqs] == starts[num_reqs - 1]:
         num_reqs -= 1
     num_tokens = starts[num_reqs]

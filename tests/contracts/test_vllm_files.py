@@ -12,10 +12,13 @@ import torch
 from attn_dispatch import UnsupportedError
 from attn_dispatch.integrations.vllm import PLUGIN
 from support import fake_vllm, vllm_cases
-from support.engine_files import unpacked
+from support.engine_files import FOLDER, unpacked
 from support.vllm_files import VERSIONS, vllm_engine
 
-pytestmark = pytest.mark.contracts
+pytestmark = [
+    pytest.mark.contracts,
+    pytest.mark.skipif(FOLDER is None, reason="downloads wheels: run `make contracts`"),
+]
 
 
 @pytest.fixture(params=VERSIONS)
