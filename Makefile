@@ -44,7 +44,7 @@ test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto -m "slow or hypothesis"
 
 # The plug-ins of engines on the Python files of the engines' released wheels, about 600 MB, which are
-# downloaded once. No engine is installed.
+# downloaded once. No engine is installed. Needs Python 3.11, as vLLM's files do.
 contracts: export ENGINE_WHEELS ?= $(abspath build/engine-wheels)
 contracts: $(VENV)/ready
 	$(BIN)/python -m pytest -m contracts tests/contracts

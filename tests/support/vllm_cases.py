@@ -69,7 +69,10 @@ def common_of(engine, *, new=NEW, total=TOTAL, bounds=None, padded_tokens=0, pad
         "max_seq_len": max(bounds or total),
         "block_table_tensor": table,
         "slot_mapping": torch.tensor(slots, dtype=torch.int64),
-        "seq_lens_cpu_upper_bound": torch.tensor([*(bounds or total), *padding], dtype=torch.int32),
+        "seq_lens_cpu_upper_bound": torch.tensor(
+            [*(bounds or total), *[9] * padded_reqs],
+            dtype=torch.int32,  # of an earlier step
+        ),
     }
     return engine.common(**(given | more))
 

@@ -52,11 +52,10 @@ def batch_of(
     query_start_loc_cpu = common.query_start_loc_cpu[: num_reqs + 1].clone()
     more: dict[str, Any] = {}
     if AttentionType(spec.attn_type).has_kv_cache:
-        table = common.block_table_tensor[:num_reqs]
         seq_lens = common.seq_lens[:num_reqs]
-        seq_lens_cpu = _host_lengths(common, spec, num_reqs, table.shape[1] * block_size)
+        seq_lens_cpu = _host_lengths(common, spec, num_reqs)
         more = {
-            "block_table": table,
+            "block_table": common.block_table_tensor[:num_reqs],
             "slot_mapping": common.slot_mapping[:num_tokens],
             "block_size": block_size,
             "lengths": spec.lengths,
@@ -77,21 +76,19 @@ def batch_of(
     )
 
 
-def _host_lengths(common: Any, spec: AttentionSpec, num_reqs: int, room: int) -> torch.Tensor:
+def _host_lengths(common: Any, spec: AttentionSpec, num_reqs: int) -> torch.Tensor:
     """(num_reqs,) int32, the keys of each request, or bounds of them."""
     bounds = exact_lengths_of(common)
     if bounds is None:
         bounds = common.seq_lens_cpu_upper_bound
     if bounds is not None:
-        # A draft that is counted twice can lead beyond the last block.
-        own = bounds[:num_reqs].clone()
-        return own if spec.lengths == "exact" else own.clamp(max=room)
+        return bounds[:num_reqs].clone()
     if spec.lengths == "exact":
         raise UnsupportedError(
             "vLLM gives no seq_lens_cpu_upper_bound for this step, without speculative decoding. "
             "Use another --attention-backend, and report the case."
         )
-    return torch.full((num_reqs,), min(int(common.max_seq_len), room), dtype=torch.int32)
+    return torch.full((num_reqs,), int(common.max_seq_len), dtype=torch.int32)
 
 
 def _check(common: Any, spec: AttentionSpec) -> None:
