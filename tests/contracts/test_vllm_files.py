@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from support.vllm_files import VERSIONS, vllm_engine
 pytestmark = [
     pytest.mark.contracts,
     pytest.mark.skipif(FOLDER is None, reason="downloads wheels: run `make contracts`"),
+    pytest.mark.skipif(sys.version_info < (3, 11), reason="vLLM 0.33 imports typing.Self"),
 ]
 
 
