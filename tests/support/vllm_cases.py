@@ -394,7 +394,10 @@ def check_start_up_errors(engine, monkeypatch):
 
 
 def check_overrides(engine, monkeypatch):
-    """Our environment variable decides inside of vLLM."""
+    """Our environment variable decides inside of vLLM, and vLLM's asks for equal bits."""
+    monkeypatch.setattr(engine.ours.vllm.envs, "VLLM_BATCH_INVARIANT", True)
+    assert engine.layer("l0").impl.attention.layer.spec.batch_invariant
+    monkeypatch.setattr(engine.ours.vllm.envs, "VLLM_BATCH_INVARIANT", False)
     for name in ("REFERENCE", "TORCH_SDPA"):
         monkeypatch.setenv("ATTN_DISPATCH_BACKEND", name)
         layer = engine.layer(name)
