@@ -5,10 +5,11 @@ BIN := $(abspath $(VENV))/bin
 # PyTorch's CPU builds; the default wheel on Linux brings several GB of CUDA packages.
 # Empty (`make test TORCH_INDEX=`): pip's own index, with the CUDA builds on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Tests with the mark `slow` are left to `make test-slow`, those with `models` to `make models`.
-PYTEST_ARGS ?= -n auto -m "not slow and not models"
+# Tests with the mark `slow` are left to `make test-slow`, those with `models` to `make models`, and
+# those with `contracts` to `make contracts`.
+PYTEST_ARGS ?= -n auto -m "not slow and not models and not contracts"
 
-.PHONY: demo models test test-slow emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
+.PHONY: contracts demo models test test-slow emulation lint typecheck docs docs-check wheel-check compile-matrix bench host-overhead clean
 .DEFAULT_GOAL := test
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -41,6 +42,12 @@ test: $(VENV)/ready
 test-slow: export HYPOTHESIS_PROFILE = slow
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto -m "slow or hypothesis"
+
+# The plug-ins of engines on the Python files of the engines' released wheels, about 600 MB, which are
+# downloaded once. No engine is installed. Needs Python 3.11, as vLLM's files do.
+contracts: export ENGINE_WHEELS ?= $(abspath build/engine-wheels)
+contracts: $(VENV)/ready
+	$(BIN)/python -m pytest -m contracts tests/contracts
 
 # Kernels for AMD GPUs, executed by an emulator, one process for each GPU.
 EMULATE ?= gfx942 gfx1100

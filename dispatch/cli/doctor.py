@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import stat
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from attn_dispatch.selection.registry import Candidate
 
 __all__ = ["diagnose", "doctor"]
+
+#: Integrations with a PLUGIN for an engine.
+ENGINES = ("vllm",)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -56,6 +60,7 @@ def diagnose() -> dict[str, Any]:
         "backends": backends,
         "gains": _gains(backends),
         "slow": _slow(profiles),
+        "engines": _engines(),
     }
 
 
@@ -251,6 +256,12 @@ def _gains(backends: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     todo = (f"what one of these needs: {'; '.join(todo)}",)
                 gains.setdefault(todo, {}).setdefault(backend["name"], []).append(device)
     return [{"do": list(todo), "gains": gained} for todo, gained in gains.items()]
+
+
+def _engines() -> list[dict[str, Any]]:
+    """Whether an engine is installed, whether it sees our plug-in, and what was tested with it."""
+    modules = (importlib.import_module(f"attn_dispatch.integrations.{each}") for each in ENGINES)
+    return [module.PLUGIN.status() for module in modules]
 
 
 def _slow(profiles: dict[str, DeviceProfile]) -> list[dict[str, str]]:

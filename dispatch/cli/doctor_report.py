@@ -27,6 +27,7 @@ def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
         ("Environment variables", _print_environment),
         ("Measured times", _print_tables),
         ("Backends", _print_backends),
+        ("Engines", _print_engines),
         ("What would help", _print_gains),
     ):
         console.print()
@@ -151,6 +152,21 @@ def _main_reasons(reasons: list[dict[str, str]]) -> list[str]:
     """The messages to show: missing libraries are irrelevant if the device is unsupported."""
     wrong_device = [reason for reason in reasons if reason["code"] == "device"]
     return [reason["message"] for reason in wrong_device or reasons]
+
+
+def _print_engines(console: Console, found: dict[str, Any]) -> None:
+    table = text_table("Engine", "Version", "Plug-in", narrow=2)
+    points = []
+    for each in found["engines"]:
+        visible = "visible" if each["visible"] else "not visible: install attn-dispatch again"
+        style = "dim" if each["version"] is None else "green" if each["visible"] else "red"
+        table.add_row(each["engine"], each["version"] or "not installed", visible, style=style)
+        tested = f"tested with {', '.join(each['tested'])}"
+        if each["version"] is not None:
+            tested = each["tested_here"] or f"this version was never tested; {tested}"
+        points.append((each["engine"], f"{each['flag']}; {tested}"))
+    console.print(table)
+    _print_points(console, points)
 
 
 def _print_gains(console: Console, found: dict[str, Any]) -> None:

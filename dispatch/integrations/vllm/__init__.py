@@ -1,0 +1,44 @@
+"""attn-dispatch as an attention backend of vLLM: `vllm serve MODEL --attention-backend ...`.
+
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Only
+that function and the module `backend`, which vLLM loads by name, import vLLM.
+"""
+
+from __future__ import annotations
+
+from attn_dispatch.integrations.engines import EnginePlugin
+
+__all__ = ["BACKEND_CLASS", "NAME", "PLUGIN", "register"]
+
+#: The name of the backend in vLLM, where it can add one.
+NAME = "ATTN_DISPATCH"
+
+BACKEND_CLASS = "attn_dispatch.integrations.vllm.backend.AttnDispatchBackend"
+
+_TESTED = (
+    "names and signatures in the released wheel; its attention layer and metadata on a CPU. Never "
+    "executed as an engine, nor on a GPU"
+)
+
+PLUGIN = EnginePlugin(
+    engine="vllm",
+    group="vllm.general_plugins",
+    flag=f"--attention-backend {NAME} (vLLM 0.24: CUSTOM)",
+    tested={"0.24.0": _TESTED, "0.33.0": _TESTED},
+)
+
+
+def register() -> None:
+    """Add the backend to vLLM: under its own name, or as CUSTOM in versions without added names.
+
+    It can be called any number of times.
+
+    Raises:
+        ImportError: vLLM is not installed, or has no registry of backends.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not hasattr(AttentionBackendEnum, "register"):
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND_CLASS)
+    elif NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND_CLASS)

@@ -1,0 +1,318 @@
+"""vLLM's classes, as thin adapters: the backend, the metadata of a step, and one layer's impl.
+
+vLLM imports this module by name, so that everything here may import vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import vllm.envs
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+from vllm.v1.attention import backend as theirs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.integrations.engines import EngineAttention, reasons_against
+from attn_dispatch.integrations.vllm import NAME
+from attn_dispatch.integrations.vllm.batches import batch_of
+from attn_dispatch.integrations.vllm.private import scales_of
+from attn_dispatch.integrations.vllm.requests import (
+    FP8_NAMES,
+    MAX_DECODE_QUERY_LEN,
+    kv_cache_dtype_of,
+    layer_arguments,
+    reasons_of_flags,
+    spec_of_flags,
+)
+from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
+from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm, kv_cache_from_vllm_0_24
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
+from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.runtime.context import ForwardContext
+
+__all__ = ["AttnDispatchBackend", "AttnDispatchBuilder", "AttnDispatchImpl", "AttnDispatchMetadata"]
+
+#: Kernel block sizes that are tried. A smaller one is possible, but no fast kernel reads it.
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+#: From how many keys on, and for how many requests, a shared prefix is read once.
+_MIN_PREFIX, _MIN_REQUESTS = 256, 8
+
+
+class AttnDispatchBackend(theirs.AttentionBackend):
+    """The backend that `--attention-backend` names. What it supports is what our backends do."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FP8_NAMES]
+
+    @staticmethod
+    def get_name() -> str:
+        """A member of vLLM's enum: CUSTOM in versions that have no added names."""
+        return NAME if NAME in AttentionBackendEnum.__members__ else "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttnDispatchImpl]:
+        """The class of a layer's impl."""
+        return AttnDispatchImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AttnDispatchBuilder]:
+        """The class that builds the metadata of a step."""
+        return AttnDispatchBuilder
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **asked: Any) -> list[str]:
+        """Why no backend computes such layers here; empty if one does.
+
+        vLLM gives everything by name. What this version of the plug-in does not know is rejected.
+        """
+        if args:
+            return ["validate_configuration takes its arguments by name"]
+        return reasons_of_flags(asked) or reasons_against(spec_of_flags(**asked))
+
+    @classmethod
+    def _accepts(cls, **asked: Any) -> bool:
+        return not cls.validate_configuration(**asked)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Whether a backend takes this head size."""
+        return cls._accepts(head_size=head_size)
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        """Whether a backend takes this dtype."""
+        return cls._accepts(dtype=dtype)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """Whether a backend takes such a cache."""
+        return cls._accepts(kv_cache_dtype=kv_cache_dtype)
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """Whether a backend takes blocks of this many tokens."""
+        return cls._accepts(block_size=block_size)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Whether a backend computes attention of this type."""
+        return cls._accepts(attn_type=attn_type)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Whether a backend has sinks."""
+        return cls._accepts(has_sink=True)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Whether a backend has sliding windows."""
+        return cls._accepts(has_sliding_window=True)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Whether a backend gives a request the same bits in any batch."""
+        return cls._accepts(use_batch_invariant=True)
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """False: plans are made of the lengths of queries on the host."""
+        return cls._accepts(use_adaptive_verification=True)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """The block sizes that a backend takes here."""
+        accepts = AttnDispatchBackend._accepts
+        sizes = [size for size in _BLOCK_SIZES if accepts(block_size=size)]
+        if sizes and accepts(block_size=3 * sizes[0]):
+            return [theirs.MultipleOf(sizes[0])]
+        return sizes
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        """The logical shape of a cache, for vLLM 0.24."""
+        return kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """The physical order of a cache in the layout that vLLM 0.24 has set."""
+        from vllm.v1.attention.backends.utils import get_kv_cache_layout
+
+        layout = get_kv_cache_layout()
+        if include_num_layers_dimension:  # of all layers in one allocation, blocks outermost
+            return {"NHD": (1, 0, 2, 3, 4, 5), "HND": (1, 4, 0, 2, 3, 5)}[layout]
+        return STRIDE_ORDERS[layout]
+
+
+@dataclass
+class AttnDispatchMetadata(theirs.AttentionMetadata):
+    """A step for the layers of one group; equal layers share what is planned in `context`."""
+
+    context: ForwardContext
+    num_actual_tokens: int
+    max_query_len: int
+
+
+class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
+    """Makes an AttentionBatch of vLLM's metadata. Each layer's backend plans when it first runs."""
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        found = vllm_config.compilation_config.static_forward_context
+        self._attentions = [found[name].impl.attention for name in layer_names]
+        size, size_v = kv_cache_spec.head_size, getattr(kv_cache_spec, "head_size_v", None)
+        if size_v not in (None, size):
+            raise UnsupportedError(
+                f"Layers {layer_names} have values of {size_v} elements and keys of {size}. vLLM "
+                "does not tell a plug-in's layers that: use another --attention-backend."
+            )
+        drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+        self._max_decode_query_len = min(1 + drafts, MAX_DECODE_QUERY_LEN)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """NEVER: vLLM captures the pieces between attention layers, which run eagerly."""
+        return theirs.AttentionCGSupport.NEVER
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> AttnDispatchMetadata:
+        """See AttentionMetadataBuilder.build of vLLM.
+
+        Raises:
+            UnsupportedError: the step needs what these layers were not made for.
+        """
+        batch = batch_of(
+            common_attn_metadata,
+            self._attentions[0].layer.spec,
+            block_size=self.kv_cache_spec.block_size,
+            max_decode_query_len=self._max_decode_query_len,
+            shared_prefix_len=common_prefix_len,
+        )
+        return AttnDispatchMetadata(ForwardContext(batch), batch.num_tokens, batch.max_query_len)
+
+    def use_cascade_attention(
+        self, common_prefix_len: int, query_lens: Sequence[int], **_: Any
+    ) -> bool:
+        """Whether the prefix that all requests share is read once, in vLLM 0.24."""
+        return (
+            common_prefix_len >= _MIN_PREFIX
+            and len(query_lens) >= _MIN_REQUESTS
+            and all(each.shares_prefix for each in self._attentions)
+        )
+
+
+class AttnDispatchImpl(theirs.AttentionImpl):
+    """One attention layer of a model.
+
+    Raises:
+        UnsupportedError: no backend computes the layer, with the reasons; or vLLM asks for what the
+            plug-in does not know.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = theirs.AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        unknown = [name for name, value in others.items() if value not in (None, False)]
+        if unknown or self.total_cp_world_size > 1:
+            what = ", ".join(unknown) or "context parallelism"
+            raise UnsupportedError(
+                f"vLLM asks for {what}, which attn-dispatch's plug-in does not have. Use another "
+                "--attention-backend."
+            )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        config = get_current_vllm_config()
+        self.attention = EngineAttention(
+            **layer_arguments(attn_type, sliding_window, config.speculative_config is not None),
+            num_heads=num_heads,
+            head_size=head_size,
+            scale=self.scale,
+            num_kv_heads=self.num_kv_heads,
+            alibi_slopes=alibi_slopes,
+            kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+            # vLLM 0.33 has no cascade attention: it looks no common prefix up.
+            try_shared_prefix=hasattr(theirs.AttentionMetadataBuilder, "use_cascade_attention"),
+            batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
+        )
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Whether the output can be fp8 by a static scale; no other quantization is fused."""
+        return bool(quant_key == kFp8StaticTensorSym) and self.attention.quantizes_output()
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: AttnDispatchMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See AttentionImpl.forward of vLLM. Without metadata, as in profiling, it writes zeros.
+
+        Raises:
+            InvalidInputError: an argument does not fit; nothing has been written then.
+        """
+        if output_block_scale is not None:
+            raise InvalidInputError(
+                "output_block_scale was given, and fused_output_quant_supported rejects outputs "
+                "with a scale for each block."
+            )
+        if attn_metadata is None:
+            return output.fill_(0)
+        attention = self.attention
+        if AttentionType(attention.layer.spec.attn_type).has_kv_cache:
+            attention.set_scales(*scales_of(layer))
+            if not attention.is_bound_to(kv_cache):
+                self._bind(layer.layer_name, kv_cache)
+        attention.forward(query, key, value, attn_metadata.context, output, output_scale)
+        return output
+
+    def _bind(self, name: str, kv_cache: torch.Tensor) -> None:
+        """Use vLLM's cache, as a view of its memory."""
+        convert = kv_cache_from_vllm_0_24 if kv_cache.dim() == 5 else kv_cache_from_vllm
+        spec, dtype = self.attention.layer.spec, None
+        if kv_cache.dtype == torch.uint8:
+            arch = detect_device(kv_cache.device).arch
+            dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
+        self.attention.bind(convert(kv_cache, self.head_size, dtype=dtype), kv_cache, name)
