@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ATTRIBUTES", "IMPORTED", "SIGNATURES", "VERSION", "Engine", "load_engine"]
+__all__ = ["ATTRIBUTES", "IMPORTED", "SIGNATURES", "TEXTS", "VERSION", "Engine", "load_engine"]
 
 #: The version whose names these are.
 VERSION = "0.5.23"
@@ -52,9 +52,9 @@ SIGNATURES = {
     ("sglang.srt.model_executor.forward_batch_info", "ForwardMode.is_idle"): (),
 }
 
-#: What is read: (module, class) -> attributes, with those of enums and what is reached through
-#: them. In the adapter's code the objects have the names in `VARIABLES`.
+#: What is read: (module, class) -> attributes, and members of enums.
 ATTRIBUTES = {
+    (IMPORTED["AttentionBackend"], "AttentionBackend"): ("forward_metadata", "needs_cpu_seq_lens"),
     ("sglang.srt.model_executor.model_runner", "ModelRunner"): (
         "attention_chunk_size",
         "dtype",
@@ -113,23 +113,36 @@ ATTRIBUTES = {
         "cross_attention_custom_mask",
         "extend_seq_lens_cpu",
         "forward_mode",
-        "mha_return_lse",
         "multi_item_delimiter_indices",
         "out_cache_loc",
         "req_pool_indices",
         "seq_lens_cpu",
         "spec_info",
     ),
+    # A base of ForwardBatch.
+    (
+        "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin",
+        "ForwardBatchDeepSeekMHAMixin",
+    ): ("mha_return_lse",),
 }
 
-#: Other names that the contract test looks for: (module, text).
-TEXTS = (
+#: Names that are attributes of no class: name -> (a module of SGLang's that uses it, how).
+TEXTS = {
     # The view that a decode graph is replayed with is no ForwardBatch.
-    ("sglang.srt.model_executor.runner.decode_cuda_graph_runner", "num_padding=bs - raw_bs"),
-    ("sglang.srt.plugins", 'GENERAL_PLUGINS_GROUP = "sglang.srt.plugins"'),
-    ("sglang.srt.runtime_context", "dcp_enabled"),
-    ("sglang.srt.runtime_context", "enable_prefill_cp"),
-)
+    "num_padding": (
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner",
+        "num_padding=bs - raw_bs",
+    ),
+    "dcp_enabled": ("sglang.srt.model_executor.model_runner", "get_parallel().dcp_enabled"),
+    "enable_prefill_cp": (
+        "sglang.srt.model_executor.model_runner_components.cuda_graph_setup",
+        "get_parallel().enable_prefill_cp",
+    ),
+    "sglang.srt.plugins": (
+        "sglang.srt.plugins",
+        'GENERAL_PLUGINS_GROUP = "sglang.srt.plugins"',
+    ),
+}
 
 
 @dataclass(frozen=True)
