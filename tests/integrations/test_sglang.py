@@ -12,7 +12,7 @@ import torch
 
 from attn_dispatch import attention_backend
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.sglang import BACKEND_NAME, make_backend, names, register
+from attn_dispatch.integrations.sglang import BACKEND_NAME, adapter, make_backend, names, register
 from support import fake_sglang
 from support.fake_sglang import AttentionType, Block, ForwardMode, MHATokenToKVPool, RadixAttention
 from support.graph_cases import BACKEND, interpreted_backend
@@ -299,6 +299,15 @@ def test_graphs_of_more_than_decodes_are_rejected():
     step = fake_sglang.make_step(runner, ForwardMode.DECODE, [0], [1], [1])
     with pytest.raises(InvalidInputError, match="init_cuda_graph_state"):
         backend.init_forward_metadata_out_graph(step, in_capture=True)
+
+
+def test_the_preparation_of_a_step_is_not_captured(monkeypatch):
+    """It reads host values. SGLang prepares steps without a graph after an exception."""
+    backend = make_backend(runner_of(Block(radix())))
+    step = fake_sglang.make_step(backend._runner, ForwardMode.DECODE, [0], [1], [1])
+    monkeypatch.setattr(adapter, "is_capturing", lambda: True)
+    with pytest.raises(UnsupportedError, match="SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
+        backend.init_forward_metadata_out_graph(padded(step, 4, 1))
 
 
 def test_layers_without_a_backend_for_graphs_are_rejected_before_a_capture():

@@ -17,6 +17,7 @@ from attn_dispatch.integrations.sglang.names import Engine
 from attn_dispatch.integrations.sglang.steps import batch_of_step, check_step
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_view import KVCacheView
+from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.runtime.context import ForwardContext, forward_context
 from attn_dispatch.runtime.graph_state import ModelGraphState, graph_state
 from attn_dispatch.runtime.graph_step import GraphStep
@@ -212,13 +213,19 @@ class SGLangAdapter:
         """Prepare the capture of a decode graph, or copy a step to where its graph reads it.
 
         Raises:
-            UnsupportedError: the graph is not of a decode; or see `check_step`.
+            UnsupportedError: the graph is not of a decode, or this call is itself captured; or see
+                `check_step`.
         """
         if not forward_batch.forward_mode.is_decode():
             raise UnsupportedError(
                 "attn-dispatch captures decodes, and this graph is for steps of the kind "
                 f"{forward_batch.forward_mode.name}. Use --cuda-graph-backend-prefill=breakable or "
                 "disabled."
+            )
+        if is_capturing():  # SGLang then prepares steps without a graph
+            raise UnsupportedError(
+                "attn-dispatch prepares steps on the host, which a graph would replay with the "
+                "values of its capture. Set SGLANG_ENABLE_METADATA_GLUE_GRAPH=0."
             )
         if self._state is None:
             raise InvalidInputError("init_cuda_graph_state was not called before a capture.")
