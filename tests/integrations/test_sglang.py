@@ -329,12 +329,34 @@ def test_layers_without_a_backend_for_graphs_are_rejected_before_a_capture():
         ({"kv_index_translator": SimpleNamespace(is_translating=True)}, "unified memory"),
         ({"token_to_kv_pool": object()}, "the KV cache is a object"),
         ({"kv_cache_dtype": torch.int8}, "int8"),
+        ({"prefill_aware_swa": True}, "depend on the length of the prompt"),
     ],
 )
 def test_servers_that_are_not_served_are_rejected(more, reason):
     runner = runner_of(Block(radix()))
     vars(runner).update(more)
     with pytest.raises(UnsupportedError, match=reason):
+        make_backend(runner)
+
+
+def test_models_that_give_masks_to_other_backends_are_rejected():
+    """SGLang's Gemma 3 with images asks which backend there is, and is causal with others."""
+    runner = runner_of(Block(radix()))
+    runner.model.prepare_attn_masks = lambda *_: None
+    with pytest.raises(UnsupportedError, match="see each other both ways"):
+        make_backend(runner)
+
+
+def test_pools_that_hand_over_copies_are_rejected(monkeypatch):
+    monkeypatch.setattr(MHATokenToKVPool, "is_quantized_kv_cache", True)
+    with pytest.raises(UnsupportedError, match="quantized in blocks"):
+        make_backend(runner_of(Block(radix())))
+
+
+def test_two_pools_of_another_class_are_rejected():
+    runner = runner_with_two_pools(1)
+    runner.token_to_kv_pool.swa_kv_pool = type("MLATokenToKVPool", (), {})()
+    with pytest.raises(UnsupportedError, match="the KV cache is a MLATokenToKVPool"):
         make_backend(runner)
 
 

@@ -92,6 +92,8 @@ class Block(nn.Module):
 class MHATokenToKVPool:
     """Keys and values of each layer: halves of one allocation if their shapes are the same."""
 
+    is_quantized_kv_cache = False
+
     def __init__(self, size, page_size, num_layers, heads, dim, dim_v, dtype, hnd=False):
         self.page_size, self.dtype, self.buffers = page_size, dtype, []
         rows = size + page_size
@@ -171,6 +173,7 @@ def make_runner(blocks, pool, page_size, *, dtype=torch.float32, kv_dtype=None, 
             "spec_algorithm": SimpleNamespace(is_none=lambda: True),
             "kv_index_translator": SimpleNamespace(is_translating=False),
             "attention_chunk_size": None,
+            "prefill_aware_swa": False,
         }
         | more
     )

@@ -16,8 +16,8 @@ from attn_dispatch.runtime.layer import Attention
 
 __all__ = ["attention_of", "cache_of", "check_runner", "radix_layers"]
 
-#: The pools of keys and values whose slots this plug-in reads, by class name.
-POOLS = ("MHATokenToKVPool", "SWAKVPool")
+#: The pool of keys and values whose slots this plug-in reads, and the one that has two of them.
+PLAIN_POOL, POOL_OF_TWO = "MHATokenToKVPool", "SWAKVPool"
 
 #: Where models keep the sinks of their layers: an attribute of the module that has the layer.
 SINKS = ("sinks", "attention_sink_bias")
@@ -42,7 +42,7 @@ def check_runner(runner: Any, engine: Engine) -> None:
     Raises:
         UnsupportedError: with every reason.
     """
-    pool, parallel = type(runner.token_to_kv_pool).__name__, engine.get_parallel()
+    parallel = engine.get_parallel()
     reasons = [
         reason
         for is_so, reason in (
@@ -56,18 +56,27 @@ def check_runner(runner: Any, engine: Engine) -> None:
                 "speculative decoding is on, whose tree masks and draft steps are not read",
             ),
             (
-                pool not in POOLS,
-                f"the KV cache is a {pool}; the plug-in reads {' and '.join(POOLS)}",
-            ),
-            (
                 runner.kv_index_translator.is_translating,
                 "the server has a unified memory pool, whose slots are virtual",
             ),
+            (
+                hasattr(runner.model, "prepare_attn_masks"),
+                "tokens of an image see each other both ways in the model, which gives its masks "
+                "to some backends of SGLang only",
+            ),
+            (runner.prefill_aware_swa, "windows of the model depend on the length of the prompt"),
             (parallel.dcp_enabled, "decode context parallelism is on"),
             (parallel.enable_prefill_cp, "prefill context parallelism is on"),
         )
         if is_so
     ]
+    pool = runner.token_to_kv_pool
+    is_pair = type(pool).__name__ == POOL_OF_TWO
+    for each in (pool.full_kv_pool, pool.swa_kv_pool) if is_pair else (pool,):
+        if (kind := type(each).__name__) != PLAIN_POOL:
+            reasons.append(f"the KV cache is a {kind}; the plug-in reads {PLAIN_POOL}")
+        elif each.is_quantized_kv_cache:  # what it hands over is a copy
+            reasons.append("the KV cache is quantized in blocks")
     if runner.kv_cache_dtype not in (runner.dtype, *CACHE_DTYPES):
         reasons.append(f"the KV cache has elements of {runner.kv_cache_dtype}")
     if reasons:
