@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import enum
 import functools
+import logging
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +26,9 @@ from support.sglang_cases import Conversation
 
 pytestmark = pytest.mark.contracts
 
-#: One file of the released package, which pip finds by its version.
+#: One file of the released package, whichever Python runs the test. It is kept in pytest's cache.
 WHEEL = f"sglang=={names.VERSION}"
+BUILD = ("--python-version", "3.11", "--platform", "manylinux_2_34_x86_64")
 
 
 class Package:
@@ -68,8 +71,9 @@ def sglang(pytestconfig):
     folder = pytestconfig.cache.mkdir("engine_wheels")
     pattern = f"sglang-{names.VERSION}-*.whl"
     if not list(folder.glob(pattern)):
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*pip, "--dest", str(folder), WHEEL], check=True, timeout=600)
+        options = ["-q", "--no-deps", "--only-binary=:all:", *BUILD, "--dest", str(folder)]
+        pip = [sys.executable, "-m", "pip", "download"]
+        subprocess.run([*pip, *options, WHEEL], check=True, timeout=600)
     (wheel,) = folder.glob(pattern)
     with zipfile.ZipFile(wheel) as archive:
         yield Package(archive)
@@ -258,6 +262,21 @@ def test_steps_of_sglangs_own_layer(sglang, monkeypatch, page_size):
     talk = Conversation(Through, runner, modes=own.ForwardMode)
     semantics = [{"causal": True}, {"causal": True, "window": 6, "cap": 3.0}]
     assert max(talk.run(semantics)) < 2e-6
+
+
+def test_the_plug_in_is_found_and_loaded(sglang):
+    """By SGLang's own loader, also where SGLANG_PLUGINS names it."""
+    group = "sglang.srt.plugins"
+    entry = EntryPoint(BACKEND_NAME, "attn_dispatch.integrations.sglang:register", group)
+    chosen = {"": True, BACKEND_NAME: True, "another": False}
+    for value, is_loaded in chosen.items():
+        envs = SimpleNamespace(SGLANG_PLUGINS=SimpleNamespace(get=lambda value=value: value))
+        given = {"envs": envs, "logger": logging.getLogger("sglang")}
+        own = sglang.run(
+            group, "load_plugins_by_group", entry_points=lambda group: [entry], **given
+        )
+        found = own.load_plugins_by_group(group)
+        assert [function for function, _ in found.values()] == [register] * is_loaded
 
 
 def test_the_option_becomes_a_choice(sglang, monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from attn_dispatch.integrations.sglang import BACKEND_NAME, adapter, make_backen
 from support import fake_sglang
 from support.fake_sglang import AttentionType, Block, ForwardMode, MHATokenToKVPool, RadixAttention
 from support.graph_cases import BACKEND, interpreted_backend
+from support.paths import ROOT
 from support.sglang_cases import ROWS, STEPS, Conversation
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -54,7 +57,7 @@ LAYERS = {
 @pytest.mark.parametrize("hnd", [False, True], ids=["NHD", "HND"])
 def test_steps_have_the_numbers_of_the_definition(page_size, hnd):
     blocks = [Block(radix(i, **given)) for i, (given, _) in enumerate(LAYERS.values())]
-    blocks.append(Block(radix(len(blocks)), sinks=SINKS))
+    blocks.append(Block(radix(len(blocks)), sinks=SINKS.bfloat16()))
     runner = runner_of(*blocks, page_size=page_size, hnd=hnd, attention_chunk_size=8)
     semantics = [{"causal": True, **means} for _, means in LAYERS.values()]
     semantics.append({"causal": True, "sinks": SINKS.tolist()})
@@ -226,6 +229,7 @@ def test_an_idle_step_needs_no_layer():
 
 
 @pytest.mark.parametrize(("pools", "page_size"), [(1, 1), (2, 16)])
+@torch.inference_mode()
 def test_a_decode_graph_reads_the_steps_that_are_copied_to_it(pools, page_size):
     runner = runner_with_two_pools(page_size)
     if pools == 1:
@@ -493,6 +497,14 @@ def test_registering_makes_the_option_once(engine):
     register()
     assert engine.ATTENTION_BACKEND_CHOICES == ["triton", "fa3", BACKEND_NAME]
     assert engine.registered == {BACKEND_NAME: make_backend}
+
+
+def test_the_entry_point_is_the_function():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split('[project.entry-points."sglang.srt.plugins"]')[1].split("[")[0]
+    (entry,) = re.findall(r'^(\w+) = "(\S+)"$', section, re.MULTILINE)
+    assert entry[0] == BACKEND_NAME
+    assert EntryPoint(*entry, "sglang.srt.plugins").load() is register
 
 
 def test_overrides_of_this_library_choose_the_backends(monkeypatch):

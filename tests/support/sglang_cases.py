@@ -80,8 +80,9 @@ class Conversation:
             start = end
         return torch.cat(results)
 
+    @torch.inference_mode()
     def run(self, semantics, stored=lambda x: x, kwargs=None):
-        """Run all steps eagerly; the largest error of each step and layer."""
+        """Run all steps eagerly, as SGLang does; the largest error of each step and layer."""
         errors = []
         for mode, query_lens in STEPS:
             batch, chosen, tensors = self.step(mode, query_lens)
