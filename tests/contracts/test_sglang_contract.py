@@ -7,6 +7,7 @@ classes that need only torch are executed from there, to run steps through the p
 from __future__ import annotations
 
 import ast
+import contextlib
 import enum
 import functools
 import logging
@@ -193,8 +194,11 @@ def test_the_stand_in_pool_has_the_shapes_of_the_pool(sglang, hnd):
     assert tuple(tuple(each.shape) for each in pair) == shapes
 
 
-def engine_classes(sglang):
-    """SGLang's own AttentionBackend, RadixAttention and ForwardMode."""
+def engine_classes(sglang, in_prefill_graph=False):
+    """SGLang's own AttentionBackend, RadixAttention and ForwardMode.
+
+    With in_prefill_graph, the layer acts as between the parts of a breakable graph of a prefill.
+    """
     modes = "sglang.srt.model_executor.forward_batch_info"
     mode = sglang.run(modes, "ForwardMode", IntEnum=enum.IntEnum, auto=enum.auto).ForwardMode
     base = sglang.run(
@@ -206,33 +210,46 @@ def engine_classes(sglang):
         debug_kernel_api=lambda function: function,
     )
     types = sglang.run("sglang.srt.layers.radix_attention", "AttentionType", Enum=enum.Enum)
-    # What the layer asks about graphs of prefills is answered with no.
-    backend: dict[str, Any] = {}
-    off = dict.fromkeys(
-        ("is_in_breakable_cuda_graph", "is_in_full_prefill_graph", "is_in_prefill_graph_scope"),
-        lambda: False,
+    used: dict[str, Any] = {}
+    slicing = sglang.run(
+        "sglang.srt.layers.attention.graph_utils",
+        "_zero_padded_tokens",
+        "allocate_attention_outputs",
+        "attention_input_scope",
+        contextmanager=contextlib.contextmanager,
     )
+    graphs = {
+        "is_in_breakable_cuda_graph": lambda: in_prefill_graph,
+        "is_in_full_prefill_graph": lambda: False,
+        "is_in_prefill_graph_scope": lambda: in_prefill_graph,
+        "get_forward_batch": lambda: used["batch"],
+        "get_prefill_raw_num_tokens": lambda: used["batch"].global_num_token_non_padded_cpu,
+        "attention_query_tokens": lambda forward_batch, tokens: tokens,
+        "attention_output_tokens": lambda forward_batch, tokens: tokens,
+        **vars(slicing),
+    }
     radix = sglang.run(
         names.IMPORTED["RadixAttention"],
         "RadixAttention",
         AttentionType=types.AttentionType,
         eager_on_graph=lambda function: function,
         padded_extend_real_tokens=lambda q, forward_batch: None,
-        get_attn_backend=lambda: backend["made"],
-        **off,
+        get_attn_backend=lambda: used["backend"],
+        **graphs,
     )
     return SimpleNamespace(
         AttentionBackend=base.AttentionBackend,
         RadixAttention=radix.RadixAttention,
         ForwardMode=mode,
-        use=lambda made: backend.update(made=made),
+        use=used.update,
     )
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_steps_of_sglangs_own_layer(sglang, monkeypatch, page_size):
+@pytest.mark.parametrize("in_prefill_graph", [False, True], ids=["eager", "breakable"])
+def test_steps_of_sglangs_own_layer(sglang, monkeypatch, page_size, in_prefill_graph):
     """SGLang's layer calls SGLang's base class, which calls the plug-in."""
-    own = engine_classes(sglang)
+    own = engine_classes(sglang, in_prefill_graph)
     fake_sglang.install(
         monkeypatch,
         AttentionBackend=own.AttentionBackend,
@@ -248,7 +265,7 @@ def test_steps_of_sglangs_own_layer(sglang, monkeypatch, page_size):
     runner = fake_sglang.make_runner(blocks, pool, page_size)
     backend = make_backend(runner)
     assert isinstance(backend, own.AttentionBackend)
-    own.use(backend)
+    own.use(backend=backend)
 
     class Through:
         """The layer's forward in the place of the backend's."""
@@ -257,7 +274,16 @@ def test_steps_of_sglangs_own_layer(sglang, monkeypatch, page_size):
 
         @staticmethod
         def forward(q, k, v, layer, forward_batch):
-            return layer(q, k, v, forward_batch)
+            if not in_prefill_graph or forward_batch.forward_mode.is_decode():
+                return layer(q, k, v, forward_batch)
+            rows, padding = len(q), 5  # to the size of a graph
+            forward_batch.global_num_token_non_padded_cpu = rows
+            forward_batch.positions = forward_batch._attn_output = None
+            own.use(batch=forward_batch)
+            padded = [torch.cat([t, t.new_ones(padding, *t.shape[1:])]) for t in (q, k, v)]
+            result = layer(*padded, forward_batch)
+            assert not result[rows:].any()
+            return result[:rows]
 
     talk = Conversation(Through, runner, modes=own.ForwardMode)
     semantics = [{"causal": True}, {"causal": True, "window": 6, "cap": 3.0}]
