@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["diagnose", "doctor"]
 
 #: Integrations with a PLUGIN for an engine.
-ENGINES = ("vllm",)
+ENGINES = ("vllm", "sglang")
 
 
 def doctor(as_json: AsJson = False) -> None:
