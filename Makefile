@@ -31,9 +31,10 @@ $(VENV)/models: $(VENV)/ready
 demo: $(VENV)/models
 	$(BIN)/attn-dispatch demo $(DEMO_ARGS)
 
-# What trained models answer, against transformers' eager attention; and models in two processes.
+# Trained models and many architectures against transformers' eager attention; models in two
+# processes; a sample of transformers' configs.
 models: $(VENV)/models
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m models tests/serving tests/integrations
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m models tests/serving tests/integrations tests/models
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

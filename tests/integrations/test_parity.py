@@ -56,6 +56,7 @@ def generate(model, tokens, mask, **options):
     )
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_decoders_with_left_padding(model_type):
     tokens, mask = left_padded_prompts()
@@ -150,6 +151,7 @@ def _whisper(model):
 RUNS = {"bert": _bert, "modernbert": _bert, "vit": _vit, "bart": _bart, "whisper": _whisper}
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_encoders_and_models_with_an_encoder(model_type):
     model = build(model_type)

@@ -35,6 +35,7 @@ def test_the_page_lists_exactly_the_model_types_of_transformers():
     assert set(rows()) == set(transformers.CONFIG_MAPPING)
 
 
+@pytest.mark.models
 def test_a_sample_of_default_configs_is_described_or_rejected_with_a_reason():
     spec = importlib.util.spec_from_file_location(
         "generate_models", ROOT / "docs" / "generate_models.py"

@@ -34,6 +34,7 @@ def serve(model_type, limits=SMALL):
     return engine
 
 
+@pytest.mark.models
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_each_token_is_that_of_eager_attention(model_type):
     engine = serve(model_type)
@@ -58,6 +59,12 @@ def test_a_state_that_the_engine_does_not_see_is_found(monkeypatch):
     )
     with pytest.raises(UnsupportedError, match="other results if a prompt is computed in parts"):
         PagedModel(build("qwen3_next"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "deepseek_v2"])
+def test_a_model_of_each_kind_predicts_the_tokens_of_eager_attention(model_type):
+    engine = serve(model_type)
+    assert check_answers(engine.model, engine.finished).different == 0
 
 
 @pytest.mark.parametrize("field", ["sliding_window", "logits_soft_cap", "sinks", "scale"])

@@ -97,6 +97,7 @@ def test_a_signal_interrupts_the_program(folder):
     """Ctrl-C in a terminal: the answers so far, no traceback, and exit code 130."""
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it\n"
         "from attn_dispatch.serving import Engine\n"
         "from attn_dispatch.cli import main\n"
         "step = Engine.step\n"
