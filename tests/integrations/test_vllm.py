@@ -57,27 +57,12 @@ def test_an_encoder_sees_both_ways(engine, window):
     vllm_cases.check_encoder_only(engine, window)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        vllm_cases.check_bounds,
-        vllm_cases.check_cascade,
-        vllm_cases.check_kv_sharing,
-        vllm_cases.check_fp8_cache,
-        vllm_cases.check_fp8_output,
-        vllm_cases.check_profiling,
-        vllm_cases.check_validation,
-        vllm_cases.check_rejected_steps,
-    ],
-)
+@pytest.mark.parametrize("check", vllm_cases.CHECKS)
 def test_the_plugin(engine, check):
     check(engine)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [vllm_cases.check_start_up_errors, vllm_cases.check_overrides, vllm_cases.check_registration],
-)
+@pytest.mark.parametrize("check", vllm_cases.ENVIRONMENT_CHECKS)
 def test_the_plugin_in_an_environment(engine, check, monkeypatch):
     check(engine, monkeypatch)
 

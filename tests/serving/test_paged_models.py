@@ -129,14 +129,12 @@ def test_code_that_counts_the_tokens_of_a_step_is_found(floor_scale, longest):
 def test_a_model_that_ignores_positions_is_rejected(monkeypatch):
     model = build("llama")
     rotary = model.model.rotary_emb.forward
-    cache = "attn_dispatch.integrations.transformers.calls.NoKeysCache"
 
     def counting(x, position_ids):
         return rotary(x, position_ids + model.past())
 
     model.past = lambda: 0
     monkeypatch.setattr(model.model.rotary_emb, "forward", counting)
-    monkeypatch.setattr(f"{cache}.get_mask_sizes", lambda self, length, layer_idx=0: (length, 0))
     original = PagedModel._forward
 
     def forward(self, *inputs):

@@ -434,3 +434,19 @@ def check_registration(engine, monkeypatch):
     module, _, cls = plugin.BACKEND_CLASS.rpartition(".")
     assert (module, cls) == (engine.ours.__name__, "AttnDispatchBackend")
     assert engine.path_of(name) == plugin.BACKEND_CLASS
+
+
+#: Checks that take an engine.
+CHECKS = (
+    check_bounds,
+    check_cascade,
+    check_kv_sharing,
+    check_fp8_cache,
+    check_fp8_output,
+    check_profiling,
+    check_validation,
+    check_rejected_steps,
+)
+
+#: Checks that take an engine and a monkeypatch.
+ENVIRONMENT_CHECKS = (check_start_up_errors, check_overrides, check_registration)
