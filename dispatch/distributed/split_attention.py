@@ -8,6 +8,7 @@ their end; the other ranks get NaN or raise, see `merge_over_ranks`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -128,15 +129,18 @@ class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
             if len(chosen) < batch.num_reqs:
                 rows = BatchPart(*select(batch, chosen))
                 rows.batch.trust()  # the whole batch was checked
-            metadata.parts.append(SplitPart(kind, rows, self._plan(kind, rows.batch)))
+            if kind is Part.GATHERED:
+                assert self._prefill is not None
+                planned = self._prefill.plan(rows.batch)
+            else:
+                own = local if rows.batch is batch else rows.batch.shard(ranks.rank, ranks.size)
+                planned = self._plan(kind, own)
+            metadata.parts.append(SplitPart(kind, rows, planned))
         return metadata
 
-    def _plan(self, kind: Part, batch: AttentionBatch) -> Any:
-        ranks = self._split.ranks
-        if kind is Part.GATHERED:
-            assert self._prefill is not None
-            return self._prefill.plan(batch)
-        local = batch.shard(ranks.rank, ranks.size, positions=kind is Part.POSITIONS)
+    def _plan(self, kind: Part, local: AttentionBatch) -> Any:
+        if kind is Part.PLAIN:
+            local = dataclasses.replace(local, key_positions=None)
         try:
             return self._bindings[kind].builder.build(local)
         except (InvalidInputError, UnsupportedError):  # the same on every rank
@@ -278,7 +282,9 @@ class SplitImpl:
             # Requests may share a prefix, so write all new keys before any part is read.
             attempts.run(lambda: self._write(*given, attn_metadata.local), None)
         if len(parts) == 1:
-            values, lse = self._compute(parts[0], given, output.shape[2], attempts)
+            is_plain = output_scale is None and output_block_scale is None
+            into = output if is_plain else None
+            values, lse = self._compute(parts[0], given, output.shape[2], attempts, into)
         else:
             values = output.new_zeros(output.shape, dtype=query.dtype)
             lse = query.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
@@ -286,7 +292,8 @@ class SplitImpl:
                 tokens = part.rows.tokens
                 values[tokens], lse[tokens] = self._compute(part, given, output.shape[2], attempts)
         attempts.finish(self._ranks.rank)
-        store_output(values, output, output_scale, output_block_scale)
+        if values is not output:
+            store_output(values, output, output_scale, output_block_scale)
         return (output, lse) if self._spec.returns_lse else output
 
     def _write(
@@ -314,8 +321,12 @@ class SplitImpl:
         given: tuple[Any, torch.Tensor, Any, Any, Any],
         size: int,
         attempts: _Attempts,
+        into: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output and LSE of a part's rows, for the heads of a call."""
+        """The output and LSE of a part's rows, for the heads of a call.
+
+        A merged output is written to `into`, if it is given.
+        """
         layer, query, key, value, kv_cache = given
         tokens, keys = part.rows.tokens, part.rows.keys
         query = query[tokens]
@@ -327,27 +338,30 @@ class SplitImpl:
         if self._is_sharded:
             query = self._ranks.gather_heads(query)
         out = query.new_empty((*query.shape[:2], size))
-        lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
         impl, metadata = self._impls[part.kind], part.planned
-        out, lse = attempts.run(
-            lambda: impl.forward(layer, query, *new, kv_cache, metadata, out),  # type: ignore[arg-type,return-value]
-            (out, lse),
+        found: Any = attempts.run(
+            lambda: impl.forward(layer, query, *new, kv_cache, metadata, out), None
         )
+        if found is None:  # this rank failed; what it sends is marked so
+            found = out, query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
         sinks = self._own_sinks(query.device)
         heads = "scatter" if self._is_sharded else "replicate"
-        own = out.chunk(self._ranks.size if self._is_sharded else 1, dim=1)[0]
-        return attempts.always(
+        merged: Any = attempts.always(
             lambda: merge_over_ranks(
                 self._ranks,
-                out,
-                lse,
+                *found,
                 sinks,
                 heads,
                 self._split.combine,
                 failed=attempts.error is not None,
+                into=into,
             ),
-            (own, lse[:, : own.shape[1]]),
+            None,
         )
+        if merged is None:  # what is raised afterwards
+            merged = (each.chunk(self._split.size, dim=1)[0] if self._is_sharded else each
+                      for each in found)  # fmt: skip
+        return tuple(merged)  # type: ignore[return-value]
 
     def _own_sinks(self, device: torch.device) -> torch.Tensor | None:
         if self._sinks is None:

@@ -27,7 +27,7 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
-from attn_dispatch.runtime.functional import merge_states
+from attn_dispatch.runtime.functional import merge_parts
 from attn_dispatch.runtime.recovery import AttemptFailed
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.resolve import SelectionContext
@@ -237,8 +237,9 @@ class _CascadeImpl:
         given = (layer, query, key, value, kv_cache)
         whole = attn_metadata.whole
         if whole is None:
+            into = output if scales == (None, None) else None
             try:
-                merged, lse = self._in_parts(*given, attn_metadata, output.shape[2])
+                merged, lse = self._in_parts(*given, attn_metadata, output.shape[2], into)
             except (InvalidInputError, UnsupportedError):
                 raise
             except Exception as error:
@@ -247,7 +248,8 @@ class _CascadeImpl:
                 builder.fail(error)
                 whole = builder.build_whole(attn_metadata.batch)
             else:
-                store_output(merged, output, *scales)
+                if merged is not output:
+                    store_output(merged, output, *scales)
                 return (output, lse) if self._returns_lse else output
         result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
         result = self._whole.forward(*given, whole, output, *scales)
@@ -262,6 +264,7 @@ class _CascadeImpl:
         kv_cache: KVCache | None,
         metadata: CascadeMetadata,
         size: int,
+        into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []
         for impl, own, new in (
@@ -272,4 +275,4 @@ class _CascadeImpl:
             parts.append(impl.forward(layer, query, *new, kv_cache, own, out))
         outs, lses = zip(*parts, strict=True)
         sinks = None if self._sinks is None else self._sinks.to(query.device, non_blocking=True)
-        return merge_states(list(outs), list(lses), sinks)
+        return merge_parts(outs, lses, sinks, into)

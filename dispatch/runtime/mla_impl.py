@@ -32,7 +32,7 @@ from attn_dispatch.interface.quantization import (
     store_output,
 )
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
-from attn_dispatch.runtime.functional import merge_states
+from attn_dispatch.runtime.functional import merge_into
 from attn_dispatch.runtime.guard import FinalFailure
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.mla_plan import (
@@ -179,9 +179,7 @@ class ExpandedPrefill:
         for ranges in plan.earlier:
             rows = ranges.rows
             part, part_lse = self._part(self.earlier, query[rows], kv_cache, scale, ranges)
-            merged[rows], lse[rows] = merge_states(
-                [merged[rows], part.to(merged.dtype)], [lse[rows], part_lse]
-            )
+            merge_into(merged[rows], lse[rows], part, part_lse)
         return merged, lse
 
     def _part(
