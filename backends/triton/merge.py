@@ -67,7 +67,8 @@ class MergeKernels:
             The merged LSE, (tokens, heads) float32, without the sinks; None if the kernel failed
             before anything was written.
         """
-        return self._run(self._merge, *first, *rest, sinks, out)
+        lse: torch.Tensor | None = self._run(self._merge, *first, *rest, sinks, out)
+        return lse
 
     def pack(
         self,

@@ -160,7 +160,8 @@ def _in_one_message(
     received = ranks.all_gather(message[0]) if pieces == 1 else ranks.all_to_all(message)
     if not failed and is_readable(received):
         _check_flags(ranks, received[:, 0] != 0)
-    return merge_parts(*parts_of(received), sinks, into)
+    outs, lses = parts_of(received)
+    return merge_parts((outs[0], lses[0]), (outs[1:], lses[1:]), sinks, into)
 
 
 def _aligned(size: int) -> int:

@@ -344,24 +344,21 @@ class SplitImpl:
         )
         if found is None:  # this rank failed; what it sends is marked so
             found = out, query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
-        sinks = self._own_sinks(query.device)
-        heads = "scatter" if self._is_sharded else "replicate"
-        merged: Any = attempts.always(
-            lambda: merge_over_ranks(
-                self._ranks,
-                *found,
-                sinks,
-                heads,
-                self._split.combine,
-                failed=attempts.error is not None,
-                into=into,
-            ),
-            None,
-        )
+        failed = attempts.error is not None
+        merged = attempts.always(lambda: self._merge(found[0], found[1], failed, into), None)
         if merged is None:  # what is raised afterwards
-            merged = (each.chunk(self._split.size, dim=1)[0] if self._is_sharded else each
-                      for each in found)  # fmt: skip
-        return tuple(merged)  # type: ignore[return-value]
+            pieces = self._ranks.size if self._is_sharded else 1
+            return found[0].chunk(pieces, dim=1)[0], found[1].chunk(pieces, dim=1)[0]
+        return merged
+
+    def _merge(
+        self, out: torch.Tensor, lse: torch.Tensor, failed: bool, into: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        heads = "scatter" if self._is_sharded else "replicate"
+        sinks, combine = self._own_sinks(out.device), self._split.combine
+        return merge_over_ranks(
+            self._ranks, out, lse, sinks, heads, combine, failed=failed, into=into
+        )
 
     def _own_sinks(self, device: torch.device) -> torch.Tensor | None:
         if self._sinks is None:
@@ -382,6 +379,11 @@ class SplitImpl:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         prefill = self._prefill
         assert prefill is not None
+        if key is None or value is None:  # the same on every rank
+            raise InvalidInputError(
+                "key is None, and the batch has new tokens of a prompt with slots for their keys. "
+                "Give key and value, or make the layer with ContextParallel(..., prefill='merge')."
+            )
         if not self._is_sharded:
             query = query.chunk(self._ranks.size, dim=1)[self._ranks.rank]
         sent = prefill.empty(plan, query)

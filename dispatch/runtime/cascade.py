@@ -32,7 +32,13 @@ from attn_dispatch.runtime.recovery import AttemptFailed
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.resolve import SelectionContext
 
-__all__ = ["bind_cascade", "check_cascade"]
+__all__ = ["bind_cascade", "check_cascade", "pieces_of"]
+
+#: Of a prefix: the fewest keys of a piece, and the most pieces.
+_PIECE, _MAX_PIECES = 1024, 16
+
+#: Programs for each processor that are aimed at; query rows of a program.
+_WAVES, _ROWS = 2, 128
 
 #: Fields under which a query does not see the whole prefix, or which add positions to the scores.
 _NOT_SHARED = (
@@ -129,10 +135,11 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
         """See AttentionMetadataBuilder.build."""
         if not self.has_failed and _is_shared(batch):
             batch.check()
+            pieces = pieces_of(batch, self.spec.num_heads, self._whole.profile.num_sms or 1)
             try:
                 prefix, suffix = (
                     part.builder.build(own)
-                    for part, own in zip(self._parts, _parts_of(batch), strict=True)
+                    for part, own in zip(self._parts, _parts_of(batch, pieces), strict=True)
                 )
                 return _metadata_of(batch, self, None, prefix, suffix)
             except (InvalidInputError, UnsupportedError):
@@ -177,16 +184,31 @@ def _is_shared(batch: AttentionBatch) -> bool:
     return batch.num_reqs > 1 and batch.lengths == "exact" and length > batch.num_tokens
 
 
-def _parts_of(batch: AttentionBatch) -> tuple[AttentionBatch, AttentionBatch]:
-    """All queries over the prefix, and each request's over the keys after it."""
+def pieces_of(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:
+    """In how many pieces the prefix is read.
+
+    A kernel of prefills has a program for each head and some rows. If that leaves processors idle,
+    each piece is a request of its own, with all queries, and the pieces are merged like other parts
+    (as the splits of Flash-Decoding).
+    """
+    programs = num_heads * -(-batch.num_tokens // _ROWS)
+    most = min(_MAX_PIECES, batch.shared_prefix_len // _PIECE)
+    return max(1, min(most, -(-_WAVES * num_sms // programs)))
+
+
+def _parts_of(batch: AttentionBatch, pieces: int) -> tuple[AttentionBatch, AttentionBatch]:
+    """All queries over each piece of the prefix, and each request's over the keys after it."""
     length, table, block_size = batch.shared_prefix_len, batch.block_table, batch.block_size
     assert table is not None
     assert block_size is not None
     columns = length // block_size
+    own = -(-columns // pieces)  # blocks of a piece
+    lens = [min(own, columns - first) * block_size for first in range(0, columns, own)]
+    tables = torch.nn.functional.pad(table[0, :columns], (0, own * len(lens) - columns))
     prefix = AttentionBatch.create(
-        [batch.num_tokens],
-        [length],
-        block_table=table[:1, :columns],
+        [batch.num_tokens] * len(lens),
+        lens,
+        block_table=tables.view(len(lens), own),
         device=batch.seq_lens.device,
     )
     suffix = dataclasses.replace(
@@ -266,13 +288,23 @@ class _CascadeImpl:
         size: int,
         into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = []
-        for impl, own, new in (
-            (self._suffix, metadata.suffix, (key, value)),  # it writes the new keys
-            (self._prefix, metadata.prefix, (None, None)),
-        ):
-            out = query.new_empty((*query.shape[:2], size))
-            parts.append(impl.forward(layer, query, *new, kv_cache, own, out))
-        outs, lses = zip(*parts, strict=True)
+        suffix_out, tokens = query.new_empty((*query.shape[:2], size)), metadata.batch.num_tokens
+        suffix: Any = self._suffix.forward(  # it writes the new keys
+            layer, query, key, value, kv_cache, metadata.suffix, suffix_out
+        )
+        # Each piece of the prefix has all queries; padding belongs to none.
+        pieces = metadata.prefix.batch.num_reqs
+        queries = query[:tokens] if pieces == 1 else query[:tokens].repeat(pieces, 1, 1)
+        out = query.new_empty((*queries.shape[:2], size))
+        prefix: Any = self._prefix.forward(
+            layer, queries, None, None, kv_cache, metadata.prefix, out
+        )
         sinks = None if self._sinks is None else self._sinks.to(query.device, non_blocking=True)
-        return merge_parts(outs, lses, sinks, into)
+        target = query.new_empty((*query.shape[:2], size)) if into is None else into
+        first = (suffix[0][:tokens], suffix[1][:tokens])
+        rest = (prefix[0].unflatten(0, (pieces, tokens)), prefix[1].unflatten(0, (pieces, tokens)))
+        _, lse = merge_parts(first, rest, sinks, target[:tokens])
+        if tokens < len(target):
+            target[tokens:] = 0
+            lse = torch.cat([lse, suffix[1][tokens:]])
+        return target, lse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -288,48 +287,52 @@ def merge_states(
             other in shape, dtype and device.
     """
     check_states(outputs, lses, sinks)
-    return merge_parts(outputs, lses, sinks)
+    rest = _stacked(outputs[1:], outputs[0]), _stacked(lses[1:], lses[0])
+    return merge_parts((outputs[0], lses[0]), rest, sinks)
 
 
-def merge_parts(
-    outputs: Sequence[torch.Tensor] | torch.Tensor,
-    lses: Sequence[torch.Tensor] | torch.Tensor,
-    sinks: torch.Tensor | None,
-    into: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """merge_states of checked parts, each of which may be in one tensor, (parts, num_tokens, ...).
-
-    The merged output is written to `into`, in its dtype, if it is given.
-    """
-    target = into
-    if target is None:
-        target = torch.empty_like(outputs[0], memory_format=torch.contiguous_format)
-    needs_grad = torch.is_grad_enabled() and sinks is not None and sinks.requires_grad
-    pairs = zip((target, *outputs), (lses[0], *lses), strict=True)
-    if not needs_grad and all(itertools.starmap(merge_kernels.take, pairs)):
-        rest = (_stacked(outputs[1:], outputs[0]), _stacked(lses[1:], lses[0]))
-        found = merge_kernels.merge((outputs[0], lses[0]), rest, sinks, target)
-        if found is not None:
-            return target, found
-    merged, lse = _merge_by_operators(outputs, lses, sinks)
-    return merged if into is None else into.copy_(merged), lse
-
-
-def _stacked(parts: Sequence[torch.Tensor] | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(parts, torch.Tensor):
-        return parts
+def _stacked(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """(parts, ...); of one part, without a copy."""
     if len(parts) == 1:
         return parts[0][None]
     return torch.stack(list(parts)) if parts else like[None][:0]
 
 
-def _merge_by_operators(
-    outputs: Sequence[torch.Tensor] | torch.Tensor,
-    lses: Sequence[torch.Tensor] | torch.Tensor,
+def merge_parts(
+    first: tuple[torch.Tensor, torch.Tensor],
+    rest: tuple[torch.Tensor, torch.Tensor],
     sinks: torch.Tensor | None,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """merge_states of parts that are checked, all but the first of them in one tensor.
+
+    Args:
+        first: an output and its lse.
+        rest: (parts, num_tokens, num_heads, head_size_v), and (parts, num_tokens, num_heads).
+        sinks: as for merge_states.
+        into: where the merged output is written, in its dtype; made like the first if None.
+    """
+    target = into
+    if target is None:
+        target = torch.empty_like(first[0], memory_format=torch.contiguous_format)
+    needs_grad = torch.is_grad_enabled() and sinks is not None and sinks.requires_grad
+    if not needs_grad and all(
+        merge_kernels.take(*each) for each in (first, rest, (target, first[1]))
+    ):
+        found = merge_kernels.merge(first, rest, sinks, target)
+        if found is not None:
+            return target, found
+    parts = zip(first, rest, strict=True)
+    outputs, lses = ([one, *others.unbind(0)] for one, others in parts)
+    merged, lse = _merge_by_operators(outputs, lses, sinks)
+    return merged if into is None else into.copy_(merged), lse
+
+
+def _merge_by_operators(
+    outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = lses[0].dtype
-    stacked = torch.stack(tuple(lses))
+    stacked = torch.stack(list(lses))
     stacked = stacked.masked_fill(stacked == float("inf"), float("-inf"))
     logits = stacked
     if sinks is not None:

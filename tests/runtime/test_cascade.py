@@ -7,6 +7,7 @@ import torch
 
 from attn_dispatch import Attention, AttentionBatch, InvalidInputError, UnsupportedError
 from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
+from attn_dispatch.runtime import cascade
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 
 PREFIX, BLOCK = 12, 4
@@ -87,6 +88,32 @@ def test_the_prefix_is_read_once_and_the_result_is_the_same(lens, features, call
     assert calls[2:] == [seqs]
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)  # the LSE is float32
     assert not found[0].isnan().any()
+
+
+@pytest.mark.parametrize(("pieces", "lens"), [(2, [8, 4]), (3, [4, 4, 4]), (9, [4, 4, 4])])
+def test_a_prefix_in_pieces(pieces, lens, calls, monkeypatch):
+    monkeypatch.setattr(cascade, "pieces_of", lambda *arguments: pieces)
+    for features in ({}, {"sinks": LAYERS["sinks"]["sinks"], "returns_lse": True}):
+        step = step_of(LENS["verification"])
+        found = run(layer_of(**features, backend="REFERENCE"), *step)
+        assert calls.pop() == lens
+        wanted = run(layer_of(**features, backend="REFERENCE", shared_prefix=False), *step)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "pieces"), [(64, 16384, 9), (64, 2048, 2), (512, 16384, 3), (64, 512, 1)]
+)
+def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
+    table = torch.zeros(requests, 2048, dtype=torch.int32)
+    batch = AttentionBatch.create(
+        [1] * requests,
+        [prefix + 100] * requests,
+        block_table=table,
+        block_size=16,
+        shared_prefix_len=prefix,
+    )
+    assert cascade.pieces_of(batch, num_heads=32, num_sms=132) == pieces
 
 
 @pytest.mark.parametrize(
