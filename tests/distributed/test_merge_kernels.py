@@ -62,7 +62,7 @@ def expected_of(outs, lses, sinks=None):
     )
 
 
-def check(found, expected, atol=2e-6):
+def check(found, expected, atol=5e-6):
     for each, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(each.double(), wanted.double(), rtol=1e-6, atol=atol)
 
@@ -187,5 +187,6 @@ def check_ranks(rank, world):
     return wrong
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_split_steps runs them over NCCL")
 def test_ranks_exchange_what_the_kernels_pack():
     assert run_on_ranks(2, check_ranks) == [[], []]
