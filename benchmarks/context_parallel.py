@@ -35,7 +35,6 @@ import torch.distributed as dist
 from attn_dispatch import Attention, AttentionBatch, attention, ring_attention, zigzag_rows
 from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.split_steps import (
-    ONE_RANK,
     SplitStep,
     aligned_clock,
     measure_on_ranks,
@@ -44,6 +43,7 @@ from attn_dispatch.bench.split_steps import (
 from attn_dispatch.bench.timing import Clock
 from attn_dispatch.conformance.oracle import attention_of_request, sdpa_of_request, sees
 from attn_dispatch.conformance.tolerance import allowance, distance
+from attn_dispatch.distributed.advice import ONE_RANK
 from attn_dispatch.distributed.collectives import Ranks
 
 #: Query heads, KV heads and head size of the dense layers.

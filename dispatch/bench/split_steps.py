@@ -13,6 +13,7 @@ from attn_dispatch.bench.cases import Case
 from attn_dispatch.bench.implementations import LAYER
 from attn_dispatch.bench.inputs import Inputs
 from attn_dispatch.bench.timing import Clock, CudaClock, Timing, measure
+from attn_dispatch.distributed.advice import EXCHANGES, ONE_RANK
 from attn_dispatch.distributed.collectives import Ranks
 from attn_dispatch.distributed.context_parallel import ContextParallel
 from attn_dispatch.errors import BackendFailure, InvalidInputError
@@ -22,13 +23,7 @@ from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.mla_layer import MLAAttention
 
-__all__ = ["ONE_RANK", "SplitStep", "aligned_clock", "measure_on_ranks", "pace_us"]
-
-#: The call of one rank that has all heads and all keys.
-ONE_RANK = "ONE_RANK"
-
-#: Kinds of exchange, by their names in tables.
-COMBINES = {"A2A": "a2a", "AG_RS": "ag_rs"}
+__all__ = ["SplitStep", "aligned_clock", "measure_on_ranks", "pace_us"]
 
 
 class SplitStep:
@@ -40,7 +35,7 @@ class SplitStep:
         case: without `kv_layout`, and with a cache that is not quantized.
         device: of this rank.
         ranks: the group.
-        combines: names of COMBINES.
+        exchanges: names of EXCHANGES.
 
     Raises:
         InvalidInputError: the case has another cache.
@@ -52,7 +47,7 @@ class SplitStep:
         case: Case,
         device: torch.device,
         ranks: Ranks,
-        combines: Sequence[str] = tuple(COMBINES),
+        exchanges: Sequence[str] = tuple(EXCHANGES),
     ) -> None:
         if case.is_quantized or case.kv_layout is not None or not case.has_kv_cache:
             raise InvalidInputError(
@@ -67,9 +62,9 @@ class SplitStep:
         self.calls = {ONE_RANK: self._call_of(None, batch, inputs.kv_cache)}
         table, cache = _local_cache(inputs, ranks)
         local = _batch_of(inputs, table, case.block_size * ranks.size)
-        for name in combines:
+        for name in exchanges:
             # Only the cache has the keys, so that none are gathered.
-            split = ContextParallel(ranks.group, combine=COMBINES[name], prefill="merge")
+            split = ContextParallel(ranks.group, combine=EXCHANGES[name], prefill="merge")
             self.calls[name] = self._call_of(split, local, cache)
 
     def _call_of(

@@ -77,17 +77,19 @@ class SplitMetadata(BatchMetadata):
     Attributes:
         local: the batch over this rank's keys.
         parts: together all requests.
+        combine: how the parts of ranks are merged.
     """
 
     local: AttentionBatch
     parts: list[SplitPart]
+    combine: str
 
     def __post_init__(self) -> None:
         batch = self.batch
         super().__post_init__()
         if self.batch is not batch:
             fresh = self.builder.build(self.batch)
-            self.local, self.parts = fresh.local, fresh.parts
+            self.local, self.parts, self.combine = fresh.local, fresh.parts, fresh.combine
 
 
 class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
@@ -123,7 +125,12 @@ class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
         """See AttentionMetadataBuilder.build. What a backend raises is raised in the forward."""
         ranks = self._split.ranks
         local = batch.shard(ranks.rank, ranks.size)
-        metadata: SplitMetadata = SplitMetadata.of(batch, self, local=local, parts=[])
+        combine = self._split.combine
+        if combine == "auto":
+            combine = self._split.choice.combine_for(self.spec, batch)
+        metadata: SplitMetadata = SplitMetadata.of(
+            batch, self, local=local, parts=[], combine=combine
+        )
         for kind, chosen in self._kinds(batch).items():
             rows = BatchPart(batch, slice(None), slice(None))
             if len(chosen) < batch.num_reqs:
@@ -276,11 +283,11 @@ class SplitImpl:
                 "layer.build_metadata(batch)."
             )
         attempts = _Attempts()
-        given = (layer, query, key, value, kv_cache)
+        given = (layer, query, key, value, kv_cache, attn_metadata.combine)
         parts = attn_metadata.parts
         if len(parts) > 1 or parts[0].kind is Part.GATHERED:
             # Requests may share a prefix, so write all new keys before any part is read.
-            attempts.run(lambda: self._write(*given, attn_metadata.local), None)
+            attempts.run(lambda: self._write(*given[:5], attn_metadata.local), None)
         if len(parts) == 1:
             is_plain = output_scale is None and output_block_scale is None
             into = output if is_plain else None
@@ -318,7 +325,7 @@ class SplitImpl:
     def _compute(
         self,
         part: SplitPart,
-        given: tuple[Any, torch.Tensor, Any, Any, Any],
+        given: tuple[Any, torch.Tensor, Any, Any, Any, str],
         size: int,
         attempts: _Attempts,
         into: torch.Tensor | None = None,
@@ -327,7 +334,7 @@ class SplitImpl:
 
         A merged output is written to `into`, if it is given.
         """
-        layer, query, key, value, kv_cache = given
+        layer, query, key, value, kv_cache, combine = given
         tokens, keys = part.rows.tokens, part.rows.keys
         query = query[tokens]
         new = (key if key is None else key[keys], value if value is None else value[keys])
@@ -345,17 +352,24 @@ class SplitImpl:
         if found is None:  # this rank failed; what it sends is marked so
             found = out, query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
         failed = attempts.error is not None
-        merged = attempts.always(lambda: self._merge(found[0], found[1], failed, into), None)
+        merged = attempts.always(
+            lambda: self._merge(found[0], found[1], combine, failed, into), None
+        )
         if merged is None:  # what is raised afterwards
             pieces = self._ranks.size if self._is_sharded else 1
             return found[0].chunk(pieces, dim=1)[0], found[1].chunk(pieces, dim=1)[0]
         return merged
 
     def _merge(
-        self, out: torch.Tensor, lse: torch.Tensor, failed: bool, into: torch.Tensor | None
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        combine: str,
+        failed: bool,
+        into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         heads = "scatter" if self._is_sharded else "replicate"
-        sinks, combine = self._own_sinks(out.device), self._split.combine
+        sinks = self._own_sinks(out.device)
         return merge_over_ranks(
             self._ranks, out, lse, sinks, heads, combine, failed=failed, into=into
         )
