@@ -30,7 +30,6 @@ from attn_dispatch.errors import (
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart
 from attn_dispatch.interface.batch_parts import select
 from attn_dispatch.interface.captured import GraphLimits
-from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import AttentionSpec
@@ -38,6 +37,7 @@ from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
+from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.runtime.guard import FinalFailure
 from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
 from attn_dispatch.selection.report import Selection
@@ -222,8 +222,8 @@ class _Attempts:
         ) from error
 
 
-class SplitImpl:
-    """Computes a batch together with the other ranks: what a layer calls as its impl.
+class SplitImpl(ComposedImpl):
+    """Computes a batch together with the other ranks.
 
     Args:
         split: the layer's ContextParallel.
@@ -232,6 +232,9 @@ class SplitImpl:
         prefill: as for SplitBuilder.
         sinks: (num_heads,) of all ranks, or None.
     """
+
+    metadata_cls = SplitMetadata
+    forward = without_autocast(ComposedImpl.forward)
 
     def __init__(
         self,
@@ -263,55 +266,30 @@ class SplitImpl:
         """The backends of a kind of requests; empty if there is no such kind."""
         return self._bindings[part].selections if part in self._bindings else {}
 
-    @without_autocast
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        attn_metadata: SplitMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; the output must be given."""
-        if not isinstance(attn_metadata, SplitMetadata):
-            raise InvalidInputError(
-                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
-                "layer.build_metadata(batch)."
-            )
-        attempts = _Attempts()
-        given = (layer, query, key, value, kv_cache, attn_metadata.combine)
-        parts = attn_metadata.parts
+    def _compute(
+        self, given: Given, metadata: SplitMetadata, output: torch.Tensor, scales: Scales
+    ) -> Result:
+        attempts, parts = _Attempts(), metadata.parts
         if len(parts) > 1 or parts[0].kind is Part.GATHERED:
             # Requests may share a prefix, so write all new keys before any part is read.
-            attempts.run(lambda: self._write(*given[:5], attn_metadata.local), None)
+            attempts.run(lambda: self._write(given, metadata.local), None)
+        size, combine = output.shape[2], metadata.combine
         if len(parts) == 1:
-            is_plain = output_scale is None and output_block_scale is None
-            into = output if is_plain else None
-            values, lse = self._compute(parts[0], given, output.shape[2], attempts, into)
+            into = output if scales == (None, None) else None
+            values, lse = self._compute_part(parts[0], given, size, combine, attempts, into)
         else:
-            values = output.new_zeros(output.shape, dtype=query.dtype)
-            lse = query.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
+            values = output.new_zeros(output.shape, dtype=given.query.dtype)
+            lse = values.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
             for part in parts:
-                tokens = part.rows.tokens
-                values[tokens], lse[tokens] = self._compute(part, given, output.shape[2], attempts)
+                found = self._compute_part(part, given, size, combine, attempts)
+                values[part.rows.tokens], lse[part.rows.tokens] = found
         attempts.finish(self._ranks.rank)
         if values is not output:
-            store_output(values, output, output_scale, output_block_scale)
+            store_output(values, output, *scales)
         return (output, lse) if self._spec.returns_lse else output
 
-    def _write(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        local: AttentionBatch,
-    ) -> None:
+    def _write(self, given: Given, local: AttentionBatch) -> None:
+        layer, query, key, value, kv_cache = given
         if kv_cache is None:
             raise InvalidInputError(
                 "kv_cache is None; a layer with context_parallel needs this rank's cache. Bind the "
@@ -322,11 +300,12 @@ class SplitImpl:
         if key is not None and value is not None:
             self._first.write_kv(layer, key, value, kv_cache, local)
 
-    def _compute(
+    def _compute_part(
         self,
         part: SplitPart,
-        given: tuple[Any, torch.Tensor, Any, Any, Any, str],
+        given: Given,
         size: int,
+        combine: str,
         attempts: _Attempts,
         into: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,21 +313,17 @@ class SplitImpl:
 
         A merged output is written to `into`, if it is given.
         """
-        layer, query, key, value, kv_cache, combine = given
-        tokens, keys = part.rows.tokens, part.rows.keys
-        query = query[tokens]
-        new = (key if key is None else key[keys], value if value is None else value[keys])
+        given = _rows_of(given, part.rows)
         if part.kind is Part.GATHERED:
-            return self._gathered(layer, query, *new, kv_cache, part.planned, size, attempts)
+            return self._gathered(given, part.planned, size, attempts)
         if isinstance(part.planned, Exception):
             attempts.error = attempts.error or part.planned
         if self._is_sharded:
-            query = self._ranks.gather_heads(query)
+            given = given._replace(query=self._ranks.gather_heads(given.query))
+        query = given.query
         out = query.new_empty((*query.shape[:2], size))
         impl, metadata = self._impls[part.kind], part.planned
-        found: Any = attempts.run(
-            lambda: impl.forward(layer, query, *new, kv_cache, metadata, out), None
-        )
+        found: Any = attempts.run(lambda: impl.forward(*given, metadata, out), None)
         if found is None:  # this rank failed; what it sends is marked so
             found = out, query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
         failed = attempts.error is not None
@@ -381,16 +356,10 @@ class SplitImpl:
         return sinks.chunk(self._ranks.size)[self._ranks.rank] if self._is_sharded else sinks
 
     def _gathered(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: Any,
-        value: Any,
-        kv_cache: Any,
-        plan: Any,
-        size: int,
-        attempts: _Attempts,
+        self, given: Given, plan: Any, size: int, attempts: _Attempts
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, query, key, value = given[:4]
+        cache: Any = given.kv_cache
         prefill = self._prefill
         assert prefill is not None
         if key is None or value is None:  # the same on every rank
@@ -401,7 +370,7 @@ class SplitImpl:
         if not self._is_sharded:
             query = query.chunk(self._ranks.size, dim=1)[self._ranks.rank]
         sent = prefill.empty(plan, query)
-        sent = attempts.run(lambda: prefill.collect(plan, kv_cache, query.dtype), sent)
+        sent = attempts.run(lambda: prefill.collect(plan, cache, query.dtype), sent)
         received = self._ranks.all_to_all(sent) if plan.num_rows else sent
         out = query.new_full((*query.shape[:2], size), float("nan"))
         lse = query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
@@ -411,3 +380,9 @@ class SplitImpl:
         if not self._is_sharded:
             out, lse = self._ranks.gather_heads(out), self._ranks.gather_heads(lse)
         return out, lse
+
+
+def _rows_of(given: Given, rows: BatchPart) -> Given:
+    """The rows of a part of the batch."""
+    key, value = (each if each is None else each[rows.keys] for each in (given.key, given.value))
+    return given._replace(query=given.query[rows.tokens], key=key, value=value)

@@ -20,13 +20,13 @@ from attn_dispatch.backends.reference.semantics import without_autocast
 from attn_dispatch.errors import InvalidInputError, UnsupportedError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits
-from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
+from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.runtime.functional import merge_parts
 from attn_dispatch.runtime.recovery import AttemptFailed
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
@@ -222,8 +222,11 @@ def _parts_of(batch: AttentionBatch, pieces: int) -> tuple[AttentionBatch, Atten
     return prefix, suffix
 
 
-class _CascadeImpl:
+class _CascadeImpl(ComposedImpl):
     """Computes a batch in two parts, if it was planned so."""
+
+    metadata_cls = CascadeMetadata
+    forward = without_autocast(ComposedImpl.forward)
 
     def __init__(
         self,
@@ -236,58 +239,31 @@ class _CascadeImpl:
         self._returns_lse, self._sinks = spec.returns_lse, sinks
         self._whole, self._prefix, self._suffix = whole.impl, prefix.impl, suffix.impl
 
-    @without_autocast
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        attn_metadata: CascadeMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; the output must be given."""
-        if not isinstance(attn_metadata, CascadeMetadata):
-            raise InvalidInputError(
-                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
-                "layer.build_metadata(batch)."
-            )
-        scales = (output_scale, output_block_scale)
-        given = (layer, query, key, value, kv_cache)
-        whole = attn_metadata.whole
+    def _compute(
+        self, given: Given, metadata: CascadeMetadata, output: torch.Tensor, scales: Scales
+    ) -> Result:
+        whole = metadata.whole
         if whole is None:
             into = output if scales == (None, None) else None
             try:
-                merged, lse = self._in_parts(*given, attn_metadata, output.shape[2], into)
+                merged, lse = self._in_parts(given, metadata, output.shape[2], into)
             except (InvalidInputError, UnsupportedError):
                 raise
             except Exception as error:
-                builder = attn_metadata.builder
+                builder = metadata.builder
                 assert isinstance(builder, _CascadeBuilder)
                 builder.fail(error)
-                whole = builder.build_whole(attn_metadata.batch)
+                whole = builder.build_whole(metadata.batch)
             else:
                 if merged is not output:
                     store_output(merged, output, *scales)
                 return (output, lse) if self._returns_lse else output
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-        result = self._whole.forward(*given, whole, output, *scales)
-        return result
+        return self._whole.forward(*given, whole, output, *scales)
 
     def _in_parts(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        metadata: CascadeMetadata,
-        size: int,
-        into: torch.Tensor | None,
+        self, given: Given, metadata: CascadeMetadata, size: int, into: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, query, key, value, kv_cache = given
         suffix_out, tokens = query.new_empty((*query.shape[:2], size)), metadata.batch.num_tokens
         suffix: Any = self._suffix.forward(  # it writes the new keys
             layer, query, key, value, kv_cache, metadata.suffix, suffix_out
