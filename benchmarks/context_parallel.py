@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ from attn_dispatch.conformance.oracle import attention_of_request, sdpa_of_reque
 from attn_dispatch.conformance.tolerance import allowance, distance
 from attn_dispatch.distributed.advice import ONE_RANK
 from attn_dispatch.distributed.collectives import Ranks
+from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.runtime import cascade as shared_prefix
+from attn_dispatch.runtime.cascade import pays_off
 
 #: Query heads, KV heads and head size of the dense layers.
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
@@ -266,7 +270,9 @@ def cascade(run: Run) -> Iterator[Result]:
                 shared_prefix_len=shared,
                 device=run.device,
             )
-            metadata = layer.build_metadata(batch)
+            is_used = pays_off(batch, layer.spec, detect_device(run.device))
+            with mock.patch.object(shared_prefix, "PARTS_US", 0.0):  # measured in any case
+                metadata = layer.build_metadata(batch)
 
             def call(layer: Attention = layer, metadata: Any = metadata) -> torch.Tensor:
                 with torch.inference_mode():
@@ -297,6 +303,7 @@ def cascade(run: Run) -> Iterator[Result]:
                 "speed_up": speed_ups(times, "plain", goal),
                 "errors": errors,
                 "allowed": allowed,
+                "used_by_default": is_used,
             },
         )
 

@@ -140,10 +140,12 @@ def _in_one_message(
     message = out.new_empty((pieces, lse_at + _aligned(lse_bytes)), dtype=torch.uint8)
 
     def parts_of(each: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs = each[:, _ALIGNMENT_BYTES : _ALIGNMENT_BYTES + out_bytes].view(out.dtype)
-        lses = each[:, lse_at : lse_at + lse_bytes].view(lse.dtype)
-        shape = (len(each), tokens, count)
-        return outs.unflatten(1, (*shape[1:], size)), lses.view(shape)
+        outs, lses = each.view(out.dtype), each.view(lse.dtype)
+        shape, strides = (len(each), tokens, count, size), (count * size, size, 1)
+        at = outs.storage_offset() + _ALIGNMENT_BYTES // out.element_size()
+        outs = outs.as_strided(shape, (outs.stride(0), *strides), at)
+        at = lses.storage_offset() + lse_at // lse.element_size()
+        return outs, lses.as_strided(shape[:3], (lses.stride(0), count, 1), at)
 
     outs, lses = parts_of(message)
     flags = message[:, 0]

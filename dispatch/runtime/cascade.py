@@ -21,9 +21,10 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
-from attn_dispatch.interface.quantization import store_output
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype, store_output
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
@@ -32,7 +33,10 @@ from attn_dispatch.runtime.recovery import AttemptFailed
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.resolve import SelectionContext
 
-__all__ = ["bind_cascade", "check_cascade", "pieces_of"]
+__all__ = ["PARTS_US", "bind_cascade", "check_cascade", "pays_off", "pieces_of"]
+
+#: What two parts and their merge take in addition to a decode as a whole, in microseconds.
+PARTS_US = 20.0
 
 #: Of a prefix: the fewest keys of a piece, and the most pieces.
 _PIECE, _MAX_PIECES = 1024, 16
@@ -133,9 +137,10 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
 
     def build(self, batch: AttentionBatch) -> CascadeMetadata:
         """See AttentionMetadataBuilder.build."""
-        if not self.has_failed and _is_shared(batch):
+        profile = self._whole.profile
+        if not self.has_failed and pays_off(batch, self.spec, profile):
             batch.check()
-            pieces = pieces_of(batch, self.spec.num_heads, self._whole.profile.num_sms or 1)
+            pieces = pieces_of(batch, self.spec.num_heads, profile.num_sms or 1)
             try:
                 prefix, suffix = (
                     part.builder.build(own)
@@ -178,10 +183,21 @@ def _metadata_of(
     return metadata
 
 
-def _is_shared(batch: AttentionBatch) -> bool:
-    """Whether a prefix is read once: not if its queries are more than its keys."""
-    length = batch.shared_prefix_len
-    return batch.num_reqs > 1 and batch.lengths == "exact" and length > batch.num_tokens
+def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile) -> bool:
+    """Whether a prefix is read once: if reading it for each request takes longer than PARTS_US.
+
+    Not if its queries are more than its keys, as in prefills. Else always on a device whose memory
+    bandwidth is not known.
+    """
+    length, requests = batch.shared_prefix_len, batch.num_reqs
+    if requests < 2 or batch.lengths != "exact" or length <= batch.num_tokens:
+        return False
+    if not profile.memory_bandwidth:
+        return True
+    stored = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch).itemsize
+    key_bytes = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * stored
+    saved_us = (requests - 1) * length * key_bytes / profile.memory_bandwidth * 1e6
+    return saved_us > PARTS_US
 
 
 def pieces_of(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:

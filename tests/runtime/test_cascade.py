@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_dispatch import Attention, AttentionBatch, InvalidInputError, UnsupportedError
+from attn_dispatch import (
+    Attention,
+    AttentionBatch,
+    AttentionSpec,
+    InvalidInputError,
+    UnsupportedError,
+)
 from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
+from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.runtime import cascade
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 
@@ -114,6 +121,33 @@ def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
         shared_prefix_len=prefix,
     )
     assert cascade.pieces_of(batch, num_heads=32, num_sms=132) == pieces
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "name", "wanted"),
+    [
+        (64, 16384, "sm90", True),
+        (2, 1024, "sm90", False),  # 4 MB, a microsecond
+        (64, 1024, "sm90", True),
+        (64, 48, "sm90", False),  # more queries than keys
+        (2, 1024, "cpu", True),  # of unknown bandwidth
+    ],
+)
+def test_a_prefix_is_read_once_where_that_saves_more_than_two_parts_take(
+    requests, prefix, name, wanted
+):
+    table = torch.zeros(requests, 2048, dtype=torch.int32)
+    batch = AttentionBatch.create(
+        [1] * requests,
+        [prefix + 100] * requests,
+        block_table=table,
+        block_size=16,
+        shared_prefix_len=prefix,
+    )
+    spec = AttentionSpec(
+        num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
+    )
+    assert cascade.pays_off(batch, spec, known_device(name)) is wanted
 
 
 @pytest.mark.parametrize(
