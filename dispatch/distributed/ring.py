@@ -232,10 +232,10 @@ def _ring(
     """
     rank, size = ranks.rank, ranks.size
     halves = {each: _halves(lengths, each, size) for each in range(size)}
-    # The first step, over this rank's own keys, writes all rows.
-    merged = query.new_empty(
-        (*query.shape[:2], value.shape[2]), dtype=torch.promote_types(query.dtype, torch.float32)
-    )
+    # The first step, over this rank's own keys, writes all rows. Two ranks merge once, which needs
+    # no more precision than the parts have.
+    dtype = query.dtype if size <= 2 else torch.promote_types(query.dtype, torch.float32)
+    merged = query.new_empty((*query.shape[:2], value.shape[2]), dtype=dtype)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     own = halves[rank]
     held, failure = (key.contiguous(), value.contiguous()), None
@@ -326,6 +326,7 @@ def _attend(
     query_lens, key_lens = ([each.size for each in ranges] for ranges in (queries, keys))
     if not sum(query_lens) or not sum(key_lens):
         return
+    writes = is_own and isinstance(rows, slice) and merged.dtype == query.dtype
     result = attention(
         query[rows],
         key[key_rows],
@@ -333,12 +334,15 @@ def _attend(
         query_lens=query_lens,
         seq_lens=key_lens,
         causal=causal and is_own,
+        out=merged[rows] if writes else None,
         return_lse=True,
         **options,
     )
     part, part_lse = result
     if is_own:
-        merged[rows], lse[rows] = part, part_lse
+        if not writes:
+            merged[rows] = part
+        lse[rows] = part_lse
         return
     before, before_lse = merged[rows], lse[rows]
     merge_into(before, before_lse, part, part_lse)
