@@ -22,6 +22,7 @@ from attn_dispatch.selection.timings.table import (
 
 __all__ = [
     "EXCHANGES",
+    "NEEDS_POSITIONS",
     "ONE_RANK",
     "SplitAdvice",
     "advice_for",
@@ -41,6 +42,13 @@ EXCHANGES = {"A2A": "a2a", "AG_RS": "ag_rs"}
 #: The cost model's collectives: microseconds of one, and bytes a microsecond between two GPUs. By
 #: times of NCCL on two H100 GPUs with NVLink: docs/distributed.md.
 _COLLECTIVE_US, _BYTES_PER_US = 10.0, 2e5
+
+#: Fields under which the keys that a query sees, or their scores, depend on positions, also for
+#: a request with one new token.
+NEEDS_POSITIONS = (
+    *("sliding_window", "window_size", "attention_chunk", "alibi", "custom_mask"),
+    "bidirectional_ranges",
+)
 
 #: (requests, keys of each) for which the cost model is shown.
 _TYPICAL = ((1, 1 << 17), (16, 1 << 16), (64, 1 << 12))
@@ -108,8 +116,10 @@ def why_not_split(spec: AttentionSpec, ranks: int, *, sharded_heads: bool = True
             "It has lengths='upper_bound', and which keys are on a rank follows from the true "
             "key counts."
         )
-    if spec.cuda_graph:
-        return "It has cuda_graph=True, and its collectives are not captured."
+    positional = [name for name in NEEDS_POSITIONS if getattr(spec, name)]
+    if spec.cuda_graph and (positional or not spec.causal):
+        what = ", ".join(positional) or "no causal mask"
+        return f"It has cuda_graph=True, and steps with {what} are not captured on ranks."
     if sharded_heads and spec.num_heads % ranks:
         return f"{spec.num_heads} query heads are not a multiple of {ranks} ranks."
     return None

@@ -44,7 +44,7 @@ class ExchangeChoice:
         self.ranks, self.transport = ranks, transport
         self._loaded: Mapping[SplitKey, LayerTimes] = {}
         self._agreed: Mapping[SplitKey, LayerTimes] = {}
-        self._routes: dict[AttentionSpec, Mapping[Bucket, str]] = {}
+        self._routes: dict[tuple[AttentionSpec, bool], Mapping[Bucket, str]] = {}
 
     def load(self, profile: DeviceProfile) -> None:
         """Read this rank's tables for its device."""
@@ -68,17 +68,22 @@ class ExchangeChoice:
         key = split_layer_key(spec) if self._agreed else None
         return None if key is None else self._agreed.get(SplitKey(key, self.ranks, self.transport))
 
-    def combine_for(self, spec: AttentionSpec, batch: AttentionBatch) -> str:
-        """One of ContextParallel's `combine`, by a look-up on the host."""
+    def combine_for(
+        self, spec: AttentionSpec, batch: AttentionBatch, *, captured: bool = False
+    ) -> str:
+        """One of ContextParallel's `combine`, by a look-up on the host.
+
+        For a captured step it is the one that is faster with any number of keys.
+        """
         if not self._agreed:
             return EXCHANGES[DEFAULT_EXCHANGE]
-        if spec not in self._routes:
+        routes = self._routes.get((spec, captured))
+        if routes is None:
             times = self.times_of(spec)
-            self._routes[spec] = (
-                {} if times is None else routes_of(times, _CANDIDATES, captured=False)
-            )
+            routes = {} if times is None else routes_of(times, _CANDIDATES, captured=captured)
+            self._routes[spec, captured] = routes
         totals: Any = totals_of(batch)
-        name = None
-        if totals is not None and self._routes[spec]:
-            name = self._routes[spec].get(bucket_of(*totals, captured=False))
-        return EXCHANGES[name or DEFAULT_EXCHANGE]
+        if totals is None:
+            return EXCHANGES[DEFAULT_EXCHANGE]
+        name = routes.get(bucket_of(*totals, captured=captured), DEFAULT_EXCHANGE)
+        return EXCHANGES[name]

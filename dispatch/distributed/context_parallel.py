@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.distributed.advice import describe_split, why_not_split
+from attn_dispatch.distributed.advice import NEEDS_POSITIONS, describe_split, why_not_split
 from attn_dispatch.distributed.options import SplitOptions
 from attn_dispatch.distributed.prefill import PrefillByGather
 from attn_dispatch.distributed.split_attention import Part, SplitBuilder, SplitImpl
@@ -25,13 +25,6 @@ from attn_dispatch.runtime.split import part_spec
 from attn_dispatch.selection.resolve import SelectionContext
 
 __all__ = ["ContextParallel"]
-
-#: Fields under which the keys that a query sees, or their scores, depend on positions, also for
-#: a request with one new token.
-_NEEDS_POSITIONS = (
-    *("sliding_window", "window_size", "attention_chunk", "alibi", "custom_mask"),
-    "bidirectional_ranges",
-)
 
 #: What `explain` says of the parts.
 _EXPLAINED = {
@@ -104,13 +97,15 @@ class ContextParallel(SplitOptions):
             arguments["sinks"] = None
         whole = LayerBinding.of(part_spec(spec), device, context, arguments)
         parts = {Part.POSITIONS: whole}
-        if spec.causal and not any(getattr(spec, name) for name in _NEEDS_POSITIONS):
+        if spec.causal and not any(getattr(spec, name) for name in NEEDS_POSITIONS):
             try:
                 # The one new token of a decode sees every key, so that positions do not matter.
                 plain = part_spec(spec, positions=False)
                 parts[Part.PLAIN] = LayerBinding.of(plain, device, context, arguments)
             except (UnsupportedError, AttemptFailed):
-                pass  # the backends that take positions compute such batches too
+                if spec.cuda_graph:  # only these steps are captured
+                    raise
+                # The backends that take positions compute such batches too.
         prefill = None
         if self.prefill != "merge":
             prefill = PrefillByGather.of(self, spec, device, context, arguments, sinks)

@@ -29,7 +29,8 @@ from attn_dispatch.errors import (
 )
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart
 from attn_dispatch.interface.batch_parts import select
-from attn_dispatch.interface.captured import GraphLimits
+from attn_dispatch.interface.batch_shards import local_length
+from attn_dispatch.interface.captured import GraphLimits, StaticBatch
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import AttentionSpec
@@ -78,11 +79,13 @@ class SplitMetadata(BatchMetadata):
         local: the batch over this rank's keys.
         parts: together all requests.
         combine: how the parts of ranks are merged.
+        static: of a captured step, the buffers of this rank's batch.
     """
 
     local: AttentionBatch
     parts: list[SplitPart]
     combine: str
+    static: StaticBatch | None = None
 
     def __post_init__(self) -> None:
         batch = self.batch
@@ -174,8 +177,48 @@ class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
         return found or {Part.POSITIONS: []}
 
     def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> SplitMetadata:
-        """Raise UnsupportedError: the collectives are not captured."""
-        raise UnsupportedError("A layer with context_parallel is not captured. Run it eagerly.")
+        """See AttentionMetadataBuilder.build_for_graph. Plain decodes are captured.
+
+        Raises:
+            UnsupportedError: it is another step.
+        """
+        if not limits.has_one_token_requests or Part.PLAIN not in self._bindings:
+            raise UnsupportedError(
+                f"A graph of {limits.kind} is not captured for layers with context_parallel; "
+                "decodes with one new token per request are. Run other steps eagerly."
+            )
+        ranks, combine = self._split.ranks, self._split.combine
+        most = local_length(limits.max_seq_len, 0, ranks.size)
+        own = dataclasses.replace(limits, max_seq_len=most)
+        assert batch.block_table is not None
+        static = StaticBatch.make(
+            own,
+            batch.seq_lens.device,
+            block_table=batch.block_table,  # the same on all ranks
+            writes_keys=batch.slot_mapping is not None,
+        )
+        planned = self._bindings[Part.PLAIN].builder.build_for_graph(static.batch, own)
+        if combine == "auto":
+            combine = self._split.choice.combine_for(self.spec, batch, captured=True)
+        rows = BatchPart(batch, slice(None), slice(None))
+        metadata: SplitMetadata = SplitMetadata.of(
+            batch,
+            self,
+            local=static.batch,
+            parts=[SplitPart(Part.PLAIN, rows, planned)],
+            combine=combine,
+            static=static,
+        )
+        return metadata
+
+    def update_for_graph(self, metadata: SplitMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        ranks, static = self._split.ranks, metadata.static
+        assert static is not None
+        local = batch.shard(ranks.rank, ranks.size, positions=False)
+        static.fill(local)
+        (part,) = metadata.parts
+        self._bindings[Part.PLAIN].builder.update_for_graph(part.planned, local)
 
 
 class _Attempts:
