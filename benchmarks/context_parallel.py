@@ -104,9 +104,10 @@ class Run:
         timings = measure_on_ranks(calls, self.clock, self.ranks, rounds or self.rounds)
         return {
             name: {
-                "us": round(timings[name].median_us, 1),
-                "low_us": round(timings[name].low_us, 1),
-                "high_us": round(timings[name].high_us, 1),
+                "us": round(timings[name].timing.median_us, 1),
+                "low_us": round(timings[name].timing.low_us, 1),
+                "high_us": round(timings[name].timing.high_us, 1),
+                "host_us": round(timings[name].host_us, 1),
                 "pace_us": round(pace_us(call, self.clock, self.ranks, rounds or self.rounds), 1),
             }
             for name, call in calls.items()
@@ -327,7 +328,8 @@ def capture(run: Run) -> Iterator[Result]:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = call()
         print(f"rank {rank}: captured", flush=True)
-        out.zero_()
+        with torch.inference_mode():
+            out.zero_()
         graph.replay()
         torch.cuda.synchronize()
         print(f"rank {rank}: replayed", flush=True)

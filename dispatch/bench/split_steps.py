@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.mla_layer import MLAAttention
 
-__all__ = ["SplitStep", "aligned_clock", "measure_on_ranks", "pace_us"]
+__all__ = ["RankTimes", "SplitStep", "aligned_clock", "measure_on_ranks", "pace_us"]
 
 
 class SplitStep:
@@ -199,9 +201,22 @@ class _BarrierClock(Clock):
         return super().time_us(call, host_us)
 
 
+@dataclass(frozen=True)
+class RankTimes:
+    """A call that all ranks make together: its time on the slowest device, and on the slowest host.
+
+    Attributes:
+        timing: of the devices, which begin together.
+        host_us: for how long the call keeps a host.
+    """
+
+    timing: Timing
+    host_us: float
+
+
 def measure_on_ranks(
     calls: Mapping[str, Callable[[], object]], clock: Clock, ranks: Ranks, rounds: int
-) -> dict[str, Timing]:
+) -> dict[str, RankTimes]:
     """Time calls that all ranks make together; each number is that of the slowest rank.
 
     Every rank makes the same number of calls, whatever they take.
@@ -215,19 +230,23 @@ def measure_on_ranks(
     for name, result in results.items():
         if isinstance(result, Exception):
             raise result
-        each = [Timing(*values) for values in ranks.gather_objects(dataclasses.astuple(result))]
-        found[name] = max(each, key=lambda timing: timing.median_us)
+        gathered = ranks.gather_objects((dataclasses.astuple(result), host_us[name]))
+        timings = [Timing(*values) for values, _ in gathered]
+        slowest = max(timings, key=lambda timing: timing.median_us)
+        found[name] = RankTimes(slowest, max(host for _, host in gathered))
     return found
 
 
-def _host_us(call: Callable[[], object], clock: Clock, calls: int = 5) -> float:
-    """How long a call keeps the host, about."""
+def _host_us(call: Callable[[], object], clock: Clock, calls: int = 10) -> float:
+    """How long a call keeps the host: the median, with an idle device before the first."""
     call()
     clock.wait()
-    start = clock.now()
+    samples = []
     for _ in range(calls):
+        start = clock.now()
         call()
-    return (clock.now() - start) / calls * 1e6
+        samples.append((clock.now() - start) * 1e6)
+    return statistics.median(samples)
 
 
 def pace_us(call: Callable[[], object], clock: Clock, ranks: Ranks, steps: int) -> float:

@@ -120,14 +120,15 @@ def _print_outcome(
             console.print(f"{each.case.name}: not measured, {each.skipped}")
     if not kept:
         return
-    rows = text_table("Batch", "One rank, us", *EXCHANGES.values(), "Split", narrow=0)
+    columns = ("One rank, us", *EXCHANGES.values(), "In a graph", "Run eagerly")
+    rows = text_table("Batch", *columns, narrow=0)
     for each in kept:
         assert each.advice is not None
         times = each.advice.point.times_us
-        verdict = f"{each.advice.speed_up:.2f} times as fast"
         rows.add_row(
             each.case.name,
             *(f"{times[name]:.1f}" for name in (ONE_RANK, *EXCHANGES)),
-            verdict if each.advice.pays_off else f"no, {verdict}",
+            each.advice.verdict(captured=True),
+            each.advice.verdict(captured=False),
         )
     console.print(rows)

@@ -66,42 +66,61 @@ class SplitAdvice:
     point: Point
     is_measured: bool
 
-    @property
-    def exchange(self) -> str:
+    def cost_us(self, name: str, *, captured: bool) -> float:
+        """Of ONE_RANK or an exchange; a step that is not captured pays for its host, too.
+
+        See Point.cost_us.
+        """
+        device_us = self.point.times_us[name]
+        return device_us if captured else self.point.cost_us(name, ONE_RANK, captured=False)
+
+    def exchange(self, *, captured: bool) -> str:
         """The fastest of EXCHANGES."""
-        times = self.point.times_us
-        return min((name for name in EXCHANGES if name in times), key=times.__getitem__)
+        names = [name for name in EXCHANGES if name in self.point.times_us]
+        return min(names, key=lambda name: self.cost_us(name, captured=captured))
 
-    @property
-    def speed_up(self) -> float:
+    def speed_up(self, *, captured: bool) -> float:
         """How many times as fast as one rank the fastest exchange is."""
-        return self.point.times_us[ONE_RANK] / self.point.times_us[self.exchange]
+        split = self.cost_us(self.exchange(captured=captured), captured=captured)
+        return self.cost_us(ONE_RANK, captured=captured) / split
 
-    @property
-    def pays_off(self) -> bool:
+    def pays_off(self, *, captured: bool) -> bool:
         """Whether the split is faster, by more than noise."""
-        return self.speed_up >= 1 + MARGIN
+        return self.speed_up(captured=captured) >= 1 + MARGIN
+
+    def verdict(self, *, captured: bool) -> str:
+        """ "1.52 times as fast", or "no, 0.56 times as fast"."""
+        words = f"{self.speed_up(captured=captured):.2f} times as fast"
+        return words if self.pays_off(captured=captured) else f"no, {words}"
 
     def __str__(self) -> str:
-        times = self.point.times_us
+        times, host = self.point.times_us, self.point.host_us
         split = ", ".join(f"{EXCHANGES[n]} {times[n]:.1f}" for n in EXCHANGES if n in times)
-        verdict = f"{self.speed_up:.2f} times as fast"
-        if not self.pays_off:
-            verdict = f"no, {verdict}"
-        source = "measured" if self.is_measured else "predicted, not measured"
-        return (
-            f"{self.point.describe()}: {verdict} ({source}: one rank {times[ONE_RANK]:.1f} us, "
-            f"{split})"
-        )
+        figures = f"one rank {times[ONE_RANK]:.1f} us, {split}"
+        if not self.is_measured:
+            verdict = self.verdict(captured=True)
+            return f"{self.point.describe()}: {verdict} (predicted, not measured: {figures})"
+        verdicts = self.verdict(captured=True)
+        if host:
+            verdicts = f"{verdicts} in a graph, run eagerly {self.verdict(captured=False)}"
+            name = self.exchange(captured=False)
+            figures += f"; of the host {host.get(ONE_RANK, 0.0):.0f} and {host.get(name, 0.0):.0f}"
+        return f"{self.point.describe()}: {verdicts} (measured: {figures})"
 
     def asdict(self) -> dict[str, Any]:
         """The advice as JSON-ready data."""
+        kinds = {"captured": True, "eager": False} if self.is_measured else {"captured": True}
         return {
             **self.point.asdict(),
             "measured": self.is_measured,
-            "exchange": EXCHANGES[self.exchange],
-            "speed_up": self.speed_up,
-            "pays_off": self.pays_off,
+            **{
+                kind: {
+                    "exchange": EXCHANGES[self.exchange(captured=captured)],
+                    "speed_up": self.speed_up(captured=captured),
+                    "pays_off": self.pays_off(captured=captured),
+                }
+                for kind, captured in kinds.items()
+            },
         }
 
 

@@ -146,8 +146,9 @@ class SplitTuner:
             if is_device_lost(error):
                 raise
             return MeasuredSplit(case, None, summary_of(error))
-        times = {name: float(f"{timing.low_us:.5g}") for name, timing in timings.items()}
-        point = Point(*place_of(case), times_us=times)
+        times = {name: _rounded(each.timing.low_us) for name, each in timings.items()}
+        host = {name: _rounded(each.host_us) for name, each in timings.items()}
+        point = Point(*place_of(case), times_us=times, host_us=host)
         if self.ranks.rank == 0:
             self._keep(key, point)
         return MeasuredSplit(case, SplitAdvice(point, True))
@@ -173,6 +174,10 @@ class SplitTuner:
             times = LayerTimes(tuple(points.values()), str(self.path), self.machine.device, now)
             splits = {**table.splits, key: times}
             write_table(dataclasses.replace(table, measured=now, splits=splits), self.path)
+
+
+def _rounded(us: float) -> float:
+    return float(f"{us:.5g}")
 
 
 def _now() -> str:

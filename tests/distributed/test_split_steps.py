@@ -80,12 +80,12 @@ def check_times(rank, world):
     step = SplitStep(case, torch.device("cpu"), ranks, ("AG_RS",))
     times = measure_on_ranks(step.calls, clock, ranks, rounds=3)
     assert times.keys() == {"ONE_RANK", "AG_RS"}
-    assert all(each.calls == 3 and each.low_us > 0 for each in times.values())
+    assert all(each.timing.calls == 3 and each.host_us > 0 for each in times.values())
     assert pace_us(step.calls["AG_RS"], clock, ranks, 2) > 0
     fp8 = Case(name="x", query_lens=(1,), seq_lens=(9,), kv_cache_dtype="fp8_e4m3", **SIZES)
     with pytest.raises(InvalidInputError, match="own dtype"):
         SplitStep(fp8, torch.device("cpu"), ranks)
-    return ranks.gather_objects({name: each.median_us for name, each in times.items()})
+    return ranks.gather_objects({name: each.timing.median_us for name, each in times.items()})
 
 
 def test_all_ranks_have_the_same_times():

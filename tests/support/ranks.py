@@ -47,8 +47,10 @@ def run_on_ranks(
     A rank of `may_end` may end without a result, which is None then. Any other exception, and
     going past limit_s, is an AssertionError.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    # CUDA does not work in a fork of a process that has asked for its devices.
+    context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
+    if backend != "nccl":
+        context.set_forkserver_preload(_PRELOADED)
     results = context.Queue()
     found, deadline = {}, time.monotonic() + limit_s
     with tempfile.TemporaryDirectory() as folder:

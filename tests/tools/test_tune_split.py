@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from attn_dispatch import Attention, AttentionBatch, AttentionSpec, ContextParallel
 from attn_dispatch.cli import app
-from attn_dispatch.distributed.advice import advice_for, describe_split, predict
+from attn_dispatch.distributed.advice import SplitAdvice, advice_for, describe_split, predict
 from attn_dispatch.distributed.choice import ExchangeChoice
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.known_devices import known_device
@@ -110,11 +110,28 @@ def test_the_faster_exchange_is_chosen_where_all_ranks_have_its_times(table):
     assert other.digest != choice.digest
 
 
+def test_an_eager_step_pays_for_its_host():
+    times = {"ONE_RANK": 100.0, "A2A": 60.0, "AG_RS": 90.0}
+    host = {"ONE_RANK": 110.0, "A2A": 300.0, "AG_RS": 120.0}
+    advice = SplitAdvice(Point(BatchKind.DECODE, 1, 1, 64, times, host), True)
+    assert advice.exchange(captured=True) == "A2A"
+    assert advice.speed_up(captured=True) == pytest.approx(100 / 60)
+    assert advice.exchange(captured=False) == "AG_RS"  # 90 and 10 more; a2a is 60 and 190 more
+    assert advice.speed_up(captured=False) == pytest.approx(1.0)
+    assert "1.67 times as fast in a graph, run eagerly no, 1.00 times as fast" in str(advice)
+
+
 @pytest.mark.filterwarnings("ignore:The table")
 def test_the_advice_is_what_was_measured_or_else_a_prediction(table):
     short, long = advice_for(SPEC, detect_device("cpu"), 2, "gloo")
-    assert (short.pays_off, short.exchange, short.speed_up) == (False, "A2A", 0.5)
-    assert (long.pays_off, long.exchange) == (True, "AG_RS")
+    for captured in (False, True):  # without a host's time both are the same
+        assert (short.exchange(captured=captured), short.speed_up(captured=captured)) == (
+            "A2A",
+            0.5,
+        )
+        assert not short.pays_off(captured=captured)
+        assert long.pays_off(captured=captured)
+        assert long.exchange(captured=captured) == "AG_RS"
     assert "no, 0.50 times as fast (measured: one rank 10.0 us, a2a 20.0, ag_rs 30.0)" in str(short)
     assert not advice_for(SPEC, detect_device("cpu"), 4, "gloo")  # no bandwidth to predict with
     assert (
@@ -126,7 +143,7 @@ def test_the_advice_is_what_was_measured_or_else_a_prediction(table):
     )
     h200 = known_device("sm90")
     predicted = advice_for(dense, h200, 2)
-    assert [each.pays_off for each in predicted] == [True] * 3
+    assert [each.pays_off(captured=True) for each in predicted] == [True] * 3
     assert not any(each.is_measured for each in predicted)
     one = predict(dense, h200, 2, 16, 16, 16 << 16).times_us["ONE_RANK"]
     assert one == pytest.approx((16 << 16) * 8 * 256 * 2 / h200.memory_bandwidth * 1e6)
@@ -142,7 +159,7 @@ def test_explain_and_doctor_show_the_table(table):
     assert "0.50 times as fast (measured: one rank 10.0 us" in text
     found = json.loads(CliRunner().invoke(app, ["explain", *flags, "--json"]).output)
     split = found["sections"][0]["context_parallel"]
-    assert [each["exchange"] for each in split["batches"]] == ["a2a", "ag_rs"]
+    assert [each["eager"]["exchange"] for each in split["batches"]] == ["a2a", "ag_rs"]
     shown = " ".join(CliRunner().invoke(app, ["doctor"]).output.split())
     assert f"2 ranks over gloo: measured, {table}" in shown
     assert CliRunner().invoke(app, ["tune", *FLAGS, "--context-parallel", "2"]).exit_code == 2
