@@ -57,9 +57,10 @@ class MergeKernels:
         """Merge parts as `merge_states` does, computing in float32.
 
         Args:
-            first: (tokens, heads, size) and its LSE, (tokens, heads) float32.
-            rest: (parts, tokens, heads, size) and their LSE, (parts, tokens, heads) float32; the
-                dtype may differ from the first's.
+            first: (tokens, heads, size) and its LSE, (tokens, heads) float32; the heads may be two
+                dimensions, the KV head and the head of its group.
+            rest: (parts, tokens, heads, size) and their LSE, (parts, tokens, heads) float32, with
+                the heads of the first; the dtype may differ.
             sinks: (heads,), or None.
             out: (tokens, heads, size), written in its dtype; it may be the first part.
 
@@ -118,7 +119,12 @@ class MergeKernels:
         sinks: torch.Tensor | None,
         out: torch.Tensor,
     ) -> torch.Tensor:
-        tokens, heads, size = first.shape
+        tokens, heads, size = out.shape
+        group = first.shape[2] if first.dim() == 4 else 1
+        strides: list[int] = []  # of parts, tokens, KV heads and heads of a group
+        for part, size_dims in ((first, 1), (first_lse, 0), (rest, 1), (rest_lse, 0)):
+            strides += part.stride()[: part.dim() - size_dims]
+            strides += [0] * (first.dim() == 3)
         merged_lse = torch.empty((tokens, heads), dtype=torch.float32, device=first.device)
         if not tokens:
             return merged_lse
@@ -126,10 +132,14 @@ class MergeKernels:
         sinks = None if sinks is None else sinks.contiguous()
         sinks_dtype = None if sinks is None else sinks.dtype
         launch = self._launchers.find(
-            ("merge", first.dtype, rest.dtype, out.dtype, sinks_dtype, heads, size, len(rest)),
+            (
+                ("merge", first.dtype, rest.dtype, out.dtype, sinks_dtype),
+                (heads, group, size, len(rest)),
+            ),
             self._kernels().merge_kernel,
             lambda: {
                 "NUM_HEADS": heads,
+                "GROUP": group,
                 "SIZE": size,
                 "BLOCK_D": block,
                 "ROWS": rows,
@@ -140,8 +150,7 @@ class MergeKernels:
         launch(
             (-(-num_rows // rows), 1, 1),
             first, first_lse, rest, rest_lse, first_lse if sinks is None else sinks, out,
-            merged_lse, num_rows, *first.stride()[:2], *first_lse.stride(), *rest.stride()[:3],
-            *rest_lse.stride(), *out.stride()[:2],
+            merged_lse, num_rows, *strides, *out.stride()[:2],
         )  # fmt: skip
         return merged_lse
 

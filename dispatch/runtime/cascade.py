@@ -4,6 +4,11 @@ Requests that share a prefix, such as a system prompt, have the same blocks in t
 of the block table. A decode reads them for each request. Here all queries attend to the prefix as
 one request, by the backend of a prefill, and each request to its remaining keys; both parts return
 their LSE and are merged. (Hydragen, arXiv:2402.05099; FlashInfer's cascade inference.)
+
+Every query sees all of the prefix, whatever its position. So the query heads of a KV head are given
+to the backend as further tokens of one head, which fills the tiles of its kernels. The remaining
+keys of a plain decode are all visible, too: then both parts are one batch of such tokens, whose
+prefills and decodes a backend may run at the same time.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMeta
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype, store_output
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import AttentionType
+from attn_dispatch.interface.validation import check_forward
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.runtime.functional import merge_parts
 from attn_dispatch.runtime.recovery import AttemptFailed
+from attn_dispatch.runtime.routing import RoutedImpl
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.resolve import SelectionContext
 
@@ -39,7 +46,7 @@ __all__ = ["PARTS_US", "bind_cascade", "check_cascade", "pays_off", "pieces_of"]
 PARTS_US = 20.0
 
 #: Of a prefix: the fewest keys of a piece, and the most pieces.
-_PIECE, _MAX_PIECES = 1024, 16
+_PIECE, _MAX_PIECES = 2048, 16
 
 #: Programs for each processor that are aimed at; query rows of a program.
 _WAVES, _ROWS = 2, 128
@@ -83,7 +90,8 @@ def bind_cascade(
     suffix = spec.replace(returns_lse=True, sinks=False, output_quant=None)
     given = {**arguments, "sinks": None}
     try:
-        prefix = suffix.replace(causal=False)  # every query sees all of it
+        # Every query sees all of it; the heads of a group are tokens.
+        prefix = suffix.replace(causal=False, num_heads=spec.num_kv_heads)
         parts = (
             LayerBinding.of(prefix, device, context, given),
             LayerBinding.of(suffix, device, context, given),
@@ -112,19 +120,23 @@ class CascadeMetadata(BatchMetadata):
 
     Attributes:
         whole: the metadata of the layer's backends; None if there are parts.
-        prefix, suffix: those of the parts.
+        prefix: that of the prefix, and of plain decodes that of all parts.
+        suffix: that of the remaining keys, of other batches.
+        pieces: of the prefix.
     """
 
     whole: Any
     prefix: Any
     suffix: Any
+    pieces: int
 
     def __post_init__(self) -> None:
         batch = self.batch
         super().__post_init__()
         if self.batch is not batch:
             fresh = self.builder.build(self.batch)
-            self.whole, self.prefix, self.suffix = fresh.whole, fresh.prefix, fresh.suffix
+            self.whole, self.pieces = fresh.whole, fresh.pieces
+            self.prefix, self.suffix = fresh.prefix, fresh.suffix
 
 
 class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
@@ -140,18 +152,34 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
         profile = self._whole.profile
         if not self.has_failed and pays_off(batch, self.spec, profile):
             batch.check()
-            pieces = pieces_of(batch, self.spec.num_heads, profile.num_sms or 1)
             try:
-                prefix, suffix = (
-                    part.builder.build(own)
-                    for part, own in zip(self._parts, _parts_of(batch, pieces), strict=True)
-                )
-                return _metadata_of(batch, self, None, prefix, suffix)
+                return self._in_parts(batch, pieces_of(batch, self.spec, profile.num_sms or 1))
             except (InvalidInputError, UnsupportedError):
                 raise
             except Exception as error:
                 self.fail(error)
-        return _metadata_of(batch, self, self.build_whole(batch), None, None)
+        return self._as_whole(batch, self.build_whole(batch))
+
+    def _in_parts(self, batch: AttentionBatch, pieces: int) -> CascadeMetadata:
+        is_decode = min(batch.query_lens) == max(batch.query_lens) == 1
+        prefix, suffix = self._parts
+        group = self.spec.num_heads // self.spec.num_kv_heads
+        first = _packed_batch(batch, pieces, group, with_rest=is_decode)
+        metadata: CascadeMetadata = CascadeMetadata.of(
+            batch,
+            self,
+            whole=None,
+            prefix=prefix.builder.build(first),
+            suffix=None if is_decode else suffix.builder.build(_rest_of(batch)),
+            pieces=first.num_reqs - batch.num_reqs * is_decode,
+        )
+        return metadata
+
+    def _as_whole(self, batch: AttentionBatch, whole: Any) -> CascadeMetadata:
+        metadata: CascadeMetadata = CascadeMetadata.of(
+            batch, self, whole=whole, prefix=None, suffix=None, pieces=0
+        )
+        return metadata
 
     def fail(self, error: Exception) -> None:
         """Plan no parts from now on."""
@@ -166,21 +194,11 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
 
     def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> CascadeMetadata:
         """See AttentionMetadataBuilder.build_for_graph. Captured steps have no shared prefix."""
-        whole = self._whole.builder.build_for_graph(batch, limits)
-        return _metadata_of(batch, self, whole, None, None)
+        return self._as_whole(batch, self._whole.builder.build_for_graph(batch, limits))
 
     def update_for_graph(self, metadata: CascadeMetadata, batch: AttentionBatch) -> None:
         """See AttentionMetadataBuilder.update_for_graph."""
         self._whole.builder.update_for_graph(metadata.whole, batch)
-
-
-def _metadata_of(
-    batch: AttentionBatch, builder: _CascadeBuilder, whole: Any, prefix: Any, suffix: Any
-) -> CascadeMetadata:
-    metadata: CascadeMetadata = CascadeMetadata.of(
-        batch, builder, whole=whole, prefix=prefix, suffix=suffix
-    )
-    return metadata
 
 
 def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile) -> bool:
@@ -200,34 +218,61 @@ def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile)
     return saved_us > PARTS_US
 
 
-def pieces_of(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:
+def pieces_of(batch: AttentionBatch, spec: AttentionSpec, num_sms: int) -> int:
     """In how many pieces the prefix is read.
 
-    A kernel of prefills has a program for each head and some rows. If that leaves processors idle,
-    each piece is a request of its own, with all queries, and the pieces are merged like other parts
-    (as the splits of Flash-Decoding).
+    A kernel of prefills has a program for each KV head and some rows. If that leaves processors
+    idle, each piece is a request of its own, with all queries, and the pieces are merged like other
+    parts (as the splits of Flash-Decoding).
     """
-    programs = num_heads * -(-batch.num_tokens // _ROWS)
+    rows = batch.num_tokens * spec.num_heads // spec.num_kv_heads
+    programs = spec.num_kv_heads * -(-rows // _ROWS)
     most = min(_MAX_PIECES, batch.shared_prefix_len // _PIECE)
     return max(1, min(most, -(-_WAVES * num_sms // programs)))
 
 
-def _parts_of(batch: AttentionBatch, pieces: int) -> tuple[AttentionBatch, AttentionBatch]:
-    """All queries over each piece of the prefix, and each request's over the keys after it."""
-    length, table, block_size = batch.shared_prefix_len, batch.block_table, batch.block_size
-    assert table is not None
-    assert block_size is not None
-    columns = length // block_size
+def _packed_batch(
+    batch: AttentionBatch, pieces: int, group: int, *, with_rest: bool
+) -> AttentionBatch:
+    """Requests of one head for each KV head: all rows over each piece of the prefix.
+
+    With the rest, then those of each request over its keys after the prefix.
+    """
+    columns, block_size, table = _prefix_of(batch)
     own = -(-columns // pieces)  # blocks of a piece
-    lens = [min(own, columns - first) * block_size for first in range(0, columns, own)]
-    tables = torch.nn.functional.pad(table[0, :columns], (0, own * len(lens) - columns))
-    prefix = AttentionBatch.create(
-        [batch.num_tokens] * len(lens),
-        lens,
-        block_table=tables.view(len(lens), own),
+    seq_lens = [min(own, columns - first) * block_size for first in range(0, columns, own)]
+    query_lens = [batch.num_tokens * group] * len(seq_lens)
+    tables = _padded(table[:1, :columns], own * len(seq_lens)).view(len(seq_lens), own)
+    if with_rest:
+        rest = table[:, columns:]
+        width = max(own, rest.shape[1])
+        tables = torch.cat([_padded(each, width) for each in (tables, rest)])
+        seq_lens += [length - batch.shared_prefix_len for length in batch.seq_lens_list]
+        query_lens += [group] * batch.num_reqs
+    return AttentionBatch.create(
+        query_lens,
+        seq_lens,
+        block_table=tables,
+        max_decode_query_len=group,
         device=batch.seq_lens.device,
     )
-    suffix = dataclasses.replace(
+
+
+def _padded(table: torch.Tensor, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(table, (0, columns - table.shape[1]))
+
+
+def _prefix_of(batch: AttentionBatch) -> tuple[int, int, torch.Tensor]:
+    """Its blocks, their size, and the block table."""
+    assert batch.block_table is not None
+    assert batch.block_size is not None
+    return batch.shared_prefix_len // batch.block_size, batch.block_size, batch.block_table
+
+
+def _rest_of(batch: AttentionBatch) -> AttentionBatch:
+    """Each request over its keys after the prefix."""
+    length, (columns, _, table) = batch.shared_prefix_len, _prefix_of(batch)
+    return dataclasses.replace(
         batch,
         seq_lens=batch.seq_lens - length,
         seq_lens_cpu=batch.seq_lens_cpu - length,
@@ -235,7 +280,6 @@ def _parts_of(batch: AttentionBatch, pieces: int) -> tuple[AttentionBatch, Atten
         block_table=table[:, columns:].contiguous(),  # as kernels expect
         shared_prefix_len=0,
     )
-    return prefix, suffix
 
 
 class _CascadeImpl(ComposedImpl):
@@ -253,6 +297,10 @@ class _CascadeImpl(ComposedImpl):
         sinks: torch.Tensor | None,
     ) -> None:
         self._returns_lse, self._sinks = spec.returns_lse, sinks
+        self._kv_heads = spec.num_kv_heads
+        self._first: Any = whole.impl
+        if isinstance(self._first, RoutedImpl):
+            self._first = next(iter(self._first._impls.values()))
         self._whole, self._prefix, self._suffix = whole.impl, prefix.impl, suffix.impl
 
     def _compute(
@@ -280,23 +328,33 @@ class _CascadeImpl(ComposedImpl):
         self, given: Given, metadata: CascadeMetadata, size: int, into: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer, query, key, value, kv_cache = given
-        suffix_out, tokens = query.new_empty((*query.shape[:2], size)), metadata.batch.num_tokens
-        suffix: Any = self._suffix.forward(  # it writes the new keys
-            layer, query, key, value, kv_cache, metadata.suffix, suffix_out
+        batch, pieces = metadata.batch, metadata.pieces
+        tokens, is_joint = batch.num_tokens, metadata.suffix is None
+        if is_joint:
+            check_forward(self._first, query, key, value, kv_cache, batch)
+            if key is not None:
+                self._first.write_kv(layer, key, value, kv_cache, batch)
+        else:  # it writes the new keys
+            out = query.new_empty((*query.shape[:2], size))
+            suffix: Any = self._suffix.forward(*given, metadata.suffix, out)
+        # Padding belongs to no part. (tokens, group, KV heads, size), once for each part.
+        packed = query[:tokens].unflatten(1, (self._kv_heads, -1)).transpose(1, 2)
+        shape = (pieces + is_joint, *packed.shape[:3])
+        queries = packed.new_empty((*shape, packed.shape[3])).copy_(packed)
+        out = query.new_empty((*shape, size))
+        parts: Any = self._prefix.forward(
+            layer, queries.flatten(0, 2), None, None, kv_cache, metadata.prefix, out.flatten(0, 2)
         )
-        # Each piece of the prefix has all queries; padding belongs to none.
-        pieces = metadata.prefix.batch.num_reqs
-        queries = query[:tokens] if pieces == 1 else query[:tokens].repeat(pieces, 1, 1)
-        out = query.new_empty((*queries.shape[:2], size))
-        prefix: Any = self._prefix.forward(
-            layer, queries, None, None, kv_cache, metadata.prefix, out
-        )
+        outs, lses = (each.unflatten(0, shape[:3]).transpose(2, 3) for each in parts)
+        first, rest = (outs[-1], lses[-1]), (outs[:-1], lses[:-1])
+        if not is_joint:
+            first = tuple(each[:tokens].unflatten(1, (self._kv_heads, -1)) for each in suffix)
+            rest = (outs, lses)
         sinks = None if self._sinks is None else self._sinks.to(query.device, non_blocking=True)
         target = query.new_empty((*query.shape[:2], size)) if into is None else into
-        first = (suffix[0][:tokens], suffix[1][:tokens])
-        rest = (prefix[0].unflatten(0, (pieces, tokens)), prefix[1].unflatten(0, (pieces, tokens)))
         _, lse = merge_parts(first, rest, sinks, target[:tokens])
         if tokens < len(target):
             target[tokens:] = 0
-            lse = torch.cat([lse, suffix[1][tokens:]])
+            padding = lse.new_full((len(target) - tokens, lse.shape[1]), float("-inf"))
+            lse = torch.cat([lse, padding])
         return target, lse

@@ -307,7 +307,8 @@ def merge_parts(
     """merge_states of parts that are checked, all but the first of them in one tensor.
 
     Args:
-        first: an output and its lse.
+        first: an output and its lse. The heads may be two dimensions, the KV head and the head of
+            its group, in all parts.
         rest: (parts, num_tokens, num_heads, head_size_v), and (parts, num_tokens, num_heads).
         sinks: as for merge_states.
         into: where the merged output is written, in its dtype; made like the first if None.
@@ -315,6 +316,8 @@ def merge_parts(
     target = into
     if target is None:
         target = torch.empty_like(first[0], memory_format=torch.contiguous_format)
+    if target.dim() == 4:
+        target = target.flatten(1, 2)
     needs_grad = torch.is_grad_enabled() and sinks is not None and sinks.requires_grad
     if not needs_grad and all(
         merge_kernels.take(*each) for each in (first, rest, (target, first[1]))
@@ -324,6 +327,8 @@ def merge_parts(
             return target, found
     parts = zip(first, rest, strict=True)
     outputs, lses = ([one, *others.unbind(0)] for one, others in parts)
+    if outputs[0].dim() == 4:
+        outputs, lses = ([each.flatten(1, 2) for each in some] for some in (outputs, lses))
     merged, lse = _merge_by_operators(outputs, lses, sinks)
     return merged if into is None else into.copy_(merged), lse
 

@@ -97,6 +97,22 @@ def test_dtypes_strides_and_no_tokens(kernels):
     assert kernels == ["_merge"] * 2
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_heads_of_groups_elsewhere(by_kernel, kernels):
+    """Parts as (tokens, group, KV heads, size), read as (tokens, KV heads, group, size)."""
+    outs, lses = parts_of(3, 5, 16)
+    sinks = torch.randn(HEADS, device=DEVICE)
+    packed = outs.unflatten(2, (2, 3)).transpose(2, 3).contiguous().transpose(2, 3)
+    packed_lses = lses.unflatten(2, (2, 3)).transpose(2, 3).contiguous().transpose(2, 3)
+    if not by_kernel:
+        packed = packed.double()
+    first, rest = (packed[0], packed_lses[0]), (packed[1:], packed_lses[1:])
+    found = merge_parts(first, rest, sinks)
+    assert found[0].shape == outs[0].shape
+    check(found, expected_of(outs, lses, sinks))
+    assert kernels == ["_merge"] * by_kernel
+
+
 def test_a_nan_stays_in_its_row(kernels):
     outs, lses = parts_of(2, 4, 16)
     outs[0, 1, 0, 3] = math.nan

@@ -24,11 +24,12 @@ def _weighted(ptr, offsets, stored, lse, shift, total):
 @triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(
     first_ptr, first_lse_ptr, rest_ptr, rest_lse_ptr, sinks_ptr, out_ptr, merged_lse_ptr, num_rows,
-    first_stride_t, first_stride_h, first_lse_stride_t, first_lse_stride_h, rest_stride_p,
-    rest_stride_t, rest_stride_h, rest_lse_stride_p, rest_lse_stride_t, rest_lse_stride_h,
-    out_stride_t, out_stride_h,
-    NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    REST: tl.constexpr, SINKS: tl.constexpr,
+    first_stride_t, first_stride_h, first_stride_g, first_lse_stride_t, first_lse_stride_h,
+    first_lse_stride_g, rest_stride_p, rest_stride_t, rest_stride_h, rest_stride_g,
+    rest_lse_stride_p, rest_lse_stride_t, rest_lse_stride_h, rest_lse_stride_g, out_stride_t,
+    out_stride_h,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, REST: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merge parts by their LSE, as `merge_states` does; a row is a head of a token.
 
@@ -36,8 +37,10 @@ def merge_kernel(
     own, because other threads may read a row's LSE later than one of them stores it.
 
     Args:
-        first_ptr: (tokens, NUM_HEADS, SIZE), the first part; first_lse_ptr (tokens, NUM_HEADS).
-        rest_ptr: (REST, tokens, NUM_HEADS, SIZE), the others; rest_lse_ptr without SIZE.
+        first_ptr: (tokens, NUM_HEADS // GROUP, GROUP, SIZE), the first part; first_lse_ptr without
+            SIZE. Strides that end in g are those of GROUP, not read where it is 1.
+        rest_ptr: (REST, tokens, NUM_HEADS // GROUP, GROUP, SIZE), the others; rest_lse_ptr without
+            SIZE.
         sinks_ptr: (NUM_HEADS,), not read without SINKS.
         out_ptr: (tokens, NUM_HEADS, SIZE), written.
         merged_lse_ptr: (tokens, NUM_HEADS) float32, contiguous, written; without the sinks.
@@ -50,8 +53,16 @@ def merge_kernel(
     d_idx = tl.arange(0, BLOCK_D)
     stored = ok[:, None] & (d_idx < SIZE)[None, :]
 
-    first_at = tokens * first_lse_stride_t + heads * first_lse_stride_h
-    rest_at = tokens * rest_lse_stride_t + heads * rest_lse_stride_h
+    first_at = tokens * first_lse_stride_t + heads // GROUP * first_lse_stride_h
+    rest_at = tokens * rest_lse_stride_t + heads // GROUP * rest_lse_stride_h
+    first_row = tokens * first_stride_t + heads // GROUP * first_stride_h
+    rest_row = tokens * rest_stride_t + heads // GROUP * rest_stride_h
+    if GROUP > 1:
+        in_group = heads % GROUP
+        first_at += in_group * first_lse_stride_g
+        rest_at += in_group * rest_lse_stride_g
+        first_row += in_group * first_stride_g
+        rest_row += in_group * rest_stride_g
     first_lse = _lse_of(first_lse_ptr, first_at, ok)
     largest = first_lse
     for part in tl.static_range(REST):
@@ -70,13 +81,13 @@ def merge_kernel(
 
     x = _weighted(
         first_ptr,
-        (tokens * first_stride_t + heads * first_stride_h)[:, None] + d_idx[None, :],
+        first_row[:, None] + d_idx[None, :],
         stored,
         first_lse,
         shift,
         total,
     )
-    rest_offsets = (tokens * rest_stride_t + heads * rest_stride_h)[:, None] + d_idx[None, :]
+    rest_offsets = rest_row[:, None] + d_idx[None, :]
     for part in tl.static_range(REST):
         lse = _lse_of(rest_lse_ptr, rest_at + part * rest_lse_stride_p, ok)
         x += _weighted(rest_ptr, rest_offsets + part * rest_stride_p, stored, lse, shift, total)
