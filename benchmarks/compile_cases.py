@@ -494,7 +494,7 @@ def _launches_of_merge(
     others = torch.zeros(parts - 1, 256, heads, size, dtype=rest or dtype)
     others_lse = torch.zeros(parts - 1, 256, heads)
     outs = torch.zeros(parts, 256, heads // parts, size, dtype=dtype)
-    lses, flags = torch.zeros(outs.shape[:3]), torch.zeros(parts, 16, dtype=torch.uint8)[:, 0]
+    lses, flags = torch.zeros(outs.shape[:3]), torch.zeros(parts, 16)[:, 0]
     with recorded() as launches:
         kernels.merge(first, (others, others_lse), torch.zeros(heads) if sinks else None, first[0])
         kernels.pack(*first, outs, lses, flags, failed=False)

@@ -87,7 +87,7 @@ class MergeKernels:
             lse: (tokens, heads) float32.
             outs: (pieces, tokens, heads / pieces, size), written; each piece is contiguous.
             lses: (pieces, tokens, heads / pieces) float32, written; each piece is contiguous.
-            flags: (pieces,) uint8, written: whether this rank failed.
+            flags: (pieces,) float32, written: 1 if this rank failed, else 0.
             failed: if so, the LSE is NaN in the messages.
 
         Returns:

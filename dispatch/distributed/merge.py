@@ -137,22 +137,24 @@ def _in_one_message(
     out_bytes = tokens * count * size * out.element_size()
     lse_bytes = tokens * count * lse.element_size()
     lse_at = _ALIGNMENT_BYTES + _aligned(out_bytes)
-    message = out.new_empty((pieces, lse_at + _aligned(lse_bytes)), dtype=torch.uint8)
+    # Typed as the LSE, and with few views: this runs in every layer.
+    width, inner = lse.element_size(), out.element_size()
+    row = (lse_at + _aligned(lse_bytes)) // width
 
     def parts_of(each: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs, lses = each.view(out.dtype), each.view(lse.dtype)
-        shape, strides = (len(each), tokens, count, size), (count * size, size, 1)
-        at = outs.storage_offset() + _ALIGNMENT_BYTES // out.element_size()
-        outs = outs.as_strided(shape, (outs.stride(0), *strides), at)
-        at = lses.storage_offset() + lse_at // lse.element_size()
-        return outs, lses.as_strided(shape[:3], (lses.stride(0), count, 1), at)
+        shape = (len(each), tokens, count, size)
+        strides = (row * width // inner, count * size, size, 1)
+        at = each.storage_offset() * width
+        outs = each.view(out.dtype).as_strided(shape, strides, (at + _ALIGNMENT_BYTES) // inner)
+        return outs, each.as_strided(shape[:3], (row, count, 1), (at + lse_at) // width)
 
+    message = lse.new_empty((pieces, row))
     outs, lses = parts_of(message)
     flags = message[:, 0]
-    packed = merge_kernels.take(out, lse) and merge_kernels.pack(
+    is_packed = merge_kernels.take(out, lse) and merge_kernels.pack(
         out, lse, outs, lses, flags, failed
     )
-    if not packed:
+    if not is_packed:
         message.zero_()  # padding is sent, too
         outs.copy_(out.unflatten(1, (pieces, count)).transpose(0, 1))
         lses.copy_(lse.unflatten(1, (pieces, count)).transpose(0, 1))

@@ -324,7 +324,8 @@ class SplitImpl(ComposedImpl):
             values = output.new_zeros(output.shape, dtype=given.query.dtype)
             lse = values.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
             for part in parts:
-                found = self._compute_part(part, given, size, combine, attempts)
+                own = _rows_of(given, part.rows)
+                found = self._compute_part(part, own, size, combine, attempts)
                 values[part.rows.tokens], lse[part.rows.tokens] = found
         attempts.finish(self._ranks.rank)
         if values is not output:
@@ -352,11 +353,10 @@ class SplitImpl(ComposedImpl):
         attempts: _Attempts,
         into: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output and LSE of a part's rows, for the heads of a call.
+        """The output and LSE of the rows of a part, which are given, for the heads of a call.
 
         A merged output is written to `into`, if it is given.
         """
-        given = _rows_of(given, part.rows)
         if part.kind is Part.GATHERED:
             return self._gathered(given, part.planned, size, attempts)
         if isinstance(part.planned, Exception):

@@ -110,7 +110,7 @@ def pack_kernel(
         out_ptr: (tokens, NUM_HEADS, SIZE); lse_ptr (tokens, NUM_HEADS).
         outs_ptr: (PIECES, tokens, NUM_HEADS // PIECES, SIZE), written, each piece contiguous; the
             pieces are outs_stride_p apart. lses_ptr the same without SIZE.
-        flags_ptr: a byte for each piece, written, flags_stride_p apart: `failed`, 0 or 1.
+        flags_ptr: one number for each piece, written, flags_stride_p apart: `failed`, 0 or 1.
         num_rows: tokens * NUM_HEADS.
         failed: if 1, the LSE is NaN in the messages, and so is the merged output.
     """
@@ -131,4 +131,4 @@ def pack_kernel(
     tl.store(outs_ptr + target, tl.load(out_ptr + source, mask=stored, other=0.0), mask=stored)
     if tl.program_id(0) == 0:
         for piece in tl.static_range(PIECES):
-            tl.store(flags_ptr + piece * flags_stride_p, failed.to(tl.uint8))
+            tl.store(flags_ptr + piece * flags_stride_p, failed.to(tl.float32))
