@@ -43,7 +43,11 @@ from attn_dispatch.selection.resolve import SelectionContext
 __all__ = ["PARTS_US", "bind_cascade", "check_cascade", "pays_off", "pieces_of"]
 
 #: What two parts and their merge take in addition to a decode as a whole, in microseconds.
-PARTS_US = 20.0
+PARTS_US = 30.0
+
+#: Requests that read the same keys at about the same time find most of them in the L2 cache: this
+#: many times as fast as the memory. Measured on an H100, as PARTS_US: docs/concepts.md.
+_REUSE = 2.6
 
 #: Of a prefix: the fewest keys of a piece, and the most pieces.
 _PIECE, _MAX_PIECES = 2048, 16
@@ -202,7 +206,7 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
 
 
 def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile) -> bool:
-    """Whether a prefix is read once: if reading it for each request takes longer than PARTS_US.
+    """Whether a prefix is read once: if that saves more than PARTS_US.
 
     Not if its queries are more than its keys, as in prefills. Else always on a device whose memory
     bandwidth is not known.
@@ -214,8 +218,8 @@ def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile)
         return True
     stored = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch).itemsize
     key_bytes = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * stored
-    saved_us = (requests - 1) * length * key_bytes / profile.memory_bandwidth * 1e6
-    return saved_us > PARTS_US
+    once_us = length * key_bytes / profile.memory_bandwidth * 1e6
+    return ((requests - 1) / _REUSE - 1) * once_us > PARTS_US
 
 
 def pieces_of(batch: AttentionBatch, spec: AttentionSpec, num_sms: int) -> int:
