@@ -135,7 +135,7 @@ def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
     ("requests", "prefix", "name", "wanted"),
     [
         (64, 16384, "sm90", True),
-        (2, 65536, "sm90", False),  # the second request reads the L2 cache
+        (2, 16384, "sm90", False),  # the second request reads the L2 cache
         (16, 1024, "sm90", False),  # 4 MB, a microsecond
         (64, 4096, "sm90", True),
         (64, 48, "sm90", False),  # more queries than keys
