@@ -39,14 +39,16 @@ from attn_dispatch.runtime.recovery import AttemptFailed
 from attn_dispatch.runtime.routing import RoutedImpl
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 from attn_dispatch.selection.resolve import SelectionContext
+from attn_dispatch.selection.timings.policy import MARGIN
 
-__all__ = ["PARTS_US", "bind_cascade", "check_cascade", "pays_off", "pieces_of"]
+__all__ = ["HOST_US", "PARTS_US", "bind_cascade", "check_cascade", "pays_off", "pieces_of"]
 
-#: What two parts and their merge take in addition to a decode as a whole, in microseconds.
-PARTS_US = 30.0
+#: What a step in parts takes on the device in addition to reading its keys, and how long it keeps
+#: the host, in microseconds. Measured on an H100 and its host: docs/concepts.md.
+PARTS_US, HOST_US = 60.0, 800.0
 
 #: Requests that read the same keys at about the same time find most of them in the L2 cache: this
-#: many times as fast as the memory. Measured on an H100, as PARTS_US: docs/concepts.md.
+#: many times as fast as the memory.
 _REUSE = 2.6
 
 #: Of a prefix: the fewest keys of a piece, and the most pieces.
@@ -206,7 +208,7 @@ class _CascadeBuilder(AttentionMetadataBuilder[CascadeMetadata]):
 
 
 def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile) -> bool:
-    """Whether a prefix is read once: if that saves more than PARTS_US.
+    """Whether a prefix is read once: if both device and host are faster than a step as a whole.
 
     Not if its queries are more than its keys, as in prefills. Else always on a device whose memory
     bandwidth is not known.
@@ -218,8 +220,11 @@ def pays_off(batch: AttentionBatch, spec: AttentionSpec, profile: DeviceProfile)
         return True
     stored = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch).itemsize
     key_bytes = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * stored
-    once_us = length * key_bytes / profile.memory_bandwidth * 1e6
-    return ((requests - 1) / _REUSE - 1) * once_us > PARTS_US
+    us_per_key = key_bytes / profile.memory_bandwidth * 1e6
+    once_us = length * us_per_key
+    rest_us = (sum(batch.seq_lens_list) - requests * length) * us_per_key
+    whole_us = rest_us + once_us * (1 + (requests - 1) / _REUSE)
+    return max(rest_us + once_us + PARTS_US, HOST_US) * (1 + MARGIN) < whole_us
 
 
 def pieces_of(batch: AttentionBatch, spec: AttentionSpec, num_sms: int) -> int:

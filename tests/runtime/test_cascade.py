@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -134,11 +136,10 @@ def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
 @pytest.mark.parametrize(
     ("requests", "prefix", "name", "wanted"),
     [
-        (64, 16384, "sm90", True),
+        (256, 16384, "sm90", True),
         (2, 16384, "sm90", False),  # the second request reads the L2 cache
-        (16, 1024, "sm90", False),  # 4 MB, a microsecond
-        (64, 4096, "sm90", True),
-        (64, 48, "sm90", False),  # more queries than keys
+        (64, 1024, "sm90", False),  # shorter than the host's time for parts
+        (256, 208, "sm90", False),  # more queries than keys
         (2, 1024, "cpu", True),  # of unknown bandwidth
     ],
 )
@@ -157,6 +158,37 @@ def test_a_prefix_is_read_once_where_that_saves_more_than_two_parts_take(
         num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
     )
     assert cascade.pays_off(batch, spec, known_device(name)) is wanted
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "keys", "device_wins"),
+    [
+        (64, 16384, 18432, True),
+        (64, 2048, 4096, False),
+        (64, 256, 1280, False),
+        (8, 16384, 18432, False),
+        (8, 1024, 3072, False),
+        (2, 16384, 18432, False),
+    ],
+)
+def test_the_rule_agrees_with_what_an_h100_measured(
+    requests, prefix, keys, device_wins, monkeypatch
+):
+    """Its device was faster in parts by 3 % or more for the first only, and its host for none."""
+    batch = AttentionBatch.create(
+        [1] * requests,
+        [keys] * requests,
+        block_table=torch.zeros(requests, 2048, dtype=torch.int32),
+        block_size=16,
+        shared_prefix_len=prefix,
+    )
+    spec = AttentionSpec(
+        num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
+    )
+    h100 = dataclasses.replace(known_device("sm90"), memory_bandwidth=3.35e12)
+    assert not cascade.pays_off(batch, spec, h100)
+    monkeypatch.setattr(cascade, "HOST_US", 0.0)
+    assert cascade.pays_off(batch, spec, h100) is device_wins
 
 
 @pytest.mark.parametrize(
