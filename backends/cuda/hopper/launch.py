@@ -100,9 +100,15 @@ class MLAConfig(DecodeConfig):
 
     Attributes:
         BLOCK_N: KEYS, by the name that the prefill kernel has.
+        Q_ROWS: rows of queries that are loaded of a work unit: 16, 32 or 64.
+        REGISTERS, PRODUCER_REGISTERS: of each thread of a warp group that computes, and of the warp
+            that loads.
     """
 
     BLOCK_N: int = 64
+    Q_ROWS: int = 64
+    REGISTERS: int = 240
+    PRODUCER_REGISTERS: int = 24
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,11 @@ class HopperMLAImpl(TritonMLAImpl):
         if self.returns_lse:
             lse = torch.empty(tokens, self.num_heads, dtype=torch.float32, device=absorbed.device)
         rows = absorbed.flatten(0, 1)
+        most_rows = batch.max_query_len * self.num_heads  # of a request
+        q_rows = next((rows for rows in (16, 32) if rows >= most_rows), _ROWS)
+        window, *scales = self._attention.numbers
         launch = self._launchers.find(
-            ("hopper", absorbed.dtype, kv_cache.shape[1]),
+            ("hopper", absorbed.dtype, kv_cache.shape[1], q_rows),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": MLAConfig(
@@ -135,16 +138,17 @@ class HopperMLAImpl(TritonMLAImpl):
                     MIN_TILES=_MIN_TILES,
                     HAS_REQUEST_LIST=False,
                     BLOCK_N=_KEYS,
+                    Q_ROWS=q_rows,
                 )
             },
             {"num_warps": 4, "launch_cooperative_grid": True},
         )
         launch(
             (num_sms, 1, 1),
-            tma_descriptor(rows, rows.shape, rows.stride(0), (_ROWS, 64)), pages.descriptor, out,
+            tma_descriptor(rows, rows.shape, rows.stride(0), (q_rows, 64)), pages.descriptor, out,
             lse, room.out, room.lse, room.counters, batch.query_start_loc, batch.seq_lens, table,
             pages.block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
-            table.stride(0), *self._attention.numbers,
+            table.stride(0), window, _team(batch, self.num_heads, num_sms), *scales,
         )  # fmt: skip
         return out, lse if self.returns_lse else None
 
@@ -159,6 +163,14 @@ class HopperMLAImpl(TritonMLAImpl):
                 "have fewer than 2 ** 31 tokens. Align the cache, or use TRITON_MLA."
             )
         return pages
+
+
+def _team(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:
+    """How many programs share key ranges: the row tiles of each request, or of its tokens."""
+    tokens = 1
+    if batch.num_tokens == batch.num_reqs * batch.max_query_len:  # as many for each request
+        tokens = batch.max_query_len
+    return min(-(-tokens * num_heads // _ROWS), num_sms)
 
 
 def _problem(spec: AttentionSpec, device: DeviceProfile) -> str:

@@ -57,17 +57,26 @@ def _by_row(columns):
     return gl.SliceLayout(1, mma_layout(columns))
 
 
-#: A step of a merge has 16 pairs of a part and a row, by the columns of a warp group. A thread has
-#: all pairs of its columns.
-_PAIRS = gl.constexpr(16)
-_merge_layout = gl.BlockedLayout([16, 2], [1, 32], [1, 4], [1, 0])
-_MERGE = gl.constexpr(_merge_layout)
-_BY_PAIR = gl.constexpr(gl.SliceLayout(1, _merge_layout))
-_BY_COLUMN = gl.constexpr(gl.SliceLayout(0, _merge_layout))
+#: A step of a merge has one part of 16 rows, or 32 parts of one row: 8 for each warp. Both are by
+#: the columns of a warp group.
+_MERGE_ROWS = gl.constexpr(16)
+_MERGE_PARTS = gl.constexpr(8)
+_rows_layout = gl.BlockedLayout([4, 4], [1, 32], [4, 1], [1, 0])
+_MANY_ROWS = gl.constexpr(_rows_layout)
+_BY_MERGED_ROW = gl.constexpr(gl.SliceLayout(1, _rows_layout))
+_BY_COLUMN = gl.constexpr(gl.SliceLayout(0, _rows_layout))
+_parts_layout = gl.BlockedLayout([1, 8, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+_MANY_PARTS = gl.constexpr(_parts_layout)
+_BY_PART = gl.constexpr(gl.SliceLayout(2, _parts_layout))
+_PART_SUMS = gl.constexpr(gl.SliceLayout(1, _parts_layout))
+#: The sums of four warps: a thread has all of them, of some columns.
+_sums_layout = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
+_SUMS = gl.constexpr(_sums_layout)
+_OF_WARPS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _COUNTERS = gl.constexpr(MLA_COUNTERS)
 
 #: Parameters whose values the compiled code does not depend on.
-_COUNTS = "num_reqs all_reqs num_rows table_stride window block_rows".split()
+_COUNTS = "num_reqs all_reqs num_rows table_stride window team block_rows".split()
 
 
 @aggregate
@@ -78,12 +87,13 @@ class _Buffers:
         q, q_rotated: the queries of a work unit.
         latents, rotated: stages of key tiles. Tile number n is in stage n % STAGES, and the warp
             group n % 2 computes its scores.
-        weights: of a tile, for the other warp group.
-        largest, factor: of a tile, by row: the running maxima, and what the output was multiplied
-            by.
+        weights: of a tile, from each warp group for the other.
+        largest, factor: of a tile, by row, from each warp group: the running maxima, and what the
+            output was multiplied by.
         sums: of weights, by the parity of the work unit and warp group.
         q_full, q_empty, full, empty: barriers of the queries and of the stages.
         ready: for each warp group, that the weights of its tile are there.
+        taken: for each warp group, that the other one has used them.
         summed: for each warp group, that its sums are there.
     """
 
@@ -100,6 +110,7 @@ class _Buffers:
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
+    taken: gl.shared_memory_descriptor
     summed: gl.shared_memory_descriptor
     KEYS: gl.constexpr
     STAGES: gl.constexpr
@@ -145,14 +156,15 @@ def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
         gl.allocate_shared_memory(dtype, [_ROWS, _BOX], Q),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, _LATENT], KV),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, _BOX], KV),
-        gl.allocate_shared_memory(dtype, [_ROWS, KEYS], P),
-        gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
-        gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
+        gl.allocate_shared_memory(dtype, [2, _ROWS, KEYS], P),
+        gl.allocate_shared_memory(gl.float32, [2, _ROWS], _VECTOR),
+        gl.allocate_shared_memory(gl.float32, [2, _ROWS], _VECTOR),
         gl.allocate_shared_memory(gl.float32, [4, _ROWS], _VECTOR),
         _barriers(1, 1),
         _barriers(1, 2),
         _barriers(STAGES, 1),
         _barriers(STAGES, 2),
+        _barriers(2, 1),
         _barriers(2, 1),
         _barriers(2, 1),
         KEYS,
@@ -161,9 +173,26 @@ def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _producer(share, buffers, pages, q_desc):
+def _load_queries(work, buffers, q_desc, unit):
+    """Load the queries of the program's work unit number `unit`. Further rows keep what they had."""
+    Q_ROWS: gl.constexpr = q_desc.block_type.shape[0]
+    BOXES: gl.constexpr = _ROWS // Q_ROWS
+    dtype: gl.constexpr = q_desc.dtype
+    q = reinterpret(buffers.q, dtype, [_CHUNKS * BOXES, Q_ROWS, _BOX], q_desc.layout)
+    rotated = reinterpret(buffers.q_rotated, dtype, [BOXES, Q_ROWS, _BOX], q_desc.layout)
+    row = work.q_start * work.config.GROUP + work.unit * _ROWS
+    mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
+    full = buffers.q_full.index(0)
+    mbarrier.expect(full, Q_ROWS * 576 * 2)
+    for c in gl.static_range(_CHUNKS):
+        load_tile(q_desc, [row, c * _BOX], full, q.index(c * BOXES))
+    load_tile(q_desc, [row, _LATENT], full, rotated.index(0))
+
+
+@gluon.jit
+def _producer(is_left, work, left, buffers, pages, q_desc):
     """One warp: the queries of each work unit, and its key tiles."""
-    CONFIG: gl.constexpr = share.space.config
+    CONFIG: gl.constexpr = work.config
     PAGE: gl.constexpr = pages.desc.block_type.shape[0]
     KEYS: gl.constexpr = buffers.KEYS
     STAGES: gl.constexpr = buffers.STAGES
@@ -173,49 +202,58 @@ def _producer(share, buffers, pages, q_desc):
     latents = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
     ROTATED: gl.constexpr = STAGES * PER_TILE
     rotated = reinterpret(buffers.rotated, dtype, [ROTATED, PAGE, _BOX], pages.desc.layout)
-    q = reinterpret(buffers.q, dtype, [_CHUNKS, _ROWS, _BOX], q_desc.layout)
     n = 0  # key tiles
     unit = 0  # work units
-    while share.position < share.end:
-        work, share = share.next()
+    while is_left:
         if work.unit >= 0:
             table = pages.table_of(work.request)
-            for tile in range(work.first_tile, work.last_tile):
-                first = tile * KEYS
-                blocks = pages.blocks(table, first, work.first_key, work.seq_len - 1, CONFIG)
-                stage = n % STAGES
-                mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
-                full = buffers.full.index(stage)
-                mbarrier.expect(full, KEYS * 576 * 2)
-                for p in gl.static_range(PER_TILE):
-                    row = pages.row_of(blocks, p, first, CONFIG)
-                    for c in gl.static_range(_CHUNKS):
-                        box = latents.index((stage * _CHUNKS + c) * PER_TILE + p)
-                        load_tile(pages.desc, [row, c * _BOX], full, box)
-                    box = rotated.index(stage * PER_TILE + p)
-                    load_tile(pages.desc, [row, _LATENT], full, box)
-                n += 1
-                if tile == work.first_tile:  # after the tile, which need not wait for it
-                    row = work.q_start * CONFIG.GROUP + work.unit * _ROWS
-                    mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
-                    full = buffers.q_full.index(0)
-                    mbarrier.expect(full, _ROWS * 576 * 2)
-                    for c in gl.static_range(_CHUNKS):
-                        load_tile(q_desc, [row, c * _BOX], full, q.index(c))
-                    load_tile(q_desc, [row, _LATENT], full, buffers.q_rotated)
-                    unit += 1
+            # The first queries are loaded first. Later ones have to wait for the unit before, and
+            # the tiles that there is room for until then need not.
+            q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
+            for tile in range(work.first_tile, work.last_tile + 1):
+                if tile == q_at:
+                    _load_queries(work, buffers, q_desc, unit)
+                if tile < work.last_tile:
+                    first = tile * KEYS
+                    blocks = pages.blocks(table, first, work.first_key, work.seq_len - 1, CONFIG)
+                    stage = n % STAGES
+                    mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
+                    full = buffers.full.index(stage)
+                    mbarrier.expect(full, KEYS * 576 * 2)
+                    for p in gl.static_range(PER_TILE):
+                        row = pages.row_of(blocks, p, first, CONFIG)
+                        for c in gl.static_range(_CHUNKS):
+                            box = latents.index((stage * _CHUNKS + c) * PER_TILE + p)
+                            load_tile(pages.desc, [row, c * _BOX], full, box)
+                        box = rotated.index(stage * PER_TILE + p)
+                        load_tile(pages.desc, [row, _LATENT], full, box)
+                    n += 1
+            unit += 1
+        is_left = left.position < left.end
+        if is_left:
+            work, left = left.next()
 
 
 @gluon.jit
-def _softmax(s, m_before, work, positions, first_key, scale):
-    """(weights, running maxima, the same but 0 without a score) of a tile of scores."""
+def _has_unseen(work, first_key):
+    """Whether some query may not see all keys of a tile."""
     CONFIG: gl.constexpr = work.config
-    SCORES: gl.constexpr = s.type.layout
-    if CONFIG.CAP:
-        s = tanh(s * scale.scale_over_cap) * scale.cap_log2
-    else:
-        s = s * scale.scale_log2
-    keys = first_key + gl.arange(0, CONFIG.KEYS, gl.SliceLayout(0, SCORES))
+    end = work.seq_len  # of the keys that all queries see
+    if CONFIG.CAUSAL:
+        end -= work.q_len - 1
+    elif CONFIG.WINDOW:
+        end = gl.minimum(end, work.seq_len - work.q_len + work.window)
+    unseen = first_key + CONFIG.KEYS > end
+    if CONFIG.WINDOW:
+        unseen = unseen | (first_key < work.seq_len - work.window)
+    return unseen
+
+
+@gluon.jit
+def _masked(s, work, positions, first_key):
+    """A tile's scores, with those of unseen keys masked."""
+    CONFIG: gl.constexpr = work.config
+    keys = first_key + gl.arange(0, CONFIG.KEYS, gl.SliceLayout(0, s.type.layout))
     seen = (keys < work.seq_len)[None, :]
     if CONFIG.CAUSAL:
         seen = seen & (keys[None, :] <= positions[:, None])
@@ -223,7 +261,19 @@ def _softmax(s, m_before, work, positions, first_key, scale):
         seen = seen & (keys[None, :] > (positions - work.window)[:, None])
         if not CONFIG.CAUSAL:
             seen = seen & (keys[None, :] < (positions + work.window)[:, None])
-    s = gl.where(seen, s, MASKED)
+    return gl.where(seen, s, MASKED)
+
+
+@gluon.jit
+def _softmax(s, m_before, work, positions, first_key, scale):
+    """(weights, running maxima, the same but 0 without a score) of a tile of scores."""
+    CONFIG: gl.constexpr = work.config
+    if CONFIG.CAP:
+        s = tanh(s * scale.scale_over_cap) * scale.cap_log2
+    else:
+        s = s * scale.scale_log2
+    if _has_unseen(work, first_key):
+        s = _masked(s, work, positions, first_key)
     m_new = gl.maximum(m_before, gl.max(s, 1))
     m_use = gl.where(no_score(m_new), 0.0, m_new)
     return gl.exp2(s - m_use[:, None]), m_new, m_use
@@ -269,19 +319,35 @@ def _scaled(acc, factor):
 
 @gluon.jit
 def _other_tile(buffers, acc, n, tile, work, WHICH: gl.constexpr):
-    """Issue the product of the other warp group's weights of tile n and the own columns."""
+    """Issue the product of the other warp group's weights of tile n and the own columns.
+
+    Returns it, and the running maxima of the other's tile.
+    """
+    OTHER: gl.constexpr = 1 - WHICH
     buffers.wait_full(n)
     _hide_values(buffers, n, tile, work, WHICH)
-    mbarrier.wait(buffers.ready.index(1 - WHICH), (n >> 1) & 1)
-    acc = _scaled(acc, buffers.factor.load(_by_row(_OWN)))
-    return warpgroup_mma(buffers.weights, buffers.values(n, WHICH), acc, is_async=True)
+    mbarrier.wait(buffers.ready.index(OTHER), (n >> 1) & 1)
+    factor = buffers.factor.index(OTHER).load(_by_row(_OWN))
+    largest = buffers.largest.index(OTHER).load(_by_row(buffers.KEYS))
+    acc = acc * factor[:, None]
+    weights = buffers.weights.index(OTHER)
+    return warpgroup_mma(weights, buffers.values(n, WHICH), acc, is_async=True), largest
 
 
 @gluon.jit
-def _send_weights(buffers, p, m_new, alpha, WHICH: gl.constexpr):
-    buffers.weights.store(p.to(buffers.weights.dtype))
-    buffers.largest.store(m_new)
-    buffers.factor.store(alpha)
+def _release_other(buffers, n, WHICH: gl.constexpr):
+    """The other warp group's tile n is no longer needed, nor are its weights."""
+    buffers.release(n)
+    mbarrier.arrive(buffers.taken.index(1 - WHICH))
+
+
+@gluon.jit
+def _send_weights(buffers, p, m_new, alpha, n, WHICH: gl.constexpr):
+    """Send the weights of the own tile n to the other warp group."""
+    mbarrier.wait(buffers.taken.index(WHICH), (n >> 1) & 1 ^ 1)
+    buffers.weights.index(WHICH).store(p.to(buffers.weights.dtype))
+    buffers.largest.index(WHICH).store(m_new)
+    buffers.factor.index(WHICH).store(alpha)
     fence_async_shared()
     barrier()
     mbarrier.arrive(buffers.ready.index(WHICH))
@@ -301,15 +367,14 @@ def _own_values(buffers, acc, p, alpha, n, tile, work, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
+def _consumer(WHICH: gl.constexpr, is_left, work, left, buffers, scale, output, parts):
     """A warp group: half of the columns of each of the program's work tiles."""
     KEYS: gl.constexpr = buffers.KEYS
     BY_ROW: gl.constexpr = _by_row(KEYS)
-    first_share = share
+    has_first, first_work, first_left = is_left, work, left
     n = 0  # key tiles before this work tile
     unit = 0
-    while share.position < share.end:
-        work, share = share.next()
+    while is_left:
         if work.unit >= 0:
             rows = work.rows(BY_ROW)
             m_i = gl.full([_ROWS], MASKED, gl.float32, BY_ROW)  # of all tiles so far
@@ -327,29 +392,27 @@ def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
                 l_i = gl.sum(p, 1)
                 m_own = m_use
                 alpha = gl.zeros([_ROWS], gl.float32, BY_ROW)
-                _send_weights(buffers, p, m_i, alpha, WHICH)
+                _send_weights(buffers, p, m_i, alpha, n, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n, tile, work, WHICH)
             for i in range(2 - own, num_tiles, 2):
                 tile = work.first_tile + i
                 s = _issue_scores(buffers, n + i)
-                acc = _other_tile(buffers, acc, n + i - 1, tile - 1, work, WHICH)
-                m_before = buffers.largest.load(BY_ROW)
+                acc, m_before = _other_tile(buffers, acc, n + i - 1, tile - 1, work, WHICH)
                 s = warpgroup_mma_wait(1, deps=[s])
                 p, m_i, m_use = _softmax(s, m_before, work, rows.positions, tile * KEYS, scale)
                 alpha = gl.exp2(m_before - m_use)
                 l_i = l_i * gl.exp2(m_own - m_use) + gl.sum(p, 1)
                 m_own = m_use
+                _send_weights(buffers, p, m_i, alpha, n + i, WHICH)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                buffers.release(n + i - 1)
-                _send_weights(buffers, p, m_i, alpha, WHICH)
+                _release_other(buffers, n + i - 1, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n + i, tile, work, WHICH)
             mbarrier.arrive(buffers.q_empty.index(0))
             n += num_tiles
             if ((n - 1) & 1) != WHICH:  # the last tile is the other's
-                acc = _other_tile(buffers, acc, n - 1, work.last_tile - 1, work, WHICH)
-                m_i = buffers.largest.load(BY_ROW)
+                acc, m_i = _other_tile(buffers, acc, n - 1, work.last_tile - 1, work, WHICH)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                buffers.release(n - 1)
+                _release_other(buffers, n - 1, WHICH)
             m_use = gl.where(no_score(m_i), 0.0, m_i)
             l_i = l_i * gl.exp2(m_own - m_use)
             buffers.sums.index(2 * (unit & 1) + WHICH).store(l_i)
@@ -361,12 +424,17 @@ def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
             if work.is_whole:
                 _store_rows(acc, m_i, total, rows, output, WHICH)
             else:
-                parts.store(acc, m_i, total, rows, work, share.program, WHICH)
-    while first_share.position < first_share.end:
-        work, first_share = first_share.next()
-        if work.unit >= 0:
-            if work.num_parts > 1:
-                parts.merge(work, first_share.program, output, WHICH)
+                parts.store(acc, m_i, total, rows, work, left.program, WHICH)
+        is_left = left.position < left.end
+        if is_left:
+            work, left = left.next()
+    is_left, work, left = has_first, first_work, first_left
+    while is_left:
+        if (work.unit >= 0) & (work.num_parts > 1):
+            parts.merge(work, left.program, output, buffers, WHICH)
+        is_left = left.position < left.end
+        if is_left:
+            work, left = left.next()
 
 
 @gluon.jit
@@ -382,22 +450,37 @@ def _store_rows(acc, m_i, total, rows, output, WHICH: gl.constexpr):
     gl.store(output.out_ptr + at[:, None] + column[None, :], out, mask=rows.ok[:, None])
 
 
+@gluon.jit
+def _online(m_i, lse):
+    """(new maxima, weights of what has these log2 sums, factors of what was there before)."""
+    m_new = gl.maximum(m_i, lse)
+    m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, gl.exp2(lse - m_use), gl.exp2(m_i - m_use)
+
+
 @aggregate
 class _Parts:
     """Room for parts of work units, as `epilogue.Parts`, but in two halves of the columns.
 
     A slot has 64 rows of 512 columns in `out_ptr`, and two times 64 log2 sums in `lse_ptr`, which
-    are equal.
+    are equal. `team` is the number of programs in a team, `member` this one's number in it.
     """
 
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
     counters_ptr: gl.tensor
+    team: gl.tensor
+    member: gl.tensor
+
+    @gluon.jit
+    def _slot(self, program, is_first):
+        """The slot of a program of the member's number, for the unit that begins with it or not."""
+        return (program.to(gl.int64) * self.team + self.member) * 2 + is_first.to(gl.int64)
 
     @gluon.jit
     def store(self, acc, m_i, total, rows, work, program, WHICH: gl.constexpr):
         """Store a warp group's columns of a part."""
-        slot = program.to(gl.int64) * 2 + (program == work.first_program).to(gl.int64)
+        slot = self._slot(program, program == work.first_program)
         empty = total == 0.0  # no score above −inf; a NaN is in the sum
         some = gl.where(empty, 1.0, total)
         r = gl.arange(0, _ROWS, total.type.layout)
@@ -415,78 +498,106 @@ class _Parts:
 
     @gluon.jit
     def _counter(self, work, WHICH: gl.constexpr):
-        return self.counters_ptr + _COUNTERS * work.first_program + 2 * WHICH
+        program = work.first_program * self.team + self.member
+        return self.counters_ptr + _COUNTERS * program + 2 * WHICH
 
     @gluon.jit
-    def merge(self, work, program, output, WHICH: gl.constexpr):
-        """Merge and store a program's share of a unit's rows, once all parts are stored.
-
-        A step takes 16 pairs of a part and a row, so that few rows of many parts and many rows of
-        few parts take as many steps.
-        """
+    def merge(self, work, program, output, buffers, WHICH: gl.constexpr):
+        """Merge and store a program's share of a unit's rows, once all parts are stored."""
         counter = self._counter(work, WHICH)
         arrived = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         while arrived < work.num_parts:
             arrived = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         barrier()
-        config: gl.constexpr = work.config
-        num_rows = gl.minimum(work.q_len * config.GROUP - work.unit * _ROWS, _ROWS)
+        num_rows = gl.minimum(work.q_len * work.config.GROUP - work.unit * _ROWS, _ROWS)
         share = (num_rows + work.num_parts - 1) // work.num_parts
         first = (program - work.first_program) * share
         last = gl.minimum(first + share, num_rows)
-        at_once = 1  # rows of a step
-        while (at_once < share) & (at_once < _PAIRS):
-            at_once *= 2
-        pair = gl.arange(0, _PAIRS, _BY_PAIR)
-        column = WHICH * _OWN + gl.arange(0, _OWN, _BY_COLUMN)
-        for begin in range(first, last, at_once):
-            row = begin + pair % at_once
-            part = pair // at_once
-            m_i = gl.full([_PAIRS], float("-inf"), gl.float32, _BY_PAIR)
-            l_i = gl.zeros([_PAIRS], gl.float32, _BY_PAIR)
-            acc = gl.zeros([_PAIRS, _OWN], gl.float32, _MERGE)
-            for step in range(0, work.num_parts, _PAIRS // at_once):
-                program_of = work.first_program + step + part
-                slot = program_of.to(gl.int64) * 2 + (step + part == 0).to(gl.int64)
-                ok = (step + part < work.num_parts) & (row < last)
-                lse_ptrs = self.lse_ptr + (slot * 2 + WHICH) * _ROWS + row
-                lse = gl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                at = (slot * _ROWS + row)[:, None] * _LATENT + column[None, :]
-                out_ptrs = self.out_ptr + at
-                out = gl.load(out_ptrs, mask=ok[:, None], other=0.0, cache_modifier=".cg")
-                m_new = gl.maximum(m_i, lse)
-                m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
-                weight = gl.exp2(lse - m_use)
-                alpha = gl.exp2(m_i - m_use)
-                l_i = l_i * alpha + weight
-                acc = acc * alpha[:, None] + out * weight[:, None]
-                m_i = m_new
-            for k in range(0, gl.minimum(at_once, last - begin)):
-                is_row = pair % at_once == k
-                m_row = gl.max(gl.where(is_row, m_i, float("-inf")), 0)
-                m_use = gl.where(m_row == float("-inf"), 0.0, m_row)
-                weight = gl.where(is_row, gl.exp2(m_i - m_use), 0.0)
-                total = gl.sum(weight * l_i, 0)
-                out = gl.sum(acc * weight[:, None], 0)
-                self._store_row(out, m_row, total, begin + k, column, work, output)
+        steps = work.num_parts * ((share + _MERGE_ROWS - 1) // _MERGE_ROWS)
+        at_once: gl.constexpr = 4 * _MERGE_PARTS
+        if steps <= share * ((work.num_parts + at_once - 1) // at_once):
+            for begin in range(first, last, _MERGE_ROWS):
+                self._merge_rows(begin, last, work, output, WHICH)
+        else:
+            for row in range(first, last):
+                self._merge_parts(row, work, output, buffers, WHICH)
         self._forget(work, counter)
 
     @gluon.jit
-    def _store_row(self, out, m_row, total, row, column, work, output):
-        """Store a merged row."""
+    def _merge_rows(self, begin, last, work, output, WHICH: gl.constexpr):
+        """Merge the rows [begin, last), at most 16: all at once, part after part."""
+        row = begin + gl.arange(0, _MERGE_ROWS, _BY_MERGED_ROW)
+        ok = row < last
+        column = WHICH * _OWN + gl.arange(0, _OWN, _BY_COLUMN)
+        m_i = gl.full([_MERGE_ROWS], float("-inf"), gl.float32, _BY_MERGED_ROW)
+        l_i = gl.zeros([_MERGE_ROWS], gl.float32, _BY_MERGED_ROW)
+        acc = gl.zeros([_MERGE_ROWS, _OWN], gl.float32, _MANY_ROWS)
+        for part in range(0, work.num_parts):
+            slot = self._slot(work.first_program + part, part == 0)
+            lse_ptrs = self.lse_ptr + (slot * 2 + WHICH) * _ROWS + row
+            lse = gl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            at = (slot * _ROWS + row)[:, None] * _LATENT + column[None, :]
+            out = gl.load(self.out_ptr + at, mask=ok[:, None], other=0.0, cache_modifier=".cg")
+            m_i, weight, alpha = _online(m_i, lse)
+            l_i = l_i * alpha + weight
+            acc = acc * alpha[:, None] + out * weight[:, None]
+        at, factor, no_key = self._finish(m_i, l_i, row, ok, work, output)
+        out = gl.where(no_key[:, None], 0.0, acc * factor[:, None])
+        out = out.to(output.out_ptr.dtype.element_ty)
+        gl.store(output.out_ptr + at[:, None] + column[None, :], out, mask=ok[:, None])
+
+    @gluon.jit
+    def _merge_parts(self, row, work, output, buffers, WHICH: gl.constexpr):
+        """Merge a row, each warp the parts of its number modulo 4."""
+        warp = gl.arange(0, 4, gl.SliceLayout(1, _BY_PART))
+        slot_of_warp = gl.arange(0, _MERGE_PARTS, gl.SliceLayout(0, _BY_PART))
+        offset = slot_of_warp[None, :] * 4 + warp[:, None]
+        column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, _PART_SUMS))
+        m_i = gl.full([4, _MERGE_PARTS], float("-inf"), gl.float32, _BY_PART)
+        l_i = gl.zeros([4, _MERGE_PARTS], gl.float32, _BY_PART)
+        acc = gl.zeros([4, _MERGE_PARTS, _OWN], gl.float32, _MANY_PARTS)
+        for step in range(0, work.num_parts, 4 * _MERGE_PARTS):
+            part = step + offset
+            ok = part < work.num_parts
+            slot = self._slot(work.first_program + part, part == 0)
+            lse_ptrs = self.lse_ptr + (slot * 2 + WHICH) * _ROWS + row
+            lse = gl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+            at = gl.expand_dims((slot * _ROWS + row) * _LATENT, 2) + column[None, None, :]
+            ok = gl.expand_dims(ok, 2)
+            out = gl.load(self.out_ptr + at, mask=ok, other=0.0, cache_modifier=".cg")
+            m_i, weight, alpha = _online(m_i, lse)
+            l_i = l_i * alpha + weight
+            acc = acc * gl.expand_dims(alpha, 2) + out * gl.expand_dims(weight, 2)
+        m_row = gl.max(gl.max(m_i, 1), 0)
+        weight = gl.exp2(m_i - gl.where(m_row == float("-inf"), 0.0, m_row))
+        total = gl.sum(gl.sum(weight * l_i, 1), 0)
+        # The sum over warps is made in the room of key tiles, which nobody needs now: a reduction's
+        # own memory would be too much.
+        ALL: gl.constexpr = buffers.STAGES * buffers.KEYS // 4
+        sums = reinterpret(buffers.latents, gl.float32, [ALL, 4, _OWN], _OF_WARPS).index(WHICH)
+        barrier()
+        sums.store(gl.sum(acc * gl.expand_dims(weight, 2), 1))
+        barrier()
+        out = gl.sum(sums.load(_SUMS), 0)
+        column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, _SUMS))
+        at, factor, no_key = self._finish(m_row, total, row, row >= 0, work, output)
+        out = gl.where(no_key, 0.0, out * factor).to(output.out_ptr.dtype.element_ty)
+        gl.store(output.out_ptr + at + column, out)
+
+    @gluon.jit
+    def _finish(self, m_i, total, row, ok, work, output):
+        """(where the outputs of rows begin, their factors, which see no key). Stores their LSE."""
         config: gl.constexpr = work.config
         r = work.unit * _ROWS + row
         token = work.q_start + r // config.GROUP
         head = r % config.GROUP
-        position = work.seq_len - work.q_len + r // config.GROUP
-        no_key = position < 0
-        low = m_row == float("-inf")
-        lse_ptr = output.lse_ptr + token.to(gl.int64) * config.NUM_HEADS + head
+        no_key = work.seq_len - work.q_len + r // config.GROUP < 0
+        low = m_i == float("-inf")
+        lse_ptrs = output.lse_ptr + token.to(gl.int64) * config.NUM_HEADS + head
         factor = output.normalizer(
-            gl.where(low, 0.0, m_row), low, total, no_key, total, lse_ptr, row >= 0
+            gl.where(low, 0.0, m_i), low, total, no_key, total, lse_ptrs, ok
         )
-        out = gl.where(no_key, 0.0, out * factor).to(output.out_ptr.dtype.element_ty)
-        gl.store(output.out_ptr + output.offsets(token, head) + column, out)
+        return output.offsets(token, head), factor, no_key
 
     @gluon.jit
     def _forget(self, work, counter):
@@ -502,7 +613,7 @@ class _Parts:
 def hopper_mla_kernel(
     q_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t, out_stride_h,
-    num_reqs, all_reqs, num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap,
+    num_reqs, all_reqs, num_rows, table_stride, window, team, scale_log2, cap_log2, scale_over_cap,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Absorbed attention of all requests over the paged latents.
@@ -510,18 +621,19 @@ def hopper_mla_kernel(
     Grid: at most as many programs as SMs, in a cooperative launch.
 
     Args:
-        q_desc: (num_tokens * NUM_HEADS, 576), boxes of 64 by 64.
+        q_desc: (num_tokens * NUM_HEADS, 576), boxes of Q_ROWS by 64.
         kv_desc: the tokens of the cache by 576, boxes of 16, 32 or 64 rows, which divide a page and
             a key tile, by 64 columns.
         out_ptr: (num_tokens, NUM_HEADS, 512), see the strides.
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
         counters_ptr: MLA_COUNTERS * programs zeros, which are zero again afterwards.
         block_rows: rows of the cache's matrix between one block and the next.
+        team: programs that share key ranges, see `IterationSpace`: the row tiles of a request, or 1.
         CONFIG: an MLAConfig.
         Others: as for triton/kernels/decode.py.
     """
     space = IterationSpace(
-        seq_lens_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, CONFIG
+        seq_lens_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, gl.to_tensor(team), CONFIG
     )
     pages = Pages(
         kv_desc, block_table_ptr, table_stride, block_rows, gl.to_tensor(0), gl.to_tensor(0)
@@ -530,21 +642,24 @@ def hopper_mla_kernel(
     output = Output(
         out_ptr, lse_ptr, lse_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
-    parts = _Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     buffers = _allocate(kv_desc.dtype, CONFIG.KEYS)
     fence_async_shared()
 
     output.store_empty(space)
     size = space.size()
     share = space.share(gl.program_id(0), size, space.tiles_per_program(size))
+    parts = _Parts(part_out_ptr, part_lse_ptr, counters_ptr, space.team, share.member)
+    # The first work tile is found here, where there are many registers.
+    is_left = share.position < share.end
+    work, left = share.next()
     barrier()  # see decode.py
     gl.warp_specialize(
         [
-            (_consumer, (0, share, buffers, scale, output, parts)),
-            (_consumer, (1, share, buffers, scale, output, parts)),
-            (_producer, (share, buffers, pages, q_desc)),
+            (_consumer, (0, is_left, work, left, buffers, scale, output, parts)),
+            (_consumer, (1, is_left, work, left, buffers, scale, output, parts)),
+            (_producer, (is_left, work, left, buffers, pages, q_desc)),
         ],
         [4, 1],
-        [240, 24],
+        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
     )  # fmt: skip
     output.store_padding(gl.load(query_start_loc_ptr + all_reqs), num_rows)
