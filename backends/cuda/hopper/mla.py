@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import MLA_COUNTERS, MLAConfig
-from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix, page_problem, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.paged_tma import (
+    PageMatrix,
+    column_blocks,
+    page_problem,
+    tma_descriptor,
+)
 from attn_dispatch.backends.triton.mla import TritonMLABackend, TritonMLAImpl
 from attn_dispatch.backends.triton.mla_plan import TritonMLABuilder, TritonMLAMetadata
 from attn_dispatch.errors import InvalidInputError
@@ -89,7 +94,7 @@ class HopperMLAImpl(TritonMLAImpl):
         from attn_dispatch.backends.cuda.hopper import mla_decode
 
         self._hopper_kernel = mla_decode.hopper_mla_kernel
-        self._last_pages: tuple[torch.Tensor, PageMatrix | None] | None = None
+        self._last_pages: tuple[torch.Tensor, tuple[Any, Any, int]] | None = None
 
     def _attend_latents(
         self,
@@ -102,7 +107,7 @@ class HopperMLAImpl(TritonMLAImpl):
         room = metadata.room if isinstance(metadata, HopperMLAMetadata) else None
         if room is None:
             return super()._attend_latents(layer, absorbed, kv_cache, metadata)
-        pages = self._pages(kv_cache)
+        *pages, block_rows = self._pages(kv_cache)
         batch, num_sms = metadata.batch, metadata.launches.num_sms
         table = batch.block_table
         assert table is not None
@@ -115,6 +120,7 @@ class HopperMLAImpl(TritonMLAImpl):
         most_rows = batch.max_query_len * self.num_heads  # of a request
         q_rows = next((rows for rows in (16, 32) if rows >= most_rows), _ROWS)
         window, *scales = self._attention.numbers
+        queries = tma_descriptor(rows, rows.shape, rows.stride(0), (q_rows, 64))
         launch = self._launchers.find(
             ("hopper", absorbed.dtype, kv_cache.shape[1], q_rows),
             self._hopper_kernel,
@@ -145,24 +151,29 @@ class HopperMLAImpl(TritonMLAImpl):
         )
         launch(
             (num_sms, 1, 1),
-            tma_descriptor(rows, rows.shape, rows.stride(0), (q_rows, 64)), pages.descriptor, out,
-            lse, room.out, room.lse, room.counters, batch.query_start_loc, batch.seq_lens, table,
-            pages.block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
+            column_blocks(queries, _LATENT // 64), queries, *pages, out, lse, room.out, room.lse,
+            room.counters, batch.query_start_loc, batch.seq_lens, table,
+            block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
             table.stride(0), window, _team(batch, self.num_heads, num_sms), *scales,
         )  # fmt: skip
         return out, lse if self.returns_lse else None
 
-    def _pages(self, kv_cache: torch.Tensor) -> PageMatrix:
-        """The cache as TMA reads it. The last result is kept."""
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[Any, Any, int]:
+        """The cache as TMA reads it: latents, the matrix, and its rows from block to block.
+
+        The last result is kept.
+        """
         if self._last_pages is None or self._last_pages[0] is not kv_cache:
-            self._last_pages = kv_cache, PageMatrix.of(kv_cache[:, :, None], _KEYS)
-        pages = self._last_pages[1]
-        if pages is None:
-            raise InvalidInputError(
-                "HOPPER_MLA reads the kv_cache by TMA: it must begin at a multiple of 16 bytes and "
-                "have fewer than 2 ** 31 tokens. Align the cache, or use TRITON_MLA."
-            )
-        return pages
+            pages = PageMatrix.of(kv_cache[:, :, None], _KEYS)
+            if pages is None:
+                raise InvalidInputError(
+                    "HOPPER_MLA reads the kv_cache by TMA: it must begin at a multiple of 16 bytes "
+                    "and have fewer than 2 ** 31 tokens. Align the cache, or use TRITON_MLA."
+                )
+            matrix = pages.descriptor
+            latents = column_blocks(matrix, _LATENT // 64)
+            self._last_pages = kv_cache, (latents, matrix, pages.block_rows)
+        return self._last_pages[1]
 
 
 def _team(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:

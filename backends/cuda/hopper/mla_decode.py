@@ -72,6 +72,8 @@ _PART_SUMS = gl.constexpr(gl.SliceLayout(1, _parts_layout))
 #: The sums of four warps: a thread has all of them, of some columns.
 _sums_layout = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
 _SUMS = gl.constexpr(_sums_layout)
+#: Of the producer's one warp.
+_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _OF_WARPS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _COUNTERS = gl.constexpr(MLA_COUNTERS)
 
@@ -173,65 +175,110 @@ def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _load_queries(work, buffers, q_desc, unit):
+def _load_queries(work, buffers, q_desc, q_rotated_desc, unit):
     """Load the queries of the program's work unit number `unit`. Further rows keep what they had."""
-    Q_ROWS: gl.constexpr = q_desc.block_type.shape[0]
-    BOXES: gl.constexpr = _ROWS // Q_ROWS
+    Q_ROWS: gl.constexpr = q_rotated_desc.block_type.shape[0]
     dtype: gl.constexpr = q_desc.dtype
-    q = reinterpret(buffers.q, dtype, [_CHUNKS * BOXES, Q_ROWS, _BOX], q_desc.layout)
-    rotated = reinterpret(buffers.q_rotated, dtype, [BOXES, Q_ROWS, _BOX], q_desc.layout)
     row = work.q_start * work.config.GROUP + work.unit * _ROWS
     mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
     full = buffers.q_full.index(0)
     mbarrier.expect(full, Q_ROWS * 576 * 2)
-    for c in gl.static_range(_CHUNKS):
-        load_tile(q_desc, [row, c * _BOX], full, q.index(c * BOXES))
-    load_tile(q_desc, [row, _LATENT], full, rotated.index(0))
+    if Q_ROWS == _ROWS:
+        q = reinterpret(buffers.q, dtype, [1, _CHUNKS, Q_ROWS, _BOX], q_desc.layout)
+        load_tile(q_desc, [0, row, 0], full, q.index(0))
+    else:
+        BOXES: gl.constexpr = _CHUNKS * (_ROWS // Q_ROWS)
+        q = reinterpret(buffers.q, dtype, [BOXES, Q_ROWS, _BOX], q_rotated_desc.layout)
+        for c in gl.static_range(_CHUNKS):
+            load_tile(q_rotated_desc, [row, c * _BOX], full, q.index(c * (_ROWS // Q_ROWS)))
+    ROTATED: gl.constexpr = [_ROWS // Q_ROWS, Q_ROWS, _BOX]
+    rotated = reinterpret(buffers.q_rotated, dtype, ROTATED, q_rotated_desc.layout)
+    load_tile(q_rotated_desc, [row, _LATENT], full, rotated.index(0))
 
 
 @gluon.jit
-def _producer(is_left, work, left, buffers, pages, q_desc):
-    """One warp: the queries of each work unit, and its key tiles."""
+def _blocks(pages, work, tile):
+    """The blocks of the next 32 boxes from a tile on, one for each lane of the producer's warp.
+
+    Boxes out of range are masked later: any block will do.
+    """
     CONFIG: gl.constexpr = work.config
+    PAGE: gl.constexpr = pages.desc.block_type.shape[0]
+    key = tile * CONFIG.KEYS + gl.arange(0, 32, _LANES) * PAGE
+    key = gl.minimum(gl.maximum(key, work.first_key), work.seq_len - 1)
+    blocks_ptr = pages.table_of(work.request) + key // CONFIG.BLOCK_SIZE
+    return gl.load(blocks_ptr, mask=key >= 0, other=0)  # a request without keys has no block
+
+
+@gluon.jit
+def _load_keys(pages, latent_desc, blocks, first_box, first, buffers, n, CONFIG: gl.constexpr):
+    """Load the key tile that begins at key `first`, whose boxes' blocks begin with `first_box`."""
     PAGE: gl.constexpr = pages.desc.block_type.shape[0]
     KEYS: gl.constexpr = buffers.KEYS
     STAGES: gl.constexpr = buffers.STAGES
     PER_TILE: gl.constexpr = KEYS // PAGE
     dtype: gl.constexpr = pages.desc.dtype
     LATENTS: gl.constexpr = STAGES * _CHUNKS * PER_TILE
-    latents = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
     ROTATED: gl.constexpr = STAGES * PER_TILE
     rotated = reinterpret(buffers.rotated, dtype, [ROTATED, PAGE, _BOX], pages.desc.layout)
+    stage = n % STAGES
+    mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
+    full = buffers.full.index(stage)
+    mbarrier.expect(full, KEYS * 576 * 2)
+    for p in gl.static_range(PER_TILE):
+        is_box = gl.arange(0, 32, _LANES) == first_box + p
+        block = gl.sum(gl.where(is_box, blocks, 0), 0)
+        row = block * pages.block_rows + (first + p * PAGE) % CONFIG.BLOCK_SIZE
+        if PER_TILE == 1:
+            TILES: gl.constexpr = [STAGES, _CHUNKS, KEYS, _BOX]
+            tiles = reinterpret(buffers.latents, dtype, TILES, latent_desc.layout)
+            load_tile(latent_desc, [0, row, 0], full, tiles.index(stage))
+        else:
+            boxes = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
+            for c in gl.static_range(_CHUNKS):
+                box = boxes.index((stage * _CHUNKS + c) * PER_TILE + p)
+                load_tile(pages.desc, [row, c * _BOX], full, box)
+        load_tile(pages.desc, [row, _LATENT], full, rotated.index(stage * PER_TILE + p))
+
+
+@gluon.jit
+def _producer(is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotated_desc):
+    """One warp: the queries of each work unit, and its key tiles.
+
+    What it needs from memory is asked for early, since under load an answer takes microseconds: the
+    blocks of 32 boxes, and the next work tile once the ring is full.
+    """
+    KEYS: gl.constexpr = buffers.KEYS
+    STAGES: gl.constexpr = buffers.STAGES
+    PER_TILE: gl.constexpr = KEYS // pages.desc.block_type.shape[0]
+    AT_ONCE: gl.constexpr = 32 // PER_TILE  # tiles
     n = 0  # key tiles
     unit = 0  # work units
+    next_blocks = _blocks(pages, work, work.first_tile)
     while is_left:
-        if work.unit >= 0:
-            table = pages.table_of(work.request)
-            # The first queries are loaded first. Later ones have to wait for the unit before, and
-            # the tiles that there is room for until then need not.
-            q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
-            for tile in range(work.first_tile, work.last_tile + 1):
-                if tile == q_at:
-                    _load_queries(work, buffers, q_desc, unit)
-                if tile < work.last_tile:
-                    first = tile * KEYS
-                    blocks = pages.blocks(table, first, work.first_key, work.seq_len - 1, CONFIG)
-                    stage = n % STAGES
-                    mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
-                    full = buffers.full.index(stage)
-                    mbarrier.expect(full, KEYS * 576 * 2)
-                    for p in gl.static_range(PER_TILE):
-                        row = pages.row_of(blocks, p, first, CONFIG)
-                        for c in gl.static_range(_CHUNKS):
-                            box = latents.index((stage * _CHUNKS + c) * PER_TILE + p)
-                            load_tile(pages.desc, [row, c * _BOX], full, box)
-                        box = rotated.index(stage * PER_TILE + p)
-                        load_tile(pages.desc, [row, _LATENT], full, box)
-                    n += 1
-            unit += 1
+        # The first queries are loaded first. Later ones have to wait for the unit before, and the
+        # tiles that there is room for until then need not.
+        q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
+        next_at = gl.minimum(work.first_tile + STAGES, work.last_tile)
+        blocks = next_blocks
         is_left = left.position < left.end
-        if is_left:
-            work, left = left.next()
+        next_work, coming_blocks = work, next_blocks
+        for tile in range(work.first_tile, work.last_tile + 1):
+            if (tile == q_at) & (work.unit >= 0):
+                _load_queries(work, buffers, q_desc, q_rotated_desc, unit)
+            if (tile == next_at) & is_left:
+                next_work, left = left.next()
+                coming_blocks = _blocks(pages, next_work, next_work.first_tile)
+            if (tile < work.last_tile) & (work.unit >= 0):
+                i = (tile - work.first_tile) % AT_ONCE
+                if i == 0:
+                    blocks = next_blocks
+                    next_blocks = _blocks(pages, work, tile + AT_ONCE)
+                first, box = tile * KEYS, i * PER_TILE
+                _load_keys(pages, latent_desc, blocks, box, first, buffers, n, work.config)
+                n += 1
+        unit += (work.unit >= 0).to(gl.int32)
+        work, next_blocks = next_work, coming_blocks
 
 
 @gluon.jit
@@ -375,6 +422,11 @@ def _consumer(WHICH: gl.constexpr, is_left, work, left, buffers, scale, output, 
     n = 0  # key tiles before this work tile
     unit = 0
     while is_left:
+        # The next work tile is found here, where the queries are being loaded.
+        is_left = left.position < left.end
+        next_work = work
+        if is_left:
+            next_work, left = left.next()
         if work.unit >= 0:
             rows = work.rows(BY_ROW)
             m_i = gl.full([_ROWS], MASKED, gl.float32, BY_ROW)  # of all tiles so far
@@ -425,9 +477,7 @@ def _consumer(WHICH: gl.constexpr, is_left, work, left, buffers, scale, output, 
                 _store_rows(acc, m_i, total, rows, output, WHICH)
             else:
                 parts.store(acc, m_i, total, rows, work, left.program, WHICH)
-        is_left = left.position < left.end
-        if is_left:
-            work, left = left.next()
+        work = next_work
     is_left, work, left = has_first, first_work, first_left
     while is_left:
         if (work.unit >= 0) & (work.num_parts > 1):
@@ -611,7 +661,7 @@ class _Parts:
 
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_mla_kernel(
-    q_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
+    q_desc, q_rotated_desc, latent_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
     query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t, out_stride_h,
     num_reqs, all_reqs, num_rows, table_stride, window, team, scale_log2, cap_log2, scale_over_cap,
     CONFIG: gl.constexpr,
@@ -621,9 +671,10 @@ def hopper_mla_kernel(
     Grid: at most as many programs as SMs, in a cooperative launch.
 
     Args:
-        q_desc: (num_tokens * NUM_HEADS, 576), boxes of Q_ROWS by 64.
-        kv_desc: the tokens of the cache by 576, boxes of 16, 32 or 64 rows, which divide a page and
-            a key tile, by 64 columns.
+        q_desc: (num_tokens * NUM_HEADS, 576) as blocks of 64 columns, boxes of 8 by Q_ROWS by 64.
+        q_rotated_desc: the same as a matrix, boxes of Q_ROWS by 64.
+        latent_desc, kv_desc: the tokens of the cache by 576, likewise. Boxes have 16 or 32 rows,
+            which divide a page and a key tile.
         out_ptr: (num_tokens, NUM_HEADS, 512), see the strides.
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
         counters_ptr: MLA_COUNTERS * programs zeros, which are zero again afterwards.
@@ -657,7 +708,7 @@ def hopper_mla_kernel(
         [
             (_consumer, (0, is_left, work, left, buffers, scale, output, parts)),
             (_consumer, (1, is_left, work, left, buffers, scale, output, parts)),
-            (_producer, (is_left, work, left, buffers, pages, q_desc)),
+            (_producer, (is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotated_desc)),
         ],
         [4, 1],
         [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],

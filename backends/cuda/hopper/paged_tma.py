@@ -13,7 +13,7 @@ import torch
 from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["PageMatrix", "PagedTma", "page_problem", "tma_descriptor"]
+__all__ = ["PageMatrix", "PagedTma", "column_blocks", "page_problem", "tma_descriptor"]
 
 #: Columns of a box: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
@@ -134,10 +134,22 @@ def tma_descriptor(
     return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
 
 
+def column_blocks(matrix: Any, number: int) -> Any:
+    """A matrix's TMA descriptor as (blocks of 64 columns, rows, 64), in boxes of `number` blocks.
+
+    So one instruction loads a wide box as shared memory has it: a block of columns after the other.
+    """
+    rows, columns = matrix.block_shape
+    box = (number, rows, columns)
+    descriptor_cls, layout = _in_boxes(*box)
+    shape = [matrix.shape[1] // columns, matrix.shape[0], columns]
+    return descriptor_cls(matrix.base, shape, [columns, *matrix.strides], [*box], layout)
+
+
 @functools.cache
-def _in_boxes(rows: int, columns: int) -> tuple[Any, Any]:
+def _in_boxes(*box: int) -> tuple[Any, Any]:
     gluon = import_library("triton.experimental.gluon.language")
     hopper = import_library("triton.experimental.gluon.nvidia.hopper")
     # The layout depends only on the width of the element type.
-    layout = gluon.NVMMASharedLayout.get_default_for([rows, columns], gluon.float16)
+    layout = gluon.NVMMASharedLayout.get_default_for([*box], gluon.float16)
     return hopper.TensorDescriptor, layout
