@@ -96,6 +96,18 @@ class HopperMLAImpl(TritonMLAImpl):
         self._hopper_kernel = mla_decode.hopper_mla_kernel
         self._last_pages: tuple[torch.Tensor, tuple[Any, Any, int]] | None = None
 
+    def _check_latents(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: TritonMLAMetadata,
+    ) -> None:
+        """See AbsorbedMLAImpl."""
+        super()._check_latents(layer, query, kv_cache, metadata)
+        if isinstance(metadata, HopperMLAMetadata) and metadata.room is not None:
+            self._pages(kv_cache)
+
     def _attend_latents(
         self,
         layer: AttentionLayer,

@@ -78,12 +78,13 @@ def test_a_plan_has_room_for_two_parts_of_each_program():
     assert not room.counters.any()
 
 
-def test_a_misaligned_cache_is_rejected():
+def test_a_misaligned_cache_is_rejected_before_anything_is_written():
     step = step_of()
     memory = torch.zeros(step.cache.numel() + 1, dtype=torch.bfloat16)
     step.cache = memory[1:].view(step.cache.shape)
     with torch.inference_mode(), pytest.raises(InvalidInputError, match="multiple of 16 bytes"):
         step.run()
+    assert not memory.any()
 
 
 def test_it_is_picked_on_hopper_without_other_packages():
