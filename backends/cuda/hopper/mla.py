@@ -38,6 +38,11 @@ _LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 32
 _MIN_TILES = 2
 
 
+#: With up to this many rows for each of this many requests the portable kernel is faster: two of its
+#: programs share an SM, so that one loads while the other begins or ends a request.
+_FEW_ROWS, _MANY_REQUESTS = 16, 32
+
+
 @dataclass(frozen=True)
 class _Room:
     """Buffers for parts of work units, see `hopper_mla_kernel`."""
@@ -64,10 +69,12 @@ class HopperMLABuilder(TritonMLABuilder):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         self._is_portable = bool(_problem(spec, detect_device(device)))
+        self._num_heads = spec.num_heads
 
     def build(self, batch: AttentionBatch) -> TritonMLAMetadata:
         """See AttentionMetadataBuilder.build."""
-        if self._is_portable:
+        few_rows = batch.max_query_len * self._num_heads <= _FEW_ROWS
+        if self._is_portable or (few_rows and batch.num_reqs >= _MANY_REQUESTS):
             return super().build(batch)
         self._check(batch)
         metadata: HopperMLAMetadata = HopperMLAMetadata.of(

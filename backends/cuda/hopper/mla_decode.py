@@ -260,7 +260,9 @@ def _producer(is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotate
         # tiles that there is room for until then need not.
         q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
         next_at = gl.minimum(work.first_tile + STAGES, work.last_tile)
-        blocks = next_blocks
+        # Zeros: Triton takes no notice of a variable that a loop sets if it is another name of what it
+        # is set to when the loop begins.
+        blocks = gl.zeros_like(next_blocks)
         is_left = left.position < left.end
         next_work, coming_blocks = work, next_blocks
         for tile in range(work.first_tile, work.last_tile + 1):
@@ -644,9 +646,7 @@ class _Parts:
         no_key = work.seq_len - work.q_len + r // config.GROUP < 0
         low = m_i == float("-inf")
         lse_ptrs = output.lse_ptr + token.to(gl.int64) * config.NUM_HEADS + head
-        factor = output.normalizer(
-            gl.where(low, 0.0, m_i), low, total, no_key, total, lse_ptrs, ok
-        )
+        factor = output.normalizer(gl.where(low, 0.0, m_i), low, total, no_key, total, lse_ptrs, ok)
         return output.offsets(token, head), factor, no_key
 
     @gluon.jit
@@ -684,7 +684,13 @@ def hopper_mla_kernel(
         Others: as for triton/kernels/decode.py.
     """
     space = IterationSpace(
-        seq_lens_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, gl.to_tensor(team), CONFIG
+        seq_lens_ptr,
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        num_reqs,
+        window,
+        gl.to_tensor(team),
+        CONFIG,
     )
     pages = Pages(
         kv_desc, block_table_ptr, table_stride, block_rows, gl.to_tensor(0), gl.to_tensor(0)
