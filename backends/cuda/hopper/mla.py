@@ -38,8 +38,8 @@ _LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 32
 _MIN_TILES = 2
 
 
-#: With up to this many rows for each of this many requests the portable kernel is faster: two of its
-#: programs share an SM, so that one loads while the other begins or ends a request.
+#: With up to this many rows for each of this many requests the portable kernel is faster: two of
+#: its programs share an SM, so that one loads while the other begins or ends a request.
 _FEW_ROWS, _MANY_REQUESTS = 16, 32
 
 

@@ -176,7 +176,7 @@ def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
 
 @gluon.jit
 def _load_queries(work, buffers, q_desc, q_rotated_desc, unit):
-    """Load the queries of the program's work unit number `unit`. Further rows keep what they had."""
+    """Load the queries of the program's work unit number `unit`. Other rows keep what they had."""
     Q_ROWS: gl.constexpr = q_rotated_desc.block_type.shape[0]
     dtype: gl.constexpr = q_desc.dtype
     row = work.q_start * work.config.GROUP + work.unit * _ROWS
@@ -260,8 +260,8 @@ def _producer(is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotate
         # tiles that there is room for until then need not.
         q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
         next_at = gl.minimum(work.first_tile + STAGES, work.last_tile)
-        # Zeros: Triton takes no notice of a variable that a loop sets if it is another name of what it
-        # is set to when the loop begins.
+        # Not next_blocks: Triton does not carry a variable through a loop if, when the loop begins,
+        # it is another name of what the loop sets it to.
         blocks = gl.zeros_like(next_blocks)
         is_left = left.position < left.end
         next_work, coming_blocks = work, next_blocks
@@ -661,8 +661,8 @@ class _Parts:
 
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_mla_kernel(
-    q_desc, q_rotated_desc, latent_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
-    query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t, out_stride_h,
+    q_desc, q_rotated_desc, latent_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
+    counters_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t, out_stride_h,
     num_reqs, all_reqs, num_rows, table_stride, window, team, scale_log2, cap_log2, scale_over_cap,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
@@ -679,7 +679,7 @@ def hopper_mla_kernel(
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
         counters_ptr: MLA_COUNTERS * programs zeros, which are zero again afterwards.
         block_rows: rows of the cache's matrix between one block and the next.
-        team: programs that share key ranges, see `IterationSpace`: the row tiles of a request, or 1.
+        team: programs that share key ranges, see `IterationSpace`.
         CONFIG: an MLAConfig.
         Others: as for triton/kernels/decode.py.
     """
