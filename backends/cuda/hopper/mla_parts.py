@@ -168,8 +168,8 @@ class Parts:
         m_row = gl.max(gl.max(m_i, 1), 0)
         weight = gl.exp2(m_i - gl.where(m_row == float("-inf"), 0.0, m_row))
         total = gl.sum(gl.sum(weight * l_i, 1), 0)
-        # The sum over warps is made in the room of key tiles, which are not needed now: a reduction's
-        # own memory would be too much.
+        # The sum over warps is made in the room of key tiles, which are no longer needed: a
+        # reduction's own memory would be too much.
         ALL: gl.constexpr = buffers.STAGES * buffers.KEYS // 4
         sums = reinterpret(buffers.latents, gl.float32, [ALL, 4, OWN], _OF_WARPS).index(WHICH)
         barrier()
