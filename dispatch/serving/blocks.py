@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["BlockPool", "Prefix"]
+import torch
+
+__all__ = ["BlockPool", "BlockTables", "Prefix"]
 
 #: What identifies a block's content: the block before it, and its own tokens. The token ids are
 #: compared themselves, so that two contents are never taken for the same.
@@ -135,3 +138,59 @@ class BlockPool:
         content = self._content_of.pop(block, None)
         if content is not None:
             del self._block_of[content], self._serial_of[block]
+
+
+class _HasBlocks(Protocol):
+    """A request, as BlockTables reads it."""
+
+    index: int
+    blocks: list[int]
+
+
+@dataclass
+class _Row:
+    """The blocks of a request as a tensor with room for more; `source` is the list they are of."""
+
+    source: list[int]
+    tensor: torch.Tensor
+    length: int = 0
+
+
+class BlockTables:
+    """Block tables of steps, on the host.
+
+    Making a tensor of many lists takes milliseconds. So each request's blocks are kept as a tensor,
+    and only those that were appended since the last step are written.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Row] = {}
+
+    def of(self, requests: Sequence[_HasBlocks]) -> torch.Tensor:
+        """(len(requests), most blocks of one) int32; rows are padded with any blocks."""
+        columns = max(len(request.blocks) for request in requests)
+        table = torch.zeros(len(requests), columns, dtype=torch.int32, device="cpu")
+        for out, request in zip(table.unbind(), requests, strict=True):
+            row = self._row(request)
+            out[: row.length] = row.tensor[: row.length]
+        return table
+
+    def forget(self, index: int) -> None:
+        """Drop what is kept of a request that is finished."""
+        self._rows.pop(index, None)
+
+    def _row(self, request: _HasBlocks) -> _Row:
+        row, blocks = self._rows.get(request.index), request.blocks
+        # The scheduler appends to a request's list, and a preempted request gets a new one.
+        if row is None or row.source is not blocks:
+            row = _Row(blocks, torch.empty(0, dtype=torch.int32, device="cpu"))
+            self._rows[request.index] = row
+        if len(blocks) > len(row.tensor):
+            grown = torch.empty(2 * len(blocks), dtype=torch.int32, device="cpu")
+            grown[: row.length] = row.tensor[: row.length]
+            row.tensor = grown
+        if len(blocks) > row.length:
+            new = torch.tensor(blocks[row.length :], dtype=torch.int32)
+            row.tensor[row.length : len(blocks)] = new
+            row.length = len(blocks)
+        return row

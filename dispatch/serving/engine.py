@@ -19,11 +19,12 @@ from attn_dispatch.errors import (
     summary_of,
 )
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.host_copies import pack_to_device
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.runtime.layer import Attention
-from attn_dispatch.serving.blocks import BlockPool
+from attn_dispatch.serving.blocks import BlockPool, BlockTables
 from attn_dispatch.serving.graphs import CapturedSteps
 from attn_dispatch.serving.limits import Limits, sized
 from attn_dispatch.serving.requests import FinishReason, Request, Sampling
@@ -142,6 +143,7 @@ class Engine:
         )
         self.limits = limits
         assert limits.num_blocks is not None
+        assert limits.max_tokens is not None
         assert limits.max_seq_len is not None
         self._caches = plan.allocate(limits.num_blocks, self.device)
         self._plan, self._num_host_blocks = plan, num_host_blocks
@@ -157,6 +159,7 @@ class Engine:
             max_tokens=limits.max_tokens,
             stats=self.stats,
         )
+        self._tables = BlockTables()
         self._graphs: CapturedSteps | None = None
         if self.device.type == "cuda" if use_graphs is None else use_graphs:
             self._capture(limits)
@@ -166,6 +169,7 @@ class Engine:
         if self.model.states or not all(layer.spec.cuda_graph for layer in self.layers):
             return
         self._warm_up()
+        assert limits.max_tokens is not None
         assert limits.max_seq_len is not None
         try:
             self._graphs = CapturedSteps(
@@ -300,6 +304,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason, request.finished_at = reason, self.clock()
         self._scheduler.finish(request)
+        self._tables.forget(request.index)
         if self.model.states is not None:
             self.model.states.forget(request.index)
         self.finished.append(request)
@@ -400,12 +405,11 @@ class Engine:
 
     def _logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Run one forward pass; the logits after each chunk that ends its request's tokens."""
-        tables = [chunk.request.blocks for chunk in chunks]
-        columns = max(map(len, tables))
+        requests = [chunk.request for chunk in chunks]
         batch = AttentionBatch.create(
             [chunk.end - chunk.start for chunk in chunks],
             [chunk.end for chunk in chunks],
-            block_table=torch.tensor([row + [0] * (columns - len(row)) for row in tables]),
+            block_table=self._tables.of(requests),
             block_size=self.block_size,
             device=self.device,
         )
@@ -417,8 +421,9 @@ class Engine:
             positions += range(chunk.start, chunk.end)
             if chunk.is_last:
                 rows.append(len(token_ids) - 1)
-        inputs = [torch.tensor(x, device=self.device) for x in (token_ids, positions)]
-        inputs.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
+        inputs = pack_to_device(
+            self.device, *(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, rows))
+        )
         logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
         self.stats.replayed_steps += logits is not None
         if logits is None:

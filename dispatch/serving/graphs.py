@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class _Captured:
     """A captured step and its inputs. On a CPU nothing is captured, and each replay is a call."""
 
-    def __init__(self, run: Run, state: ModelGraphState, step: GraphStep) -> None:
+    def __init__(self, run: Run, state: ModelGraphState, step: GraphStep, pool: Any) -> None:
         self._run, self._state, self.step = run, state, step
         device = state.device
         sizes = (step.limits.num_tokens, step.limits.num_tokens, step.limits.num_reqs)
@@ -36,7 +37,7 @@ class _Captured:
                 self._call()  # kernels are compiled on their first call
             torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, pool=pool):
                 self._logits = self._call()
 
     def _call(self) -> torch.Tensor:
@@ -84,6 +85,8 @@ class CapturedSteps:
             max_num_tokens=max(max_tokens or 0, max_requests),
             max_seq_len=max_seq_len,
         )
+        # The graphs run one at a time, so their temporary tensors can share memory.
+        pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
         sizes = [1 << n for n in range(max_requests.bit_length()) if 1 << n < max_requests]
         self._captured = []
         with state.graph_capture():
@@ -92,7 +95,7 @@ class CapturedSteps:
             if max_tokens is not None:
                 with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
                     steps.append(make(max_requests, num_tokens=max_tokens))
-            self._captured = [_Captured(run, state, step) for step in steps]
+            self._captured = [_Captured(run, state, step, pool) for step in steps]
 
     def run(
         self,
@@ -103,6 +106,8 @@ class CapturedSteps:
     ) -> torch.Tensor | None:
         """The logits of a batch's rows, or None if no captured step can run it."""
         for captured in self._captured:
+            if captured.step.limits.num_reqs < batch.num_reqs:
+                continue  # the common case, without checks
             if captured.step.mismatch(batch) is None:
                 return captured.replay(batch, token_ids, positions, rows)
         return None

@@ -99,7 +99,7 @@ class Scheduler:
                 break
             if request not in self.running:  # an earlier one has preempted it
                 continue
-            chunk = self._chunk(request, budget, [each.request for each in chunks])
+            chunk = self._chunk(request, budget, chunks)
             if chunk is not None:
                 chunks.append(chunk)
                 budget -= chunk.end - chunk.start
@@ -130,11 +130,12 @@ class Scheduler:
         self.running.append(request)
         self.running.sort(key=lambda each: each.index)
 
-    def _chunk(self, request: Request, budget: int, scheduled: Sequence[Request]) -> Chunk | None:
+    def _chunk(self, request: Request, budget: int, chunks: Sequence[Chunk]) -> Chunk | None:
         """The request's next tokens, with blocks for them; None if it was preempted."""
         start = request.num_computed
         end = start + min(request.num_ready, budget)
         while (missing := self.pool.blocks_for(end) - len(request.blocks)) > self.pool.num_free:
+            scheduled = [chunk.request for chunk in chunks]
             victim = next(each for each in reversed(self.running) if each not in scheduled)
             self._preempt(victim)  # the youngest that this step does not compute
             if victim is request:

@@ -6,9 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.serving import FinishReason, Limits, Sampling
+from attn_dispatch.serving.limits import sized
 from support.addition import tokenizer
 from support.addition.served import (
     MAX_NEW_TOKENS,
@@ -230,3 +232,11 @@ def test_default_limits_fit_the_model(model):
     limits = engine_of(model, Limits(max_requests=2, max_tokens=8)).limits
     assert limits.max_seq_len == model.max_seq_len
     assert limits.num_blocks == 2 * model.max_seq_len // 8
+
+
+@pytest.mark.parametrize(("device", "requests", "tokens"), [("cpu", 64, 2048), ("cuda", 64, 8192)])
+def test_the_default_size_of_a_step_suits_the_device(device, requests, tokens):
+    asked = Limits(max_requests=requests, num_blocks=8)
+    assert sized(asked, 288, None, 16, 1024, torch.device(device))[0].max_tokens == tokens
+    many = replace(asked, max_requests=2 * tokens)
+    assert sized(many, 288, None, 16, 1024, torch.device(device))[0].max_tokens == 2 * tokens
