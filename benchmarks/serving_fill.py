@@ -247,10 +247,11 @@ def fill(engine: Engine, count: int, length: int, steps: int = 24) -> dict[str, 
     replayed = engine.stats.replayed_steps - before
     result["decode_kernels"] = profile(engine, 3)
     replay = replay_seconds(engine, count)
-    graphs, engine._graphs = engine._graphs, None
+    forward = engine._forward
+    graphs, forward.graphs = forward.graphs, None
     timed_steps(engine, 2)
     eager = timed_steps(engine, steps // 2)
-    engine._graphs = graphs
+    forward.graphs = graphs
     for request in requests:
         engine.cancel(request)
 
@@ -286,7 +287,8 @@ def fill(engine: Engine, count: int, length: int, steps: int = 24) -> dict[str, 
 
 def replay_seconds(engine: Engine, count: int) -> float:
     """The time of a captured decode step on the device; 0 if there is none."""
-    captured = [] if engine._graphs is None else engine._graphs._captured
+    graphs = engine._forward.graphs
+    captured = [] if graphs is None else graphs._captured
     for each in captured:
         if each._graph is not None and each.step.limits.num_reqs == count:
             # The last step again: it writes the same keys to the same places.

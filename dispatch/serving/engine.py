@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from attn_dispatch.arguments import shown
-from attn_dispatch.errors import (
-    AttnDispatchError,
-    InvalidInputError,
-    UnsupportedError,
-    summary_of,
-)
-from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.host_copies import pack_to_device
-from attn_dispatch.runtime.context import forward_context
+from attn_dispatch.errors import AttnDispatchError, InvalidInputError
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
-from attn_dispatch.runtime.layer import Attention
-from attn_dispatch.serving.blocks import BlockPool, BlockTables
-from attn_dispatch.serving.graphs import CapturedSteps
+from attn_dispatch.serving.blocks import BlockPool
+from attn_dispatch.serving.forward import Forward, LanguageModel, Launched
 from attn_dispatch.serving.limits import Limits, sized
 from attn_dispatch.serving.requests import FinishReason, Request, Sampling
-from attn_dispatch.serving.sampling import choose_tokens
 from attn_dispatch.serving.scheduler import Chunk, Scheduler, Stats
 from attn_dispatch.serving.text import Text, TextStream
 
 __all__ = ["Engine", "LanguageModel", "Piece"]
-
-#: Steps with prompts are captured up to this many tokens. Longer ones keep a GPU busy without.
-_MAX_CAPTURED_TOKENS = 256
-
-
-class LanguageModel(Protocol):
-    """What an Engine runs. `integrations.transformers.PagedModel` is one.
-
-    Attributes:
-        layers: its attention layers by name; the engine binds their caches.
-        device: where it runs.
-        max_seq_len: the most tokens of a request, or None for no limit.
-        max_step_tokens: the most new tokens of a step, or None for no limit.
-        states: None, or the RecurrentStates of layers without attention. Then each call of `logits`
-            has one request, or one token of each of several.
-    """
-
-    layers: dict[str, Attention]
-    device: torch.device
-    max_seq_len: int | None
-    max_step_tokens: int | None
-    states: Any
-
-    def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """(len(rows), vocab_size): the logits after these of the step's tokens.
-
-        token_ids, positions: (num_tokens,) int64; rows: int64 indices. It is called in the step's
-        forward_context, and its attention layers find their batch there.
-        """
 
 
 @dataclass(frozen=True)
@@ -94,6 +51,9 @@ class Engine:
         limits: see Limits.
         use_graphs: whether to capture steps; None for on a GPU. The layers must have been made
             with cuda_graph=True.
+        run_ahead: whether a step of decodes is started before the tokens of the one before are on
+            the host, so that the device does not wait for the host; None for on a GPU. Tokens are
+            the same. Only while no request waits, and all take the most likely tokens.
         clock: the time in seconds.
 
     Attributes:
@@ -121,6 +81,7 @@ class Engine:
         eos_ids: Sequence[int] = (),
         limits: Limits | None = None,
         use_graphs: bool | None = None,
+        run_ahead: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.clock = model, clock
@@ -159,40 +120,11 @@ class Engine:
             max_tokens=limits.max_tokens,
             stats=self.stats,
         )
-        self._tables = BlockTables()
-        self._graphs: CapturedSteps | None = None
+        self._forward = Forward(model, self.block_size)
         if self.device.type == "cuda" if use_graphs is None else use_graphs:
-            self._capture(limits)
-
-    def _capture(self, limits: Limits) -> None:
-        """Capture steps into graphs, if the layers can be; each is run once before."""
-        if self.model.states or not all(layer.spec.cuda_graph for layer in self.layers):
-            return
-        self._warm_up()
-        assert limits.max_tokens is not None
-        assert limits.max_seq_len is not None
-        try:
-            self._graphs = CapturedSteps(
-                self.model.logits,
-                self.layers,
-                max_requests=limits.max_requests,
-                max_tokens=min(_MAX_CAPTURED_TOKENS, limits.max_tokens),
-                max_seq_len=limits.max_seq_len,
-            )
-        except UnsupportedError:
-            self._graphs = None  # a backend has no graphs for these layers; steps run eagerly
-        except RuntimeError as error:  # the model's own code waits for the device, for example
-            self._graphs = None
-            warnings.warn(
-                f"Steps are not captured, and run eagerly: {summary_of(error)}", stacklevel=3
-            )
-
-    def _warm_up(self) -> None:
-        """Run a prompt and a decode, so that kernels are compiled and backends final."""
-        dummy = Request(-1, [0] * 3, 2)
-        dummy.blocks = list(range(self._scheduler.pool.blocks_for(3)))
-        for chunk in (Chunk(dummy, 0, 2), Chunk(dummy, 2, 3)):
-            self._logits([chunk])
+            self._forward.capture(limits)
+        self._ahead: Launched | None = None
+        self._runs_ahead = self.device.type == "cuda" if run_ahead is None else run_ahead
 
     def add(
         self,
@@ -255,24 +187,56 @@ class Engine:
         """
         if self._failed:
             raise InvalidInputError("An earlier step of this engine failed. Make a new one.")
-        chunks = self._scheduler.schedule()
-        if not chunks:
+        launched = self._next()
+        if launched is None:
             return []
         self._failed = True
-        last = [chunk for chunk in chunks if chunk.is_last]
-        tokens: dict[Request, int] = {}
-        for group in self._groups(chunks):
-            logits = self._logits(group)
-            asked = [chunk.request for chunk in group if chunk.is_last]
-            if asked:
-                tokens.update(zip(asked, choose_tokens(logits, asked), strict=True))
+        self._ahead = self._launch_ahead(launched)
+        tokens = launched.read()
         self._failed = False
+        chunks = launched.unfinished()
         self._count(chunks)
+        self.stats.replayed_steps += launched.replayed
         for chunk in chunks:
-            chunk.request.num_computed = chunk.end
-        for chunk in last:
-            self._append(chunk.request, tokens[chunk.request])
-        return [chunk.request for chunk in last]
+            self._scheduler.computed(chunk)
+        stepped = [chunk.request for chunk in chunks if chunk.request in tokens]
+        for request in stepped:
+            self._append(request, tokens[request])
+        return stepped
+
+    def _next(self) -> Launched | None:
+        """The step that runs already, or else a new one; None if there is nothing to do."""
+        launched, self._ahead = self._ahead, None
+        if launched is not None and launched.unfinished():
+            self.stats.steps_ahead += 1
+            return launched
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return None
+        self._failed = True
+        launched = Launched()
+        for group in self._groups(chunks):
+            launched.add(group, *self._forward.run(group))
+        self._failed = False
+        return launched
+
+    def _launch_ahead(self, launched: Launched) -> Launched | None:
+        """Run the step after a step of decodes, before that one's tokens are known on the host.
+
+        Its inputs are the tokens on the device. A request that turns out to be finished has
+        computed one token too many, which is dropped.
+        """
+        tokens = launched.tokens
+        if not self._runs_ahead or tokens is None or self.model.states is not None:
+            return None
+        chunks = self._scheduler.ahead(launched.chunks)
+        if not chunks:
+            return None
+        ahead = Launched()
+        kept = {chunk.request for chunk in chunks}
+        rows = [row for row, chunk in enumerate(launched.chunks) if chunk.request in kept]
+        ahead.add(chunks, *self._forward.run(chunks, (tokens, rows)), choose_all=True)
+        return ahead
 
     def _groups(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """The chunks of each forward pass: all in one, if the model keeps no states."""
@@ -304,9 +268,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason, request.finished_at = reason, self.clock()
         self._scheduler.finish(request)
-        self._tables.forget(request.index)
-        if self.model.states is not None:
-            self.model.states.forget(request.index)
+        self._forward.forget(request.index)
         self.finished.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -402,43 +364,3 @@ class Engine:
                 # All backends copy blocks in the same way, so any of them will do.
                 backend_cls = next(iter(layer.selections.values())).backend_cls
                 backend_cls.swap_blocks(source[layer.prefix], target[layer.prefix], pairs)
-
-    def _logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Run one forward pass; the logits after each chunk that ends its request's tokens."""
-        requests = [chunk.request for chunk in chunks]
-        batch = AttentionBatch.create(
-            [chunk.end - chunk.start for chunk in chunks],
-            [chunk.end for chunk in chunks],
-            block_table=self._tables.of(requests),
-            block_size=self.block_size,
-            device=self.device,
-        )
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            token_ids += chunk.request.token_ids[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            if chunk.is_last:
-                rows.append(len(token_ids) - 1)
-        inputs = pack_to_device(
-            self.device, *(torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, rows))
-        )
-        logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
-        self.stats.replayed_steps += logits is not None
-        if logits is None:
-            with torch.inference_mode(), forward_context(batch), self._states_of(chunks):
-                logits = self.model.logits(*inputs)
-        return logits
-
-    def _states_of(self, chunks: Sequence[Chunk]) -> contextlib.AbstractContextManager[None]:
-        states = self.model.states
-        if states is None:
-            return contextlib.nullcontext()
-        for chunk in chunks:
-            if chunk.start == 0:
-                states.forget(chunk.request.index)
-        step: contextlib.AbstractContextManager[None] = states.step(
-            [chunk.request.index for chunk in chunks]
-        )
-        return step

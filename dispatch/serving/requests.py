@@ -117,3 +117,7 @@ class Request:
     def num_new_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def is_complete_after(self, num_computed: int) -> bool:
+        """Whether the token after this many is the last one that the answer may have."""
+        return num_computed + 1 - self.num_prompt_tokens >= self.sampling.max_new_tokens

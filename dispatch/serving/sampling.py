@@ -9,25 +9,50 @@ import torch
 
 from attn_dispatch.serving.requests import Request, Sampling
 
-__all__ = ["choose_tokens"]
+__all__ = ["Choice"]
 
 
-def choose_tokens(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each request.
+class Choice:
+    """The next token of each request, whose choice is queued on the device.
 
     Args:
         logits: (len(requests), vocab_size).
         requests: those with temperature 0 and no penalty get the most likely token; with several
             that are equally likely, the first.
+
+    Attributes:
+        greedy: (len(requests),) int64 on the device, the most likely tokens.
+        is_greedy: whether all requests get these.
     """
-    plain = [_is_plain(request.sampling) for request in requests]
-    chosen: list[int] = logits.argmax(-1).tolist() if any(plain) else [0] * len(requests)
-    for row, request in enumerate(requests):
-        if not plain[row]:
-            if request.sampler is None:
-                request.sampler = Sampler(request.sampling)
-            chosen[row] = request.sampler(request.token_ids, logits[row])
-    return chosen
+
+    def __init__(self, logits: torch.Tensor, requests: Sequence[Request]) -> None:
+        self._requests = requests
+        self._plain = [_is_plain(request.sampling) for request in requests]
+        self.is_greedy = all(self._plain)
+        self.greedy = logits.argmax(-1)
+        self._logits = None if self.is_greedy else logits
+        self._host, self._copied = self.greedy, None
+        if logits.device.type == "cuda":
+            # A copy of its own, so that reading it does not wait for what is queued later.
+            self._host = torch.empty(
+                self.greedy.shape, dtype=torch.int64, device="cpu", pin_memory=True
+            )
+            self._host.copy_(self.greedy, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[int]:
+        """The tokens; waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        chosen: list[int] = self._host.tolist()
+        if self._logits is not None:
+            for row, request in enumerate(self._requests):
+                if not self._plain[row]:
+                    if request.sampler is None:
+                        request.sampler = Sampler(request.sampling)
+                    chosen[row] = request.sampler(request.token_ids, self._logits[row])
+        return chosen
 
 
 def _is_plain(sampling: Sampling) -> bool:

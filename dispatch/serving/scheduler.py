@@ -48,6 +48,7 @@ class Stats:
     blocks_swapped: int = 0
     recomputed: int = 0
     replayed_steps: int = 0
+    steps_ahead: int = 0
 
 
 class Scheduler:
@@ -113,6 +114,39 @@ class Scheduler:
             chunks.append(chunk)
             budget -= chunk.end - chunk.start
         return chunks
+
+    def ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks of the step after a step that gives a token to each of its requests.
+
+        Empty if that step is not known yet: requests wait, others than these run, there are too few
+        blocks, or these have all their tokens then.
+        """
+        requests = {chunk.request for chunk in chunks}
+        if self.waiting or self.swapped or not requests.issuperset(self.running):
+            return []
+        found = [
+            Chunk(chunk.request, chunk.end, chunk.end + 1)
+            for chunk in chunks
+            if chunk.request.finish_reason is None
+            and not chunk.request.is_complete_after(chunk.end)
+        ]
+        blocks = [
+            max(self.pool.blocks_for(each.end) - len(each.request.blocks), 0) for each in found
+        ]
+        if sum(blocks) > self.pool.num_free:
+            return []
+        for each, missing in zip(found, blocks, strict=True):
+            each.request.blocks += self.pool.allocate(missing)
+        return found
+
+    def computed(self, chunk: Chunk) -> None:
+        """Take note that a chunk's keys and values are in the cache."""
+        request = chunk.request
+        request.num_computed = chunk.end
+        # `ahead` could not do this, since the tokens were not known.
+        request.prefix = self.pool.register(
+            request.blocks, request.token_ids, chunk.end, request.prefix
+        )
 
     def finish(self, request: Request) -> None:
         """Take out a request in any state."""

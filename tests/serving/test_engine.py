@@ -43,16 +43,16 @@ def unused(engine):
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("limits", "run_ahead"),
     [
-        SMALL,
-        replace(SMALL, num_blocks=28, max_requests=6, max_tokens=16),
-        replace(SMALL, num_blocks=28, host_bytes=0),
+        (SMALL, False),
+        (replace(SMALL, num_blocks=28, max_requests=6, max_tokens=16), True),
+        (replace(SMALL, num_blocks=28, host_bytes=0), False),
     ],
     ids=["small", "smaller", "no_host"],
 )
-def test_tokens_are_right_whatever_the_limits(model, limits):
-    engine = engine_of(model, limits)
+def test_tokens_are_right_whatever_the_limits(model, limits, run_ahead):
+    engine = engine_of(model, limits, run_ahead=run_ahead)
     before = unused(engine)
     requests = engine.generate(PROMPTS, SAMPLING)
     assert check_tokens(requests) == (engine.stats.new_tokens, 0)
@@ -100,9 +100,10 @@ def test_an_answer_does_not_depend_on_other_requests(model):
     assert other.answer_ids != apart.answer_ids
 
 
-def test_random_arrivals_and_cancellations_leave_no_block_behind(model):
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_random_arrivals_and_cancellations_leave_no_block_behind(model, run_ahead):
     rng = random.Random(5)
-    engine = engine_of(model, replace(SMALL, num_blocks=28))
+    engine = engine_of(model, replace(SMALL, num_blocks=28), run_ahead=run_ahead)
     before = unused(engine)
     queue, requests = list(PROMPTS), []
     while queue or engine.has_work:
@@ -116,6 +117,36 @@ def test_random_arrivals_and_cancellations_leave_no_block_behind(model):
     kept = [each for each in engine.finished if each.finish_reason is not FinishReason.CANCELLED]
     assert kept
     assert check_tokens(kept)[1] == 0
+    assert (engine.stats.steps_ahead > 0) == run_ahead
+
+
+def test_steps_of_decodes_run_ahead(model):
+    sampling = Sampling(max_new_tokens=7, ignore_eos=True)
+    found = []
+    for run_ahead in (False, True):
+        engine = engine_of(model, replace(SMALL, num_blocks=400), run_ahead=run_ahead)
+        requests = engine.generate(PROMPTS[:1], sampling)
+        found.append([each.answer_ids for each in requests])
+        assert engine.stats.steps_ahead == (7 - 1) * run_ahead
+    assert found[0] == found[1]
+
+
+def test_a_token_too_many_is_dropped(model):
+    """Requests that end at an end token are in the step that runs then."""
+    engine = engine_of(model, replace(SMALL, num_blocks=400), run_ahead=True)
+    before = unused(engine)
+    engine.generate(PROMPTS[:4], SAMPLING)
+    again = engine.generate(PROMPTS[4:8], SAMPLING)
+    assert engine.stats.steps_ahead > 0
+    assert check_tokens(engine.finished)[1] == 0
+    assert [answer_of(each) for each in again] == [each.answer for each in WORKLOAD.tasks[4:8]]
+    assert unused(engine) == before
+
+
+def test_no_step_runs_ahead_of_drawn_tokens(model):
+    engine = engine_of(model, run_ahead=True)
+    engine.generate([SHORT], Sampling(max_new_tokens=4, temperature=1.0))
+    assert engine.stats.steps_ahead == 0
 
 
 def test_answers_end_at_an_end_token_or_at_their_length(model):

@@ -107,25 +107,25 @@ def test_the_kernels_of_bfloat16(heads):
 def test_a_step_waits_only_for_its_tokens(monkeypatch):
     model = on_gpu("llama")
     engine = serve(model, graphs=True)
-    run = engine._logits
+    run = engine._forward.run
 
-    def without_waits(chunks):
+    def without_waits(*arguments):
         if not ON_GPU:
-            return run(chunks)
+            return run(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return run(chunks)
+            return run(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     expected = answers(engine)
-    monkeypatch.setattr(engine, "_logits", without_waits)
+    monkeypatch.setattr(engine._forward, "run", without_waits)
     again = engine.generate(prompts(23), Sampling(max_new_tokens=NEW_TOKENS))
     assert [request.answer_ids for request in again] == [expected[i] for i in range(5)]
     if ON_GPU:
-        graphs, engine._graphs = engine._graphs, None
+        graphs, engine._forward.graphs = engine._forward.graphs, None
         again = engine.generate(prompts(23), Sampling(max_new_tokens=NEW_TOKENS))
-        engine._graphs = graphs
+        engine._forward.graphs = graphs
         assert [request.answer_ids for request in again] == [expected[i] for i in range(5)]
 
 
