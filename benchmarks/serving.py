@@ -133,7 +133,8 @@ def run_theirs(given: argparse.Namespace, path: Path, device: torch.device) -> d
     dtype = getattr(torch, given.dtype) if given.dtype else config.dtype
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return theirs(model, *given.fill, new_tokens=given.new_tokens, most_s=given.most_seconds)
+    options = (given.new_tokens, given.max_tokens or 8192, given.most_seconds)
+    return theirs(model, *given.fill, *options)
 
 
 def run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--theirs", action="store_true", help="with --fill: only transformers' generate_batch"
     )
-    parser.add_argument("--new-tokens", type=int, default=12, help="of an answer, with --theirs")
+    parser.add_argument("--new-tokens", type=int, default=48, help="of an answer, with --theirs")
     parser.add_argument("--most-seconds", type=int, default=60, help="of a run, with --theirs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     given = parser.parse_args()

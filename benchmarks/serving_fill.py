@@ -5,6 +5,8 @@ What `benchmarks/serving.py --fill` and `--fill --theirs` run.
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import signal
 import statistics
@@ -46,6 +48,8 @@ LLAMA_3_1_8B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+#: Tokens of transformers' generate_batch that are this close are of one step.
+_SAME_STEP_S = 2e-3
 #: Kernels of a profile that are listed.
 _LISTED = 14
 
@@ -303,9 +307,14 @@ def profile(engine: Engine, steps: int) -> dict[str, Any]:
         return {"device_ms": 0.0}
     from torch.profiler import ProfilerActivity
 
+    runs_ahead, engine._runs_ahead = engine._runs_ahead, False
+    if engine._ahead is not None:
+        engine.step()  # so that the profile has whole steps
+    synchronize(engine.device)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
         timed_steps(engine, steps)
         synchronize(engine.device)
+    engine._runs_ahead = runs_ahead
     times: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in found.events() or []:
@@ -320,14 +329,18 @@ def profile(engine: Engine, steps: int) -> dict[str, Any]:
     }
 
 
-def theirs(model: Any, count: int, length: int, new_tokens: int, most_s: int) -> dict[str, Any]:
+def theirs(
+    model: Any, count: int, length: int, new_tokens: int, max_tokens: int, most_s: int
+) -> dict[str, Any]:
     """transformers' own continuous batching of the same prompts, with fewer new tokens.
 
     Args:
         model: of transformers.
         count: requests.
         length: tokens of each.
-        new_tokens: of each answer.
+        new_tokens: of each answer. With more than the prefill has steps, all requests decode
+            together in the last ones.
+        max_tokens: of a step.
         most_s: seconds after which it is stopped.
 
     Returns:
@@ -351,7 +364,7 @@ def theirs(model: Any, count: int, length: int, new_tokens: int, most_s: int) ->
                 inputs=given,
                 generation_config=config,
                 continuous_batching_config=ContinuousBatchingConfig(
-                    max_batch_tokens=None if count * length > 4096 else 512,
+                    max_batch_tokens=max_tokens,
                     allow_block_sharing=False,
                     auto_switch_to_flash=to_flash,
                 ),
@@ -379,12 +392,15 @@ def of_timestamps(
     if not kept:
         return {"error": "no request has a token"}
     first, last_first = min(each[0] for each in kept), max(each[0] for each in kept)
-    ends = sorted({round(stamp, 4) for each in kept for stamp in each if stamp > last_first})
-    between = [b - a for a, b in zip([last_first, *ends], ends, strict=False)]
+    stamps_after = sorted(stamp for each in kept for stamp in each if stamp >= last_first)
+    # The tokens of a step have nearly the same time.
+    ends = [b for b, c in itertools.pairwise([*stamps_after, math.inf]) if c - b > _SAME_STEP_S]
+    between = [b - a for a, b in itertools.pairwise(ends)]
     return {
         "first_token_s_with_its_warm_up": first - begin,
         "first_to_last_first_token_s": last_first - first,
         "total_s": max(each[-1] for each in kept) - begin,
+        "decode_steps_of_all": len(between),
         "decode_step_ms": 1e3 * statistics.median(between) if between else None,
         "prompt_tokens": len(kept) * length,
     }

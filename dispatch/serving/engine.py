@@ -14,7 +14,7 @@ from attn_dispatch.errors import AttnDispatchError, InvalidInputError
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.serving.blocks import BlockPool
-from attn_dispatch.serving.forward import Forward, LanguageModel, Launched
+from attn_dispatch.serving.forward import Forward, LanguageModel, Launched, Newest
 from attn_dispatch.serving.limits import Limits, sized
 from attn_dispatch.serving.requests import FinishReason, Request, Sampling
 from attn_dispatch.serving.scheduler import Chunk, Scheduler, Stats
@@ -51,9 +51,9 @@ class Engine:
         limits: see Limits.
         use_graphs: whether to capture steps; None for on a GPU. The layers must have been made
             with cuda_graph=True.
-        run_ahead: whether a step of decodes is started before the tokens of the one before are on
-            the host, so that the device does not wait for the host; None for on a GPU. Tokens are
-            the same. Only while no request waits, and all take the most likely tokens.
+        run_ahead: whether a step is queued before the tokens of the one before are on the host, so
+            that the device does not wait for the host; None for on a GPU. Tokens are the same. Not
+            while requests draw tokens, or are swapped out.
         clock: the time in seconds.
 
     Attributes:
@@ -190,16 +190,14 @@ class Engine:
         launched = self._next()
         if launched is None:
             return []
-        self._failed = True
         self._ahead = self._launch_ahead(launched)
+        self._failed = True
         tokens = launched.read()
         self._failed = False
         chunks = launched.unfinished()
         self._count(chunks)
         self.stats.replayed_steps += launched.replayed
-        for chunk in chunks:
-            self._scheduler.computed(chunk)
-        stepped = [chunk.request for chunk in chunks if chunk.request in tokens]
+        stepped = [chunk.request for chunk in chunks if chunk.is_last]
         for request in stepped:
             self._append(request, tokens[request])
         return stepped
@@ -211,32 +209,28 @@ class Engine:
             self.stats.steps_ahead += 1
             return launched
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return None
+        return self._launch(chunks) if chunks else None
+
+    def _launch(self, chunks: list[Chunk], newest: Newest = ({}, None)) -> Launched:
+        """Queue the forward passes of a step on the device."""
         self._failed = True
         launched = Launched()
         for group in self._groups(chunks):
-            launched.add(group, *self._forward.run(group))
+            launched.add(group, *self._forward.run(group, newest))
         self._failed = False
         return launched
 
     def _launch_ahead(self, launched: Launched) -> Launched | None:
-        """Run the step after a step of decodes, before that one's tokens are known on the host.
+        """Queue the step after this one, before this one's tokens are known on the host.
 
-        Its inputs are the tokens on the device. A request that turns out to be finished has
-        computed one token too many, which is dropped.
+        They stay on the device. A request that turns out to be finished has computed one token too
+        many, which is dropped.
         """
-        tokens = launched.tokens
-        if not self._runs_ahead or tokens is None or self.model.states is not None:
+        newest = launched.newest
+        if not self._runs_ahead or newest is None or self.model.states is not None:
             return None
-        chunks = self._scheduler.ahead(launched.chunks)
-        if not chunks:
-            return None
-        ahead = Launched()
-        kept = {chunk.request for chunk in chunks}
-        rows = [row for row, chunk in enumerate(launched.chunks) if chunk.request in kept]
-        ahead.add(chunks, *self._forward.run(chunks, (tokens, rows)), choose_all=True)
-        return ahead
+        chunks = self._scheduler.schedule() if self._scheduler.can_run_ahead() else []
+        return self._launch(chunks, newest) if chunks else None
 
     def _groups(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """The chunks of each forward pass: all in one, if the model keeps no states."""
@@ -257,6 +251,7 @@ class Engine:
     def _append(self, request: Request, token: int) -> None:
         """Append a token, and finish the request if it was the last."""
         request.token_ids.append(token)
+        request.num_pending -= 1
         self.stats.new_tokens += 1
         if request.first_token_at is None:
             request.first_token_at = self.clock()

@@ -11,7 +11,7 @@ import torch
 
 from attn_dispatch.errors import UnsupportedError, summary_of
 from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.interface.host_copies import pack_to_device, to_device
+from attn_dispatch.interface.host_copies import pack_to_device
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.serving.blocks import BlockTables
@@ -55,6 +55,10 @@ class LanguageModel(Protocol):
         """
 
 
+#: Tokens that only the device knows: each request's index into them, and (n,) int64.
+Newest = tuple[dict[Request, int], torch.Tensor | None]
+
+
 class Launched:
     """A step whose forward passes are queued on the device.
 
@@ -68,34 +72,31 @@ class Launched:
         self.replayed = False
         self._choices: list[tuple[list[Request], Choice]] = []
 
-    def add(
-        self,
-        chunks: Sequence[Chunk],
-        logits: torch.Tensor,
-        replayed: bool,
-        *,
-        choose_all: bool = False,
-    ) -> None:
+    def add(self, chunks: Sequence[Chunk], logits: torch.Tensor, replayed: bool) -> None:
         """Queue the choice of the tokens after these chunks.
 
         Args:
             chunks: of one forward pass.
             logits, replayed: what Forward.run returned for them.
-            choose_all: all of them do, though not all tokens are known yet.
         """
         self.chunks += chunks
         self.replayed |= replayed
-        asked = [chunk.request for chunk in chunks if choose_all or chunk.is_last]
+        asked = [chunk.request for chunk in chunks if chunk.is_last]
         if asked:
             self._choices.append((asked, Choice(logits, asked)))
+        for chunk in chunks:
+            chunk.request.num_computed = chunk.end
+            chunk.request.num_pending += chunk.is_last
 
     @property
-    def tokens(self) -> torch.Tensor | None:
-        """(len(chunks),) int64 on the device, if each chunk gets its most likely token."""
-        if len(self._choices) != 1:
-            return None
+    def newest(self) -> Newest | None:
+        """The tokens that it chooses, if the next step can run with them."""
+        if not self._choices:
+            return {}, None
         asked, choice = self._choices[0]
-        return choice.greedy if len(asked) == len(self.chunks) and choice.is_greedy else None
+        if len(self._choices) > 1 or not choice.is_greedy:
+            return None
+        return {request: row for row, request in enumerate(asked)}, choice.greedy
 
     def read(self) -> dict[Request, int]:
         """The new token of each request that gets one; waits for the device."""
@@ -131,7 +132,7 @@ class Forward:
         layers = list(self._model.layers.values())
         if self._model.states or not all(layer.spec.cuda_graph for layer in layers):
             return
-        self._warm_up()
+        self._warm_up(limits)
         assert limits.max_tokens is not None
         assert limits.max_seq_len is not None
         try:
@@ -141,6 +142,7 @@ class Forward:
                 max_requests=limits.max_requests,
                 max_tokens=min(_MAX_CAPTURED_TOKENS, limits.max_tokens),
                 max_seq_len=limits.max_seq_len,
+                smallest=getattr(self._model, "smallest_step", 1),
             )
         except UnsupportedError:
             self.graphs = None  # a backend has no graphs for these layers; steps run eagerly
@@ -150,13 +152,28 @@ class Forward:
                 f"Steps are not captured, and run eagerly: {summary_of(error)}", stacklevel=4
             )
 
-    def _warm_up(self) -> None:
-        """Run a prompt and a decode, so that kernels are compiled and backends final."""
-        dummy = Request(-1, [0] * 3, 2)
-        dummy.blocks = list(range(-(-3 // self._block_size)))
-        for chunk in (Chunk(dummy, 0, 2), Chunk(dummy, 2, 3)):
-            self.run([chunk])
-        self.forget(dummy.index)
+    def _warm_up(self, limits: Limits) -> None:
+        """Run prompts and decodes, so that kernels are compiled and backends final.
+
+        The first step is as large as steps are, since compilers suit a kernel to its first sizes.
+        """
+        assert limits.max_tokens is not None
+        assert limits.max_seq_len is not None
+        assert limits.num_blocks is not None
+        longest, size = min(limits.max_tokens, limits.max_seq_len), self._block_size
+        columns = max(1, longest // size)
+        length = min(longest, columns * size)
+        count = min(limits.max_tokens // length, limits.num_blocks // columns, limits.max_requests)
+        prompts, decodes = [], []
+        for index in range(count):
+            dummy = Request(-1 - index, [0] * length, length)
+            dummy.blocks = list(range(index * columns, (index + 1) * columns))
+            prompts.append(Chunk(dummy, 0, length, is_last=True))
+            decodes.append(Chunk(dummy, length - 1, length, is_last=True))
+        for chunks in (prompts, decodes[:2]):
+            self.run(chunks)
+        for chunk in prompts:
+            self.forget(chunk.request.index)
 
     def forget(self, index: int) -> None:
         """Drop what is kept of a request that is finished."""
@@ -165,54 +182,57 @@ class Forward:
             self._model.states.forget(index)
 
     def run(
-        self, chunks: Sequence[Chunk], newest: tuple[torch.Tensor, list[int]] | None = None
+        self, chunks: Sequence[Chunk], newest: Newest = ({}, None)
     ) -> tuple[torch.Tensor, bool]:
         """Run one forward pass.
 
         Args:
             chunks: of the requests.
-            newest: for chunks of one token, which the host does not know yet: a tensor with the
-                tokens on the device, and the index of each chunk's.
+            newest: the tokens of chunks that are pending.
 
         Returns:
-            The logits after each chunk that ends its request's tokens, or with `newest` after all;
-            the next replay of a graph overwrites them. And whether a graph was replayed.
+            The logits after each chunk that is_last; the next replay of a graph overwrites them.
+            And whether a graph was replayed.
         """
-        device = self._model.device
         batch = AttentionBatch.create(
             [chunk.end - chunk.start for chunk in chunks],
             [chunk.end for chunk in chunks],
             block_table=self._tables.of([chunk.request for chunk in chunks]),
             block_size=self._block_size,
-            device=device,
+            device=self._model.device,
         )
-        if newest is None:
-            inputs = self._inputs(chunks, device)
-        else:
-            tokens, rows = newest
-            starts, index = torch.tensor([[chunk.start for chunk in chunks], rows], device="cpu")
-            if len(rows) < len(tokens):
-                tokens = tokens[to_device(index, device)]
-            positions = to_device(starts, device)
-            inputs = [tokens, positions, torch.arange(len(chunks), device=device)]
+        inputs = self._inputs(chunks, newest)
         logits = None if self.graphs is None else self.graphs.run(batch, *inputs)
         if logits is not None:
             return logits, True
         with torch.inference_mode(), forward_context(batch), self._states_of(chunks):
             return self._model.logits(*inputs), False
 
-    def _inputs(self, chunks: Sequence[Chunk], device: torch.device) -> list[torch.Tensor]:
+    def _inputs(self, chunks: Sequence[Chunk], newest: Newest) -> list[torch.Tensor]:
         """Token ids, positions, and the rows that logits are asked for."""
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        places: list[int] = []
+        sources: list[int] = []
+        rows_of, tokens = newest
         for chunk in chunks:
-            token_ids += chunk.request.token_ids[chunk.start : chunk.end]
+            if chunk.is_pending:
+                places.append(len(token_ids))
+                sources.append(rows_of[chunk.request])
+                token_ids.append(0)
+            else:
+                token_ids += chunk.request.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             if chunk.is_last:
                 rows.append(len(token_ids) - 1)
-        tensors = [torch.tensor(x, dtype=torch.int64) for x in (token_ids, positions, rows)]
-        return pack_to_device(device, *tensors)
+        lists = (token_ids, positions, rows, places, sources)
+        tensors = [torch.tensor(each, dtype=torch.int64, device="cpu") for each in lists]
+        ids, *inputs, to, source = pack_to_device(self._model.device, *tensors)
+        if places:
+            assert tokens is not None
+            ids.index_copy_(0, to, tokens[source])
+        return [ids, *inputs]
 
     def _states_of(self, chunks: Sequence[Chunk]) -> contextlib.AbstractContextManager[None]:
         states = self._model.states

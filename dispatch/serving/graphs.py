@@ -65,6 +65,7 @@ class CapturedSteps:
         max_requests: requests of a step.
         max_tokens: new tokens of a step with chunks of prompts; None to capture decodes only.
         max_seq_len: keys of a request.
+        smallest: decodes of the smallest step of decodes.
 
     Raises:
         UnsupportedError: a backend cannot capture decodes.
@@ -78,6 +79,7 @@ class CapturedSteps:
         max_requests: int,
         max_tokens: int | None,
         max_seq_len: int,
+        smallest: int = 1,
     ) -> None:
         state = graph_state(
             layers,
@@ -87,7 +89,8 @@ class CapturedSteps:
         )
         # The graphs run one at a time, so their temporary tensors can share memory.
         pool = torch.cuda.graph_pool_handle() if state.device.type == "cuda" else None
-        sizes = [1 << n for n in range(max_requests.bit_length()) if 1 << n < max_requests]
+        powers = [1 << n for n in range(max_requests.bit_length())]
+        sizes = [size for size in powers if smallest <= size < max_requests]
         self._captured = []
         with state.graph_capture():
             make = state.graph_capture_get_metadata_for_batch

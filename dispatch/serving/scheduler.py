@@ -22,16 +22,21 @@ Swap = Callable[[Sequence[int], Sequence[int], bool], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of a request: `start` to `end` of its token_ids."""
+    """The next tokens of a request: `start` to `end` of its token_ids.
+
+    Attributes:
+        is_last: the logits after it choose a token.
+    """
 
     request: Request
     start: int
     end: int
+    is_last: bool
 
     @property
-    def is_last(self) -> bool:
-        """Whether the logits after it choose a token."""
-        return self.end == len(self.request.token_ids)
+    def is_pending(self) -> bool:
+        """Whether it is the token that a queued step chooses."""
+        return self.end > len(self.request.token_ids)
 
 
 @dataclass
@@ -95,7 +100,8 @@ class Scheduler:
         self._resume()
         chunks: list[Chunk] = []
         budget = self._max_tokens
-        for request in sorted(self.running, key=lambda each: each.num_ready > 1):
+        ready = [each for each in self.running if each.num_ready]
+        for request in sorted(ready, key=lambda each: each.num_ready > 1):
             if budget == 0:
                 break
             if request not in self.running:  # an earlier one has preempted it
@@ -115,38 +121,19 @@ class Scheduler:
             budget -= chunk.end - chunk.start
         return chunks
 
-    def ahead(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """The chunks of the step after a step that gives a token to each of its requests.
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be scheduled before the tokens of the queued one are known.
 
-        Empty if that step is not known yet: requests wait, others than these run, there are too few
-        blocks, or these have all their tokens then.
+        Not if a request could be preempted then, or wants to be resumed.
         """
-        requests = {chunk.request for chunk in chunks}
-        if self.waiting or self.swapped or not requests.issuperset(self.running):
-            return []
-        found = [
-            Chunk(chunk.request, chunk.end, chunk.end + 1)
-            for chunk in chunks
-            if chunk.request.finish_reason is None
-            and not chunk.request.is_complete_after(chunk.end)
-        ]
-        blocks = [
-            max(self.pool.blocks_for(each.end) - len(each.request.blocks), 0) for each in found
-        ]
-        if sum(blocks) > self.pool.num_free:
-            return []
-        for each, missing in zip(found, blocks, strict=True):
-            each.request.blocks += self.pool.allocate(missing)
-        return found
-
-    def computed(self, chunk: Chunk) -> None:
-        """Take note that a chunk's keys and values are in the cache."""
-        request = chunk.request
-        request.num_computed = chunk.end
-        # `ahead` could not do this, since the tokens were not known.
-        request.prefix = self.pool.register(
-            request.blocks, request.token_ids, chunk.end, request.prefix
+        if self.swapped:
+            return False
+        ends = (each.num_computed + min(each.num_ready, self._max_tokens) for each in self.running)
+        needed = (
+            max(self.pool.blocks_for(end) - len(each.blocks), 0)
+            for each, end in zip(self.running, ends, strict=True)
         )
+        return sum(needed) <= self.pool.num_free
 
     def finish(self, request: Request) -> None:
         """Take out a request in any state."""
@@ -175,8 +162,11 @@ class Scheduler:
             if victim is request:
                 return None
         request.blocks += self.pool.allocate(max(missing, 0))
-        request.prefix = self.pool.register(request.blocks, request.token_ids, end, request.prefix)
-        return Chunk(request, start, end)
+        known = min(end, len(request.token_ids))
+        request.prefix = self.pool.register(
+            request.blocks, request.token_ids, known, request.prefix
+        )
+        return Chunk(request, start, end, is_last=end == start + request.num_ready)
 
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request the known blocks of its prefix, if there is room for more."""

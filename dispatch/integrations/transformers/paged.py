@@ -95,6 +95,8 @@ class PagedModel:
             one request, or one token of each of several; see RecurrentStates.step.
         max_seq_len: the most tokens of a request that the model was made for, or None.
         notes: what `describe` noted about the model.
+        smallest_step: tokens of the smallest step to capture; 2 with compiled layers, as one token
+            would be another program.
 
     Raises:
         UnsupportedError: the model has layers that keep a state other than keys and values, or
@@ -160,10 +162,12 @@ class PagedModel:
             {each.module: layer for each, layer in zip(seen, layers, strict=True)},
             {each.latent_idx for each in seen if each.latent_idx is not None},
         )
+        self.smallest_step = 1
         self._compiled: CompiledLayers | None = None
         if compile_layers and self.states is None:
             self._name = register(in_compiled=True)
             model.set_attn_implementation(self._name)
+            self.smallest_step = 2
             self._compiled = CompiledLayers(model, [each.module for each in seen], self._cache)
 
     def _forward(
