@@ -83,6 +83,10 @@ def generate(
         int | None, typer.Option(min=2, help="Tokens of a request. Default: the model's limit.")
     ] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Memory of the cache.")] = None,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Guess up to K tokens from a request's own text."),
+    ] = 0,
     compile_layers: Annotated[
         bool,
         typer.Option("--compile", help="Compile the layers: a slower start, faster on a GPU."),
@@ -156,6 +160,7 @@ def generate(
             tp_plan="auto" if tensor_parallel else None,
             context_parallel=_ranks(context_parallel, torch_device),
             compile_layers=compile_layers,
+            draft_tokens=draft_tokens,
         )
     chats = _as_prompts(engine, texts, system, raw)
     if (tensor_parallel or context_parallel > 1) and torch.distributed.get_rank() != 0:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.arguments import shown
-from attn_dispatch.errors import AttnDispatchError, InvalidInputError
+from attn_dispatch.arguments import as_int, shown
+from attn_dispatch.errors import AttnDispatchError, InvalidInputError, UnsupportedError
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
 from attn_dispatch.serving.blocks import BlockPool
@@ -54,6 +54,9 @@ class Engine:
         run_ahead: whether a step is queued before the tokens of the one before are on the host, so
             that the device does not wait for the host; None for on a GPU. Tokens are the same. Not
             while requests draw tokens, or are swapped out.
+        draft_tokens: the most tokens of a request that are guessed from its own text and verified
+            in one step, see PromptLookup; 0 for none. Tokens are the same, but for rounding. No
+            step is queued ahead then. Not for models with states.
         clock: the time in seconds.
 
     Attributes:
@@ -65,7 +68,8 @@ class Engine:
 
     Raises:
         InvalidInputError: a limit is too small for a block, or larger than the memory.
-        UnsupportedError: no layout of the cache is accepted by all layers.
+        UnsupportedError: no layout of the cache is accepted by all layers; or draft_tokens are
+            given for a model that has states.
 
     Example:
         >>> engine = load_engine("SmolLM2-135M-Instruct")
@@ -82,6 +86,7 @@ class Engine:
         limits: Limits | None = None,
         use_graphs: bool | None = None,
         run_ahead: bool | None = None,
+        draft_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.clock = model, clock
@@ -90,6 +95,11 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.stats = Stats()
         self.finished: list[Request] = []
+        if as_int("draft_tokens", draft_tokens, 0) and model.states is not None:
+            raise UnsupportedError(
+                "This model keeps states, which cannot go back to before a wrong draft. Leave out "
+                "draft_tokens."
+            )
         self._num_added = 0
         self._failed = False
         plan = plan_kv_cache(model.layers)
@@ -119,12 +129,14 @@ class Engine:
             max_requests=limits.max_requests,
             max_tokens=limits.max_tokens,
             stats=self.stats,
+            draft_tokens=draft_tokens,
         )
-        self._forward = Forward(model, self.block_size)
+        self._forward = Forward(model, self.block_size, draft_tokens)
         if self.device.type == "cuda" if use_graphs is None else use_graphs:
             self._forward.capture(limits)
         self._ahead: Launched | None = None
         self._runs_ahead = self.device.type == "cuda" if run_ahead is None else run_ahead
+        self._runs_ahead = self._runs_ahead and not draft_tokens
 
     def add(
         self,
@@ -197,10 +209,10 @@ class Engine:
         chunks = launched.unfinished()
         self._count(chunks)
         self.stats.replayed_steps += launched.replayed
-        stepped = [chunk.request for chunk in chunks if chunk.is_last]
-        for request in stepped:
-            self._append(request, tokens[request])
-        return stepped
+        last = [chunk for chunk in chunks if chunk.is_last]
+        for chunk in last:
+            self._take(chunk, tokens[chunk.request])
+        return [chunk.request for chunk in last]
 
     def _next(self) -> Launched | None:
         """The step that runs already, or else a new one; None if there is nothing to do."""
@@ -243,15 +255,25 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.largest_batch = max(stats.largest_batch, len(chunks))
-        stats.mixed_steps += len({chunk.end - chunk.start > 1 for chunk in chunks}) == 2
+        stats.mixed_steps += len({chunk.known_end - chunk.start > 1 for chunk in chunks}) == 2
         for chunk in chunks:
             end = min(chunk.end, chunk.request.num_prompt_tokens)
             stats.prompt_tokens += max(0, end - chunk.start)
 
+    def _take(self, chunk: Chunk, tokens: list[int]) -> None:
+        """Append the tokens after a chunk to its request."""
+        request = chunk.request
+        request.num_pending -= 1
+        if chunk.drafts:  # the keys of wrong ones are overwritten
+            request.num_computed = chunk.known_end + len(tokens) - 1
+            self.stats.accepted_tokens += len(tokens) - 1
+        for token in tokens:
+            if request.finish_reason is None:
+                self._append(request, token)
+
     def _append(self, request: Request, token: int) -> None:
         """Append a token, and finish the request if it was the last."""
         request.token_ids.append(token)
-        request.num_pending -= 1
         self.stats.new_tokens += 1
         if request.first_token_at is None:
             request.first_token_at = self.clock()

@@ -70,7 +70,7 @@ class Launched:
     def __init__(self) -> None:
         self.chunks: list[Chunk] = []
         self.replayed = False
-        self._choices: list[tuple[list[Request], Choice]] = []
+        self._choices: list[Choice] = []
 
     def add(self, chunks: Sequence[Chunk], logits: torch.Tensor, replayed: bool) -> None:
         """Queue the choice of the tokens after these chunks.
@@ -81,9 +81,9 @@ class Launched:
         """
         self.chunks += chunks
         self.replayed |= replayed
-        asked = [chunk.request for chunk in chunks if chunk.is_last]
+        asked = [chunk for chunk in chunks if chunk.is_last]
         if asked:
-            self._choices.append((asked, Choice(logits, asked)))
+            self._choices.append(Choice(logits, asked))
         for chunk in chunks:
             chunk.request.num_computed = chunk.end
             chunk.request.num_pending += chunk.is_last
@@ -93,17 +93,17 @@ class Launched:
         """The tokens that it chooses, if the next step can run with them."""
         if not self._choices:
             return {}, None
-        asked, choice = self._choices[0]
-        if len(self._choices) > 1 or not choice.is_greedy:
+        choice = self._choices[0]
+        if len(self._choices) > 1 or not choice.is_known_on_device:
             return None
-        return {request: row for row, request in enumerate(asked)}, choice.greedy
+        return {chunk.request: row for row, chunk in enumerate(choice.chunks)}, choice.greedy
 
-    def read(self) -> dict[Request, int]:
-        """The new token of each request that gets one; waits for the device."""
+    def read(self) -> dict[Request, list[int]]:
+        """The new tokens of each request that gets some; waits for the device."""
         return {
-            request: token
-            for asked, choice in self._choices
-            for request, token in zip(asked, choice.read(), strict=True)
+            chunk.request: tokens
+            for choice in self._choices
+            for chunk, tokens in zip(choice.chunks, choice.read(), strict=True)
         }
 
     def unfinished(self) -> list[Chunk]:
@@ -117,13 +117,15 @@ class Forward:
     Args:
         model: see LanguageModel; with bound caches.
         block_size: tokens per block.
+        draft_tokens: the most drafts of a request in a step.
 
     Attributes:
         graphs: the captured steps, or None.
     """
 
-    def __init__(self, model: LanguageModel, block_size: int) -> None:
+    def __init__(self, model: LanguageModel, block_size: int, draft_tokens: int = 0) -> None:
         self._model, self._block_size = model, block_size
+        self._draft_tokens = draft_tokens
         self._tables = BlockTables()
         self.graphs: CapturedSteps | None = None
 
@@ -143,6 +145,7 @@ class Forward:
                 max_tokens=min(_MAX_CAPTURED_TOKENS, limits.max_tokens),
                 max_seq_len=limits.max_seq_len,
                 smallest=getattr(self._model, "smallest_step", 1),
+                draft_tokens=self._draft_tokens,
             )
         except UnsupportedError:
             self.graphs = None  # a backend has no graphs for these layers; steps run eagerly
@@ -191,8 +194,8 @@ class Forward:
             newest: the tokens of chunks that are pending.
 
         Returns:
-            The logits after each chunk that is_last; the next replay of a graph overwrites them.
-            And whether a graph was replayed.
+            The logits after each chunk that is_last, and before that after each token before a
+            draft; the next replay of a graph overwrites them. And whether a graph was replayed.
         """
         batch = AttentionBatch.create(
             [chunk.end - chunk.start for chunk in chunks],
@@ -200,6 +203,7 @@ class Forward:
             block_table=self._tables.of([chunk.request for chunk in chunks]),
             block_size=self._block_size,
             device=self._model.device,
+            max_decode_query_len=1 + self._draft_tokens,
         )
         inputs = self._inputs(chunks, newest)
         logits = None if self.graphs is None else self.graphs.run(batch, *inputs)
@@ -222,10 +226,11 @@ class Forward:
                 sources.append(rows_of[chunk.request])
                 token_ids.append(0)
             else:
-                token_ids += chunk.request.token_ids[chunk.start : chunk.end]
+                token_ids += chunk.request.token_ids[chunk.start : chunk.known_end]
+            token_ids += chunk.drafts
             positions += range(chunk.start, chunk.end)
             if chunk.is_last:
-                rows.append(len(token_ids) - 1)
+                rows += range(len(token_ids) - 1 - len(chunk.drafts), len(token_ids))
         lists = (token_ids, positions, rows, places, sources)
         tensors = [torch.tensor(each, dtype=torch.int64, device="cpu") for each in lists]
         ids, *inputs, to, source = pack_to_device(self._model.device, *tensors)

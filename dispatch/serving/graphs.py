@@ -10,6 +10,7 @@ import torch
 
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
+from attn_dispatch.interface.types import Phase
 from attn_dispatch.runtime.context import forward_context
 from attn_dispatch.runtime.graph_state import ModelGraphState, graph_state
 from attn_dispatch.runtime.graph_step import GraphStep
@@ -27,7 +28,10 @@ class _Captured:
     def __init__(self, run: Run, state: ModelGraphState, step: GraphStep, pool: Any) -> None:
         self._run, self._state, self.step = run, state, step
         device = state.device
-        sizes = (step.limits.num_tokens, step.limits.num_tokens, step.limits.num_reqs)
+        limits = step.limits
+        # Verifications choose tokens after each of their tokens, and others one for each request.
+        self.num_rows = limits.num_tokens if limits.phase is Phase.DECODE else limits.num_reqs
+        sizes = (limits.num_tokens, limits.num_tokens, self.num_rows)
         self._inputs = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
@@ -66,6 +70,7 @@ class CapturedSteps:
         max_tokens: new tokens of a step with chunks of prompts; None to capture decodes only.
         max_seq_len: keys of a request.
         smallest: decodes of the smallest step of decodes.
+        draft_tokens: the most drafts of a request; with some, their verification is captured.
 
     Raises:
         UnsupportedError: a backend cannot capture decodes.
@@ -80,11 +85,12 @@ class CapturedSteps:
         max_tokens: int | None,
         max_seq_len: int,
         smallest: int = 1,
+        draft_tokens: int = 0,
     ) -> None:
         state = graph_state(
             layers,
             max_num_seqs=max_requests,
-            max_num_tokens=max(max_tokens or 0, max_requests),
+            max_num_tokens=max(max_tokens or 0, max_requests * (1 + draft_tokens)),
             max_seq_len=max_seq_len,
         )
         # The graphs run one at a time, so their temporary tensors can share memory.
@@ -95,9 +101,13 @@ class CapturedSteps:
         with state.graph_capture():
             make = state.graph_capture_get_metadata_for_batch
             steps = [make(size) for size in (*sizes, max_requests)]
-            if max_tokens is not None:
-                with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
-                    steps.append(make(max_requests, num_tokens=max_tokens))
+            longest = 1 + draft_tokens
+            with contextlib.suppress(UnsupportedError):  # then these run eagerly
+                if draft_tokens:
+                    steps += [make(size, max_query_len=longest) for size in (*sizes, max_requests)]
+                if max_tokens is not None:
+                    mixed = make(max_requests, num_tokens=max_tokens, max_decode_query_len=longest)
+                    steps.append(mixed)
             self._captured = [_Captured(run, state, step, pool) for step in steps]
 
     def run(
@@ -109,7 +119,7 @@ class CapturedSteps:
     ) -> torch.Tensor | None:
         """The logits of a batch's rows, or None if no captured step can run it."""
         for captured in self._captured:
-            if captured.step.limits.num_reqs < batch.num_reqs:
+            if captured.step.limits.num_reqs < batch.num_reqs or captured.num_rows < len(rows):
                 continue  # the common case, without checks
             if captured.step.mismatch(batch) is None:
                 return captured.replay(batch, token_ids, positions, rows)

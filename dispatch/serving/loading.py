@@ -31,6 +31,7 @@ def load_engine(
     tp_plan: str | None = None,
     context_parallel: ContextParallel | None = None,
     compile_layers: bool = False,
+    draft_tokens: int = 0,
 ) -> Engine:
     """An Engine that runs a causal language model of transformers.
 
@@ -48,6 +49,7 @@ def load_engine(
         tp_plan: "auto" to split the model over the processes that torchrun started.
         context_parallel: splits the keys over processes instead, each of which runs the whole
             model; made with heads="replicated". Steps are not captured then.
+        draft_tokens: see Engine.
         compile_layers: see PagedModel. It makes steps faster on a GPU and the start slower.
 
     Raises:
@@ -84,6 +86,7 @@ def load_engine(
         eos_ids=_eos_ids(model, tokenizer),
         limits=limits,
         use_graphs=use_graphs,
+        draft_tokens=draft_tokens,
     )
 
 

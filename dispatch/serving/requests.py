@@ -41,6 +41,11 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each token is the most likely one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def __post_init__(self) -> None:
         as_int("max_new_tokens", self.max_new_tokens, 1)
         as_int("top_k", self.top_k, 0)
@@ -105,6 +110,7 @@ class Request:
     first_token_at: float | None = None
     finished_at: float | None = None
     sampler: Any = None
+    lookup: Any = None
 
     @property
     def answer_ids(self) -> list[int]:

@@ -7,11 +7,13 @@ block is free, the youngest request is swapped out to the host, and resumed late
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attn_dispatch.serving.blocks import BlockPool, Prefix
+from attn_dispatch.serving.drafts import PromptLookup
 from attn_dispatch.serving.requests import Request
 
 __all__ = ["Chunk", "Scheduler", "Stats"]
@@ -26,17 +28,24 @@ class Chunk:
 
     Attributes:
         is_last: the logits after it choose a token.
+        drafts: its last tokens, which are no tokens of the request yet.
     """
 
     request: Request
     start: int
     end: int
     is_last: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def known_end(self) -> int:
+        """Where its drafts begin."""
+        return self.end - len(self.drafts)
 
     @property
     def is_pending(self) -> bool:
         """Whether it is the token that a queued step chooses."""
-        return self.end > len(self.request.token_ids)
+        return self.known_end > len(self.request.token_ids)
 
 
 @dataclass
@@ -54,6 +63,8 @@ class Stats:
     recomputed: int = 0
     replayed_steps: int = 0
     steps_ahead: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -65,6 +76,7 @@ class Scheduler:
         swap: copies blocks between them.
         max_requests: requests of a step.
         max_tokens: new tokens of a step.
+        draft_tokens: the most drafts of a request in a step.
         stats: counters to update.
 
     Attributes:
@@ -82,10 +94,12 @@ class Scheduler:
         max_requests: int,
         max_tokens: int,
         stats: Stats,
+        draft_tokens: int = 0,
     ) -> None:
         self.pool, self.host_pool, self.stats = pool, host_pool, stats
         self._swap = swap
         self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._draft_tokens = draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.swapped: deque[Request] = deque()
@@ -101,13 +115,16 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self._max_tokens
         ready = [each for each in self.running if each.num_ready]
-        for request in sorted(ready, key=lambda each: each.num_ready > 1):
+        ready.sort(key=lambda each: each.num_ready > 1)
+        for place, request in enumerate(ready, 1):
             if budget == 0:
                 break
             if request not in self.running:  # an earlier one has preempted it
                 continue
             chunk = self._chunk(request, budget, chunks)
             if chunk is not None:
+                # Each other request keeps room for a token.
+                chunk = self._with_drafts(chunk, budget - 1 - (len(ready) - place))
                 chunks.append(chunk)
                 budget -= chunk.end - chunk.start
         while budget and self.waiting and not self.swapped:
@@ -167,6 +184,28 @@ class Scheduler:
             request.blocks, request.token_ids, known, request.prefix
         )
         return Chunk(request, start, end, is_last=end == start + request.num_ready)
+
+    def _with_drafts(self, chunk: Chunk, room: int) -> Chunk:
+        """A decode with as many drafts as there are, have room and may be new tokens."""
+        request, size = chunk.request, self.pool.block_size
+        if not self._draft_tokens or not request.sampling.is_plain:
+            return chunk
+        if not chunk.is_last or chunk.end - chunk.start > 1:
+            return chunk
+        # Blocks that other requests need for their next tokens are left.
+        blocks = len(request.blocks) + max(0, self.pool.num_free - len(self.running))
+        # The last new token is never a draft.
+        wanted = request.sampling.max_new_tokens - request.num_new_tokens - 1
+        most = min(self._draft_tokens, room, wanted, blocks * size - chunk.end)
+        if most < 1:
+            return chunk
+        request.lookup = request.lookup or PromptLookup()
+        drafts = request.lookup.draft(request.token_ids, most)
+        end = chunk.end + len(drafts)
+        missing = self.pool.blocks_for(end) - len(request.blocks)
+        request.blocks += self.pool.allocate(max(missing, 0))
+        self.stats.drafted_tokens += len(drafts)
+        return dataclasses.replace(chunk, end=end, drafts=tuple(drafts))
 
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request the known blocks of its prefix, if there is room for more."""

@@ -174,16 +174,46 @@ def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
 
 
 def test_captured_steps_predict_the_same_tokens():
-    """On a GPU graphs are replayed; in Triton's interpreter the same steps are called."""
+    """On a GPU graphs are replayed; in Triton's interpreter the same steps are called.
+
+    The second prompt repeats itself, so that there are drafts, whose verification is captured.
+    """
     from support.graph_cases import BACKEND, DEVICE, interpreted_backend
 
     limits = replace(SMALL, max_requests=2, max_tokens=8)
     with interpreted_backend():
         captured = AdditionModel(DEVICE, BACKEND, cuda_graph=True)
-        engine = engine_of(captured, limits, use_graphs=True)
-        requests = engine.generate([SHORT, tokenizer.encode("5+6=")], SAMPLING)
+        engine = engine_of(captured, limits, use_graphs=True, draft_tokens=2)
+        requests = engine.generate([SHORT, tokenizer.encode("5+6=11;5+6=")], SAMPLING)
     assert engine.stats.replayed_steps == engine.stats.steps
+    assert engine.stats.accepted_tokens > 0
     assert check_tokens(requests)[1] == 0
+
+
+@pytest.mark.parametrize(("draft_tokens", "num_blocks"), [(5, 28), (1, 400)])
+def test_drafts_change_the_number_of_steps_and_no_token(model, draft_tokens, num_blocks):
+    limits = replace(SMALL, num_blocks=num_blocks, max_requests=6)
+    sampling = Sampling(max_new_tokens=24, ignore_eos=True)
+    steps = []
+    for count in (0, draft_tokens):
+        engine = engine_of(model, limits, draft_tokens=count, run_ahead=True)
+        before = unused(engine)
+        requests = engine.generate(PROMPTS[:7], sampling)
+        assert check_tokens(requests) == (7 * 24, 0)
+        assert unused(engine) == before
+        steps.append(engine.stats.steps)
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0
+    assert (engine.stats.preemptions > 0) == (num_blocks == 28)
+    assert steps[1] < steps[0]
+
+
+def test_drawn_tokens_have_no_drafts(model):
+    drawn = Sampling(max_new_tokens=20, temperature=3.0, seed=7, ignore_eos=True)
+    with_drafts = engine_of(model, draft_tokens=4)
+    found = with_drafts.generate(PROMPTS[:2], drawn)
+    assert with_drafts.stats.drafted_tokens == 0
+    expected = engine_of(model).generate(PROMPTS[:2], drawn)
+    assert [each.answer_ids for each in found] == [each.answer_ids for each in expected]
 
 
 def test_layers_that_cannot_be_captured_run_eagerly(model):

@@ -129,6 +129,25 @@ def test_a_step_waits_only_for_its_tokens(monkeypatch):
         assert [request.answer_ids for request in again] == [expected[i] for i in range(5)]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_captured_verifications_choose_the_same_tokens(model_type):
+    model = on_gpu(model_type, **MODELS[model_type])
+    given = [[*each, *each] for each in prompts(23)]
+    sampling = Sampling(max_new_tokens=40)
+    found, stats = [], []
+    for draft_tokens in (0, 3):
+        paged = PagedModel(model, block_size=16, cuda_graph=ON_GPU)
+        limits = Limits(max_requests=4)
+        engine = Engine(paged, limits=limits, use_graphs=ON_GPU, draft_tokens=draft_tokens)
+        found.append([each.answer_ids for each in engine.generate(given, sampling)])
+        stats.append(engine.stats)
+    assert found[0] == found[1]
+    assert stats[1].accepted_tokens > 0
+    assert stats[1].steps < stats[0].steps
+    if ON_GPU:
+        assert stats[1].replayed_steps == stats[1].steps
+
+
 def test_drawn_tokens_are_those_of_the_seed():
     model = on_gpu("llama")
     drawn = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=0.9, seed=3)

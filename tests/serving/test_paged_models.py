@@ -54,6 +54,11 @@ def test_states_of_requests_that_start_again_are_dropped():
     assert engine.model.states._of == {}
 
 
+def test_models_with_states_take_no_drafts():
+    with pytest.raises(UnsupportedError, match="keeps states"):
+        Engine(PagedModel(build("qwen3_next"), block_size=4), limits=SMALL, draft_tokens=2)
+
+
 def test_a_state_that_the_engine_does_not_see_is_found(monkeypatch):
     monkeypatch.setattr(
         "attn_dispatch.integrations.transformers.calls.NoKeysCache.get_recurrent_state",
