@@ -242,13 +242,17 @@ def fill(engine: Engine, count: int, length: int, steps: int = 24) -> dict[str, 
     prefill = time.perf_counter() - begin
     result["prefill_steps"] = engine.stats.steps - before
 
-    requests = add(engine, own, 3 * steps + 8)
+    requests = add(engine, own, 4 * steps)
     while not all(request.num_new_tokens for request in requests):
         engine.step()
     timed_steps(engine, 3)
     before = engine.stats.replayed_steps
     captured = timed_steps(engine, steps)
     replayed = engine.stats.replayed_steps - before
+    runs_ahead, engine._runs_ahead = engine._runs_ahead, False
+    timed_steps(engine, 2)
+    waiting = timed_steps(engine, steps // 2)
+    engine._runs_ahead = runs_ahead
     result["decode_kernels"] = profile(engine, 3)
     replay = replay_seconds(engine, count)
     forward = engine._forward
@@ -269,6 +273,7 @@ def fill(engine: Engine, count: int, length: int, steps: int = 24) -> dict[str, 
     busy = replay or result["decode_kernels"]["device_ms"] / 1e3
     result |= {
         "decode_step_ms": 1e3 * step,
+        "decode_step_ms_not_ahead": 1e3 * statistics.median(waiting),
         "decode_step_ms_without_graphs": 1e3 * statistics.median(eager),
         "decode_bound_ms": 1e3 * bound["decode"],
         "decode_over_bound": step / bound["decode"],
@@ -276,6 +281,7 @@ def fill(engine: Engine, count: int, length: int, steps: int = 24) -> dict[str, 
         "decode_host_share": max(0.0, 1 - busy / step),
         "decode_tokens_per_s": count / step,
         "replayed": f"{replayed} of {steps} timed steps",
+        "steps_ahead": f"{engine.stats.steps_ahead} of {engine.stats.steps}",
         "prefill_s": prefill,
         "prefill_tokens_per_s": count * length / prefill,
         "prefill_bound_s": bound["prefill"],
