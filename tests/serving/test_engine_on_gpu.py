@@ -63,6 +63,14 @@ def on_gpu(model_type: str, **changes) -> torch.nn.Module:
     return copy.deepcopy(build(model_type, **changes)).to(DEVICE)
 
 
+def test_compiled_layers_choose_the_same_tokens():
+    model = on_gpu("llama")
+    expected = answers(serve(model, graphs=True))
+    compiled = serve(copy.deepcopy(model), graphs=True, compile_layers=True)
+    assert answers(compiled) == expected
+    assert check_answers(compiled.model, compiled.finished).different == 0
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_with_graphs_and_without_are_those_of_eager_attention(model_type):
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -78,14 +86,6 @@ def test_tokens_with_graphs_and_without_are_those_of_eager_attention(model_type)
     result = check_answers(captured.model, captured.finished)
     assert (result.tokens, result.different) == (5 * NEW_TOKENS, 0)
     assert answers(serve(model, graphs=False, longest=70)) == answers(captured)
-
-
-def test_compiled_layers_choose_the_same_tokens():
-    model = on_gpu("llama")
-    expected = answers(serve(model, graphs=True))
-    compiled = serve(copy.deepcopy(model), graphs=True, compile_layers=True)
-    assert answers(compiled) == expected
-    assert check_answers(compiled.model, compiled.finished).different == 0
 
 
 @pytest.mark.parametrize("heads", [(8, 2, 64), (8, 1, 128)], ids=["64", "128"])
