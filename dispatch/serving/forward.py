@@ -163,9 +163,10 @@ class Forward:
         assert limits.max_tokens is not None
         assert limits.max_seq_len is not None
         assert limits.num_blocks is not None
-        longest, size = min(limits.max_tokens, limits.max_seq_len), self._block_size
-        columns = max(1, longest // size)
-        length = min(longest, columns * size)
+        # Two requests if they fit: a decode of one is not captured with compiled layers.
+        share = limits.max_tokens // min(2, limits.max_requests)
+        length = max(1, min(limits.max_seq_len, share))
+        columns = -(-length // self._block_size)
         count = min(limits.max_tokens // length, limits.num_blocks // columns, limits.max_requests)
         prompts, decodes = [], []
         for index in range(count):
