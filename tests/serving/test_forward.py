@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import pytest
 
@@ -14,7 +15,7 @@ class NoLayers:
     """All that is asked of a model whose steps are not run."""
 
     states = None
-    layers: dict = {}
+    layers: ClassVar = {}
 
 
 @pytest.fixture
