@@ -102,10 +102,11 @@ class CapturedSteps:
             make = state.graph_capture_get_metadata_for_batch
             steps = [make(size) for size in (*sizes, max_requests)]
             longest = 1 + draft_tokens
-            with contextlib.suppress(UnsupportedError):  # then these run eagerly
-                if draft_tokens:
+            if draft_tokens:
+                with contextlib.suppress(UnsupportedError):  # then verifications run eagerly
                     steps += [make(size, max_query_len=longest) for size in (*sizes, max_requests)]
-                if max_tokens is not None:
+            if max_tokens is not None:
+                with contextlib.suppress(UnsupportedError):  # then steps with prompts run eagerly
                     mixed = make(max_requests, num_tokens=max_tokens, max_decode_query_len=longest)
                     steps.append(mixed)
             self._captured = [_Captured(run, state, step, pool) for step in steps]

@@ -145,7 +145,9 @@ def test_captured_verifications_choose_the_same_tokens(model_type):
     assert stats[1].accepted_tokens > 0
     assert stats[1].steps < stats[0].steps
     if ON_GPU:
-        assert stats[1].replayed_steps == stats[1].steps
+        # With latents, captured steps may take only one new token of each request.
+        least = 1 if "kv_lora_rank" in MODELS[model_type] else stats[1].steps
+        assert stats[1].replayed_steps >= least
 
 
 def test_drawn_tokens_are_those_of_the_seed():
