@@ -18,6 +18,7 @@ from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, Dec
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
+from attn_dispatch.backends.triton.merge import MergeKernels
 from attn_dispatch.backends.triton.mla import TritonMLABackend
 from attn_dispatch.backends.triton.plan import Launches
 from attn_dispatch.interface.batch import AttentionBatch
@@ -35,6 +36,7 @@ __all__ = [
     "FEATURES",
     "HOPPER",
     "LATENTS",
+    "MERGES",
     "NVIDIA",
     "SIZES",
     "Case",
@@ -313,6 +315,18 @@ LATENTS = (
     ),
 )
 
+#: Merging parts of 32 heads, and packing them for 2 and 8 ranks: `parts`, `size`, the dtypes.
+MERGES = tuple(
+    Case(name=f"merge of {name}", fields=fields, archs=(*NVIDIA, *AMD))
+    for name, fields in (
+        ("2 parts", {"parts": 2, "size": 128, "dtype": torch.bfloat16}),
+        ("8 parts, sinks, size 512", {"parts": 8, "size": 512, "dtype": torch.float16,
+                                      "sinks": True}),
+        ("one into float32", {"parts": 2, "size": 128, "dtype": torch.float32,
+                              "rest": torch.bfloat16}),
+    )
+)  # fmt: skip
+
 #: A device of CDNA, RDNA3 and RDNA4 each.
 _INSTRUCTION_SETS = ("gfx942", "gfx1100", "gfx1201")
 
@@ -325,7 +339,7 @@ def covering_set() -> list[Compilation]:
     """
     pairs = [(case, arch) for case in SIZES for arch in (*NVIDIA, *AMD)]
     pairs += [(case, "sm90") for case in HOPPER]
-    pairs += [(case, arch) for case in LATENTS for arch in case.archs or ()]
+    pairs += [(case, arch) for case in (*LATENTS, *MERGES) for arch in case.archs or ()]
     for i, case in enumerate(FEATURES):
         archs = case.archs or (NVIDIA[i % len(NVIDIA)], AMD[i % len(AMD)])
         pairs += [(case, arch) for arch in archs]
@@ -347,6 +361,7 @@ def quick_set() -> list[Compilation]:
         (SIZES[i % len(SIZES)], arch) for archs in (NVIDIA, AMD) for i, arch in enumerate(archs)
     ]
     pairs += [(case, "sm90") for case in HOPPER]
+    pairs += [(case, arch) for case in MERGES for arch in ("sm90", "gfx942")]
     for i, case in enumerate(LATENTS):
         for vendor in (NVIDIA, AMD):
             archs = [arch for arch in vendor if arch in (case.archs or ())]
@@ -366,7 +381,7 @@ def _addressings(case: Case, arch: str) -> tuple[str, ...]:
 
 def full_set() -> list[Compilation]:
     """Every case on every device in every addressing."""
-    cases = (*SIZES, *FEATURES, *LATENTS)
+    cases = (*SIZES, *FEATURES, *LATENTS, *MERGES)
     return [
         *itertools.starmap(Compilation, itertools.product(cases, NVIDIA, ("",))),
         *itertools.starmap(Compilation, itertools.product(cases, AMD, ADDRESSINGS)),
@@ -418,6 +433,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
     """What TRITON_ATTN, or HOPPER_ATTN or TRITON_MLA for their cases, launches on a device."""
+    if case in MERGES:
+        return _launches_of_merge(**case.fields)
     if case in LATENTS:
         return _launches_over_latents(case, device)
     spec = AttentionSpec(**{**LAYER, **case.fields})
@@ -462,6 +479,26 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         for launch in launches
         if case.only in launch.name
     ]
+
+
+def _launches_of_merge(
+    parts: int,
+    size: int,
+    dtype: torch.dtype,
+    sinks: bool = False,
+    rest: torch.dtype | None = None,
+) -> list[Launch]:
+    """What merges the parts of 256 tokens, and what packs one of them for as many ranks."""
+    heads, kernels = 32, MergeKernels()
+    first = torch.zeros(256, heads, size, dtype=dtype), torch.zeros(256, heads)
+    others = torch.zeros(parts - 1, 256, heads, size, dtype=rest or dtype)
+    others_lse = torch.zeros(parts - 1, 256, heads)
+    outs = torch.zeros(parts, 256, heads // parts, size, dtype=dtype)
+    lses, flags = torch.zeros(outs.shape[:3]), torch.zeros(parts, 16)[:, 0]
+    with recorded() as launches:
+        kernels.merge(first, (others, others_lse), torch.zeros(heads) if sinks else None, first[0])
+        kernels.pack(*first, outs, lses, flags, failed=False)
+    return launches
 
 
 def _launches_over_latents(case: Case, device: DeviceProfile) -> list[Launch]:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from compile_cases import (
     AMD,
+    MERGES,
     NVIDIA,
     SIZES,
     Case,
@@ -291,6 +292,7 @@ Place = tuple[str, str, str]
 
 _IN_SIZES = ("decode", "prefill")
 _IN_FEATURES = ("decode", "prefill", "gather_kv", "write_kv")
+_IN_MERGES = ("merge", "pack")
 
 
 def cells_of(reports: Iterable[Report]) -> dict[Place, str]:
@@ -313,12 +315,15 @@ def tables(cells: Mapping[Place, str], triton: str) -> str:
             for kernel, case in itertools.product(_IN_SIZES, SIZES)
         ]
         parts.append(_table(["Kernel", "Head size", *archs], rows))
+    merges = {case.name for case in MERGES}
     pairs = dict.fromkeys((c.name, arch) for c, arch, _ in covering_set() if c not in SIZES)
-    rows = [
-        [case, arch, *(cells.get((kernel, case, arch), "") for kernel in _IN_FEATURES)]
-        for case, arch in pairs
-    ]
-    parts.append(_table(["Case", "On", *_IN_FEATURES], rows))
+    for kernels, are_merges in ((_IN_FEATURES, False), (_IN_MERGES, True)):
+        rows = [
+            [case, arch, *(cells.get((kernel, case, arch), "") for kernel in kernels)]
+            for case, arch in pairs
+            if (case in merges) is are_merges
+        ]
+        parts.append(_table(["Case", "On", *kernels], rows))
     return "\n".join([*parts, ""])
 
 

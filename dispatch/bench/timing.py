@@ -77,11 +77,18 @@ class CudaClock(Clock):
     Args:
         device: a CUDA or ROCm device.
         cuda: torch.cuda, or a fake of it.
+        align: is called before the clock starts, with the device still waiting for the host. It
+            may queue work, such as a collective that devices begin together after.
     """
 
-    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        cuda: Any = torch.cuda,
+        align: Callable[[], object] | None = None,
+    ) -> None:
         super().__init__()
-        self._cuda, self._device = cuda, device
+        self._cuda, self._device, self._align = cuda, device, align
         properties = cuda.get_device_properties(device)
         size = max(_FLUSH_BYTES, 2 * int(getattr(properties, "L2_cache_size", 0)))
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
@@ -96,6 +103,8 @@ class CudaClock(Clock):
         # busy host sometimes takes twice as long.
         head_start_us = min(3 * host_us + 50, _MAX_HEAD_START_US)
         self._cuda._sleep(int(head_start_us * self._cycles_per_us))
+        if self._align is not None:
+            self._align()
         start.record()
         call()
         end.record()

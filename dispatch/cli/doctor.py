@@ -57,6 +57,7 @@ def diagnose() -> dict[str, Any]:
         "libraries": [{**lib, "needed_by": needed.get(lib["name"], [])} for lib in libraries],
         "environment": _environment(),
         "tables": _tables(profiles),
+        "context_parallel": _context_parallel(profiles),
         "backends": backends,
         "gains": _gains(backends),
         "slow": _slow(profiles),
@@ -198,6 +199,30 @@ def _tables(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:
             }
             tables.setdefault(table.origin, facts)["devices"].append(device)
     return list(tables.values())
+
+
+def _context_parallel(profiles: dict[str, DeviceProfile]) -> dict[str, Any]:
+    """GPUs that ranks could share keys over, torchrun's ranks, and what is measured of groups."""
+    from attn_dispatch.distributed.advice import tune_command
+    from attn_dispatch.selection.timings.store import tables_for
+
+    gpus = [name for name, profile in profiles.items() if profile.is_gpu]
+    measured = {
+        (key.ranks, key.transport): table.origin
+        for profile in profiles.values()
+        for table in reversed(tables_for(profile))
+        for key in table.splits
+    }
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {
+        "gpus": gpus,
+        "launch": {name: os.environ[name] for name in variables if name in os.environ},
+        "measured": [
+            {"ranks": ranks, "transport": transport, "from": origin}
+            for (ranks, transport), origin in sorted(measured.items())
+        ],
+        "measure": tune_command(len(gpus)) if len(gpus) > 1 else None,
+    }
 
 
 def _backends(profiles: dict[str, DeviceProfile]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ def print_diagnosis(console: Console, found: dict[str, Any]) -> None:
         ("Libraries", _print_libraries),
         ("Environment variables", _print_environment),
         ("Measured times", _print_tables),
+        ("Context parallelism", _print_context_parallel),
         ("Backends", _print_backends),
         ("Engines", _print_engines),
         ("What would help", _print_gains),
@@ -105,6 +106,25 @@ def _print_tables(console: Console, found: dict[str, Any]) -> None:
         devices = _range(table["devices"])
         rows.add_row(devices, str(table["layers"]), table["measured"], table["from"])
     console.print(rows)
+
+
+def _print_context_parallel(console: Console, found: dict[str, Any]) -> None:
+    split = found["context_parallel"]
+    if split["launch"]:
+        variables = ", ".join(f"{name}={value}" for name, value in split["launch"].items())
+        console.print(f"This process was started as a rank: {variables}.")
+    for each in split["measured"]:
+        text = f"{each['ranks']} ranks over {each['transport']}: measured, {each['from']}"
+        console.print(text)
+    sizes = {each["ranks"] for each in split["measured"] if each["transport"] == "nccl"}
+    if len(split["gpus"]) < 2:
+        if not split["measured"]:
+            console.print("It needs two GPUs to be faster, and there are fewer.")
+    elif len(split["gpus"]) not in sizes:
+        console.print(
+            f"{len(split['gpus'])} GPUs: whether keys that are split over them are faster is not "
+            f"measured. Run: {split['measure']}"
+        )
 
 
 def _print_backends(console: Console, found: dict[str, Any]) -> None:

@@ -48,6 +48,10 @@ def explain(
         typer.Option(help="An override, e.g. REFERENCE, prefill=TORCH_SDPA? or -TORCH_SDPA."),
     ] = None,
     phase: Annotated[Phase | None, typer.Option(help="Only this phase.")] = None,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="W", help="Whether W ranks that share the keys are faster."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Every backend's reasons, for each layer.")
     ] = False,
@@ -69,6 +73,8 @@ def explain(
         missing = [_library_name(text, libraries) for text in without or ()]
         profile = explained_device(device, missing)
         sections = _explain_all(model.groups, profile, backend, phase, named=config is not None)
+        if context_parallel is not None:
+            sections = [_with_split(each, profile, context_parallel) for each in sections]
     assumed = device is not None and not is_torch_device(device)
     complete = all(report.picked for section in sections for report in section.reports)
     if as_json:
@@ -140,6 +146,21 @@ def _explain_all(
             "Leave --phase out."
         )
     return sections
+
+
+def _with_split(section: Section, profile: DeviceProfile, ranks: int) -> Section:
+    """The section with what is known of ranks that share the layer's keys."""
+    from attn_dispatch.distributed.advice import advice_for, describe_split, why_not_split
+
+    transport = "nccl" if profile.is_gpu else "gloo"
+    spec = section.group.spec
+    is_able = why_not_split(spec, ranks, sharded_heads=False) is None
+    return dataclasses.replace(
+        section,
+        ranks=ranks,
+        split=tuple(describe_split(spec, profile, ranks, transport)),
+        advice=tuple(advice_for(spec, profile, ranks, transport)) if is_able else (),
+    )
 
 
 def _describe_libraries(assumed: bool, missing: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from attn_dispatch.cli.spec_flags import RequestedModel
+    from attn_dispatch.distributed.advice import SplitAdvice
     from attn_dispatch.interface.spec import AttentionSpec
     from attn_dispatch.models.layers import LayerGroup
     from attn_dispatch.platforms.device import DeviceProfile
@@ -33,13 +34,17 @@ _Why = dict[str, dict[str, list[str]]]
 class Section:
     """One kind of layer and its decisions; name and indices are those in the model, if any.
 
-    `expanded` has the dense backend of the prefills of latent attention.
+    `expanded` has the dense backend of the prefills of latent attention; `ranks` is how many share
+    the keys, and `split` the sentences on that.
     """
 
     name: str | None
     group: LayerGroup
     reports: tuple[Report, ...]
     expanded: ExpandedPrefills | None = None
+    ranks: int | None = None
+    split: tuple[str, ...] = ()
+    advice: tuple[SplitAdvice, ...] = ()
 
     def asdict(self) -> dict[str, Any]:
         """The section as JSON-ready data."""
@@ -50,6 +55,13 @@ class Section:
             "spec": self.group.spec.asdict(),
             "reports": [report.asdict() for report in self.reports],
             "expanded_prefills": None if self.expanded is None else self.expanded.asdict(),
+            "context_parallel": None
+            if self.ranks is None
+            else {
+                "ranks": self.ranks,
+                "notes": list(self.split),
+                "batches": [each.asdict() for each in self.advice],
+            },
         }
 
 
@@ -188,6 +200,11 @@ def _print_section(
         table.add_row(phases, pick or "none", why, style="green" if pick else "red")
     console.print(table)
     _print_notes(console, section.reports)
+    if section.split:
+        console.print()
+        console.print(f"Keys split over {section.ranks} ranks", style="bold")
+        for each in section.split:
+            console.print(each)
     if section.expanded is not None:
         console.print()
         console.print(str(section.expanded))

@@ -28,6 +28,7 @@ from attn_dispatch.cli.output import (
     text_table,
 )
 from attn_dispatch.cli.spec_flags import fields_from_flags, requested_layers, with_spec_flags
+from attn_dispatch.cli.tune_split import device_of_rank, ranks_of_launch, tune_split
 from attn_dispatch.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ def tune(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the file already contains.")
     ] = False,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="W",
+            help="Measure layers whose keys are split over W processes, and one process with all "
+            "keys; with torchrun.",
+        ),
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="Only show which tables are used for this device.")
     ] = False,
@@ -120,12 +130,37 @@ def tune(
 
     console = make_console()
     with noise_to_stderr():
+        if context_parallel is not None:
+            device = device_of_rank(device)
         torch_device = resolve_device(device)
         profile = detect_device(torch_device)
     if listing or show:
         named = () if output is None else (read_table(output),)
         _print_tables(console, named or tables_for(profile), torch_device, whole=show)
         return
+    if context_parallel is not None:
+        if backends is not None:
+            raise InvalidInputError(
+                "--backends does not go with --context-parallel: selection picks them. Use the "
+                "override ATTN_DISPATCH_BACKEND."
+            )
+        grid = _grid(steps or "decode", requests or "1,4,16,64", lengths or "4k,16k,64k,128k")
+        with noise_to_stderr():
+            chosen, notes = _choose_cases(cases, config, fields_from_flags(flags), grid)
+            ranks = ranks_of_launch(context_parallel, torch_device)
+            path = output or table_path(machine_of(profile))
+        is_complete = tune_split(
+            chosen,
+            notes,
+            torch_device,
+            path,
+            ranks,
+            fresh=fresh,
+            rounds=rounds,
+            time_budget=time_budget,
+            replaces_unreadable=output is None,
+        )
+        raise typer.Exit(0 if is_complete else 1)
     grid = _grid(steps, requests, lengths)
     with noise_to_stderr():
         device_to_run_on(str(torch_device))

@@ -63,6 +63,8 @@ class Ranks:
             raise InvalidInputError("This process is not in the group.")
         self.group: dist.ProcessGroup = group
         self.rank, self.size = rank, dist.get_world_size(group)
+        #: "nccl" or "gloo", for example.
+        self.transport = str(dist.get_backend(group)).lower()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # the copy of a layer has the same group

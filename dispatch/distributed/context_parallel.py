@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from attn_dispatch.distributed.advice import NEEDS_POSITIONS, describe_split, why_not_split
 from attn_dispatch.distributed.options import SplitOptions
 from attn_dispatch.distributed.prefill import PrefillByGather
 from attn_dispatch.distributed.split_attention import Part, SplitBuilder, SplitImpl
 from attn_dispatch.errors import InvalidInputError, UnsupportedError, summary_of
 from attn_dispatch.interface.spec import AttentionSpec
-from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.runtime.binding import LayerBinding
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.recovery import AttemptFailed
@@ -25,13 +25,6 @@ from attn_dispatch.runtime.split import part_spec
 from attn_dispatch.selection.resolve import SelectionContext
 
 __all__ = ["ContextParallel"]
-
-#: Fields under which the keys that a query sees, or their scores, depend on positions, also for
-#: a request with one new token.
-_NEEDS_POSITIONS = (
-    *("sliding_window", "window_size", "attention_chunk", "alibi", "custom_mask"),
-    "bidirectional_ranges",
-)
 
 #: What `explain` says of the parts.
 _EXPLAINED = {
@@ -52,7 +45,9 @@ class ContextParallel(SplitOptions):
 
     Args:
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for all ranks.
-        combine: how parts are merged, as for `merge_states_distributed`.
+        combine: how parts are merged, as for `merge_states_distributed`; "auto" takes what
+            `attn-dispatch tune --context-parallel` measured to be faster, and without a
+            measurement "a2a".
         heads: "sharded": rank r is called with the r-th of W equal ranges of the layer's query
             heads, as under tensor parallelism, and returns these. "replicated": every rank is
             called with all heads, and returns all.
@@ -66,20 +61,7 @@ class ContextParallel(SplitOptions):
 
     def why_not(self, spec: AttentionSpec) -> str | None:
         """Why the keys of such a layer cannot be split, as a sentence; None if they can."""
-        if spec.attn_type != AttentionType.DECODER:
-            return f"attn_type is {str(spec.attn_type)!r}, and only a decoder's cache is split."
-        if spec.key_positions:
-            return "It has key_positions, so its keys are one rank's already."
-        if spec.lengths != "exact":
-            return (
-                "It has lengths='upper_bound', and which keys are on a rank follows from the true "
-                "key counts."
-            )
-        if spec.cuda_graph:
-            return "It has cuda_graph=True, and its collectives are not captured."
-        if self.heads == "sharded" and spec.num_heads % self.size:
-            return f"{spec.num_heads} query heads are not a multiple of {self.size} ranks."
-        return None
+        return why_not_split(spec, self.size, sharded_heads=self.heads == "sharded")
 
     def check(self, spec: AttentionSpec) -> None:
         """Check that the keys of such a layer can be split.
@@ -109,18 +91,21 @@ class ContextParallel(SplitOptions):
     ) -> LayerBinding:
         """The backends of this rank's part, with an impl and a builder for whole batches."""
         sinks = _checked_sinks(arguments.get("sinks"), spec)
+        self.choice.load(context.device)
         arguments = dict(arguments)
         if "sinks" in arguments:
             arguments["sinks"] = None
         whole = LayerBinding.of(part_spec(spec), device, context, arguments)
         parts = {Part.POSITIONS: whole}
-        if spec.causal and not any(getattr(spec, name) for name in _NEEDS_POSITIONS):
+        if spec.causal and not any(getattr(spec, name) for name in NEEDS_POSITIONS):
             try:
                 # The one new token of a decode sees every key, so that positions do not matter.
                 plain = part_spec(spec, positions=False)
                 parts[Part.PLAIN] = LayerBinding.of(plain, device, context, arguments)
             except (UnsupportedError, AttemptFailed):
-                pass  # the backends that take positions compute such batches too
+                if spec.cuda_graph:  # only these steps are captured
+                    raise
+                # The backends that take positions compute such batches too.
         prefill = None
         if self.prefill != "merge":
             prefill = PrefillByGather.of(self, spec, device, context, arguments, sinks)
@@ -154,7 +139,7 @@ class ContextParallel(SplitOptions):
             )
         lines = [
             f"Keys on {self.size} ranks, this is rank {self.ranks.rank}; query heads {self.heads}; "
-            f"parts merged by {'a2a' if self.combine == 'auto' else self.combine}."
+            f"{self._merged_by(layer.spec)}."
         ]
         for part, what in _EXPLAINED.items():
             picks = {
@@ -165,7 +150,16 @@ class ContextParallel(SplitOptions):
                 lines.append(f"{what}: {'; '.join(sorted(picks))}")
         if Part.GATHERED not in impl.parts:
             lines.append("Prefills are computed as decodes.")
-        return "\n".join(lines)
+        profile = layer._require_binding().profile
+        advice = describe_split(layer.spec, profile, self.size, self.ranks.transport)
+        return "\n".join([*lines, *advice])
+
+    def _merged_by(self, spec: AttentionSpec) -> str:
+        if self.combine != "auto":
+            return f"parts merged by {self.combine}"
+        if self.choice.times_of(spec) is None:
+            return "parts merged by a2a: which exchange is faster is not measured"
+        return "parts merged by the exchange that was measured to be faster"
 
     def agree(self, prefix: str, bind: Callable[[], Mapping[str, str]]) -> None:
         """Bind a new layer on all ranks, or raise on all of them.
@@ -180,11 +174,18 @@ class ContextParallel(SplitOptions):
             picks = bind()
         except Exception as error:
             failure = error
-        found = self.ranks.gather_objects(
-            (dict(picks), None if failure is None else summary_of(failure))
-        )
+        own = (dict(picks), None if failure is None else summary_of(failure))
+        gathered = self.ranks.gather_objects((*own, self.choice.digest))
+        found = [(each, text) for each, text, _ in gathered]
         if failure is not None:
             raise failure
+        if not self.choice.settle([digest for *_, digest in gathered]) and self.ranks.rank == 0:
+            warnings.warn(
+                "The ranks have different tables of measured times for context parallelism, so "
+                "none is used: parts are merged by a2a. Give all ranks the same file in "
+                "ATTN_DISPATCH_TUNING.",
+                stacklevel=5,
+            )
         rejected = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text]
         if rejected:
             raise UnsupportedError(

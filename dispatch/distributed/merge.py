@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.arguments import shown
+from attn_dispatch.backends.triton.merge import merge_kernels
 from attn_dispatch.distributed.collectives import Ranks
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch_checks import is_readable
 from attn_dispatch.interface.validation import check_no_grad
-from attn_dispatch.runtime.functional import check_states, merge_states
+from attn_dispatch.runtime.functional import check_states, merge_parts
 from attn_dispatch.runtime.guard import FinalFailure
 
 __all__ = ["COMBINES", "HEADS", "check_choice", "merge_over_ranks", "merge_states_distributed"]
@@ -105,14 +106,16 @@ def merge_over_ranks(
     combine: str,
     *,
     failed: bool = False,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """merge_states_distributed for checked arguments.
 
     A rank whose attention raised calls it with `failed`, before it raises: the others get NaN, and
-    raise where reading a tensor takes no wait for a device, or under ATTN_DISPATCH_CHECK=1.
+    raise where reading a tensor takes no wait for a device, or under ATTN_DISPATCH_CHECK=1. The
+    merged output is written to `into`, in its dtype, if it is given.
     """
     method = _by_reduction if combine == "ag_rs" else _in_one_message
-    return method(ranks, out, lse, sinks, heads, failed)
+    return method(ranks, out, lse, sinks, heads, failed, into)
 
 
 def _in_one_message(
@@ -122,33 +125,47 @@ def _in_one_message(
     sinks: torch.Tensor | None,
     heads: str,
     failed: bool,
+    into: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each message has a flag, the outputs and the lse: (flag, num_tokens, heads, ...) in bytes."""
+    """Each message has a flag, the outputs and the lse: (flag, num_tokens, heads, ...) in bytes.
+
+    The LSE of a rank that failed is NaN.
+    """
     pieces = 1 if heads == "replicate" else ranks.size
     tokens, size = len(out), out.shape[2]
     count = out.shape[1] // pieces
     out_bytes = tokens * count * size * out.element_size()
     lse_bytes = tokens * count * lse.element_size()
     lse_at = _ALIGNMENT_BYTES + _aligned(out_bytes)
-    message = out.new_zeros((pieces, lse_at + _aligned(lse_bytes)), dtype=torch.uint8)
+    # Typed as the LSE, and with few views: this runs in every layer.
+    width, inner = lse.element_size(), out.element_size()
+    row = (lse_at + _aligned(lse_bytes)) // width
 
     def parts_of(each: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs = each[:, _ALIGNMENT_BYTES : _ALIGNMENT_BYTES + out_bytes].view(out.dtype)
-        lses = each[:, lse_at : lse_at + lse_bytes].view(lse.dtype)
-        shape = (len(each), tokens, count)
-        return outs.unflatten(1, (*shape[1:], size)), lses.view(shape)
+        shape = (len(each), tokens, count, size)
+        strides = (row * width // inner, count * size, size, 1)
+        at = each.storage_offset() * width
+        outs = each.view(out.dtype).as_strided(shape, strides, (at + _ALIGNMENT_BYTES) // inner)
+        return outs, each.as_strided(shape[:3], (row, count, 1), (at + lse_at) // width)
 
+    message = lse.new_empty((pieces, row))
     outs, lses = parts_of(message)
-    outs.copy_(out.unflatten(1, (pieces, count)).transpose(0, 1))
-    lses.copy_(lse.unflatten(1, (pieces, count)).transpose(0, 1))
-    if failed:
-        message[:, 0] = 1
+    flags = message[:, 0]
+    is_packed = merge_kernels.take(out, lse) and merge_kernels.pack(
+        out, lse, outs, lses, flags, failed
+    )
+    if not is_packed:
+        message.zero_()  # padding is sent, too
+        outs.copy_(out.unflatten(1, (pieces, count)).transpose(0, 1))
+        lses.copy_(lse.unflatten(1, (pieces, count)).transpose(0, 1))
+        if failed:
+            flags.fill_(1)
+            lses.fill_(float("nan"))
     received = ranks.all_gather(message[0]) if pieces == 1 else ranks.all_to_all(message)
+    if not failed and is_readable(received):
+        _check_flags(ranks, received[:, 0] != 0)
     outs, lses = parts_of(received)
-    flags = received[:, 0] != 0
-    _check_flags(ranks, flags, failed)
-    lses = torch.where(flags[:, None, None], float("nan"), lses)
-    return merge_states(outs.unbind(0), lses.unbind(0), sinks)
+    return merge_parts((outs[0], lses[0]), (outs[1:], lses[1:]), sinks, into)
 
 
 def _aligned(size: int) -> int:
@@ -162,6 +179,7 @@ def _by_reduction(
     sinks: torch.Tensor | None,
     heads: str,
     failed: bool,
+    into: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale this rank's outputs by their part in the softmax, and add those of all ranks."""
     lse = lse.masked_fill(lse == float("inf"), float("-inf"))
@@ -179,16 +197,18 @@ def _by_reduction(
     else:
         merged = ranks.reduce_scatter(own.unflatten(1, (ranks.size, -1)).transpose(0, 1))
         total = total.unflatten(1, (ranks.size, -1))[:, ranks.rank]
-    _check_flags(ranks, flags, failed)
+    if not failed and is_readable(flags):
+        _check_flags(ranks, flags)
     if sinks is not None:
         seen = torch.sigmoid(total - sinks.to(total.dtype))
         merged = torch.where((total == float("-inf"))[..., None], 0.0, merged * seen[..., None])
-    return merged.to(out.dtype), total.contiguous()
+    merged = merged.to(out.dtype) if into is None else into.copy_(merged)
+    return merged, total.contiguous()
 
 
-def _check_flags(ranks: Ranks, flags: torch.Tensor, failed: bool) -> None:
-    """Raise after the last message if another rank failed, and reading the flags takes no wait."""
-    if not failed and is_readable(flags) and bool(flags.any()):
+def _check_flags(ranks: Ranks, flags: torch.Tensor) -> None:
+    """Raise, after the last message, if another rank failed."""
+    if bool(flags.any()):
         names = ", ".join(str(int(rank)) for rank in flags.nonzero()[:, 0])
         raise FinalFailure(
             f"Attention failed on rank {names} of the group of {ranks.size}, so rank {ranks.rank} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from attn_dispatch.distributed.choice import ExchangeChoice
 from attn_dispatch.distributed.collectives import Ranks
 from attn_dispatch.distributed.merge import COMBINES, check_choice
 
@@ -26,12 +27,15 @@ class SplitOptions:
     heads: str = "sharded"
     prefill: str = "auto"
     ranks: Ranks = field(init=False, repr=False, compare=False)
+    choice: ExchangeChoice = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("combine", self.combine, COMBINES)
         check_choice("heads", self.heads, QUERY_HEADS)
         check_choice("prefill", self.prefill, PREFILLS)
-        object.__setattr__(self, "ranks", Ranks(self.group))
+        ranks = Ranks(self.group)
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "choice", ExchangeChoice(ranks.size, ranks.transport))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitOptions:
         return self  # a copied layer has the same group

@@ -101,6 +101,7 @@ class PrefillByGather:
             kv_strides=None,
             output_quant=None,
             returns_lse=True,
+            cuda_graph=False,
         )
         arguments = {
             **arguments,

@@ -24,7 +24,7 @@ from attn_dispatch.interface.host_copies import to_device
 from attn_dispatch.interface.kv_access import write_kv_cache
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.validation import check_tensors
-from attn_dispatch.runtime.functional import attention, merge_states
+from attn_dispatch.runtime.functional import attention, merge_into, merge_states
 
 __all__ = ["ring_attention", "zigzag_rows"]
 
@@ -232,10 +232,11 @@ def _ring(
     """
     rank, size = ranks.rank, ranks.size
     halves = {each: _halves(lengths, each, size) for each in range(size)}
-    merged = query.new_zeros(
-        (*query.shape[:2], value.shape[2]), dtype=torch.promote_types(query.dtype, torch.float32)
-    )
-    lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+    # The first step, over this rank's own keys, writes all rows. Two ranks merge once, which needs
+    # no more precision than the parts have.
+    dtype = query.dtype if size <= 2 else torch.promote_types(query.dtype, torch.float32)
+    merged = query.new_empty((*query.shape[:2], value.shape[2]), dtype=dtype)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     own = halves[rank]
     held, failure = (key.contiguous(), value.contiguous()), None
     for step in range(size):
@@ -248,8 +249,8 @@ def _ring(
             if failure is None:
                 write(source, *held)
                 queries, keys = _visible(own, halves[source], rank, source, causal)
-                in_order = source == rank and causal
-                _attend(query, *held, queries, keys, in_order, merged, lse, options)
+                is_own = source == rank
+                _attend(query, *held, queries, keys, is_own, causal, merged, lse, options)
         except Exception as error:  # the other ranks wait for this one's messages
             failure = error
         if received is not None and wait is not None:
@@ -311,30 +312,42 @@ def _attend(
     value: torch.Tensor,
     queries: list[_Rows],
     keys: list[_Rows],
+    is_own: bool,
     causal: bool,
     merged: torch.Tensor,
     lse: torch.Tensor,
     options: dict[str, Any],
 ) -> None:
-    """Attend with these rows to these keys, and merge the result into that of the earlier parts."""
+    """Attend with these rows to these keys, and merge the result into that of the earlier parts.
+
+    The rank's own keys are the first part, for all rows.
+    """
     rows, key_rows = (_index(each, query.device) for each in (queries, keys))
     query_lens, key_lens = ([each.size for each in ranges] for ranges in (queries, keys))
     if not sum(query_lens) or not sum(key_lens):
         return
+    writes = is_own and isinstance(rows, slice) and merged.dtype == query.dtype
     result = attention(
         query[rows],
         key[key_rows],
         value[key_rows],
         query_lens=query_lens,
         seq_lens=key_lens,
-        causal=causal,
+        causal=causal and is_own,
+        out=merged[rows] if writes else None,
         return_lse=True,
         **options,
     )
     part, part_lse = result
-    merged[rows], lse[rows] = merge_states(
-        [merged[rows], part.to(merged.dtype)], [lse[rows], part_lse]
-    )
+    if is_own:
+        if not writes:
+            merged[rows] = part
+        lse[rows] = part_lse
+        return
+    before, before_lse = merged[rows], lse[rows]
+    merge_into(before, before_lse, part, part_lse)
+    if not isinstance(rows, slice):  # indexing made copies: put them back
+        merged[rows], lse[rows] = before, before_lse
 
 
 def _index(ranges: list[_Rows], device: torch.device) -> slice | torch.Tensor:

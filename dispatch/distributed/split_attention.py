@@ -8,6 +8,7 @@ their end; the other ranks get NaN or raise, see `merge_over_ranks`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -28,8 +29,8 @@ from attn_dispatch.errors import (
 )
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart
 from attn_dispatch.interface.batch_parts import select
-from attn_dispatch.interface.captured import GraphLimits
-from attn_dispatch.interface.kv_view import KVCache
+from attn_dispatch.interface.batch_shards import local_length
+from attn_dispatch.interface.captured import GraphLimits, StaticBatch
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder, BatchMetadata
 from attn_dispatch.interface.quantization import store_output
 from attn_dispatch.interface.spec import AttentionSpec
@@ -37,6 +38,7 @@ from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward
 from attn_dispatch.platforms.device_errors import is_device_lost, is_out_of_memory
 from attn_dispatch.runtime.binding import LayerBinding
+from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.runtime.guard import FinalFailure
 from attn_dispatch.runtime.routing import PartFailed, RoutedImpl
 from attn_dispatch.selection.report import Selection
@@ -76,17 +78,21 @@ class SplitMetadata(BatchMetadata):
     Attributes:
         local: the batch over this rank's keys.
         parts: together all requests.
+        combine: how the parts of ranks are merged.
+        static: of a captured step, the buffers of this rank's batch.
     """
 
     local: AttentionBatch
     parts: list[SplitPart]
+    combine: str
+    static: StaticBatch | None = None
 
     def __post_init__(self) -> None:
         batch = self.batch
         super().__post_init__()
         if self.batch is not batch:
             fresh = self.builder.build(self.batch)
-            self.local, self.parts = fresh.local, fresh.parts
+            self.local, self.parts, self.combine = fresh.local, fresh.parts, fresh.combine
 
 
 class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
@@ -122,21 +128,29 @@ class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
         """See AttentionMetadataBuilder.build. What a backend raises is raised in the forward."""
         ranks = self._split.ranks
         local = batch.shard(ranks.rank, ranks.size)
-        metadata: SplitMetadata = SplitMetadata.of(batch, self, local=local, parts=[])
+        combine = self._split.combine
+        if combine == "auto":
+            combine = self._split.choice.combine_for(self.spec, batch)
+        metadata: SplitMetadata = SplitMetadata.of(
+            batch, self, local=local, parts=[], combine=combine
+        )
         for kind, chosen in self._kinds(batch).items():
             rows = BatchPart(batch, slice(None), slice(None))
             if len(chosen) < batch.num_reqs:
                 rows = BatchPart(*select(batch, chosen))
                 rows.batch.trust()  # the whole batch was checked
-            metadata.parts.append(SplitPart(kind, rows, self._plan(kind, rows.batch)))
+            if kind is Part.GATHERED:
+                assert self._prefill is not None
+                planned = self._prefill.plan(rows.batch)
+            else:
+                own = local if rows.batch is batch else rows.batch.shard(ranks.rank, ranks.size)
+                planned = self._plan(kind, own)
+            metadata.parts.append(SplitPart(kind, rows, planned))
         return metadata
 
-    def _plan(self, kind: Part, batch: AttentionBatch) -> Any:
-        ranks = self._split.ranks
-        if kind is Part.GATHERED:
-            assert self._prefill is not None
-            return self._prefill.plan(batch)
-        local = batch.shard(ranks.rank, ranks.size, positions=kind is Part.POSITIONS)
+    def _plan(self, kind: Part, local: AttentionBatch) -> Any:
+        if kind is Part.PLAIN:
+            local = dataclasses.replace(local, key_positions=None)
         try:
             return self._bindings[kind].builder.build(local)
         except (InvalidInputError, UnsupportedError):  # the same on every rank
@@ -163,8 +177,48 @@ class SplitBuilder(AttentionMetadataBuilder[SplitMetadata]):
         return found or {Part.POSITIONS: []}
 
     def build_for_graph(self, batch: AttentionBatch, limits: GraphLimits) -> SplitMetadata:
-        """Raise UnsupportedError: the collectives are not captured."""
-        raise UnsupportedError("A layer with context_parallel is not captured. Run it eagerly.")
+        """See AttentionMetadataBuilder.build_for_graph. Plain decodes are captured.
+
+        Raises:
+            UnsupportedError: it is another step.
+        """
+        if not limits.has_one_token_requests or Part.PLAIN not in self._bindings:
+            raise UnsupportedError(
+                f"A graph of {limits.kind} is not captured for layers with context_parallel; "
+                "decodes with one new token per request are. Run other steps eagerly."
+            )
+        ranks, combine = self._split.ranks, self._split.combine
+        most = local_length(limits.max_seq_len, 0, ranks.size)
+        own = dataclasses.replace(limits, max_seq_len=most)
+        assert batch.block_table is not None
+        static = StaticBatch.make(
+            own,
+            batch.seq_lens.device,
+            block_table=batch.block_table,  # the same on all ranks
+            writes_keys=batch.slot_mapping is not None,
+        )
+        planned = self._bindings[Part.PLAIN].builder.build_for_graph(static.batch, own)
+        if combine == "auto":
+            combine = self._split.choice.combine_for(self.spec, batch, captured=True)
+        rows = BatchPart(batch, slice(None), slice(None))
+        metadata: SplitMetadata = SplitMetadata.of(
+            batch,
+            self,
+            local=static.batch,
+            parts=[SplitPart(Part.PLAIN, rows, planned)],
+            combine=combine,
+            static=static,
+        )
+        return metadata
+
+    def update_for_graph(self, metadata: SplitMetadata, batch: AttentionBatch) -> None:
+        """See AttentionMetadataBuilder.update_for_graph."""
+        ranks, static = self._split.ranks, metadata.static
+        assert static is not None
+        local = batch.shard(ranks.rank, ranks.size, positions=False)
+        static.fill(local)
+        (part,) = metadata.parts
+        self._bindings[Part.PLAIN].builder.update_for_graph(part.planned, local)
 
 
 class _Attempts:
@@ -211,8 +265,8 @@ class _Attempts:
         ) from error
 
 
-class SplitImpl:
-    """Computes a batch together with the other ranks: what a layer calls as its impl.
+class SplitImpl(ComposedImpl):
+    """Computes a batch together with the other ranks.
 
     Args:
         split: the layer's ContextParallel.
@@ -221,6 +275,9 @@ class SplitImpl:
         prefill: as for SplitBuilder.
         sinks: (num_heads,) of all ranks, or None.
     """
+
+    metadata_cls = SplitMetadata
+    forward = without_autocast(ComposedImpl.forward)
 
     def __init__(
         self,
@@ -252,52 +309,31 @@ class SplitImpl:
         """The backends of a kind of requests; empty if there is no such kind."""
         return self._bindings[part].selections if part in self._bindings else {}
 
-    @without_autocast
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        attn_metadata: SplitMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; the output must be given."""
-        if not isinstance(attn_metadata, SplitMetadata):
-            raise InvalidInputError(
-                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
-                "layer.build_metadata(batch)."
-            )
-        attempts = _Attempts()
-        given = (layer, query, key, value, kv_cache)
-        parts = attn_metadata.parts
+    def _compute(
+        self, given: Given, metadata: SplitMetadata, output: torch.Tensor, scales: Scales
+    ) -> Result:
+        attempts, parts = _Attempts(), metadata.parts
         if len(parts) > 1 or parts[0].kind is Part.GATHERED:
             # Requests may share a prefix, so write all new keys before any part is read.
-            attempts.run(lambda: self._write(*given, attn_metadata.local), None)
+            attempts.run(lambda: self._write(given, metadata.local), None)
+        size, combine = output.shape[2], metadata.combine
         if len(parts) == 1:
-            values, lse = self._compute(parts[0], given, output.shape[2], attempts)
+            into = output if scales == (None, None) else None
+            values, lse = self._compute_part(parts[0], given, size, combine, attempts, into)
         else:
-            values = output.new_zeros(output.shape, dtype=query.dtype)
-            lse = query.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
+            values = output.new_zeros(output.shape, dtype=given.query.dtype)
+            lse = values.new_full(output.shape[:2], float("-inf"), dtype=torch.float32)
             for part in parts:
-                tokens = part.rows.tokens
-                values[tokens], lse[tokens] = self._compute(part, given, output.shape[2], attempts)
+                own = _rows_of(given, part.rows)
+                found = self._compute_part(part, own, size, combine, attempts)
+                values[part.rows.tokens], lse[part.rows.tokens] = found
         attempts.finish(self._ranks.rank)
-        store_output(values, output, output_scale, output_block_scale)
+        if values is not output:
+            store_output(values, output, *scales)
         return (output, lse) if self._spec.returns_lse else output
 
-    def _write(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        local: AttentionBatch,
-    ) -> None:
+    def _write(self, given: Given, local: AttentionBatch) -> None:
+        layer, query, key, value, kv_cache = given
         if kv_cache is None:
             raise InvalidInputError(
                 "kv_cache is None; a layer with context_parallel needs this rank's cache. Bind the "
@@ -308,45 +344,52 @@ class SplitImpl:
         if key is not None and value is not None:
             self._first.write_kv(layer, key, value, kv_cache, local)
 
-    def _compute(
+    def _compute_part(
         self,
         part: SplitPart,
-        given: tuple[Any, torch.Tensor, Any, Any, Any],
+        given: Given,
         size: int,
+        combine: str,
         attempts: _Attempts,
+        into: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output and LSE of a part's rows, for the heads of a call."""
-        layer, query, key, value, kv_cache = given
-        tokens, keys = part.rows.tokens, part.rows.keys
-        query = query[tokens]
-        new = (key if key is None else key[keys], value if value is None else value[keys])
+        """The output and LSE of the rows of a part, which are given, for the heads of a call.
+
+        A merged output is written to `into`, if it is given.
+        """
         if part.kind is Part.GATHERED:
-            return self._gathered(layer, query, *new, kv_cache, part.planned, size, attempts)
+            return self._gathered(given, part.planned, size, attempts)
         if isinstance(part.planned, Exception):
             attempts.error = attempts.error or part.planned
         if self._is_sharded:
-            query = self._ranks.gather_heads(query)
+            given = given._replace(query=self._ranks.gather_heads(given.query))
+        query = given.query
         out = query.new_empty((*query.shape[:2], size))
-        lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
         impl, metadata = self._impls[part.kind], part.planned
-        out, lse = attempts.run(
-            lambda: impl.forward(layer, query, *new, kv_cache, metadata, out),  # type: ignore[arg-type,return-value]
-            (out, lse),
+        found: Any = attempts.run(lambda: impl.forward(*given, metadata, out), None)
+        if found is None:  # this rank failed; what it sends is marked so
+            found = out, query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
+        failed = attempts.error is not None
+        merged = attempts.always(
+            lambda: self._merge(found[0], found[1], combine, failed, into), None
         )
-        sinks = self._own_sinks(query.device)
+        if merged is None:  # what is raised afterwards
+            pieces = self._ranks.size if self._is_sharded else 1
+            return found[0].chunk(pieces, dim=1)[0], found[1].chunk(pieces, dim=1)[0]
+        return merged
+
+    def _merge(
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        combine: str,
+        failed: bool,
+        into: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         heads = "scatter" if self._is_sharded else "replicate"
-        own = out.chunk(self._ranks.size if self._is_sharded else 1, dim=1)[0]
-        return attempts.always(
-            lambda: merge_over_ranks(
-                self._ranks,
-                out,
-                lse,
-                sinks,
-                heads,
-                self._split.combine,
-                failed=attempts.error is not None,
-            ),
-            (own, lse[:, : own.shape[1]]),
+        sinks = self._own_sinks(out.device)
+        return merge_over_ranks(
+            self._ranks, out, lse, sinks, heads, combine, failed=failed, into=into
         )
 
     def _own_sinks(self, device: torch.device) -> torch.Tensor | None:
@@ -356,22 +399,21 @@ class SplitImpl:
         return sinks.chunk(self._ranks.size)[self._ranks.rank] if self._is_sharded else sinks
 
     def _gathered(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: Any,
-        value: Any,
-        kv_cache: Any,
-        plan: Any,
-        size: int,
-        attempts: _Attempts,
+        self, given: Given, plan: Any, size: int, attempts: _Attempts
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer, query, key, value = given[:4]
+        cache: Any = given.kv_cache
         prefill = self._prefill
         assert prefill is not None
+        if key is None or value is None:  # the same on every rank
+            raise InvalidInputError(
+                "key is None, and the batch has new tokens of a prompt with slots for their keys. "
+                "Give key and value, or make the layer with ContextParallel(..., prefill='merge')."
+            )
         if not self._is_sharded:
             query = query.chunk(self._ranks.size, dim=1)[self._ranks.rank]
         sent = prefill.empty(plan, query)
-        sent = attempts.run(lambda: prefill.collect(plan, kv_cache, query.dtype), sent)
+        sent = attempts.run(lambda: prefill.collect(plan, cache, query.dtype), sent)
         received = self._ranks.all_to_all(sent) if plan.num_rows else sent
         out = query.new_full((*query.shape[:2], size), float("nan"))
         lse = query.new_full(query.shape[:2], float("nan"), dtype=torch.float32)
@@ -381,3 +423,9 @@ class SplitImpl:
         if not self._is_sharded:
             out, lse = self._ranks.gather_heads(out), self._ranks.gather_heads(lse)
         return out, lse
+
+
+def _rows_of(given: Given, rows: BatchPart) -> Given:
+    """The rows of a part of the batch."""
+    key, value = (each if each is None else each[rows.keys] for each in (given.key, given.value))
+    return given._replace(query=given.query[rows.tokens], key=key, value=value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.arguments import checked_scale
+from attn_dispatch.backends.triton.merge import merge_kernels
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.key_positions import KeyPositions
@@ -31,7 +32,7 @@ from attn_dispatch.runtime.guard import make_impl
 from attn_dispatch.runtime.recovery import raise_attempt_failed, with_fallback
 from attn_dispatch.selection.resolve import SelectionContext
 
-__all__ = ["attention", "check_states", "merge_states"]
+__all__ = ["attention", "check_states", "merge_into", "merge_parts", "merge_states"]
 
 
 def attention(
@@ -267,7 +268,9 @@ def merge_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge attention over parts of the keys into attention over all of them.
 
-    Split softmax, as in FlashAttention (arXiv:2205.14135) and Flash-Decoding.
+    Split softmax, as in FlashAttention (arXiv:2205.14135) and Flash-Decoding. On a GPU with Triton
+    it is one kernel, which computes in float32; tensors that require a gradient, and other dtypes,
+    are merged by PyTorch's operators.
 
     Args:
         outputs: (num_tokens, num_heads, head_size_v) each, over disjoint sets of keys.
@@ -284,6 +287,55 @@ def merge_states(
             other in shape, dtype and device.
     """
     check_states(outputs, lses, sinks)
+    rest = _stacked(outputs[1:], outputs[0]), _stacked(lses[1:], lses[0])
+    return merge_parts((outputs[0], lses[0]), rest, sinks)
+
+
+def _stacked(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """(parts, ...); of one part, without a copy."""
+    if len(parts) == 1:
+        return parts[0][None]
+    return torch.stack(list(parts)) if parts else like[None][:0]
+
+
+def merge_parts(
+    first: tuple[torch.Tensor, torch.Tensor],
+    rest: tuple[torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """merge_states of parts that are checked, all but the first of them in one tensor.
+
+    Args:
+        first: an output and its lse. The heads may be two dimensions, the KV head and the head of
+            its group, in all parts.
+        rest: (parts, num_tokens, num_heads, head_size_v), and (parts, num_tokens, num_heads).
+        sinks: as for merge_states.
+        into: where the merged output is written, in its dtype; made like the first if None.
+    """
+    target = into
+    if target is None:
+        target = torch.empty_like(first[0], memory_format=torch.contiguous_format)
+    if target.dim() == 4:
+        target = target.flatten(1, 2)
+    needs_grad = torch.is_grad_enabled() and sinks is not None and sinks.requires_grad
+    if not needs_grad and all(
+        merge_kernels.take(*each) for each in (first, rest, (target, first[1]))
+    ):
+        found = merge_kernels.merge(first, rest, sinks, target)
+        if found is not None:
+            return target, found
+    parts = zip(first, rest, strict=True)
+    outputs, lses = ([one, *others.unbind(0)] for one, others in parts)
+    if outputs[0].dim() == 4:
+        outputs, lses = ([each.flatten(1, 2) for each in some] for some in (outputs, lses))
+    merged, lse = _merge_by_operators(outputs, lses, sinks)
+    return merged if into is None else into.copy_(merged), lse
+
+
+def _merge_by_operators(
+    outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = lses[0].dtype
     stacked = torch.stack(list(lses))
     stacked = stacked.masked_fill(stacked == float("inf"), float("-inf"))
@@ -299,6 +351,28 @@ def merge_states(
         empty = (part == float("-inf"))[..., None]
         merged += torch.where(empty, 0.0, weight[..., None] * output.to(dtype))
     return merged.to(outputs[0].dtype), torch.logsumexp(stacked, dim=0)
+
+
+def merge_into(
+    merged: torch.Tensor, lse: torch.Tensor, output: torch.Tensor, output_lse: torch.Tensor
+) -> None:
+    """Merge one more part into what earlier parts gave; both tensors of these are written.
+
+    Args:
+        merged: (num_tokens, num_heads, head_size_v), at least as wide a dtype as `output`.
+        lse: (num_tokens, num_heads).
+        output: of the part, like `merged`.
+        output_lse: of the part, like `lse`.
+    """
+    if merge_kernels.take(merged, lse) and merge_kernels.take(output, output_lse):
+        rest = (output[None], output_lse[None])
+        found = merge_kernels.merge((merged, lse), rest, None, merged)
+        if found is not None:
+            lse.copy_(found)
+            return
+    both = [merged, output.to(merged.dtype)], [lse, output_lse]
+    for target, source in zip((merged, lse), _merge_by_operators(*both, None), strict=True):
+        target.copy_(source)
 
 
 def check_states(outputs: Any, lses: Any, sinks: Any) -> None:

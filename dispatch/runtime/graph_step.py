@@ -50,7 +50,7 @@ class LayerGroup:
         takes_mask: they have custom masks.
         has_ranges: some of them have bidirectional ranges.
         takes_bounds: all of them take batches with upper bounds of their key counts.
-        block_sizes: of their caches.
+        block_sizes: of the batch, for their caches: with context_parallel, W times the caches'.
     """
 
     def __init__(self, layers: Mapping[str, Attention]) -> None:
@@ -62,7 +62,11 @@ class LayerGroup:
         self.takes_mask = any(s.custom_mask for s in specs)
         self.has_ranges = any(s.bidirectional_ranges for s in specs)
         self.takes_bounds = all(s.lengths == "upper_bound" for s in specs)
-        self.block_sizes = {s.block_size for s in specs if s.block_size is not None}
+        self.block_sizes = {
+            layer.spec.block_size * (layer.context_parallel.size if layer.context_parallel else 1)
+            for layer in layers.values()
+            if layer.spec.block_size is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ class GraphStep(ForwardContext):
             check_slot_mapping(batch, 0 if slots is None else len(slots), device)
         if environment.check_mode() or device.type == "cpu":  # as in an eager call
             for each in group.layers.values():
-                check_batch_contents(batch, each.kv_cache, Reach.of(each.spec))
+                if each.context_parallel is None:  # else its cache has one rank's slots
+                    check_batch_contents(batch, each.kv_cache, Reach.of(each.spec))
         return batch
 
     def fill(self, given: StepBatch) -> None:

@@ -32,7 +32,8 @@ from attn_dispatch.interface.quantization import (
     store_output,
 )
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
-from attn_dispatch.runtime.functional import merge_states
+from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
+from attn_dispatch.runtime.functional import merge_into
 from attn_dispatch.runtime.guard import FinalFailure
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.runtime.mla_plan import (
@@ -179,9 +180,7 @@ class ExpandedPrefill:
         for ranges in plan.earlier:
             rows = ranges.rows
             part, part_lse = self._part(self.earlier, query[rows], kv_cache, scale, ranges)
-            merged[rows], lse[rows] = merge_states(
-                [merged[rows], part.to(merged.dtype)], [lse[rows], part_lse]
-            )
+            merge_into(merged[rows], lse[rows], part, part_lse)
         return merged, lse
 
     def _part(
@@ -219,8 +218,8 @@ class ExpandedPrefill:
         return key, value
 
 
-class MLAImpl:
-    """Runs each part of a batch in its form: what a layer calls in place of its backend's impl.
+class MLAImpl(ComposedImpl):
+    """Runs each part of a batch in its form.
 
     Args:
         inner: the impl of the layer's backends, absorbed form.
@@ -228,6 +227,9 @@ class MLAImpl:
         falls_back: if dense attention fails, compute these requests in absorbed form.
         warn: is called with the failure then.
     """
+
+    metadata_cls = MLAMetadata
+    forward = without_autocast(ComposedImpl.forward)
 
     def __init__(
         self,
@@ -240,39 +242,22 @@ class MLAImpl:
         self._falls_back, self._warn = falls_back, warn
         self._first = next(iter(inner._impls.values())) if isinstance(inner, RoutedImpl) else inner
 
-    @without_autocast
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: MLAMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See MLAAttentionImpl.forward; the queries and the output must be given."""
-        if not isinstance(attn_metadata, MLAMetadata):
-            raise InvalidInputError(
-                f"attn_metadata is a {type(attn_metadata).__name__}. Make it by "
-                "layer.build_metadata(batch)."
-            )
+    def _compute(
+        self, given: Given, attn_metadata: MLAMetadata, output: torch.Tensor, scales: Scales
+    ) -> Result:
+        layer, query, kv_c_normed, k_pe, kv_cache = given
         if not isinstance(kv_cache, torch.Tensor):
-            found = "None" if kv_cache is None else f"a {type(kv_cache).__name__}"
+            kind = "None" if kv_cache is None else f"a {type(kv_cache).__name__}"
             raise InvalidInputError(
-                f"kv_cache is {found}; latent attention needs a tensor, (num_blocks, block_size, "
+                f"kv_cache is {kind}; latent attention needs a tensor, (num_blocks, block_size, "
                 "kv_lora_rank + qk_rope_head_dim). Bind the caches by bind_kv_caches."
             )
-        scales = (output_scale, output_block_scale)
-        new = (kv_c_normed, k_pe)
+        new: tuple[Any, Any] = (kv_c_normed, k_pe)
         if attn_metadata.expanded is None or self._expanded is None:
             metadata = attn_metadata.absorbed
             if attn_metadata.expanded is not None:  # the dense layers have failed since
                 metadata = self._absorbed_metadata(attn_metadata, attn_metadata.batch)
-            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-            result = self._inner.forward(layer, query, *new, kv_cache, metadata, output, *scales)
+            result: Result = self._inner.forward(*given, metadata, output, *scales)
             return result
         batch = attn_metadata.batch
         check = getattr(self._first, "check_call", None)

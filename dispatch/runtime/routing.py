@@ -18,8 +18,7 @@ from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch, BatchPart, BatchTotals
 from attn_dispatch.interface.captured import GraphLimits
-from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
-from attn_dispatch.interface.kv_view import KVCache
+from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.metadata import (
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -29,6 +28,7 @@ from attn_dispatch.interface.quantization import as_indexable_bytes
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.interface.validation import check_forward, check_metadata
+from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.timings.policy import PhaseCandidates, routes_of, split_route
 from attn_dispatch.selection.timings.table import BatchKind, Bucket, LayerTimes, bucket_of, step_of
@@ -236,8 +236,10 @@ class RoutedBuilder(AttentionMetadataBuilder[RoutedMetadata]):
         _call(part, self._builders[part.backend].update_for_graph, part.metadata, batch)
 
 
-class RoutedImpl:
+class RoutedImpl(ComposedImpl):
     """Runs each part of a batch on the impl and class under the name in the builder's route."""
+
+    metadata_cls = RoutedMetadata
 
     def __init__(
         self,
@@ -247,34 +249,22 @@ class RoutedImpl:
         self._impls = impls
         self._metadata_classes = {name: cls.get_metadata_cls() for name, cls in backends.items()}
 
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: KVCache | None,
-        attn_metadata: RoutedMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See AttentionImpl.forward; output must be given."""
-        scales = (output_scale, output_block_scale)
-        if isinstance(attn_metadata, RoutedMetadata) and len(attn_metadata.parts) == 1:
-            (part,) = attn_metadata.parts  # the whole batch; its impl checks the arguments
+    def _compute(
+        self, given: Given, metadata: RoutedMetadata, output: torch.Tensor, scales: Scales
+    ) -> Result:
+        batch, parts = metadata.batch, metadata.parts
+        if len(parts) == 1:
+            (part,) = parts  # the whole batch; its impl checks the arguments
             impl, own = self._impl_of(part), part.metadata
-            return _call(
-                part, impl.forward, layer, query, key, value, kv_cache, own, output, *scales
-            )
+            return _call(part, impl.forward, *given, own, output, *scales)
+        layer, query, key, value, kv_cache = given
         first = next(iter(self._impls.values()))
-        check_metadata(first, attn_metadata, RoutedMetadata)
-        batch, parts = attn_metadata.batch, attn_metadata.parts
+        check_metadata(first, metadata, RoutedMetadata)
         impls = [self._impl_of(part) for part in parts]
         if isinstance(getattr(first, "mla", None), MLADims):
             check: Any = getattr(first, "check_call", None)  # backends of this package have it
             if check is not None:
-                check(layer, query, key, value, kv_cache, batch, output, *scales)
+                check(*given, batch, output, *scales)
         else:
             check_forward(first, query, key, value, kv_cache, batch, output, *scales)
 
@@ -296,19 +286,19 @@ class RoutedImpl:
             as_indexable_bytes(output)[batch.num_tokens :] = 0
             if lse is not None:
                 lse[batch.num_tokens :] = float("-inf")
+        scale, block_scales = scales
         for impl, part, (part_key, part_value) in work:
             tokens = part.rows.tokens
             part_output = output[tokens]
-            block_scale = None if output_block_scale is None else output_block_scale[tokens]
+            block_scale = None if block_scales is None else block_scales[tokens]
             arguments = (layer, query[tokens], part_key, part_value, kv_cache, part.metadata)
-            scales = (output_scale, block_scale)
-            result = _call(part, impl.forward, *arguments, part_output, *scales)
+            result = _call(part, impl.forward, *arguments, part_output, scale, block_scale)
             if lse is not None:
                 lse[tokens] = result[1]
             if not isinstance(tokens, slice):  # indexing made copies: put them back
                 as_indexable_bytes(output)[tokens] = as_indexable_bytes(part_output)
-                if output_block_scale is not None and block_scale is not None:
-                    output_block_scale[tokens] = block_scale
+                if block_scales is not None and block_scale is not None:
+                    block_scales[tokens] = block_scale
         return output if lse is None else (output, lse)
 
     def _impl_of(self, part: RoutedPart) -> AttentionImpl[Any]:

@@ -71,9 +71,16 @@ def checked_split(context_parallel: Any, spec: AttentionSpec) -> SplitsKeys | No
 def part_spec(spec: AttentionSpec, *, positions: bool = True) -> AttentionSpec:
     """The layer that computes one rank's part: all heads, over this rank's keys, with the LSE.
 
-    Sinks and the quantization of the output come after the parts are merged.
+    Sinks and the quantization of the output come after the parts are merged. Steps that need
+    positions are not captured.
     """
-    return spec.replace(key_positions=positions, returns_lse=True, sinks=False, output_quant=None)
+    return spec.replace(
+        key_positions=positions,
+        returns_lse=True,
+        sinks=False,
+        output_quant=None,
+        cuda_graph=spec.cuda_graph and not positions,
+    )
 
 
 class HasBackends:

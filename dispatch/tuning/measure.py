@@ -37,6 +37,7 @@ from attn_dispatch.selection.timings.table import (
     LayerKey,
     LayerTimes,
     Point,
+    SplitKey,
     Table,
     layer_key,
     spec_of,
@@ -212,6 +213,8 @@ class Tuner:
     #: With `fresh`, the file's points at the start.
     _old: _Points = field(default_factory=dict, init=False)
     _providers: dict[LayerKey, dict[str, str]] = field(default_factory=dict, init=False)
+    #: Of the file, which this tuner only keeps.
+    _splits: Mapping[SplitKey, LayerTimes] = field(default_factory=dict, init=False)
     _has_written: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -240,6 +243,7 @@ class Tuner:
         Raises:
             InvalidInputError: it is not a table, or not one of this machine.
         """
+        self._splits = {}
         if not os.path.exists(self.path):
             return {}
         try:
@@ -251,6 +255,7 @@ class Tuner:
             return {}
         problem = conflict_with(table, self.machine)
         if not problem:
+            self._splits = table.splits
             return table.layers
         if self.fresh and not self._has_written:
             return {}
@@ -339,7 +344,7 @@ class Tuner:
             )
             for key, points in self._points.items()
         }
-        return Table(self.machine, now, layers, str(self.path))
+        return Table(self.machine, now, layers, str(self.path), self._splits)
 
 
 def _point_of(task: Task, result: CaseResult) -> Point:

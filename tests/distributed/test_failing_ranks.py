@@ -90,7 +90,7 @@ REJECTED = {
     "encoder": ({"attn_type": "encoder_only"}, "attn_type"),
     "shard": ({"key_positions": True}, "key_positions"),
     "bounds": ({"lengths": "upper_bound"}, "upper_bound"),
-    "graph": ({"cuda_graph": True}, "not captured"),
+    "graph": ({"cuda_graph": True, "sliding_window": 4}, "not captured"),
     "heads": ({"num_heads": 3, "num_kv_heads": 1}, "3 query heads are not a multiple of 2"),
     "gather": (
         {"kv_cache_dtype": "fp8_e4m3", "context_parallel": {"prefill": "gather"}},

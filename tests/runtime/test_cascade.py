@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_dispatch import Attention, AttentionBatch, InvalidInputError, UnsupportedError
+from attn_dispatch import (
+    Attention,
+    AttentionBatch,
+    AttentionSpec,
+    InvalidInputError,
+    UnsupportedError,
+)
 from attn_dispatch.backends.reference.torch_ref import ReferenceImpl
+from attn_dispatch.platforms.known_devices import known_device
+from attn_dispatch.runtime import cascade
 from attn_dispatch.selection.failure_record import BackendFallbackWarning
 
 PREFIX, BLOCK = 12, 4
@@ -82,11 +90,73 @@ def test_the_prefix_is_read_once_and_the_result_is_the_same(lens, features, call
     step = step_of(LENS[lens], dtype)
     found = run(layer_of(**fields), *step)
     seqs = step[0].seq_lens_list
-    assert calls == [[seq - PREFIX for seq in seqs], [PREFIX]]
+    rest = [seq - PREFIX for seq in seqs]
+    assert calls == ([[PREFIX, *rest]] if lens == "decode" else [rest, [PREFIX]])
     wanted = run(layer_of(**fields, shared_prefix=False), *step)
-    assert calls[2:] == [seqs]
+    assert calls[-1] == seqs
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)  # the LSE is float32
     assert not found[0].isnan().any()
+
+
+@pytest.mark.parametrize(("pieces", "lens"), [(2, [8, 4]), (3, [4, 4, 4]), (9, [4, 4, 4])])
+def test_a_prefix_in_pieces(pieces, lens, calls, monkeypatch):
+    monkeypatch.setattr(cascade, "pieces_of", lambda *arguments: pieces)
+    for kind, features in (
+        ("verification", {}),
+        ("decode", {"sinks": LAYERS["sinks"]["sinks"], "returns_lse": True}),
+        ("decode", {}),
+    ):
+        step = step_of(LENS[kind])
+        found = run(layer_of(**features, backend="REFERENCE"), *step)
+        assert calls.pop()[: len(lens)] == lens
+        wanted = run(layer_of(**features, backend="REFERENCE", shared_prefix=False), *step)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "pieces"), [(64, 16384, 8), (64, 2048, 1), (512, 16384, 3), (64, 512, 1)]
+)
+def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
+    table = torch.zeros(requests, 2048, dtype=torch.int32)
+    batch = AttentionBatch.create(
+        [1] * requests,
+        [prefix + 100] * requests,
+        block_table=table,
+        block_size=16,
+        shared_prefix_len=prefix,
+    )
+    spec = AttentionSpec(
+        num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
+    )
+    assert cascade.pieces_of(batch, spec, num_sms=132) == pieces
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "name", "wanted"),
+    [
+        (64, 16384, "sm90", True),
+        (2, 16384, "sm90", False),  # the second request reads the L2 cache
+        (16, 1024, "sm90", False),  # 4 MB, a microsecond
+        (64, 4096, "sm90", True),
+        (64, 48, "sm90", False),  # more queries than keys
+        (2, 1024, "cpu", True),  # of unknown bandwidth
+    ],
+)
+def test_a_prefix_is_read_once_where_that_saves_more_than_two_parts_take(
+    requests, prefix, name, wanted
+):
+    table = torch.zeros(requests, 2048, dtype=torch.int32)
+    batch = AttentionBatch.create(
+        [1] * requests,
+        [prefix + 100] * requests,
+        block_table=table,
+        block_size=16,
+        shared_prefix_len=prefix,
+    )
+    spec = AttentionSpec(
+        num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
+    )
+    assert cascade.pays_off(batch, spec, known_device(name)) is wanted
 
 
 @pytest.mark.parametrize(
@@ -109,8 +179,8 @@ def test_other_batches_are_computed_as_a_whole(lens, more, calls):
 def test_a_part_that_fails_is_not_used_again(method, monkeypatch):
     layer, step = layer_of(), step_of(LENS["decode"])
     wanted = run(layer_of(shared_prefix=False), *step)
-    suffix = layer._binding.builder._parts[1]
-    owner = layer._binding.impl._suffix if method == "forward" else suffix.builder
+    prefix = layer._binding.builder._parts[0]
+    owner = layer._binding.impl._prefix if method == "forward" else prefix.builder
     failed = []
 
     def broken(*args, **kw):

@@ -1,4 +1,4 @@
-"""Functions run by several processes over gloo, always under a time limit."""
+"""Functions run by several processes over gloo or NCCL, always under a time limit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ __all__ = ["run_on_ranks"]
 _PRELOADED = ["torch.distributed", "attn_dispatch.conformance.oracle", "support.preloaded_ranks"]
 
 
-def _run(rank, world, store, results, timeout_s, function, arguments):
+def _run(rank, world, store, results, timeout_s, backend, function, arguments):
     import torch
     import torch.distributed as dist
 
     os.environ["ATTN_DISPATCH_TUNING"] = "off"
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
@@ -37,19 +39,23 @@ def _run(rank, world, store, results, timeout_s, function, arguments):
     os._exit(0)  # the other ranks may be gone, and the group would wait for them
 
 
-def run_on_ranks(world, function, *arguments, limit_s=120, timeout_s=30, may_end=()):
+def run_on_ranks(
+    world, function, *arguments, limit_s=120, timeout_s=30, may_end=(), backend="gloo"
+):
     """What function(rank, world, *arguments) returns on each rank, in the order of ranks.
 
     A rank of `may_end` may end without a result, which is None then. Any other exception, and
     going past limit_s, is an AssertionError.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    # CUDA does not work in a fork of a process that has asked for its devices.
+    context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
+    if backend != "nccl":
+        context.set_forkserver_preload(_PRELOADED)
     results = context.Queue()
     found, deadline = {}, time.monotonic() + limit_s
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
-        own = (world, store, results, timeout_s, function, arguments)
+        own = (world, store, results, timeout_s, backend, function, arguments)
         processes = [context.Process(target=_run, args=(rank, *own)) for rank in range(world)]
         try:
             for each in processes:

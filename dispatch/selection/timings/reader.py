@@ -24,6 +24,7 @@ from attn_dispatch.selection.timings.table import (
     LayerTimes,
     Machine,
     Point,
+    SplitKey,
     Table,
 )
 
@@ -32,7 +33,7 @@ __all__ = ["parse_table", "parse_text", "read_table"]
 #: Limits of a file: a table of a few models takes some hundred kilobytes.
 _MAX_BYTES = 4 << 20
 _MAX_LAYERS, _MAX_POINTS, _MAX_NAMES = 256, 1024, 64
-_MAX_COUNT, _MAX_US, _MAX_TEXT = 1 << 40, 1e10, 256
+_MAX_COUNT, _MAX_US, _MAX_TEXT, _MAX_RANKS = 1 << 40, 1e10, 256, 1 << 16
 
 #: The keys of a layer that every file has; only layers of latent attention have `mla`.
 _LAYER_KEYS = tuple(name for name in LAYER_FIELDS if name != "mla")
@@ -83,7 +84,8 @@ def _parse(data: Any, origin: str) -> Table:
     if isinstance(data, dict) and data.get("version") != VERSION:
         found = repr(data.get("version"))[:40]
         raise _Flaw(f"its version is {found}, and this attn-dispatch reads version {VERSION}")
-    fields = _object(data, "it", ("version", "measured", "device", "versions", "layers"))
+    needed = ("version", "measured", "device", "versions", "layers")
+    fields = _object(data, "it", needed, ("context_parallel",))
     device = _object(fields["device"], "device", ("name", "arch", "driver"))
     driver = None if device["driver"] is None else _text(device["driver"], "driver")
     versions = _mapping(fields["versions"], "versions", _text, _text)
@@ -97,12 +99,29 @@ def _parse(data: Any, origin: str) -> Table:
         key = _layer(layer["layer"], f"{where}.layer")
         if key in layers:
             raise _Flaw(f"{where} repeats a layer")
-        given = _list(layer["points"], f"{where}.points", _MAX_POINTS)
-        points = tuple(_point(p, f"{where}.points[{i}]") for i, p in enumerate(given))
         given = layer.get("kernel_provider", {})
         providers = _mapping(given, f"{where}.kernel_provider", _name, _text)
+        points = _points(layer["points"], where)
         layers[key] = LayerTimes(points, origin, machine.device, measured, providers)
-    return Table(machine, measured, layers, origin)
+    splits: dict[SplitKey, LayerTimes] = {}
+    given = _list(fields.get("context_parallel", []), "context_parallel", _MAX_LAYERS)
+    for index, each in enumerate(given):
+        where = f"context_parallel[{index}]"
+        layer = _object(each, where, ("ranks", "transport", "layer", "points"))
+        if _count(layer["ranks"], f"{where}.ranks", 1) > _MAX_RANKS:
+            raise _Flaw(f"{where}.ranks is more than {_MAX_RANKS}")
+        transport = _text(layer["transport"], f"{where}.transport")
+        split = SplitKey(_layer(layer["layer"], f"{where}.layer"), layer["ranks"], transport)
+        if split in splits:
+            raise _Flaw(f"{where} repeats a layer")
+        points = _points(layer["points"], where)
+        splits[split] = LayerTimes(points, origin, machine.device, measured)
+    return Table(machine, measured, layers, origin, splits)
+
+
+def _points(data: Any, where: str) -> tuple[Point, ...]:
+    given = _list(data, f"{where}.points", _MAX_POINTS)
+    return tuple(_point(each, f"{where}.points[{i}]") for i, each in enumerate(given))
 
 
 def _layer(data: Any, where: str) -> LayerKey:

@@ -252,12 +252,15 @@ def write_table(table: Table, path: Path) -> None:
 def _text_of(table: Table) -> str:
     """JSON with one point on a line, so that people can compare files."""
     data = table.asdict()
-    layers = data.pop("layers")
+    lists = {name: data.pop(name) for name in ("layers", "context_parallel") if name in data}
     head = json.dumps(data, indent=1, allow_nan=False).removesuffix("\n}")
-    texts = []
-    for layer in layers:
-        points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
-        rest = {name: value for name, value in layer.items() if name != "points"}
-        rest_text = json.dumps(rest, allow_nan=False).removesuffix("}")
-        texts.append(f'{rest_text},\n "points": [\n  {points}]}}')
-    return f'{head},\n "layers": [{", ".join(texts)}]\n}}\n'
+    parts = []
+    for name, layers in lists.items():
+        texts = []
+        for layer in layers:
+            points = ",\n  ".join(json.dumps(point, allow_nan=False) for point in layer["points"])
+            rest = {key: value for key, value in layer.items() if key != "points"}
+            rest_text = json.dumps(rest, allow_nan=False).removesuffix("}")
+            texts.append(f'{rest_text},\n "points": [\n  {points}]}}')
+        parts.append(f',\n "{name}": [{", ".join(texts)}]')
+    return f"{head}{''.join(parts)}\n}}\n"

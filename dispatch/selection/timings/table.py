@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from attn_dispatch.interface.batch import AttentionBatch, BatchTotals
 from attn_dispatch.interface.spec import AttentionSpec, MLADims, plain_value
@@ -22,11 +22,13 @@ __all__ = [
     "Machine",
     "Point",
     "BatchKind",
+    "SplitKey",
     "Table",
     "bucket_of",
     "layer_key",
     "mla_of",
     "spec_of",
+    "split_layer_key",
     "step_of",
     "totals_of",
 ]
@@ -152,6 +154,37 @@ def layer_key(spec: AttentionSpec) -> LayerKey | None:
     return tuple(plain.values())
 
 
+#: Block size of a layer's key in SplitKey: the times are used for every block size.
+_SPLIT_BLOCK_SIZE = 16
+
+
+class SplitKey(NamedTuple):
+    """A layer whose keys are split over ranks, in tables.
+
+    Attributes:
+        layer: from `split_layer_key`.
+        ranks: how many share the keys.
+        transport: of their process group: "nccl" or "gloo", for example.
+    """
+
+    layer: LayerKey
+    ranks: int
+    transport: str
+
+
+def split_layer_key(spec: AttentionSpec) -> LayerKey | None:
+    """As `layer_key`, for layers whose keys may be split over ranks."""
+    return layer_key(
+        spec.replace(
+            block_size=_SPLIT_BLOCK_SIZE,
+            kv_cache_layout=None,
+            kv_strides=None,
+            returns_lse=False,
+            output_quant=None,
+        )
+    )
+
+
 def mla_of(sizes: Sequence[int]) -> MLADims:
     """MLADims from the values of MLA_FIELDS."""
     return MLADims(**dict(zip(MLA_FIELDS, sizes, strict=True)))
@@ -260,29 +293,38 @@ class Table:
         measured: when, ISO 8601.
         layers: by LayerKey.
         origin: its name in messages.
+        splits: of layers whose keys are split over ranks. Times are those of the slowest rank;
+            names are ONE_RANK, which has all keys, and the exchanges A2A and AG_RS.
     """
 
     machine: Machine
     measured: str
     layers: Mapping[LayerKey, LayerTimes]
     origin: str
+    splits: Mapping[SplitKey, LayerTimes] = field(default_factory=dict)
 
     def asdict(self) -> dict[str, Any]:
         """The table in the form of the file."""
+        splits = [
+            {"ranks": key.ranks, "transport": key.transport, **_times_as_dict(key.layer, times)}
+            for key, times in self.splits.items()
+        ]
         return {
             "version": VERSION,
             "measured": self.measured,
             **self.machine.asdict(),
-            "layers": [
-                {
-                    "layer": _layer_as_dict(key),
-                    **({"kernel_provider": dict(providers)} if providers else {}),
-                    "points": [point.asdict() for point in times.points],
-                }
-                for key, times in self.layers.items()
-                for providers in [times.kernel_provider]
-            ],
+            "layers": [_times_as_dict(*each) for each in self.layers.items()],
+            **({"context_parallel": splits} if splits else {}),
         }
+
+
+def _times_as_dict(key: LayerKey, times: LayerTimes) -> dict[str, Any]:
+    providers = dict(times.kernel_provider)
+    return {
+        "layer": _layer_as_dict(key),
+        **({"kernel_provider": providers} if providers else {}),
+        "points": [point.asdict() for point in times.points],
+    }
 
 
 def _layer_as_dict(key: LayerKey) -> dict[str, Any]:
