@@ -145,14 +145,15 @@ class HopperImpl(TritonImpl):
         query, out, batch = call.query, call.out, call.metadata.batch
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
+        is_new, has_fresh = self._is_new(call, plan), self._skips_fresh(call, plan)
         new = None
-        if self._is_new(call, plan) or self._skips_fresh(call, plan):
+        if is_new or has_fresh:
             assert call.key is not None
             assert call.value is not None
             new = plan.describe_new(call.key, call.value, block_n)
-        keys = self._keys_of(call, plan, source, new)
-        new = new or (keys.k, keys.v)
-        has_fresh = self._skips_fresh(call, plan)
+        keys = self._keys_of(call, source, new if is_new else None)
+        # Triton encodes each descriptor at each launch: none that is not read.
+        new = new if has_fresh else keys.scales
         launch = self._launchers.find(
             ("hopper", query.dtype, sinks.dtype, has_fresh, *keys.name),
             self._hopper_kernel,
@@ -177,9 +178,9 @@ class HopperImpl(TritonImpl):
             num_tiles, keys.table.stride(0), *keys.steps, *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
 
-    def _keys_of(self, call: Call, plan: HopperPlan, source: KVSource, new: Any) -> _Keys:
+    def _keys_of(self, call: Call, source: KVSource, new: Any) -> _Keys:
         """Where the prefill kernel finds keys and values; `new` describes those of the call."""
-        if self._is_new(call, plan):
+        if new is not None:
             assert source.starts is not None
             k, v = new
             return _Keys(k, v, source.starts, (0,) * 6, (source.starts,) * 2)

@@ -133,10 +133,11 @@ class PagedTma:
         return cls(cache.block_size, keys, values)
 
 
-def tma_descriptor(
-    tensor: torch.Tensor, shape: Sequence[int], row_stride: int, box: tuple[int, int]
-) -> Any:
-    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes."""
+def tma_descriptor(tensor: Any, shape: Sequence[int], row_stride: int, box: tuple[int, int]) -> Any:
+    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes.
+
+    Of the tensor, only `data_ptr()` and `dtype` are used.
+    """
     descriptor_cls, layout = _in_boxes(*box)
     return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
 

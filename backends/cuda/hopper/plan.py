@@ -13,7 +13,7 @@ from attn_dispatch.backends.cuda.hopper.launch import BLOCK_M, BLOCK_N, DECODES,
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
-from attn_dispatch.backends.triton.operands import FORMATS, KVSource, fills_tiles
+from attn_dispatch.backends.triton.operands import FORMATS, KVSource
 from attn_dispatch.backends.triton.plan import PlanRows, PrefillPlan, TritonMetadata, plan_rows
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -87,9 +87,8 @@ class HopperPlan(PrefillPlan):
 
     def describe_new(self, key: torch.Tensor, value: torch.Tensor, block_n: int) -> tuple[Any, Any]:
         """TMA descriptors of the rows of a call's key and value."""
-        return describe_rows(key[: self.fresh_end], block_n), describe_rows(
-            value[: self.fresh_end], block_n
-        )
+        end = self.fresh_end
+        return describe_rows(key, block_n, end), describe_rows(value, block_n, end)
 
 
 class HopperBuilder(TritonGraphBuilder):
@@ -203,17 +202,58 @@ def cache_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
     return next(filter(None, problems), "")
 
 
-def describe_rows(tensor: torch.Tensor, rows: int) -> Any:
+def describe_rows(tensor: torch.Tensor, rows: int, number: int | None = None) -> Any:
     """A TMA descriptor of (tokens, heads, size) in boxes of this many rows.
 
     The tensor is copied if TMA cannot read it.
+
+    Args:
+        tensor: the tensor.
+        rows: of a box.
+        number: the descriptor's rows; None for all tokens.
     """
-    size = tensor.shape[2]
-    if not fills_tiles(tensor, size):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    matrix = tensor.flatten(1)
+    number = tensor.shape[0] if number is None else number
+    strides = tensor.stride()
+    found = _described(tensor.data_ptr(), tensor.dtype, number, tensor.shape[1:], strides, rows)
+    if found is not None:
+        return found
+    copy = tensor.clone(memory_format=torch.contiguous_format).flatten(1)
+    box = (rows, box_columns(tensor.shape[2]))
+    return tma_descriptor(copy, (number, copy.shape[1]), copy.stride(0), box)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The base of a descriptor that is kept. A tensor would not be freed."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(
+    address: int,
+    dtype: torch.dtype,
+    number: int,
+    head_shape: tuple[int, int],
+    strides: tuple[int, int, int],
+    rows: int,
+) -> Any:
+    """A descriptor of rows whose heads are next to each other; None if TMA cannot read them.
+
+    Steps reuse memory, and all layers of one have the same shapes: a descriptor is made once.
+    """
+    heads, size = head_shape
+    token, head, element = strides
+    is_aligned = not (address % 16 or token * dtype.itemsize % 16)
+    is_row = element == 1 and (head == size or heads == 1) and token >= heads * size
+    if not (number and is_aligned and is_row):
+        return None
     box = (rows, box_columns(size))
-    return tma_descriptor(matrix, matrix.shape, matrix.stride(0), box)
+    return tma_descriptor(_Memory(address, dtype), (number, heads * size), token, box)
 
 
 def words_to_copy(cache: KVSource, dtype: torch.dtype) -> CopiedCache | None:
