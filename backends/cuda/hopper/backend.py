@@ -145,7 +145,7 @@ class HopperImpl(TritonImpl):
         query, out, batch = call.query, call.out, call.metadata.batch
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
-        is_new, has_fresh = self._is_new(call, plan), self._skips_fresh(call, plan)
+        is_new, has_fresh = self._is_new(call, plan), plan.may_be_fresh and self._has_rows(call)
         new = None
         if is_new or has_fresh:
             assert call.key is not None
@@ -202,9 +202,6 @@ class HopperImpl(TritonImpl):
             copied.keys, copied.values, table, copied.steps, tuple(scales), source.block_size,
             copied.format, copied.unit, scale_stride,
         )  # fmt: skip
-
-    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
-        return isinstance(plan, HopperPlan) and plan.may_be_fresh and self._has_rows(call)
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
         pages = self._pages_to_decode(cache, plan, call.query.dtype)

@@ -114,12 +114,14 @@ class PrefillConfig(_Config):
     @property
     def REGISTERS(self) -> int:
         """Of each thread of the two warp groups that compute."""
-        return 208 if self.COPIES else 240
+        if self.COPIES:
+            return 208 if self.D > 192 else 200
+        return 240
 
     @property
     def PRODUCER_REGISTERS(self) -> int:
         """Of each thread of the warps that load; all together have 504 for each warp of four."""
-        return 88 if self.COPIES else 32
+        return 504 - 2 * self.REGISTERS if self.COPIES else 32
 
 
 @dataclass(frozen=True)
