@@ -101,7 +101,6 @@ class HopperImpl(TritonImpl):
         try:
             with torch.cuda.stream(side):
                 source = self._source(call, prefill)
-                main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
             # Blocks beyond the share wait for an SM.
