@@ -115,10 +115,10 @@ class HopperImpl(TritonImpl):
 
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
         """As TRITON_ATTN's, which gathers by the plan."""
-        if isinstance(plan, HopperPlan) and plan.gathered_start_loc is None:
-            if not self._is_new(call, plan):
-                assert call.cache is not None  # by check_forward
-                return call.cache
+        gathers = not isinstance(plan, HopperPlan) or plan.gathered_start_loc is not None
+        if not (gathers or self._is_new(call, plan)):
+            assert call.cache is not None  # by check_forward
+            return call.cache
         return super()._source(call, plan)
 
     def _is_new(self, call: Call, plan: HopperPlan) -> bool:
@@ -184,7 +184,7 @@ class HopperImpl(TritonImpl):
         )  # fmt: skip
 
     def _keys_of(self, call: Call, source: KVSource, rows: Any) -> _Keys:
-        """Where the prefill kernel finds keys and values; `rows` describes them if they are rows."""
+        """Where the prefill kernel finds keys and values; `rows`: where they are rows."""
         if rows is not None:
             assert source.starts is not None
             k, v = rows

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
+from attn_dispatch.backends.cuda.hopper import plan as plan_module
 from attn_dispatch.backends.cuda.hopper.backend import HopperImpl
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
 from attn_dispatch.backends.triton.impl import TritonImpl
@@ -161,8 +163,48 @@ COPIED = {
 }
 
 
+#: Bytes of gathered keys and values, up to which they are gathered.
+NO_SCRATCH = mock.patch.object(plan_module, "MAX_SCRATCH_BYTES", 0)
+
+
+@on_gpu
+@NO_SCRATCH
 @pytest.mark.parametrize("variant", COPIED)
-def test_pages_that_tma_cannot_read_are_copied_by_the_kernel(variant):
+def test_copied_pages_agree_with_the_reference(variant):
+    step = step_of(COPIED[variant][0], {}, "cuda")
+    check(step, step.run("HOPPER_ATTN"))
+
+
+@pytest.mark.parametrize("variant", COPIED)
+def test_pages_that_tma_cannot_read_are_gathered_while_they_are_few(variant):
+    step = step_of(COPIED[variant][0], {}, "cpu")
+    launches, impl = on_an_h200(step, step.kv_cache)
+    assert launched(impl) >= {"gather_kv", "hopper_prefill"}
+    (launch,) = (each for each in launches if each.name == "hopper_prefill")
+    config = launch.constants["CONFIG"]
+    assert (config.BLOCK_SIZE, config.FORMAT) == (0, "")
+    heads, size = step.spec.num_kv_heads, step.spec.head_size
+    assert [*launch.args[1].shape] == [gathered_rows(launches), heads * size]
+
+
+def gathered_rows(launches):
+    """Rows of the buffer that keys are gathered into."""
+    (gather,) = (each for each in launches if each.name == "gather_kv")
+    return dict(zip(gather.kernel.arg_names, gather.args, strict=False))["k_out_ptr"].shape[0]
+
+
+def test_the_limit_of_scratch_memory():
+    """64 MiB hold keys and values of 16k tokens with 8 heads of 128."""
+    fields = {"num_kv_heads": 8, "num_heads": 8, "block_size": 8}
+    for keys, gathers in ((16384, True), (16385, False)):
+        batch = {"query_lens": (300,), "seq_lens": (keys,)}
+        made = plan_of(fields, batch).prefill
+        assert (made.gathered_start_loc is not None) == gathers
+
+
+@NO_SCRATCH
+@pytest.mark.parametrize("variant", COPIED)
+def test_many_pages_that_tma_cannot_read_are_copied_by_the_kernel(variant):
     """Nothing is gathered: there are no buffers, whatever the number of keys."""
     fields, form = COPIED[variant]
     step = step_of(fields, {}, "cpu")
@@ -180,7 +222,8 @@ def test_pages_that_tma_cannot_read_are_copied_by_the_kernel(variant):
     assert strides == [step * part.element_size() for step in part.stride()[:3]]
 
 
-def test_a_cache_of_float32_is_read_by_the_portable_kernel():
+@NO_SCRATCH
+def test_many_pages_of_float32_are_read_by_the_portable_kernel():
     step = step_of({"kv_cache_dtype": "float32"}, {}, "cpu")
     _, impl = on_an_h200(step, step.kv_cache)
     assert "prefill" in launched(impl)
