@@ -189,7 +189,7 @@ class Engine:
         return len(self._scheduler.running)
 
     def step(self) -> list[Request]:
-        """Run one forward pass, and append a token to each request whose prompt is computed.
+        """Run one forward pass, and append its new tokens to each request that gets some.
 
         Returns:
             These requests.
