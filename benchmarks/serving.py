@@ -1,7 +1,9 @@
 """The serving engine next to transformers' own generate, in one run.
 
     python benchmarks/serving.py                      # SmolLM2 on this machine
-    python benchmarks/serving.py --model DIR --random-weights --dtype bfloat16 --fill 64 4096
+    python benchmarks/serving.py --fill 64 4096       # Llama-3.1-8B's config, on a GPU
+    python benchmarks/serving.py --fill 64 4096 --compile
+    python benchmarks/serving.py --fill 64 4096 --theirs
 
 Prints tokens per second and ratios for
 
@@ -9,9 +11,11 @@ Prints tokens per second and ratios for
 - many: requests with prompts and answers of drawn lengths. transformers' generate gets them as one
   batch, padded on the left, which runs until the longest answer is finished.
 
-With --fill N LENGTH: N requests of LENGTH tokens are prefilled, and then decode together. Times are
-compared with what reading weights and cache once takes at the bandwidth of a copy in this run, and
-for the prefill with the matrix multiplications of this run.
+With --fill N LENGTH: N requests of LENGTH tokens are prefilled, and then decode together, with CUDA
+graphs and without. Times are compared with what the device reaches in this run: the decode step
+with reading weights and keys once, and the prefill with the products of the model's own shapes and
+the attention of such prompts. The longest kernels are listed. With --theirs, transformers' own
+continuous batching (generate_batch) gets the same prompts instead.
 """
 
 from __future__ import annotations
@@ -20,23 +24,20 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from serving_fill import LLAMA_3_1_8B, fill, synchronize, theirs
 
+from attn_dispatch.platforms.detect import usable_device
 from attn_dispatch.serving import Engine, Limits, Sampling, load_engine
 from attn_dispatch.serving.smollm2 import model_path
 
 #: Ranges of prompts and answers, in tokens.
 PROMPT, ANSWER = (16, 512), (16, 128)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def workload(count: int, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:
@@ -104,75 +105,79 @@ def compare(engine: Engine, count: int, seed: int, rounds: int) -> dict[str, Any
     return results
 
 
-def fill(engine: Engine, count: int, length: int, steps: int = 32) -> dict[str, Any]:
-    """Prefill requests of this length, then time decode steps of all of them."""
-    paged: Any = engine.model
-    vocab_size = paged.model.config.get_text_config().vocab_size
-    rng = random.Random(0)
-    sampling = Sampling(max_new_tokens=steps + 8, ignore_eos=True)
-    requests = [
-        engine.add([rng.randrange(10, vocab_size) for _ in range(length)], sampling)
-        for _ in range(count)
-    ]
-    synchronize(engine.device)
-    begin = time.perf_counter()
-    while not all(request.num_new_tokens for request in requests):
-        engine.step()
-    prefill = time.perf_counter() - begin
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - begin)
-    step = statistics.median(times)
-    for request in requests:
-        engine.cancel(request)
-    parameters = sum(p.numel() for p in paged.model.parameters())
-    embedding = paged.model.get_input_embeddings().weight
-    weights = sum(p.nbytes for p in paged.model.parameters()) - embedding.nbytes
-    assert engine.limits.cache_bytes is not None
-    assert engine.limits.num_blocks is not None
-    per_token = engine.limits.cache_bytes / engine.limits.num_blocks / engine.block_size
-    cache = count * length * per_token
-    bandwidth, rate = measured(engine.device, embedding.dtype)
-    text = paged.model.config.get_text_config()
-    pairs = count * length * length / 2 * text.num_hidden_layers
-    layer = engine.layers[0].spec
-    scores = 4 * pairs * layer.num_heads * layer.head_size
-    products = 2 * (parameters - 2 * embedding.numel()) * count * length + scores
-    return {
-        "decode_step_ms": 1e3 * step,
-        "decode_bound_ms": 1e3 * (weights + cache) / bandwidth,
-        "decode_ratio": step * bandwidth / (weights + cache),
-        "prefill_s": prefill,
-        "prefill_share_of_matmul_rate": products / rate / prefill,
-        "bandwidth_gb_per_s": bandwidth / 1e9,
-        "matmul_tflops": rate / 1e12,
-        "replayed_steps": engine.stats.replayed_steps,
+def picks(engine: Engine) -> list[str]:
+    """The backends of all layers."""
+    found = {
+        f"{phase.value}={each.name}"
+        for layer in engine.layers
+        for phase, each in layer.selections.items()
     }
+    return sorted(found)
 
 
-def measured(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes read per second by a sum of a large tensor, and operations per second of a matmul."""
-    size = 1 << (32 if device.type == "cuda" else 28)
-    data = torch.zeros(size // 4, dtype=torch.float32, device=device)
-    width = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
-    rates = []
-    for call, amount in ((data.sum, data.nbytes), (lambda: a @ b, 2 * width**3)):
-        call()
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(10):
-            call()
-        synchronize(device)
-        rates.append(10 * amount / (time.perf_counter() - begin))
-    return rates[0], rates[1]
+def folder_of(given: argparse.Namespace, temporary: Path) -> Path:
+    """The model's folder or file; with --fill by default that of Llama-3.1-8B, a config only."""
+    if given.model is not None:
+        return Path(given.model)
+    if not given.fill:
+        return model_path()
+    (temporary / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
+    return temporary
+
+
+def run_theirs(given: argparse.Namespace, path: Path, device: torch.device) -> dict[str, Any]:
+    """transformers' own continuous batching of what --fill says, on random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    dtype = getattr(torch, given.dtype) if given.dtype else config.dtype
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    options = (given.new_tokens, given.max_tokens or 8192, given.most_seconds)
+    return theirs(model, *given.fill, *options)
+
+
+def run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """What the command line asks for."""
+    device = usable_device(given.device)
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if given.theirs:
+        return about | {"generate_batch": run_theirs(given, path, device)}
+    longest = given.fill[1] + 128 if given.fill else PROMPT[1] + ANSWER[1]
+    requests = given.fill[0] if given.fill else given.requests
+    begin = time.perf_counter()
+    engine = load_engine(
+        path,
+        dtype=getattr(torch, given.dtype) if given.dtype else None,
+        device=device,
+        random_weights=given.random_weights or (bool(given.fill) and given.model is None),
+        limits=Limits(max_requests=requests, max_tokens=given.max_tokens, max_seq_len=longest),
+        compile_layers=given.compile,
+    )
+    synchronize(engine.device)
+    about |= {
+        "start_s": time.perf_counter() - begin,
+        "compiled": given.compile,
+        "max_tokens": engine.limits.max_tokens,
+        "block_size": engine.block_size,
+        "backends": picks(engine),
+    }
+    if given.fill:
+        result = about | fill(engine, *given.fill)
+    else:
+        result = about | compare(engine, requests, given.seed, given.rounds)
+    return result | {"backends": picks(engine)}  # with those of layers that fell back
 
 
 def main() -> None:
     """Run what the command line asks for, and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a folder or GGUF file; default: SmolLM2")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -180,24 +185,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, help="new tokens of a step")
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--fill", type=int, nargs=2, metavar=("N", "LENGTH"))
-    given = parser.parse_args()
-    longest = given.fill[1] + 64 if given.fill else PROMPT[1] + ANSWER[1]
-    requests = given.fill[0] if given.fill else given.requests
-    engine = load_engine(
-        given.model or model_path(),
-        dtype=getattr(torch, given.dtype) if given.dtype else None,
-        device=given.device,
-        random_weights=given.random_weights,
-        limits=Limits(max_requests=requests, max_tokens=max(requests, 4096), max_seq_len=longest),
+    parser.add_argument(
+        "--theirs", action="store_true", help="with --fill: only transformers' generate_batch"
     )
-    print(f"device {engine.device}, {torch.get_num_threads()} threads, seed {given.seed}")
-    picks = {s.name for layer in engine.layers for s in layer.selections.values()}
-    print(f"backends {', '.join(sorted(picks))}")
-    if given.fill:
-        print(json.dumps(fill(engine, *given.fill), indent=1))
-    else:
-        print(json.dumps(compare(engine, requests, given.seed, given.rounds), indent=1))
+    parser.add_argument("--new-tokens", type=int, default=48, help="of an answer, with --theirs")
+    parser.add_argument("--most-seconds", type=int, default=60, help="of a run, with --theirs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    given = parser.parse_args()
+    if given.theirs and not given.fill:
+        parser.error("--theirs needs --fill")
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(given, folder_of(given, Path(temporary)))
+    print(json.dumps(result, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

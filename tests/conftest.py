@@ -61,15 +61,26 @@ def _without_gpu_cases(mark: pytest.Mark, needs_gpu: bool) -> pytest.Mark:
     return pytest.mark.parametrize(names, [values[i] for i in kept], *more, **kwargs).mark
 
 
+#: A test with this many cases of two parameters or more is sampled, of this many cases one.
+_MANY_CASES, _EVERY = 40, 3
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Of a test with the mark `sampled`, all but some cases get the mark `slow`."""
+    """Of a test that is sampled, all but some cases get the mark `slow`.
+
+    Those are tests with the mark `sampled`, and any with many combinations of parameters.
+    """
     cases: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if item.get_closest_marker("sampled") is not None:
+        if hasattr(item, "callspec"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for each in cases.values():
-        (every,) = each[0].get_closest_marker("sampled").args
+        mark = each[0].get_closest_marker("sampled")
+        has_many = len(each) >= _MANY_CASES and len(each[0].callspec.params) > 1
+        if mark is None and not has_many:
+            continue
+        every = mark.args[0] if mark else _EVERY
         chosen = _sample(each, -(-len(each) // every))
         for item in each:
             if item not in chosen:

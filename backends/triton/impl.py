@@ -307,10 +307,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         # If the cache stores another dtype, its rounded values must be read.
         return cache is None or (cache.format == "plain" and cache.k.dtype == key.dtype)
 
-    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
-        """Whether the kernel reads the new rows of requests that have no past, by their lengths."""
-        return False
-
     def _gather(
         self, call: Call, plan: PrefillPlan, starts: torch.Tensor, cache: KVSource
     ) -> KVSource:
@@ -322,10 +318,9 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         rows = max(16, 16384 // max(self._sizes["BLOCK_D"], self._sizes["BLOCK_DV"]))
         skips = self._skips_keys and call.metadata.ranges is None
         k_scale, v_scale, scale_stride = cache.scales(call.layer)
-        skips_fresh = self._skips_fresh(call, plan)
         name = (launches, plan.pad, skips, cache.format, cache.k.dtype, cache.block_size)
         launch = self._launchers.find(
-            (*name, scale_stride, cache.same_strides, skips_fresh),
+            (*name, scale_stride, cache.same_strides),
             self._gather_kernel,
             lambda: {
                 "NUM_KV_HEADS": self.num_kv_heads,
@@ -333,7 +328,6 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
                 "ROWS": rows,
                 "PAD": plan.pad,
                 "SKIPS": self._skips if skips else self._skips._replace(WINDOW=False, CHUNK=0),
-                "SKIP_FRESH": skips_fresh,
                 "FORMAT": cache.format,
                 "NATIVE": has_native_fp8(launches.table, cache.format),
                 "SCALE_STRIDE": scale_stride,

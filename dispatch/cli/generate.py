@@ -75,11 +75,22 @@ def generate(
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8, int8_per_token ...")] = "auto",
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a step.")] = 2048,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="New tokens of a step. Default: 8192 on a GPU, else 2048."),
+    ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a request. Default: the model's limit.")
     ] = None,
     cache_bytes: Annotated[int | None, typer.Option(min=1, help="Memory of the cache.")] = None,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Guess up to K tokens from a request's own text."),
+    ] = 0,
+    compile_layers: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the layers: a slower start, faster on a GPU."),
+    ] = False,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Make the weights up, to measure the model.")
     ] = False,
@@ -125,7 +136,7 @@ def generate(
         _check_launched()
     limits = Limits(
         max_requests=max_requests,
-        max_tokens=max(max_tokens, max_requests),
+        max_tokens=None if max_tokens is None else max(max_tokens, max_requests),
         max_seq_len=max_seq_len,
         cache_bytes=cache_bytes,
     )
@@ -148,6 +159,8 @@ def generate(
             random_weights=random_weights,
             tp_plan="auto" if tensor_parallel else None,
             context_parallel=_ranks(context_parallel, torch_device),
+            compile_layers=compile_layers,
+            draft_tokens=draft_tokens,
         )
     chats = _as_prompts(engine, texts, system, raw)
     if (tensor_parallel or context_parallel > 1) and torch.distributed.get_rank() != 0:

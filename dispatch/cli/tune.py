@@ -64,7 +64,7 @@ def tune(
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,...", help="Any of prefill, decode, verify, mixed. Default: all."
+            metavar="A,B,...", help="Any of prefill, ragged, decode, verify, mixed. Default: all."
         ),
     ] = None,
     requests: Annotated[

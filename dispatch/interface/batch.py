@@ -339,6 +339,12 @@ class AttentionBatch:
         return {first: own, other: BatchTotals(*map(operator.sub, self.totals, own))}
 
     @functools.cached_property
+    def prefill_pairs(self) -> list[int]:
+        """Pairs of a new token and a key, for each request that is prefilled."""
+        lens = zip(self.phases, self.query_lens, self.seq_lens_list, strict=True)
+        return [new * keys for phase, new, keys in lens if phase is Phase.PREFILL]
+
+    @functools.cached_property
     def parts(self) -> dict[Phase, BatchPart]:
         """The requests of each phase as a batch; a phase without requests is absent."""
         found = set(self.phases)

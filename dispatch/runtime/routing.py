@@ -16,7 +16,7 @@ import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.backend import AttentionBackend
-from attn_dispatch.interface.batch import AttentionBatch, BatchPart, BatchTotals
+from attn_dispatch.interface.batch import AttentionBatch, BatchPart
 from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.impl import AttentionImpl
 from attn_dispatch.interface.metadata import (
@@ -31,7 +31,14 @@ from attn_dispatch.interface.validation import check_forward, check_metadata
 from attn_dispatch.runtime.composed import ComposedImpl, Given, Result, Scales
 from attn_dispatch.selection.report import Selection
 from attn_dispatch.selection.timings.policy import PhaseCandidates, routes_of, split_route
-from attn_dispatch.selection.timings.table import BatchKind, Bucket, LayerTimes, bucket_of, step_of
+from attn_dispatch.selection.timings.table import (
+    BatchKind,
+    Bucket,
+    LayerTimes,
+    bucket_of,
+    cost_totals,
+    step_of,
+)
 
 __all__ = [
     "PartFailed",
@@ -104,20 +111,23 @@ class Router:
         if not totals:
             return ()
         if len(totals) == 1:
-            ((phase, own),) = totals.items()
-            return ((self._pick(phase, own), None),)
+            (phase,) = totals
+            return ((self._pick(phase, batch), None),)
         name = self.routes.get(bucket_of(_MIXED, *batch.totals, captured=self.captured))
         if name is None:
-            prefill, decode = (self._pick(each, totals[each]) for each in (_PREFILL, _DECODE))
+            prefill, decode = (self._pick(each, batch) for each in (_PREFILL, _DECODE))
         else:
             prefill, decode = split_route(name)
         if prefill == decode:
             return ((prefill, None),)
         return ((prefill, _PREFILL), (decode, _DECODE))
 
-    def _pick(self, phase: Phase, totals: BatchTotals) -> str:
-        """The backend for these requests if no others are in the batch."""
-        name = self.routes.get(bucket_of(step_of(phase, totals), *totals, captured=self.captured))
+    def _pick(self, phase: Phase, batch: AttentionBatch) -> str:
+        """The backend for a phase's requests if no others are in the batch."""
+        kind, totals = step_of(batch, phase), cost_totals(batch, phase)
+        name = self.routes.get(bucket_of(kind, *totals, captured=self.captured))
+        if name is None and kind is BatchKind.RAGGED:  # not measured: as equal ones of that work
+            name = self.routes.get(bucket_of(BatchKind.PREFILL, *totals, captured=self.captured))
         return name or self.picks.get(phase) or self.picks[_PREFILL]  # an encoder has no decode
 
 

@@ -45,8 +45,8 @@ class Builtin:
 #   requests of equal lengths and ahead for unequal ones. FLASH_ATTN takes what HOPPER_ATTN has no
 #   kernel for: its prefills are faster than TRITON_ATTN's. FLASHINFER's decodes were level. The
 #   place of TORCH_VARLEN is a guess. Latents: on an H100, FLASHMLA's decodes led nearly everywhere,
-#   and FLASHINFER_MLA's came next. HOPPER_MLA's took 1.1 to 2 times as long, TRITON_MLA's 1.05 to
-#   4.8 times. For prompts FLASH_ATTN_MLA and FLASHINFER_MLA were level, and the former plans
+#   and FLASHINFER_MLA's came next. HOPPER_MLA's took 0.9 to 1.6 times as long, TRITON_MLA's 0.9 to
+#   4.6 times. For prompts FLASH_ATTN_MLA and FLASHINFER_MLA were level, and the former plans
 #   nothing on the host; TRITON_MLA was 4 to 8 times slower, and HOPPER_MLA was not timed.
 # The others are guesses from published figures; `attn-dispatch tune` replaces them by times.
 # ampere: FlashAttention 2 and FlashInfer's FA2 kernels were tuned for it. Prefills are bound by how

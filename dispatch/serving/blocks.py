@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["BlockPool", "Prefix"]
+import torch
+
+__all__ = ["BlockPool", "BlockTables", "Prefix"]
 
 #: What identifies a block's content: the block before it, and its own tokens. The token ids are
 #: compared themselves, so that two contents are never taken for the same.
@@ -135,3 +138,68 @@ class BlockPool:
         content = self._content_of.pop(block, None)
         if content is not None:
             del self._block_of[content], self._serial_of[block]
+
+
+class _HasBlocks(Protocol):
+    """A request, as BlockTables reads it."""
+
+    index: int
+    blocks: list[int]
+
+
+@dataclass
+class _Row:
+    """Where a request's blocks are in the matrix; `source` is the list that they are of."""
+
+    number: int
+    source: list[int]
+    length: int = 0
+
+
+class BlockTables:
+    """Block tables of steps, on the host.
+
+    Making a tensor of many lists takes milliseconds. So the blocks of all requests are kept in a
+    matrix, and only those that were appended since the last step are written to it.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._unused: list[int] = []
+        self._matrix = torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+
+    def of(self, requests: Sequence[_HasBlocks]) -> torch.Tensor:
+        """(len(requests), most blocks of one) int32; rows are padded with any blocks."""
+        columns = max(len(request.blocks) for request in requests)
+        if columns > self._matrix.shape[1]:
+            self._grow(self._matrix.shape[0], 2 * columns)
+        rows = torch.tensor([self._row(request) for request in requests], device="cpu")
+        return self._matrix[:, :columns].index_select(0, rows)
+
+    def forget(self, index: int) -> None:
+        """Drop what is kept of a request that is finished."""
+        row = self._rows.pop(index, None)
+        if row is not None:
+            self._unused.append(row.number)
+
+    def _row(self, request: _HasBlocks) -> int:
+        """The number of the request's row, with all of its blocks."""
+        row, blocks = self._rows.get(request.index), request.blocks
+        # The scheduler appends to a request's list, and a preempted request gets a new one.
+        if row is None or row.source is not blocks:
+            self.forget(request.index)
+            if not self._unused:
+                count = len(self._matrix)
+                self._unused = list(range(count, 2 * count + 8))
+                self._grow(2 * count + 8, self._matrix.shape[1])
+            row = self._rows[request.index] = _Row(self._unused.pop(), blocks)
+        if len(blocks) > row.length:
+            new = torch.tensor(blocks[row.length :], dtype=torch.int32, device="cpu")
+            self._matrix[row.number, row.length : len(blocks)] = new
+            row.length = len(blocks)
+        return row.number
+
+    def _grow(self, rows: int, columns: int) -> None:
+        grown = self._matrix.new_zeros(rows, columns)
+        grown[: self._matrix.shape[0], : self._matrix.shape[1]] = self._matrix
+        self._matrix = grown

@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from attn_dispatch.arguments import shown
-from attn_dispatch.errors import (
-    AttnDispatchError,
-    InvalidInputError,
-    UnsupportedError,
-    summary_of,
-)
-from attn_dispatch.interface.batch import AttentionBatch
-from attn_dispatch.runtime.context import forward_context
+from attn_dispatch.arguments import as_int, shown
+from attn_dispatch.errors import AttnDispatchError, InvalidInputError, UnsupportedError
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.kv_cache_plan import plan_kv_cache
-from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.serving.blocks import BlockPool
-from attn_dispatch.serving.graphs import CapturedSteps
+from attn_dispatch.serving.forward import Forward, LanguageModel, Launched, Newest
 from attn_dispatch.serving.limits import Limits, sized
 from attn_dispatch.serving.requests import FinishReason, Request, Sampling
-from attn_dispatch.serving.sampling import choose_tokens
 from attn_dispatch.serving.scheduler import Chunk, Scheduler, Stats
 from attn_dispatch.serving.text import Text, TextStream
 
 __all__ = ["Engine", "LanguageModel", "Piece"]
-
-#: Steps with prompts are captured up to this many tokens. Longer ones keep a GPU busy without.
-_MAX_CAPTURED_TOKENS = 256
-
-
-class LanguageModel(Protocol):
-    """What an Engine runs. `integrations.transformers.PagedModel` is one.
-
-    Attributes:
-        layers: its attention layers by name; the engine binds their caches.
-        device: where it runs.
-        max_seq_len: the most tokens of a request, or None for no limit.
-        max_step_tokens: the most new tokens of a step, or None for no limit.
-        states: None, or the RecurrentStates of layers without attention. Then each call of `logits`
-            has one request, or one token of each of several.
-    """
-
-    layers: dict[str, Attention]
-    device: torch.device
-    max_seq_len: int | None
-    max_step_tokens: int | None
-    states: Any
-
-    def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """(len(rows), vocab_size): the logits after these of the step's tokens.
-
-        token_ids, positions: (num_tokens,) int64; rows: int64 indices. It is called in the step's
-        forward_context, and its attention layers find their batch there.
-        """
 
 
 @dataclass(frozen=True)
@@ -93,6 +51,12 @@ class Engine:
         limits: see Limits.
         use_graphs: whether to capture steps; None for on a GPU. The layers must have been made
             with cuda_graph=True.
+        run_ahead: whether a step is queued before the tokens of the one before are on the host, so
+            that the device does not wait for the host; None for on a GPU. Tokens are the same. Not
+            while requests draw tokens, or are swapped out.
+        draft_tokens: the most tokens of a request that are guessed from its own text and verified
+            in one step, see PromptLookup; 0 for none. Tokens are the same, but for rounding. No
+            step is queued ahead then. Not for models with states.
         clock: the time in seconds.
 
     Attributes:
@@ -104,7 +68,8 @@ class Engine:
 
     Raises:
         InvalidInputError: a limit is too small for a block, or larger than the memory.
-        UnsupportedError: no layout of the cache is accepted by all layers.
+        UnsupportedError: no layout of the cache is accepted by all layers; or draft_tokens are
+            given for a model that has states.
 
     Example:
         >>> engine = load_engine("SmolLM2-135M-Instruct")
@@ -120,6 +85,8 @@ class Engine:
         eos_ids: Sequence[int] = (),
         limits: Limits | None = None,
         use_graphs: bool | None = None,
+        run_ahead: bool | None = None,
+        draft_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.clock = model, clock
@@ -128,6 +95,11 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.stats = Stats()
         self.finished: list[Request] = []
+        if as_int("draft_tokens", draft_tokens, 0) and model.states is not None:
+            raise UnsupportedError(
+                "This model keeps states, which cannot go back to before a wrong draft. Leave out "
+                "draft_tokens."
+            )
         self._num_added = 0
         self._failed = False
         plan = plan_kv_cache(model.layers)
@@ -142,6 +114,7 @@ class Engine:
         )
         self.limits = limits
         assert limits.num_blocks is not None
+        assert limits.max_tokens is not None
         assert limits.max_seq_len is not None
         self._caches = plan.allocate(limits.num_blocks, self.device)
         self._plan, self._num_host_blocks = plan, num_host_blocks
@@ -156,39 +129,14 @@ class Engine:
             max_requests=limits.max_requests,
             max_tokens=limits.max_tokens,
             stats=self.stats,
+            draft_tokens=draft_tokens,
         )
-        self._graphs: CapturedSteps | None = None
+        self._forward = Forward(model, self.block_size, draft_tokens)
         if self.device.type == "cuda" if use_graphs is None else use_graphs:
-            self._capture(limits)
-
-    def _capture(self, limits: Limits) -> None:
-        """Capture steps into graphs, if the layers can be; each is run once before."""
-        if self.model.states or not all(layer.spec.cuda_graph for layer in self.layers):
-            return
-        self._warm_up()
-        assert limits.max_seq_len is not None
-        try:
-            self._graphs = CapturedSteps(
-                self.model.logits,
-                self.layers,
-                max_requests=limits.max_requests,
-                max_tokens=min(_MAX_CAPTURED_TOKENS, limits.max_tokens),
-                max_seq_len=limits.max_seq_len,
-            )
-        except UnsupportedError:
-            self._graphs = None  # a backend has no graphs for these layers; steps run eagerly
-        except RuntimeError as error:  # the model's own code waits for the device, for example
-            self._graphs = None
-            warnings.warn(
-                f"Steps are not captured, and run eagerly: {summary_of(error)}", stacklevel=3
-            )
-
-    def _warm_up(self) -> None:
-        """Run a prompt and a decode, so that kernels are compiled and backends final."""
-        dummy = Request(-1, [0] * 3, 2)
-        dummy.blocks = list(range(self._scheduler.pool.blocks_for(3)))
-        for chunk in (Chunk(dummy, 0, 2), Chunk(dummy, 2, 3)):
-            self._logits([chunk])
+            self._forward.capture(limits)
+        self._ahead: Launched | None = None
+        self._runs_ahead = self.device.type == "cuda" if run_ahead is None else run_ahead
+        self._runs_ahead = self._runs_ahead and not draft_tokens
 
     def add(
         self,
@@ -241,7 +189,7 @@ class Engine:
         return len(self._scheduler.running)
 
     def step(self) -> list[Request]:
-        """Run one forward pass, and append a token to each request whose prompt is computed.
+        """Run one forward pass, and append its new tokens to each request that gets some.
 
         Returns:
             These requests.
@@ -251,24 +199,50 @@ class Engine:
         """
         if self._failed:
             raise InvalidInputError("An earlier step of this engine failed. Make a new one.")
-        chunks = self._scheduler.schedule()
-        if not chunks:
+        launched = self._next()
+        if launched is None:
             return []
+        self._ahead = self._launch_ahead(launched)
         self._failed = True
-        last = [chunk for chunk in chunks if chunk.is_last]
-        tokens: dict[Request, int] = {}
-        for group in self._groups(chunks):
-            logits = self._logits(group)
-            asked = [chunk.request for chunk in group if chunk.is_last]
-            if asked:
-                tokens.update(zip(asked, choose_tokens(logits, asked), strict=True))
+        tokens = launched.read()
         self._failed = False
+        chunks = launched.unfinished()
         self._count(chunks)
-        for chunk in chunks:
-            chunk.request.num_computed = chunk.end
+        self.stats.replayed_steps += launched.replayed
+        last = [chunk for chunk in chunks if chunk.is_last]
         for chunk in last:
-            self._append(chunk.request, tokens[chunk.request])
+            self._take(chunk, tokens[chunk.request])
         return [chunk.request for chunk in last]
+
+    def _next(self) -> Launched | None:
+        """The step that runs already, or else a new one; None if there is nothing to do."""
+        launched, self._ahead = self._ahead, None
+        if launched is not None and launched.unfinished():
+            self.stats.steps_ahead += 1
+            return launched
+        chunks = self._scheduler.schedule()
+        return self._launch(chunks) if chunks else None
+
+    def _launch(self, chunks: list[Chunk], newest: Newest = ({}, None)) -> Launched:
+        """Queue the forward passes of a step on the device."""
+        self._failed = True
+        launched = Launched()
+        for group in self._groups(chunks):
+            launched.add(group, *self._forward.run(group, newest))
+        self._failed = False
+        return launched
+
+    def _launch_ahead(self, launched: Launched) -> Launched | None:
+        """Queue the step after this one, before this one's tokens are known on the host.
+
+        They stay on the device. A request that turns out to be finished has computed one token too
+        many, which is dropped.
+        """
+        newest = launched.newest
+        if not self._runs_ahead or newest is None or self.model.states is not None:
+            return None
+        chunks = self._scheduler.schedule() if self._scheduler.can_run_ahead() else []
+        return self._launch(chunks, newest) if chunks else None
 
     def _groups(self, chunks: list[Chunk]) -> list[list[Chunk]]:
         """The chunks of each forward pass: all in one, if the model keeps no states."""
@@ -281,10 +255,21 @@ class Engine:
         stats = self.stats
         stats.steps += 1
         stats.largest_batch = max(stats.largest_batch, len(chunks))
-        stats.mixed_steps += len({chunk.end - chunk.start > 1 for chunk in chunks}) == 2
+        stats.mixed_steps += len({chunk.known_end - chunk.start > 1 for chunk in chunks}) == 2
         for chunk in chunks:
             end = min(chunk.end, chunk.request.num_prompt_tokens)
             stats.prompt_tokens += max(0, end - chunk.start)
+
+    def _take(self, chunk: Chunk, tokens: list[int]) -> None:
+        """Append the tokens after a chunk to its request."""
+        request = chunk.request
+        request.num_pending -= 1
+        if chunk.drafts:  # the keys of wrong ones are overwritten
+            request.num_computed = chunk.known_end + len(tokens) - 1
+            self.stats.accepted_tokens += len(tokens) - 1
+        for token in tokens:
+            if request.finish_reason is None:
+                self._append(request, token)
 
     def _append(self, request: Request, token: int) -> None:
         """Append a token, and finish the request if it was the last."""
@@ -300,8 +285,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason, request.finished_at = reason, self.clock()
         self._scheduler.finish(request)
-        if self.model.states is not None:
-            self.model.states.forget(request.index)
+        self._forward.forget(request.index)
         self.finished.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -397,43 +381,3 @@ class Engine:
                 # All backends copy blocks in the same way, so any of them will do.
                 backend_cls = next(iter(layer.selections.values())).backend_cls
                 backend_cls.swap_blocks(source[layer.prefix], target[layer.prefix], pairs)
-
-    def _logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Run one forward pass; the logits after each chunk that ends its request's tokens."""
-        tables = [chunk.request.blocks for chunk in chunks]
-        columns = max(map(len, tables))
-        batch = AttentionBatch.create(
-            [chunk.end - chunk.start for chunk in chunks],
-            [chunk.end for chunk in chunks],
-            block_table=torch.tensor([row + [0] * (columns - len(row)) for row in tables]),
-            block_size=self.block_size,
-            device=self.device,
-        )
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            token_ids += chunk.request.token_ids[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            if chunk.is_last:
-                rows.append(len(token_ids) - 1)
-        inputs = [torch.tensor(x, device=self.device) for x in (token_ids, positions)]
-        inputs.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
-        logits = None if self._graphs is None else self._graphs.run(batch, *inputs)
-        self.stats.replayed_steps += logits is not None
-        if logits is None:
-            with torch.inference_mode(), forward_context(batch), self._states_of(chunks):
-                logits = self.model.logits(*inputs)
-        return logits
-
-    def _states_of(self, chunks: Sequence[Chunk]) -> contextlib.AbstractContextManager[None]:
-        states = self.model.states
-        if states is None:
-            return contextlib.nullcontext()
-        for chunk in chunks:
-            if chunk.start == 0:
-                states.forget(chunk.request.index)
-        step: contextlib.AbstractContextManager[None] = states.step(
-            [chunk.request.index for chunk in chunks]
-        )
-        return step

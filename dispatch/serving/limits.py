@@ -15,6 +15,9 @@ __all__ = ["Limits", "sized"]
 #: The part of a GPU's free memory that the cache takes by default, and the cache's size elsewhere.
 _PART_OF_MEMORY, _CACHE_BYTES = 0.85, 1 << 30
 _HOST_BYTES = 1 << 30
+#: New tokens of a step. A GPU's matrix products reach their rate at several thousand rows.
+_MAX_TOKENS = {"cuda": 8192}
+_MAX_TOKENS_ELSEWHERE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,8 @@ class Limits:
 
     Attributes:
         max_requests: requests of a step.
-        max_tokens: new tokens of a step; longer prompts are computed in chunks.
+        max_tokens: new tokens of a step; longer prompts are computed in chunks. None for 8,192 on a
+            GPU and 2,048 on a CPU, or max_requests if that is more.
         max_seq_len: tokens of a request, prompt and answer; None for the model's own limit.
         cache_bytes: memory of the cache; None for 85 % of what is free on a GPU, and 1 GiB on a
             CPU. It is never larger than max_requests requests of max_seq_len tokens need.
@@ -32,7 +36,7 @@ class Limits:
     """
 
     max_requests: int = 64
-    max_tokens: int = 2048
+    max_tokens: int | None = None
     max_seq_len: int | None = None
     cache_bytes: int | None = None
     num_blocks: int | None = None
@@ -40,7 +44,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         as_int("max_requests", self.max_requests, 1)
-        as_int("max_tokens", self.max_tokens, self.max_requests)
+        if self.max_tokens is not None:
+            as_int("max_tokens", self.max_tokens, self.max_requests)
         as_int("host_bytes", self.host_bytes, 0)
         for name, least in (("max_seq_len", 2), ("cache_bytes", 1), ("num_blocks", 1)):
             value = getattr(self, name)
@@ -69,7 +74,11 @@ def sized(
     Raises:
         InvalidInputError: max_seq_len is larger than the model's limit, or the memory too small.
     """
-    longest = limits.max_seq_len or model_limit or limits.max_tokens
+    max_tokens = limits.max_tokens
+    if max_tokens is None:
+        usual = _MAX_TOKENS.get(device.type, _MAX_TOKENS_ELSEWHERE)
+        max_tokens = max(usual, limits.max_requests)
+    longest = limits.max_seq_len or model_limit or max_tokens
     if model_limit is not None and longest > model_limit:
         raise InvalidInputError(
             f"max_seq_len={longest}, and the model was made for {model_limit} tokens."
@@ -87,7 +96,7 @@ def sized(
     filled = dataclasses.replace(
         limits,
         max_requests=min(limits.max_requests, step_limit or limits.max_requests),
-        max_tokens=min(limits.max_tokens, step_limit or limits.max_tokens),
+        max_tokens=min(max_tokens, step_limit or max_tokens),
         max_seq_len=min(longest, num_blocks * block_size),
         cache_bytes=num_blocks * bytes_per_block,
         num_blocks=num_blocks,

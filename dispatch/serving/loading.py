@@ -30,6 +30,8 @@ def load_engine(
     random_weights: bool = False,
     tp_plan: str | None = None,
     context_parallel: ContextParallel | None = None,
+    compile_layers: bool = False,
+    draft_tokens: int = 0,
 ) -> Engine:
     """An Engine that runs a causal language model of transformers.
 
@@ -47,6 +49,8 @@ def load_engine(
         tp_plan: "auto" to split the model over the processes that torchrun started.
         context_parallel: splits the keys over processes instead, each of which runs the whole
             model; made with heads="replicated". Steps are not captured then.
+        draft_tokens: see Engine.
+        compile_layers: see PagedModel. It makes steps faster on a GPU and the start slower.
 
     Raises:
         InvalidInputError: there is no model at this path, or it cannot be read.
@@ -68,6 +72,7 @@ def load_engine(
         "backend": backend,
         "kv_cache_dtype": kv_cache_dtype,
         "context_parallel": context_parallel,
+        "compile_layers": compile_layers,
     }
     try:
         paged = PagedModel(model, cuda_graph=captures, **make)  # type: ignore[arg-type]
@@ -81,6 +86,7 @@ def load_engine(
         eos_ids=_eos_ids(model, tokenizer),
         limits=limits,
         use_graphs=use_graphs,
+        draft_tokens=draft_tokens,
     )
 
 

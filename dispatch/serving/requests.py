@@ -41,6 +41,11 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each token is the most likely one."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def __post_init__(self) -> None:
         as_int("max_new_tokens", self.max_new_tokens, 1)
         as_int("top_k", self.top_k, 0)
@@ -79,7 +84,9 @@ class Request:
         token_ids: prompt and answer so far.
         num_prompt_tokens: this many of them are the prompt.
         sampling: how tokens are chosen.
-        num_computed: this many tokens have keys and values in the cache.
+        num_computed: this many tokens have keys and values in the cache, or will have them after
+            the steps that are queued on the device.
+        num_pending: its next tokens that steps on the device choose.
         num_shared: this many were found in blocks of other requests when it was admitted.
         blocks: its blocks on the device, in order.
         host_blocks: its blocks on the host while it is swapped out.
@@ -93,6 +100,7 @@ class Request:
     num_prompt_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     num_computed: int = 0
+    num_pending: int = 0
     num_shared: int = 0
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
@@ -102,6 +110,7 @@ class Request:
     first_token_at: float | None = None
     finished_at: float | None = None
     sampler: Any = None
+    lookup: Any = None
 
     @property
     def answer_ids(self) -> list[int]:
@@ -111,9 +120,16 @@ class Request:
     @property
     def num_ready(self) -> int:
         """Tokens that can be computed: the rest of the prompt, or the newest token."""
-        return len(self.token_ids) - self.num_computed
+        if self.num_pending and self.has_all_tokens:
+            return 0
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
     def num_new_tokens(self) -> int:
         """Tokens of the answer so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether the answer is as long as it may be, with those that are pending."""
+        return self.num_new_tokens + self.num_pending >= self.sampling.max_new_tokens

@@ -7,31 +7,60 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.serving.requests import Request, Sampling
+from attn_dispatch.serving.drafts import accepted
+from attn_dispatch.serving.requests import Sampling
+from attn_dispatch.serving.scheduler import Chunk
 
-__all__ = ["choose_tokens"]
+__all__ = ["Choice"]
 
 
-def choose_tokens(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """The next token of each request.
+class Choice:
+    """The next tokens of requests, whose choice is queued on the device.
 
     Args:
-        logits: (len(requests), vocab_size).
-        requests: those with temperature 0 and no penalty get the most likely token; with several
-            that are equally likely, the first.
+        logits: (rows, vocab_size): of each chunk 1 + len(drafts) rows.
+        chunks: of the requests. Those with temperature 0 and no penalty get the most likely token;
+            with several that are equally likely, the first.
+
+    Attributes:
+        chunks: these.
+        greedy: (rows,) int64 on the device, the most likely tokens.
+        is_known_on_device: whether these are the tokens of all requests, one for each.
     """
-    plain = [_is_plain(request.sampling) for request in requests]
-    chosen: list[int] = logits.argmax(-1).tolist() if any(plain) else [0] * len(requests)
-    for row, request in enumerate(requests):
-        if not plain[row]:
-            if request.sampler is None:
-                request.sampler = Sampler(request.sampling)
-            chosen[row] = request.sampler(request.token_ids, logits[row])
-    return chosen
 
+    def __init__(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        is_greedy = all(chunk.request.sampling.is_plain for chunk in chunks)
+        self.is_known_on_device = is_greedy and not any(chunk.drafts for chunk in chunks)
+        self.greedy = logits.argmax(-1)
+        self._logits = None if is_greedy else logits
+        self._host, self._copied = self.greedy, None
+        if logits.device.type == "cuda":
+            # A copy of its own, so that reading it does not wait for what is queued later.
+            self._host = torch.empty(
+                self.greedy.shape, dtype=torch.int64, device="cpu", pin_memory=True
+            )
+            self._host.copy_(self.greedy, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-def _is_plain(sampling: Sampling) -> bool:
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1
+    def read(self) -> list[list[int]]:
+        """The new tokens of each chunk's request; waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        likely: list[int] = self._host.tolist()
+        found, row = [], 0
+        for chunk in self.chunks:
+            request, end = chunk.request, row + 1 + len(chunk.drafts)
+            if request.sampling.is_plain:
+                found.append(accepted(chunk.drafts, likely[row:end]))
+            else:
+                assert self._logits is not None
+                if request.sampler is None:
+                    request.sampler = Sampler(request.sampling)
+                found.append([request.sampler(request.token_ids, self._logits[row])])
+            row = end
+        return found
 
 
 class Sampler:

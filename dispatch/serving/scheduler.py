@@ -7,11 +7,13 @@ block is free, the youngest request is swapped out to the host, and resumed late
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attn_dispatch.serving.blocks import BlockPool, Prefix
+from attn_dispatch.serving.drafts import PromptLookup
 from attn_dispatch.serving.requests import Request
 
 __all__ = ["Chunk", "Scheduler", "Stats"]
@@ -22,16 +24,28 @@ Swap = Callable[[Sequence[int], Sequence[int], bool], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of a request: `start` to `end` of its token_ids."""
+    """The next tokens of a request: `start` to `end` of its token_ids.
+
+    Attributes:
+        is_last: the logits after it choose a token.
+        drafts: its last tokens, which are no tokens of the request yet.
+    """
 
     request: Request
     start: int
     end: int
+    is_last: bool
+    drafts: tuple[int, ...] = ()
 
     @property
-    def is_last(self) -> bool:
-        """Whether the logits after it choose a token."""
-        return self.end == len(self.request.token_ids)
+    def known_end(self) -> int:
+        """Where its drafts begin."""
+        return self.end - len(self.drafts)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is the token that a queued step chooses."""
+        return self.known_end > len(self.request.token_ids)
 
 
 @dataclass
@@ -48,6 +62,9 @@ class Stats:
     blocks_swapped: int = 0
     recomputed: int = 0
     replayed_steps: int = 0
+    steps_ahead: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -59,6 +76,7 @@ class Scheduler:
         swap: copies blocks between them.
         max_requests: requests of a step.
         max_tokens: new tokens of a step.
+        draft_tokens: the most drafts of a request in a step.
         stats: counters to update.
 
     Attributes:
@@ -76,10 +94,12 @@ class Scheduler:
         max_requests: int,
         max_tokens: int,
         stats: Stats,
+        draft_tokens: int = 0,
     ) -> None:
         self.pool, self.host_pool, self.stats = pool, host_pool, stats
         self._swap = swap
         self._max_requests, self._max_tokens = max_requests, max_tokens
+        self._draft_tokens = draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.swapped: deque[Request] = deque()
@@ -94,13 +114,17 @@ class Scheduler:
         self._resume()
         chunks: list[Chunk] = []
         budget = self._max_tokens
-        for request in sorted(self.running, key=lambda each: each.num_ready > 1):
+        ready = [each for each in self.running if each.num_ready]
+        ready.sort(key=lambda each: each.num_ready > 1)
+        for place, request in enumerate(ready, 1):
             if budget == 0:
                 break
             if request not in self.running:  # an earlier one has preempted it
                 continue
-            chunk = self._chunk(request, budget, [each.request for each in chunks])
+            chunk = self._chunk(request, budget, chunks)
             if chunk is not None:
+                # Each other request keeps room for a token.
+                chunk = self._with_drafts(chunk, budget - 1 - (len(ready) - place))
                 chunks.append(chunk)
                 budget -= chunk.end - chunk.start
         while budget and self.waiting and not self.swapped:
@@ -113,6 +137,20 @@ class Scheduler:
             chunks.append(chunk)
             budget -= chunk.end - chunk.start
         return chunks
+
+    def can_run_ahead(self) -> bool:
+        """Whether the next step can be scheduled before the tokens of the queued one are known.
+
+        Not if a request could be preempted then, or wants to be resumed.
+        """
+        if self.swapped:
+            return False
+        ends = (each.num_computed + min(each.num_ready, self._max_tokens) for each in self.running)
+        needed = (
+            max(self.pool.blocks_for(end) - len(each.blocks), 0)
+            for each, end in zip(self.running, ends, strict=True)
+        )
+        return sum(needed) <= self.pool.num_free
 
     def finish(self, request: Request) -> None:
         """Take out a request in any state."""
@@ -130,18 +168,44 @@ class Scheduler:
         self.running.append(request)
         self.running.sort(key=lambda each: each.index)
 
-    def _chunk(self, request: Request, budget: int, scheduled: Sequence[Request]) -> Chunk | None:
+    def _chunk(self, request: Request, budget: int, chunks: Sequence[Chunk]) -> Chunk | None:
         """The request's next tokens, with blocks for them; None if it was preempted."""
         start = request.num_computed
         end = start + min(request.num_ready, budget)
         while (missing := self.pool.blocks_for(end) - len(request.blocks)) > self.pool.num_free:
+            scheduled = [chunk.request for chunk in chunks]
             victim = next(each for each in reversed(self.running) if each not in scheduled)
             self._preempt(victim)  # the youngest that this step does not compute
             if victim is request:
                 return None
         request.blocks += self.pool.allocate(max(missing, 0))
-        request.prefix = self.pool.register(request.blocks, request.token_ids, end, request.prefix)
-        return Chunk(request, start, end)
+        known = min(end, len(request.token_ids))
+        request.prefix = self.pool.register(
+            request.blocks, request.token_ids, known, request.prefix
+        )
+        return Chunk(request, start, end, is_last=end == start + request.num_ready)
+
+    def _with_drafts(self, chunk: Chunk, room: int) -> Chunk:
+        """A decode with as many drafts as there are, have room and may be new tokens."""
+        request, size = chunk.request, self.pool.block_size
+        if not self._draft_tokens or not request.sampling.is_plain:
+            return chunk
+        if not chunk.is_last or chunk.end - chunk.start > 1:
+            return chunk
+        # Blocks that other requests need for their next tokens are left.
+        blocks = len(request.blocks) + max(0, self.pool.num_free - len(self.running))
+        # The last new token is never a draft.
+        wanted = request.sampling.max_new_tokens - request.num_new_tokens - 1
+        most = min(self._draft_tokens, room, wanted, blocks * size - chunk.end)
+        if most < 1:
+            return chunk
+        request.lookup = request.lookup or PromptLookup()
+        drafts = request.lookup.draft(request.token_ids, most)
+        end = chunk.end + len(drafts)
+        missing = self.pool.blocks_for(end) - len(request.blocks)
+        request.blocks += self.pool.allocate(max(missing, 0))
+        self.stats.drafted_tokens += len(drafts)
+        return dataclasses.replace(chunk, end=end, drafts=tuple(drafts))
 
     def _admit(self, request: Request, budget: int) -> bool:
         """Give a waiting request the known blocks of its prefix, if there is room for more."""

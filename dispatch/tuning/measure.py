@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import operator
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,7 @@ from attn_dispatch.selection.timings.table import (
     Point,
     SplitKey,
     Table,
+    is_ragged,
     layer_key,
     spec_of,
     totals_of,
@@ -47,13 +50,22 @@ from attn_dispatch.selection.timings.table import (
 __all__ = ["Grid", "Measured", "Task", "Tuner", "cases_of", "place_of"]
 
 #: The steps, in the order in which they take turns.
-_STEPS = (BatchKind.DECODE, BatchKind.PREFILL, BatchKind.VERIFY, BatchKind.MIXED)
+_STEPS = (
+    BatchKind.DECODE,
+    BatchKind.PREFILL,
+    BatchKind.VERIFY,
+    BatchKind.RAGGED,
+    BatchKind.MIXED,
+)
 
 #: New tokens of a request that verifies drafts; of a chunk of a prompt; of a mixed step.
 _DRAFTS, _CHUNK, _MIXED = 4, 1024, 2048
 
 #: The limits of a point: new tokens, and keys, of all requests.
 _MAX_TOKENS, _MAX_KEYS = 1 << 16, 1 << 22
+
+#: Tries to draw lengths that are unequal enough.
+_MAX_DRAWS = 100
 
 #: Numbers in one list of a grid.
 _MAX_NUMBERS = 64
@@ -99,12 +111,40 @@ def _batches(
         if not decodes or prompt <= DECODE_QUERY_LEN:
             return []
         return [((1,) * decodes + (prompt,), (length,) * decodes + (prompt,))]
+    if step is BatchKind.RAGGED:
+        return _ragged(requests, length)
     if step is BatchKind.PREFILL:  # a short one would count as decode
         new = [length] * (length > DECODE_QUERY_LEN) + [_CHUNK] * (length > _CHUNK)
     else:
         tokens = _DRAFTS if step is BatchKind.VERIFY else 1
         new = [tokens] * (length > tokens)
     return [((each,) * requests, (length,) * requests) for each in new]
+
+
+def _ragged(requests: int, length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(query_lens, seq_lens) of prefills as engines send them: unequal prompts, and chunks.
+
+    Lengths are lognormal, with the same seed for the same numbers. `length` is that of a prompt on
+    average; or of the keys of a chunk, of which half are new, up to 1024 on average.
+    """
+    rng = random.Random(requests * _MAX_KEYS + length)
+    new = min(length // 2, _CHUNK)
+    found = []
+    for tokens, past in ((length, 0), (new, length - new)):
+        for _ in range(_MAX_DRAWS):
+            queries = _lognormal(requests, tokens, DECODE_QUERY_LEN + 1, rng)
+            keys = tuple(map(operator.add, queries, _lognormal(requests, past, 0, rng)))
+            if is_ragged(tuple(map(operator.mul, queries, keys))):
+                found.append((queries, keys))
+                break
+    return found
+
+
+def _lognormal(number: int, average: int, least: int, rng: random.Random) -> tuple[int, ...]:
+    """This many lengths whose logarithms have a standard deviation of 0.8, and this average."""
+    drawn = [rng.lognormvariate(0, 0.8) for _ in range(number)]
+    factor = number * average / sum(drawn)
+    return tuple(max(least, round(each * factor)) for each in drawn)
 
 
 def cases_of(name: str, spec: AttentionSpec, grid: Grid) -> list[Case]:

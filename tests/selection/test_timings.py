@@ -81,6 +81,9 @@ def cache(tmp_path, monkeypatch):
         ([4, 4], [5, 9], 4, (BatchKind.VERIFY, 2, 8, 14)),
         ([4, 4], [5, 9], 1, (BatchKind.PREFILL, 2, 8, 14)),
         ([7], [7], 1, (BatchKind.PREFILL, 1, 7, 7)),
+        # Of 80 new tokens, 60 see 60 keys and 20 see 100: 70 on average, for each of two requests.
+        ([60, 20], [60, 100], 1, (BatchKind.PREFILL, 2, 80, 140)),
+        ([1, 1], [60, 100], 1, (BatchKind.DECODE, 2, 2, 160)),
         ([1, 7], [5, 7], 1, (BatchKind.MIXED, 2, 8, 12)),
         ([], [], 1, None),
     ],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from attn_dispatch.serving.blocks import BlockPool, Prefix
+from attn_dispatch.serving.blocks import BlockPool, BlockTables, Prefix
+from attn_dispatch.serving.requests import Request
 
 SIZE = 2
 NUM_BLOCKS = 7
@@ -83,3 +87,25 @@ def test_a_pool_without_content_shares_nothing():
     blocks = pool.allocate(1)
     assert pool.register(blocks, [5], 1, Prefix()) == Prefix()
     assert pool.find([5], 1) == ([], Prefix())
+
+
+def test_tables_follow_the_blocks_of_requests():
+    """A request's list grows while it runs, and is another one after a preemption."""
+    rng = random.Random(2)
+    tables, requests = BlockTables(), [Request(index, [0], 1) for index in range(5)]
+    for _ in range(200):
+        for request in rng.sample(requests, 3):
+            match rng.randrange(8):
+                case 0:
+                    request.blocks = [rng.randrange(99) for _ in range(rng.randint(1, 4))]
+                case 1:
+                    tables.forget(request.index)
+                case _:
+                    request.blocks += [rng.randrange(99) for _ in range(rng.randint(0, 3))]
+        step = rng.sample([each for each in requests if each.blocks] or requests, 1)
+        step += [each for each in requests if each not in step and each.blocks]
+        table = tables.of(step)
+        assert table.dtype == torch.int32
+        assert table.shape == (len(step), max(len(each.blocks) for each in step))
+        for row, request in zip(table.tolist(), step, strict=True):
+            assert row[: len(request.blocks)] == request.blocks

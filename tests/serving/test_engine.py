@@ -6,9 +6,11 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.serving import FinishReason, Limits, Sampling
+from attn_dispatch.serving.limits import sized
 from support.addition import tokenizer
 from support.addition.served import (
     MAX_NEW_TOKENS,
@@ -41,16 +43,16 @@ def unused(engine):
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("limits", "run_ahead"),
     [
-        SMALL,
-        replace(SMALL, num_blocks=28, max_requests=6, max_tokens=16),
-        replace(SMALL, num_blocks=28, host_bytes=0),
+        (SMALL, False),
+        (replace(SMALL, num_blocks=28, max_requests=6, max_tokens=16), True),
+        (replace(SMALL, num_blocks=28, host_bytes=0), False),
     ],
     ids=["small", "smaller", "no_host"],
 )
-def test_tokens_are_right_whatever_the_limits(model, limits):
-    engine = engine_of(model, limits)
+def test_tokens_are_right_whatever_the_limits(model, limits, run_ahead):
+    engine = engine_of(model, limits, run_ahead=run_ahead)
     before = unused(engine)
     requests = engine.generate(PROMPTS, SAMPLING)
     assert check_tokens(requests) == (engine.stats.new_tokens, 0)
@@ -98,9 +100,10 @@ def test_an_answer_does_not_depend_on_other_requests(model):
     assert other.answer_ids != apart.answer_ids
 
 
-def test_random_arrivals_and_cancellations_leave_no_block_behind(model):
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_random_arrivals_and_cancellations_leave_no_block_behind(model, run_ahead):
     rng = random.Random(5)
-    engine = engine_of(model, replace(SMALL, num_blocks=28))
+    engine = engine_of(model, replace(SMALL, num_blocks=28), run_ahead=run_ahead)
     before = unused(engine)
     queue, requests = list(PROMPTS), []
     while queue or engine.has_work:
@@ -114,6 +117,36 @@ def test_random_arrivals_and_cancellations_leave_no_block_behind(model):
     kept = [each for each in engine.finished if each.finish_reason is not FinishReason.CANCELLED]
     assert kept
     assert check_tokens(kept)[1] == 0
+    assert (engine.stats.steps_ahead > 0) == run_ahead
+
+
+def test_steps_of_decodes_run_ahead(model):
+    sampling = Sampling(max_new_tokens=7, ignore_eos=True)
+    found = []
+    for run_ahead in (False, True):
+        engine = engine_of(model, replace(SMALL, num_blocks=400), run_ahead=run_ahead)
+        requests = engine.generate(PROMPTS[:1], sampling)
+        found.append([each.answer_ids for each in requests])
+        assert engine.stats.steps_ahead == (engine.stats.steps - 1) * run_ahead
+    assert found[0] == found[1]
+
+
+def test_a_token_too_many_is_dropped(model):
+    """Requests that end at an end token are in the step that runs then."""
+    engine = engine_of(model, replace(SMALL, num_blocks=400), run_ahead=True)
+    before = unused(engine)
+    engine.generate(PROMPTS[:4], SAMPLING)
+    again = engine.generate(PROMPTS[4:8], SAMPLING)
+    assert engine.stats.steps_ahead > 0
+    assert check_tokens(engine.finished)[1] == 0
+    assert [answer_of(each) for each in again] == [each.answer for each in WORKLOAD.tasks[4:8]]
+    assert unused(engine) == before
+
+
+def test_no_step_runs_ahead_of_drawn_tokens(model):
+    engine = engine_of(model, run_ahead=True)
+    engine.generate([SHORT], Sampling(max_new_tokens=4, temperature=1.0))
+    assert engine.stats.steps_ahead == 0
 
 
 def test_answers_end_at_an_end_token_or_at_their_length(model):
@@ -141,16 +174,46 @@ def test_a_required_backend_that_cannot_serve_a_layer_is_an_error():
 
 
 def test_captured_steps_predict_the_same_tokens():
-    """On a GPU graphs are replayed; in Triton's interpreter the same steps are called."""
+    """On a GPU graphs are replayed; in Triton's interpreter the same steps are called.
+
+    The second prompt repeats itself, so that there are drafts, whose verification is captured.
+    """
     from support.graph_cases import BACKEND, DEVICE, interpreted_backend
 
     limits = replace(SMALL, max_requests=2, max_tokens=8)
     with interpreted_backend():
         captured = AdditionModel(DEVICE, BACKEND, cuda_graph=True)
-        engine = engine_of(captured, limits, use_graphs=True)
-        requests = engine.generate([SHORT, tokenizer.encode("5+6=")], SAMPLING)
+        engine = engine_of(captured, limits, use_graphs=True, draft_tokens=2)
+        requests = engine.generate([SHORT, tokenizer.encode("5+6=11;5+6=")], SAMPLING)
     assert engine.stats.replayed_steps == engine.stats.steps
+    assert engine.stats.accepted_tokens > 0
     assert check_tokens(requests)[1] == 0
+
+
+@pytest.mark.parametrize(("draft_tokens", "num_blocks"), [(5, 28), (1, 400)])
+def test_drafts_change_the_number_of_steps_and_no_token(model, draft_tokens, num_blocks):
+    limits = replace(SMALL, num_blocks=num_blocks, max_requests=6)
+    sampling = Sampling(max_new_tokens=24, ignore_eos=True)
+    steps = []
+    for count in (0, draft_tokens):
+        engine = engine_of(model, limits, draft_tokens=count, run_ahead=True)
+        before = unused(engine)
+        requests = engine.generate(PROMPTS[:7], sampling)
+        assert check_tokens(requests) == (7 * 24, 0)
+        assert unused(engine) == before
+        steps.append(engine.stats.steps)
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0
+    assert (engine.stats.preemptions > 0) == (num_blocks == 28)
+    assert steps[1] < steps[0]
+
+
+def test_drawn_tokens_have_no_drafts(model):
+    drawn = Sampling(max_new_tokens=20, temperature=3.0, seed=7, ignore_eos=True)
+    with_drafts = engine_of(model, draft_tokens=4)
+    found = with_drafts.generate(PROMPTS[:2], drawn)
+    assert with_drafts.stats.drafted_tokens == 0
+    expected = engine_of(model).generate(PROMPTS[:2], drawn)
+    assert [each.answer_ids for each in found] == [each.answer_ids for each in expected]
 
 
 def test_layers_that_cannot_be_captured_run_eagerly(model):
@@ -230,3 +293,11 @@ def test_default_limits_fit_the_model(model):
     limits = engine_of(model, Limits(max_requests=2, max_tokens=8)).limits
     assert limits.max_seq_len == model.max_seq_len
     assert limits.num_blocks == 2 * model.max_seq_len // 8
+
+
+@pytest.mark.parametrize(("device", "requests", "tokens"), [("cpu", 64, 2048), ("cuda", 64, 8192)])
+def test_the_default_size_of_a_step_suits_the_device(device, requests, tokens):
+    asked = Limits(max_requests=requests, num_blocks=8)
+    assert sized(asked, 288, None, 16, 1024, torch.device(device))[0].max_tokens == tokens
+    many = replace(asked, max_requests=2 * tokens)
+    assert sized(many, 288, None, 16, 1024, torch.device(device))[0].max_tokens == 2 * tokens

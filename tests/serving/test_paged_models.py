@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -50,6 +52,11 @@ def test_states_of_requests_that_start_again_are_dropped():
     assert engine.stats.recomputed > 0
     assert check_answers(engine.model, engine.finished).different == 0
     assert engine.model.states._of == {}
+
+
+def test_models_with_states_take_no_drafts():
+    with pytest.raises(UnsupportedError, match="keeps states"):
+        Engine(PagedModel(build("qwen3_next"), block_size=4), limits=SMALL, draft_tokens=2)
 
 
 def test_a_state_that_the_engine_does_not_see_is_found(monkeypatch):
@@ -149,3 +156,27 @@ def test_a_model_that_ignores_positions_is_rejected(monkeypatch):
 def test_encoders_are_rejected():
     with pytest.raises(UnsupportedError, match="causal language models"):
         PagedModel(build("bert"))
+
+
+@pytest.mark.models
+def test_one_compilation_serves_all_layers_and_lengths(monkeypatch):
+    """Six layers have the programs of two. They are traced and not translated, which is faster."""
+    import torch._dynamo
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="eager", **options),
+    )
+    programs = []
+    for num_layers in (2, 6):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = copy.deepcopy(build("llama", num_hidden_layers=num_layers))
+        engine = Engine(PagedModel(model, block_size=4, compile_layers=True), limits=SMALL)
+        engine.generate(prompts(), Sampling(max_new_tokens=NEW_TOKENS))
+        programs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert check_answers(engine.model, engine.finished).different == 0
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs[-1]
+    assert 0 < programs[0] == programs[1]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
+from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
+from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
+from attn_dispatch.backends.triton.plan import Launches
+from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from support.cases import Case, Step, layer_spec
+from support.paths import ROOT
 
 pytest.importorskip("triton")
 
@@ -21,6 +29,7 @@ __all__ = [
     "in_layout",
     "launched",
     "lens",
+    "on_an_h200",
     "on_gpu",
     "step_of",
 ]
@@ -110,6 +119,21 @@ def launched(impl):
     """The names of the kernels that an impl launched."""
     launchers = impl._launchers.values()
     return {launcher.kernel.__name__.removesuffix("_kernel") for launcher in launchers}
+
+
+def on_an_h200(step, *kv_caches):
+    """What an impl launches on an H200 over each cache, and the impl; nothing runs."""
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    cases = importlib.import_module("compile_cases")
+    builder = HopperBuilder(step.spec, step.device)
+    builder.launches = Launches.of(step.spec, KNOWN_DEVICES["sm90"])
+    impl, metadata = step.impl_of(HopperAttnBackend), builder.build(step.batch)
+    with cases.recorded() as launches:
+        for kv_cache in kv_caches:
+            impl.forward(step.layer, step.query, step.key, step.value, kv_cache, metadata)
+    return launches, impl
 
 
 def decode_launches(impl):

@@ -252,16 +252,17 @@ OTHERS: dict[str, ParityModel] = {
 
 
 @functools.lru_cache(maxsize=4)
-def build(model_type: str) -> torch.nn.Module:
+def build(model_type: str, **changes: Any) -> torch.nn.Module:
     """The model in float32 with eager attention; do not change its weights.
 
     Matrices are random and large enough that scores differ by several units: softmax is then far
     from uniform, and a soft cap, sink or hidden key that is left out changes the result visibly.
+    `changes` are fields of the config.
     """
     import transformers
 
     entry = DECODERS.get(model_type) or OTHERS[model_type]
-    config = transformers.CONFIG_MAPPING[model_type](**entry.config)
+    config = transformers.CONFIG_MAPPING[model_type](**entry.config | changes)
     auto = getattr(transformers, entry.auto)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

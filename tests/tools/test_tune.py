@@ -15,13 +15,16 @@ from attn_dispatch.bench.cases import Case as BenchCase
 from attn_dispatch.bench.timing import Clock
 from attn_dispatch.cli import app
 from attn_dispatch.errors import InvalidInputError, UnknownBackendError
+from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.detect import detect_device
+from attn_dispatch.runtime.routing import Router
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.timings import store
+from attn_dispatch.selection.timings.policy import PhaseCandidates, routes_of
 from attn_dispatch.selection.timings.reader import read_table
 from attn_dispatch.selection.timings.store import machine_of, write_table
-from attn_dispatch.selection.timings.table import LAYER_FIELDS, layer_key
+from attn_dispatch.selection.timings.table import LAYER_FIELDS, LayerTimes, Point, layer_key
 from attn_dispatch.selection.timings.table import BatchKind as Kind
 from attn_dispatch.tuning.measure import Grid, Tuner, cases_of, place_of
 from support.bench_cases import case as bench_case
@@ -96,16 +99,71 @@ def test_the_grid_has_every_step():
     places = [place_of(case) for case in cases]
     assert len(set(places)) == len(places)
     assert {place[0] for place in places} == set(Kind)
-    for case, (step, requests, _, keys) in zip(cases, places, strict=True):
+    for case, (step, requests, tokens, keys) in zip(cases, places, strict=True):
         assert f"/{step}/" in case.name
-        assert (requests, keys) == (len(case.seq_lens), sum(case.seq_lens))
+        assert requests == len(case.seq_lens)
+        if step in (Kind.PREFILL, Kind.RAGGED):
+            pairs = sum(q * k for q, k in zip(case.query_lens, case.seq_lens, strict=True))
+            assert abs(tokens * keys - pairs * requests) <= tokens / 2
+        else:
+            assert keys == sum(case.seq_lens)
         assert layer_key(case.spec()) == layer_key(layer())
     # Any number of cases from the start has some of each step.
     assert {place[0] for place in places[:8]} == set(Kind)
     prompts = [case for case in cases if "/prefill/" in case.name]
     assert {case.has_past for case in prompts} == {True, False}
     encoder = layer(attn_type="encoder_only", block_size=None)
-    assert {place_of(case)[0] for case in cases_of("encoder", encoder, Grid())} == {Kind.PREFILL}
+    places = {place_of(case)[0] for case in cases_of("encoder", encoder, Grid())}
+    assert places == {Kind.PREFILL, Kind.RAGGED}
+
+
+def test_the_grid_has_prompts_and_chunks_of_unequal_lengths():
+    """The same in each run, with the averages of the equal ones, and none that is a decode."""
+    grid = Grid(steps=(Kind.RAGGED,), requests=(1, 4, 64), lengths=(256, 1024, 16384))
+    ragged = cases_of("full", layer(), grid)
+    assert ragged == cases_of("full", layer(), grid)
+    assert {(len(case.query_lens), case.has_past) for case in ragged} == {
+        (number, has_past) for number in (4, 64) for has_past in (True, False)
+    }
+    for case in ragged:
+        assert min(case.query_lens) > 16
+        assert case.kind == "prefill"
+        number = len(case.seq_lens)
+        average = min((256, 1024, 16384), key=lambda n: abs(n * number - sum(case.seq_lens)))
+        assert sum(case.seq_lens) == pytest.approx(average * number, rel=0.1)
+        assert place_of(case)[0] is Kind.RAGGED
+
+
+def test_unequal_prefills_are_looked_up_by_their_work(tmp_path):
+    """A backend that is only faster if lengths differ gets such batches, and no others."""
+    spec = layer(num_heads=2, num_kv_heads=1, head_size=8, block_size=4, dtype=torch.float32)
+    points = []
+    grid = Grid(steps=(Kind.PREFILL, Kind.RAGGED), lengths=(1024, 4096, 16384))
+    for case in cases_of("full", spec, grid):
+        step, *place = place_of(case)
+        us = {"TORCH_SDPA": 100.0, "REFERENCE": 50.0 if step is Kind.RAGGED else 200.0}
+        points.append(Point(step, *place, us))
+    times = LayerTimes(tuple(points), "a test", "CPU", "2026-11-28T00:00:00+00:00")
+    candidates = {
+        phase: PhaseCandidates("TORCH_SDPA", frozenset(["TORCH_SDPA", "REFERENCE"]))
+        for phase in Phase
+    }
+    router = Router(
+        dict.fromkeys(Phase, "TORCH_SDPA"), routes_of(times, candidates, captured=False)
+    )
+
+    def pick(*lens):
+        ((name, _),) = router(AttentionBatch.create(*zip(*lens, strict=True)))
+        return name
+
+    assert pick((1024, 1024)) == "TORCH_SDPA"
+    assert pick(*[(1024, 1024)] * 64) == "TORCH_SDPA"
+    # Most of the work is in the long ones: 64 requests of 1000 tokens, whose tokens see 6000 keys.
+    assert pick(*[(200, 200)] * 56, *[(7000, 7000)] * 8) == "REFERENCE"
+    # What is not measured for unequal requests is looked up among the equal ones.
+    equal = {bucket: name for bucket, name in router.routes.items() if bucket[0] is Kind.PREFILL}
+    router = Router(router.picks, dict.fromkeys(equal, "REFERENCE"))
+    assert pick(*[(200, 200)] * 56, *[(7000, 7000)] * 8) == "REFERENCE"
 
 
 def test_measurements_become_a_table(implementations, tmp_path):
@@ -315,12 +373,12 @@ def run(text, code=0):
 
 def test_tune_measures_stores_and_shows():
     text = run(f"{FLAGS} {TINY} --time-budget 0")
-    assert "0 measured now, 7 still to do" in text
+    assert "0 measured now, 8 still to do" in text
     text = run(f"{FLAGS} {TINY}")
-    assert "7 measured now, 0 still to do" in text
+    assert "8 measured now, 0 still to do" in text
     text = run(f"{FLAGS} {TINY}")
     assert "0 measured now, 0 still to do" in text
-    assert "7 points" in text
+    assert "8 points" in text
     assert "decode of 2 requests with 32 keys each" in run("--show --device cpu")
     assert "cpu-" in run("--list --device cpu")
     # Selection reads it at once, and everything in it is a backend that was admitted.
@@ -350,8 +408,8 @@ def test_interrupted_command_shows_its_points(monkeypatch):
     with monkeypatch.context() as world:
         world.setattr(Tuner, "_measure", interrupted)
         text = run(f"{FLAGS} {TINY}", 130)
-    assert "1 measured now, 6 still to do" in text
-    assert "6 measured now, 0 still to do" in run(f"{FLAGS} {TINY}")
+    assert "1 measured now, 7 still to do" in text
+    assert "7 measured now, 0 still to do" in run(f"{FLAGS} {TINY}")
 
 
 def test_tune_measures_a_model_and_a_case_file(tmp_path):
@@ -407,7 +465,7 @@ def test_tune_names_wrong_backends(implementations):
     ("text", "message"),
     [
         ("--num-heads 2", "A layer needs --head-size, --dtype"),
-        (f"{FLAGS} --steps train", "prefill, decode, verify, mixed"),
+        (f"{FLAGS} --steps train", "prefill, ragged, decode, verify, mixed"),
         (f"{FLAGS} --requests 0", "not a number such as 16 or 4k"),
         (f"{FLAGS} --lengths ,", "needs a number"),
         (f"{FLAGS} --requests 1000000000000", "the largest that is accepted is 65536"),

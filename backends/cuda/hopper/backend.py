@@ -5,7 +5,7 @@ The portable Triton kernels do what these do not support.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DECODES,
     FEW_KV_HEADS_PER_SM,
     FIXED_BLOCKS,
+    HEAD_SIZES,
     MAX_DECODE_ROWS,
     DecodeConfig,
     DecodeLaunch,
@@ -22,10 +23,12 @@ from attn_dispatch.backends.cuda.hopper.launch import (
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma
 from attn_dispatch.backends.cuda.hopper.plan import (
+    CopiedCache,
     HopperBuilder,
     HopperPlan,
     cache_problem,
     describe_rows,
+    words_to_copy,
 )
 from attn_dispatch.backends.cuda.hopper.sm_partition import side_stream
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
@@ -35,14 +38,39 @@ from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
 )
-from attn_dispatch.errors import InvalidInputError
-from attn_dispatch.interface.capability import Capabilities, OneOf, SameAs
+from attn_dispatch.interface.capability import (
+    AnyOf,
+    Capabilities,
+    OneOf,
+    Reason,
+    ReasonCode,
+    SameAs,
+)
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
 from attn_dispatch.platforms.libraries import import_library
 
 __all__ = ["HopperAttnBackend", "HopperImpl"]
+
+
+class _Keys(NamedTuple):
+    """Keys and values as arguments of the prefill kernel, and what it is compiled for."""
+
+    k: Any
+    v: Any
+    table: torch.Tensor
+    steps: tuple[int, ...]
+    scales: tuple[torch.Tensor, ...]
+    block_size: int = 0
+    format: str = ""
+    unit: int = 16
+    scale_stride: int = 0
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What the compiled kernel depends on."""
+        return self.block_size, self.format, self.unit, self.scale_stride
 
 
 class HopperImpl(TritonImpl):
@@ -56,6 +84,7 @@ class HopperImpl(TritonImpl):
         self._hopper_kernel = prefill.hopper_prefill_kernel
         self._hopper_decode_kernel = decode.hopper_decode_kernel
         self._last_pages: tuple[KVSource, PagedTma | None] | None = None
+        self._last_copied: tuple[KVSource, CopiedCache | None] | None = None
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
         """False: the Hopper kernels do not quantize."""
@@ -79,7 +108,8 @@ class HopperImpl(TritonImpl):
         try:
             with torch.cuda.stream(side):
                 source = self._source(call, prefill)
-                main.wait_stream(side)  # gathering takes all SMs, and little time
+                if prefill.gathered_start_loc is not None:
+                    main.wait_stream(side)  # gathering takes all SMs, and little time
                 self._launch_prefill(call, prefill, source, shares.prefill)
             row = DECODES[self.head_size].mixed
             # Blocks beyond the share wait for an SM.
@@ -91,33 +121,31 @@ class HopperImpl(TritonImpl):
             main.wait_stream(side)
 
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
-        """As TRITON_ATTN's, but pages that the Hopper kernel reads are not gathered."""
-        source = super()._source
-        if not isinstance(plan, HopperPlan):
-            return source(call, plan)
-        if self._paged(call, plan) is not None:
-            assert call.cache is not None
+        """As TRITON_ATTN's, which gathers by the plan."""
+        gathers = not isinstance(plan, HopperPlan) or plan.gathered_start_loc is not None
+        if not (gathers or self._is_new(call, plan)):
+            assert call.cache is not None  # by check_forward
             return call.cache
-        if plan.reads_pages and plan.gathered_start_loc is None and not plan.is_fresh:
-            raise InvalidInputError(
-                "The kv_cache begins at an address that is no multiple of 16, or has 2 ** 31 rows; "
-                "a captured step of HOPPER_ATTN reads it by TMA, which needs the former and fewer "
-                "rows. Align the cache."
-            )
-        return source(call, plan)
+        return super()._source(call, plan)
 
-    def _paged(self, call: Call, plan: HopperPlan) -> PagedTma | None:
-        """The cache, if the prefill kernel reads it."""
-        is_new = plan.is_fresh and call.value is not None and self._has_rows(call)
-        if is_new or not plan.reads_pages or call.cache is None:
-            return None
-        return self._pages(call.cache, call.query.dtype)
+    def _is_new(self, call: Call, plan: HopperPlan) -> bool:
+        """Whether all keys are rows of the call."""
+        if call.cache is None:
+            return True
+        return plan.is_fresh and call.value is not None and self._has_rows(call)
 
     def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
-        if isinstance(plan, HopperPlan):
+        if not isinstance(plan, HopperPlan):
+            super()._prefill(call, plan, source)
+        elif source.starts is not None or self._reads(source, call.query.dtype):
             self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
         else:
-            super()._prefill(call, plan, source)
+            portable = plan.portable_plan(call.metadata)
+            super()._prefill(call, portable, super()._source(call, portable))
+
+    def _reads(self, cache: KVSource, dtype: torch.dtype) -> bool:
+        """Whether the prefill kernel reads a cache."""
+        return self._pages(cache, dtype) is not None or self._copied(cache, dtype) is not None
 
     def _launch_prefill(self, call: Call, plan: HopperPlan, source: KVSource, num_sms: int) -> None:
         """Launch the Hopper prefill kernel on this many SMs."""
@@ -126,44 +154,66 @@ class HopperImpl(TritonImpl):
         query, out, batch = call.query, call.out, call.metadata.batch
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
-        pages, table, steps = self._paged(call, plan), source.starts, (0,) * 7
-        if pages is None:
-            descriptors = plan.describe(source, block_n)
-        else:
-            table, keys, values = batch.block_table, pages.keys, pages.values
-            assert table is not None
-            descriptors = keys.descriptor, values.descriptor
-            steps = (table.stride(0), *keys.steps, *values.steps)
-        new = descriptors
-        has_fresh = self._skips_fresh(call, plan)
-        if has_fresh:
+        is_new, has_fresh = self._is_new(call, plan), plan.may_be_fresh and self._has_rows(call)
+        new = None
+        if is_new or has_fresh:
             assert call.key is not None
             assert call.value is not None
             new = plan.describe_new(call.key, call.value, block_n)
-        block_size = 0 if pages is None else pages.block_size
+        rows = new if is_new else None
+        if rows is None and source.starts is not None:
+            rows = plan.describe_gathered(source, block_n)
+        keys = self._keys_of(call, source, rows)
+        # Triton encodes each descriptor at each launch: none that is not read.
+        new = new if has_fresh else keys.scales
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype, block_size, has_fresh),
+            ("hopper", query.dtype, sinks.dtype, has_fresh, *keys.name),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": PrefillConfig(
                     **self._layer_constants(),
+                    D_V=self.head_size_v,
                     BLOCK_N=block_n,
-                    BLOCK_SIZE=block_size,
+                    BLOCK_SIZE=keys.block_size,
                     HAS_FRESH=has_fresh,
+                    FORMAT=keys.format,
+                    UNIT=keys.unit,
+                    SCALE_STRIDE=keys.scale_stride,
                 )
             },
             {"num_warps": 4},
         )
-        assert table is not None
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            describe_rows(query, BLOCK_M // 2), *descriptors, *new, out.values, out.lse, plan.tiles,
-            plan.counters, batch.seq_lens, table, slopes, sinks, num_tiles, *steps,
-            *out.values.stride()[:2], *self._numbers,
+            describe_rows(query, BLOCK_M // 2), keys.k, keys.v, *new, out.values, out.lse,
+            plan.tiles, plan.counters, batch.seq_lens, keys.table, *keys.scales, slopes, sinks,
+            num_tiles, keys.table.stride(0), *keys.steps, *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip
 
-    def _skips_fresh(self, call: Call, plan: PrefillPlan) -> bool:
-        return isinstance(plan, HopperPlan) and plan.may_be_fresh and self._has_rows(call)
+    def _keys_of(self, call: Call, source: KVSource, rows: Any) -> _Keys:
+        """Where the prefill kernel finds keys and values; `rows`: where they are rows."""
+        if rows is not None:
+            assert source.starts is not None
+            k, v = rows
+            return _Keys(k, v, source.starts, (0,) * 6, (source.starts,) * 2)
+        table = call.metadata.batch.block_table
+        assert table is not None
+        pages = self._pages(source, call.query.dtype)
+        if pages is not None:
+            keys, values = pages.keys, pages.values
+            steps = (*keys.steps, *values.steps)
+            return _Keys(
+                keys.descriptor, values.descriptor, table, steps, (table,) * 2, pages.block_size
+            )
+        copied = self._copied(source, call.query.dtype)
+        assert copied is not None  # by _prefill
+        *scales, scale_stride = source.scales(call.layer)
+        if source.format == "int8":
+            scales = [source.k_row_scales, source.v_row_scales]
+        return _Keys(
+            copied.keys, copied.values, table, copied.steps, tuple(scales), source.block_size,
+            copied.format, copied.unit, scale_stride,
+        )  # fmt: skip
 
     def _decode(self, call: Call, plan: DecodePlan, cache: KVSource) -> None:
         pages = self._pages_to_decode(cache, plan, call.query.dtype)
@@ -183,7 +233,8 @@ class HopperImpl(TritonImpl):
         self, cache: KVSource, plan: DecodePlan, dtype: torch.dtype
     ) -> PagedTma | None:
         """The cache as the Hopper decode kernel reads it; None where the portable one must."""
-        return self._pages(cache, dtype) if _fits_decode_rows(self, plan.longest) else None
+        fits = self.head_size in DECODES and _fits_decode_rows(self, plan.longest)
+        return self._pages(cache, dtype) if fits else None
 
     def _pages(self, cache: KVSource, dtype: torch.dtype) -> PagedTma | None:
         """The cache as TMA reads it, if it can. The last result is kept."""
@@ -192,6 +243,12 @@ class HopperImpl(TritonImpl):
         if self._last_pages is None or self._last_pages[0] is not cache:
             self._last_pages = cache, PagedTma.of(cache)
         return self._last_pages[1]
+
+    def _copied(self, cache: KVSource, dtype: torch.dtype) -> CopiedCache | None:
+        """The cache as a warp group copies it, if it can. The last result is kept."""
+        if self._last_copied is None or self._last_copied[0] is not cache:
+            self._last_copied = cache, words_to_copy(cache, dtype)
+        return self._last_copied[1]
 
     def _launch_decode(
         self, call: Call, plan: DecodePlan, pages: PagedTma, row: DecodeLaunch, blocks: int
@@ -260,6 +317,9 @@ def _fits_decode_rows(layer: HopperImpl | AttentionSpec, query_len: int) -> bool
 
 def _decode_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
     """What keeps the decode kernel from a layer, as a sentence; "" if it computes it."""
+    if spec.head_size not in DECODES:
+        sizes = ", ".join(map(str, DECODES))
+        return f"it computes heads of {sizes}, and the layer's have {spec.head_size}"
     if not _fits_decode_rows(spec, 1):
         return (
             f"it takes up to {MAX_DECODE_ROWS} query heads of a KV head, and the layer has "
@@ -281,8 +341,8 @@ class HopperAttnBackend(TritonAttnBackend):
         requires=("triton>=3.6,<3.10",),
         **{
             **TritonAttnBackend.capabilities.fields,
-            "head_size": OneOf(*BLOCK_N),
-            "head_size_v": SameAs("head_size"),
+            "head_size": OneOf(*HEAD_SIZES),
+            "head_size_v": AnyOf(SameAs("head_size"), OneOf(128)),
             "dtype": OneOf(torch.bfloat16, torch.float16),
             "alibi": OneOf(True, False),  # prefill splits the distance by rows and columns
             "window_size": OneOf(None),
@@ -294,6 +354,19 @@ class HopperAttnBackend(TritonAttnBackend):
             "batch_invariant": OneOf(False),
         },
     )
+
+    @classmethod
+    def check_combination(cls, spec: AttentionSpec, device: DeviceProfile) -> list[Reason]:
+        """Each size of keys has one size of values."""
+        reasons = super().check_combination(spec, device)
+        size = HEAD_SIZES[spec.head_size]
+        if spec.head_size_v != size:
+            asked = f"{spec.head_size_v} with head_size={spec.head_size}"
+            reason = Reason(
+                code=ReasonCode.COMBINATION, field="head_size_v", asked=asked, allowed=str(size)
+            )
+            reasons.append(reason)
+        return reasons
 
     @classmethod
     def kernel_notes(

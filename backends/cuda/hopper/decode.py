@@ -294,7 +294,7 @@ def hopper_decode_kernel(
         Others: as for triton/kernels/decode.py.
     """
     space = IterationSpace(
-        requests_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, CONFIG
+        requests_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, gl.to_tensor(1), CONFIG
     )
     keys = Pages(k_desc, block_table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
     values = Pages(v_desc, block_table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)

@@ -64,10 +64,10 @@ class Output:
         return tokens.to(gl.int64) * self.stride_t + heads.to(gl.int64) * self.stride_h
 
     @gluon.jit
-    def store(self, out, tokens, heads, ok):
-        """Store rows of outputs, (rows, D)."""
+    def store(self, out, tokens, heads, ok, FIRST: gl.constexpr = 0):
+        """Store rows of outputs; their columns begin at FIRST of the head's."""
         at = self.offsets(tokens, heads)
-        d = gl.arange(0, self.config.D, gl.SliceLayout(0, out.type.layout))
+        d = FIRST + gl.arange(0, out.shape[1], gl.SliceLayout(0, out.type.layout))
         gl.store(self.out_ptr + at[:, None] + d[None, :], out, mask=ok[:, None])
 
     @gluon.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,15 +12,22 @@ __all__ = [
     "DECODES",
     "DecodeConfig",
     "DecodeLaunch",
+    "HEAD_SIZES",
+    "MAX_SCRATCH_BYTES",
     "MLA_COUNTERS",
     "MLAConfig",
     "PrefillConfig",
 ]
 
+#: Keys and values that the prefill kernel does not read from their pages are gathered first, up to
+#: this many bytes for all layers; beyond that a warp group copies them in the kernel.
+MAX_SCRATCH_BYTES = 64 << 20
 #: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
 BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
-BLOCK_N = {64: 128, 128: 128, 256: 64}
+BLOCK_N = {64: 128, 96: 128, 128: 128, 192: 128, 256: 64}
+#: Head size -> that of its values.
+HEAD_SIZES = {size: size for size in BLOCK_N} | {192: 128}
 #: Counters of a program of the kernel for latents: parts that have arrived, and programs that have
 #: seen all of them, for the columns of each warp group.
 MLA_COUNTERS = 4
@@ -53,20 +61,71 @@ class PrefillConfig(_Config):
     """What the prefill kernel is compiled for.
 
     Attributes:
+        D_V: elements of a head's values; D of its keys.
         BLOCK_N: keys in a tile.
         BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
         HAS_FRESH: keys of requests without a past are read from the new rows.
+        FORMAT: of a cache whose pages TMA cannot read as they are, see copied.py; "" if it can.
+        UNIT: bytes of the unit in which the strides of copied pages are given.
+        SCALE_STRIDE: from one head's scale to the next, with an fp8 FORMAT.
         STAGES: of the rings.
-        REGISTERS, PRODUCER_REGISTERS: of each thread of the two warp groups that compute, and of
-            the warp that loads.
     """
 
+    D_V: int
     BLOCK_N: int
     BLOCK_SIZE: int
     HAS_FRESH: bool
+    FORMAT: str = ""
+    UNIT: int = 16
+    SCALE_STRIDE: int = 0
     STAGES: int = 2
-    REGISTERS: int = 240
-    PRODUCER_REGISTERS: int = 32
+
+    @property
+    def COLUMNS(self) -> int:
+        """Columns of the boxes in which tiles are loaded."""
+        return math.gcd(self.D, self.D_V, 64)
+
+    @property
+    def MAIN(self) -> int:
+        """Columns of keys in the tiles of a ring, a power of two; the others are in its tail."""
+        return 1 << self.D.bit_length() - 1
+
+    @property
+    def MAIN_V(self) -> int:
+        """The same of values."""
+        return 1 << self.D_V.bit_length() - 1
+
+    @property
+    def TAIL(self) -> int:
+        """Columns of keys in the ring's tail."""
+        return self.D - self.MAIN
+
+    @property
+    def TAIL_V(self) -> int:
+        """The same of values."""
+        return self.D_V - self.MAIN_V
+
+    @property
+    def COPIES(self) -> bool:
+        """Whether warps copy the pages, instead of TMA."""
+        return bool(self.FORMAT)
+
+    @property
+    def PRODUCERS(self) -> int:
+        """Warps that load: one tells TMA what to do, four copy."""
+        return 4 if self.COPIES else 1
+
+    @property
+    def REGISTERS(self) -> int:
+        """Of each thread of the two warp groups that compute."""
+        if self.COPIES:
+            return 208 if self.D > 192 else 200
+        return 240
+
+    @property
+    def PRODUCER_REGISTERS(self) -> int:
+        """Of each thread of the warps that load; all together have 504 for each warp of four."""
+        return 504 - 2 * self.REGISTERS if self.COPIES else 32
 
 
 @dataclass(frozen=True)
@@ -100,9 +159,15 @@ class MLAConfig(DecodeConfig):
 
     Attributes:
         BLOCK_N: KEYS, by the name that the prefill kernel has.
+        Q_ROWS: rows of queries that are loaded of a work unit: 16, 32 or 64.
+        REGISTERS, PRODUCER_REGISTERS: of each thread of a warp group that computes, and of the warp
+            that loads.
     """
 
     BLOCK_N: int = 64
+    Q_ROWS: int = 64
+    REGISTERS: int = 240
+    PRODUCER_REGISTERS: int = 24
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import MLA_COUNTERS, MLAConfig
-from attn_dispatch.backends.cuda.hopper.paged_tma import PageMatrix, page_problem, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.paged_tma import (
+    PageMatrix,
+    column_blocks,
+    page_problem,
+    tma_descriptor,
+)
 from attn_dispatch.backends.triton.mla import TritonMLABackend, TritonMLAImpl
 from attn_dispatch.backends.triton.mla_plan import TritonMLABuilder, TritonMLAMetadata
 from attn_dispatch.errors import InvalidInputError
@@ -31,6 +36,11 @@ __all__ = ["HopperMLABackend", "HopperMLABuilder", "HopperMLAImpl", "HopperMLAMe
 _LATENT, _ROTATED, _ROWS, _KEYS = 512, 64, 64, 32
 #: A program that works has at least this many key tiles.
 _MIN_TILES = 2
+
+
+#: With up to this many rows for each of this many requests the portable kernel is faster: two of
+#: its programs share an SM, so that one loads while the other begins or ends a request.
+_FEW_ROWS, _MANY_REQUESTS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,12 @@ class HopperMLABuilder(TritonMLABuilder):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         self._is_portable = bool(_problem(spec, detect_device(device)))
+        self._num_heads = spec.num_heads
 
     def build(self, batch: AttentionBatch) -> TritonMLAMetadata:
         """See AttentionMetadataBuilder.build."""
-        if self._is_portable:
+        few_rows = batch.max_query_len * self._num_heads <= _FEW_ROWS
+        if self._is_portable or (few_rows and batch.num_reqs >= _MANY_REQUESTS):
             return super().build(batch)
         self._check(batch)
         metadata: HopperMLAMetadata = HopperMLAMetadata.of(
@@ -89,7 +101,19 @@ class HopperMLAImpl(TritonMLAImpl):
         from attn_dispatch.backends.cuda.hopper import mla_decode
 
         self._hopper_kernel = mla_decode.hopper_mla_kernel
-        self._last_pages: tuple[torch.Tensor, PageMatrix | None] | None = None
+        self._last_pages: tuple[torch.Tensor, tuple[Any, Any, int]] | None = None
+
+    def _check_latents(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: TritonMLAMetadata,
+    ) -> None:
+        """See AbsorbedMLAImpl."""
+        super()._check_latents(layer, query, kv_cache, metadata)
+        if isinstance(metadata, HopperMLAMetadata) and metadata.room is not None:
+            self._pages(kv_cache)
 
     def _attend_latents(
         self,
@@ -102,7 +126,7 @@ class HopperMLAImpl(TritonMLAImpl):
         room = metadata.room if isinstance(metadata, HopperMLAMetadata) else None
         if room is None:
             return super()._attend_latents(layer, absorbed, kv_cache, metadata)
-        pages = self._pages(kv_cache)
+        *pages, block_rows = self._pages(kv_cache)
         batch, num_sms = metadata.batch, metadata.launches.num_sms
         table = batch.block_table
         assert table is not None
@@ -112,8 +136,12 @@ class HopperMLAImpl(TritonMLAImpl):
         if self.returns_lse:
             lse = torch.empty(tokens, self.num_heads, dtype=torch.float32, device=absorbed.device)
         rows = absorbed.flatten(0, 1)
+        most_rows = batch.max_query_len * self.num_heads  # of a request
+        q_rows = next((rows for rows in (16, 32) if rows >= most_rows), _ROWS)
+        window, *scales = self._attention.numbers
+        queries = tma_descriptor(rows, rows.shape, rows.stride(0), (q_rows, 64))
         launch = self._launchers.find(
-            ("hopper", absorbed.dtype, kv_cache.shape[1]),
+            ("hopper", absorbed.dtype, kv_cache.shape[1], q_rows),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": MLAConfig(
@@ -135,30 +163,44 @@ class HopperMLAImpl(TritonMLAImpl):
                     MIN_TILES=_MIN_TILES,
                     HAS_REQUEST_LIST=False,
                     BLOCK_N=_KEYS,
+                    Q_ROWS=q_rows,
                 )
             },
             {"num_warps": 4, "launch_cooperative_grid": True},
         )
         launch(
             (num_sms, 1, 1),
-            tma_descriptor(rows, rows.shape, rows.stride(0), (_ROWS, 64)), pages.descriptor, out,
-            lse, room.out, room.lse, room.counters, batch.query_start_loc, batch.seq_lens, table,
-            pages.block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
-            table.stride(0), *self._attention.numbers,
+            column_blocks(queries, _LATENT // 64), queries, *pages, out, lse, room.out, room.lse,
+            room.counters, batch.query_start_loc, batch.seq_lens, table,
+            block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
+            table.stride(0), window, _team(batch, self.num_heads, num_sms), *scales,
         )  # fmt: skip
         return out, lse if self.returns_lse else None
 
-    def _pages(self, kv_cache: torch.Tensor) -> PageMatrix:
-        """The cache as TMA reads it. The last result is kept."""
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[Any, Any, int]:
+        """The cache as TMA reads it: latents, the matrix, and its rows from block to block.
+
+        The last result is kept.
+        """
         if self._last_pages is None or self._last_pages[0] is not kv_cache:
-            self._last_pages = kv_cache, PageMatrix.of(kv_cache[:, :, None], _KEYS)
-        pages = self._last_pages[1]
-        if pages is None:
-            raise InvalidInputError(
-                "HOPPER_MLA reads the kv_cache by TMA: it must begin at a multiple of 16 bytes and "
-                "have fewer than 2 ** 31 tokens. Align the cache, or use TRITON_MLA."
-            )
-        return pages
+            pages = PageMatrix.of(kv_cache[:, :, None], _KEYS)
+            if pages is None:
+                raise InvalidInputError(
+                    "HOPPER_MLA reads the kv_cache by TMA: it must begin at a multiple of 16 bytes "
+                    "and have fewer than 2 ** 31 tokens. Align the cache, or use TRITON_MLA."
+                )
+            matrix = pages.descriptor
+            latents = column_blocks(matrix, _LATENT // 64)
+            self._last_pages = kv_cache, (latents, matrix, pages.block_rows)
+        return self._last_pages[1]
+
+
+def _team(batch: AttentionBatch, num_heads: int, num_sms: int) -> int:
+    """How many programs share key ranges: the row tiles of each request, or of its tokens."""
+    tokens = 1
+    if batch.num_tokens == batch.num_reqs * batch.max_query_len:  # as many for each request
+        tokens = batch.max_query_len
+    return min(-(-tokens * num_heads // _ROWS), num_sms)
 
 
 def _problem(spec: AttentionSpec, device: DeviceProfile) -> str:

@@ -10,10 +10,8 @@ tiles, and one those of the odd ones, so that one of them multiplies while the o
 weights. The weights of a tile go to the other warp group through shared memory. The idea of the two
 halves in turns is FlashMLA's ("seesaw", DeepSeek 2025).
 
-A part of a work unit is up to 128 KB, and a long request has as many parts as there are programs.
-So no program merges them all: each stores its parts first, and when all parts of a unit are there,
-each of its programs merges some of the rows. They wait for each other, and so all programs must run
-at the same time: it is a cooperative launch.
+Parts of work units are merged by all of their programs, which wait for each other (`mla_parts.py`).
+So all programs must run at the same time: it is a cooperative launch.
 """
 
 from triton.experimental import gluon
@@ -26,7 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
-from attn_dispatch.backends.cuda.hopper.launch import MLA_COUNTERS
+from attn_dispatch.backends.cuda.hopper.mla_parts import (
+    LATENT,
+    OWN,
+    ROWS,
+    Parts,
+    by_row,
+    scaled,
+)
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, tanh
 from attn_dispatch.backends.cuda.hopper.stream_k import IterationSpace
@@ -42,32 +47,17 @@ from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_mla_kernel"]
 
-_ROWS = gl.constexpr(64)
-_LATENT = gl.constexpr(512)
-_OWN = gl.constexpr(256)  # columns of a warp group
 _BOX = gl.constexpr(64)  # 16-bit columns of a swizzled row of shared memory
 _CHUNKS = gl.constexpr(8)  # boxes of a latent; the rotated part is one more
 _ALL_KEYS = gl.constexpr(128)  # of all stages
 _VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
-@gluon.constexpr_function
-def _by_row(columns):
-    """The layout of a value for each row of a product with this many columns."""
-    return gl.SliceLayout(1, mma_layout(columns))
-
-
-#: A step of a merge has 16 pairs of a part and a row, by the columns of a warp group. A thread has
-#: all pairs of its columns.
-_PAIRS = gl.constexpr(16)
-_merge_layout = gl.BlockedLayout([16, 2], [1, 32], [1, 4], [1, 0])
-_MERGE = gl.constexpr(_merge_layout)
-_BY_PAIR = gl.constexpr(gl.SliceLayout(1, _merge_layout))
-_BY_COLUMN = gl.constexpr(gl.SliceLayout(0, _merge_layout))
-_COUNTERS = gl.constexpr(MLA_COUNTERS)
+#: Of the producer's one warp.
+_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 
 #: Parameters whose values the compiled code does not depend on.
-_COUNTS = "num_reqs all_reqs num_rows table_stride window block_rows".split()
+_COUNTS = "num_reqs all_reqs num_rows table_stride window team block_rows".split()
 
 
 @aggregate
@@ -78,12 +68,13 @@ class _Buffers:
         q, q_rotated: the queries of a work unit.
         latents, rotated: stages of key tiles. Tile number n is in stage n % STAGES, and the warp
             group n % 2 computes its scores.
-        weights: of a tile, for the other warp group.
-        largest, factor: of a tile, by row: the running maxima, and what the output was multiplied
-            by.
+        weights: of a tile, from each warp group for the other.
+        largest, factor: of a tile, by row, from each warp group: the running maxima, and what the
+            output was multiplied by.
         sums: of weights, by the parity of the work unit and warp group.
         q_full, q_empty, full, empty: barriers of the queries and of the stages.
         ready: for each warp group, that the weights of its tile are there.
+        taken: for each warp group, that the other one has used them.
         summed: for each warp group, that its sums are there.
     """
 
@@ -100,6 +91,7 @@ class _Buffers:
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     ready: gl.shared_memory_descriptor
+    taken: gl.shared_memory_descriptor
     summed: gl.shared_memory_descriptor
     KEYS: gl.constexpr
     STAGES: gl.constexpr
@@ -120,8 +112,8 @@ class _Buffers:
     def values(self, n, WHICH: gl.constexpr):
         """A warp group's columns of tile n, (KEYS, 256)."""
         dtype: gl.constexpr = self.latents.dtype
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([self.KEYS, _OWN], dtype)
-        halves = reinterpret(self.latents, dtype, [2 * self.STAGES, self.KEYS, _OWN], LAYOUT)
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([self.KEYS, OWN], dtype)
+        halves = reinterpret(self.latents, dtype, [2 * self.STAGES, self.KEYS, OWN], LAYOUT)
         return halves.index(2 * (n % self.STAGES) + WHICH)
 
 
@@ -137,22 +129,23 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
     """The buffers. A fence must follow, before warp_specialize."""
     STAGES: gl.constexpr = _ALL_KEYS // KEYS
-    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, _BOX], dtype)
+    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, _BOX], dtype)
     KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, _BOX], dtype)
-    P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_ROWS, KEYS], dtype)
+    P: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, KEYS], dtype)
     return _Buffers(
-        gl.allocate_shared_memory(dtype, [_ROWS, _LATENT], Q),
-        gl.allocate_shared_memory(dtype, [_ROWS, _BOX], Q),
-        gl.allocate_shared_memory(dtype, [STAGES, KEYS, _LATENT], KV),
+        gl.allocate_shared_memory(dtype, [ROWS, LATENT], Q),
+        gl.allocate_shared_memory(dtype, [ROWS, _BOX], Q),
+        gl.allocate_shared_memory(dtype, [STAGES, KEYS, LATENT], KV),
         gl.allocate_shared_memory(dtype, [STAGES, KEYS, _BOX], KV),
-        gl.allocate_shared_memory(dtype, [_ROWS, KEYS], P),
-        gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
-        gl.allocate_shared_memory(gl.float32, [_ROWS], _VECTOR),
-        gl.allocate_shared_memory(gl.float32, [4, _ROWS], _VECTOR),
+        gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], P),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], _VECTOR),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], _VECTOR),
+        gl.allocate_shared_memory(gl.float32, [4, ROWS], _VECTOR),
         _barriers(1, 1),
         _barriers(1, 2),
         _barriers(STAGES, 1),
         _barriers(STAGES, 2),
+        _barriers(2, 1),
         _barriers(2, 1),
         _barriers(2, 1),
         KEYS,
@@ -161,61 +154,134 @@ def _allocate(dtype: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _producer(share, buffers, pages, q_desc):
-    """One warp: the queries of each work unit, and its key tiles."""
-    CONFIG: gl.constexpr = share.space.config
+def _load_queries(work, buffers, q_desc, q_rotated_desc, unit):
+    """Load the queries of the program's work unit number `unit`. Other rows keep what they had."""
+    Q_ROWS: gl.constexpr = q_rotated_desc.block_type.shape[0]
+    dtype: gl.constexpr = q_desc.dtype
+    row = work.q_start * work.config.GROUP + work.unit * ROWS
+    mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
+    full = buffers.q_full.index(0)
+    mbarrier.expect(full, Q_ROWS * 576 * 2)
+    if Q_ROWS == ROWS:
+        q = reinterpret(buffers.q, dtype, [1, _CHUNKS, Q_ROWS, _BOX], q_desc.layout)
+        load_tile(q_desc, [0, row, 0], full, q.index(0))
+    else:
+        BOXES: gl.constexpr = _CHUNKS * (ROWS // Q_ROWS)
+        q = reinterpret(buffers.q, dtype, [BOXES, Q_ROWS, _BOX], q_rotated_desc.layout)
+        for c in gl.static_range(_CHUNKS):
+            load_tile(q_rotated_desc, [row, c * _BOX], full, q.index(c * (ROWS // Q_ROWS)))
+    ROTATED: gl.constexpr = [ROWS // Q_ROWS, Q_ROWS, _BOX]
+    rotated = reinterpret(buffers.q_rotated, dtype, ROTATED, q_rotated_desc.layout)
+    load_tile(q_rotated_desc, [row, LATENT], full, rotated.index(0))
+
+
+@gluon.jit
+def _blocks(pages, work, tile):
+    """The blocks of the next 32 boxes from a tile on, one for each lane of the producer's warp.
+
+    Boxes out of range are masked later: any block will do.
+    """
+    CONFIG: gl.constexpr = work.config
+    PAGE: gl.constexpr = pages.desc.block_type.shape[0]
+    key = tile * CONFIG.KEYS + gl.arange(0, 32, _LANES) * PAGE
+    key = gl.minimum(gl.maximum(key, work.first_key), work.seq_len - 1)
+    blocks_ptr = pages.table_of(work.request) + key // CONFIG.BLOCK_SIZE
+    return gl.load(blocks_ptr, mask=key >= 0, other=0)  # a request without keys has no block
+
+
+@gluon.jit
+def _load_keys(pages, latent_desc, blocks, first_box, first, buffers, n, CONFIG: gl.constexpr):
+    """Load the key tile that begins at key `first`, whose boxes' blocks begin with `first_box`."""
     PAGE: gl.constexpr = pages.desc.block_type.shape[0]
     KEYS: gl.constexpr = buffers.KEYS
     STAGES: gl.constexpr = buffers.STAGES
     PER_TILE: gl.constexpr = KEYS // PAGE
     dtype: gl.constexpr = pages.desc.dtype
     LATENTS: gl.constexpr = STAGES * _CHUNKS * PER_TILE
-    latents = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
     ROTATED: gl.constexpr = STAGES * PER_TILE
     rotated = reinterpret(buffers.rotated, dtype, [ROTATED, PAGE, _BOX], pages.desc.layout)
-    q = reinterpret(buffers.q, dtype, [_CHUNKS, _ROWS, _BOX], q_desc.layout)
-    n = 0  # key tiles
-    unit = 0  # work units
-    while share.position < share.end:
-        work, share = share.next()
-        if work.unit >= 0:
-            table = pages.table_of(work.request)
-            for tile in range(work.first_tile, work.last_tile):
-                first = tile * KEYS
-                blocks = pages.blocks(table, first, work.first_key, work.seq_len - 1, CONFIG)
-                stage = n % STAGES
-                mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
-                full = buffers.full.index(stage)
-                mbarrier.expect(full, KEYS * 576 * 2)
-                for p in gl.static_range(PER_TILE):
-                    row = pages.row_of(blocks, p, first, CONFIG)
-                    for c in gl.static_range(_CHUNKS):
-                        box = latents.index((stage * _CHUNKS + c) * PER_TILE + p)
-                        load_tile(pages.desc, [row, c * _BOX], full, box)
-                    box = rotated.index(stage * PER_TILE + p)
-                    load_tile(pages.desc, [row, _LATENT], full, box)
-                n += 1
-                if tile == work.first_tile:  # after the tile, which need not wait for it
-                    row = work.q_start * CONFIG.GROUP + work.unit * _ROWS
-                    mbarrier.wait(buffers.q_empty.index(0), (unit & 1) ^ 1)
-                    full = buffers.q_full.index(0)
-                    mbarrier.expect(full, _ROWS * 576 * 2)
-                    for c in gl.static_range(_CHUNKS):
-                        load_tile(q_desc, [row, c * _BOX], full, q.index(c))
-                    load_tile(q_desc, [row, _LATENT], full, buffers.q_rotated)
-                    unit += 1
+    stage = n % STAGES
+    mbarrier.wait(buffers.empty.index(stage), n // STAGES & 1 ^ 1)
+    full = buffers.full.index(stage)
+    mbarrier.expect(full, KEYS * 576 * 2)
+    for p in gl.static_range(PER_TILE):
+        is_box = gl.arange(0, 32, _LANES) == first_box + p
+        block = gl.sum(gl.where(is_box, blocks, 0), 0)
+        row = block * pages.block_rows + (first + p * PAGE) % CONFIG.BLOCK_SIZE
+        if PER_TILE == 1:
+            TILES: gl.constexpr = [STAGES, _CHUNKS, KEYS, _BOX]
+            tiles = reinterpret(buffers.latents, dtype, TILES, latent_desc.layout)
+            load_tile(latent_desc, [0, row, 0], full, tiles.index(stage))
+        else:
+            boxes = reinterpret(buffers.latents, dtype, [LATENTS, PAGE, _BOX], pages.desc.layout)
+            for c in gl.static_range(_CHUNKS):
+                box = boxes.index((stage * _CHUNKS + c) * PER_TILE + p)
+                load_tile(pages.desc, [row, c * _BOX], full, box)
+        load_tile(pages.desc, [row, LATENT], full, rotated.index(stage * PER_TILE + p))
 
 
 @gluon.jit
-def _softmax(s, m_before, work, positions, first_key, scale):
-    """(weights, running maxima, the same but 0 without a score) of a tile of scores."""
+def _producer(is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotated_desc):
+    """One warp: the queries of each work unit, and its key tiles.
+
+    What it needs from memory is asked for early, since under load an answer takes microseconds: the
+    blocks of 32 boxes, and the next work tile once the ring is full.
+    """
+    KEYS: gl.constexpr = buffers.KEYS
+    STAGES: gl.constexpr = buffers.STAGES
+    PER_TILE: gl.constexpr = KEYS // pages.desc.block_type.shape[0]
+    AT_ONCE: gl.constexpr = 32 // PER_TILE  # tiles
+    n = 0  # key tiles
+    unit = 0  # work units
+    next_blocks = _blocks(pages, work, work.first_tile)
+    while is_left:
+        # The first queries are loaded first. Later ones have to wait for the unit before, and the
+        # tiles that there is room for until then need not.
+        q_at = gl.minimum(work.first_tile + gl.where(unit == 0, 0, STAGES - 1), work.last_tile)
+        next_at = gl.minimum(work.first_tile + STAGES, work.last_tile)
+        # Not next_blocks: Triton does not carry a variable through a loop if, when the loop begins,
+        # it is another name of what the loop sets it to.
+        blocks = gl.zeros_like(next_blocks)
+        is_left = left.position < left.end
+        next_work, coming_blocks = work, next_blocks
+        for tile in range(work.first_tile, work.last_tile + 1):
+            if (tile == q_at) & (work.unit >= 0):
+                _load_queries(work, buffers, q_desc, q_rotated_desc, unit)
+            if (tile == next_at) & is_left:
+                next_work, left = left.next()
+                coming_blocks = _blocks(pages, next_work, next_work.first_tile)
+            if (tile < work.last_tile) & (work.unit >= 0):
+                i = (tile - work.first_tile) % AT_ONCE
+                if i == 0:
+                    blocks = next_blocks
+                    next_blocks = _blocks(pages, work, tile + AT_ONCE)
+                first, box = tile * KEYS, i * PER_TILE
+                _load_keys(pages, latent_desc, blocks, box, first, buffers, n, work.config)
+                n += 1
+        unit += (work.unit >= 0).to(gl.int32)
+        work, next_blocks = next_work, coming_blocks
+
+
+@gluon.jit
+def _has_unseen(work, first_key):
+    """Whether some query may not see all keys of a tile."""
     CONFIG: gl.constexpr = work.config
-    SCORES: gl.constexpr = s.type.layout
-    if CONFIG.CAP:
-        s = tanh(s * scale.scale_over_cap) * scale.cap_log2
-    else:
-        s = s * scale.scale_log2
-    keys = first_key + gl.arange(0, CONFIG.KEYS, gl.SliceLayout(0, SCORES))
+    end = work.seq_len  # of the keys that all queries see
+    if CONFIG.CAUSAL:
+        end -= work.q_len - 1
+    elif CONFIG.WINDOW:
+        end = gl.minimum(end, work.seq_len - work.q_len + work.window)
+    unseen = first_key + CONFIG.KEYS > end
+    if CONFIG.WINDOW:
+        unseen = unseen | (first_key < work.seq_len - work.window)
+    return unseen
+
+
+@gluon.jit
+def _masked(s, work, positions, first_key):
+    """A tile's scores, with those of unseen keys masked."""
+    CONFIG: gl.constexpr = work.config
+    keys = first_key + gl.arange(0, CONFIG.KEYS, gl.SliceLayout(0, s.type.layout))
     seen = (keys < work.seq_len)[None, :]
     if CONFIG.CAUSAL:
         seen = seen & (keys[None, :] <= positions[:, None])
@@ -223,7 +289,19 @@ def _softmax(s, m_before, work, positions, first_key, scale):
         seen = seen & (keys[None, :] > (positions - work.window)[:, None])
         if not CONFIG.CAUSAL:
             seen = seen & (keys[None, :] < (positions + work.window)[:, None])
-    s = gl.where(seen, s, MASKED)
+    return gl.where(seen, s, MASKED)
+
+
+@gluon.jit
+def _softmax(s, m_before, work, positions, first_key, scale):
+    """(weights, running maxima, the same but 0 without a score) of a tile of scores."""
+    CONFIG: gl.constexpr = work.config
+    if CONFIG.CAP:
+        s = tanh(s * scale.scale_over_cap) * scale.cap_log2
+    else:
+        s = s * scale.scale_log2
+    if _has_unseen(work, first_key):
+        s = _masked(s, work, positions, first_key)
     m_new = gl.maximum(m_before, gl.max(s, 1))
     m_use = gl.where(no_score(m_new), 0.0, m_new)
     return gl.exp2(s - m_use[:, None]), m_new, m_use
@@ -253,7 +331,7 @@ def _hide_values(buffers, n, tile, work, WHICH: gl.constexpr):
 @gluon.jit
 def _issue_scores(buffers, n):
     """Issue the products of the queries and the keys of tile n."""
-    zero = gl.zeros([_ROWS, buffers.KEYS], gl.float32, mma_layout(buffers.KEYS))
+    zero = gl.zeros([ROWS, buffers.KEYS], gl.float32, mma_layout(buffers.KEYS))
     stage = buffers.wait_full(n)
     latents = buffers.latents.index(stage).permute((1, 0))
     rotated = buffers.rotated.index(stage).permute((1, 0))
@@ -262,26 +340,36 @@ def _issue_scores(buffers, n):
 
 
 @gluon.jit
-def _scaled(acc, factor):
-    """acc times a factor for each row."""
-    return acc * gl.convert_layout(factor, _by_row(_OWN))[:, None]
-
-
-@gluon.jit
 def _other_tile(buffers, acc, n, tile, work, WHICH: gl.constexpr):
-    """Issue the product of the other warp group's weights of tile n and the own columns."""
+    """Issue the product of the other warp group's weights of tile n and the own columns.
+
+    Returns it, and the running maxima of the other's tile.
+    """
+    OTHER: gl.constexpr = 1 - WHICH
     buffers.wait_full(n)
     _hide_values(buffers, n, tile, work, WHICH)
-    mbarrier.wait(buffers.ready.index(1 - WHICH), (n >> 1) & 1)
-    acc = _scaled(acc, buffers.factor.load(_by_row(_OWN)))
-    return warpgroup_mma(buffers.weights, buffers.values(n, WHICH), acc, is_async=True)
+    mbarrier.wait(buffers.ready.index(OTHER), (n >> 1) & 1)
+    factor = buffers.factor.index(OTHER).load(by_row(OWN))
+    largest = buffers.largest.index(OTHER).load(by_row(buffers.KEYS))
+    acc = acc * factor[:, None]
+    weights = buffers.weights.index(OTHER)
+    return warpgroup_mma(weights, buffers.values(n, WHICH), acc, is_async=True), largest
 
 
 @gluon.jit
-def _send_weights(buffers, p, m_new, alpha, WHICH: gl.constexpr):
-    buffers.weights.store(p.to(buffers.weights.dtype))
-    buffers.largest.store(m_new)
-    buffers.factor.store(alpha)
+def _release_other(buffers, n, WHICH: gl.constexpr):
+    """The other warp group's tile n is no longer needed, nor are its weights."""
+    buffers.release(n)
+    mbarrier.arrive(buffers.taken.index(1 - WHICH))
+
+
+@gluon.jit
+def _send_weights(buffers, p, m_new, alpha, n, WHICH: gl.constexpr):
+    """Send the weights of the own tile n to the other warp group."""
+    mbarrier.wait(buffers.taken.index(WHICH), (n >> 1) & 1 ^ 1)
+    buffers.weights.index(WHICH).store(p.to(buffers.weights.dtype))
+    buffers.largest.index(WHICH).store(m_new)
+    buffers.factor.index(WHICH).store(alpha)
     fence_async_shared()
     barrier()
     mbarrier.arrive(buffers.ready.index(WHICH))
@@ -290,10 +378,10 @@ def _send_weights(buffers, p, m_new, alpha, WHICH: gl.constexpr):
 @gluon.jit
 def _own_values(buffers, acc, p, alpha, n, tile, work, WHICH: gl.constexpr):
     """Add the own columns of the own tile n, by its weights."""
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_layout(_OWN), k_width=2)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma_layout(OWN), k_width=2)
     _hide_values(buffers, n, tile, work, WHICH)
     weights = gl.convert_layout(p.to(buffers.weights.dtype), WEIGHTS)
-    acc = _scaled(acc, alpha)
+    acc = scaled(acc, alpha)
     acc = warpgroup_mma(weights, buffers.values(n, WHICH), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     buffers.release(n)
@@ -301,21 +389,25 @@ def _own_values(buffers, acc, p, alpha, n, tile, work, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
+def _consumer(WHICH: gl.constexpr, is_left, work, left, buffers, scale, output, parts):
     """A warp group: half of the columns of each of the program's work tiles."""
     KEYS: gl.constexpr = buffers.KEYS
-    BY_ROW: gl.constexpr = _by_row(KEYS)
-    first_share = share
+    BY_ROW: gl.constexpr = by_row(KEYS)
+    has_first, first_work, first_left = is_left, work, left
     n = 0  # key tiles before this work tile
     unit = 0
-    while share.position < share.end:
-        work, share = share.next()
+    while is_left:
+        # The next work tile is found here, where the queries are being loaded.
+        is_left = left.position < left.end
+        next_work = work
+        if is_left:
+            next_work, left = left.next()
         if work.unit >= 0:
             rows = work.rows(BY_ROW)
-            m_i = gl.full([_ROWS], MASKED, gl.float32, BY_ROW)  # of all tiles so far
+            m_i = gl.full([ROWS], MASKED, gl.float32, BY_ROW)  # of all tiles so far
             m_own = m_i  # of the own tiles, when the last of them was added
-            l_i = gl.zeros([_ROWS], gl.float32, BY_ROW)  # of the own tiles, by m_own
-            acc = gl.zeros([_ROWS, _OWN], gl.float32, mma_layout(_OWN))
+            l_i = gl.zeros([ROWS], gl.float32, BY_ROW)  # of the own tiles, by m_own
+            acc = gl.zeros([ROWS, OWN], gl.float32, mma_layout(OWN))
             num_tiles = work.last_tile - work.first_tile
             own = (n & 1) ^ WHICH  # the first own tile, counted from the work tile's first
             mbarrier.wait(buffers.q_full.index(0), unit & 1)
@@ -326,30 +418,28 @@ def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
                 p, m_i, m_use = _softmax(s, m_i, work, rows.positions, tile * KEYS, scale)
                 l_i = gl.sum(p, 1)
                 m_own = m_use
-                alpha = gl.zeros([_ROWS], gl.float32, BY_ROW)
-                _send_weights(buffers, p, m_i, alpha, WHICH)
+                alpha = gl.zeros([ROWS], gl.float32, BY_ROW)
+                _send_weights(buffers, p, m_i, alpha, n, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n, tile, work, WHICH)
             for i in range(2 - own, num_tiles, 2):
                 tile = work.first_tile + i
                 s = _issue_scores(buffers, n + i)
-                acc = _other_tile(buffers, acc, n + i - 1, tile - 1, work, WHICH)
-                m_before = buffers.largest.load(BY_ROW)
+                acc, m_before = _other_tile(buffers, acc, n + i - 1, tile - 1, work, WHICH)
                 s = warpgroup_mma_wait(1, deps=[s])
                 p, m_i, m_use = _softmax(s, m_before, work, rows.positions, tile * KEYS, scale)
                 alpha = gl.exp2(m_before - m_use)
                 l_i = l_i * gl.exp2(m_own - m_use) + gl.sum(p, 1)
                 m_own = m_use
+                _send_weights(buffers, p, m_i, alpha, n + i, WHICH)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                buffers.release(n + i - 1)
-                _send_weights(buffers, p, m_i, alpha, WHICH)
+                _release_other(buffers, n + i - 1, WHICH)
                 acc = _own_values(buffers, acc, p, alpha, n + i, tile, work, WHICH)
             mbarrier.arrive(buffers.q_empty.index(0))
             n += num_tiles
             if ((n - 1) & 1) != WHICH:  # the last tile is the other's
-                acc = _other_tile(buffers, acc, n - 1, work.last_tile - 1, work, WHICH)
-                m_i = buffers.largest.load(BY_ROW)
+                acc, m_i = _other_tile(buffers, acc, n - 1, work.last_tile - 1, work, WHICH)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                buffers.release(n - 1)
+                _release_other(buffers, n - 1, WHICH)
             m_use = gl.where(no_score(m_i), 0.0, m_i)
             l_i = l_i * gl.exp2(m_own - m_use)
             buffers.sums.index(2 * (unit & 1) + WHICH).store(l_i)
@@ -361,167 +451,62 @@ def _consumer(WHICH: gl.constexpr, share, buffers, scale, output, parts):
             if work.is_whole:
                 _store_rows(acc, m_i, total, rows, output, WHICH)
             else:
-                parts.store(acc, m_i, total, rows, work, share.program, WHICH)
-    while first_share.position < first_share.end:
-        work, first_share = first_share.next()
-        if work.unit >= 0:
-            if work.num_parts > 1:
-                parts.merge(work, first_share.program, output, WHICH)
+                parts.store(acc, m_i, total, rows, work, left.program, WHICH)
+        work = next_work
+    is_left, work, left = has_first, first_work, first_left
+    while is_left:
+        if (work.unit >= 0) & (work.num_parts > 1):
+            parts.merge(work, left.program, output, buffers, WHICH)
+        is_left = left.position < left.end
+        if is_left:
+            work, left = left.next()
 
 
 @gluon.jit
 def _store_rows(acc, m_i, total, rows, output, WHICH: gl.constexpr):
     """Store a warp group's columns of whole rows."""
     factor = output._decode_factor(m_i, total, rows)
-    out = _scaled(acc, gl.where(rows.sees_no_key, 0.0, factor))
-    hidden = gl.convert_layout(rows.sees_no_key.to(gl.int32), _by_row(_OWN)) != 0
+    out = scaled(acc, gl.where(rows.sees_no_key, 0.0, factor))
+    hidden = gl.convert_layout(rows.sees_no_key.to(gl.int32), by_row(OWN)) != 0
     out = gl.where(hidden[:, None], 0.0, out).to(output.out_ptr.dtype.element_ty)
-    rows = rows.to(_by_row(_OWN))
-    column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, mma_layout(_OWN)))
+    rows = rows.to(by_row(OWN))
+    column = WHICH * OWN + gl.arange(0, OWN, gl.SliceLayout(0, mma_layout(OWN)))
     at = output.offsets(rows.tokens, rows.heads)
     gl.store(output.out_ptr + at[:, None] + column[None, :], out, mask=rows.ok[:, None])
 
 
-@aggregate
-class _Parts:
-    """Room for parts of work units, as `epilogue.Parts`, but in two halves of the columns.
-
-    A slot has 64 rows of 512 columns in `out_ptr`, and two times 64 log2 sums in `lse_ptr`, which
-    are equal.
-    """
-
-    out_ptr: gl.tensor
-    lse_ptr: gl.tensor
-    counters_ptr: gl.tensor
-
-    @gluon.jit
-    def store(self, acc, m_i, total, rows, work, program, WHICH: gl.constexpr):
-        """Store a warp group's columns of a part."""
-        slot = program.to(gl.int64) * 2 + (program == work.first_program).to(gl.int64)
-        empty = total == 0.0  # no score above −inf; a NaN is in the sum
-        some = gl.where(empty, 1.0, total)
-        r = gl.arange(0, _ROWS, total.type.layout)
-        lse = gl.where(empty, float("-inf"), m_i + gl.log2(some))
-        gl.store(self.lse_ptr + (slot * 2 + WHICH) * _ROWS + r, lse)
-        part = _scaled(acc, 1.0 / some)
-        ok = gl.convert_layout(rows.ok.to(gl.int32), _by_row(_OWN)) != 0
-        r = gl.arange(0, _ROWS, _by_row(_OWN))
-        column = WHICH * _OWN + gl.arange(0, _OWN, gl.SliceLayout(0, mma_layout(_OWN)))
-        at = (slot * _ROWS + r)[:, None] * _LATENT + column[None, :]
-        gl.store(self.out_ptr + at, part, mask=ok[:, None])
-        # All threads' stores come before the one thread's release.
-        barrier()
-        gl.atomic_add(self._counter(work, WHICH), 1, sem="release", scope="gpu")
-
-    @gluon.jit
-    def _counter(self, work, WHICH: gl.constexpr):
-        return self.counters_ptr + _COUNTERS * work.first_program + 2 * WHICH
-
-    @gluon.jit
-    def merge(self, work, program, output, WHICH: gl.constexpr):
-        """Merge and store a program's share of a unit's rows, once all parts are stored.
-
-        A step takes 16 pairs of a part and a row, so that few rows of many parts and many rows of
-        few parts take as many steps.
-        """
-        counter = self._counter(work, WHICH)
-        arrived = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        while arrived < work.num_parts:
-            arrived = gl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        barrier()
-        config: gl.constexpr = work.config
-        num_rows = gl.minimum(work.q_len * config.GROUP - work.unit * _ROWS, _ROWS)
-        share = (num_rows + work.num_parts - 1) // work.num_parts
-        first = (program - work.first_program) * share
-        last = gl.minimum(first + share, num_rows)
-        at_once = 1  # rows of a step
-        while (at_once < share) & (at_once < _PAIRS):
-            at_once *= 2
-        pair = gl.arange(0, _PAIRS, _BY_PAIR)
-        column = WHICH * _OWN + gl.arange(0, _OWN, _BY_COLUMN)
-        for begin in range(first, last, at_once):
-            row = begin + pair % at_once
-            part = pair // at_once
-            m_i = gl.full([_PAIRS], float("-inf"), gl.float32, _BY_PAIR)
-            l_i = gl.zeros([_PAIRS], gl.float32, _BY_PAIR)
-            acc = gl.zeros([_PAIRS, _OWN], gl.float32, _MERGE)
-            for step in range(0, work.num_parts, _PAIRS // at_once):
-                program_of = work.first_program + step + part
-                slot = program_of.to(gl.int64) * 2 + (step + part == 0).to(gl.int64)
-                ok = (step + part < work.num_parts) & (row < last)
-                lse_ptrs = self.lse_ptr + (slot * 2 + WHICH) * _ROWS + row
-                lse = gl.load(lse_ptrs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                at = (slot * _ROWS + row)[:, None] * _LATENT + column[None, :]
-                out_ptrs = self.out_ptr + at
-                out = gl.load(out_ptrs, mask=ok[:, None], other=0.0, cache_modifier=".cg")
-                m_new = gl.maximum(m_i, lse)
-                m_use = gl.where(m_new == float("-inf"), 0.0, m_new)
-                weight = gl.exp2(lse - m_use)
-                alpha = gl.exp2(m_i - m_use)
-                l_i = l_i * alpha + weight
-                acc = acc * alpha[:, None] + out * weight[:, None]
-                m_i = m_new
-            for k in range(0, gl.minimum(at_once, last - begin)):
-                is_row = pair % at_once == k
-                m_row = gl.max(gl.where(is_row, m_i, float("-inf")), 0)
-                m_use = gl.where(m_row == float("-inf"), 0.0, m_row)
-                weight = gl.where(is_row, gl.exp2(m_i - m_use), 0.0)
-                total = gl.sum(weight * l_i, 0)
-                out = gl.sum(acc * weight[:, None], 0)
-                self._store_row(out, m_row, total, begin + k, column, work, output)
-        self._forget(work, counter)
-
-    @gluon.jit
-    def _store_row(self, out, m_row, total, row, column, work, output):
-        """Store a merged row."""
-        config: gl.constexpr = work.config
-        r = work.unit * _ROWS + row
-        token = work.q_start + r // config.GROUP
-        head = r % config.GROUP
-        position = work.seq_len - work.q_len + r // config.GROUP
-        no_key = position < 0
-        low = m_row == float("-inf")
-        lse_ptr = output.lse_ptr + token.to(gl.int64) * config.NUM_HEADS + head
-        factor = output.normalizer(
-            gl.where(low, 0.0, m_row), low, total, no_key, total, lse_ptr, row >= 0
-        )
-        out = gl.where(no_key, 0.0, out * factor).to(output.out_ptr.dtype.element_ty)
-        gl.store(output.out_ptr + output.offsets(token, head) + column, out)
-
-    @gluon.jit
-    def _forget(self, work, counter):
-        """Leave the counters at zero for the next launch, once all programs have seen them."""
-        barrier()
-        seen = gl.atomic_add(counter + 1, 1, sem="relaxed", scope="gpu")
-        if seen == work.num_parts - 1:
-            gl.store(counter, 0)
-            gl.store(counter + 1, 0)
-
-
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_mla_kernel(
-    q_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, counters_ptr,
-    query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t, out_stride_h,
-    num_reqs, all_reqs, num_rows, table_stride, window, scale_log2, cap_log2, scale_over_cap,
-    CONFIG: gl.constexpr,
+    q_desc, q_rotated_desc, latent_desc, kv_desc, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr,
+    counters_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, block_rows, out_stride_t,
+    out_stride_h, num_reqs, all_reqs, num_rows, table_stride, window, team, scale_log2, cap_log2,
+    scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Absorbed attention of all requests over the paged latents.
 
     Grid: at most as many programs as SMs, in a cooperative launch.
 
     Args:
-        q_desc: (num_tokens * NUM_HEADS, 576), boxes of 64 by 64.
-        kv_desc: the tokens of the cache by 576, boxes of 16, 32 or 64 rows, which divide a page and
-            a key tile, by 64 columns.
+        q_desc: (num_tokens * NUM_HEADS, 576) as blocks of 64 columns, boxes of 8 by Q_ROWS by 64.
+        q_rotated_desc: the same as a matrix, boxes of Q_ROWS by 64.
+        latent_desc, kv_desc: the tokens of the cache by 576, likewise. Boxes have 16 or 32 rows,
+            which divide a page and a key tile.
         out_ptr: (num_tokens, NUM_HEADS, 512), see the strides.
         part_out_ptr: (2 * programs, 64, 512) float32; part_lse_ptr: (2 * programs, 2, 64).
         counters_ptr: MLA_COUNTERS * programs zeros, which are zero again afterwards.
         block_rows: rows of the cache's matrix between one block and the next.
+        team: programs that share key ranges, see `IterationSpace`.
         CONFIG: an MLAConfig.
         Others: as for triton/kernels/decode.py.
     """
     space = IterationSpace(
-        seq_lens_ptr, query_start_loc_ptr, seq_lens_ptr, num_reqs, window, CONFIG
+        seq_lens_ptr,
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        num_reqs,
+        window,
+        gl.to_tensor(team),
+        CONFIG,
     )
     pages = Pages(
         kv_desc, block_table_ptr, table_stride, block_rows, gl.to_tensor(0), gl.to_tensor(0)
@@ -530,21 +515,24 @@ def hopper_mla_kernel(
     output = Output(
         out_ptr, lse_ptr, lse_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
-    parts = _Parts(part_out_ptr, part_lse_ptr, counters_ptr)
     buffers = _allocate(kv_desc.dtype, CONFIG.KEYS)
     fence_async_shared()
 
     output.store_empty(space)
     size = space.size()
     share = space.share(gl.program_id(0), size, space.tiles_per_program(size))
+    parts = Parts(part_out_ptr, part_lse_ptr, counters_ptr, space.team, share.member)
+    # The first work tile is found here, where there are many registers.
+    is_left = share.position < share.end
+    work, left = share.next()
     barrier()  # see decode.py
     gl.warp_specialize(
         [
-            (_consumer, (0, share, buffers, scale, output, parts)),
-            (_consumer, (1, share, buffers, scale, output, parts)),
-            (_producer, (share, buffers, pages, q_desc)),
+            (_consumer, (0, is_left, work, left, buffers, scale, output, parts)),
+            (_consumer, (1, is_left, work, left, buffers, scale, output, parts)),
+            (_producer, (is_left, work, left, buffers, pages, latent_desc, q_desc, q_rotated_desc)),
         ],
         [4, 1],
-        [240, 24],
+        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
     )  # fmt: skip
     output.store_padding(gl.load(query_start_loc_ptr + all_reqs), num_rows)

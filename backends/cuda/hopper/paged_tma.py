@@ -13,12 +13,24 @@ import torch
 from attn_dispatch.backends.triton.operands import KVSource
 from attn_dispatch.platforms.libraries import import_library
 
-__all__ = ["PageMatrix", "PagedTma", "page_problem", "tma_descriptor"]
+__all__ = [
+    "PageMatrix",
+    "PagedTma",
+    "box_columns",
+    "column_blocks",
+    "page_problem",
+    "tma_descriptor",
+]
 
-#: Columns of a box: 128 bytes, the width that shared memory swizzles.
+#: Columns of a box, at most: 128 bytes, the width that shared memory swizzles.
 _COLUMNS = 64
 #: Rows of a box: tokens of one page, a power of two from the first to the second.
 _MIN_ROWS, _ROWS = 16, 64
+
+
+def box_columns(size: int) -> int:
+    """Columns of the boxes in which a head of this size is loaded."""
+    return math.gcd(size, _COLUMNS)
 
 
 def page_problem(
@@ -65,7 +77,7 @@ class PageMatrix:
     """Keys or values of a cache as a matrix: its rows are tokens of a block, one after the other.
 
     Attributes:
-        descriptor: of the matrix, in boxes of 16, 32 or 64 rows by 64 columns.
+        descriptor: of the matrix, in boxes of 16, 32 or 64 rows by 32 or 64 columns.
         block_rows, head_rows, head_columns: rows or columns of the matrix between one block and the
             next, and one KV head and the next.
     """
@@ -100,7 +112,9 @@ class PageMatrix:
         shape = (last + block_size, head_columns * (num_heads - 1) + size)
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
-        descriptor = tma_descriptor(part, shape, token, (math.gcd(block_size, max_rows), _COLUMNS))
+        descriptor = tma_descriptor(
+            part, shape, token, (math.gcd(block_size, max_rows), box_columns(size))
+        )
         return cls(descriptor, block_rows, head_rows, head_columns)
 
 
@@ -126,18 +140,31 @@ class PagedTma:
         return cls(cache.block_size, keys, values)
 
 
-def tma_descriptor(
-    tensor: torch.Tensor, shape: Sequence[int], row_stride: int, box: tuple[int, int]
-) -> Any:
-    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes."""
+def tma_descriptor(tensor: Any, shape: Sequence[int], row_stride: int, box: tuple[int, int]) -> Any:
+    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes.
+
+    Of the tensor, only `data_ptr()` and `dtype` are used.
+    """
     descriptor_cls, layout = _in_boxes(*box)
     return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
 
 
+def column_blocks(matrix: Any, number: int) -> Any:
+    """A matrix's TMA descriptor as (blocks of 64 columns, rows, 64), in boxes of `number` blocks.
+
+    So one instruction loads a wide box as shared memory has it: a block of columns after the other.
+    """
+    rows, columns = matrix.block_shape
+    box = (number, rows, columns)
+    descriptor_cls, layout = _in_boxes(*box)
+    shape = [matrix.shape[1] // columns, matrix.shape[0], columns]
+    return descriptor_cls(matrix.base, shape, [columns, *matrix.strides], [*box], layout)
+
+
 @functools.cache
-def _in_boxes(rows: int, columns: int) -> tuple[Any, Any]:
+def _in_boxes(*box: int) -> tuple[Any, Any]:
     gluon = import_library("triton.experimental.gluon.language")
     hopper = import_library("triton.experimental.gluon.nvidia.hopper")
     # The layout depends only on the width of the element type.
-    layout = gluon.NVMMASharedLayout.get_default_for([rows, columns], gluon.float16)
+    layout = gluon.NVMMASharedLayout.get_default_for([*box], gluon.float16)
     return hopper.TensorDescriptor, layout

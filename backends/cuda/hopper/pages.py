@@ -4,11 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate, load_tile, reinterpret
+from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate, load_columns
 
 __all__ = ["Pages"]
 
-_HALF = gl.constexpr(64)  # 16-bit columns of a swizzled row of shared memory
 #: The layout of a tile's block numbers, which the producer's one warp reads.
 _BLOCKS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 
@@ -18,7 +17,7 @@ class Pages:
     """Keys or values of a paged cache as a matrix: `paged_tma.PageMatrix`, and the block table.
 
     Attributes:
-        desc: boxes of 16, 32 or 64 rows, which divide a page, by 64 columns.
+        desc: boxes of 16, 32 or 64 rows, which divide a page, by 32 or 64 columns.
         table_ptr, table_stride: the block table.
         block_rows, head_rows, head_columns: rows or columns of the matrix between one block and the
             next, and one KV head and the next.
@@ -55,23 +54,11 @@ class Pages:
 
     @gluon.jit
     def load(self, ring, n, blocks, first, kv_head, CONFIG: gl.constexpr):
-        """Load a key tile as the ring's tile n.
-
-        In shared memory a tile is its columns' halves, one after the other, and each half its
-        boxes.
-        """
+        """Load a key tile as the ring's tile n."""
         PAGE: gl.constexpr = self.desc.block_type.shape[0]
         PER_TILE: gl.constexpr = CONFIG.BLOCK_N // PAGE
-        HALVES: gl.constexpr = CONFIG.D // _HALF
-        ALL: gl.constexpr = ring.tiles.shape[0] * HALVES * PER_TILE
-        boxes = reinterpret(ring.tiles, self.desc.dtype, [ALL, PAGE, _HALF], self.desc.layout)
+        column = kv_head * self.head_columns
         stage = ring.acquire(n)
         for p in gl.static_range(PER_TILE):
             row = self.row_of(blocks, p, first, CONFIG) + kv_head * self.head_rows
-            for h in gl.static_range(HALVES):
-                load_tile(
-                    self.desc,
-                    [row, kv_head * self.head_columns + h * _HALF],
-                    ring.full.index(stage),
-                    boxes.index((stage * HALVES + h) * PER_TILE + p),
-                )
+            load_columns(ring, stage, ring.full.index(stage), self.desc, row, column, p, PER_TILE)

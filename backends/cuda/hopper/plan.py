@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper.launch import BLOCK_M, BLOCK_N, DECODES, FIXED_BLOCKS
-from attn_dispatch.backends.cuda.hopper.paged_tma import page_problem, tma_descriptor
+from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_M,
+    BLOCK_N,
+    DECODES,
+    FIXED_BLOCKS,
+    MAX_SCRATCH_BYTES,
+)
+from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
-from attn_dispatch.backends.triton.operands import KVSource, fills_tiles
+from attn_dispatch.backends.triton.operands import FORMATS, KVSource, blocks_of
 from attn_dispatch.backends.triton.plan import PlanRows, PrefillPlan, TritonMetadata, plan_rows
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
@@ -21,7 +29,25 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceProfile
 
-__all__ = ["HopperBuilder", "HopperPlan", "cache_problem", "describe_rows"]
+__all__ = ["HopperBuilder", "HopperPlan", "cache_problem", "describe_rows", "words_to_copy"]
+
+
+@dataclass(frozen=True)
+class CopiedCache:
+    """A cache whose pages are copied, see `copied.py`.
+
+    Attributes:
+        format: FORMAT of a PrefillConfig.
+        unit: bytes.
+        steps: strides of blocks, tokens and heads of keys, then of values, in units.
+        keys, values: tensors of words; only their addresses count.
+    """
+
+    format: str
+    unit: int
+    steps: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 @dataclass
@@ -35,48 +61,67 @@ class HopperPlan(PrefillPlan):
             share is, because that follows from bounds and the split decides bits.
         may_be_fresh: some requests may have no past; their keys can be read from `key`, and the
             device knows which they are.
-        reads_pages: the kernel can read a cache of the layer's spec from its pages.
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
-        descriptors: of gathered keys and values, which are at the same address for all layers.
+        chosen: which requests; None in a captured step.
+        portable: a plan of the same requests for the portable kernel, if a cache needs one.
     """
 
     counters: torch.Tensor | None = None
     fresh_end: int = 0
     may_be_fresh: bool = False
-    reads_pages: bool = False
+    chosen: list[int] | None = None
+    portable: PrefillPlan | None = None
     splits_all_sms: bool = False
     shares: SMShares | None = None
-    descriptors: tuple[Any, Any] | None = None
 
-    def describe(self, source: KVSource, block_n: int) -> tuple[Any, Any]:
-        """TMA descriptors of keys and values."""
-        is_gathered = self.gathered is not None and source.k is self.gathered[0]
-        if is_gathered and self.descriptors is not None:
-            return self.descriptors
-        if not is_gathered:
-            return self.describe_new(source.k, source.v, block_n)
-        k, v = (describe_rows(rows[: self.gathered_rows], block_n) for rows in (source.k, source.v))
-        self.descriptors = k, v
-        return k, v
+    def portable_plan(self, metadata: TritonMetadata) -> PrefillPlan:
+        """A plan of the same requests for the portable kernel.
+
+        Raises:
+            InvalidInputError: the step is captured.
+        """
+        if self.chosen is None:
+            raise InvalidInputError(
+                "The kv_cache begins at an address, or has strides, that are no multiples of 4 "
+                "bytes; a captured step of HOPPER_ATTN needs them. Align the cache."
+            )
+        if self.portable is None:
+            builder = metadata.builder
+            assert isinstance(builder, HopperBuilder)
+            self.portable = builder.portable_prefill(metadata.batch, self.chosen)
+        return self.portable
+
+    def describe_gathered(self, source: KVSource, block_n: int) -> tuple[Any, Any]:
+        """TMA descriptors of gathered rows, which are at the same address for all layers."""
+        rows = self.gathered_rows
+        return describe_rows(source.k, block_n, rows), describe_rows(source.v, block_n, rows)
 
     def describe_new(self, key: torch.Tensor, value: torch.Tensor, block_n: int) -> tuple[Any, Any]:
         """TMA descriptors of the rows of a call's key and value."""
-        return describe_rows(key[: self.fresh_end], block_n), describe_rows(
-            value[: self.fresh_end], block_n
-        )
+        end = self.fresh_end
+        return describe_rows(key, block_n, end), describe_rows(value, block_n, end)
 
 
 class HopperBuilder(TritonGraphBuilder):
-    """Plans prefills for the Hopper kernel.
+    """Plans prefills for the Hopper kernel, which reads keys from their pages.
 
-    Keys in pages that TMA cannot read are gathered; if there are too many, or the step is captured,
+    Pages that TMA cannot read are gathered while that takes little memory, since a warp group that
+    copies them in the kernel is slower. For a format of the cache that the kernel does not know,
     the plan is for the portable kernel.
     """
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
-        has_pages = spec.block_size is not None
-        self._reads_pages = has_pages and not cache_problem(spec, detect_device(device))
+        profile = detect_device(device)
+        dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
+        sizes = (spec.head_size, spec.head_size_v)
+        # Gathered rows are as wide as a tile of the portable kernel.
+        self._can_gather = (
+            spec.block_size is not None
+            and bool(cache_problem(spec, profile))
+            and blocks_of(*sizes) == sizes
+        )
+        self._knows_format = copied_format(FORMATS.get(dtype, dtype), spec.dtype) is not None
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
         """The batch's metadata; see AttentionMetadataBuilder.build."""
@@ -86,35 +131,43 @@ class HopperBuilder(TritonGraphBuilder):
             is_decode = self._few_tokens(batch)
             assert is_decode is not None  # the batch has both kinds
             num_tiles = len(plan.tiles) * self.spec.num_heads
+            # Without a decode kernel of Hopper's own, the portable one's blocks share SMs.
+            if self.spec.head_size not in DECODES:
+                return metadata
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
 
     def _most_programs(self, grid: int) -> int:
         if self.spec.lengths == "exact":
             return grid
+        if self.spec.head_size not in DECODES:
+            return grid
         programs = DECODES[self.spec.head_size].mixed.programs
         return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         rows = plan_rows(batch, chosen, BLOCK_N[self.spec.head_size])
-        has_pages = batch.block_table is not None
-        reads_pages = has_pages and self._reads_pages
-        if has_pages and not reads_pages and not self._has_room(rows):
-            return super()._prefill(batch, chosen)
+        gathers = self._can_gather and self._has_room(rows, MAX_SCRATCH_BYTES)
+        if batch.block_table is not None and not (self._knows_format or gathers):
+            return self.portable_prefill(batch, chosen)
         tiles = self._work_tiles(batch, rows)
         # One copy to the device for both.
         counters_and_tiles = torch.cat([tiles.new_zeros(1, tiles.shape[1]), tiles])
-        plan = self._plan(batch, rows, counters_and_tiles, has_pages, HopperPlan)
+        plan = self._plan(batch, rows, counters_and_tiles, gathers, HopperPlan)
         assert isinstance(plan, HopperPlan)
+        plan.chosen = chosen
         plan.counters, plan.tiles = plan.tiles[0, :2], plan.tiles[1:]
         is_bound = batch.lengths == "upper_bound"
         lens = zip(rows.key_lens, rows.seq_lens, strict=True)
         has_fresh = is_bound or any(new == keys for new, keys in lens)
         plan.may_be_fresh = has_fresh and not plan.is_fresh and batch.key_start_loc_cpu is None
-        plan.reads_pages = reads_pages
         plan.splits_all_sms = self.spec.lengths == "upper_bound"
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
         return plan
+
+    def portable_prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
+        """TRITON_ATTN's plan for these requests."""
+        return super()._prefill(batch, chosen)
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
@@ -125,15 +178,15 @@ class HopperBuilder(TritonGraphBuilder):
         return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
 
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
-        if not self._reads_pages:
+        if not self._knows_format:
             return super()._max_tiles(limits, longest_decode)
         return limits.num_tokens // BLOCK_M + self._max_prefills(limits, longest_decode)
 
     def _idle_tile(self, idle: int) -> tuple[int, ...]:
-        return (0, 0, 0, idle) if self._reads_pages else super()._idle_tile(idle)
+        return (0, 0, 0, idle) if self._knows_format else super()._idle_tile(idle)
 
     def _listed_tiles(self, batch: AttentionBatch, prefills: list[int]) -> torch.Tensor:
-        if not self._reads_pages:
+        if not self._knows_format:
             return super()._listed_tiles(batch, prefills)
         return self._work_tiles(batch, plan_rows(batch, prefills, BLOCK_N[self.spec.head_size]))
 
@@ -141,21 +194,20 @@ class HopperBuilder(TritonGraphBuilder):
         self, batch: AttentionBatch, tiles: torch.Tensor, requests: torch.Tensor
     ) -> PrefillPlan:
         plan = super()._prefill_plan(batch, tiles, requests)
-        if not self._reads_pages:
+        if not self._knows_format:
             return plan
         return HopperPlan(
             **vars(plan),
             counters=tiles.new_zeros(2),
             fresh_end=batch.num_tokens,
             may_be_fresh=True,
-            reads_pages=True,
             splits_all_sms=self.spec.lengths == "upper_bound",
         )
 
 
 @functools.cache
 def cache_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
-    """What keeps the kernels from the pages of a layer's cache, as a sentence; "" if nothing."""
+    """What keeps TMA from the pages of a layer's cache, as a sentence; "" if nothing."""
     assert spec.block_size is not None
     dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, device.arch)
     if dtype != spec.dtype:
@@ -171,13 +223,84 @@ def cache_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
     return next(filter(None, problems), "")
 
 
-def describe_rows(tensor: torch.Tensor, rows: int) -> Any:
-    """A TMA descriptor of (tokens, heads, size) in boxes of this many rows by one head.
+def describe_rows(tensor: torch.Tensor, rows: int, number: int | None = None) -> Any:
+    """A TMA descriptor of (tokens, heads, size) in boxes of this many rows.
 
     The tensor is copied if TMA cannot read it.
+
+    Args:
+        tensor: the tensor.
+        rows: of a box.
+        number: the descriptor's rows; None for all tokens.
     """
-    size = tensor.shape[2]
-    if not fills_tiles(tensor, size):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    matrix = tensor.flatten(1)
-    return tma_descriptor(matrix, matrix.shape, matrix.stride(0), (rows, size))
+    number = tensor.shape[0] if number is None else number
+    strides = tensor.stride()
+    found = _described(tensor.data_ptr(), tensor.dtype, number, tensor.shape[1:], strides, rows)
+    if found is not None:
+        return found
+    copy = tensor.clone(memory_format=torch.contiguous_format).flatten(1)
+    box = (rows, box_columns(tensor.shape[2]))
+    return tma_descriptor(copy, (number, copy.shape[1]), copy.stride(0), box)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The base of a descriptor that is kept. A tensor would not be freed."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(
+    address: int,
+    dtype: torch.dtype,
+    number: int,
+    head_shape: tuple[int, int],
+    strides: tuple[int, int, int],
+    rows: int,
+) -> Any:
+    """A descriptor of rows whose heads are next to each other; None if TMA cannot read them.
+
+    Steps reuse memory, and all layers of one have the same shapes: a descriptor is made once.
+    """
+    heads, size = head_shape
+    token, head, element = strides
+    is_aligned = not (address % 16 or token * dtype.itemsize % 16)
+    is_row = element == 1 and (head == size or heads == 1) and token >= heads * size
+    if not (number and is_aligned and is_row):
+        return None
+    box = (rows, box_columns(size))
+    return tma_descriptor(_Memory(address, dtype), (number, heads * size), token, box)
+
+
+def words_to_copy(cache: KVSource, dtype: torch.dtype) -> CopiedCache | None:
+    """A cache as `copied.py` reads it, for a layer of this dtype; None if it cannot."""
+    form = copied_format(cache.k.dtype if cache.format == "plain" else cache.format, dtype)
+    width = cache.k.element_size()
+    strides = [step * width for step in (*cache.k_strides, *cache.v_strides)]
+    unit = math.gcd(16, *strides, cache.k.data_ptr(), cache.v.data_ptr())
+    if form is None or unit < 4:
+        return None
+    words = (_as_words(part) for part in (cache.k, cache.v))
+    return CopiedCache(form, unit, tuple(step // unit for step in strides), *words)
+
+
+def _as_words(part: torch.Tensor) -> torch.Tensor:
+    """The memory from a tensor's first element on as int32."""
+    skipped = part.storage_offset() * part.element_size()
+    words = torch.empty(0, dtype=torch.int32, device=part.device)
+    words.set_(part.untyped_storage(), skipped // 4, (1,), (1,))
+    return words
+
+
+def copied_format(stored: torch.dtype | str, dtype: torch.dtype) -> str | None:
+    """The FORMAT of `PrefillConfig` for stored elements in a layer of a dtype; None without one."""
+    if stored == dtype:
+        return "same"
+    names = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    name = names.get(stored) if isinstance(stored, torch.dtype) else stored
+    return name if name in (*names.values(), "int8", "e4m3", "e5m2") else None

@@ -11,11 +11,11 @@ counter in memory, so that all programs end at about the same time however diffe
 are; FlashAttention 3 does the same. The loads for the next work tile are under way while the last
 one is finished and stored.
 
-Keys and values are read from the pages of the cache, from the new rows of this step if a request
-has no others, or from contiguous rows that were gathered from pages which TMA cannot read. Where
-the host does not know which requests have a past, the device decides, by request. What lies before
-a request's first visible key and behind its last one may be anything: the consumers replace such
-values by zeros, since 0 * NaN is NaN.
+Keys and values are read from the pages of the cache, or from the new rows of this step if a request
+has no others. Pages that TMA cannot read, or not in the layer's dtype, are copied by a warp group
+in place of the producer warp (`copied.py`). Where the host does not know which requests have a
+past, the device decides, by request. What lies before a request's first visible key and behind its
+last one may be anything: the consumers replace such values by zeros, since 0 * NaN is NaN.
 """
 
 from triton.experimental import gluon
@@ -27,25 +27,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_dispatch.backends.cuda.hopper.copied import CopiedPages, copy_keys
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
 from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
-    load_tile,
+    load_columns,
     make_ring,
     mma_layout,
     reinterpret,
     row_layout,
+    tile_layout,
 )
 from attn_dispatch.backends.triton.kernels.online_softmax import LOG2E
 from attn_dispatch.backends.triton.launcher import METADATA
 
 __all__ = ["hopper_prefill_kernel"]
 
-_BOX = gl.constexpr(64)  # rows and columns of a part of a tile
-_ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+_BOX = gl.constexpr(64)  # rows of a part of a tile
+
+
+@gluon.constexpr_function
+def _one_value(warps):
+    """The layout of one value that all of the producer's warps have."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @aggregate
@@ -124,9 +131,10 @@ class _Schedule:
     @gluon.jit
     def send(self, head, q_start, q_len, seq_len, first_token):
         """For the producer: write the ticket; a head of −1 says that there are no more."""
+        ONE: gl.constexpr = _one_value(self.config.PRODUCERS)
         values = (head, q_start, q_len, seq_len, first_token)
         for i in gl.static_range(5):
-            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, _ONE_WARP))
+            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, ONE))
 
     @gluon.jit
     def receive(self):
@@ -182,6 +190,7 @@ class _Rows:
     """
 
     q: gl.shared_memory_descriptor
+    q_tail: gl.shared_memory_descriptor
     positions: gl.tensor
     col: gl.tensor
     col_bias: gl.tensor
@@ -210,7 +219,30 @@ class _Rows:
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         zero = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_layout(BLOCK_N))
         k = k_ring.tiles.index(stage).permute((1, 0))
-        return warpgroup_mma(self.q, k, zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(self.q, k, zero, use_acc=False, is_async=True)
+        if self.config.TAIL:
+            k = k_ring.tail.index(stage).permute((1, 0))
+            s = warpgroup_mma(self.q_tail, k, s, is_async=True)
+        return s
+
+    @gluon.jit
+    def issue_output(self, weights, v_ring, stage, acc, tail):
+        """Issue the product of weights and the values in a stage of the ring."""
+        acc = warpgroup_mma(weights, v_ring.tiles.index(stage), acc, is_async=True)
+        if self.config.TAIL_V:
+            TAIL: gl.constexpr = mma_layout(self.config.TAIL_V)
+            weights = gl.convert_layout(weights, gl.DotOperandLayout(0, TAIL, 2))
+            tail = warpgroup_mma(weights, v_ring.tail.index(stage), tail, is_async=True)
+        return acc, tail
+
+    @gluon.jit
+    def wait_output(self, acc, tail):
+        """Wait for all products."""
+        if self.config.TAIL_V:
+            acc, tail = warpgroup_mma_wait(0, deps=[acc, tail])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        return acc, tail
 
     @gluon.jit
     def softmax(self, s, m_i, l_i, i, IS_MASKED: gl.constexpr):
@@ -254,15 +286,17 @@ class _Rows:
         return p, m_new, l_i, alpha
 
     @gluon.jit
-    def rescale(self, acc, alpha):
-        """acc times a factor for each row."""
-        BY_ROW: gl.constexpr = gl.SliceLayout(1, mma_layout(self.config.D))
-        return acc * gl.convert_layout(alpha, BY_ROW)[:, None]
+    def rescale(self, acc, tail, factor):
+        """Outputs times a factor for each row."""
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+        if self.config.TAIL_V:
+            tail = tail * gl.convert_layout(factor, gl.SliceLayout(1, tail.type.layout))[:, None]
+        return acc, tail
 
     @gluon.jit
     def operand(self, p):
         """Weights as an operand of the product with the values."""
-        OUT: gl.constexpr = mma_layout(self.config.D)
+        OUT: gl.constexpr = mma_layout(self.config.MAIN_V)
         WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
         return gl.convert_layout(p.to(self.q.dtype), WEIGHTS)
 
@@ -274,23 +308,13 @@ class _Rows:
         here at the same tiles.
         """
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
-        LAYOUT: gl.constexpr = row_layout(_BOX)
-        PER_HALF: gl.constexpr = BLOCK_N // _BOX
-        BOXES: gl.constexpr = PER_HALF * self.config.D // _BOX
         first = (self.work.last_tile - i) * BLOCK_N
         first_key = self.work.first_key(self.window, self.config.WINDOW)
         if (first + BLOCK_N > self.work.seq_len) | (first < first_key):
             stage = v_ring.wait(n)
-            dtype: gl.constexpr = v_ring.tiles.dtype
-            BOX_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BOX, _BOX], dtype)
-            ALL: gl.constexpr = v_ring.tiles.shape[0] * BOXES
-            boxes = reinterpret(v_ring.tiles, dtype, [ALL, _BOX, _BOX], BOX_LAYOUT)
-            for b in range(self.WHICH, BOXES, 2):
-                box = boxes.index(stage * BOXES + b)
-                key = first + b % PER_HALF * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
-                is_seen = (key >= first_key) & (key < self.work.seq_len)
-                values = box.load(LAYOUT)
-                box.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
+            self._hide_boxes(v_ring.tiles, stage, first, first_key)
+            if self.config.TAIL_V:
+                self._hide_boxes(v_ring.tail, stage, first, first_key)
             fence_async_shared()
             mbarrier.arrive(self.hidden)
             mbarrier.wait(self.hidden, turn & 1)
@@ -298,53 +322,77 @@ class _Rows:
         return turn
 
     @gluon.jit
-    def begin_tile(self, acc, m_i, l_i, k_ring, n, i):
+    def _hide_boxes(self, tiles, stage, first, first_key):
+        dtype: gl.constexpr = tiles.dtype
+        WIDTH: gl.constexpr = self.config.COLUMNS
+        LAYOUT: gl.constexpr = row_layout(WIDTH)
+        PER_PART: gl.constexpr = tiles.shape[1] // _BOX
+        BOXES: gl.constexpr = PER_PART * tiles.shape[2] // WIDTH
+        ALL: gl.constexpr = tiles.shape[0] * BOXES
+        boxes = reinterpret(tiles, dtype, [ALL, _BOX, WIDTH], tile_layout(WIDTH))
+        for b in range(self.WHICH, BOXES, 2):
+            box = boxes.index(stage * BOXES + b)
+            key = first + b % PER_PART * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
+            is_seen = (key >= first_key) & (key < self.work.seq_len)
+            values = box.load(LAYOUT)
+            box.store(gl.where(is_seen[:, None], values, gl.zeros_like(values)))
+
+    @gluon.jit
+    def begin_tile(self, acc, tail, m_i, l_i, k_ring, n, i):
         """Weights of the i-th tile, which is masked and has number n in the rings."""
         stage = k_ring.wait(n)
         s = self.issue_scores(k_ring, stage)
         s = warpgroup_mma_wait(0, deps=[s])
         k_ring.release(stage)
         p, m_i, l_i, alpha = self.softmax(s, m_i, l_i, i, True)
-        return self.rescale(acc, alpha), m_i, l_i, p
+        acc, tail = self.rescale(acc, tail, alpha)
+        return acc, tail, m_i, l_i, p
 
     @gluon.jit
-    def finish_tile(self, acc, p, v_ring, n):
-        """Add the values of tile number n by their weights."""
+    def finish_tile(self, acc, tail, weights, v_ring, n):
+        """Add the values of tile number n by their weights, an operand."""
         stage = v_ring.wait(n)
-        acc = warpgroup_mma(self.operand(p), v_ring.tiles.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        acc, tail = self.issue_output(weights, v_ring, stage, acc, tail)
+        acc, tail = self.wait_output(acc, tail)
         v_ring.release(stage)
-        return acc
+        return acc, tail
 
     @gluon.jit
-    def store(self, acc, m_i, l_i, WHICH: gl.constexpr, output):
+    def store(self, acc, tail, m_i, l_i, output):
         """Store the rows."""
         config: gl.constexpr = self.config
         work = self.work
         head = work.head
         ROWS: gl.constexpr = self.q.shape[0]
-        D: gl.constexpr = config.D
-        OUT: gl.constexpr = mma_layout(D)
-        LAYOUT: gl.constexpr = row_layout(D)
         no_key = sees_no_key(self.positions, work.seq_len, self.window, config)
         low = no_score(m_i)
         m_log2 = m_i * self.unit()
         if config.ALIBI:  # slope * (column - row) is what was added, less this
             m_log2 = m_log2 - self.slope * (self.positions - work.first_position).to(gl.float32)
         m_log2 = gl.where(low, 0.0, m_log2)
-        first = work.first_token + WHICH * ROWS
+        first = work.first_token + self.WHICH * ROWS
         r = first + gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(config.BLOCK_N)))
         lse_ptrs = output.lse_ptr + (work.q_start + r).to(gl.int64) * config.NUM_HEADS + head
         sink = l_i
         if config.SINKS:
             sink = gl.load(output.sinks_ptr + head)
         factor = output.normalizer(m_log2, low, l_i, no_key, sink, lse_ptrs, r < work.q_len)
-        out = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        acc, tail = self.rescale(acc, tail, factor)
+        self._store_columns(acc, no_key, first, output, 0)
+        if config.TAIL_V:
+            self._store_columns(tail, no_key, first, output, config.MAIN_V)
+
+    @gluon.jit
+    def _store_columns(self, out, no_key, first, output, FIRST: gl.constexpr):
+        """Store the rows' columns from FIRST on."""
+        work = self.work
+        LAYOUT: gl.constexpr = row_layout(out.shape[1])
+        OUT: gl.constexpr = out.type.layout
         hidden = gl.convert_layout(no_key.to(gl.int32), gl.SliceLayout(1, OUT)) != 0
         out = gl.where(hidden[:, None], 0.0, out)
         out = gl.convert_layout(out.to(output.out_ptr.dtype.element_ty), LAYOUT)
-        r = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        output.store(out, work.q_start + r, head, r < work.q_len)
+        r = first + gl.arange(0, out.shape[0], gl.SliceLayout(1, LAYOUT))
+        output.store(out, work.q_start + r, work.head, r < work.q_len, FIRST)
 
 
 @gluon.jit
@@ -352,11 +400,12 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
     CONFIG: gl.constexpr = schedule.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
-    D: gl.constexpr = CONFIG.D
+    MAIN_V: gl.constexpr = CONFIG.MAIN_V
+    TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
-    OUT: gl.constexpr = mma_layout(D)
     q = q_ring.tiles.index(WHICH)
+    q_tail = q_ring.tail.index(WHICH)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
@@ -372,47 +421,51 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         positions = work.first_position + WHICH * ROWS
         positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         rows = _Rows(
-            q, positions, col, col_bias, slope, work, scale, schedule.window, hidden, CONFIG, WHICH
-        )
+            q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
+            CONFIG, WHICH,
+        )  # fmt: skip
         m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros([ROWS, D], gl.float32, OUT)
+        acc = gl.zeros([ROWS, MAIN_V], gl.float32, mma_layout(MAIN_V))
+        tail = gl.to_tensor(0.0)
+        if TAIL_V:
+            tail = gl.zeros([ROWS, TAIL_V], gl.float32, mma_layout(TAIL_V))
         first_left = work.num_tiles - work.num_left
         begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
         for i in range(0, begin):
-            acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
             turn = rows.hide_values(v_ring, n + i, i, turn)
-            acc = rows.finish_tile(acc, p, v_ring, n + i)
+            acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
         if work.num_tiles > 0:
-            acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + begin, begin)
+            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
             turn = rows.hide_values(v_ring, n + begin, begin, turn)
             weights = rows.operand(p)
             for i in range(begin + 1, first_left):
                 stage = k_ring.wait(n + i)
                 s = rows.issue_scores(k_ring, stage)
                 before = v_ring.wait(n + i - 1)
-                acc = warpgroup_mma(weights, v_ring.tiles.index(before), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
+                acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+                s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
                 k_ring.release(stage)
                 p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
-                acc = warpgroup_mma_wait(0, deps=[acc])
+                acc, tail = rows.wait_output(acc, tail)
                 v_ring.release(before)
-                acc = rows.rescale(acc, alpha)
+                acc, tail = rows.rescale(acc, tail, alpha)
                 weights = rows.operand(p)
             if not CONFIG.WINDOW:
                 q_ring.release(0)
             end = gl.maximum(first_left, begin + 1)
-            acc = rows.finish_tile(acc, weights, v_ring, n + end - 1)
+            acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
             if CONFIG.WINDOW:
                 for i in range(end, work.num_tiles):
-                    acc, m_i, l_i, p = rows.begin_tile(acc, m_i, l_i, k_ring, n + i, i)
+                    acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
                     turn = rows.hide_values(v_ring, n + i, i, turn)
-                    acc = rows.finish_tile(acc, p, v_ring, n + i)
+                    acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
                 q_ring.release(0)
         else:
             q_ring.release(0)
         n += work.num_tiles
-        rows.store(acc, m_i, l_i, WHICH, output)
+        rows.store(acc, tail, m_i, l_i, output)
         number += 1
         q_ring.wait(number)
         work = schedule.receive()
@@ -435,14 +488,12 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
         mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
         for half in gl.static_range(2):
-            load_tile(
-                q_desc, [q_row + half * ROWS, work.head * D], q_ring.full.index(0),
-                q_ring.tiles.index(half),
-            )  # fmt: skip
+            load_columns(
+                q_ring, half, q_ring.full.index(0), q_desc, q_row + half * ROWS, work.head * D
+            )
         if CONFIG.HAS_FRESH:
             if work.seq_len == work.q_len:
-                column = work.head // CONFIG.GROUP * D
-                _load_rows(work, n, work.q_start, column, new_k_desc, new_v_desc, k_ring, v_ring)
+                _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
             else:
                 _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         else:
@@ -462,8 +513,10 @@ def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
     kv_head = work.head // CONFIG.GROUP
     if CONFIG.BLOCK_SIZE == 0:
         key_start = gl.load(keys.table_ptr + request)
-        column = kv_head * CONFIG.D
-        _load_rows(work, n, key_start, column, keys.desc, values.desc, k_ring, v_ring)
+        _load_rows(work, n, key_start, keys.desc, values.desc, k_ring, v_ring, CONFIG)
+    elif CONFIG.COPIES:
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
     else:
         first_key = work.first_key(schedule.window, CONFIG.WINDOW)
         table = keys.table_of(request)
@@ -476,27 +529,27 @@ def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
 
 
 @gluon.jit
-def _load_rows(work, n, key_start, column, k_desc, v_desc, k_ring, v_ring):
+def _load_rows(work, n, key_start, k_desc, v_desc, k_ring, v_ring, CONFIG: gl.constexpr):
     """Load a work tile's key tiles from contiguous rows."""
-    BLOCK_N: gl.constexpr = k_ring.tiles.shape[1]
+    kv_head = work.head // CONFIG.GROUP
     for i in range(0, work.num_tiles):
-        row = key_start + (work.last_tile - i) * BLOCK_N
-        k_ring.load(n + i, k_desc, [row, column])
-        v_ring.load(n + i, v_desc, [row, column])
+        row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
+        stage = k_ring.acquire(n + i)
+        load_columns(k_ring, stage, k_ring.full.index(stage), k_desc, row, kv_head * CONFIG.D)
+        stage = v_ring.acquire(n + i)
+        load_columns(v_ring, stage, v_ring.full.index(stage), v_desc, row, kv_head * CONFIG.D_V)
 
 
 #: Parameters whose values the compiled code does not depend on.
-_COUNTS = (
-    "window num_tiles table_stride k_block_rows k_head_rows k_head_columns v_block_rows "
-    "v_head_rows v_head_columns"
-).split()
+_COUNTS = "window num_tiles table_stride k_step_0 k_step_1 k_step_2 v_step_0 v_step_1 v_step_2"
+_COUNTS = _COUNTS.split()
 
 
 @gluon.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=METADATA)
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, counters_ptr,
-    seq_lens_ptr, table_ptr, slopes_ptr, sinks_ptr, num_tiles, table_stride, k_block_rows,
-    k_head_rows, k_head_columns, v_block_rows, v_head_rows, v_head_columns, out_stride_t,
+    q_desc, k_src, v_src, new_k_desc, new_v_desc, out_ptr, lse_ptr, tiles_ptr, counters_ptr,
+    seq_lens_ptr, table_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, num_tiles,
+    table_stride, k_step_0, k_step_1, k_step_2, v_step_0, v_step_1, v_step_2, out_stride_t,
     out_stride_h, window, scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Attention of a list of work tiles: 128 query tokens of one head each.
@@ -504,9 +557,10 @@ def hopper_prefill_kernel(
     Grid: any number of programs; one for each SM.
 
     Args:
-        q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by D.
-        k_desc, v_desc: pages as matrices, see pages.py; or, where CONFIG.BLOCK_SIZE is 0, rows:
-            (rows, num_kv_heads * D), blocks of BLOCK_N by D.
+        q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by CONFIG.COLUMNS.
+        k_src, v_src: pages as matrices, see pages.py; where CONFIG.BLOCK_SIZE is 0, rows:
+            (rows, num_kv_heads * D or D_V), blocks of BLOCK_N by CONFIG.COLUMNS; with CONFIG.FORMAT
+            pages, see copied.py.
         new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
             queries; read with HAS_FRESH, for requests that have no other keys.
         tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
@@ -515,24 +569,32 @@ def hopper_prefill_kernel(
         counters_ptr: (2,) int32, zeros, which are zero again afterwards.
         seq_lens_ptr: (num_reqs,) int32, the number of keys of each request.
         table_ptr: the block table; or (num_reqs,) int32, where each request's rows of keys begin.
+        k_scale_ptr, v_scale_ptr: see copied.py.
         num_tiles: of all heads.
-        k_block_rows and so on: see pages.py.
+        k_step_0 and so on: where pages are, see pages.py or copied.py.
         CONFIG: a PrefillConfig.
         Others: as for triton/kernels/prefill.py.
     """
-    D: gl.constexpr = CONFIG.D
     STAGES: gl.constexpr = CONFIG.STAGES
+    BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
-    Q: gl.constexpr = q_desc.layout
-    KV: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.BLOCK_N, D], dtype)
-    q_ring = make_ring(dtype, 1, 2, 64, D, Q, 2)
-    k_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
-    v_ring = make_ring(dtype, STAGES, STAGES, CONFIG.BLOCK_N, D, KV, 2)
+    TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
+    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
+    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
+    v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(hidden, count=2)
     fence_async_shared()
-    keys = Pages(k_desc, table_ptr, table_stride, k_block_rows, k_head_rows, k_head_columns)
-    values = Pages(v_desc, table_ptr, table_stride, v_block_rows, v_head_rows, v_head_columns)
+    if CONFIG.COPIES:
+        keys = CopiedPages(
+            k_src, k_scale_ptr, table_ptr, table_stride, k_step_0, k_step_1, k_step_2, CONFIG
+        )
+        values = CopiedPages(
+            v_src, v_scale_ptr, table_ptr, table_stride, v_step_0, v_step_1, v_step_2, CONFIG
+        )
+    else:
+        keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
+        values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
     ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     schedule = _Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
@@ -548,6 +610,6 @@ def hopper_prefill_kernel(
                 schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
             )),
         ],
-        [4, 1],
+        [4, CONFIG.PRODUCERS],
         [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
     )  # fmt: skip

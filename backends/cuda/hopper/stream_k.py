@@ -56,7 +56,8 @@ class WorkTile:
     Attributes:
         request, q_start, q_len, seq_len: the request, its query rows and its number of keys.
         first_key: the first key that a query of the request sees. Blocks before it may be freed.
-        unit: kv_head + NUM_KV_HEADS * row tile, or −1 if the request has no keys.
+        unit: kv_head + NUM_KV_HEADS * row tile, or −1 if the program has no part in the tiles: the
+            request has no keys, or no unit for this member of the team.
         is_whole: these are all of the unit's tiles.
         num_parts, first_program: otherwise, how many programs share it, and the first of them.
     """
@@ -97,13 +98,20 @@ class WorkTile:
 
 @aggregate
 class IterationSpace:
-    """The space of the listed requests, in key tiles."""
+    """The space of the listed requests, in key tiles.
+
+    Attributes:
+        team: this many programs, one after the other, have the same share, and each takes other
+            work units of it: the same keys are then read at about the same time, and all but one
+            find them in the second-level cache.
+    """
 
     requests_ptr: gl.tensor
     query_start_loc_ptr: gl.tensor
     seq_lens_ptr: gl.tensor
     num_reqs: gl.tensor
     window: gl.tensor
+    team: gl.tensor
     config: gl.constexpr
 
     @gluon.jit
@@ -126,9 +134,14 @@ class IterationSpace:
             first_key = gl.maximum(seq_len - q_len - self.window + 1, 0)
         tiles = (seq_len + config.KEYS - 1) // config.KEYS - first_key // config.KEYS
         tiles = gl.maximum(tiles, 0)
-        row_tiles = (q_len * config.GROUP + config.ROWS - 1) // config.ROWS
-        size = tiles.to(gl.int64) * row_tiles * config.NUM_KV_HEADS
+        size = tiles.to(gl.int64) * ((self._units(q_len) + self.team - 1) // self.team)
         return q_start, q_len, seq_len, first_key, tiles, size
+
+    @gluon.jit
+    def _units(self, q_len):
+        """The work units of a request."""
+        row_tiles = (q_len * self.config.GROUP + self.config.ROWS - 1) // self.config.ROWS
+        return row_tiles * self.config.NUM_KV_HEADS
 
     @gluon.jit
     def _sizes(self, begin):
@@ -150,7 +163,7 @@ class IterationSpace:
     @gluon.jit
     def tiles_per_program(self, size):
         """A rounded number of tiles, so that equal requests are cut in the same way, or not."""
-        programs = gl.num_programs(0) * self.config.PROGRAMS
+        programs = gl.num_programs(0) * self.config.PROGRAMS // self.team
         tiles = gl.maximum((size + programs - 1) // programs, self.config.MIN_TILES)
         step = gl.exp2(gl.floor(gl.log2(gl.maximum(tiles // 16, 1).to(gl.float32)))).to(gl.int64)
         return (tiles + step - 1) // step * step
@@ -158,6 +171,8 @@ class IterationSpace:
     @gluon.jit
     def share(self, program, size, tiles_per_program):
         """The share of a program."""
+        member = program % self.team
+        program = program // self.team
         position = program * tiles_per_program
         i = gl.to_tensor(0)
         base = gl.to_tensor(0).to(gl.int64)
@@ -170,18 +185,20 @@ class IterationSpace:
             base = gl.maximum(base, gl.max(gl.where(before, ends, 0), 0))
             running += gl.sum(sizes, 0)
         end = gl.minimum(position + tiles_per_program, size)
-        return Share(self, program, tiles_per_program, end, position, i, base)
+        return Share(self, program, member, tiles_per_program, end, position, i, base)
 
 
 @aggregate
 class Share:
     """What is left of a program's share, [position, end).
 
-    `i` is the index of the request at `position`, `base` the position where that request begins.
+    `program` is the number of its team, and `member` the program's number in it. `i` is the index
+    of the request at `position`, `base` the position where that request begins.
     """
 
     space: IterationSpace
     program: gl.tensor
+    member: gl.tensor
     tiles_per_program: gl.tensor
     end: gl.tensor
     position: gl.tensor
@@ -190,32 +207,39 @@ class Share:
 
     @gluon.jit
     def next(self):
-        """The next work tile, and the share that is left then."""
+        """The next work tile, and the share that is left then. There may be none."""
         space = self.space
-        position, base = self.position, self.base
+        position = self.position
         ok = self.i < space.num_reqs
         request = space.request(self.i, ok)
         _, _, _, first_key, tiles, size = space._lengths(request, ok)
+        # A request's tiles, and so distances in one, fit into 32 bits, whose division is faster.
         some = gl.maximum(tiles, 1)
-        unit = gl.where(size > 0, ((position - base) // some).to(gl.int32), -1)
-        first = ((position - base) % some).to(gl.int32)
+        at = (position - self.base).to(gl.int32)
+        turn = at // some
+        first = at - turn * some
         last = gl.minimum(tiles, first + gl.minimum(self.end - position, tiles).to(gl.int32))
-        begin = base + unit.to(gl.int64) * tiles
-        first_program = (begin // self.tiles_per_program).to(gl.int32)
-        last_program = ((begin + some - 1) // self.tiles_per_program).to(gl.int32)
+        per_program = self.tiles_per_program.to(gl.int32)
+        # Where the unit begins, counted from where the program's share began.
+        begin = (position - self.program * self.tiles_per_program).to(gl.int32) - first
+        before = (gl.maximum(-begin, 0) + per_program - 1) // per_program
+        after = (begin + some - 1) // per_program
         skipped = first_key // space.config.KEYS
         # Loaded again, so that what was loaded above need not stay in registers. With the same mask
         # the compiler would merge the loads; a share that is not at its end has a request.
-        q_start, q_len, seq_len, first_key, _, _ = space._lengths(request, True)
+        is_left = position < self.end
+        q_start, q_len, seq_len, first_key, _, _ = space._lengths(request, is_left)
+        unit = turn * space.team + self.member
+        unit = gl.where((size > 0) & (unit < space._units(q_len)), unit, -1)
         work = WorkTile(
             request, q_start, q_len, seq_len, first_key, unit, skipped + first, skipped + last,
-            (first == 0) & (last == tiles), last_program - first_program + 1, first_program,
+            (first == 0) & (last == tiles), before + after + 1, self.program - before,
             space.window, space.config,
         )  # fmt: skip
         position += gl.where(size > 0, last - first, 0)
-        is_done = position == base + size
+        is_done = position == self.base + size
         left = Share(
-            space, self.program, self.tiles_per_program, self.end, position,
-            self.i + is_done.to(gl.int32), gl.where(is_done, position, base),
+            space, self.program, self.member, self.tiles_per_program, self.end, position,
+            self.i + is_done.to(gl.int32), gl.where(is_done, position, self.base),
         )  # fmt: skip
         return work, left

@@ -5,18 +5,20 @@ Also the layouts of both kernels, and the names that differ between Triton 3.6 a
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language import core
 
 __all__ = [
     "TmaRing",
     "aggregate",
     "barrier",
+    "load_columns",
     "load_tile",
     "make_ring",
     "mma_layout",
     "reinterpret",
     "row_layout",
+    "tile_layout",
 ]
 
 # These names changed after Triton 3.6, 3.6 and 3.8.
@@ -45,21 +47,27 @@ class TmaRing:
     """A ring of STAGES stages in shared memory. Tile number n is in stage FIRST + n % STAGES.
 
     `full` and `empty` have a barrier for each stage. A barrier's phase flips each time that its
-    stage is filled or released, so tile n waits for the parity of n // STAGES.
+    stage is filled or released, so tile n waits for the parity of n // STAGES. Shapes are powers of
+    two: where columns are not, `tail` has the last TAIL of them.
     """
 
     tiles: gl.shared_memory_descriptor
+    tail: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     FIRST: gl.constexpr
     STAGES: gl.constexpr
     TILE_BYTES: gl.constexpr
+    TAIL: gl.constexpr
 
     @gluon.jit
     def ring(self, INDEX: gl.constexpr):
         """One of the rings that `make_ring` has made with this one."""
         FIRST: gl.constexpr = INDEX * self.STAGES
-        return TmaRing(self.tiles, self.full, self.empty, FIRST, self.STAGES, self.TILE_BYTES)
+        return TmaRing(
+            self.tiles, self.tail, self.full, self.empty, FIRST, self.STAGES, self.TILE_BYTES,
+            self.TAIL,
+        )  # fmt: skip
 
     @gluon.jit
     def wait_empty(self, n):
@@ -76,10 +84,10 @@ class TmaRing:
         return stage
 
     @gluon.jit
-    def load(self, n, desc, coordinates):
-        """For the producer: load tile n, a whole box of a descriptor."""
-        stage = self.acquire(n)
-        load_tile(desc, coordinates, self.full.index(stage), self.tiles.index(stage))
+    def fill(self, stage):
+        """For the producer's warps: they have stored the stage's tile, without TMA."""
+        fence_async_shared()
+        mbarrier.arrive(self.full.index(stage))
 
     @gluon.jit
     def wait(self, n):
@@ -98,19 +106,57 @@ class TmaRing:
 def make_ring(
     dtype: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr,
     D: gl.constexpr, LAYOUT: gl.constexpr, CONSUMERS: gl.constexpr, RINGS: gl.constexpr = 1,
+    TAIL: gl.constexpr = 0,
 ):  # fmt: skip
-    """A ring of TILES tiles (ROWS, D) of 16-bit values, TILES // STAGES in each stage.
+    """A ring of TILES tiles (ROWS, D + TAIL) of 16-bit values, TILES // STAGES in each stage.
 
     It is the first of RINGS rings in the same arrays, which take less shared memory than an array
     for each. A fence must follow, before warp_specialize.
     """
     tiles = gl.allocate_shared_memory(dtype, [RINGS * TILES, ROWS, D], LAYOUT)
+    tail = tiles
+    if TAIL:
+        tail = gl.allocate_shared_memory(dtype, [RINGS * TILES, ROWS, TAIL], LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(RINGS * STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return TmaRing(tiles, full, empty, 0, STAGES, TILES // STAGES * ROWS * D * 2)
+    return TmaRing(
+        tiles, tail, full, empty, 0, STAGES, TILES // STAGES * ROWS * (D + TAIL) * 2, TAIL
+    )
+
+
+@gluon.jit
+def load_columns(
+    ring, tile, full, desc, row, column, BOX: gl.constexpr = 0, BOXES: gl.constexpr = 1
+):
+    """For the producer: load a box of a tile's rows, all columns.
+
+    In shared memory a tile is the boxes of its columns, one after the other, and each of these its
+    BOXES boxes of rows.
+    """
+    ROWS: gl.constexpr = desc.block_type.shape[0]
+    WIDTH: gl.constexpr = desc.block_type.shape[1]
+    NUMBER: gl.constexpr = ring.tiles.shape[2] // WIDTH
+    ALL: gl.constexpr = ring.tiles.shape[0] * NUMBER * BOXES
+    boxes = reinterpret(ring.tiles, desc.dtype, [ALL, ROWS, WIDTH], desc.layout)
+    for i in gl.static_range(NUMBER):
+        place = (tile * NUMBER + i) * BOXES + BOX
+        load_tile(desc, [row, column + i * WIDTH], full, boxes.index(place))
+    if ring.TAIL:
+        MORE: gl.constexpr = ring.TAIL // WIDTH
+        REST: gl.constexpr = ring.tiles.shape[0] * MORE * BOXES
+        boxes = reinterpret(ring.tail, desc.dtype, [REST, ROWS, WIDTH], desc.layout)
+        for i in gl.static_range(MORE):
+            place = (tile * MORE + i) * BOXES + BOX
+            load_tile(desc, [row, column + (NUMBER + i) * WIDTH], full, boxes.index(place))
+
+
+@gluon.constexpr_function
+def tile_layout(columns):
+    """The layout of a tile of 16-bit values that is loaded in boxes of 32 or 64 columns."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * columns, element_bitwidth=16, rank=2)
 
 
 @gluon.constexpr_function

@@ -63,8 +63,8 @@ def gather_kv_kernel(
     lengths_ptr, key_offset, key_step,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_SIZE_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-    PAD: tl.constexpr, SKIPS: tl.constexpr, SKIP_FRESH: tl.constexpr, FORMAT: tl.constexpr,
-    NATIVE: tl.constexpr, SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    PAD: tl.constexpr, SKIPS: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr, SAME_STRIDES: tl.constexpr,
 ):  # fmt: skip
     """Copy the keys and values of the listed requests; keys that no query sees become zeros.
 
@@ -80,15 +80,10 @@ def gather_kv_kernel(
         lengths_ptr, key_offset, key_step: see Inputs.
         PAD: each request has as many rows as its keys, rounded up to this.
         SKIPS: a Skips.
-        SKIP_FRESH: leave out requests whose keys are all new.
     """
     request = tl.load(requests_ptr + tl.program_id(1))
     seq_len = tl.load(seq_lens_ptr + request)
     padded = (seq_len + PAD - 1) // PAD * PAD
-    if SKIP_FRESH:
-        fresh_len = tl.load(query_start_loc_ptr + request + 1)
-        fresh_len -= tl.load(query_start_loc_ptr + request)
-        padded = tl.where(seq_len == fresh_len, 0, padded)
     first = tl.program_id(0) * ROWS
     if first < padded * NUM_KV_HEADS:
         rows = first + tl.arange(0, ROWS)

@@ -14,11 +14,13 @@ from transformers.cache_utils import Cache
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.integrations.transformers.states import RecurrentStates
 
-__all__ = ["NAME", "NoKeysCache", "Step", "register", "run_as"]
+__all__ = ["NAME", "NAME_IN_COMPILED", "NoKeysCache", "Step", "register", "run_as"]
 
 #: The name of the attention function. There is no mask function of this name, so that transformers
 #: makes no masks.
 NAME = "attn_dispatch_paged"
+#: The same function for compiled layers, which do not compile what it calls.
+NAME_IN_COMPILED = "attn_dispatch_paged_in_compiled"
 
 
 class Step(Protocol):
@@ -73,9 +75,13 @@ def _attention(
     return _current().attend(module, query, key, value, arguments), None
 
 
-def register() -> None:
-    """Make the attention function known to transformers by NAME."""
+def register(*, in_compiled: bool = False) -> str:
+    """Make the attention function known to transformers, and return its name."""
+    if in_compiled:
+        AttentionInterface.register(NAME_IN_COMPILED, torch.compiler.disable(_attention))
+        return NAME_IN_COMPILED
     AttentionInterface.register(NAME, _attention)
+    return NAME
 
 
 class NoKeysCache(Cache):

@@ -16,7 +16,8 @@ import torch
 
 from attn_dispatch.distributed.context_parallel import ContextParallel
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.integrations.transformers.calls import NAME, NoKeysCache, register, run_as
+from attn_dispatch.integrations.transformers.calls import NoKeysCache, register, run_as
+from attn_dispatch.integrations.transformers.compiled import CompiledLayers
 from attn_dispatch.integrations.transformers.describe import describe
 from attn_dispatch.integrations.transformers.looking import Looking, SeenLayer
 from attn_dispatch.integrations.transformers.states import RecurrentStates
@@ -82,6 +83,8 @@ class PagedModel:
         cuda_graph: whether the layers will be captured.
         context_parallel: splits the keys over ranks, each of which runs the whole model; made with
             heads="replicated".
+        compile_layers: compile what surrounds the attention of each layer by torch.compile, on the
+            first calls; see CompiledLayers. Not for models with states.
 
     Attributes:
         layers: the attention layers, by their name "layers.INDEX". Bind their caches before the
@@ -92,6 +95,8 @@ class PagedModel:
             one request, or one token of each of several; see RecurrentStates.step.
         max_seq_len: the most tokens of a request that the model was made for, or None.
         notes: what `describe` noted about the model.
+        smallest_step: tokens of the smallest step to capture; 2 with compiled layers, as one token
+            would be another program.
 
     Raises:
         UnsupportedError: the model has layers that keep a state other than keys and values, or
@@ -107,13 +112,14 @@ class PagedModel:
         backend: str | None = None,
         cuda_graph: bool = False,
         context_parallel: ContextParallel | None = None,
+        compile_layers: bool = False,
     ) -> None:
         _check_version()
         self.model = model.eval()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.notes, described, others = _described(model)
-        register()
-        model.set_attn_implementation(NAME)
+        self._name = register()
+        model.set_attn_implementation(self._name)
         states = RecurrentStates()
         self._cache = NoKeysCache(states)
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -156,6 +162,13 @@ class PagedModel:
             {each.module: layer for each, layer in zip(seen, layers, strict=True)},
             {each.latent_idx for each in seen if each.latent_idx is not None},
         )
+        self.smallest_step = 1
+        self._compiled: CompiledLayers | None = None
+        if compile_layers and self.states is None:
+            self._name = register(in_compiled=True)
+            model.set_attn_implementation(self._name)
+            self.smallest_step = 2
+            self._compiled = CompiledLayers(model, [each.module for each in seen], self._cache)
 
     def _forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
@@ -178,9 +191,10 @@ class PagedModel:
         """The model of transformers with another attention implementation, e.g. "eager"."""
         self.model.set_attn_implementation(implementation)
         try:
-            yield self.model
+            with contextlib.nullcontext() if self._compiled is None else self._compiled.unused():
+                yield self.model
         finally:
-            self.model.set_attn_implementation(NAME)
+            self.model.set_attn_implementation(self._name)
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
@@ -195,7 +209,8 @@ class PagedModel:
         Returns:
             (n, vocab_size), dtype of the model.
         """
-        with run_as(self._step):
+        compiled = contextlib.nullcontext() if self._compiled is None else self._compiled.used()
+        with run_as(self._step), compiled:
             return self._forward(token_ids, positions, rows)
 
 

@@ -52,6 +52,7 @@ class PhaseCandidates:
 
 _PHASES_OF: dict[BatchKind, tuple[Phase, ...]] = {
     BatchKind.PREFILL: (Phase.PREFILL,),
+    BatchKind.RAGGED: (Phase.PREFILL,),
     BatchKind.DECODE: (Phase.DECODE,),
     BatchKind.VERIFY: (Phase.DECODE,),
     BatchKind.MIXED: (Phase.PREFILL, Phase.DECODE),

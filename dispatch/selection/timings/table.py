@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,6 +26,8 @@ __all__ = [
     "SplitKey",
     "Table",
     "bucket_of",
+    "cost_totals",
+    "is_ragged",
     "layer_key",
     "mla_of",
     "spec_of",
@@ -41,6 +44,7 @@ class BatchKind(str, Enum):
     """The kinds of batches that are timed separately."""
 
     PREFILL = "prefill"  # prompts, or chunks of prompts
+    RAGGED = "ragged"  # the same, with unequal work
     DECODE = "decode"  # one new token for each request
     VERIFY = "verify"  # decode with several new tokens for a request: drafts are verified
     MIXED = "mixed"  # requests of both phases
@@ -50,21 +54,17 @@ class BatchKind(str, Enum):
 
 
 #: BatchKind; and the binary logarithms, rounded up, of the number of requests, of the average new
-#: tokens of a request, and of its average keys.
+#: tokens of a request, and of its average keys, see `cost_totals`.
 Bucket = tuple[BatchKind, int, int, int]
 
 
 def bucket_of(step: BatchKind, requests: int, tokens: int, keys: int, *, captured: bool) -> Bucket:
     """The cell of the grid that a batch belongs to.
 
-    The cost of a batch depends on its totals: on all keys if it reads them once, on all new tokens
-    times their keys if it computes. So the averages count, and not the longest request.
-
     Args:
         step: see BatchKind.
         requests: in the batch, 1 or more.
-        tokens: new tokens of all requests.
-        keys: of all requests, the new ones included.
+        tokens, keys: of all requests, see `cost_totals`.
         captured: decodes are captured into graphs, whose number of requests is fixed and whose
             keys are not: the keys are left out.
     """
@@ -78,25 +78,49 @@ def _log2_of_average(total: int, number: int) -> int:
     return (((total or 1) - 1) // number).bit_length()
 
 
-#: Phase -> the kind of batches with one new token for each request, and with more on average.
-_STEPS_OF = {
-    Phase.PREFILL: (BatchKind.PREFILL, BatchKind.PREFILL),
-    Phase.DECODE: (BatchKind.DECODE, BatchKind.VERIFY),
-}
+#: The mean square of the requests' work over the square of their mean: with more, a batch is
+#: ragged. Kernels differ in how they share such work out, so their order differs from equal
+#: requests'.
+RAGGED_FROM = 1.5
 
 
-def step_of(phase: Phase, totals: BatchTotals) -> BatchKind:
-    """The kind of a batch whose requests are all in one phase."""
-    return _STEPS_OF[phase][totals.tokens > totals.requests]
+def is_ragged(work: Sequence[int]) -> bool:
+    """Whether requests with this work, each, are so unequal that they are timed separately."""
+    squares = sum(map(operator.mul, work, work))
+    return squares * len(work) > RAGGED_FROM * sum(work) ** 2
+
+
+def step_of(batch: AttentionBatch, phase: Phase) -> BatchKind:
+    """The kind of the batch of a phase's requests."""
+    if phase is Phase.DECODE:
+        totals = batch.totals_by_phase[phase]
+        return BatchKind.VERIFY if totals.tokens > totals.requests else BatchKind.DECODE
+    return BatchKind.RAGGED if is_ragged(batch.prefill_pairs) else BatchKind.PREFILL
+
+
+def cost_totals(batch: AttentionBatch, phase: Phase) -> BatchTotals:
+    """The totals of a phase's requests, by which the cost of a batch is looked up.
+
+    Decodes read all of their keys once, so the sum of the keys counts, and not the longest request.
+    A prefill computes new tokens times their keys: its total keys are those that a new token has
+    on average, times the number of requests. So for any lengths, tokens times keys, divided by the
+    requests, is the number of pairs, and for equal requests these are the sums.
+    """
+    totals = batch.totals_by_phase[phase]
+    if phase is Phase.DECODE or not totals.tokens:
+        return totals
+    pairs = sum(batch.prefill_pairs) * totals.requests
+    return totals._replace(keys=(pairs + totals.tokens // 2) // totals.tokens)
 
 
 def totals_of(batch: AttentionBatch) -> tuple[BatchKind, int, int, int] | None:
-    """(step, requests, new tokens, keys) of a batch; None without requests."""
-    by_phase = batch.totals_by_phase
-    if not by_phase:
+    """(step, requests, new tokens, keys) of a batch, see `cost_totals`; None without requests."""
+    phases = list(batch.totals_by_phase)
+    if not phases:
         return None
-    step = BatchKind.MIXED if len(by_phase) > 1 else step_of(*next(iter(by_phase.items())))
-    return step, *batch.totals
+    if len(phases) > 1:
+        return BatchKind.MIXED, *batch.totals
+    return step_of(batch, phases[0]), *cost_totals(batch, phases[0])
 
 
 #: The fields of a request that a table states: those of `bench.cases.Case`.

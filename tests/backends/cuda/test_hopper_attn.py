@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
+from attn_dispatch.backends.cuda.hopper import plan as plan_module
 from attn_dispatch.backends.cuda.hopper.backend import HopperImpl
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.platforms import libraries
-from support.hopper_cases import BATCH, check, on_gpu, step_of
+from support.hopper_cases import BATCH, check, launched, on_an_h200, on_gpu, step_of
 
 SINGLE = {"query_lens": (300,), "seq_lens": (300,)}
 
@@ -32,7 +34,38 @@ VARIANTS = {
     "sinks, window, lse": ({"sinks": True, "sliding_window": 130, "returns_lse": True}, {}),
     "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, {}),
     "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, {}),
+    "fp8_e5m2 cache, window": ({"kv_cache_dtype": "fp8_e5m2", "sliding_window": 130}, {}),
+    "fp8 cache, scales by head": ({"kv_cache_dtype": "fp8_e4m3", "kv_scales": "per_head"}, {}),
+    "fp8 cache, float16": ({"kv_cache_dtype": "fp8_e4m3", "dtype": torch.float16}, {}),
+    "int8 cache, float16": ({"kv_cache_dtype": "int8_per_token_head", "dtype": torch.float16}, {}),
+    "float16 cache": ({"kv_cache_dtype": "float16"}, {}),
+    "bfloat16 cache": ({"kv_cache_dtype": "bfloat16", "dtype": torch.float16}, {}),
+    "float32 cache": ({"kv_cache_dtype": "float32"}, {}),
     "heads of 64": ({"head_size": 64, "returns_lse": True}, {}),
+    "heads of 64, fp8, pages of 1": (
+        {"head_size": 64, "kv_cache_dtype": "fp8_e4m3", "block_size": 1, "returns_lse": True},
+        {},
+    ),
+    "heads of 96": ({"head_size": 96, "returns_lse": True}, {}),
+    "heads of 96, window": ({"head_size": 96, "sliding_window": 70, "num_heads": 2}, {}),
+    "heads of 96, everything": (
+        {"head_size": 96, "alibi": True, "logits_soft_cap": 5.0, "sliding_window": 200},
+        {},
+    ),
+    "heads of 96, fp8": ({"head_size": 96, "kv_cache_dtype": "fp8_e4m3"}, {}),
+    "heads of 96, int8": ({"head_size": 96, "kv_cache_dtype": "int8_per_token_head"}, {}),
+    "heads of 96, pages of 4": ({"head_size": 96, "block_size": 4}, {}),
+    "heads of 96, fresh": ({"head_size": 96, "dtype": torch.float16}, SINGLE),
+    "heads of 96, fused qkv": ({"head_size": 96}, {"memory": "fused", "padding": 3}),
+    "heads of 192": ({"head_size": 192, "head_size_v": 128, "returns_lse": True}, {}),
+    "heads of 192, window": ({"head_size": 192, "head_size_v": 128, "sliding_window": 70}, {}),
+    "heads of 192, pages of 1": ({"head_size": 192, "head_size_v": 128, "block_size": 1}, {}),
+    "heads of 192, no cache": (
+        {"head_size": 192, "head_size_v": 128, "block_size": None, "num_kv_heads": 8},
+        {"seq_lens": BATCH["query_lens"]},
+    ),
+    "heads of 256, fp8": ({"head_size": 256, "kv_cache_dtype": "fp8_e4m3"}, {}),
+    "heads of 256, pages of 8": ({"head_size": 256, "block_size": 8}, {}),
     "heads of 256": ({"head_size": 256, "sliding_window": 100}, {}),
     "seven heads to one": ({"num_heads": 14}, {}),
     "heads first": ({"kv_cache_layout": "HND"}, {}),
@@ -47,6 +80,8 @@ VARIANTS = {
     "several fresh": ({}, {"query_lens": (256, 100, 70), "seq_lens": (256, 100, 70)}),
     "fresh and chunks": ({}, {"query_lens": (200, 100, 70), "seq_lens": (200, 350, 70)}),
     "pages of 8": ({"block_size": 8}, {}),
+    "pages of 1": ({"block_size": 1, "sliding_window": 130}, {}),
+    "pages of 24": ({"block_size": 24}, {}),
     "pages of 48": ({"block_size": 48}, {}),
     "pages of 256, window": ({"block_size": 256, "sliding_window": 70}, {}),
     "without keys": ({"block_size": None, "returns_lse": True}, SINGLE | {"seq_lens": (200,)}),
@@ -61,31 +96,34 @@ def test_a_step_agrees_with_the_reference(variant):
 
 
 @on_gpu
-@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [8, 16])
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("keys_are", ["new", "in the cache"])
-def test_nan_behind_a_prompt_does_not_reach_it(keys_are, head_size):
+def test_nan_behind_a_prompt_does_not_reach_it(keys_are, head_size, block_size):
     """NaN in the keys and values of a decode in the same step, of padding, and of unused slots."""
     batch = {"query_lens": (300, 1), "seq_lens": (300, 50), "padding": 90}
-    fields = {"head_size": head_size}
+    fields = {"head_size": head_size, "block_size": block_size}
     step = step_of(fields, batch | {"brings_keys": keys_are == "new"}, "cuda")
     expected = step.expected()[0]
     if keys_are == "new":
         step.key[300:], step.value[300:] = torch.nan, torch.nan
     else:
-        last = step.batch.block_table[0, 18].long()
-        step.kv_cache[last, :, 300 - 18 * 16 :] = torch.nan
-        step.kv_cache[step.batch.block_table[1, :4].long()] = torch.nan
+        full, rest = divmod(300, block_size)
+        step.kv_cache[step.batch.block_table[0, full].long(), :, rest:] = torch.nan
+        others = step.batch.block_table[1, : -(-50 // block_size)]
+        step.kv_cache[others.long()] = torch.nan
     output = step.run("HOPPER_ATTN")[:300].double().cpu()
     torch.testing.assert_close(output, expected[:300], rtol=0, atol=0.02)
 
 
 @on_gpu
-def test_nan_before_a_window_does_not_reach_a_chunk():
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_nan_before_a_window_does_not_reach_a_chunk(block_size):
     """Blocks that no query of the chunk sees may be freed, and their entries name any block."""
     batch = {"query_lens": (200,), "seq_lens": (900,), "brings_keys": False}
-    step = step_of({"sliding_window": 130}, batch, "cuda")
+    step = step_of({"sliding_window": 130, "block_size": block_size}, batch, "cuda")
     expected = step.expected()[0]
-    freed = (900 - 200 - 130 + 1) // 16
+    freed = (900 - 200 - 130 + 1) // block_size
     step.kv_cache[step.batch.block_table[0, :freed].long()] = torch.nan
     output = step.run("HOPPER_ATTN").double().cpu()
     torch.testing.assert_close(output, expected, rtol=0, atol=0.02)
@@ -114,27 +152,91 @@ def test_work_tiles_cover_every_token_of_a_prefill_once():
     assert sorted(covered) == list(range(1, 450))  # requests 1, 2 and 3
 
 
-#: Changes to a layer whose pages the kernel cannot read.
-GATHERED = {
-    "fp8 cache": {"kv_cache_dtype": "fp8_e4m3"},
-    "pages of 8": {"block_size": 8},
+#: Changes to a layer whose pages TMA cannot read -> FORMAT of the kernel that copies them.
+COPIED = {
+    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, "e4m3"),
+    "fp8_e5m2 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "e5m2"),
+    "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, "int8"),
+    "another dtype": ({"kv_cache_dtype": "float16"}, "float16"),
+    "pages of 8": ({"block_size": 8}, "same"),
+    "pages of 1": ({"block_size": 1}, "same"),
 }
 
 
-@pytest.mark.parametrize("variant", GATHERED)
-def test_pages_that_tma_cannot_read_are_gathered_at_multiples_of_a_tile(variant):
-    plan = plan_of(GATHERED[variant], {}).prefill
-    assert not plan.reads_pages
-    starts = plan.gathered_start_loc.tolist()
-    assert [starts[i] for i in (1, 2, 3)] == [0, 128, 512]
-    assert plan.gathered_rows == 128 + 384 + 640
+#: Bytes of gathered keys and values, up to which they are gathered.
+NO_SCRATCH = mock.patch.object(plan_module, "MAX_SCRATCH_BYTES", 0)
 
 
-@pytest.mark.parametrize("variant", [None, *GATHERED])
-def test_only_pages_that_are_read_directly_may_have_any_number_of_keys(variant, monkeypatch):
-    monkeypatch.setattr("attn_dispatch.backends.triton.plan.MAX_GATHERED_BYTES", 1 << 20)
-    plan = plan_of({} if variant is None else GATHERED[variant], {}).prefill
-    assert isinstance(plan, HopperPlan) is (variant is None)
+@on_gpu
+@NO_SCRATCH
+@pytest.mark.parametrize("variant", COPIED)
+def test_copied_pages_agree_with_the_reference(variant):
+    step = step_of(COPIED[variant][0], {}, "cuda")
+    check(step, step.run("HOPPER_ATTN"))
+
+
+@pytest.mark.parametrize("variant", COPIED)
+def test_pages_that_tma_cannot_read_are_gathered_while_they_are_few(variant):
+    step = step_of(COPIED[variant][0], {}, "cpu")
+    launches, impl = on_an_h200(step, step.kv_cache)
+    assert launched(impl) >= {"gather_kv", "hopper_prefill"}
+    (launch,) = (each for each in launches if each.name == "hopper_prefill")
+    config = launch.constants["CONFIG"]
+    assert (config.BLOCK_SIZE, config.FORMAT) == (0, "")
+    heads, size = step.spec.num_kv_heads, step.spec.head_size
+    assert [*launch.args[1].shape] == [gathered_rows(launches), heads * size]
+
+
+def gathered_rows(launches):
+    """Rows of the buffer that keys are gathered into."""
+    (gather,) = (each for each in launches if each.name == "gather_kv")
+    return dict(zip(gather.kernel.arg_names, gather.args, strict=False))["k_out_ptr"].shape[0]
+
+
+def test_the_limit_of_scratch_memory():
+    """64 MiB hold keys and values of 16k tokens with 8 heads of 128."""
+    fields = {"num_kv_heads": 8, "num_heads": 8, "block_size": 8}
+    for keys, gathers in ((16384, True), (16385, False)):
+        batch = {"query_lens": (300,), "seq_lens": (keys,)}
+        made = plan_of(fields, batch).prefill
+        assert (made.gathered_start_loc is not None) == gathers
+
+
+@NO_SCRATCH
+@pytest.mark.parametrize("variant", COPIED)
+def test_many_pages_that_tma_cannot_read_are_copied_by_the_kernel(variant):
+    """Nothing is gathered: there are no buffers, whatever the number of keys."""
+    fields, form = COPIED[variant]
+    step = step_of(fields, {}, "cpu")
+    launches, impl = on_an_h200(step, step.kv_cache)
+    assert launched(impl) >= {"hopper_prefill"}
+    assert not launched(impl) & {"gather_kv", "prefill"}
+    (launch,) = (each for each in launches if each.name == "hopper_prefill")
+    assert form == launch.constants["CONFIG"].FORMAT
+    assert launch.args[1].dtype == torch.int32
+    part = step.kv_cache[:, 0]
+    assert launch.args[1].data_ptr() == part.data_ptr()
+    unit = launch.constants["CONFIG"].UNIT
+    steps = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    strides = [steps[f"k_step_{i}"] * unit for i in range(3)]
+    assert strides == [step * part.element_size() for step in part.stride()[:3]]
+
+
+@NO_SCRATCH
+def test_many_pages_of_float32_are_read_by_the_portable_kernel():
+    step = step_of({"kv_cache_dtype": "float32"}, {}, "cpu")
+    _, impl = on_an_h200(step, step.kv_cache)
+    assert "prefill" in launched(impl)
+    assert "hopper_prefill" not in launched(impl)
+
+
+def test_strides_of_two_bytes_are_read_by_the_portable_kernel():
+    """Such a cache has no words of four bytes; its layer's spec does not show it."""
+    step = step_of({}, {}, "cpu")
+    cache = torch.zeros(*step.kv_cache.shape[:-1], 129, dtype=torch.bfloat16)[..., :-1]
+    _, impl = on_an_h200(step, cache.copy_(step.kv_cache))
+    assert "prefill" in launched(impl)
+    assert "hopper_prefill" not in launched(impl)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +263,15 @@ def test_the_portable_kernel_rejects_a_hopper_plan():
         impl.forward(step.layer, step.query, step.key, step.value, None, metadata)
 
 
-@pytest.mark.parametrize("fields", [{"custom_mask": True}, {"head_size": 96}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"custom_mask": True},
+        {"head_size": 80},
+        {"head_size": 192},
+        {"head_size": 128, "head_size_v": 64},
+    ],
+)
 def test_a_builder_rejects_undeclared_features(fields):
     with pytest.raises(UnsupportedError, match="HOPPER_ATTN does not compute this layer"):
         plan_of(fields, {})

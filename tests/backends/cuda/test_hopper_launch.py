@@ -42,6 +42,7 @@ from support.hopper_cases import (
     in_layout,
     launched,
     lens,
+    on_an_h200,
     step_of,
 )
 from support.paths import ROOT
@@ -206,17 +207,6 @@ def test_an_empty_cache_has_no_matrix():
 
 
 # What is launched.
-
-
-def on_an_h200(step, *kv_caches):
-    """What an impl launches on an H200 over each cache, and the impl; nothing runs."""
-    builder = HopperBuilder(step.spec, step.device)
-    builder.launches = Launches.of(step.spec, KNOWN_DEVICES["sm90"])
-    impl, metadata = step.impl_of(HopperAttnBackend), builder.build(step.batch)
-    with cases.recorded() as launches:
-        for kv_cache in kv_caches:
-            impl.forward(step.layer, step.query, step.key, step.value, kv_cache, metadata)
-    return launches, impl
 
 
 @pytest.mark.parametrize("variant", PORTABLE)

@@ -6,11 +6,12 @@ Its numbers are checked on a GPU, in test_mla_packages_gpu.py.
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
-from attn_dispatch import InvalidInputError, MLADims, resolve
+from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, resolve
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library
 from support.mla_cases import MLAStep
@@ -18,6 +19,7 @@ from support.selection import mla_layer
 
 pytest.importorskip("triton", minversion="3.6")
 
+from attn_dispatch.backends.cuda.hopper import mla
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend, HopperMLAMetadata
 
 DIMS = MLADims(kv_lora_rank=512, qk_nope_head_dim=8, qk_rope_head_dim=64, v_head_dim=8)
@@ -78,12 +80,46 @@ def test_a_plan_has_room_for_two_parts_of_each_program():
     assert not room.counters.any()
 
 
-def test_a_misaligned_cache_is_rejected():
+@pytest.mark.parametrize(
+    ("heads", "query_len", "requests", "is_portable"),
+    [
+        (16, 1, 32, True),
+        (16, 1, 31, False),
+        (17, 1, 32, False),
+        (16, 2, 32, False),
+        (4, 4, 40, True),
+    ],
+)
+def test_few_rows_of_many_requests_run_on_the_portable_kernel(
+    heads, query_len, requests, is_portable
+):
+    lens = (query_len,) * requests, (20,) * requests
+    step = MLAStep(
+        *lens, backend=HopperMLABackend, dims=DIMS, heads=heads, dtype=torch.bfloat16, block_size=16
+    )
+    with mock.patch.object(mla, "detect_device", return_value=HOPPER):
+        builder = HopperMLABackend.make_builder(step.spec, torch.device("cpu"))
+    metadata = builder.build(step.batch)
+    assert (getattr(metadata, "room", None) is None) == is_portable
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_lens", "team"),
+    [(16, (1,) * 8, 1), (64, (1,) * 8, 1), (65, (1,) * 8, 2), (128, (2,) * 8, 4), (128, (1, 2), 2),
+     (128, (16,) * 99, 32), (128, (100,), 132)],
+)  # fmt: skip
+def test_a_team_has_as_many_programs_as_requests_have_row_tiles(heads, query_lens, team):
+    batch = AttentionBatch.create(query_lens, query_lens)
+    assert mla._team(batch, heads, 132) == team
+
+
+def test_a_misaligned_cache_is_rejected_before_anything_is_written():
     step = step_of()
     memory = torch.zeros(step.cache.numel() + 1, dtype=torch.bfloat16)
     step.cache = memory[1:].view(step.cache.shape)
     with torch.inference_mode(), pytest.raises(InvalidInputError, match="multiple of 16 bytes"):
         step.run()
+    assert not memory.any()
 
 
 def test_it_is_picked_on_hopper_without_other_packages():
