@@ -122,8 +122,11 @@ class HopperImpl(TritonImpl):
 
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
         """As TRITON_ATTN's, which gathers by the plan."""
-        gathers = not isinstance(plan, HopperPlan) or plan.gathered_start_loc is not None
-        if not (gathers or self._is_new(call, plan)):
+        if (
+            isinstance(plan, HopperPlan)
+            and plan.gathered_start_loc is None
+            and not self._is_new(call, plan)
+        ):
             assert call.cache is not None  # by check_forward
             return call.cache
         return super()._source(call, plan)
@@ -155,7 +158,7 @@ class HopperImpl(TritonImpl):
         block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
         slopes, sinks = self._per_head(query)
         is_new, has_fresh = self._is_new(call, plan), plan.may_be_fresh and self._has_rows(call)
-        new = None
+        new: Any = None
         if is_new or has_fresh:
             assert call.key is not None
             assert call.value is not None
