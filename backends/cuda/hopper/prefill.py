@@ -35,6 +35,7 @@ from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     load_columns,
+    load_tile,
     make_ring,
     mma_layout,
     reinterpret,
@@ -57,9 +58,13 @@ def _one_value(warps):
 
 @aggregate
 class _WorkTile:
-    """128 query tokens of a request and one head, and the tiles of keys that they see.
+    """128 rows, query tokens of a request times heads, and the tiles of keys that they see.
+
+    Row r is token r // PACK and head r % PACK, so that the heads of a KV head share its keys, and a
+    tile has few tokens.
 
     Attributes:
+        head: the first one.
         q_start, q_len, seq_len: the request's query rows and its number of keys.
         first_token: of the work tile, among the request's query tokens.
         first_position: of that token.
@@ -120,10 +125,10 @@ class _Schedule:
     def work_tile(self, index):
         """For the producer: (a work tile of the list, its request)."""
         config: gl.constexpr = self.config
-        ptr = self.tiles_ptr + index // config.NUM_HEADS * 4
+        ptr = self.tiles_ptr + index // config.UNITS * 4
         request = gl.load(ptr + 3)
         work = self._work(
-            index % config.NUM_HEADS, gl.load(ptr), gl.load(ptr + 1),
+            index % config.UNITS * config.PACK, gl.load(ptr), gl.load(ptr + 1),
             gl.load(self.seq_lens_ptr + request), gl.load(ptr + 2),
         )  # fmt: skip
         return work, request
@@ -152,7 +157,7 @@ class _Schedule:
         config: gl.constexpr = self.config
         past = seq_len - q_len
         first = past + first_token
-        last = past + gl.minimum(first_token + 128, q_len) - 1
+        last = past + gl.minimum(first_token + config.TOKENS, q_len) - 1
         lo = 0  # [lo, hi) is seen by some row, [full_lo, full_hi) by every row
         full_lo = 0
         hi = seq_len
@@ -362,28 +367,34 @@ class _Rows:
         """Store the rows."""
         config: gl.constexpr = self.config
         work = self.work
-        head = work.head
-        ROWS: gl.constexpr = self.q.shape[0]
         no_key = sees_no_key(self.positions, work.seq_len, self.window, config)
         low = no_score(m_i)
         m_log2 = m_i * self.unit()
         if config.ALIBI:  # slope * (column - row) is what was added, less this
             m_log2 = m_log2 - self.slope * (self.positions - work.first_position).to(gl.float32)
         m_log2 = gl.where(low, 0.0, m_log2)
-        first = work.first_token + self.WHICH * ROWS
-        r = first + gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(config.BLOCK_N)))
-        lse_ptrs = output.lse_ptr + (work.q_start + r).to(gl.int64) * config.NUM_HEADS + head
+        tokens, heads = self._rows(gl.SliceLayout(1, mma_layout(config.BLOCK_N)))
+        lse_ptrs = output.lse_ptr + (work.q_start + tokens).to(gl.int64) * config.NUM_HEADS + heads
         sink = l_i
         if config.SINKS:
-            sink = gl.load(output.sinks_ptr + head)
-        factor = output.normalizer(m_log2, low, l_i, no_key, sink, lse_ptrs, r < work.q_len)
+            sink = gl.load(output.sinks_ptr + heads)
+        ok = tokens < work.q_len
+        factor = output.normalizer(m_log2, low, l_i, no_key, sink, lse_ptrs, ok)
         acc, tail = self.rescale(acc, tail, factor)
-        self._store_columns(acc, no_key, first, output, 0)
+        self._store_columns(acc, no_key, output, 0)
         if config.TAIL_V:
-            self._store_columns(tail, no_key, first, output, config.MAIN_V)
+            self._store_columns(tail, no_key, output, config.MAIN_V)
 
     @gluon.jit
-    def _store_columns(self, out, no_key, first, output, FIRST: gl.constexpr):
+    def _rows(self, LAYOUT: gl.constexpr):
+        """The tokens of the rows, among the request's, and their heads."""
+        PACK: gl.constexpr = self.config.PACK
+        ROWS: gl.constexpr = self.q.shape[0]
+        r = self.WHICH * ROWS + gl.arange(0, ROWS, LAYOUT)
+        return self.work.first_token + r // PACK, self.work.head + r % PACK
+
+    @gluon.jit
+    def _store_columns(self, out, no_key, output, FIRST: gl.constexpr):
         """Store the rows' columns from FIRST on."""
         work = self.work
         LAYOUT: gl.constexpr = row_layout(out.shape[1])
@@ -391,8 +402,8 @@ class _Rows:
         hidden = gl.convert_layout(no_key.to(gl.int32), gl.SliceLayout(1, OUT)) != 0
         out = gl.where(hidden[:, None], 0.0, out)
         out = gl.convert_layout(out.to(output.out_ptr.dtype.element_ty), LAYOUT)
-        r = first + gl.arange(0, out.shape[0], gl.SliceLayout(1, LAYOUT))
-        output.store(out, work.q_start + r, work.head, r < work.q_len, FIRST)
+        tokens, heads = self._rows(gl.SliceLayout(1, LAYOUT))
+        output.store(out, work.q_start + tokens, heads, tokens < work.q_len, FIRST)
 
 
 @gluon.jit
@@ -418,8 +429,8 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         if CONFIG.ALIBI:
             slope = gl.load(scale.slopes_ptr + work.head) * LOG2E
             col_bias = slope * col.to(gl.float32)
-        positions = work.first_position + WHICH * ROWS
-        positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        r = WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        positions = work.first_position + r // CONFIG.PACK
         rows = _Rows(
             q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
             CONFIG, WHICH,
@@ -475,22 +486,16 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
 def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
     """One warp: the queries of each work tile, then its keys and values through the rings."""
     CONFIG: gl.constexpr = schedule.config
-    D: gl.constexpr = CONFIG.D
-    ROWS: gl.constexpr = q_ring.tiles.shape[1]
     n = 0  # key tiles before this work tile
     number = 0  # of work tiles before this one
     index = schedule.take()
     while index < schedule.num_tiles:
         work, request = schedule.work_tile(index)
         index = schedule.take()  # its latency passes during the loads
-        q_row = work.q_start + work.first_token
         q_ring.wait_empty(number)
         schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
         mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
-        for half in gl.static_range(2):
-            load_columns(
-                q_ring, half, q_ring.full.index(0), q_desc, q_row + half * ROWS, work.head * D
-            )
+        _load_queries(work, q_desc, q_ring, CONFIG)
         if CONFIG.HAS_FRESH:
             if work.seq_len == work.q_len:
                 _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
@@ -504,6 +509,32 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
     schedule.send(-1, 0, 0, 0, 0)
     mbarrier.arrive(q_ring.full.index(0))
     schedule.finish()
+
+
+@gluon.jit
+def _load_queries(work, q_desc, q_ring, CONFIG: gl.constexpr):
+    """Load a work tile's queries, box by box: some tokens, PACK heads, some columns."""
+    TOKENS: gl.constexpr = q_desc.block_type.shape[0]
+    PACK: gl.constexpr = q_desc.block_type.shape[1]
+    WIDTH: gl.constexpr = q_desc.block_type.shape[2]
+    MAIN: gl.constexpr = CONFIG.MAIN // WIDTH
+    TAIL: gl.constexpr = CONFIG.TAIL // WIDTH
+    full = q_ring.full.index(0)
+    shape: gl.constexpr = [2 * MAIN, TOKENS, PACK, WIDTH]
+    boxes = reinterpret(q_ring.tiles, q_desc.dtype, shape, q_desc.layout)
+    for half in gl.static_range(2):
+        token = work.q_start + work.first_token + half * TOKENS
+        for i in gl.static_range(MAIN):
+            load_tile(q_desc, [token, work.head, i * WIDTH], full, boxes.index(half * MAIN + i))
+    if TAIL:
+        tail_shape: gl.constexpr = [2 * TAIL, TOKENS, PACK, WIDTH]
+        boxes = reinterpret(q_ring.tail, q_desc.dtype, tail_shape, q_desc.layout)
+        for half in gl.static_range(2):
+            token = work.q_start + work.first_token + half * TOKENS
+            for i in gl.static_range(TAIL):
+                column = (MAIN + i) * WIDTH
+                place = boxes.index(half * TAIL + i)
+                load_tile(q_desc, [token, work.head, column], full, place)
 
 
 @gluon.jit
@@ -528,7 +559,9 @@ def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
         last_key = work.seq_len - 1
         # Before the ring has room, so that their latency passes in that time.
         blocks = keys.blocks(table, first, first_key, last_key, CONFIG)
-        before = blocks
+        # Not blocks: Triton does not carry a variable through a loop if, when the loop begins, it is
+        # another name of what the loop sets it to.
+        before = gl.zeros_like(blocks)
         for i in range(0, work.num_tiles + 1):
             first = (work.last_tile - i) * CONFIG.BLOCK_N
             if i < work.num_tiles:
@@ -567,18 +600,19 @@ def hopper_prefill_kernel(
     table_stride, k_step_0, k_step_1, k_step_2, v_step_0, v_step_1, v_step_2, out_stride_t,
     out_stride_h, window, scale_log2, cap_log2, scale_over_cap, CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """Attention of a list of work tiles: 128 query tokens of one head each.
+    """Attention of a list of work tiles.
 
     Grid: any number of programs; one for each SM.
 
     Args:
-        q_desc: (num_tokens, NUM_HEADS * D), blocks of 64 by CONFIG.COLUMNS.
+        q_desc: (num_tokens, NUM_HEADS, D), blocks of 64 / CONFIG.PACK by CONFIG.PACK by
+            CONFIG.COLUMNS.
         k_src, v_src: pages as matrices, see pages.py; where CONFIG.BLOCK_SIZE is 0, rows:
             (rows, num_kv_heads * D or D_V), blocks of BLOCK_N by CONFIG.COLUMNS; with CONFIG.FORMAT
             pages, see copied.py.
         new_k_desc, new_v_desc: the same of the step's new keys, whose rows are those of the
             queries; read with HAS_FRESH, for requests that have no other keys.
-        tiles_ptr: (num_tiles / NUM_HEADS, 4) int32: the request's first query row and number of
+        tiles_ptr: (num_tiles / CONFIG.UNITS, 4) int32: the request's first query row and number of
             queries, the work tile's first token among them, the request; each for all heads, which
             vary fastest, so that concurrent work tiles share keys.
         counters_ptr: (2,) int32, zeros, which are zero again afterwards.
