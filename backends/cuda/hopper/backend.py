@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import (
-    BLOCK_M,
     BLOCK_N,
     DECODES,
     FEW_KV_HEADS_PER_SM,
@@ -20,6 +19,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DecodeConfig,
     DecodeLaunch,
     PrefillConfig,
+    packed_heads,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma
 from attn_dispatch.backends.cuda.hopper.plan import (
@@ -27,7 +27,7 @@ from attn_dispatch.backends.cuda.hopper.plan import (
     HopperBuilder,
     HopperPlan,
     cache_problem,
-    describe_rows,
+    describe_queries,
     words_to_copy,
 )
 from attn_dispatch.backends.cuda.hopper.sm_partition import side_stream
@@ -77,6 +77,7 @@ class HopperImpl(TritonImpl):
         self._hopper_kernel = prefill.hopper_prefill_kernel
         self._hopper_decode_kernel = decode.hopper_decode_kernel
         self._last_pages: tuple[KVSource, PagedTma | None] | None = None
+        self._pack = packed_heads(self.num_heads // self.num_kv_heads, self.alibi)
         self._last_copied: tuple[KVSource, CopiedCache | None] | None = None
 
     def fused_output_quant_supported(self, quant_key: str) -> bool:
@@ -142,10 +143,11 @@ class HopperImpl(TritonImpl):
         if not len(plan.tiles):
             return
         query, out, batch = call.query, call.out, call.metadata.batch
-        block_n, num_tiles = BLOCK_N[self.head_size], len(plan.tiles) * self.num_heads
+        block_n, pack = BLOCK_N[self.head_size], self._pack
+        num_tiles = len(plan.tiles) * self.num_heads // pack
         slopes, sinks = self._per_head(query)
         is_new, has_fresh = self._is_new(call, plan), plan.may_be_fresh and self._has_rows(call)
-        new = None
+        new: Any = None
         if is_new or has_fresh:
             assert call.key is not None
             assert call.value is not None
@@ -160,6 +162,7 @@ class HopperImpl(TritonImpl):
                 "CONFIG": PrefillConfig(
                     **self._layer_constants(),
                     D_V=self.head_size_v,
+                    PACK=pack,
                     BLOCK_N=block_n,
                     BLOCK_SIZE=keys.block_size,
                     HAS_FRESH=has_fresh,
@@ -172,7 +175,7 @@ class HopperImpl(TritonImpl):
         )
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            describe_rows(query, BLOCK_M // 2), keys.k, keys.v, *new, out.values, out.lse,
+            describe_queries(query, pack), keys.k, keys.v, *new, out.values, out.lse,
             plan.tiles, plan.counters, batch.seq_lens, keys.table, *keys.scales, slopes, sinks,
             num_tiles, keys.table.stride(0), *keys.steps, *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip

@@ -98,16 +98,16 @@ def _from_int8(to):
 
 
 @gluon.constexpr_function
-def _from_other(FORMAT, to):
+def _from_other(to):
     """PTX that takes a word of two elements of a 16-bit dtype ($1) to one of the other."""
-    old = "bf16" if FORMAT == "bfloat16" else "f16"
+    old, new = ("bf16", "f16") if to == "fp16" else ("f16", "bf16")
     return f"""{{
         .reg .b16 a, b;
         .reg .f32 f0, f1;
         mov.b32 {{a, b}}, $1;
         cvt.f32.{old} f0, a;
         cvt.f32.{old} f1, b;
-        cvt.rn.{to}x2.f32 $0, f1, f0;
+        cvt.rn.{new}x2.f32 $0, f1, f0;
     }}"""
 
 
@@ -199,7 +199,7 @@ class CopiedPages:
         SHAPE: gl.constexpr = [tiles.shape[0], tiles.shape[1], WORDS]
         if (FORMAT == "bfloat16") | (FORMAT == "float16"):
             x = gl.inline_asm_elementwise(
-                _from_other(FORMAT, TO), "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+                _from_other(TO), "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
             )
         elif FORMAT != "same":
             ASM: gl.constexpr = _from_int8(TO) if FORMAT == "int8" else _from_fp8(FORMAT, TO)

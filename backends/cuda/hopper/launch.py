@@ -18,7 +18,7 @@ __all__ = [
     "PrefillConfig",
 ]
 
-#: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
+#: Query rows in a work tile of the prefill kernel, half of them for each warp group.
 BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 96: 128, 128: 128, 192: 128, 256: 64}
@@ -34,6 +34,19 @@ FEW_KV_HEADS_PER_SM = 0.25
 #: Blocks for each SM of the device of decodes next to a prefill, if the number of blocks must not
 #: depend on how the SMs are shared. With two, the last ones to run are short.
 FIXED_BLOCKS = 2
+
+
+def packed_heads(group: int, alibi: bool | str) -> int:
+    """Query heads that share a work tile of the prefill kernel: its rows are tokens times these.
+
+    The more, the fewer tokens a tile has: less of the last tile of a prompt is empty, and fewer
+    tiles of keys are seen in part. ALiBi's slope is one for the whole tile.
+
+    Args:
+        group: query heads of a KV head.
+        alibi: of the layer.
+    """
+    return 1 if alibi else math.gcd(group, BLOCK_M // 2)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class PrefillConfig(_Config):
 
     Attributes:
         D_V: elements of a head's values; D of its keys.
+        PACK: query heads in a work tile, see `packed_heads`.
         BLOCK_N: keys in a tile.
         BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
         HAS_FRESH: keys of requests without a past are read from the new rows.
@@ -68,6 +82,7 @@ class PrefillConfig(_Config):
     """
 
     D_V: int
+    PACK: int
     BLOCK_N: int
     BLOCK_SIZE: int
     HAS_FRESH: bool
@@ -75,6 +90,16 @@ class PrefillConfig(_Config):
     UNIT: int = 16
     SCALE_STRIDE: int = 0
     STAGES: int = 2
+
+    @property
+    def UNITS(self) -> int:
+        """Work tiles of the same tokens, for all heads."""
+        return self.NUM_HEADS // self.PACK
+
+    @property
+    def TOKENS(self) -> int:
+        """Query tokens in a work tile."""
+        return BLOCK_M // self.PACK
 
     @property
     def COLUMNS(self) -> int:

@@ -141,7 +141,7 @@ class HopperMLAImpl(TritonMLAImpl):
         )
         launch(
             (num_sms, 1, 1),
-            tma_descriptor(rows, rows.shape, rows.stride(0), (_ROWS, 64)), pages.descriptor, out,
+            tma_descriptor(rows, rows.shape, rows.stride()[:1], (_ROWS, 64)), pages.descriptor, out,
             lse, room.out, room.lse, room.counters, batch.query_start_loc, batch.seq_lens, table,
             pages.block_rows, *out.stride()[:2], batch.num_reqs, batch.seq_lens.shape[0], tokens,
             table.stride(0), *self._attention.numbers,

@@ -106,7 +106,7 @@ class PageMatrix:
         if shape[0] > torch.iinfo(torch.int32).max:  # the kernel's and TMA's limit
             return None
         descriptor = tma_descriptor(
-            part, shape, token, (math.gcd(block_size, max_rows), box_columns(size))
+            part, shape, (token,), (math.gcd(block_size, max_rows), box_columns(size))
         )
         return cls(descriptor, block_rows, head_rows, head_columns)
 
@@ -133,19 +133,24 @@ class PagedTma:
         return cls(cache.block_size, keys, values)
 
 
-def tma_descriptor(tensor: Any, shape: Sequence[int], row_stride: int, box: tuple[int, int]) -> Any:
-    """A TMA descriptor of 16-bit values as a matrix of contiguous rows, loaded in boxes.
+def tma_descriptor(
+    tensor: Any, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> Any:
+    """A TMA descriptor of 16-bit values whose rows are contiguous, loaded in boxes.
 
-    Of the tensor, only `data_ptr()` and `dtype` are used.
+    Args:
+        tensor: only `data_ptr()` and `dtype` are used.
+        shape, box: of the tensor, and of a load.
+        strides: of all dimensions but the last, in elements.
     """
-    descriptor_cls, layout = _in_boxes(*box)
-    return descriptor_cls(tensor, [*shape], [row_stride, 1], [*box], layout)
+    descriptor_cls, layout = _in_boxes(*box[-2:], rank=len(box))
+    return descriptor_cls(tensor, [*shape], [*strides, 1], [*box], layout)
 
 
 @functools.cache
-def _in_boxes(rows: int, columns: int) -> tuple[Any, Any]:
+def _in_boxes(rows: int, columns: int, rank: int) -> tuple[Any, Any]:
     gluon = import_library("triton.experimental.gluon.language")
     hopper = import_library("triton.experimental.gluon.nvidia.hopper")
-    # The layout depends only on the width of the element type.
-    layout = gluon.NVMMASharedLayout.get_default_for([rows, columns], gluon.float16)
+    width = min(columns, _COLUMNS)
+    layout = gluon.NVMMASharedLayout(swizzle_byte_width=2 * width, element_bitwidth=16, rank=rank)
     return hopper.TensorDescriptor, layout

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper.launch import BLOCK_M, BLOCK_N, DECODES, FIXED_BLOCKS
+from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_M,
+    BLOCK_N,
+    DECODES,
+    FIXED_BLOCKS,
+    packed_heads,
+)
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
@@ -23,7 +29,7 @@ from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceProfile
 
-__all__ = ["HopperBuilder", "HopperPlan", "cache_problem", "describe_rows", "words_to_copy"]
+__all__ = ["HopperBuilder", "HopperPlan", "cache_problem", "describe_queries", "words_to_copy"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class CopiedCache:
 
 @dataclass
 class HopperPlan(PrefillPlan):
-    """A plan whose tiles are the Hopper kernel's work tiles, of tokens of one query head.
+    """A plan whose tiles are the Hopper kernel's work tiles, of tokens and query heads.
 
     Attributes:
         counters: (2,) int32 zeros, in which the kernel counts.
@@ -99,6 +105,7 @@ class HopperBuilder(TritonGraphBuilder):
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
+        self._pack = packed_heads(spec.num_heads // spec.num_kv_heads, spec.alibi)
         arch = detect_device(device).arch
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
         self._knows_format = copied_format(FORMATS.get(dtype, dtype), spec.dtype) is not None
@@ -110,7 +117,7 @@ class HopperBuilder(TritonGraphBuilder):
         if isinstance(plan, HopperPlan) and metadata.decode is not None:
             is_decode = self._few_tokens(batch)
             assert is_decode is not None  # the batch has both kinds
-            num_tiles = len(plan.tiles) * self.spec.num_heads
+            num_tiles = len(plan.tiles) * self.spec.num_heads // self._pack
             # Without a decode kernel of Hopper's own, the portable one's blocks share SMs.
             if self.spec.head_size not in DECODES:
                 return metadata
@@ -150,16 +157,17 @@ class HopperBuilder(TritonGraphBuilder):
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
-        requests, first_tokens = self._tiles(rows, BLOCK_M, 1).long().unbind(1)
+        requests, first_rows = self._tiles(rows, BLOCK_M, self._pack).long().unbind(1)
         starts = batch.query_start_loc_cpu
         firsts = starts[requests]
         lengths = starts[requests + 1] - firsts
-        return torch.stack((firsts, lengths, first_tokens, requests), 1).to(torch.int32)
+        return torch.stack((firsts, lengths, first_rows // self._pack, requests), 1).to(torch.int32)
 
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         if not self._knows_format:
             return super()._max_tiles(limits, longest_decode)
-        return limits.num_tokens // BLOCK_M + self._max_prefills(limits, longest_decode)
+        full = limits.num_tokens * self._pack // BLOCK_M
+        return full + self._max_prefills(limits, longest_decode)
 
     def _idle_tile(self, idle: int) -> tuple[int, ...]:
         return (0, 0, 0, idle) if self._knows_format else super()._idle_tile(idle)
@@ -202,24 +210,30 @@ def cache_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
     return next(filter(None, problems), "")
 
 
-def describe_rows(tensor: torch.Tensor, rows: int, number: int | None = None) -> Any:
-    """A TMA descriptor of (tokens, heads, size) in boxes of this many rows.
+def describe_queries(query: torch.Tensor, pack: int) -> Any:
+    """A TMA descriptor of (tokens, heads, size) in boxes of 64 rows, tokens times `pack` heads."""
+    return _describe(query, query.shape[0], (BLOCK_M // 2 // pack, pack))
 
-    The tensor is copied if TMA cannot read it.
+
+def describe_rows(tensor: torch.Tensor, rows: int, number: int) -> Any:
+    """A TMA descriptor of the first (tokens, heads * size), in boxes of this many rows.
 
     Args:
-        tensor: the tensor.
+        tensor: (tokens, heads, size).
         rows: of a box.
-        number: the descriptor's rows; None for all tokens.
+        number: of the first tokens, that the descriptor has.
     """
-    number = tensor.shape[0] if number is None else number
-    strides = tensor.stride()
-    found = _described(tensor.data_ptr(), tensor.dtype, number, tensor.shape[1:], strides, rows)
+    return _describe(tensor, number, (rows,))
+
+
+def _describe(tensor: torch.Tensor, number: int, box: tuple[int, ...]) -> Any:
+    """A descriptor; the tensor is copied if TMA cannot read it."""
+    shape, strides = (number, *tensor.shape[1:]), tensor.stride()
+    found = _described(tensor.data_ptr(), tensor.dtype, shape, strides, box)
     if found is not None:
         return found
-    copy = tensor.clone(memory_format=torch.contiguous_format).flatten(1)
-    box = (rows, box_columns(tensor.shape[2]))
-    return tma_descriptor(copy, (number, copy.shape[1]), copy.stride(0), box)
+    copy = tensor.clone(memory_format=torch.contiguous_format)
+    return _descriptor(copy, shape, copy.stride(), box)
 
 
 @dataclass(frozen=True)
@@ -237,23 +251,32 @@ class _Memory:
 def _described(
     address: int,
     dtype: torch.dtype,
-    number: int,
-    head_shape: tuple[int, int],
+    shape: tuple[int, int, int],
     strides: tuple[int, int, int],
-    rows: int,
+    box: tuple[int, ...],
 ) -> Any:
-    """A descriptor of rows whose heads are next to each other; None if TMA cannot read them.
+    """A descriptor of heads that are next to each other; None if TMA cannot read them.
 
     Steps reuse memory, and all layers of one have the same shapes: a descriptor is made once.
     """
-    heads, size = head_shape
+    number, heads, size = shape
     token, head, element = strides
     is_aligned = not (address % 16 or token * dtype.itemsize % 16)
     is_row = element == 1 and (head == size or heads == 1) and token >= heads * size
     if not (number and is_aligned and is_row):
         return None
-    box = (rows, box_columns(size))
-    return tma_descriptor(_Memory(address, dtype), (number, heads * size), token, box)
+    return _descriptor(_Memory(address, dtype), shape, strides, box)
+
+
+def _descriptor(
+    base: Any, shape: tuple[int, int, int], strides: tuple[int, ...], box: tuple[int, ...]
+) -> Any:
+    """By heads if the box has a number of them, else by rows of all heads."""
+    number, heads, size = shape
+    box = (*box, box_columns(size))
+    if len(box) == 3:
+        return tma_descriptor(base, shape, (strides[0], size), box)
+    return tma_descriptor(base, (number, heads * size), (strides[0],), box)
 
 
 def words_to_copy(cache: KVSource, dtype: torch.dtype) -> CopiedCache | None:

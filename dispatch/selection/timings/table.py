@@ -84,7 +84,7 @@ RAGGED_FROM = 1.5
 
 def is_ragged(work: Sequence[int]) -> bool:
     """Whether requests with this work, each, are so unequal that they are timed separately."""
-    squares = sum(map(operator.mul, work, work))
+    squares: int = sum(map(operator.mul, work, work))
     return squares * len(work) > RAGGED_FROM * sum(work) ** 2
 
 

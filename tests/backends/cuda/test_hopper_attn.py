@@ -66,6 +66,10 @@ VARIANTS = {
     "heads of 256, pages of 8": ({"head_size": 256, "block_size": 8}, {}),
     "heads of 256": ({"head_size": 256, "sliding_window": 100}, {}),
     "seven heads to one": ({"num_heads": 14}, {}),
+    "six heads to one": ({"num_heads": 12, "returns_lse": True, "sinks": True}, {}),
+    "sixteen heads to one": ({"num_heads": 32, "sliding_window": 70}, {}),
+    "64 heads to one, lse": ({"num_heads": 64, "num_kv_heads": 1, "returns_lse": True}, {}),
+    "one head each": ({"num_heads": 2, "sinks": True}, {}),
     "heads first": ({"kv_cache_layout": "HND"}, {}),
     "sharing": ({"kv_sharing": True}, {}),
     "fused qkv": ({}, {"memory": "fused", "padding": 3}),
@@ -140,14 +144,35 @@ def plan_of(fields, batch):
     return HopperBuilder(step.spec, step.device).build(step.batch)
 
 
-def test_work_tiles_cover_every_token_of_a_prefill_once():
-    plan = plan_of({}, {}).prefill
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 32),  # 4 query heads of a KV head
+        ({"alibi": True}, 128),
+        ({"num_heads": 2}, 128),
+        ({"num_heads": 14}, 128),
+        ({"num_heads": 12}, 64),
+        ({"num_heads": 128}, 2),
+    ],
+)
+def test_work_tiles_cover_every_token_of_a_prefill_once(fields, tokens):
+    """A tile has 128 rows: tokens times as many heads of a KV head as a power of two allows."""
+    plan = plan_of(fields, {}).prefill
     assert isinstance(plan, HopperPlan)
     covered = []
     for start, length, first, request in plan.tiles.tolist():
         assert length == BATCH["query_lens"][request]
-        covered += range(start + first, start + min(first + 128, length))
+        assert first % tokens == 0
+        covered += range(start + first, start + min(first + tokens, length))
     assert sorted(covered) == list(range(1, 450))  # requests 1, 2 and 3
+    step = step_of(fields, {}, "cpu")
+    launches, _ = on_an_h200(step, step.kv_cache)
+    (launch,) = (each for each in launches if each.name == "hopper_prefill")
+    config = launch.constants["CONFIG"]
+    assert tokens == config.TOKENS
+    assert launch.args[0].block_shape == [tokens // 2, 128 // tokens, 64]
+    number = launch.args[launch.kernel.arg_names.index("num_tiles")]
+    assert number == len(plan.tiles) * config.UNITS
 
 
 #: Changes to a layer whose pages TMA cannot read -> FORMAT of the kernel that copies them.
