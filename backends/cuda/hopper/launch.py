@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = [
-    "BLOCK_M",
     "BLOCK_N",
     "DECODES",
     "DecodeConfig",
@@ -16,10 +15,19 @@ __all__ = [
     "MLA_COUNTERS",
     "MLAConfig",
     "PrefillConfig",
+    "ROWS",
+    "TAKES_TURNS",
+    "WARP_GROUPS",
+    "packed_heads",
+    "tile_rows",
 ]
 
-#: Query rows in a work tile of the prefill kernel, half of them for each warp group.
-BLOCK_M = 128
+#: Query rows of a warp group of the prefill kernel.
+ROWS = 64
+#: Head size -> warp groups that compute, each its rows of a work tile.
+WARP_GROUPS = {64: 2, 96: 2, 128: 2, 192: 2, 256: 2}
+#: Head sizes at which warp groups take turns to issue products.
+TAKES_TURNS: tuple[int, ...] = ()
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 96: 128, 128: 128, 192: 128, 256: 64}
 #: Head size -> that of its values.
@@ -46,7 +54,12 @@ def packed_heads(group: int, alibi: bool | str) -> int:
         group: query heads of a KV head.
         alibi: of the layer.
     """
-    return 1 if alibi else math.gcd(group, BLOCK_M // 2)
+    return 1 if alibi else math.gcd(group, ROWS)
+
+
+def tile_rows(head_size: int) -> int:
+    """Query rows in a work tile of the prefill kernel."""
+    return ROWS * WARP_GROUPS[head_size]
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class PrefillConfig(_Config):
     Attributes:
         D_V: elements of a head's values; D of its keys.
         PACK: query heads in a work tile, see `packed_heads`.
+        GROUPS: warp groups that compute.
+        TURNS: they take turns to issue products.
         BLOCK_N: keys in a tile.
         BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
         HAS_FRESH: keys of requests without a past are read from the new rows.
@@ -83,6 +98,8 @@ class PrefillConfig(_Config):
 
     D_V: int
     PACK: int
+    GROUPS: int
+    TURNS: bool
     BLOCK_N: int
     BLOCK_SIZE: int
     HAS_FRESH: bool
@@ -99,7 +116,7 @@ class PrefillConfig(_Config):
     @property
     def TOKENS(self) -> int:
         """Query tokens in a work tile."""
-        return BLOCK_M // self.PACK
+        return ROWS * self.GROUPS // self.PACK
 
     @property
     def COLUMNS(self) -> int:
@@ -139,6 +156,8 @@ class PrefillConfig(_Config):
     @property
     def REGISTERS(self) -> int:
         """Of each thread of the two warp groups that compute."""
+        if self.GROUPS == 3:
+            return 160
         if self.COPIES:
             return 208 if self.D > 192 else 200
         return 240
@@ -146,6 +165,8 @@ class PrefillConfig(_Config):
     @property
     def PRODUCER_REGISTERS(self) -> int:
         """Of each thread of the warps that load; all together have 504 for each warp of four."""
+        if self.GROUPS == 3:
+            return 32
         return 504 - 2 * self.REGISTERS if self.COPIES else 32
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import (
-    BLOCK_M,
     BLOCK_N,
     DECODES,
     FIXED_BLOCKS,
+    ROWS,
     packed_heads,
+    tile_rows,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
@@ -157,7 +158,9 @@ class HopperBuilder(TritonGraphBuilder):
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
-        requests, first_rows = self._tiles(rows, BLOCK_M, self._pack).long().unbind(1)
+        requests, first_rows = (
+            self._tiles(rows, tile_rows(self.spec.head_size), self._pack).long().unbind(1)
+        )
         starts = batch.query_start_loc_cpu
         firsts = starts[requests]
         lengths = starts[requests + 1] - firsts
@@ -166,7 +169,7 @@ class HopperBuilder(TritonGraphBuilder):
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         if not self._knows_format:
             return super()._max_tiles(limits, longest_decode)
-        full = limits.num_tokens * self._pack // BLOCK_M
+        full = limits.num_tokens * self._pack // tile_rows(self.spec.head_size)
         return full + self._max_prefills(limits, longest_decode)
 
     def _idle_tile(self, idle: int) -> tuple[int, ...]:
@@ -212,7 +215,7 @@ def cache_problem(spec: AttentionSpec, device: DeviceProfile) -> str:
 
 def describe_queries(query: torch.Tensor, pack: int) -> Any:
     """A TMA descriptor of (tokens, heads, size) in boxes of 64 rows, tokens times `pack` heads."""
-    return _describe(query, query.shape[0], (BLOCK_M // 2 // pack, pack))
+    return _describe(query, query.shape[0], (ROWS // pack, pack))
 
 
 def describe_rows(tensor: torch.Tensor, rows: int, number: int) -> Any:

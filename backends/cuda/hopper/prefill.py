@@ -58,7 +58,7 @@ def _one_value(warps):
 
 @aggregate
 class _WorkTile:
-    """128 rows, query tokens of a request times heads, and the tiles of keys that they see.
+    """Rows, query tokens of a request times heads, and the tiles of keys that they see.
 
     Row r is token r // PACK and head r % PACK, so that the heads of a KV head share its keys, and a
     tile has few tokens.
@@ -204,8 +204,22 @@ class _Rows:
     scale: Scale
     window: gl.tensor
     hidden: gl.shared_memory_descriptor
+    turns: gl.shared_memory_descriptor
     config: gl.constexpr
     WHICH: gl.constexpr
+
+    @gluon.jit
+    def wait_turn(self, n):
+        """Wait until this group may issue its n-th products, if groups take turns."""
+        if self.config.TURNS:
+            mbarrier.wait(self.turns.index(self.WHICH), n & 1)
+
+    @gluon.jit
+    def pass_turn(self):
+        """Let the next group issue."""
+        if self.config.TURNS:
+            following: gl.constexpr = (self.WHICH + 1) % self.config.GROUPS
+            mbarrier.arrive(self.turns.index(following))
 
     @gluon.jit
     def unit(self):
@@ -309,8 +323,8 @@ class _Rows:
     def hide_values(self, v_ring, n, i, turn):
         """Zero values of the i-th tile that no query of the request sees; return the next turn.
 
-        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
-        here at the same tiles.
+        Each warp group zeroes some boxes of the tile, and waits for the others. All come here at
+        the same tiles.
         """
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         first = (self.work.last_tile - i) * BLOCK_N
@@ -335,7 +349,7 @@ class _Rows:
         BOXES: gl.constexpr = PER_PART * tiles.shape[2] // WIDTH
         ALL: gl.constexpr = tiles.shape[0] * BOXES
         boxes = reinterpret(tiles, dtype, [ALL, _BOX, WIDTH], tile_layout(WIDTH))
-        for b in range(self.WHICH, BOXES, 2):
+        for b in range(self.WHICH, BOXES, self.config.GROUPS):
             box = boxes.index(stage * BOXES + b)
             key = first + b % PER_PART * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
             is_seen = (key >= first_key) & (key < self.work.seq_len)
@@ -407,7 +421,9 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
+def _consumer(
+    WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output
+):  # fmt: skip
     """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
     CONFIG: gl.constexpr = schedule.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
@@ -420,6 +436,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
+    issued = 0  # times that products were issued in turn
     number = 0  # of work tiles before this one
     q_ring.wait(0)
     work = schedule.receive()
@@ -433,7 +450,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         positions = work.first_position + r // CONFIG.PACK
         rows = _Rows(
             q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
-            CONFIG, WHICH,
+            turns, CONFIG, WHICH,
         )  # fmt: skip
         m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
         l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
@@ -453,9 +470,12 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
             weights = rows.operand(p)
             for i in range(begin + 1, first_left):
                 stage = k_ring.wait(n + i)
+                rows.wait_turn(issued)
                 s = rows.issue_scores(k_ring, stage)
                 before = v_ring.wait(n + i - 1)
                 acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+                rows.pass_turn()
+                issued += 1
                 s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
                 k_ring.release(stage)
                 p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
@@ -519,21 +539,22 @@ def _load_queries(work, q_desc, q_ring, CONFIG: gl.constexpr):
     WIDTH: gl.constexpr = q_desc.block_type.shape[2]
     MAIN: gl.constexpr = CONFIG.MAIN // WIDTH
     TAIL: gl.constexpr = CONFIG.TAIL // WIDTH
+    GROUPS: gl.constexpr = CONFIG.GROUPS
     full = q_ring.full.index(0)
-    shape: gl.constexpr = [2 * MAIN, TOKENS, PACK, WIDTH]
+    shape: gl.constexpr = [GROUPS * MAIN, TOKENS, PACK, WIDTH]
     boxes = reinterpret(q_ring.tiles, q_desc.dtype, shape, q_desc.layout)
-    for half in gl.static_range(2):
-        token = work.q_start + work.first_token + half * TOKENS
+    for group in gl.static_range(GROUPS):
+        token = work.q_start + work.first_token + group * TOKENS
         for i in gl.static_range(MAIN):
-            load_tile(q_desc, [token, work.head, i * WIDTH], full, boxes.index(half * MAIN + i))
+            load_tile(q_desc, [token, work.head, i * WIDTH], full, boxes.index(group * MAIN + i))
     if TAIL:
-        tail_shape: gl.constexpr = [2 * TAIL, TOKENS, PACK, WIDTH]
+        tail_shape: gl.constexpr = [GROUPS * TAIL, TOKENS, PACK, WIDTH]
         boxes = reinterpret(q_ring.tail, q_desc.dtype, tail_shape, q_desc.layout)
-        for half in gl.static_range(2):
-            token = work.q_start + work.first_token + half * TOKENS
+        for group in gl.static_range(GROUPS):
+            token = work.q_start + work.first_token + group * TOKENS
             for i in gl.static_range(TAIL):
                 column = (MAIN + i) * WIDTH
-                place = boxes.index(half * TAIL + i)
+                place = boxes.index(group * TAIL + i)
                 load_tile(q_desc, [token, work.head, column], full, place)
 
 
@@ -559,8 +580,8 @@ def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
         last_key = work.seq_len - 1
         # Before the ring has room, so that their latency passes in that time.
         blocks = keys.blocks(table, first, first_key, last_key, CONFIG)
-        # Not blocks: Triton does not carry a variable through a loop if, when the loop begins, it is
-        # another name of what the loop sets it to.
+        # Not `blocks`: Triton does not carry a variable through a loop if, when the loop begins, it
+        # is another name of what the loop sets it to.
         before = gl.zeros_like(blocks)
         for i in range(0, work.num_tiles + 1):
             first = (work.last_tile - i) * CONFIG.BLOCK_N
@@ -628,11 +649,20 @@ def hopper_prefill_kernel(
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
-    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
-    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
-    v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
+    GROUPS: gl.constexpr = CONFIG.GROUPS
+    q_ring = make_ring(dtype, 1, GROUPS, 64, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
+    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
+    v_ring = make_ring(
+        dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, GROUPS, 1, CONFIG.TAIL_V
+    )
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(hidden, count=2)
+    mbarrier.init(hidden, count=GROUPS)
+    turns = hidden
+    if CONFIG.TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turns.index(i), count=1)
+        mbarrier.arrive(turns.index(0))  # the first to issue
     fence_async_shared()
     if CONFIG.COPIES:
         keys = CopiedPages(
@@ -651,14 +681,28 @@ def hopper_prefill_kernel(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     # Written out: in a tuple that has a name, constants would no longer be constants.
-    gl.warp_specialize(
-        [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_producer, (
-                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-            )),
-        ],
-        [4, CONFIG.PRODUCERS],
-        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+            ],
+            [4, CONFIG.PRODUCERS],
+            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output)),
+                (_consumer, (2, schedule, q_ring, k_ring, v_ring, hidden, turns, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+            ],
+            [4, 4, CONFIG.PRODUCERS],
+            [CONFIG.REGISTERS, CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
