@@ -15,6 +15,7 @@ __all__ = [
     "MLA_COUNTERS",
     "MLAConfig",
     "PrefillConfig",
+    "Q_STAGES",
     "ROWS",
     "TAKES_TURNS",
     "WARP_GROUPS",
@@ -26,6 +27,8 @@ __all__ = [
 ROWS = 64
 #: Head size -> warp groups that compute, each its rows of a work tile.
 WARP_GROUPS = {64: 2, 96: 2, 128: 2, 192: 2, 256: 2}
+#: Head size -> work tiles whose queries are in shared memory at a time, as many as fit.
+Q_STAGES = {64: 2, 96: 2, 128: 2, 192: 1, 256: 1}
 #: Head sizes at which warp groups take turns to issue products.
 TAKES_TURNS: tuple[int, ...] = ()
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
@@ -87,19 +90,21 @@ class PrefillConfig(_Config):
         PACK: query heads in a work tile, see `packed_heads`.
         GROUPS: warp groups that compute.
         TURNS: they take turns to issue products.
+        Q_STAGES: of the ring of queries.
         BLOCK_N: keys in a tile.
         BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
         HAS_FRESH: keys of requests without a past are read from the new rows.
         FORMAT: of a cache whose pages TMA cannot read as they are, see copied.py; "" if it can.
         UNIT: bytes of the unit in which the strides of copied pages are given.
         SCALE_STRIDE: from one head's scale to the next, with an fp8 FORMAT.
-        STAGES: of the rings.
+        STAGES: of the rings of keys and of values.
     """
 
     D_V: int
     PACK: int
     GROUPS: int
     TURNS: bool
+    Q_STAGES: int
     BLOCK_N: int
     BLOCK_SIZE: int
     HAS_FRESH: bool

@@ -96,8 +96,7 @@ class _WorkTile:
 class _Schedule:
     """The list of work tiles, and how the producer tells the consumers which one is next.
 
-    `ticket` is written and read like the queries: after the producer has acquired their ring, and
-    once they have arrived.
+    `ticket` is a ring like that of the queries, written and read with theirs.
     """
 
     tiles_ptr: gl.tensor
@@ -134,22 +133,24 @@ class _Schedule:
         return work, request
 
     @gluon.jit
-    def send(self, head, q_start, q_len, seq_len, first_token):
-        """For the producer: write the ticket; a head of −1 says that there are no more."""
+    def send(self, stage, head, q_start, q_len, seq_len, first_token):
+        """For the producer: write a ticket; a head of −1 says that there are no more."""
         ONE: gl.constexpr = _one_value(self.config.PRODUCERS)
         values = (head, q_start, q_len, seq_len, first_token)
         for i in gl.static_range(5):
-            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, ONE))
+            self.ticket.index(stage * 5 + i).store(gl.full([1], values[i], gl.int32, ONE))
 
     @gluon.jit
-    def receive(self):
-        """For the consumers: the work tile of the ticket."""
+    def receive(self, stage):
+        """For the consumers: the work tile of a ticket."""
+        at = stage * 5
         return self._work(
-            self._read(0), self._read(1), self._read(2), self._read(3), self._read(4)
+            self._read(at), self._read(at + 1), self._read(at + 2), self._read(at + 3),
+            self._read(at + 4),
         )  # fmt: skip
 
     @gluon.jit
-    def _read(self, i: gl.constexpr):
+    def _read(self, i):
         return gl.max(self.ticket.index(i).load(VECTOR), 0)
 
     @gluon.jit
@@ -431,15 +432,13 @@ def _consumer(
     TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
-    q = q_ring.tiles.index(WHICH)
-    q_tail = q_ring.tail.index(WHICH)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
     issued = 0  # times that products were issued in turn
     number = 0  # of work tiles before this one
-    q_ring.wait(0)
-    work = schedule.receive()
+    q_stage = q_ring.wait(0)
+    work = schedule.receive(q_stage)
     while work.head >= 0:
         slope = gl.to_tensor(0.0)
         col_bias = col
@@ -448,6 +447,8 @@ def _consumer(
             col_bias = slope * col.to(gl.float32)
         r = WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         positions = work.first_position + r // CONFIG.PACK
+        q = q_ring.tiles.index(q_stage * CONFIG.GROUPS + WHICH)
+        q_tail = q_ring.tail.index(q_stage * CONFIG.GROUPS + WHICH)
         rows = _Rows(
             q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
             turns, CONFIG, WHICH,
@@ -484,7 +485,7 @@ def _consumer(
                 acc, tail = rows.rescale(acc, tail, alpha)
                 weights = rows.operand(p)
             if not CONFIG.WINDOW:
-                q_ring.release(0)
+                q_ring.release(q_stage)
             end = gl.maximum(first_left, begin + 1)
             acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
             if CONFIG.WINDOW:
@@ -492,14 +493,14 @@ def _consumer(
                     acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
                     turn = rows.hide_values(v_ring, n + i, i, turn)
                     acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-                q_ring.release(0)
+                q_ring.release(q_stage)
         else:
-            q_ring.release(0)
+            q_ring.release(q_stage)
         n += work.num_tiles
         rows.store(acc, tail, m_i, l_i, output)
         number += 1
-        q_ring.wait(number)
-        work = schedule.receive()
+        q_stage = q_ring.wait(number)
+        work = schedule.receive(q_stage)
 
 
 @gluon.jit
@@ -512,10 +513,10 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
     while index < schedule.num_tiles:
         work, request = schedule.work_tile(index)
         index = schedule.take()  # its latency passes during the loads
-        q_ring.wait_empty(number)
-        schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
-        mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
-        _load_queries(work, q_desc, q_ring, CONFIG)
+        stage = q_ring.wait_empty(number)
+        schedule.send(stage, work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
+        mbarrier.expect(q_ring.full.index(stage), q_ring.TILE_BYTES)
+        _load_queries(work, stage, q_desc, q_ring, CONFIG)
         if CONFIG.HAS_FRESH:
             if work.seq_len == work.q_len:
                 _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
@@ -525,36 +526,38 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
             _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         n += work.num_tiles
         number += 1
-    q_ring.wait_empty(number)
-    schedule.send(-1, 0, 0, 0, 0)
-    mbarrier.arrive(q_ring.full.index(0))
+    stage = q_ring.wait_empty(number)
+    schedule.send(stage, -1, 0, 0, 0, 0)
+    mbarrier.arrive(q_ring.full.index(stage))
     schedule.finish()
 
 
 @gluon.jit
-def _load_queries(work, q_desc, q_ring, CONFIG: gl.constexpr):
+def _load_queries(work, stage, q_desc, q_ring, CONFIG: gl.constexpr):
     """Load a work tile's queries, box by box: some tokens, PACK heads, some columns."""
+    ALL: gl.constexpr = q_ring.tiles.shape[0]
     TOKENS: gl.constexpr = q_desc.block_type.shape[0]
     PACK: gl.constexpr = q_desc.block_type.shape[1]
     WIDTH: gl.constexpr = q_desc.block_type.shape[2]
     MAIN: gl.constexpr = CONFIG.MAIN // WIDTH
     TAIL: gl.constexpr = CONFIG.TAIL // WIDTH
     GROUPS: gl.constexpr = CONFIG.GROUPS
-    full = q_ring.full.index(0)
-    shape: gl.constexpr = [GROUPS * MAIN, TOKENS, PACK, WIDTH]
+    full = q_ring.full.index(stage)
+    shape: gl.constexpr = [ALL * MAIN, TOKENS, PACK, WIDTH]
     boxes = reinterpret(q_ring.tiles, q_desc.dtype, shape, q_desc.layout)
     for group in gl.static_range(GROUPS):
         token = work.q_start + work.first_token + group * TOKENS
         for i in gl.static_range(MAIN):
-            load_tile(q_desc, [token, work.head, i * WIDTH], full, boxes.index(group * MAIN + i))
+            place = boxes.index((stage * GROUPS + group) * MAIN + i)
+            load_tile(q_desc, [token, work.head, i * WIDTH], full, place)
     if TAIL:
-        tail_shape: gl.constexpr = [GROUPS * TAIL, TOKENS, PACK, WIDTH]
+        tail_shape: gl.constexpr = [ALL * TAIL, TOKENS, PACK, WIDTH]
         boxes = reinterpret(q_ring.tail, q_desc.dtype, tail_shape, q_desc.layout)
         for group in gl.static_range(GROUPS):
             token = work.q_start + work.first_token + group * TOKENS
             for i in gl.static_range(TAIL):
                 column = (MAIN + i) * WIDTH
-                place = boxes.index(group * TAIL + i)
+                place = boxes.index((stage * GROUPS + group) * TAIL + i)
                 load_tile(q_desc, [token, work.head, column], full, place)
 
 
@@ -650,7 +653,10 @@ def hopper_prefill_kernel(
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
     GROUPS: gl.constexpr = CONFIG.GROUPS
-    q_ring = make_ring(dtype, 1, GROUPS, 64, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
+    Q_STAGES: gl.constexpr = CONFIG.Q_STAGES
+    q_ring = make_ring(
+        dtype, Q_STAGES, Q_STAGES * GROUPS, 64, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL
+    )
     k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
     v_ring = make_ring(
         dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, GROUPS, 1, CONFIG.TAIL_V
@@ -674,7 +680,9 @@ def hopper_prefill_kernel(
     else:
         keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
         values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
-    ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket = gl.allocate_shared_memory(
+        gl.int32, [5 * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     schedule = _Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
