@@ -17,6 +17,7 @@ __all__ = [
     "PrefillConfig",
     "Q_STAGES",
     "ROWS",
+    "TAKES_PAIRS",
     "TAKES_TURNS",
     "WARP_GROUPS",
     "packed_heads",
@@ -29,6 +30,8 @@ ROWS = 64
 WARP_GROUPS = {64: 2, 96: 2, 128: 2, 192: 2, 256: 2}
 #: Head size -> work tiles whose queries are in shared memory at a time, as many as fit.
 Q_STAGES = {64: 2, 96: 2, 128: 2, 192: 1, 256: 1}
+#: Head sizes at which the scores of two key tiles are computed together.
+TAKES_PAIRS: tuple[int, ...] = ()
 #: Head sizes at which warp groups take turns to issue products.
 TAKES_TURNS: tuple[int, ...] = ()
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
@@ -90,6 +93,8 @@ class PrefillConfig(_Config):
         PACK: query heads in a work tile, see `packed_heads`.
         GROUPS: warp groups that compute.
         TURNS: they take turns to issue products.
+        PAIRS: the scores of two key tiles are issued together, so that one softmax covers more
+            products; both are in registers.
         Q_STAGES: of the ring of queries.
         BLOCK_N: keys in a tile.
         BLOCK_SIZE: tokens in a block of the cache; 0 if keys and values are contiguous rows.
@@ -104,6 +109,7 @@ class PrefillConfig(_Config):
     PACK: int
     GROUPS: int
     TURNS: bool
+    PAIRS: bool
     Q_STAGES: int
     BLOCK_N: int
     BLOCK_SIZE: int

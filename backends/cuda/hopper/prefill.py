@@ -432,6 +432,8 @@ def _consumer(
     TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
+    OUTPUT_MMAS: gl.constexpr = 2 if CONFIG.TAIL_V else 1
+    SCORES_MMAS: gl.constexpr = 2 if CONFIG.TAIL else 1
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
@@ -469,7 +471,41 @@ def _consumer(
             acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
             turn = rows.hide_values(v_ring, n + begin, begin, turn)
             weights = rows.operand(p)
-            for i in range(begin + 1, first_left):
+            single = begin + 1
+            if CONFIG.PAIRS:
+                pairs = gl.maximum(first_left - single, 0) // 2
+                for j in range(0, pairs):
+                    i = single + 2 * j
+                    stage = k_ring.wait(n + i)
+                    rows.wait_turn(issued)
+                    s = rows.issue_scores(k_ring, stage)
+                    before = v_ring.wait(n + i - 1)
+                    acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+                    following = k_ring.wait(n + i + 1)
+                    t = rows.issue_scores(k_ring, following)
+                    rows.pass_turn()
+                    issued += 1
+                    s = warpgroup_mma_wait(SCORES_MMAS + OUTPUT_MMAS, deps=[s])
+                    k_ring.release(stage)
+                    p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
+                    if TAIL_V:
+                        acc, tail = warpgroup_mma_wait(SCORES_MMAS, deps=[acc, tail])
+                    else:
+                        acc = warpgroup_mma_wait(SCORES_MMAS, deps=[acc])
+                    v_ring.release(before)
+                    acc, tail = rows.rescale(acc, tail, alpha)
+                    weights = rows.operand(p)
+                    before = v_ring.wait(n + i)
+                    acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+                    t = warpgroup_mma_wait(OUTPUT_MMAS, deps=[t])
+                    k_ring.release(following)
+                    p, m_i, l_i, alpha = rows.softmax(t, m_i, l_i, i + 1, False)
+                    acc, tail = rows.wait_output(acc, tail)
+                    v_ring.release(before)
+                    acc, tail = rows.rescale(acc, tail, alpha)
+                    weights = rows.operand(p)
+                single += 2 * pairs
+            for i in range(single, first_left):
                 stage = k_ring.wait(n + i)
                 rows.wait_turn(issued)
                 s = rows.issue_scores(k_ring, stage)
@@ -477,7 +513,7 @@ def _consumer(
                 acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
                 rows.pass_turn()
                 issued += 1
-                s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
+                s = warpgroup_mma_wait(OUTPUT_MMAS, deps=[s])
                 k_ring.release(stage)
                 p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
                 acc, tail = rows.wait_output(acc, tail)
