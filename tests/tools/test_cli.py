@@ -218,12 +218,12 @@ def test_explain_has_every_pick_and_every_verdict():
 def test_explain_has_the_dense_backend_of_expanded_prefills(monkeypatch):
     found = answer("explain", *MLA, "--device", "sm90")["sections"][0]
     expanded = found["expanded_prefills"]
-    assert (expanded["picked"], expanded["why_absorbed"]) == ("FLASH_ATTN", "")
+    assert (expanded["picked"], expanded["why_absorbed"]) == ("HOPPER_ATTN", "")
     assert expanded["report"]["spec"]["head_size"] == 192
     key = (576 + 16 * (256 + 192)) * 2 + 48
     assert expanded["chunk"] == 2**28 // key
     text = " ".join(run("explain", *MLA, "--device", "sm90").stdout.split())
-    assert "returns_lse=True: FLASH_ATTN, first in the platform's order" in text
+    assert "returns_lse=True: HOPPER_ATTN, first in the platform's order" in text
     monkeypatch.setenv("ATTN_DISPATCH_BACKEND", "full=TRITON_ATTN,mla=FLASHMLA")
     found = answer("explain", *MLA, "--block-size", "64", "--device", "sm90")["sections"][0]
     assert [report["picked"] for report in found["reports"]] == ["FLASHMLA"] * 2

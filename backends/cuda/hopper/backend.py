@@ -42,7 +42,14 @@ from attn_dispatch.backends.triton.plan import (
     DecodePlan,
     PrefillPlan,
 )
-from attn_dispatch.interface.capability import Capabilities, OneOf, Reason, ReasonCode
+from attn_dispatch.interface.capability import (
+    AnyOf,
+    Capabilities,
+    OneOf,
+    Reason,
+    ReasonCode,
+    SameAs,
+)
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.types import Phase
 from attn_dispatch.platforms.device import DeviceMatch, DeviceProfile
@@ -340,7 +347,7 @@ class HopperAttnBackend(TritonAttnBackend):
         **{
             **TritonAttnBackend.capabilities.fields,
             "head_size": OneOf(*HEAD_SIZES),
-            "head_size_v": OneOf(*dict.fromkeys(HEAD_SIZES.values())),
+            "head_size_v": AnyOf(SameAs("head_size"), OneOf(128)),
             "dtype": OneOf(torch.bfloat16, torch.float16),
             "alibi": OneOf(True, False),  # prefill splits the distance by rows and columns
             "window_size": OneOf(None),
