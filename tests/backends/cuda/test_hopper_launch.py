@@ -19,7 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
-from attn_dispatch.backends.cuda.hopper.launch import DECODES
+from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_N,
+    DECODES,
+    HEAD_SIZES,
+    Q_STAGES,
+    tile_rows,
+)
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
 from attn_dispatch.backends.cuda.hopper.sm_partition import share_sms
@@ -139,6 +145,7 @@ NOTES = {
     "blocks of 8": ({"block_size": 8}, "blocks of a multiple of 16 tokens, and these have 8"),
     "blocks of 24": ({"block_size": 24}, "blocks of a multiple of 16 tokens, and these have 24"),
     "slots": ({"block_size": 1}, "blocks of a multiple of 16 tokens, and these have 1"),
+    "heads of 96": ({"head_size": 96}, "heads of 64, 128, 256, and the layer's have 96"),
     "many query heads": ({"num_heads": 66}, "up to 32 query heads of a KV head, .* has 33"),
     "unaligned": ({"head_size": 64, "kv_strides": (2120, 264, 132)}, "at multiples of 16 bytes"),
     "blocks between tokens": (
@@ -259,6 +266,15 @@ def test_an_sm_has_room_for_the_blocks_of_a_launch(size, row, rows):
     each = SM.shared_bytes // row.blocks - SM.reserved_bytes
     assert row.stages_for(rows) >= 2
     assert shared_bytes(size, row, rows) <= each
+
+
+@pytest.mark.parametrize("size", BLOCK_N)
+def test_an_sm_has_room_for_the_prefill_kernel(size):
+    """Queries, two stages of keys and of values, and barriers."""
+    keys = BLOCK_N[size] * 2 * 2
+    queries = Q_STAGES[size] * tile_rows(size) * size * 2
+    tiles = queries + keys * (size + HEAD_SIZES[size])
+    assert tiles + 1024 <= SM.shared_bytes - SM.reserved_bytes
 
 
 def test_the_compile_matrix_reports_an_sm_without_room():
