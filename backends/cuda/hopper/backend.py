@@ -19,11 +19,11 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     Q_STAGES,
     TAKES_PAIRS,
     TAKES_TURNS,
-    WARP_GROUPS,
     DecodeConfig,
     DecodeLaunch,
     PrefillConfig,
     packed_heads,
+    warp_groups,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma
 from attn_dispatch.backends.cuda.hopper.plan import (
@@ -139,15 +139,18 @@ class HopperImpl(TritonImpl):
     def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if not isinstance(plan, HopperPlan):
             super()._prefill(call, plan, source)
-        elif self._is_new(call, plan) or self._reads(source, call.query.dtype):
+        elif self._is_new(call, plan) or self._reads(source, call.query.dtype, plan.groups):
             self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
         else:
             portable = plan.portable_plan(call.metadata)
             super()._prefill(call, portable, super()._source(call, portable))
 
-    def _reads(self, cache: KVSource, dtype: torch.dtype) -> bool:
-        """Whether the prefill kernel reads a cache."""
-        return self._pages(cache, dtype) is not None or self._copied(cache, dtype) is not None
+    def _reads(self, cache: KVSource, dtype: torch.dtype, groups: int) -> bool:
+        """Whether the prefill kernel with this many warp groups reads a cache."""
+        if self._pages(cache, dtype) is not None:
+            return True
+        fits = groups == warp_groups(self.head_size, copies=True)
+        return fits and self._copied(cache, dtype) is not None
 
     def _launch_prefill(self, call: Call, plan: HopperPlan, source: KVSource, num_sms: int) -> None:
         """Launch the Hopper prefill kernel on this many SMs."""
@@ -167,14 +170,14 @@ class HopperImpl(TritonImpl):
         # Triton encodes each descriptor at each launch: none that is not read.
         new = new if has_fresh else keys.scales
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype, has_fresh, *keys.name),
+            ("hopper", query.dtype, sinks.dtype, has_fresh, plan.groups, *keys.name),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": PrefillConfig(
                     **self._layer_constants(),
                     D_V=self.head_size_v,
                     PACK=pack,
-                    GROUPS=WARP_GROUPS[self.head_size],
+                    GROUPS=plan.groups,
                     TURNS=self.head_size in TAKES_TURNS,
                     PAIRS=self.head_size in TAKES_PAIRS,
                     Q_STAGES=Q_STAGES[self.head_size],

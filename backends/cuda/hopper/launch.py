@@ -21,13 +21,15 @@ __all__ = [
     "TAKES_TURNS",
     "WARP_GROUPS",
     "packed_heads",
-    "tile_rows",
+    "warp_groups",
 ]
 
 #: Query rows of a warp group of the prefill kernel.
 ROWS = 64
 #: Head size -> warp groups that compute, each its rows of a work tile.
 WARP_GROUPS = {64: 2, 96: 2, 128: 2, 192: 2, 256: 2}
+#: Head size -> registers of each thread that computes, next to warps that copy.
+_COPIED_REGISTERS = {256: 208}
 #: Head size -> work tiles whose queries are in shared memory at a time, as many as fit.
 Q_STAGES = {64: 2, 96: 2, 128: 2, 192: 1, 256: 1}
 #: Head sizes at which the scores of two key tiles are computed together.
@@ -63,9 +65,9 @@ def packed_heads(group: int, alibi: bool | str) -> int:
     return 1 if alibi else math.gcd(group, ROWS)
 
 
-def tile_rows(head_size: int) -> int:
-    """Query rows in a work tile of the prefill kernel."""
-    return ROWS * WARP_GROUPS[head_size]
+def warp_groups(head_size: int, copies: bool) -> int:
+    """Warp groups that compute in the prefill kernel; next to warps that copy there are two."""
+    return 2 if copies else WARP_GROUPS[head_size]
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,13 @@ class PrefillConfig(_Config):
     @property
     def REGISTERS(self) -> int:
         """Of each thread of the two warp groups that compute."""
-        if self.GROUPS == 3:
-            return 160
         if self.COPIES:
-            return 208 if self.D > 192 else 200
-        return 240
+            return _COPIED_REGISTERS.get(self.D, 200)
+        return 240 if self.GROUPS == 2 else 160
 
     @property
     def PRODUCER_REGISTERS(self) -> int:
         """Of each thread of the warps that load; all together have 504 for each warp of four."""
-        if self.GROUPS == 3:
-            return 32
         return 504 - 2 * self.REGISTERS if self.COPIES else 32
 
 

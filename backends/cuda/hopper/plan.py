@@ -15,7 +15,7 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     FIXED_BLOCKS,
     ROWS,
     packed_heads,
-    tile_rows,
+    warp_groups,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
@@ -63,6 +63,7 @@ class HopperPlan(PrefillPlan):
         may_be_fresh: some requests may have no past; their keys can be read from `key`, and the
             device knows which they are.
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
+        groups: warp groups that compute a work tile.
         chosen: which requests; None in a captured step.
         portable: a plan of the same requests for the portable kernel, if a cache needs one.
     """
@@ -70,6 +71,7 @@ class HopperPlan(PrefillPlan):
     counters: torch.Tensor | None = None
     fresh_end: int = 0
     may_be_fresh: bool = False
+    groups: int = 2
     chosen: list[int] | None = None
     portable: PrefillPlan | None = None
     splits_all_sms: bool = False
@@ -107,7 +109,12 @@ class HopperBuilder(TritonGraphBuilder):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         self._pack = packed_heads(spec.num_heads // spec.num_kv_heads, spec.alibi)
-        arch = detect_device(device).arch
+        profile = detect_device(device)
+        copies = spec.block_size is not None and bool(cache_problem(spec, profile))
+        #: A step of such a layer may be without a cache, and have rows that TMA reads.
+        self._groups = warp_groups(spec.head_size, copies)
+        self._tile_rows = ROWS * self._groups
+        arch = profile.arch
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
         self._knows_format = copied_format(FORMATS.get(dtype, dtype), spec.dtype) is not None
 
@@ -142,7 +149,7 @@ class HopperBuilder(TritonGraphBuilder):
         counters_and_tiles = torch.cat([tiles.new_zeros(1, tiles.shape[1]), tiles])
         plan = self._plan(batch, rows, counters_and_tiles, False, HopperPlan)
         assert isinstance(plan, HopperPlan)
-        plan.chosen = chosen
+        plan.chosen, plan.groups = chosen, self._groups
         plan.counters, plan.tiles = plan.tiles[0, :2], plan.tiles[1:]
         is_bound = batch.lengths == "upper_bound"
         lens = zip(rows.key_lens, rows.seq_lens, strict=True)
@@ -158,9 +165,7 @@ class HopperBuilder(TritonGraphBuilder):
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
-        requests, first_rows = (
-            self._tiles(rows, tile_rows(self.spec.head_size), self._pack).long().unbind(1)
-        )
+        requests, first_rows = self._tiles(rows, self._tile_rows, self._pack).long().unbind(1)
         starts = batch.query_start_loc_cpu
         firsts = starts[requests]
         lengths = starts[requests + 1] - firsts
@@ -169,7 +174,7 @@ class HopperBuilder(TritonGraphBuilder):
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         if not self._knows_format:
             return super()._max_tiles(limits, longest_decode)
-        full = limits.num_tokens * self._pack // tile_rows(self.spec.head_size)
+        full = limits.num_tokens * self._pack // self._tile_rows
         return full + self._max_prefills(limits, longest_decode)
 
     def _idle_tile(self, idle: int) -> tuple[int, ...]:
@@ -191,6 +196,7 @@ class HopperBuilder(TritonGraphBuilder):
             counters=tiles.new_zeros(2),
             fresh_end=batch.num_tokens,
             may_be_fresh=True,
+            groups=self._groups,
             splits_all_sms=self.spec.lengths == "upper_bound",
         )
 

@@ -24,7 +24,8 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     DECODES,
     HEAD_SIZES,
     Q_STAGES,
-    tile_rows,
+    ROWS,
+    WARP_GROUPS,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import PagedTma, PageMatrix
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
@@ -272,7 +273,7 @@ def test_an_sm_has_room_for_the_blocks_of_a_launch(size, row, rows):
 def test_an_sm_has_room_for_the_prefill_kernel(size):
     """Queries, two stages of keys and of values, and barriers."""
     keys = BLOCK_N[size] * 2 * 2
-    queries = Q_STAGES[size] * tile_rows(size) * size * 2
+    queries = Q_STAGES[size] * ROWS * WARP_GROUPS[size] * size * 2
     tiles = queries + keys * (size + HEAD_SIZES[size])
     assert tiles + 1024 <= SM.shared_bytes - SM.reserved_bytes
 
