@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from attn_dispatch.backends.cuda.hopper import plan as hopper_plan
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, DecodeLaunches
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
@@ -477,7 +478,8 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
     row = case.decode_row
     chosen = {} if row is None else {spec.head_size: DecodeLaunches(row, row, row)}
-    with recorded() as launches, mock.patch.dict(DECODES, chosen):
+    copies = mock.patch.object(hopper_plan, "MAX_SCRATCH_BYTES", 0)  # gathered rows are no case
+    with recorded() as launches, mock.patch.dict(DECODES, chosen), copies:
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)
         )

@@ -71,6 +71,7 @@ MORE_SPILLS = (
     ("sm", r"MLA", 1024),
     ("gfx1", r"MLA", 2304),
     ("gfx942", r"MLA", 160),  # with 64-bit addresses
+    ("sm90", r"hopper_prefill.*256, fp8", 320),  # next to the registers of the warps that copy
     ("sm90", r"hopper_decode.*all features", 256),  # the most rows of scores in registers
     ("sm", r"float32", 512),
     ("sm", r"mask|ranges", 384),
