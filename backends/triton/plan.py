@@ -371,12 +371,15 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         is_faster = sum(rows.query_lens) >= self.launches.table.gather_from * len(rows.query_lens)
         return is_faster and self._has_room(rows)
 
-    def _has_room(self, rows: PlanRows, most: int = MAX_GATHERED_BYTES) -> bool:
-        """Whether gathered keys and values fit in this many bytes."""
+    def _has_room(self, rows: PlanRows) -> bool:
+        """Whether gathered keys and values fit in the memory that they may take."""
         spec = self.spec
         size = sum(blocks_of(spec.head_size, spec.head_size_v))
         row_bytes = spec.num_kv_heads * size * spec.dtype.itemsize
-        return sum(rows.padded) * row_bytes <= most
+        return sum(rows.padded) * row_bytes <= self._scratch_bytes()
+
+    def _scratch_bytes(self) -> int:
+        return MAX_GATHERED_BYTES
 
     def _tiles(self, rows: PlanRows, block_m: int, rows_per_token: int) -> torch.Tensor:
         """(num_tiles, 2) int32 on the host: requests and first rows, long and late ones first.

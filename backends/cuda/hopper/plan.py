@@ -137,6 +137,9 @@ class HopperBuilder(TritonGraphBuilder):
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
 
+    def _scratch_bytes(self) -> int:
+        return MAX_SCRATCH_BYTES
+
     def _most_programs(self, grid: int) -> int:
         if self.spec.lengths == "exact":
             return grid
@@ -147,7 +150,7 @@ class HopperBuilder(TritonGraphBuilder):
 
     def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
         rows = plan_rows(batch, chosen, BLOCK_N[self.spec.head_size])
-        gathers = self._can_gather and self._has_room(rows, MAX_SCRATCH_BYTES)
+        gathers = self._can_gather and self._has_room(rows)
         if batch.block_table is not None and not (self._knows_format or gathers):
             return self.portable_prefill(batch, chosen)
         tiles = self._work_tiles(batch, rows)
