@@ -115,10 +115,8 @@ def test_a_prefix_in_pieces(pieces, lens, calls, monkeypatch):
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("requests", "prefix", "pieces"), [(64, 16384, 8), (64, 2048, 1), (512, 16384, 3), (64, 512, 1)]
-)
-def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
+def decodes_of(requests, prefix):
+    """A batch of decodes with a shared prefix and 100 keys more, and its layer."""
     table = torch.zeros(requests, 2048, dtype=torch.int32)
     batch = AttentionBatch.create(
         [1] * requests,
@@ -130,6 +128,14 @@ def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
     spec = AttentionSpec(
         num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
     )
+    return batch, spec
+
+
+@pytest.mark.parametrize(
+    ("requests", "prefix", "pieces"), [(64, 16384, 8), (64, 2048, 1), (512, 16384, 3), (64, 512, 1)]
+)
+def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
+    batch, spec = decodes_of(requests, prefix)
     assert cascade.pieces_of(batch, spec, num_sms=132) == pieces
 
 
@@ -146,17 +152,7 @@ def test_pieces_keep_all_processors_busy(requests, prefix, pieces):
 def test_a_prefix_is_read_once_where_that_saves_more_than_two_parts_take(
     requests, prefix, name, wanted
 ):
-    table = torch.zeros(requests, 2048, dtype=torch.int32)
-    batch = AttentionBatch.create(
-        [1] * requests,
-        [prefix + 100] * requests,
-        block_table=table,
-        block_size=16,
-        shared_prefix_len=prefix,
-    )
-    spec = AttentionSpec(
-        num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, block_size=16
-    )
+    batch, spec = decodes_of(requests, prefix)
     assert cascade.pays_off(batch, spec, known_device(name)) is wanted
 
 

@@ -122,6 +122,20 @@ def test_random_steps_agree_with_float64(backend, seed):
     check(step, step.run())
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("seed", range(2))
+def test_ragged_batches_of_real_sizes_agree_with_float64(backend, seed, heads, block_size):
+    """200,000 keys and more: each program asks for the blocks of its keys repeatedly."""
+    draw = random.Random(seed)
+    seq_lens = (30000, *(draw.randint(1000, 9000) for _ in range(40)))
+    query_lens = tuple(draw.choice([1, 1, 1, 2, 4]) for _ in seq_lens)
+    step = step_of(backend, query_lens, seq_lens, seed, heads=heads, block_size=block_size)
+    if compare(step.spec, backend.capabilities, detect_device("cuda")):
+        pytest.skip("it is not declared")
+    check(step, step.run())
+
+
 def test_replays_agree_with_float64(backend):
     """Two graphs of two layers over the same static batch, for steps of other lengths."""
     size, longest = 4, 1024
