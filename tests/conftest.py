@@ -13,6 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
+from support.selection import fake_site  # after the variable is set
+
 hypothesis.settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("slow", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=400, deadline=None)
@@ -109,6 +111,13 @@ def _clean_environment(monkeypatch):
         if name.startswith("ATTN_DISPATCH_") or name == "VLLM_ATTENTION_BACKEND":
             monkeypatch.delenv(name)
     monkeypatch.setenv("ATTN_DISPATCH_TUNING", "off")  # a timing table would change the picks
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder on sys.path for packages that a test installs: a FakeSite."""
+    with fake_site(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture

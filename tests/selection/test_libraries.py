@@ -27,14 +27,9 @@ from attn_dispatch.runtime.functional import attention
 from attn_dispatch.runtime.layer import Attention
 from attn_dispatch.selection.resolve import resolve
 from attn_dispatch.selection.selector import select
-from support.selection import FakeSite, layer, make_backend, registered
+from support.selection import layer, make_backend, registered
 
 OPTIONAL = ["triton", "flash_attn", "flashinfer", "aiter", "transformers"]
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    return FakeSite(tmp_path, monkeypatch)
 
 
 def needing(library: str):

@@ -202,11 +202,6 @@ class Plugin(ReferenceBackend):
 """
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    return FakeSite(tmp_path, monkeypatch)
-
-
 def with_plugin(site: FakeSite, code: str, name: str = "PLUGIN") -> Registry:
     """A registry as it would be after `pip install` of a package with this plugin."""
     entry = f"[attn_dispatch.backends]\n{name} = some_plugin:Plugin\n"

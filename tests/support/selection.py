@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from attn_dispatch.backends.reference.torch_ref import ReferenceBackend
@@ -88,10 +89,22 @@ class Forbidden:
     __contains__ = __call__ = __iter__ = __getitem__
 
 
+@contextlib.contextmanager
+def fake_site(path: Path) -> Iterator[FakeSite]:
+    """A FakeSite in a folder; behind it, what is installed here is looked up again."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield FakeSite(path, monkeypatch)
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None)).startswith(str(path)):
+                del sys.modules[name]
+    libraries._installed_version.cache_clear()
+    changed()
+
+
 class FakeSite:
     """A folder on sys.path that holds packages as pip would have installed them."""
 
-    def __init__(self, path: Path, monkeypatch) -> None:
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = path
         self._monkeypatch = monkeypatch
         monkeypatch.syspath_prepend(str(path))

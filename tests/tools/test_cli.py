@@ -24,7 +24,7 @@ from attn_dispatch.platforms.known_devices import known_device
 from attn_dispatch.selection.registry import registry
 from attn_dispatch.selection.timings.store import TuningWarning
 from support.paths import CONFIGS
-from support.selection import FakeSite, Forbidden, layer, make_backend, registered
+from support.selection import Forbidden, layer, make_backend, registered
 from support.timing_tables import FAST_REFERENCE, MEASURED, in_force
 
 LAYER = ["--num-heads", "8", "--num-kv-heads", "2", "--head-size", "64", "--dtype", "bfloat16"]
@@ -338,8 +338,7 @@ def test_doctor_shows_everything():
         assert words in text
 
 
-def test_doctor_shows_a_broken_library_and_continues(tmp_path, monkeypatch):
-    site = FakeSite(tmp_path, monkeypatch)
+def test_doctor_shows_a_broken_library_and_continues(site, monkeypatch):
     site.install("flash_attn", "raise OSError('libfa.so: [bold]no[/] such file')", version="2.8.3")
     monkeypatch.setenv("COLUMNS", "60")
     with registered(make_backend("FLASHY", requires=("flash-attn>=2.8",))):
@@ -356,8 +355,8 @@ def test_doctor_shows_a_broken_library_and_continues(tmp_path, monkeypatch):
     assert not verdicts["FLASHY"]["usable"]
 
 
-def test_doctor_shows_what_would_help(tmp_path, monkeypatch):
-    FakeSite(tmp_path, monkeypatch).remove("aiter")
+def test_doctor_shows_what_would_help(site):
+    site.remove("aiter")
     helped = make_backend("HELPED", requires=("aiter",))
     elsewhere = make_backend("ELSEWHERE", requires=("aiter",), devices=(DeviceMatch(vendor="amd"),))
     assert answer("doctor")["gains"] == []
