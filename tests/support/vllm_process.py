@@ -37,7 +37,7 @@ def _run(*arguments: str, **environment: str) -> str:
         env={**names, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
