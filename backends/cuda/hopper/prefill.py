@@ -279,7 +279,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     turn = 0  # of hide_values
     number = 0  # of work tiles before this one
     q_ring.wait(0)
-    work = schedule.receive()
+    work, _ = schedule.receive()
     while work.head >= 0:
         slope = gl.to_tensor(0.0)
         col_bias = col
@@ -336,12 +336,15 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         rows.store(acc, tail, m_i, l_i, output)
         number += 1
         q_ring.wait(number)
-        work = schedule.receive()
+        work, _ = schedule.receive()
 
 
 @gluon.jit
 def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
-    """One warp: the queries of each work tile, then its keys and values through the rings."""
+    """Takes work tiles from the list, and loads their queries and keys.
+
+    One warp. Or, where pages are copied, four, which load values too.
+    """
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
@@ -353,59 +356,89 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         index = schedule.take()  # its latency passes during the loads
         q_row = work.q_start + work.first_token
         q_ring.wait_empty(number)
-        schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
+        schedule.send(work, request)
         mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
         for half in gl.static_range(2):
             load_columns(
                 q_ring, half, q_ring.full.index(0), q_desc, q_row + half * ROWS, work.head * D
             )
-        if CONFIG.HAS_FRESH:
-            if work.seq_len == work.q_len:
-                _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
+        if CONFIG.COPIES:
+            if _is_fresh(work, CONFIG):
+                for i in range(0, work.num_tiles):
+                    _load_rows(work, n, i, work.q_start, new_k_desc, k_ring, D, CONFIG)
+                    _load_rows(work, n, i, work.q_start, new_v_desc, v_ring, CONFIG.D_V, CONFIG)
             else:
-                _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
+                first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+                copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
         else:
-            _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
+            _load_tiles(work, request, n, schedule, keys, new_k_desc, k_ring, D)
         n += work.num_tiles
         number += 1
     q_ring.wait_empty(number)
-    schedule.send(-1, 0, 0, 0, 0)
+    schedule.send_end()
     mbarrier.arrive(q_ring.full.index(0))
     schedule.finish()
 
 
 @gluon.jit
-def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
-    """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
-    CONFIG: gl.constexpr = schedule.config
-    kv_head = work.head // CONFIG.GROUP
-    if CONFIG.BLOCK_SIZE == 0:
-        key_start = gl.load(keys.table_ptr + request)
-        _load_rows(work, n, key_start, keys.desc, values.desc, k_ring, v_ring, CONFIG)
-    elif CONFIG.COPIES:
-        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
-    else:
-        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-        table = keys.table_of(request)
-        for i in range(0, work.num_tiles):
-            first = (work.last_tile - i) * CONFIG.BLOCK_N
-            # Before the ring has room, so that their latency passes in that time.
-            blocks = keys.blocks(table, first, first_key, work.seq_len - 1, CONFIG)
-            keys.load(k_ring, n + i, blocks, first, kv_head, CONFIG)
-            values.load(v_ring, n + i, blocks, first, kv_head, CONFIG)
+def _value_producer(schedule, new_v_desc, values, q_ring, v_ring):
+    """One warp: the values of each work tile, when its queries have been loaded.
+
+    A warp of their own, since one issues loads of small pages about as fast as they are used.
+    """
+    n = 0
+    number = 0
+    q_ring.wait(0)
+    work, request = schedule.receive(1)
+    while work.head >= 0:
+        q_ring.release(0)
+        _load_tiles(
+            work, request, n, schedule, values, new_v_desc, v_ring, schedule.config.D_V
+        )  # fmt: skip
+        n += work.num_tiles
+        number += 1
+        q_ring.wait(number)
+        work, request = schedule.receive(1)
 
 
 @gluon.jit
-def _load_rows(work, n, key_start, k_desc, v_desc, k_ring, v_ring, CONFIG: gl.constexpr):
-    """Load a work tile's key tiles from contiguous rows."""
-    kv_head = work.head // CONFIG.GROUP
-    for i in range(0, work.num_tiles):
-        row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
-        stage = k_ring.acquire(n + i)
-        load_columns(k_ring, stage, k_ring.full.index(stage), k_desc, row, kv_head * CONFIG.D)
-        stage = v_ring.acquire(n + i)
-        load_columns(v_ring, stage, v_ring.full.index(stage), v_desc, row, kv_head * CONFIG.D_V)
+def _is_fresh(work, CONFIG: gl.constexpr):
+    """Whether the keys are those of the step's new rows."""
+    if CONFIG.HAS_FRESH:
+        return work.seq_len == work.q_len
+    else:
+        return False
+
+
+@gluon.jit
+def _load_tiles(work, request, n, schedule, source, new_desc, ring, SIZE: gl.constexpr):
+    """Load a work tile's tiles of keys or of values; the first has number n in the ring."""
+    CONFIG: gl.constexpr = schedule.config
+    if _is_fresh(work, CONFIG):
+        for i in range(0, work.num_tiles):
+            _load_rows(work, n, i, work.q_start, new_desc, ring, SIZE, CONFIG)
+    elif CONFIG.BLOCK_SIZE == 0:
+        start = gl.load(source.table_ptr + request)
+        for i in range(0, work.num_tiles):
+            _load_rows(work, n, i, start, source.desc, ring, SIZE, CONFIG)
+    else:
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        table = source.table_of(request)
+        kv_head = work.head // CONFIG.GROUP
+        for i in range(0, work.num_tiles):
+            first = (work.last_tile - i) * CONFIG.BLOCK_N
+            # Before the ring has room, so that their latency passes in that time.
+            rows = source.rows(table, first, first_key, work.seq_len - 1, kv_head, CONFIG)
+            source.load(ring, n + i, rows, kv_head, CONFIG)
+
+
+@gluon.jit
+def _load_rows(work, n, i, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
+    """Load a work tile's i-th tile from contiguous rows, of which the request's first is `start`."""
+    row = start + (work.last_tile - i) * CONFIG.BLOCK_N
+    stage = ring.acquire(n + i)
+    column = work.head // CONFIG.GROUP * SIZE
+    load_columns(ring, stage, ring.full.index(stage), desc, row, column)
 
 
 #: Parameters whose values the compiled code does not depend on.
@@ -447,7 +480,8 @@ def hopper_prefill_kernel(
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
-    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
+    READERS: gl.constexpr = 2 if CONFIG.COPIES else 3  # of the queries or of their ticket
+    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL)
     k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
     v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -463,21 +497,35 @@ def hopper_prefill_kernel(
     else:
         keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
         values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
-    ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     # Written out: in a tuple that has a name, constants would no longer be constants.
-    gl.warp_specialize(
-        [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_producer, (
-                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-            )),
-        ],
-        [4, CONFIG.PRODUCERS],
-        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if CONFIG.COPIES:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+            ],
+            [4, CONFIG.PRODUCERS],
+            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [4, CONFIG.PRODUCERS, 1],
+            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip

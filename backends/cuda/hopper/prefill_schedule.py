@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate
 
 __all__ = ["Schedule", "WorkTile"]
@@ -11,7 +10,7 @@ __all__ = ["Schedule", "WorkTile"]
 
 @gluon.constexpr_function
 def _one_value(warps):
-    """The layout of one value that all of the producer's warps have."""
+    """The layout of one value that all warps have."""
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
@@ -89,23 +88,34 @@ class Schedule:
         return work, request
 
     @gluon.jit
-    def send(self, head, q_start, q_len, seq_len, first_token):
-        """For the producer: write the ticket; a head of −1 says that there are no more."""
+    def send(self, work, request):
+        """For the producer: write the ticket."""
+        values = (work.head, work.q_start, work.q_len, work.seq_len, work.first_token, request)
+        for i in gl.static_range(6):
+            self._write(i, values[i])
+
+    @gluon.jit
+    def send_end(self):
+        """For the producer: a head of −1 says that there are no more."""
+        self._write(0, -1)
+
+    @gluon.jit
+    def _write(self, i: gl.constexpr, value):
         ONE: gl.constexpr = _one_value(self.config.PRODUCERS)
-        values = (head, q_start, q_len, seq_len, first_token)
-        for i in gl.static_range(5):
-            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, ONE))
+        self.ticket.index(i).store(gl.full([1], value, gl.int32, ONE))
 
     @gluon.jit
-    def receive(self):
-        """For the consumers: the work tile of the ticket."""
-        return self._work(
-            self._read(0), self._read(1), self._read(2), self._read(3), self._read(4)
+    def receive(self, WARPS: gl.constexpr = 4):
+        """For WARPS warps: (the ticket's work tile, its request)."""
+        work = self._work(
+            self._read(0, WARPS), self._read(1, WARPS), self._read(2, WARPS),
+            self._read(3, WARPS), self._read(4, WARPS),
         )  # fmt: skip
+        return work, self._read(5, WARPS)
 
     @gluon.jit
-    def _read(self, i: gl.constexpr):
-        return gl.max(self.ticket.index(i).load(VECTOR), 0)
+    def _read(self, i: gl.constexpr, WARPS: gl.constexpr):
+        return gl.max(self.ticket.index(i).load(_one_value(WARPS)), 0)
 
     @gluon.jit
     def _work(self, head, q_start, q_len, seq_len, first_token):
