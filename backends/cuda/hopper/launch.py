@@ -68,7 +68,8 @@ class PrefillConfig(_Config):
         FORMAT: of a cache whose pages TMA cannot read as they are, see copied.py; "" if it can.
         UNIT: bytes of the unit in which the strides of copied pages are given.
         SCALE_STRIDE: from one head's scale to the next, with an fp8 FORMAT.
-        STAGES: of the rings.
+        STAGES: of the rings of keys and values.
+        GROUPS: warp groups that compute, for 64 query tokens each.
     """
 
     D_V: int
@@ -79,6 +80,12 @@ class PrefillConfig(_Config):
     UNIT: int = 16
     SCALE_STRIDE: int = 0
     STAGES: int = 2
+    GROUPS: int = 2
+
+    @property
+    def Q_STAGES(self) -> int:
+        """Of the ring of queries: two where they fit into shared memory."""
+        return 2 if self.D <= 128 else 1
 
     @property
     def COLUMNS(self) -> int:
@@ -117,10 +124,10 @@ class PrefillConfig(_Config):
 
     @property
     def REGISTERS(self) -> int:
-        """Of each thread of the two warp groups that compute."""
+        """Of each thread of the warp groups that compute."""
         if self.COPIES:
             return 208 if self.D > 192 else 200
-        return 240
+        return 160 if self.GROUPS == 3 else 240
 
     @property
     def PRODUCER_REGISTERS(self) -> int:

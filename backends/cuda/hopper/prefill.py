@@ -172,8 +172,8 @@ class _Rows:
     def hide_values(self, v_ring, n, i, turn):
         """Zero values of the i-th tile that no query of the request sees; return the next turn.
 
-        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
-        here at the same tiles.
+        The warp groups take turns at the boxes of the tile, and wait for each other. All come here
+        at the same tiles.
         """
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         first = (self.work.last_tile - i) * BLOCK_N
@@ -198,7 +198,7 @@ class _Rows:
         BOXES: gl.constexpr = PER_PART * tiles.shape[2] // WIDTH
         ALL: gl.constexpr = tiles.shape[0] * BOXES
         boxes = reinterpret(tiles, dtype, [ALL, _BOX, WIDTH], tile_layout(WIDTH))
-        for b in range(self.WHICH, BOXES, 2):
+        for b in range(self.WHICH, BOXES, self.config.GROUPS):
             box = boxes.index(stage * BOXES + b)
             key = first + b % PER_PART * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
             is_seen = (key >= first_key) & (key < self.work.seq_len)
@@ -272,15 +272,15 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
-    q = q_ring.tiles.index(WHICH)
-    q_tail = q_ring.tail.index(WHICH)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
     number = 0  # of work tiles before this one
-    q_ring.wait(0)
-    work, _ = schedule.receive()
+    q_stage = q_ring.wait(0)
+    work, _ = schedule.receive(q_stage)
     while work.head >= 0:
+        q = q_ring.tiles.index(q_stage * CONFIG.GROUPS + WHICH)
+        q_tail = q_ring.tail.index(q_stage * CONFIG.GROUPS + WHICH)
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
@@ -321,7 +321,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
                 acc, tail = rows.rescale(acc, tail, alpha)
                 weights = rows.operand(p)
             if not CONFIG.WINDOW:
-                q_ring.release(0)
+                q_ring.release(q_stage)
             end = gl.maximum(first_left, begin + 1)
             acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
             if CONFIG.WINDOW:
@@ -329,14 +329,14 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
                     acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
                     turn = rows.hide_values(v_ring, n + i, i, turn)
                     acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-                q_ring.release(0)
+                q_ring.release(q_stage)
         else:
-            q_ring.release(0)
+            q_ring.release(q_stage)
         n += work.num_tiles
         rows.store(acc, tail, m_i, l_i, output)
         number += 1
-        q_ring.wait(number)
-        work, _ = schedule.receive()
+        q_stage = q_ring.wait(number)
+        work, _ = schedule.receive(q_stage)
 
 
 @gluon.jit
@@ -347,6 +347,7 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
     """
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
+    GROUPS: gl.constexpr = CONFIG.GROUPS
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     n = 0  # key tiles before this work tile
     number = 0  # of work tiles before this one
@@ -355,13 +356,13 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         work, request = schedule.work_tile(index)
         index = schedule.take()  # its latency passes during the loads
         q_row = work.q_start + work.first_token
-        q_ring.wait_empty(number)
-        schedule.send(work, request)
-        mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
-        for half in gl.static_range(2):
-            load_columns(
-                q_ring, half, q_ring.full.index(0), q_desc, q_row + half * ROWS, work.head * D
-            )
+        stage = q_ring.wait_empty(number)
+        full = q_ring.full.index(stage)
+        schedule.send(stage, work, request)
+        mbarrier.expect(full, q_ring.TILE_BYTES)
+        for group in gl.static_range(GROUPS):
+            tile = stage * GROUPS + group
+            load_columns(q_ring, tile, full, q_desc, q_row + group * ROWS, work.head * D)
         if CONFIG.COPIES:
             if _is_fresh(work, CONFIG):
                 for i in range(0, work.num_tiles):
@@ -374,9 +375,9 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
             _load_tiles(work, request, n, schedule, keys, new_k_desc, k_ring, D)
         n += work.num_tiles
         number += 1
-    q_ring.wait_empty(number)
-    schedule.send_end()
-    mbarrier.arrive(q_ring.full.index(0))
+    stage = q_ring.wait_empty(number)
+    schedule.send_end(stage)
+    mbarrier.arrive(q_ring.full.index(stage))
     schedule.finish()
 
 
@@ -388,17 +389,17 @@ def _value_producer(schedule, new_v_desc, values, q_ring, v_ring):
     """
     n = 0
     number = 0
-    q_ring.wait(0)
-    work, request = schedule.receive(1)
+    stage = q_ring.wait(0)
+    work, request = schedule.receive(stage, 1)
     while work.head >= 0:
-        q_ring.release(0)
+        q_ring.release(stage)
         _load_tiles(
             work, request, n, schedule, values, new_v_desc, v_ring, schedule.config.D_V
         )  # fmt: skip
         n += work.num_tiles
         number += 1
-        q_ring.wait(number)
-        work, request = schedule.receive(1)
+        stage = q_ring.wait(number)
+        work, request = schedule.receive(stage, 1)
 
 
 @gluon.jit
@@ -477,15 +478,21 @@ def hopper_prefill_kernel(
         Others: as for triton/kernels/prefill.py.
     """
     STAGES: gl.constexpr = CONFIG.STAGES
+    Q_STAGES: gl.constexpr = CONFIG.Q_STAGES
+    GROUPS: gl.constexpr = CONFIG.GROUPS
+    READERS: gl.constexpr = GROUPS if CONFIG.COPIES else GROUPS + 1  # of queries, or of tickets
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
-    READERS: gl.constexpr = 2 if CONFIG.COPIES else 3  # of the queries or of their ticket
-    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL)
-    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
-    v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
+    q_ring = make_ring(
+        dtype, Q_STAGES, Q_STAGES * GROUPS, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL
+    )
+    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
+    v_ring = make_ring(
+        dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, GROUPS, 1, CONFIG.TAIL_V
+    )
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(hidden, count=2)
+    mbarrier.init(hidden, count=GROUPS)
     fence_async_shared()
     if CONFIG.COPIES:
         keys = CopiedPages(
@@ -497,8 +504,10 @@ def hopper_prefill_kernel(
     else:
         keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
         values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
-    ticket = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
+    tickets = gl.allocate_shared_memory(
+        gl.int32, [Q_STAGES * 6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, tickets, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
@@ -513,10 +522,22 @@ def hopper_prefill_kernel(
                     schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
                 )),
             ],
-            [4, CONFIG.PRODUCERS],
+            [4, 4],
             [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
         )  # fmt: skip
-    else:
+    elif GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [1, 1],
+            [CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 2:
         gl.warp_specialize(
             [
                 (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
@@ -526,6 +547,23 @@ def hopper_prefill_kernel(
                 )),
                 (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
             ],
-            [4, CONFIG.PRODUCERS, 1],
+            [4, 1, 1],
             [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (2, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [4, 4, 1, 1],
+            [
+                CONFIG.REGISTERS, CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS,
+                CONFIG.PRODUCER_REGISTERS,
+            ],
         )  # fmt: skip
