@@ -226,6 +226,15 @@ class _Rows:
         return acc, tail
 
     @gluon.jit
+    def pass_by(self, k_ring, v_ring, n, turn):
+        """Let a work tile pass in which the warp group has no rows; return hide_values' turn."""
+        for i in range(0, self.work.num_tiles):
+            k_ring.release(k_ring.wait(n + i))
+            turn = self.hide_values(v_ring, n + i, i, turn)
+            v_ring.release(v_ring.wait(n + i))
+        return turn
+
+    @gluon.jit
     def store(self, acc, tail, m_i, l_i, output):
         """Store the rows."""
         config: gl.constexpr = self.config
@@ -264,13 +273,65 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
-    """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
-    CONFIG: gl.constexpr = schedule.config
+def _attend(rows, q_ring, q_stage, k_ring, v_ring, n, turn, output):
+    """A warp group's rows of a work tile; its first key tile has number n in the rings."""
+    work = rows.work
+    CONFIG: gl.constexpr = rows.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     MAIN_V: gl.constexpr = CONFIG.MAIN_V
     TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
+    SCORES: gl.constexpr = mma_layout(BLOCK_N)
+    m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
+    l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([ROWS, MAIN_V], gl.float32, mma_layout(MAIN_V))
+    tail = gl.to_tensor(0.0)
+    if TAIL_V:
+        tail = gl.zeros([ROWS, TAIL_V], gl.float32, mma_layout(TAIL_V))
+    first_left = work.num_tiles - work.num_left
+    begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
+    for i in range(0, begin):
+        acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
+        turn = rows.hide_values(v_ring, n + i, i, turn)
+        acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
+    if work.num_tiles > 0:
+        acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
+        turn = rows.hide_values(v_ring, n + begin, begin, turn)
+        weights = rows.operand(p)
+        for i in range(begin + 1, first_left):
+            stage = k_ring.wait(n + i)
+            s = rows.issue_scores(k_ring, stage)
+            before = v_ring.wait(n + i - 1)
+            acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+            s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
+            k_ring.release(stage)
+            p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
+            acc, tail = rows.wait_output(acc, tail)
+            v_ring.release(before)
+            acc, tail = rows.rescale(acc, tail, alpha)
+            weights = rows.operand(p)
+        if not CONFIG.WINDOW:
+            q_ring.release(q_stage)
+        end = gl.maximum(first_left, begin + 1)
+        acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
+        if CONFIG.WINDOW:
+            for i in range(end, work.num_tiles):
+                acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
+                turn = rows.hide_values(v_ring, n + i, i, turn)
+                acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
+            q_ring.release(q_stage)
+    else:
+        q_ring.release(q_stage)
+    rows.store(acc, tail, m_i, l_i, output)
+    return turn
+
+
+@gluon.jit
+def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
+    """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
+    CONFIG: gl.constexpr = schedule.config
+    ROWS: gl.constexpr = q_ring.tiles.shape[1]
+    BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
@@ -292,48 +353,12 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
             q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
             CONFIG, WHICH,
         )  # fmt: skip
-        m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros([ROWS, MAIN_V], gl.float32, mma_layout(MAIN_V))
-        tail = gl.to_tensor(0.0)
-        if TAIL_V:
-            tail = gl.zeros([ROWS, TAIL_V], gl.float32, mma_layout(TAIL_V))
-        first_left = work.num_tiles - work.num_left
-        begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
-        for i in range(0, begin):
-            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
-            turn = rows.hide_values(v_ring, n + i, i, turn)
-            acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-        if work.num_tiles > 0:
-            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
-            turn = rows.hide_values(v_ring, n + begin, begin, turn)
-            weights = rows.operand(p)
-            for i in range(begin + 1, first_left):
-                stage = k_ring.wait(n + i)
-                s = rows.issue_scores(k_ring, stage)
-                before = v_ring.wait(n + i - 1)
-                acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
-                s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
-                k_ring.release(stage)
-                p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
-                acc, tail = rows.wait_output(acc, tail)
-                v_ring.release(before)
-                acc, tail = rows.rescale(acc, tail, alpha)
-                weights = rows.operand(p)
-            if not CONFIG.WINDOW:
-                q_ring.release(q_stage)
-            end = gl.maximum(first_left, begin + 1)
-            acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
-            if CONFIG.WINDOW:
-                for i in range(end, work.num_tiles):
-                    acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
-                    turn = rows.hide_values(v_ring, n + i, i, turn)
-                    acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-                q_ring.release(q_stage)
+        if work.first_token + WHICH * ROWS < work.q_len:
+            turn = _attend(rows, q_ring, q_stage, k_ring, v_ring, n, turn, output)
         else:
             q_ring.release(q_stage)
+            turn = rows.pass_by(k_ring, v_ring, n, turn)
         n += work.num_tiles
-        rows.store(acc, tail, m_i, l_i, output)
         number += 1
         q_stage = q_ring.wait(number)
         work, _ = schedule.receive(q_stage)
