@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = [
-    "BLOCK_M",
     "BLOCK_N",
     "DECODES",
     "DecodeConfig",
     "DecodeLaunch",
+    "GROUPS",
+    "GROUP_ROWS",
     "HEAD_SIZES",
     "MAX_SCRATCH_BYTES",
     "MLA_COUNTERS",
@@ -22,8 +23,10 @@ __all__ = [
 #: Keys and values that the prefill kernel does not read from their pages are gathered first, up to
 #: this many bytes for all layers; beyond that a warp group copies them in the kernel.
 MAX_SCRATCH_BYTES = 64 << 20
-#: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
-BLOCK_M = 128
+#: Query tokens of a work tile for each warp group of the prefill kernel that computes.
+GROUP_ROWS = 64
+#: Head size -> such warp groups: two, or three where their registers suffice.
+GROUPS = {64: (2, 3), 96: (2,), 128: (2,), 192: (2,), 256: (2,)}
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 96: 128, 128: 128, 192: 128, 256: 64}
 #: Head size -> that of its values.

@@ -389,13 +389,9 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
             tile = stage * GROUPS + group
             load_columns(q_ring, tile, full, q_desc, q_row + group * ROWS, work.head * D)
         if CONFIG.COPIES:
-            if _is_fresh(work, CONFIG):
-                for i in range(0, work.num_tiles):
-                    _load_rows(work, n, i, work.q_start, new_k_desc, k_ring, D, CONFIG)
-                    _load_rows(work, n, i, work.q_start, new_v_desc, v_ring, CONFIG.D_V, CONFIG)
-            else:
-                first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-                copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
+            _copy_tiles(
+                work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
+            )
         else:
             _load_tiles(work, request, n, schedule, keys, new_k_desc, k_ring, D)
         n += work.num_tiles
@@ -428,25 +424,25 @@ def _value_producer(schedule, new_v_desc, values, q_ring, v_ring):
 
 
 @gluon.jit
-def _is_fresh(work, CONFIG: gl.constexpr):
-    """Whether the keys are those of the step's new rows."""
-    if CONFIG.HAS_FRESH:
-        return work.seq_len == work.q_len
-    else:
-        return False
-
-
-@gluon.jit
 def _load_tiles(work, request, n, schedule, source, new_desc, ring, SIZE: gl.constexpr):
     """Load a work tile's tiles of keys or of values; the first has number n in the ring."""
     CONFIG: gl.constexpr = schedule.config
-    if _is_fresh(work, CONFIG):
-        for i in range(0, work.num_tiles):
-            _load_rows(work, n, i, work.q_start, new_desc, ring, SIZE, CONFIG)
-    elif CONFIG.BLOCK_SIZE == 0:
+    if CONFIG.HAS_FRESH:
+        if work.seq_len == work.q_len:
+            _load_rows(work, n, work.q_start, new_desc, ring, SIZE, CONFIG)
+        else:
+            _load_past(work, request, n, schedule, source, ring, SIZE)
+    else:
+        _load_past(work, request, n, schedule, source, ring, SIZE)
+
+
+@gluon.jit
+def _load_past(work, request, n, schedule, source, ring, SIZE: gl.constexpr):
+    """Load a work tile's tiles from pages, or from all rows."""
+    CONFIG: gl.constexpr = schedule.config
+    if CONFIG.BLOCK_SIZE == 0:
         start = gl.load(source.table_ptr + request)
-        for i in range(0, work.num_tiles):
-            _load_rows(work, n, i, start, source.desc, ring, SIZE, CONFIG)
+        _load_rows(work, n, start, source.desc, ring, SIZE, CONFIG)
     else:
         first_key = work.first_key(schedule.window, CONFIG.WINDOW)
         table = source.table_of(request)
@@ -459,12 +455,36 @@ def _load_tiles(work, request, n, schedule, source, new_desc, ring, SIZE: gl.con
 
 
 @gluon.jit
-def _load_rows(work, n, i, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
-    """Load a work tile's i-th tile from contiguous rows, of which the request's first is `start`."""
+def _load_rows(work, n, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
+    """Load a work tile's tiles from contiguous rows, of which the request's first is `start`."""
+    for i in range(0, work.num_tiles):
+        _load_row_tile(work, n, i, start, desc, ring, SIZE, CONFIG)
+
+
+@gluon.jit
+def _load_row_tile(work, n, i, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
     row = start + (work.last_tile - i) * CONFIG.BLOCK_N
     stage = ring.acquire(n + i)
     column = work.head // CONFIG.GROUP * SIZE
     load_columns(ring, stage, ring.full.index(stage), desc, row, column)
+
+
+@gluon.jit
+def _copy_tiles(
+    work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
+):  # fmt: skip
+    """Copy a work tile's tiles of keys and values, or load them if they are new rows."""
+    CONFIG: gl.constexpr = schedule.config
+    first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+    if CONFIG.HAS_FRESH:
+        if work.seq_len == work.q_len:
+            for i in range(0, work.num_tiles):
+                _load_row_tile(work, n, i, work.q_start, new_k_desc, k_ring, CONFIG.D, CONFIG)
+                _load_row_tile(work, n, i, work.q_start, new_v_desc, v_ring, CONFIG.D_V, CONFIG)
+        else:
+            copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
+    else:
+        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
 
 
 #: Parameters whose values the compiled code does not depend on.

@@ -16,7 +16,7 @@ def _one_value(warps):
 
 @aggregate
 class WorkTile:
-    """64 query tokens for each warp group, of a request and one head, and the tiles of keys that they see.
+    """64 query tokens for each warp group, of a request and one head, and the key tiles they see.
 
     Attributes:
         q_start, q_len, seq_len: the request's query rows and its number of keys.
