@@ -64,7 +64,7 @@ def _without_gpu_cases(mark: pytest.Mark, needs_gpu: bool) -> pytest.Mark:
 
 
 #: A test with this many cases of two parameters or more is sampled, of this many cases one.
-_MANY_CASES, _EVERY = 40, 3
+_MANY_CASES, _EVERY = 20, 3
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,9 +91,8 @@ def pytest_collection_modifyitems(items) -> None:
 
 def _sample(items: list[pytest.Function], number: int) -> list[pytest.Function]:
     """About `number` cases of one test, and with each value of each parameter at least one."""
-    values = {
-        item: {f"{name}={value!r}" for name, value in item.callspec.params.items()}
-        for item in items
+    values = {  # cases share the objects that are their values
+        item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in items
     }
     missing, chosen = set().union(*values.values()), []
     while missing:

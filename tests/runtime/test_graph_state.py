@@ -103,8 +103,13 @@ def run_steps(model, kind, number, *, same_bits=True):
                 assert counters_are_zero(each)
 
 
+#: Each has what a usual one has, and another one too.
+_SLOW = ("tree of one", "chunks with drafts", "masked chunks", "chunks with ranges")
+_USUAL_AND_SLOW = [pytest.param(n, marks=[pytest.mark.slow] * (n in _SLOW)) for n in KINDS]
+
+
 @pytest.mark.parametrize("steps", [1, pytest.param(STEPS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", _USUAL_AND_SLOW)
 def test_replays_equal_eager_calls(name, steps):
     """Bit for bit, as an eager call of the batch padded to the graph's size.
 

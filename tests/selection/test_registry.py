@@ -202,10 +202,12 @@ class Plugin(ReferenceBackend):
 """
 
 
-def with_plugin(site: FakeSite, code: str, name: str = "PLUGIN") -> Registry:
+def with_plugin(
+    site: FakeSite, code: str, name: str = "PLUGIN", module: str = "some_plugin"
+) -> Registry:
     """A registry as it would be after `pip install` of a package with this plugin."""
-    entry = f"[attn_dispatch.backends]\n{name} = some_plugin:Plugin\n"
-    site.install("some_plugin", code, version="1.0", entry_points=entry)
+    entry = f"[attn_dispatch.backends]\n{name} = {module}:Plugin\n"
+    site.install(module, code, version="1.0", entry_points=entry)
     return Registry(BUILTIN)
 
 
@@ -253,7 +255,8 @@ def test_a_broken_plugin_that_is_required_is_an_error_with_the_cause(site):
 
 def test_a_plugin_whose_import_hangs_is_rejected(site, monkeypatch):
     monkeypatch.setattr("attn_dispatch.selection.registry._PLUGIN_SECONDS", 0.2)
-    waiting = with_plugin(site, "import threading; threading.Event().wait(20)")
+    code = "import threading; threading.Event().wait(20)"
+    waiting = with_plugin(site, code, module="hanging_plugin")  # its name stays locked
     start = time.perf_counter()
     candidates = waiting.candidates()
     assert time.perf_counter() - start < 10

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
-from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
+from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperImpl
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
-from attn_dispatch.backends.triton.plan import Launches
+from attn_dispatch.backends.triton.plan import MAX_DECODE_TOKENS, Launches
+from attn_dispatch.emulation.gluon.interpret import interpreted
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from support.cases import Case, Step, layer_spec
 from support.paths import ROOT
@@ -27,6 +29,7 @@ __all__ = [
     "check",
     "decode_launches",
     "in_layout",
+    "interpreted_prefills",
     "launched",
     "lens",
     "on_an_h200",
@@ -134,6 +137,27 @@ def on_an_h200(step, *kv_caches):
         for kv_cache in kv_caches:
             impl.forward(step.layer, step.query, step.key, step.value, kv_cache, metadata)
     return launches, impl
+
+
+def interpreted_prefills(step, **options):
+    """What HOPPER_ATTN returns if its prefill kernel is interpreted; decodes are the reference's.
+
+    `options` are those of `interpreted`.
+    """
+    builder = HopperBuilder(step.spec, step.device)
+    builder.launches = Launches.of(step.spec, KNOWN_DEVICES["sm90"])
+    impl, metadata = step.impl_of(HopperAttnBackend), builder.build(step.batch)
+    metadata.prefill.shares = None  # kernels run one after another
+    with interpreted(**options) as launched, mock.patch.object(HopperImpl, "_decode"):
+        tensors = (step.query, step.key, step.value, step.kv_cache)
+        returned = impl.forward(step.layer, *tensors, metadata)
+    assert launched == ["hopper_prefill_kernel"]
+    if metadata.decode is not None:
+        results = returned if step.spec.returns_lse else (returned,)
+        rows = [n <= MAX_DECODE_TOKENS for n in step.batch.query_lens for _ in range(n)]
+        for result, expected in zip(results, step.expected(), strict=False):
+            result[: len(rows)][rows] = expected[rows].to(result.dtype)
+    return returned
 
 
 def decode_launches(impl):

@@ -141,10 +141,15 @@ INTERPRETED = ("declaration/", "garbage/", "rows/", "cache/s", "cache/nothing", 
 INTERPRETED += ("scales/", "non_finite/", "calls/", "overlaps/", "kv_layouts/", "lengths/")
 
 
+_PARTS = 12
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU does it faster")
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, _PARTS))]
+)
 def test_triton_attn_passes_in_the_interpreter(part):
-    """A quarter of the checks of each group."""
+    """A part of the checks of each group."""
     pytest.importorskip("triton", minversion="3.6")
     gpu = KNOWN_DEVICES["sm90"].with_libraries(Library("triton", version="3.6.0"))
     checks = checks_for(backend("TRITON_ATTN"), "cpu", quick=True, profile=gpu)
@@ -155,7 +160,7 @@ def test_triton_attn_passes_in_the_interpreter(part):
     for check in chosen:
         groups[check.group].append(check)
     assert all(groups.values())
-    outcomes = [run(check) for group in groups.values() for check in group[part::4]]
+    outcomes = [run(check) for group in groups.values() for check in group[part::_PARTS]]
     assert [(o.check.full_name, o.message) for o in outcomes if o.status != "passed"] == []
 
 

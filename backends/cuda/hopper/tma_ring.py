@@ -29,7 +29,16 @@ reinterpret = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterp
 
 
 def aggregate(cls):
-    """`gluon.aggregate`, which came with Triton 3.8; until then a class needs an `__init__`."""
+    """`gluon.aggregate`, which came with Triton 3.8; until then a class needs an `__init__`.
+
+    FIELDS are the names of its fields, in order: the interpreter of Gluon needs them.
+    """
+    made = _aggregated(cls)
+    made.FIELDS = tuple(cls.__annotations__)
+    return made
+
+
+def _aggregated(cls):
     if hasattr(gluon, "aggregate"):
         return gluon.aggregate(cls)
 

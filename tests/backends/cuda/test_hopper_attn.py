@@ -14,7 +14,15 @@ from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.platforms import libraries
-from support.hopper_cases import BATCH, check, launched, on_an_h200, on_gpu, step_of
+from support.hopper_cases import (
+    BATCH,
+    check,
+    interpreted_prefills,
+    launched,
+    on_an_h200,
+    on_gpu,
+    step_of,
+)
 
 SINGLE = {"query_lens": (300,), "seq_lens": (300,)}
 
@@ -88,11 +96,60 @@ VARIANTS = {
 }
 
 
+#: Changes to a layer whose pages TMA cannot read -> FORMAT of the kernel that copies them.
+COPIED = {
+    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, "e4m3"),
+    "fp8_e5m2 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "e5m2"),
+    "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, "int8"),
+    "another dtype": ({"kv_cache_dtype": "float16"}, "float16"),
+    "pages of 8": ({"block_size": 8}, "same"),
+    "pages of 1": ({"block_size": 1}, "same"),
+}
+
+
+#: Bytes of gathered keys and values, up to which they are gathered.
+NO_SCRATCH = mock.patch.object(plan_module, "MAX_SCRATCH_BYTES", 0)
+
+
 @on_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_agrees_with_the_reference(variant):
     step = step_of(*VARIANTS[variant], "cuda")
     check(step, step.run("HOPPER_ATTN"))
+
+
+#: The interpreter takes seconds for each.
+INTERPRETED = (
+    *("plain", "sinks, window, lse", "ALiBi, soft cap, window", "window both ways", "without keys"),
+    *(
+        "fp8 cache, float16",
+        "heads of 96, int8",
+        "heads of 192, window",
+        "heads of 64",
+        "pages of 1",
+    ),
+    *("fresh and chunks", "fused qkv", "several without a cache"),
+)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] * (v not in INTERPRETED)) for v in VARIANTS],
+)
+def test_an_interpreted_step_agrees_with_the_reference(variant):
+    """On the CPU, by three programs, in an order and with delays that differ by variant."""
+    step = step_of(*VARIANTS[variant], "cpu")
+    seed = list(VARIANTS).index(variant)
+    check(step, interpreted_prefills(step, seed=seed, lateness=seed % 3 / 2, programs=3))
+
+
+@NO_SCRATCH
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "int8 cache")) for v in COPIED]
+)
+def test_interpreted_copies_of_pages_agree_with_the_reference(variant):
+    step = step_of(COPIED[variant][0], {}, "cpu")
+    check(step, interpreted_prefills(step, programs=3))
 
 
 @on_gpu
@@ -150,21 +207,6 @@ def test_work_tiles_cover_every_token_of_a_prefill_once():
         assert length == BATCH["query_lens"][request]
         covered += range(start + first, start + min(first + 128, length))
     assert sorted(covered) == list(range(1, 450))  # requests 1, 2 and 3
-
-
-#: Changes to a layer whose pages TMA cannot read -> FORMAT of the kernel that copies them.
-COPIED = {
-    "fp8 cache": ({"kv_cache_dtype": "fp8_e4m3"}, "e4m3"),
-    "fp8_e5m2 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "e5m2"),
-    "int8 cache": ({"kv_cache_dtype": "int8_per_token_head"}, "int8"),
-    "another dtype": ({"kv_cache_dtype": "float16"}, "float16"),
-    "pages of 8": ({"block_size": 8}, "same"),
-    "pages of 1": ({"block_size": 1}, "same"),
-}
-
-
-#: Bytes of gathered keys and values, up to which they are gathered.
-NO_SCRATCH = mock.patch.object(plan_module, "MAX_SCRATCH_BYTES", 0)
 
 
 @on_gpu

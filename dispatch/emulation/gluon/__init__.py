@@ -1,0 +1,1 @@
+"""An interpreter of Gluon kernels for NVIDIA's Hopper, on the CPU."""
