@@ -31,7 +31,15 @@ from attn_dispatch.backends.cuda.hopper.copied import CopiedPages, copy_keys
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.prefill_schedule import Schedule, WorkTile
-from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
+from attn_dispatch.backends.cuda.hopper.scores import (
+    ANY,
+    MASKED,
+    Scale,
+    no_score,
+    sees_no_key,
+    tanh,
+    where_below,
+)
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
     aggregate,
     load_columns,
@@ -130,15 +138,13 @@ class _Rows:
         if IS_MASKED:
             rows = self.positions
             cols = first_col + self.col
+            distance = rows[:, None] - cols[None, :]
             if config.CAUSAL:  # no row that is stored comes after the last key
-                seen = cols[None, :] <= rows[:, None]
+                s = where_below(s, distance, self.window if config.WINDOW else ANY)
             else:
-                seen = (cols < self.work.seq_len)[None, :]
-            if config.WINDOW:
-                seen = seen & (cols[None, :] > (rows - self.window)[:, None])
-                if not config.CAUSAL:
-                    seen = seen & (cols[None, :] < (rows + self.window)[:, None])
-            s = gl.where(seen, s, MASKED)
+                s = where_below(s, (self.work.seq_len - 1 - cols)[None, :], ANY)
+                if config.WINDOW:
+                    s = where_below(s, distance + (self.window - 1), 2 * self.window - 1)
         largest = gl.max(s, 1)
         if config.ALIBI:
             largest = gl.where(no_score(largest), MASKED, largest + tile_bias)
