@@ -90,7 +90,9 @@ def check(step, returned):
     step.check(output, expected)
     if lse is not None:
         lse = lse[: len(expected_lse)].cpu()
-        torch.testing.assert_close(lse, expected_lse.float(), rtol=3e-3, atol=3e-3)
+        # Stored elements times their scale are rounded to the layer's dtype.
+        limit = 3e-3 if step.spec.kv_cache_dtype == "auto" else 6e-3
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=limit, atol=limit)
 
 
 #: Memory layouts of (blocks, 2, tokens, heads, size): what is allocated, the view of it, and

@@ -137,8 +137,13 @@ INTERPRETED = (
     [pytest.param(v, marks=[pytest.mark.slow] * (v not in INTERPRETED)) for v in VARIANTS],
 )
 def test_an_interpreted_step_agrees_with_the_reference(variant):
-    """On the CPU, by three programs, in an order and with delays that differ by variant."""
-    step = step_of(*VARIANTS[variant], "cpu")
+    """On the CPU, by three programs, in an order and with delays that differ by variant.
+
+    Triton's interpreter, in which the kernel runs that writes caches, rounds to other dtypes
+    differently: such caches have all keys.
+    """
+    fields, batch = VARIANTS[variant]
+    step = step_of(fields, {"brings_keys": "kv_cache_dtype" not in fields} | batch, "cpu")
     seed = list(VARIANTS).index(variant)
     check(step, interpreted_prefills(step, seed=seed, lateness=seed % 3 / 2, programs=3))
 
@@ -148,7 +153,7 @@ def test_an_interpreted_step_agrees_with_the_reference(variant):
     "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "int8 cache")) for v in COPIED]
 )
 def test_interpreted_copies_of_pages_agree_with_the_reference(variant):
-    step = step_of(COPIED[variant][0], {}, "cpu")
+    step = step_of(COPIED[variant][0], {"brings_keys": False}, "cpu")
     check(step, interpreted_prefills(step, programs=3))
 
 
