@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from unittest import mock
@@ -9,13 +10,16 @@ from unittest import mock
 import pytest
 import torch
 
+from attn_dispatch.backends.cuda.hopper import backend
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend, HopperImpl
+from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunches
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder
 from attn_dispatch.backends.triton.plan import MAX_DECODE_TOKENS, Launches
 from attn_dispatch.emulation.gluon.interpret import interpreted
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from support.cases import Case, Step, layer_spec
 from support.paths import ROOT
+from support.triton_cases import counters_are_zero
 
 pytest.importorskip("triton")
 
@@ -29,6 +33,7 @@ __all__ = [
     "check",
     "decode_launches",
     "in_layout",
+    "interpreted_decodes",
     "interpreted_prefills",
     "launched",
     "lens",
@@ -155,11 +160,46 @@ def interpreted_prefills(step, **options):
         returned = impl.forward(step.layer, *tensors, metadata)
     assert launched == ["hopper_prefill_kernel"]
     if metadata.decode is not None:
-        results = returned if step.spec.returns_lse else (returned,)
-        rows = [n <= MAX_DECODE_TOKENS for n in step.batch.query_lens for _ in range(n)]
-        for result, expected in zip(results, step.expected(), strict=False):
-            result[: len(rows)][rows] = expected[rows].to(result.dtype)
+        _replace_rows(step, returned, lambda query_len: query_len <= MAX_DECODE_TOKENS)
     return returned
+
+
+def interpreted_decodes(step, num_sms, row=None, **options):
+    """What HOPPER_ATTN returns if its decode kernel is interpreted; prefills are the reference's.
+
+    Args:
+        num_sms: of the device: each of the kernel's rows of `DECODES` has some blocks on an SM.
+        row: "many", "few" or "mixed": of `DECODES`; by default the backend decides.
+        options: those of `interpreted`.
+    """
+    builder = HopperBuilder(step.spec, step.device)
+    launches = Launches.of(step.spec, KNOWN_DEVICES["sm90"])
+    builder.launches = dataclasses.replace(launches, num_sms=num_sms)
+    impl, metadata = step.impl_of(HopperAttnBackend), builder.build(step.batch)
+    if getattr(metadata.prefill, "shares", None):
+        metadata.prefill.shares = None  # kernels run one after another
+    rows = DECODES
+    if row is not None:
+        rows = {size: DecodeLaunches(*[getattr(each, row)] * 3) for size, each in DECODES.items()}
+    with (
+        interpreted(**options) as launched,
+        mock.patch.object(HopperImpl, "_prefill"),
+        mock.patch.object(backend, "DECODES", rows),
+    ):
+        tensors = (step.query, step.key, step.value, step.kv_cache)
+        returned = impl.forward(step.layer, *tensors, metadata)
+    assert launched == ["hopper_decode_kernel"]
+    assert counters_are_zero(metadata)
+    _replace_rows(step, returned, lambda query_len: query_len > MAX_DECODE_TOKENS)
+    return returned
+
+
+def _replace_rows(step, returned, are_replaced):
+    """Write the expected rows of requests of some query lengths."""
+    results = returned if step.spec.returns_lse else (returned,)
+    rows = [are_replaced(n) for n in step.batch.query_lens for _ in range(n)]
+    for result, expected in zip(results, step.expected(), strict=False):
+        result[: len(rows)][rows] = expected[rows].to(result.dtype)
 
 
 def decode_launches(impl):

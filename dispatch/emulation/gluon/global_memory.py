@@ -12,6 +12,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.gluon.ordering import Clock, Releases, Stamps
 from attn_dispatch.emulation.gluon.values import (
     Array,
     Pointer,
@@ -38,10 +39,18 @@ _DTYPES = {
 
 
 class Memory:
-    """The memory of a launch: the storages of its tensors. Accesses outside of them are errors."""
+    """The memory of a launch: the storages of its tensors. Accesses outside of them are errors.
+
+    Attributes:
+        names: of tasks by their numbers, for messages.
+        releases: see `ordering.Releases`.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[int, Array] = {}
+        self._stamps: dict[int, Stamps] = {}
+        self.names: dict[int, str] = {}
+        self.releases = Releases()
 
     def add(self, tensor: Any) -> None:
         """Make the memory of a tensor accessible."""
@@ -60,30 +69,50 @@ class Memory:
         self.add(tensor)
         return Pointer(tensor.data_ptr(), _DTYPES.get(tensor.dtype, gl.uint8))
 
-    def load(self, pointer: Pointer, mask: Array, other: Any) -> Tensor:
-        """Elements where mask is true; memory elsewhere is not read."""
+    def load(self, pointer: Pointer, mask: Array, other: Any, clock: Clock | None = None) -> Tensor:
+        """Elements where mask is true; memory elsewhere is not read.
+
+        With a task's clock it is an error if others stored what the task need not see.
+        """
         dtype = pointer.dtype.element_ty
         result = np.zeros(mask.shape, stored_type(dtype))
         if other is not None:
             result[...] = to_bits(rounded(as_tensor(other).data, dtype), dtype)
         addresses = np.broadcast_to(pointer.data, mask.shape)
-        for chosen, view, places in self._places(addresses, mask, dtype):
+        for start, chosen, view, places in self._places(addresses, mask, dtype):
             result[chosen] = view[places]
+            if clock is not None and start in self._stamps:
+                self._stamps[start].check(clock, places * view.itemsize, self.names)
         return Tensor(from_bits(result, dtype), dtype, pointer.layout)
 
-    def store(self, pointer: Pointer, value: Tensor, mask: Array) -> None:
-        """Write elements where mask is true."""
+    def store(self, pointer: Pointer, value: Tensor, mask: Array, clock: Clock) -> None:
+        """Write elements where mask is true, as the task with this clock."""
         dtype = pointer.dtype.element_ty
         shape = np.broadcast_shapes(mask.shape, value.data.shape)
         bits = np.broadcast_to(to_bits(rounded(value.data, dtype), dtype), shape)
         addresses, mask = np.broadcast_to(pointer.data, shape), np.broadcast_to(mask, shape)
-        for chosen, view, places in self._places(addresses, mask, dtype):
+        for start, chosen, view, places in self._places(addresses, mask, dtype):
             view[places] = bits[chosen]
+            if start not in self._stamps:
+                self._stamps[start] = Stamps(len(self._parts[start]))
+            self._stamps[start].store(clock, places * view.itemsize)
+
+    def number_at(self, pointer: Pointer) -> tuple[int, int]:
+        """(address, integer there)."""
+        return int(pointer.data), int(self.load(pointer, np.array(True), None))
+
+    def add_to(self, pointer: Pointer, value: Tensor) -> Tensor:
+        """Add to one number, at once; return what it was."""
+        before = self.load(pointer, np.array(True), None)
+        dtype, addresses = pointer.dtype.element_ty, pointer.data[None]
+        for _, _, view, places in self._places(addresses, np.array([True]), dtype):
+            view[places] = to_bits(rounded(before.data + value.data, dtype), dtype)
+        return before
 
     def _places(
         self, addresses: Array, mask: Array, dtype: Any
-    ) -> Iterator[tuple[Array, Array, Array]]:
-        """(which elements, a part of the memory as this dtype, where they are in it)."""
+    ) -> Iterator[tuple[int, Array, Array, Array]]:
+        """(start of a part, which elements are in it, the part as this dtype, where they are)."""
         width, left = stored_type(dtype).itemsize, mask.copy()
         for start, part in self._parts.items():
             inside = left & (addresses >= start) & (addresses + width <= start + len(part))
@@ -92,7 +121,7 @@ class Memory:
                 if (offsets % width).any():
                     raise EmulationError(f"An address is no multiple of {width} bytes.")
                 usable = len(part) // width * width
-                yield inside, part[:usable].view(stored_type(dtype)), offsets // width
+                yield start, inside, part[:usable].view(stored_type(dtype)), offsets // width
                 left &= ~inside
         if left.any():
             raise EmulationError(

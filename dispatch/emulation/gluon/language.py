@@ -13,8 +13,9 @@ from triton.experimental.gluon import language as gl
 from attn_dispatch.emulation.errors import EmulationError
 from attn_dispatch.emulation.gluon import products, ptx
 from attn_dispatch.emulation.gluon.global_memory import Descriptor, Memory
+from attn_dispatch.emulation.gluon.ordering import join
 from attn_dispatch.emulation.gluon.scheduler import Scheduler, Task
-from attn_dispatch.emulation.gluon.shared_memory import Barrier, SharedMemory, allocate
+from attn_dispatch.emulation.gluon.shared_memory import Barrier, Barriers, SharedMemory, allocate
 from attn_dispatch.emulation.gluon.values import (
     Array,
     Pointer,
@@ -33,18 +34,33 @@ class Program:
 
     Attributes:
         grid, ids: programs, and which one, in each dimension.
+        allocations: of shared memory.
     """
 
     scheduler: Scheduler
     memory: Memory
     grid: tuple[int, int, int]
     ids: tuple[int, int, int]
-    names: list[str] = field(default_factory=list)
+    allocations: list[Any] = field(default_factory=list)
 
-    def allocation(self) -> str:
-        """A name for the next allocation of shared memory."""
-        self.names.append("")
-        return f"allocation {len(self.names)} of program {self.ids}"
+    def allocate(self, dtype: Any, shape: Any, layout: Any) -> Any:
+        """Shared memory, or barriers."""
+        name = f"allocation {len(self.allocations) + 1} of program {self.ids}"
+        found = allocate(name, dtype, list(map(int, shape)), layout, self._running)
+        self.allocations.append(found)
+        return found
+
+    def _running(self) -> int:
+        return self.scheduler.task.clock.number
+
+    def fence(self) -> None:
+        """What the running task has stored can be seen by copies and products."""
+        for each in self.allocations:
+            if isinstance(each, SharedMemory):
+                each.memory.fence()
+            else:
+                for barrier in each.items if isinstance(each, Barriers) else [each]:
+                    barrier.is_fenced = bool(barrier.count)
 
 
 def _reduced(x: Tensor, axis: int, function: Callable[..., Array]) -> Tensor:
@@ -147,6 +163,7 @@ class Language:
         return combine(np.fmin, one, two)
 
     exp2 = staticmethod(_elementwise(np.exp2))
+    floor = staticmethod(_elementwise(np.floor))
     log2 = staticmethod(_elementwise(np.log2))
     exp = staticmethod(_elementwise(np.exp))
     abs = staticmethod(_elementwise(np.abs))
@@ -158,8 +175,20 @@ class Language:
 
     @staticmethod
     def sum(x: Tensor, axis: int) -> Tensor:
-        """Of one dimension."""
+        """Of one dimension; of integers of fewer than 32 bits as int32."""
+        if not x.dtype.is_floating() and x.dtype.primitive_bitwidth < 32:
+            x = x.to(gl.int32)
         return _reduced(x, axis, lambda data, axis: data.sum(axis, dtype=data.dtype))
+
+    @staticmethod
+    def associative_scan(x: Tensor, axis: int, combine_fn: Callable[..., Tensor]) -> Tensor:
+        """For each element, those up to it combined, along one dimension: by doubling."""
+        data, step = np.moveaxis(x.data, axis, 0).copy(), 1
+        while step < len(data):
+            earlier, later = (Tensor(part, x.dtype) for part in (data[:-step], data[step:]))
+            data = np.concatenate([data[:step], combine_fn(earlier, later).data])
+            step *= 2
+        return Tensor(np.moveaxis(data, 0, axis), x.dtype, x.layout)
 
     @staticmethod
     def permute(x: Any, order: tuple[int, ...]) -> Any:
@@ -194,23 +223,34 @@ class Language:
         """Elements of memory."""
         chosen = np.array(True) if mask is None else as_tensor(mask).data
         shape = np.broadcast_shapes(pointer.data.shape, chosen.shape)
-        return self._program.memory.load(pointer, np.broadcast_to(chosen, shape), other)
+        mask = np.broadcast_to(chosen, shape)
+        return self._program.memory.load(pointer, mask, other, self._task.clock)
 
     def store(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
         """Write elements of memory."""
         chosen = np.array(True) if mask is None else as_tensor(mask).data
         shape = np.broadcast_shapes(pointer.data.shape, chosen.shape)
-        self._program.memory.store(pointer, as_tensor(value), np.broadcast_to(chosen, shape))
+        mask = np.broadcast_to(chosen, shape)
+        self._program.memory.store(pointer, as_tensor(value), mask, self._task.clock)
 
-    def atomic_add(self, pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Tensor:
-        """Add to one number of memory; return what it was. Others may run before."""
+    def atomic_add(
+        self, pointer: Pointer, value: Any, *, sem: str = "acq_rel", scope: str = "gpu"
+    ) -> Tensor:
+        """Add to one number of memory; return what it was. Others may run before.
+
+        Adding 0 again and again is a wait: what it finds twice is waited for to change.
+        """
         if pointer.data.shape != ():
             raise EmulationError("Atomics are interpreted on single numbers.")
+        task, memory, value = self._task, self._program.memory, as_tensor(value)
+        found = functools.partial(memory.number_at, pointer)
         self._scheduler.wait(lambda: True, "its turn")
-        before = self.load(pointer)
-        if mask is None or bool(as_tensor(mask)):
-            self.store(pointer, before + value)
-        return before
+        if not value.data and task.polled == found():
+            why = f"a change of the {task.polled[1]} at {task.polled[0]:#x}"
+            self._scheduler.wait(lambda: task.polled != found(), why)
+        task.polled = found()
+        memory.releases.atomic(task.clock, task.polled[0], sem, scope)
+        return memory.add_to(pointer, value)
 
     def program_id(self, axis: int) -> Tensor:
         """Which program this is."""
@@ -222,10 +262,11 @@ class Language:
 
     def allocate_shared_memory(self, dtype: Any, shape: Any, layout: Any) -> Any:
         """Shared memory, or barriers."""
-        return allocate(self._program.allocation(), dtype, list(map(int, shape)), layout)
+        return self._program.allocate(dtype, shape, layout)
 
     def barrier(self, **_: Any) -> None:
-        """Of one task, whose warps run together here."""
+        """Of the threads of one task, which run together here."""
+        self._task.clock.barrier()
 
     thread_barrier = barrier
 
@@ -238,14 +279,19 @@ class Language:
             name = f"{function.__name__} ({i}) of program {self._program.ids}"
             run = functools.partial(function, *args)
             tasks.append(Task(name, self._program, run))
+        own = self._task.clock
         for each in tasks:
             self._scheduler.start(each)
+            each.clock.seen = own.all_seen()
         self._scheduler.wait(lambda: all(each.has_ended for each in tasks), "its warps")
+        for each in tasks:
+            join(own.seen, each.clock.all_seen())
 
     # Barriers, copies and products
 
     def fence_async_shared(self, **_: Any) -> None:
-        """Writes of this task are in memory already."""
+        """What this task has stored can be seen by copies and products."""
+        self._program.fence()
 
     def init_barrier(self, barrier: Barrier, count: int, **_: Any) -> None:
         """mbarrier.init."""
@@ -254,12 +300,12 @@ class Language:
     def expect(self, barrier: Barrier, size: int, pred: Any = True, **_: Any) -> None:
         """mbarrier.expect: announce bytes, and arrive."""
         if pred:
-            barrier.arrive(1, int(size))
+            barrier.arrive(1, int(size), self._task.clock)
 
     def arrive(self, barrier: Barrier, count: int = 1, pred: Any = True, **_: Any) -> None:
         """mbarrier.arrive."""
         if pred:
-            barrier.arrive(int(count))
+            barrier.arrive(int(count), 0, self._task.clock)
 
     def wait_barrier(self, barrier: Barrier, phase: Any, pred: Any = True, **_: Any) -> None:
         """mbarrier.wait."""
@@ -267,6 +313,7 @@ class Language:
         if pred:
             why = f"phase {parity} of {barrier.name}"
             self._scheduler.wait(lambda: barrier.has_ended(parity), why)
+            join(self._task.clock.seen, barrier.released)
 
     def load_tile(
         self,
@@ -280,13 +327,14 @@ class Language:
         """tma.async_copy_global_to_shared."""
         if not pred:
             return
+        barrier.check_fenced()
         shape, first = desc.block_type.shape, [int(each) for each in coord]
         if list(result.shape) != list(shape) or result.dtype != desc.dtype:
             raise EmulationError(f"A box of {shape} was loaded to {result.shape}.")
 
         def land() -> None:
             box = desc.memory.box(desc.address, desc.strides, desc.shape, first, shape, desc.dtype)
-            result.store(Tensor(box, desc.dtype))
+            result.put(Tensor(box, desc.dtype))
             barrier.complete(result.num_bytes)
 
         self._scheduler.copy(land)

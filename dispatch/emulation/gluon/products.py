@@ -30,8 +30,15 @@ class Product(Tensor):
         """Known before it is computed."""
         return self._shape
 
+    def check_fenced(self) -> None:
+        """See SharedMemory.check_fenced."""
+        for operand in self._operands[:2]:
+            if isinstance(operand, SharedMemory):
+                operand.check_fenced()
+
     def compute(self) -> None:
         """Read the operands, and multiply."""
+        self.check_fenced()  # nor has another task stored to them since
         a, b, acc = self._operands
         left = a.load() if isinstance(a, SharedMemory) else a
         right = b.load()
@@ -44,6 +51,7 @@ class Product(Tensor):
 def issue(task: Task, a: Any, b: SharedMemory, acc: Any, *, use_acc: bool, waits: bool) -> Product:
     """Issue a product; with `waits`, wait for it and for all before."""
     product = Product(a, b, acc, use_acc)
+    product.check_fenced()
     task.products.append(product)
     if waits:
         wait(task, 0)

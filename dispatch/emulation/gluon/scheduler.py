@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.gluon.ordering import Clock
 
 __all__ = ["Scheduler", "Task"]
 
@@ -31,6 +32,8 @@ class Task:
         program: its program, see `language.Program`.
         is_ready: what it waits for; `why` says what that is.
         products: matrix products that are under way, oldest first.
+        clock: what it has stored and seen in global memory; has its number, from 1 on.
+        polled: the address and the result of its last atomic operation.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Task:
     products: list[Any] = field(default_factory=list)
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     has_ended: bool = False
+    clock: Clock = field(default_factory=lambda: Clock(0))
+    polled: tuple[int, int] = (0, 0)
 
 
 class Scheduler:
@@ -69,6 +74,8 @@ class Scheduler:
     def start(self, task: Task) -> None:
         """Add a task."""
         self._tasks.append(task)
+        task.clock.number = len(self._tasks)
+        task.program.memory.names[len(self._tasks)] = task.name
         threading.Thread(target=self._run, args=(task,), daemon=True).start()
 
     def _run(self, task: Task) -> None:

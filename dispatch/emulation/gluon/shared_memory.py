@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 from triton.experimental.gluon import language as gl
 
 from attn_dispatch.emulation.errors import EmulationError
+from attn_dispatch.emulation.gluon.ordering import Clock, join
 from attn_dispatch.emulation.gluon.values import Array, Tensor, from_bits, stored_type, to_bits
 
-__all__ = ["Barrier", "Barriers", "SharedMemory", "allocate"]
+__all__ = ["Allocation", "Barrier", "Barriers", "SharedMemory", "allocate"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -24,7 +26,12 @@ def _offsets(shape: tuple[int, ...], width: int, layout: Any) -> Array:
     "Tensor swizzling modes"). All else is in order.
     """
     count = int(np.prod(shape))
-    if not isinstance(layout, gl.NVMMASharedLayout) or not layout.swizzle_byte_width:
+    if isinstance(layout, gl.SwizzledSharedLayout):
+        if layout.max_phase != 1 or list(layout.order) != list(range(len(layout.order)))[::-1]:
+            raise EmulationError(f"The interpreter of Gluon does not have {layout}.")
+    elif not isinstance(layout, gl.NVMMASharedLayout):
+        raise EmulationError(f"The interpreter of Gluon has no shared memory in {layout}.")
+    if not getattr(layout, "swizzle_byte_width", 0):
         in_order: Array = np.arange(count).reshape(shape) * width
         return in_order
     span = layout.swizzle_byte_width
@@ -42,11 +49,31 @@ def _offsets(shape: tuple[int, ...], width: int, layout: Any) -> Array:
     return placed
 
 
+@dataclass(eq=False)
+class Allocation:
+    """Bytes of shared memory.
+
+    Attributes:
+        data: the bytes.
+        unfenced: for each byte that begins an element, who stored it last; 0 if a fence came since,
+            so that copies and products see it.
+        writer: the number of the task that runs now; from 1 on.
+    """
+
+    data: Array
+    unfenced: Array
+    writer: Callable[[], int]
+
+    def fence(self) -> None:
+        """What the running task has stored can be seen by copies and products."""
+        self.unfenced[self.unfenced == self.writer()] = 0
+
+
 @dataclass
 class SharedMemory:
     """A descriptor: a part of an allocation, under a shape, a dtype and a layout."""
 
-    memory: Array
+    memory: Allocation
     offsets: Array
     dtype: Any
     layout: Any
@@ -92,17 +119,36 @@ class SharedMemory:
 
     def load(self, layout: Any = None) -> Tensor:
         """All elements, as a tensor."""
-        stored = self.memory.view(stored_type(self.dtype))[self._places()]
+        stored = self._elements()[self._places()]
         return Tensor(from_bits(stored, self.dtype), self.dtype, layout)
 
     def store(self, value: Tensor) -> None:
-        """Write all elements."""
+        """Write all elements, as the running task."""
+        self._write(value, self.memory.writer())
+
+    def put(self, value: Tensor) -> None:
+        """Write all elements, as an asynchronous copy."""
+        self._write(value, 0)
+
+    def _write(self, value: Tensor, writer: int) -> None:
         if value.dtype != self.dtype or list(value.shape) != self.shape:
             raise EmulationError(
                 f"{value.shape} of {value.dtype} were stored in {self.shape} of {self.dtype}."
             )
-        bits = to_bits(value.data, self.dtype)
-        self.memory.view(stored_type(self.dtype))[self._places()] = bits
+        self._elements()[self._places()] = to_bits(value.data, self.dtype)
+        self.memory.unfenced[self.offsets] = writer
+
+    def check_fenced(self) -> None:
+        """Raise EmulationError if a product would not see what was stored, for lack of a fence."""
+        if self.memory.unfenced[self.offsets].any():
+            raise EmulationError(
+                f"A product reads {self.shape} of {self.dtype} in shared memory that was stored "
+                "without a fence_async_shared since."
+            )
+
+    def _elements(self) -> Array:
+        elements: Array = self.memory.data.view(stored_type(self.dtype))
+        return elements
 
     def _places(self) -> Array:
         places: Array = self.offsets // stored_type(self.dtype).itemsize
@@ -123,6 +169,8 @@ class Barrier:
     pending: int = 0
     bytes_left: int = 0
     phase: int = 0
+    is_fenced: bool = False
+    released: dict[int, int] = field(default_factory=dict)
 
     def init(self, count: int) -> None:
         """Set how many arrivals end a phase."""
@@ -130,15 +178,25 @@ class Barrier:
             raise EmulationError(f"Barrier {self.name} was initialized twice.")
         self.count = self.pending = count
 
-    def arrive(self, number: int = 1, expected: int = 0) -> None:
-        """Arrive, and announce bytes."""
+    def arrive(self, number: int = 1, expected: int = 0, clock: Clock | None = None) -> None:
+        """Arrive, and announce bytes. Those who wait see what a task with this clock has stored."""
         if not self.count:
             raise EmulationError(f"Barrier {self.name} was used before it was initialized.")
         if self.pending < number:
             raise EmulationError(f"More than {self.count} arrived at {self.name} in one phase.")
+        if clock is not None:
+            join(self.released, clock.all_seen())
         self.pending -= number
         self.bytes_left += expected
         self._end_phase()
+
+    def check_fenced(self) -> None:
+        """Raise EmulationError if a copy would not see that it was initialized."""
+        if not self.is_fenced:
+            raise EmulationError(
+                f"A copy reports to barrier {self.name}, which was initialized without a "
+                "fence_async_shared since."
+            )
 
     def complete(self, number: int) -> None:
         """Bytes have landed."""
@@ -169,12 +227,18 @@ class Barriers:
         return self.items[int(i)]
 
 
-def allocate(name: str, dtype: Any, shape: list[int], layout: Any) -> Any:
-    """An allocation, whose bytes are those of NaN; or barriers, for their layout."""
+def allocate(
+    name: str, dtype: Any, shape: list[int], layout: Any, writer: Callable[[], int]
+) -> Any:
+    """An allocation, whose bytes are those of NaN; or barriers, for their layout.
+
+    `writer` is that of `Allocation`.
+    """
     if type(layout).__name__ == "MBarrierLayout":
         if len(shape) == 1:
             return Barrier(name)
         return Barriers(name, [Barrier(f"{name}[{i}]") for i in range(shape[0])])
     width = stored_type(dtype).itemsize
-    memory = np.full(int(np.prod(shape)) * width, 0xFF, np.uint8)
+    size = int(np.prod(shape)) * width
+    memory = Allocation(np.full(size, 0xFF, np.uint8), np.zeros(size, np.uint16), writer)
     return SharedMemory(memory, _offsets(tuple(map(int, shape)), width, layout), dtype, layout)

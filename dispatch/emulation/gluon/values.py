@@ -52,16 +52,12 @@ _FORMS = {
     gl.float32: _Form(np.float32, np.float32),
     gl.float64: _Form(np.float64, np.float64),
 }
-_OF_KEPT = {
-    np.dtype(form.kept): dtype
-    for dtype, form in _FORMS.items()
-    if dtype not in (gl.float16, gl.bfloat16)
-}
+_BY_NAME = {dtype.name: form for dtype, form in _FORMS.items()}
 
 
 def _form(dtype: Any) -> _Form:
     try:
-        return _FORMS[dtype]
+        return _BY_NAME[dtype.name]
     except KeyError:
         raise EmulationError(f"The interpreter of Gluon has no elements of {dtype}.") from None
 
@@ -74,14 +70,14 @@ def stored_type(dtype: Any) -> Any:
 def rounded(data: Array, dtype: Any) -> Array:
     """Numbers as this dtype can hold them."""
     form = _form(dtype)
-    if dtype == gl.bfloat16:
-        return from_bits(_bfloat16_bits(data.astype(np.float32)), dtype)
-    if dtype == gl.float16:
+    if form.kept is not np.float32 or form.stored is np.float32:
+        if form.kept is np.bool_:
+            data = data != 0
+        kept: Array = data.astype(form.kept, copy=False)
+        return kept
+    if form.stored is np.float16:
         return data.astype(np.float16).astype(np.float32)
-    if form.kept is np.bool_:
-        data = data != 0
-    kept: Array = data.astype(form.kept)
-    return kept
+    return from_bits(_bfloat16_bits(data.astype(np.float32)), dtype)
 
 
 def _bfloat16_bits(data: Array) -> Array:
@@ -196,11 +192,14 @@ def as_tensor(value: Any) -> Tensor:
 def _operands(one: Any, two: Any) -> tuple[Array, Array, Any, Any]:
     """Both with the dtype that Triton promotes them to: (data, data, dtype, layout)."""
     a, b = as_tensor(one), as_tensor(two)
-    dtype = _promoted(a, b, isinstance(one, Tensor), isinstance(two, Tensor))
+    if a.dtype is b.dtype:
+        dtype = a.dtype
+    else:
+        dtype = _promoted(a, b, isinstance(one, Tensor), isinstance(two, Tensor))
     placed = [x for x in (a, b) if x.layout is not None and x.data.ndim]
     layout = max(placed, key=lambda x: x.data.ndim).layout if placed else None
     kept = _form(dtype).kept
-    return a.data.astype(kept), b.data.astype(kept), dtype, layout
+    return a.data.astype(kept, copy=False), b.data.astype(kept, copy=False), dtype, layout
 
 
 def _promoted(a: Tensor, b: Tensor, a_is_tensor: bool, b_is_tensor: bool) -> Any:

@@ -1,4 +1,4 @@
-"""HOPPER_ATTN's decode kernel on a Hopper GPU: by itself, next to a prefill, and in graphs."""
+"""HOPPER_ATTN's decode kernel: by itself, next to a prefill, and in graphs; also interpreted."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from support.hopper_cases import (
     check,
     decode_launches,
     in_layout,
+    interpreted_decodes,
     launched,
     lens,
     on_gpu,
@@ -120,6 +121,27 @@ def test_decodes_agree_with_the_reference(variant):
     check(step, returned)
     assert "hopper_decode" in launched(impl)
     assert "decode" not in launched(impl)
+
+
+#: The interpreter takes a second or more for each.
+INTERPRETED = (
+    *("few", "8 tokens", "heads of 64, few", "heads of 256, 8 tokens", "float16, heads of 64"),
+    *("window both ways", "ALiBi, lse", "all, not causal", "all, heads of 256", "eight heads"),
+    *("more queries than keys, window", "no request has keys", "blocks of 64"),
+)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] * (v not in INTERPRETED)) for v in VARIANTS],
+)
+def test_interpreted_decodes_agree_with_the_reference(variant):
+    """On the CPU, in an order and with delays that differ by variant; also two in a block."""
+    step = step_of(*VARIANTS[variant], "cpu")
+    seed = list(VARIANTS).index(variant)
+    row = (None, "many", "mixed")[seed // 3 % 3]
+    returned = interpreted_decodes(step, num_sms=2, row=row, seed=seed, lateness=seed % 3 / 2)
+    check(step, returned)
 
 
 @on_gpu

@@ -1,6 +1,6 @@
-"""HOPPER_MLA: what its kernel computes, and its room for parts, on any machine.
+"""HOPPER_MLA on any machine: what its kernel computes, interpreted, and its room for parts.
 
-Its numbers are checked on a GPU, in test_mla_packages_gpu.py.
+On a GPU its numbers are checked in test_mla_packages_gpu.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ pytest.importorskip("triton", minversion="3.6")
 
 from attn_dispatch.backends.cuda.hopper import mla
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend, HopperMLAMetadata
+from attn_dispatch.emulation.gluon.interpret import interpreted
 
 DIMS = MLADims(kv_lora_rank=512, qk_nope_head_dim=8, qk_rope_head_dim=64, v_head_dim=8)
 OTHER = MLADims(kv_lora_rank=256, qk_nope_head_dim=8, qk_rope_head_dim=32, v_head_dim=8)
@@ -111,6 +112,44 @@ def test_few_rows_of_many_requests_run_on_the_portable_kernel(
 def test_a_team_has_as_many_programs_as_requests_have_row_tiles(heads, query_lens, team):
     batch = AttentionBatch.create(query_lens, query_lens)
     assert mla._team(batch, heads, 132) == team
+
+
+#: Lengths of queries and of keys, and changes to a layer of 16 heads. Programs are four.
+INTERPRETED = {
+    "a chunk and decodes": ((1, 4, 20), (70, 33, 20), {"heads": 3}),
+    "one in parts": ((1,), (900,), {}),
+    "two in parts": ((1, 1), (2500, 40), {"returns_lse": True}),
+    "two row tiles": ((1, 2), (300, 77), {"heads": 64}),
+    "teams": ((1, 1), (200, 333), {"heads": 128}),
+    "window, soft cap, lse": (
+        (1, 4, 20),
+        (170, 133, 90),
+        {"sliding_window": 50, "logits_soft_cap": 5.0, "returns_lse": True},
+    ),
+    "float16, pages of 64": ((1, 3), (170, 133), {"dtype": torch.float16, "block_size": 64}),
+    "pages of 32, no keys": ((1, 0, 2), (170, 0, 33), {"block_size": 32, "padding": 3}),
+    "not causal": ((3, 4), (100, 44), {"causal": False, "returns_lse": True}),
+    "window both ways": ((3, 4), (100, 44), {"causal": False, "sliding_window": 9}),
+}
+
+
+@pytest.mark.parametrize("which", INTERPRETED)
+def test_interpreted_attention_agrees_with_float64(which):
+    query_lens, seq_lens, fields = INTERPRETED[which]
+    fields = {"dims": DIMS, "heads": 16, "dtype": torch.bfloat16, "block_size": 16} | fields
+    step = MLAStep(query_lens, seq_lens, backend=HopperMLABackend, **fields)
+    builder, seed = step.builder(), list(INTERPRETED).index(which)
+    builder.launches = dataclasses.replace(builder.launches, num_sms=4)
+    metadata = builder.build(step.batch)
+    with interpreted(seed=seed, lateness=seed % 3 / 2) as launched, torch.inference_mode():
+        returned = step.run(metadata=metadata)
+    assert launched == ["hopper_mla_kernel"]
+    assert not metadata.room.counters.any()
+    output, lse = returned if step.spec.returns_lse else (returned, None)
+    expected, expected_lse = step.expected()
+    step.check(output, expected)
+    if lse is not None:
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_misaligned_cache_is_rejected_before_anything_is_written():
