@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6")
 
+from attn_dispatch import MLADims
 from attn_dispatch.backends.cuda.hopper import (
     decode,
     epilogue,
@@ -22,7 +23,6 @@ from attn_dispatch.backends.cuda.hopper import (
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
 from attn_dispatch.emulation import EmulationError
 from attn_dispatch.emulation.gluon.interpret import interpreted
-from attn_dispatch import MLADims
 from support.gluon_mutations import changed
 from support.hopper_cases import interpreted_decodes, interpreted_prefills, step_of
 from support.mla_cases import MLAStep

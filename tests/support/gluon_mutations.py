@@ -16,6 +16,6 @@ def changed(function, before, after):
     assert source.count(before) == 1, f"{before!r} is {source.count(before)} times in the source"
     names = {}
     code = compile(source.replace(before, after), inspect.getsourcefile(function.fn), "exec")
-    exec(code, function.fn.__globals__, names)  # noqa: S102
+    exec(code, function.fn.__globals__, names)
     (own,) = names.values()
     return mock.patch.object(function, "fn", own)
