@@ -348,5 +348,7 @@ class Language:
 
     def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Any = None) -> Any:
         """Wait for products; return `deps`."""
+        if len(self._task.products) > int(num_outstanding):
+            self._scheduler.pause()
         products.wait(self._task, int(num_outstanding))
         return deps[0] if len(deps) == 1 else tuple(deps)

@@ -19,6 +19,10 @@ from attn_dispatch.emulation.gluon.ordering import Clock
 __all__ = ["Scheduler", "Task"]
 
 
+#: How likely it is that a task which is not paused runs before those that are.
+_PATIENCE = 0.8
+
+
 class _Stopped(BaseException):
     """Raised in a task when another one has failed."""
 
@@ -31,6 +35,7 @@ class Task:
         name: for messages.
         program: its program, see `language.Program`.
         is_ready: what it waits for; `why` says what that is.
+        is_paused: others run first, mostly.
         products: matrix products that are under way, oldest first.
         clock: what it has stored and seen in global memory; has its number, from 1 on.
         polled: the address and the result of its last atomic operation.
@@ -41,6 +46,7 @@ class Task:
     run: Callable[[], None]
     is_ready: Callable[[], bool] = lambda: True
     why: str = ""
+    is_paused: bool = False
     products: list[Any] = field(default_factory=list)
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     has_ended: bool = False
@@ -104,6 +110,12 @@ class Scheduler:
             raise _Stopped
         task.is_ready, task.why = (lambda: True), ""
 
+    def pause(self) -> None:
+        """Take long over what comes next: others may run until they have to wait."""
+        self.task.is_paused = True
+        self.wait(lambda: True, "its turn")
+        self.task.is_paused = False
+
     def copy(self, land: Callable[[], None]) -> None:
         """Begin a copy, which ends at some time: at once, or later."""
         if self._random.random() < self._lateness:
@@ -153,4 +165,5 @@ class Scheduler:
                 waits = "; ".join(f"{each.name} waits for {each.why}" for each in alive)
                 raise EmulationError(f"Nothing can go on: {waits}.")
             self._land_some(any_number=False)
-        return self._random.choice(ready)
+        first = [each for each in ready if not each.is_paused]
+        return self._random.choice(first if first and self._random.random() < _PATIENCE else ready)
