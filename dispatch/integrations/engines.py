@@ -47,6 +47,7 @@ class EngineAttention:
     A second layer, with fp8 output, is made when the engine asks for one.
 
     Args:
+        layer_class: Attention, or MLAAttention.
         try_shared_prefix: read a shared prefix once, if the layer's features and backends allow it.
         **arguments: of `Attention`. The block size is left open: it is that of the cache.
 
@@ -58,13 +59,19 @@ class EngineAttention:
         shares_prefix: it reads a shared prefix once.
     """
 
-    def __init__(self, *, try_shared_prefix: bool = False, **arguments: Any) -> None:
-        self._arguments = {"block_size": None, **arguments}
-        self.layer = Attention(**self._arguments)
+    def __init__(
+        self,
+        *,
+        layer_class: type[Attention] = Attention,
+        try_shared_prefix: bool = False,
+        **arguments: Any,
+    ) -> None:
+        self._arguments, self._layer_class = {"block_size": None, **arguments}, layer_class
+        self.layer = layer_class(**self._arguments)
         self.shares_prefix = False
         if try_shared_prefix:
             with contextlib.suppress(UnsupportedError):
-                self.layer = Attention(**self._arguments, shared_prefix=True)
+                self.layer = layer_class(**self._arguments, shared_prefix=True)
                 self.shares_prefix = self._arguments["shared_prefix"] = True
         self._quantized: Attention | None = None
         self._given: object = None
@@ -75,7 +82,7 @@ class EngineAttention:
         if self._quantized is None:
             arguments = {**self._arguments, "prefix": self.layer.prefix}
             try:
-                self._quantized = Attention(**arguments, output_quant="fp8_e4m3")
+                self._quantized = self._layer_class(**arguments, output_quant="fp8_e4m3")
             except UnsupportedError:
                 return False
         return True

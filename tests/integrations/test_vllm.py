@@ -13,7 +13,7 @@ from rich.console import Console
 
 from attn_dispatch.cli.doctor_report import _print_engines
 from attn_dispatch.integrations.vllm import PLUGIN
-from support import fake_vllm, vllm_cases
+from support import fake_vllm, vllm_cases, vllm_mla_cases
 
 
 @pytest.fixture(params=fake_vllm.VERSIONS)
@@ -26,6 +26,16 @@ def engine(request, monkeypatch):
         backend = ours.AttnDispatchBackend
         return fake_vllm.Attention(*sizes, prefix=name, attn_backend=backend, **arguments)
 
+    mla = importlib.import_module(fake_vllm.OUR_MLA)
+
+    def mla_layer(name, kv_b_proj, **arguments):
+        case = vllm_mla_cases
+        sizes = (case.HEADS, case.SCALE, case.NOPE, case.ROPE, case.VALUES, None, case.LATENT)
+        backend = mla.AttnDispatchMLABackend
+        return fake_vllm.MLAAttention(
+            *sizes, kv_b_proj, prefix=name, attn_backend=backend, **arguments
+        )
+
     registered = found["vllm.v1.attention.backends.registry"].registered
     return SimpleNamespace(
         version=request.param,
@@ -36,6 +46,9 @@ def engine(request, monkeypatch):
         fp8_blocks=fake_vllm.FP8_BLOCKS,
         layer=layer,
         run=lambda layer, *given: layer.run(*given),
+        mla=mla,
+        mla_layer=mla_layer,
+        run_mla=lambda layer, *given: layer.run(*given),
         path_of=registered.get,
     )
 
@@ -65,6 +78,16 @@ def test_the_plugin(engine, check):
 @pytest.mark.parametrize("check", vllm_cases.ENVIRONMENT_CHECKS)
 def test_the_plugin_in_an_environment(engine, check, monkeypatch):
     check(engine, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", vllm_mla_cases.LAYOUTS)
+def test_latents_are_in_the_memory_of_the_engine(engine, layout):
+    vllm_mla_cases.check_layout(engine, layout)
+
+
+@pytest.mark.parametrize("check", vllm_mla_cases.CHECKS)
+def test_layers_with_latents(engine, check):
+    check(engine)
 
 
 def test_importing_the_package_imports_no_engine():

@@ -18,12 +18,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.integrations.engines import EngineAttention, reasons_against
-from attn_dispatch.integrations.vllm import NAME
 from attn_dispatch.integrations.vllm.batches import batch_of
 from attn_dispatch.integrations.vllm.private import scales_of
 from attn_dispatch.integrations.vllm.requests import (
     FP8_NAMES,
     MAX_DECODE_QUERY_LEN,
+    NAME,
+    check_known,
     kv_cache_dtype_of,
     layer_arguments,
     reasons_of_flags,
@@ -126,12 +127,11 @@ class AttnDispatchBackend(theirs.AttentionBackend):
         """False: plans are made of the lengths of queries on the host."""
         return cls._accepts(use_adaptive_verification=True)
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The block sizes that a backend takes here."""
-        accepts = AttnDispatchBackend._accepts
-        sizes = [size for size in _BLOCK_SIZES if accepts(block_size=size)]
-        if sizes and accepts(block_size=3 * sizes[0]):
+        sizes = [size for size in _BLOCK_SIZES if cls._accepts(block_size=size)]
+        if sizes and cls._accepts(block_size=3 * sizes[0]):
             return [theirs.MultipleOf(sizes[0])]
         return sizes
 
@@ -169,6 +169,8 @@ class AttnDispatchMetadata(theirs.AttentionMetadata):
 class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
     """Makes an AttentionBatch of vLLM's metadata. Each layer's backend plans when it first runs."""
 
+    metadata_class: ClassVar[type[AttnDispatchMetadata]] = AttnDispatchMetadata
+
     def __init__(
         self,
         kv_cache_spec: Any,
@@ -180,7 +182,7 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         found = vllm_config.compilation_config.static_forward_context
         self._attentions = [found[name].impl.attention for name in layer_names]
         size, size_v = kv_cache_spec.head_size, getattr(kv_cache_spec, "head_size_v", None)
-        if size_v not in (None, size):
+        if size_v not in (None, 0, size):  # 0: latents, which are keys and values
             raise UnsupportedError(
                 f"Layers {layer_names} have values of {size_v} elements and keys of {size}. vLLM "
                 "does not tell a plug-in's layers that: use another --attention-backend."
@@ -208,7 +210,7 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
             max_decode_query_len=self._max_decode_query_len,
             shared_prefix_len=common_prefix_len,
         )
-        return AttnDispatchMetadata(ForwardContext(batch), batch.num_tokens, batch.max_query_len)
+        return self.metadata_class(ForwardContext(batch), batch.num_tokens, batch.max_query_len)
 
     def use_cascade_attention(
         self, common_prefix_len: int, query_lens: Sequence[int], **_: Any
@@ -244,13 +246,7 @@ class AttnDispatchImpl(theirs.AttentionImpl):
         sinks: torch.Tensor | None = None,
         **others: Any,
     ) -> None:
-        unknown = [name for name, value in others.items() if value not in (None, False)]
-        if unknown or self.total_cp_world_size > 1:
-            what = ", ".join(unknown) or "context parallelism"
-            raise UnsupportedError(
-                f"vLLM asks for {what}, which attn-dispatch's plug-in does not have. Use another "
-                "--attention-backend."
-            )
+        check_known(self, others)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype

@@ -14,11 +14,16 @@ from attn_dispatch.interface.types import AttentionType
 __all__ = [
     "FP8_NAMES",
     "MAX_DECODE_QUERY_LEN",
+    "NAME",
+    "check_known",
     "kv_cache_dtype_of",
     "layer_arguments",
     "reasons_of_flags",
     "spec_of_flags",
 ]
+
+#: The name of the backend in vLLM, where it can add one.
+NAME = "ATTN_DISPATCH"
 
 #: Requests of more new tokens go to the kernel for prefills, also if they are verified drafts.
 MAX_DECODE_QUERY_LEN = 16
@@ -77,6 +82,20 @@ def reasons_of_flags(asked: Mapping[str, Any]) -> list[str]:
             f"{', '.join((*_UNQUANTIZED, *FP8_NAMES))}"
         )
     return reasons
+
+
+def check_known(impl: Any, others: Mapping[str, Any]) -> None:
+    """Reject what a layer's impl is given in addition to the arguments that it knows.
+
+    Raises:
+        UnsupportedError: one of them is not None or False, or ranks of vLLM share keys.
+    """
+    unknown = [name for name, value in others.items() if value is not None and value is not False]
+    if unknown or impl.total_cp_world_size > 1:
+        raise UnsupportedError(
+            f"vLLM asks for {', '.join(unknown) or 'context parallelism'}, which attn-dispatch's "
+            "plug-in does not have. Use another --attention-backend."
+        )
 
 
 def kv_cache_dtype_of(name: str | None) -> str:

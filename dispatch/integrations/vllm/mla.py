@@ -1,0 +1,260 @@
+"""Multi-head latent attention (MLA) of vLLM, as thin adapters.
+
+vLLM's layer absorbs the queries of decodes and expands the keys of prefills, around two calls of an
+impl: forward_mqa and forward_mha. Here every token goes to forward_mha, whose queries are as the
+model made them: `MLAAttention` chooses the form of each request itself, and writes the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import vllm.envs
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+from vllm.v1.attention import backend as theirs
+
+from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.integrations.engines import EngineAttention, reasons_against
+from attn_dispatch.integrations.vllm.backend import (
+    AttnDispatchBackend,
+    AttnDispatchBuilder,
+    AttnDispatchMetadata,
+)
+from attn_dispatch.integrations.vllm.requests import (
+    check_known,
+    kv_cache_dtype_of,
+    layer_arguments,
+    reasons_of_flags,
+)
+from attn_dispatch.interface.quantization import is_fp8
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.runtime.mla_layer import MLAAttention
+
+__all__ = [
+    "AttnDispatchMLABackend",
+    "AttnDispatchMLABuilder",
+    "AttnDispatchMLAImpl",
+    "AttnDispatchMLAMetadata",
+]
+
+#: Of the sizes of a layer, vLLM asks by the sum of the first two.
+_ROPE, _NOPE, _VALUES = 64, 128, 128
+
+
+class AttnDispatchMLABackend(AttnDispatchBackend):
+    """The backend of models with latent attention."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        *("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+    ]
+
+    @staticmethod
+    def get_impl_cls() -> type[AttnDispatchMLAImpl]:
+        """The class of a layer's impl."""
+        return AttnDispatchMLAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AttnDispatchMLABuilder]:
+        """The class that builds the metadata of a step."""
+        return AttnDispatchMLABuilder
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        """True."""
+        return True
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **asked: Any) -> list[str]:
+        """Why no backend computes such layers here; empty if one does."""
+        if args:
+            return ["validate_configuration takes its arguments by name"]
+        if asked.get("use_mla") is False:
+            return ["a layer without latents in a model with latent attention (MLA) is not wired"]
+        if asked.get("kv_cache_dtype") not in (None, *cls.supported_kv_cache_dtypes):
+            return [f"vLLM has no latents of {asked['kv_cache_dtype']}"]
+        try:
+            return reasons_of_flags({**asked, "use_mla": False}) or reasons_against(_spec(**asked))
+        except (InvalidInputError, UnsupportedError) as error:
+            return [str(error)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype_str: str = "auto",
+    ) -> tuple[int, ...]:
+        """The shape of a cache of latents, for vLLM 0.24."""
+        return (num_blocks, block_size, head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """The physical order of a cache; blocks outermost if it is that of all layers."""
+        return (1, 0, 2, 3) if include_num_layers_dimension else (0, 1, 2)
+
+
+def _spec(
+    head_size: int = 512 + _ROPE,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_cache_dtype: str | None = None,
+    block_size: int | None = None,
+    has_sink: bool = False,
+    has_sliding_window: bool = False,
+    use_batch_invariant: bool = False,
+    **_: Any,
+) -> AttentionSpec:
+    """The spec of a layer that vLLM describes by flags."""
+    return AttentionSpec.for_mla(
+        num_heads=16,
+        dtype=dtype,
+        mla=MLADims(
+            kv_lora_rank=head_size - _ROPE,
+            qk_nope_head_dim=_NOPE,
+            qk_rope_head_dim=_ROPE,
+            v_head_dim=_VALUES,
+        ),
+        kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
+        block_size=block_size,
+        sinks=has_sink,
+        sliding_window=4096 if has_sliding_window else None,
+        batch_invariant=use_batch_invariant,
+    )
+
+
+class AttnDispatchMLAMetadata(AttnDispatchMetadata):
+    """A step, all of whose tokens vLLM's layer gives to forward_mha, as those of prefills."""
+
+    num_decodes = num_decode_tokens = 0
+    num_prefills = 1  # or more
+    prefill = decode = None
+
+
+class AttnDispatchMLABuilder(AttnDispatchBuilder):
+    """Makes an AttentionBatch of vLLM's metadata, for layers of latent attention."""
+
+    metadata_class = AttnDispatchMLAMetadata
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        for name, each in zip(layer_names, self._attentions, strict=True):
+            each.layer.prefix = name  # vLLM does not give it to forward_mha
+
+
+class _LoadedWeight:
+    """The weight of vLLM's kv_b_proj, without quantization; on no device until it is loaded."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.weight = torch.empty(rows, columns, device="meta")
+
+
+class AttnDispatchMLAImpl(theirs.MLAAttentionImpl):
+    """One layer of latent attention.
+
+    Raises:
+        UnsupportedError: no backend computes the layer, with the reasons; or vLLM asks for what the
+            plug-in does not know.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        qk_head_dim: int,
+        v_head_dim: int,
+        kv_b_proj: Any,
+        **others: Any,
+    ) -> None:
+        asked = {**others, "alibi_slopes": alibi_slopes, "KV sharing": kv_sharing_target_layer_name}
+        check_known(self, asked)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.v_head_dim = num_kv_heads, v_head_dim
+        self.kv_cache_dtype, self.kv_b_proj = kv_cache_dtype, kv_b_proj
+        self._weight = _LoadedWeight(num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank)
+        self._bound: tuple[Any, ...] | None = None
+        config = get_current_vllm_config()
+        self.attention = EngineAttention(
+            layer_class=MLAAttention,
+            **layer_arguments(attn_type, sliding_window, config.speculative_config is not None),
+            num_heads=num_heads,
+            mla=MLADims(
+                kv_lora_rank=kv_lora_rank,
+                qk_nope_head_dim=qk_nope_head_dim,
+                qk_rope_head_dim=qk_rope_head_dim,
+                v_head_dim=v_head_dim,
+            ),
+            kv_b_proj=self._weight,
+            scale=self.scale,
+            kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
+            logits_soft_cap=logits_soft_cap,
+            batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take the weight over, as it was loaded; a quantized one is dequantized, as in vLLM."""
+        self._weight.weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+
+    def do_kv_cache_update(self, *given: Any, **more: Any) -> None:
+        """Nothing: forward_mha writes the new latents."""
+
+    def forward_mha(
+        self,
+        q: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_c_and_k_pe_cache: torch.Tensor,
+        attn_metadata: AttnDispatchMLAMetadata,
+        k_scale: torch.Tensor,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Write the new latents and attend, for every token of a step.
+
+        Raises:
+            InvalidInputError: an argument does not fit; nothing has been written then.
+        """
+        cache, attention = kv_c_and_k_pe_cache, self.attention
+        # vLLM makes a new view of an fp8 cache for each call.
+        given = (cache.data_ptr(), cache.shape, cache.stride(), cache.dtype)
+        if given != self._bound:
+            self._bind(cache, k_scale)
+            self._bound = given
+        out = output.view(-1, self.num_heads, self.v_head_dim)
+        attention.forward(q, kv_c_normed, k_pe, attn_metadata.context, out, output_scale)
+
+    def _bind(self, kv_cache: torch.Tensor, k_scale: torch.Tensor) -> None:
+        """Use vLLM's cache. The scale of fp8 latents is read once, which waits for the device."""
+        self.process_weights_after_loading(self.attention.layer.spec.dtype)  # 0.24 does not call it
+        if is_fp8(kv_cache.dtype):
+            self.attention.set_scales(float(k_scale), float(k_scale))
+        self.attention.bind(kv_cache, kv_cache, self.attention.layer.prefix)
+
+    def forward_mqa(self, *given: Any, **more: Any) -> Any:
+        """Never called: the metadata has no decodes.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(
+            "vLLM called forward_mqa, for metadata that attn-dispatch did not make."
+        )
