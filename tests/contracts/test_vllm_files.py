@@ -14,7 +14,7 @@ import torch
 
 from attn_dispatch import UnsupportedError
 from attn_dispatch.integrations.vllm import PLUGIN
-from support import fake_vllm, vllm_cases, vllm_mla_cases
+from support import fake_vllm, vllm_cases, vllm_graph_cases, vllm_mla_cases
 from support.engine_files import FOLDER, unpacked
 from support.vllm_files import VERSIONS, vllm_engine
 
@@ -72,6 +72,16 @@ def test_layers_with_latents(engine, check):
     check(engine)
 
 
+@pytest.mark.parametrize("fp8_output", [False, True])
+def test_a_decode_graph_reads_the_steps_that_are_copied_to_it(engine, fp8_output):
+    vllm_graph_cases.check_dense(engine, fp8_output)
+
+
+@pytest.mark.parametrize("check", vllm_graph_cases.CHECKS)
+def test_graphs(engine, check):
+    check(engine)
+
+
 def test_the_builder_that_vllm_derives_for_encoders(engine):
     """It states causal=False, which the metadata of a runner does not."""
     wrapped = engine.encoders.create_encoder_only_attention_backend(engine.ours.AttnDispatchBackend)
@@ -123,6 +133,7 @@ OVERRIDDEN = [
     ("AttentionMetadataBuilder", "__init__"),
     ("AttentionMetadataBuilder", "get_cudagraph_support"),
     ("AttentionMetadataBuilder", "build"),
+    ("AttentionMetadataBuilder", "build_for_cudagraph_capture"),
     ("AttentionImpl", "__init__"),
     ("AttentionImpl", "forward"),
     ("AttentionImpl", "fused_output_quant_supported"),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from attn_dispatch.cli.doctor_report import _print_engines
 from attn_dispatch.integrations.vllm import PLUGIN
-from support import fake_vllm, vllm_cases, vllm_mla_cases
+from support import fake_vllm, vllm_cases, vllm_graph_cases, vllm_mla_cases
 
 
 @pytest.fixture(params=fake_vllm.VERSIONS)
@@ -87,6 +87,15 @@ def test_latents_are_in_the_memory_of_the_engine(engine, layout):
 
 @pytest.mark.parametrize("check", vllm_mla_cases.CHECKS)
 def test_layers_with_latents(engine, check):
+    check(engine)
+
+
+def test_a_decode_graph_reads_the_steps_that_are_copied_to_it(engine):
+    vllm_graph_cases.check_dense(engine, engine.version == "0.33.0")
+
+
+@pytest.mark.parametrize("check", vllm_graph_cases.CHECKS)
+def test_graphs(engine, check):
     check(engine)
 
 

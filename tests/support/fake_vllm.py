@@ -110,7 +110,7 @@ class MLAAttention(torch.nn.Module):
         self.layer_name = prefix
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_cache = torch.tensor([])
-        self._k_scale = torch.tensor(1.0)
+        self._k_scale, self._k_scale_float, self._v_scale_float = torch.tensor(1.0), 1.0, 1.0
 
     def run(self, query, kv_c_normed, k_pe, metadata, output):
         cache = self.kv_cache

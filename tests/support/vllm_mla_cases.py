@@ -15,8 +15,11 @@ from attn_dispatch import UnsupportedError
 from attn_dispatch.conformance.oracle import attention_of_request
 from support.vllm_cases import BLOCK, NEW, ROWS, TABLE, TOTAL, assert_close, common_of
 
-HEADS, NOPE, ROPE, VALUES, LATENT = 4, 16, 8, 12, 32
+HEADS, NOPE, ROPE, VALUES, LATENT = 4, 16, 16, 12, 64
 SCALE = 0.3
+
+#: (new tokens, all keys) of the requests of a step.
+LENGTHS = tuple(zip(NEW, TOTAL, strict=True))
 
 #: The dimensions of (layers, blocks, tokens in a block, elements) in memory, outermost first.
 LAYOUTS = ("LBNC", "BLNC")
@@ -69,21 +72,20 @@ def inputs(rows):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def reference(query, cache, weight, *, scale=1.0, window=None):
+def reference(query, cache, weight, *, scale=1.0, lengths=LENGTHS):
     """The output in float64, from what the cache holds after the step."""
     parts = weight.double().view(HEADS, NOPE + VALUES, LATENT).split([NOPE, VALUES], 1)
     outputs, start = [], 0
-    for i, (n, t) in enumerate(zip(NEW, TOTAL, strict=True)):
+    for i, (n, t) in enumerate(lengths):
         held = torch.stack([cache[TABLE[i, p // BLOCK], p % BLOCK].double() for p in range(t)])
         latent, shared = (held * scale).split([LATENT, ROPE], -1)
         key, value = (torch.einsum("hdl,tl->thd", part, latent) for part in parts)
         key = torch.cat([key, shared[:, None].expand(-1, HEADS, -1)], -1)
-        distance = torch.arange(t - n, t)[:, None] - torch.arange(t)
-        seen = (distance >= 0) & (distance < (window or t))
+        seen = torch.arange(t - n, t)[:, None] >= torch.arange(t)
         rows = query[start : start + n]
         outputs.append(attention_of_request(rows, key, value, scale=SCALE, seen=seen)[0])
         start += n
-    return torch.cat(outputs).flatten(1)
+    return torch.cat(outputs or [query[:0, :, :VALUES].double()]).flatten(1)
 
 
 def one_step(engine, layer, cache, *, rows=ROWS, metadata=None, **common):
@@ -131,7 +133,7 @@ def check_fp8_latents(engine):
     """A cache of fp8 is bytes in vLLM, and has the scale of its layer."""
     kv_b_proj = projection()
     layer = layer_of(engine, kv_b_proj=kv_b_proj, kv_cache_dtype="fp8_e4m3")
-    layer._k_scale = torch.tensor(0.25)
+    layer._k_scale_float = 0.25
     raw, _ = cache_of("LBNC", torch.uint8)
     typed = raw.view(torch.float8_e4m3fn)
     fill(typed, 0.25)

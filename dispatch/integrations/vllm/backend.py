@@ -17,7 +17,7 @@ from vllm.v1.attention import backend as theirs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.engines import EngineAttention, reasons_against
+from attn_dispatch.integrations.engines import DecodeSteps, EngineAttention, reasons_against
 from attn_dispatch.integrations.vllm.batches import batch_of
 from attn_dispatch.integrations.vllm.private import scales_of
 from attn_dispatch.integrations.vllm.requests import (
@@ -32,6 +32,7 @@ from attn_dispatch.integrations.vllm.requests import (
 )
 from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
 from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm, kv_cache_from_vllm_0_24
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.detect import detect_device
@@ -180,7 +181,9 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         found = vllm_config.compilation_config.static_forward_context
-        self._attentions = [found[name].impl.attention for name in layer_names]
+        self._layers = [found[name] for name in layer_names]
+        self._attentions = [layer.impl.attention for layer in self._layers]
+        self._graphs: DecodeSteps | None = None
         size, size_v = kv_cache_spec.head_size, getattr(kv_cache_spec, "head_size_v", None)
         if size_v not in (None, 0, size):  # 0: latents, which are keys and values
             raise UnsupportedError(
@@ -192,8 +195,43 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """NEVER: vLLM captures the pieces between attention layers, which run eagerly."""
+        """Plain decodes, if each layer's backends can be captured; NEVER with drafts.
+
+        vLLM's drafters change lengths inside of their graphs, and the steps here are copied by the
+        host. With NEVER, vLLM captures the pieces between attention layers, which run eagerly.
+        """
+        found = vllm_config.compilation_config.static_forward_context.values()
+        found = [layer for layer in found if hasattr(layer, "impl")]
+        ours = [layer.impl.attention for layer in found if isinstance(layer.impl, BoundImpl)]
+        if vllm_config.speculative_config is None and ours and all(a.has_graphs for a in ours):
+            return theirs.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return theirs.AttentionCGSupport.NEVER
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> AttnDispatchMetadata:
+        """The metadata that a decode graph is captured with; `build` copies later steps to it.
+
+        Raises:
+            UnsupportedError: requests have more than one new token, or a backend cannot be
+                captured.
+        """
+        num_reqs = int(common_attn_metadata.num_reqs)
+        if int(common_attn_metadata.max_query_len) != 1:
+            raise UnsupportedError(
+                "attn-dispatch's plug-in captures decodes of one new token. Set "
+                "cudagraph_mode=PIECEWISE."
+            )
+        if self._graphs is None:
+            for layer in self._layers:
+                layer.impl.bind(layer, layer.kv_cache)
+            self._graphs = DecodeSteps(
+                [layer for each in self._attentions for layer in each.layers],
+                max_num_seqs=max(num_reqs, self.vllm_config.scheduler_config.max_num_seqs),
+                max_seq_len=self.vllm_config.model_config.max_model_len,
+            )
+        step = self._graphs.capture(num_reqs)
+        for each in self._attentions:
+            each.warm_up(step)
+        return self.metadata_class(step, num_reqs, 1)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -210,6 +248,10 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
             max_decode_query_len=self._max_decode_query_len,
             shared_prefix_len=common_prefix_len,
         )
+        num_reqs = int(common_attn_metadata.num_reqs)  # of a graph, if it is padded
+        is_decode = int(common_attn_metadata.max_query_len) == 1 and not common_prefix_len
+        if self._graphs is not None and is_decode and num_reqs in self._graphs:
+            self._graphs.prepare(num_reqs, batch)
         return self.metadata_class(ForwardContext(batch), batch.num_tokens, batch.max_query_len)
 
     def use_cascade_attention(
@@ -223,7 +265,55 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         )
 
 
-class AttnDispatchImpl(theirs.AttentionImpl):
+def features_of(config: Any) -> dict[str, Any]:
+    """What vLLM's configuration makes of the arguments of an `EngineAttention`."""
+    mode = getattr(config.compilation_config, "cudagraph_mode", None)
+    has_graphs = mode is not None and mode.has_full_cudagraphs()
+    return {
+        "batch_invariant": bool(vllm.envs.VLLM_BATCH_INVARIANT),
+        "try_cuda_graph": has_graphs and config.speculative_config is None,
+    }
+
+
+class BoundImpl:
+    """What the impls of layers have in common: they follow the cache of vLLM's layer.
+
+    Attributes:
+        attention: the layer of this library.
+    """
+
+    attention: EngineAttention
+
+    def bind(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        """Use the cache and the scales that vLLM's layer has now.
+
+        Raises:
+            InvalidInputError, UnsupportedError: as for `bind_kv_caches`.
+        """
+        attention, spec = self.attention, self.attention.layer.spec
+        if not AttentionType(spec.attn_type).has_kv_cache:
+            return
+        attention.set_scales(*self.scales_of(layer))
+        if attention.is_bound_to(kv_cache):
+            return
+        dtype = None
+        if kv_cache.dtype == torch.uint8:
+            arch = detect_device(kv_cache.device).arch
+            dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
+        attention.bind(self.view_of(kv_cache, dtype), kv_cache, layer.layer_name)
+
+    def scales_of(self, layer: Any) -> tuple[float, float]:
+        """The scales of keys and of values."""
+        k_scale, v_scale = scales_of(layer)
+        return k_scale, v_scale
+
+    def view_of(self, kv_cache: torch.Tensor, dtype: torch.dtype | None) -> KVCache:
+        """vLLM's cache as a view of its memory; bytes as dtype."""
+        convert = kv_cache_from_vllm_0_24 if kv_cache.dim() == 5 else kv_cache_from_vllm
+        return convert(kv_cache, self.attention.layer.spec.head_size, dtype=dtype)
+
+
+class AttnDispatchImpl(BoundImpl, theirs.AttentionImpl):
     """One attention layer of a model.
 
     Raises:
@@ -265,7 +355,7 @@ class AttnDispatchImpl(theirs.AttentionImpl):
             sinks=sinks,
             # vLLM 0.33 has no cascade attention: it looks no common prefix up.
             try_shared_prefix=hasattr(theirs.AttentionMetadataBuilder, "use_cascade_attention"),
-            batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
+            **features_of(config),
         )
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -296,19 +386,6 @@ class AttnDispatchImpl(theirs.AttentionImpl):
             )
         if attn_metadata is None:
             return output.fill_(0)
-        attention = self.attention
-        if AttentionType(attention.layer.spec.attn_type).has_kv_cache:
-            attention.set_scales(*scales_of(layer))
-            if not attention.is_bound_to(kv_cache):
-                self._bind(layer.layer_name, kv_cache)
-        attention.forward(query, key, value, attn_metadata.context, output, output_scale)
+        self.bind(layer, kv_cache)
+        self.attention.forward(query, key, value, attn_metadata.context, output, output_scale)
         return output
-
-    def _bind(self, name: str, kv_cache: torch.Tensor) -> None:
-        """Use vLLM's cache, as a view of its memory."""
-        convert = kv_cache_from_vllm_0_24 if kv_cache.dim() == 5 else kv_cache_from_vllm
-        spec, dtype = self.attention.layer.spec, None
-        if kv_cache.dtype == torch.uint8:
-            arch = detect_device(kv_cache.device).arch
-            dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
-        self.attention.bind(convert(kv_cache, self.head_size, dtype=dtype), kv_cache, name)

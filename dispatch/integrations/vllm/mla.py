@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import vllm.envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.v1.attention import backend as theirs
@@ -21,6 +20,8 @@ from attn_dispatch.integrations.vllm.backend import (
     AttnDispatchBackend,
     AttnDispatchBuilder,
     AttnDispatchMetadata,
+    BoundImpl,
+    features_of,
 )
 from attn_dispatch.integrations.vllm.requests import (
     check_known,
@@ -28,7 +29,7 @@ from attn_dispatch.integrations.vllm.requests import (
     layer_arguments,
     reasons_of_flags,
 )
-from attn_dispatch.interface.quantization import is_fp8
+from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.runtime.mla_layer import MLAAttention
 
@@ -145,8 +146,8 @@ class AttnDispatchMLABuilder(AttnDispatchBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        for name, each in zip(layer_names, self._attentions, strict=True):
-            each.layer.prefix = name  # vLLM does not give it to forward_mha
+        for layer in self._layers:
+            layer.impl.vllm_layer = layer  # forward_mha is not given it
 
 
 class _LoadedWeight:
@@ -156,7 +157,7 @@ class _LoadedWeight:
         self.weight = torch.empty(rows, columns, device="meta")
 
 
-class AttnDispatchMLAImpl(theirs.MLAAttentionImpl):
+class AttnDispatchMLAImpl(BoundImpl, theirs.MLAAttentionImpl):
     """One layer of latent attention.
 
     Raises:
@@ -191,7 +192,7 @@ class AttnDispatchMLAImpl(theirs.MLAAttentionImpl):
         self.num_kv_heads, self.v_head_dim = num_kv_heads, v_head_dim
         self.kv_cache_dtype, self.kv_b_proj = kv_cache_dtype, kv_b_proj
         self._weight = _LoadedWeight(num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank)
-        self._bound: tuple[Any, ...] | None = None
+        self.vllm_layer: Any = None
         config = get_current_vllm_config()
         self.attention = EngineAttention(
             layer_class=MLAAttention,
@@ -207,7 +208,7 @@ class AttnDispatchMLAImpl(theirs.MLAAttentionImpl):
             scale=self.scale,
             kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
             logits_soft_cap=logits_soft_cap,
-            batch_invariant=bool(vllm.envs.VLLM_BATCH_INVARIANT),
+            **features_of(config),
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -233,21 +234,24 @@ class AttnDispatchMLAImpl(theirs.MLAAttentionImpl):
         Raises:
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
-        cache, attention = kv_c_and_k_pe_cache, self.attention
-        # vLLM makes a new view of an fp8 cache for each call.
-        given = (cache.data_ptr(), cache.shape, cache.stride(), cache.dtype)
-        if given != self._bound:
-            self._bind(cache, k_scale)
-            self._bound = given
+        self.bind(self.vllm_layer, self.vllm_layer.kv_cache)  # given a new view of an fp8 cache
         out = output.view(-1, self.num_heads, self.v_head_dim)
-        attention.forward(q, kv_c_normed, k_pe, attn_metadata.context, out, output_scale)
+        self.attention.forward(q, kv_c_normed, k_pe, attn_metadata.context, out, output_scale)
 
-    def _bind(self, kv_cache: torch.Tensor, k_scale: torch.Tensor) -> None:
-        """Use vLLM's cache. The scale of fp8 latents is read once, which waits for the device."""
-        self.process_weights_after_loading(self.attention.layer.spec.dtype)  # 0.24 does not call it
-        if is_fp8(kv_cache.dtype):
-            self.attention.set_scales(float(k_scale), float(k_scale))
-        self.attention.bind(kv_cache, kv_cache, self.attention.layer.prefix)
+    def bind(self, layer: Any, kv_cache: torch.Tensor) -> None:
+        """Use the cache, the scales and the weight that vLLM's layer has now."""
+        if not self.attention.is_bound_to(kv_cache):  # 0.24 does not call it
+            self.process_weights_after_loading(self.attention.layer.spec.dtype)
+        super().bind(layer, kv_cache)
+
+    def scales_of(self, layer: Any) -> tuple[float, float]:
+        """One scale: the entries are keys and values."""
+        k_scale, _ = super().scales_of(layer)
+        return k_scale, k_scale
+
+    def view_of(self, kv_cache: torch.Tensor, dtype: torch.dtype | None) -> KVCache:
+        """vLLM's cache; bytes as dtype."""
+        return kv_cache if dtype is None else kv_cache.view(dtype)
 
     def forward_mqa(self, *given: Any, **more: Any) -> Any:
         """Never called: the metadata has no decodes.
