@@ -7,19 +7,18 @@ from typing import Any
 import torch
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.engines import DecodeSteps
 from attn_dispatch.integrations.sglang.layers import (
     attention_of,
     cache_of,
     check_runner,
     radix_layers,
 )
-from attn_dispatch.integrations.sglang.names import Engine
 from attn_dispatch.integrations.sglang.steps import batch_of_step, check_step
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_view import KVCacheView
 from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.runtime.context import ForwardContext, forward_context
+from attn_dispatch.runtime.engine_attention import DecodeSteps
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.layer import Attention
 
@@ -43,7 +42,7 @@ class SGLangAdapter:
 
     needs_cpu_seq_lens = True
 
-    def __init__(self, runner: Any, engine: Engine) -> None:
+    def __init__(self, runner: Any, engine: Any) -> None:
         super().__init__()
         check_runner(runner, engine)
         self._runner = runner

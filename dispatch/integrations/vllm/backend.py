@@ -17,7 +17,6 @@ from vllm.v1.attention import backend as theirs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.engines import DecodeSteps, EngineAttention, reasons_against
 from attn_dispatch.integrations.vllm.batches import batch_of
 from attn_dispatch.integrations.vllm.private import scales_of
 from attn_dispatch.integrations.vllm.requests import (
@@ -37,6 +36,8 @@ from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.types import AttentionType
 from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.runtime.context import ForwardContext
+from attn_dispatch.runtime.engine_attention import DecodeSteps, EngineAttention
+from attn_dispatch.selection.resolve import reasons_against
 
 __all__ = ["AttnDispatchBackend", "AttnDispatchBuilder", "AttnDispatchImpl", "AttnDispatchMetadata"]
 

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from vllm.v1.attention import backend as theirs
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.engines import EngineAttention, reasons_against
 from attn_dispatch.integrations.vllm.backend import (
     AttnDispatchBackend,
     AttnDispatchBuilder,
@@ -31,7 +30,9 @@ from attn_dispatch.integrations.vllm.requests import (
 )
 from attn_dispatch.interface.kv_view import KVCache
 from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.runtime.engine_attention import EngineAttention
 from attn_dispatch.runtime.mla_layer import MLAAttention
+from attn_dispatch.selection.resolve import reasons_against
 
 __all__ = [
     "AttnDispatchMLABackend",
