@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class EnginePlugin:
 
     Attributes:
         engine: the name of the engine's distribution.
+        others: names of distributions that have the same package.
         group: the group of entry points that it reads.
         flag: what a user gives to the engine.
         tested: version of the engine -> what was tested with it.
@@ -25,13 +27,14 @@ class EnginePlugin:
     group: str
     flag: str
     tested: Mapping[str, str]
+    others: tuple[str, ...] = ()
 
     def status(self) -> dict[str, Any]:
         """Whether the engine is installed, and whether it sees the plug-in, as JSON-ready data."""
-        try:
-            version = importlib.metadata.version(self.engine)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
+        version = None
+        for name in (*self.others, self.engine):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version(name)
         names = {each.name for each in importlib.metadata.entry_points(group=self.group)}
         return {
             "engine": self.engine,

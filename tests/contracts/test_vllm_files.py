@@ -206,6 +206,14 @@ def test_the_class_that_vllm_gets_for_the_name(engine):
         assert resolve(".".join(found.full_cls_name())) is found
 
 
+@pytest.mark.parametrize("cls", ["AttentionImpl", "MLAAttentionImpl"])
+def test_the_arguments_of_impls_are_in_the_order_of_theirs(engine, cls):
+    """The impls take them by position and by name."""
+    wanted = [*inspect.signature(getattr(engine.theirs, cls).__init__).parameters]
+    ours = engine.ours.ARGUMENTS
+    assert tuple(wanted[1 : 1 + len(ours)]) == ours
+
+
 def assert_takes_what_is_given(wanted, found, where):
     """By position in the same order, and by the same names."""
     ours = found.parameters.values()

