@@ -42,6 +42,7 @@ _HOMES = {
     "platforms.device": "DeviceMatch DeviceProfile",
     "platforms.known_devices": "known_device",
     "runtime.context": "forward_context",
+    "runtime.engine_attention": "DecodeSteps EngineAttention",
     "runtime.functional": "attention merge_states",
     "runtime.graph_state": "ModelGraphState graph_state",
     "runtime.graph_step": "GraphStep",
@@ -55,7 +56,7 @@ _HOMES = {
     "selection.overrides": "attention_backend",
     "selection.registry": "register_backend resolve_full_cls_name",
     "selection.report": "Report Selection",
-    "selection.resolve": "explain resolve",
+    "selection.resolve": "explain reasons_against resolve",
     "selection.selector": "select",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -67,6 +67,8 @@ from attn_dispatch.platforms.device import DeviceMatch as DeviceMatch
 from attn_dispatch.platforms.device import DeviceProfile as DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device as known_device
 from attn_dispatch.runtime.context import forward_context as forward_context
+from attn_dispatch.runtime.engine_attention import DecodeSteps as DecodeSteps
+from attn_dispatch.runtime.engine_attention import EngineAttention as EngineAttention
 from attn_dispatch.runtime.functional import attention as attention
 from attn_dispatch.runtime.functional import merge_states as merge_states
 from attn_dispatch.runtime.graph_state import ModelGraphState as ModelGraphState
@@ -88,6 +90,7 @@ from attn_dispatch.selection.registry import resolve_full_cls_name as resolve_fu
 from attn_dispatch.selection.report import Report as Report
 from attn_dispatch.selection.report import Selection as Selection
 from attn_dispatch.selection.resolve import explain as explain
+from attn_dispatch.selection.resolve import reasons_against as reasons_against
 from attn_dispatch.selection.resolve import resolve as resolve
 from attn_dispatch.selection.selector import select as select
 from attn_dispatch.version import __version__ as __version__

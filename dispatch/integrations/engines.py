@@ -1,4 +1,4 @@
-"""What the plug-ins of engines share: a layer over the engine's own cache, and reasons as text."""
+"""What `attn-dispatch doctor` reports of the plug-ins for engines."""
 
 from __future__ import annotations
 
@@ -8,148 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.interface.capability import ReasonCode
-from attn_dispatch.interface.kv_view import KVCache
-from attn_dispatch.interface.quantization import is_fp8
-from attn_dispatch.interface.spec import AttentionSpec
-from attn_dispatch.platforms.device import DeviceProfile
-from attn_dispatch.runtime.context import ForwardContext, forward_context
-from attn_dispatch.runtime.kv_binding import bind_kv_caches
-from attn_dispatch.runtime.layer import Attention
-from attn_dispatch.selection.resolve import explain
-
-__all__ = ["EngineAttention", "EnginePlugin", "reasons_against"]
-
-
-def reasons_against(
-    spec: AttentionSpec, device: torch.device | str | DeviceProfile | None = None
-) -> list[str]:
-    """Why no backend computes a layer on a device, one sentence each; empty if one does.
-
-    Backends for other devices are left out. Arguments and errors are those of `explain`.
-    """
-    found: dict[str, None] = {}
-    for report in explain(spec, device):
-        if report.picked is None:
-            found[report.because.removesuffix(":")] = None
-            for each in report.verdicts:
-                if all(reason.code is not ReasonCode.DEVICE for reason in each.reasons):
-                    found |= dict.fromkeys(f"{each.name}: {reason}" for reason in each.reasons)
-    return list(found)
-
-
-class EngineAttention:
-    """One attention layer of an engine. The engine allocates its cache, and hands it over.
-
-    A second layer, with fp8 output, is made when the engine asks for one.
-
-    Args:
-        try_shared_prefix: read a shared prefix once, if the layer's features and backends allow it.
-        **arguments: of `Attention`. The block size is left open: it is that of the cache.
-
-    Raises:
-        UnsupportedError, UnknownBackendError, InvalidInputError: as for `Attention`.
-
-    Attributes:
-        layer: the layer.
-        shares_prefix: it reads a shared prefix once.
-    """
-
-    def __init__(self, *, try_shared_prefix: bool = False, **arguments: Any) -> None:
-        self._arguments = {"block_size": None, **arguments}
-        self.layer = Attention(**self._arguments)
-        self.shares_prefix = False
-        if try_shared_prefix:
-            with contextlib.suppress(UnsupportedError):
-                self.layer = Attention(**self._arguments, shared_prefix=True)
-                self.shares_prefix = self._arguments["shared_prefix"] = True
-        self._quantized: Attention | None = None
-        self._given: object = None
-        self._scales = (1.0, 1.0)
-
-    def quantizes_output(self) -> bool:
-        """Whether a backend writes the output as fp8 by a static scale, for `output_scale`."""
-        if self._quantized is None:
-            arguments = {**self._arguments, "prefix": self.layer.prefix}
-            try:
-                self._quantized = Attention(**arguments, output_quant="fp8_e4m3")
-            except UnsupportedError:
-                return False
-        return True
-
-    def is_bound_to(self, given: object) -> bool:
-        """Whether the cache was made of this object of the engine's."""
-        return self._given is given
-
-    def bind(self, kv_cache: KVCache, given: object, name: str) -> None:
-        """Use a cache from now on. Backends are picked again, for its strides and block size.
-
-        Args:
-            kv_cache: the cache, a view of the engine's memory.
-            given: the engine's own object for it, see `is_bound_to`.
-            name: the layer's name in the engine.
-
-        Raises:
-            InvalidInputError, UnsupportedError: as for `bind_kv_caches`.
-        """
-        for layer in self._layers:
-            layer.prefix = name
-            source = layer.kv_sharing_target_layer_name or name
-            bind_kv_caches([layer], {source: kv_cache})
-            if is_fp8(kv_cache.dtype):
-                layer.set_kv_scales(*self._scales)
-        self._given = given
-
-    @property
-    def _layers(self) -> list[Attention]:
-        return [self.layer, *([] if self._quantized is None else [self._quantized])]
-
-    def set_scales(self, k_scale: float, v_scale: float) -> None:
-        """Set the scales of an fp8 cache; nothing is done if they are the same as before."""
-        if (k_scale, v_scale) == self._scales:
-            return
-        self._scales = (k_scale, v_scale)
-        for layer in self._layers:
-            if layer.kv_cache is not None and is_fp8(layer.kv_cache.dtype):
-                layer.set_kv_scales(k_scale, v_scale)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        context: ForwardContext,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-    ) -> None:
-        """Write the new keys and values, and attend: see `Attention.forward`.
-
-        Args:
-            query: (num_tokens, num_heads, head_size).
-            key: (num_tokens, num_kv_heads, head_size); None if the cache has all.
-            value: the same of values.
-            context: of the step. Layers with equal specs share what is planned in it.
-            output: (num_tokens, num_heads, head_size), written.
-            output_scale: () float32, for an output of fp8.
-
-        Raises:
-            InvalidInputError: an argument does not fit; nothing has been written then.
-        """
-        layer = self.layer
-        if output_scale is not None:
-            if not self.quantizes_output() or self._quantized is None:
-                raise InvalidInputError(
-                    f"output_scale was given to layer {layer.prefix!r}, and no backend quantizes "
-                    "its output. Ask quantizes_output first."
-                )
-            if self._quantized.kv_cache is None and layer.kv_cache is not None:
-                self.bind(layer.kv_cache, self._given, layer.prefix)
-            layer = self._quantized
-        with forward_context(context):
-            layer(query, key, value, output=output, output_scale=output_scale)
+__all__ = ["EnginePlugin"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +17,7 @@ class EnginePlugin:
 
     Attributes:
         engine: the name of the engine's distribution.
+        others: names of distributions that have the same package.
         group: the group of entry points that it reads.
         flag: what a user gives to the engine.
         tested: version of the engine -> what was tested with it.
@@ -167,13 +27,14 @@ class EnginePlugin:
     group: str
     flag: str
     tested: Mapping[str, str]
+    others: tuple[str, ...] = ()
 
     def status(self) -> dict[str, Any]:
         """Whether the engine is installed, and whether it sees the plug-in, as JSON-ready data."""
-        try:
-            version = importlib.metadata.version(self.engine)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
+        version = None
+        for name in (*self.others, self.engine):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version(name)
         names = {each.name for each in importlib.metadata.entry_points(group=self.group)}
         return {
             "engine": self.engine,

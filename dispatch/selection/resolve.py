@@ -29,7 +29,14 @@ from attn_dispatch.selection.timings.store import tables_for
 from attn_dispatch.selection.timings.table import Table
 from attn_dispatch.selection.version import version
 
-__all__ = ["ReferenceFallbackWarning", "SelectionContext", "explain", "explained_device", "resolve"]
+__all__ = [
+    "ReferenceFallbackWarning",
+    "SelectionContext",
+    "explain",
+    "explained_device",
+    "reasons_against",
+    "resolve",
+]
 
 
 class ReferenceFallbackWarning(UserWarning):
@@ -284,3 +291,20 @@ def explained_device(
 def is_torch_device(name: str) -> bool:
     """Whether a name is that of a PyTorch device and not of a known device."""
     return name.split(":", maxsplit=1)[0] in ("cpu", "cuda", "mps", "xpu")
+
+
+def reasons_against(
+    spec: AttentionSpec, device: torch.device | str | DeviceProfile | None = None
+) -> list[str]:
+    """Why no backend computes a layer on a device, one sentence each; empty if one does.
+
+    Backends for other devices are left out. Arguments and errors are those of `explain`.
+    """
+    found: dict[str, None] = {}
+    for report in explain(spec, device):
+        if report.picked is None:
+            found[report.because.removesuffix(":")] = None
+            for each in report.verdicts:
+                if all(reason.code is not ReasonCode.DEVICE for reason in each.reasons):
+                    found |= dict.fromkeys(f"{each.name}: {reason}" for reason in each.reasons)
+    return list(found)

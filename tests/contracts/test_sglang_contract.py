@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from attn_dispatch.integrations.sglang import BACKEND_NAME, make_backend, names, register
-from support import fake_sglang
+from support import fake_sglang, sglang_names
 from support.sglang_cases import Conversation
 
 pytestmark = pytest.mark.contracts
@@ -124,14 +124,14 @@ def test_names_that_are_imported(sglang, name, module):
 
 
 @pytest.mark.parametrize(
-    ("where", "wanted"), names.SIGNATURES.items(), ids=lambda each: str(each[-1:])
+    ("where", "wanted"), sglang_names.SIGNATURES.items(), ids=lambda each: str(each[-1:])
 )
 def test_signatures(sglang, where, wanted):
     assert parameters(sglang.definition(*where))[: len(wanted)] == wanted
 
 
 def test_parameters_after_those_that_are_given_have_defaults(sglang):
-    for where, wanted in names.SIGNATURES.items():
+    for where, wanted in sglang_names.SIGNATURES.items():
         function = sglang.definition(*where)
         more = len([p for p in parameters(function) if not p.startswith("*")]) - len(wanted)
         assert more <= len(function.args.defaults) + len(function.args.kw_defaults)
@@ -139,14 +139,14 @@ def test_parameters_after_those_that_are_given_have_defaults(sglang):
 
 @pytest.mark.parametrize(
     ("module", "name", "wanted"),
-    [(*where, wanted) for where, wanted in names.ATTRIBUTES.items()],
-    ids=[name for _, name in names.ATTRIBUTES],
+    [(*where, wanted) for where, wanted in sglang_names.ATTRIBUTES.items()],
+    ids=[name for _, name in sglang_names.ATTRIBUTES],
 )
 def test_attributes(sglang, module, name, wanted):
     assert set(wanted) - attributes_of(sglang.definition(module, name)) == set()
 
 
-@pytest.mark.parametrize(("module", "text"), names.TEXTS.values(), ids=names.TEXTS)
+@pytest.mark.parametrize(("module", "text"), sglang_names.TEXTS.values(), ids=sglang_names.TEXTS)
 def test_texts(sglang, module, text):
     assert text in sglang.text(module)
 

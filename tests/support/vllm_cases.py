@@ -65,8 +65,8 @@ def common_of(engine, *, new=NEW, total=TOTAL, bounds=None, padded_tokens=0, pad
         "seq_lens": torch.tensor([*total, *padding], dtype=torch.int32),
         "num_reqs": rows,
         "num_actual_tokens": starts[-1] + padded_tokens,
-        "max_query_len": max(new),
-        "max_seq_len": max(bounds or total),
+        "max_query_len": max(new, default=0),
+        "max_seq_len": max(bounds or total, default=0),
         "block_table_tensor": table,
         "slot_mapping": torch.tensor(slots, dtype=torch.int64),
         "seq_lens_cpu_upper_bound": torch.tensor(
@@ -431,8 +431,6 @@ def check_registration(engine, monkeypatch):
         plugin.register()
     name = engine.ours.AttnDispatchBackend.get_name()
     assert name == ("CUSTOM" if engine.version == "0.24.0" else "ATTN_DISPATCH")
-    module, _, cls = plugin.BACKEND_CLASS.rpartition(".")
-    assert (module, cls) == (engine.ours.__name__, "AttnDispatchBackend")
     assert engine.path_of(name) == plugin.BACKEND_CLASS
 
 

@@ -13,14 +13,12 @@ from attn_dispatch.integrations.sglang.layers import (
     check_runner,
     radix_layers,
 )
-from attn_dispatch.integrations.sglang.names import Engine
 from attn_dispatch.integrations.sglang.steps import batch_of_step, check_step
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.kv_view import KVCacheView
 from attn_dispatch.platforms.device_errors import is_capturing
 from attn_dispatch.runtime.context import ForwardContext, forward_context
-from attn_dispatch.runtime.graph_state import ModelGraphState, graph_state
-from attn_dispatch.runtime.graph_step import GraphStep
+from attn_dispatch.runtime.engine_attention import DecodeSteps
 from attn_dispatch.runtime.kv_binding import bind_kv_caches
 from attn_dispatch.runtime.layer import Attention
 
@@ -44,7 +42,7 @@ class SGLangAdapter:
 
     needs_cpu_seq_lens = True
 
-    def __init__(self, runner: Any, engine: Engine) -> None:
+    def __init__(self, runner: Any, engine: Any) -> None:
         super().__init__()
         check_runner(runner, engine)
         self._runner = runner
@@ -56,8 +54,7 @@ class SGLangAdapter:
         self._in_window_pool = {
             name for name, layer, _ in self._found if mapping.get(layer.layer_id, (0, False))[1]
         }
-        self._state: ModelGraphState | None = None
-        self._steps: dict[int, GraphStep] = {}
+        self._graphs: DecodeSteps | None = None
         self.forward_metadata: ForwardContext | None = None
         self._make_layers(cuda_graph=False)
 
@@ -200,14 +197,12 @@ class SGLangAdapter:
         named = {n: each for n, each in self.attention_layers().items() if each.spec.block_size}
         window = [name for name in named if name in self._in_window_pool]
         groups = [[name for name in named if name not in window], window]
-        self._state = graph_state(
-            named,
+        self._graphs = DecodeSteps(
+            list(named.values()),
             max_num_seqs=max_bs,
             max_seq_len=self._runner.req_to_token_pool.req_to_token.shape[1],
             batches=[each for each in groups if each],
         )
-        with self._state.graph_capture():  # allocates
-            self._steps = {}
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Prepare the capture of a decode graph, or copy a step to where its graph reads it.
@@ -227,17 +222,15 @@ class SGLangAdapter:
                 "attn-dispatch prepares steps on the host, which a graph would replay with the "
                 "values of its capture. Set SGLANG_ENABLE_METADATA_GLUE_GRAPH=0."
             )
-        if self._state is None:
+        if self._graphs is None:
             raise InvalidInputError("init_cuda_graph_state was not called before a capture.")
         check_step(forward_batch)
         size = forward_batch.batch_size
         if in_capture:
-            if size not in self._steps:
-                self._steps[size] = self._state.graph_capture_get_metadata_for_batch(size)
+            self.forward_metadata = self._graphs.capture(size)
         else:
             step = self._batches(forward_batch, size - forward_batch.num_padding)
-            self._state.prepare_graph_input_buffers(self._steps[size], step)
-        self.forward_metadata = self._steps[size]
+            self.forward_metadata = self._graphs.prepare(size, step)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """What SGLang writes as the length of requests that pad a batch."""

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.sglang.names import Engine
 from attn_dispatch.interface.kv_layouts import kv_cache_from_sglang
 from attn_dispatch.interface.kv_view import KVCacheView
 from attn_dispatch.runtime.layer import Attention
@@ -36,7 +35,7 @@ CACHE_DTYPES = {
 _USE_ANOTHER = "Run SGLang with another --attention-backend."
 
 
-def check_runner(runner: Any, engine: Engine) -> None:
+def check_runner(runner: Any, engine: Any) -> None:
     """Reject models and options of the server that this plug-in does not serve.
 
     Raises:
@@ -85,7 +84,7 @@ def check_runner(runner: Any, engine: Engine) -> None:
         )
 
 
-def radix_layers(model: nn.Module, engine: Engine) -> Iterator[tuple[str, Any, Any]]:
+def radix_layers(model: nn.Module, engine: Any) -> Iterator[tuple[str, Any, Any]]:
     """(name, RadixAttention, its sinks or None) of each attention layer of a model."""
     modules = dict(model.named_modules())
     for name, layer in modules.items():

