@@ -108,7 +108,7 @@ def test_a_fault_has_its_place_in_the_kernel(monkeypatch):
 
     device = EmulatedDevice.named("gfx942")
     check = Check("fault", "", AttentionSpec(num_heads=1, head_size=8, dtype=torch.half), fault)
-    outcome = run(device.check_on_it(check))
+    outcome = run(device.check_on_it(check, backend_named("TRITON_ATTN")))
     assert outcome.status == "failed"
     assert outcome.message == (
         "it raises MemoryFault: an access outside of x_ptr. "
