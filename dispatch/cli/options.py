@@ -52,8 +52,8 @@ Emulate: TypeAlias = Annotated[
     str | None,
     typer.Option(
         metavar="ARCH",
-        help="An AMD GPU to emulate on the CPU, instead of a device: gfx90a, gfx942, gfx950, "
-        "gfx1100, gfx1201.",
+        help="A GPU to emulate on the CPU, instead of a device: gfx90a, gfx942, gfx950, gfx1100, "
+        "gfx1201; or sm90, whose kernels are interpreted.",
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,7 +55,8 @@ def verify(
     a check fails.
 
     With --emulate, Triton compiles the backend's kernels for an AMD GPU, and their instructions are
-    executed on the CPU. It needs `pip install 'attn-dispatch[emulate]'`.
+    executed on the CPU. For sm90 the kernels, Gluon's too, are interpreted instead, without a
+    compiler. It needs `pip install 'attn-dispatch[emulate]'`.
     """
     if emulate is not None and device is not None:
         raise InvalidInputError("--emulate runs on the CPU: give it or --device, not both.")
@@ -75,6 +78,8 @@ def verify(
 
 
 def _emulated_device(arch: str, addressing: str) -> EmulatedDevice:
+    if arch == "sm90" and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
     from attn_dispatch.conformance.emulated import EmulatedDevice
 
     return EmulatedDevice.named(arch, addressing)

@@ -1,4 +1,4 @@
-"""Checks of a backend on an AMD GPU that is emulated on the CPU.
+"""Checks of a backend on a GPU that is emulated on the CPU.
 
 device = EmulatedDevice.named("gfx942")
 report = verify(MyBackend, emulate=device)
@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from attn_dispatch.conformance.check import Check, skip
 from attn_dispatch.conformance.tolerance import CheckFailed, ErrorBound
 from attn_dispatch.errors import InvalidInputError, summary_of
+from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.platforms.detect import emulated_profile
 from attn_dispatch.platforms.device import DeviceProfile
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.selection.version import changed
 
-if TYPE_CHECKING:
-    from attn_dispatch.emulation import Emulation
-
-__all__ = ["Addressing", "EmulatedDevice"]
+__all__ = ["Addressing", "EmulatedDevice", "InterpretedHopper"]
 
 #: How kernels access memory. Triton uses buffer instructions, whose offsets have 32 bits, for
 #: tensors in storages under 2 GiB. "buffer": all tensors are; "mixed": all but caches, which is
@@ -37,11 +37,13 @@ _LARGE_BYTES = 1 << 31
 #: Compute units of an emulated device. Kernels start programs for each; an emulator runs them one
 #: after another, and a few show the same as 304.
 _COMPUTE_UNITS = 4
+#: Its kernels are in Gluon, which is interpreted; there is no emulator of its instructions.
+_HOPPER = "sm90"
 
 
 @dataclasses.dataclass
 class EmulatedDevice:
-    """An AMD GPU that is emulated, and what ran on it.
+    """A GPU that is emulated, and what ran on it.
 
     Attributes:
         profile: of the product with this architecture, but with few compute units.
@@ -61,9 +63,12 @@ class EmulatedDevice:
     def named(cls, arch: str, addressing: str = "buffer") -> EmulatedDevice:
         """The device of an architecture, after a trial: what is missing is an error at once.
 
+        sm90 is an `InterpretedHopper`.
+
         Raises:
             InvalidInputError: it is not emulated; there is no such addressing; NumPy or Triton is
-                not installed; or Triton interprets kernels in this process.
+                not installed; or Triton interprets kernels in this process, which it must for sm90
+                and must not for others.
         """
         if addressing not in get_args(Addressing):
             raise InvalidInputError(
@@ -73,19 +78,17 @@ class EmulatedDevice:
             from attn_dispatch.emulation import EmulationError, emulated
         except ImportError as error:
             raise InvalidInputError(str(error)) from error
+        if arch == _HOPPER:
+            if addressing != "buffer":
+                raise InvalidInputError(f"{arch} has no addressing: leave it out.")
+            _require_interpreter()
+            return InterpretedHopper(_few_units(arch))
         try:
             with emulated(arch):
                 pass
         except EmulationError as error:
             raise InvalidInputError(str(error)) from error
-        known = KNOWN_DEVICES[arch]
-        profile = dataclasses.replace(
-            known,
-            name=f"{known.name}, emulated",
-            num_sms=_COMPUTE_UNITS,
-            other_libraries="looked up",
-        )
-        return cls(profile, cast("Addressing", addressing))
+        return cls(_few_units(arch), cast("Addressing", addressing))
 
     def __str__(self) -> str:
         return f"{self.profile.arch} (emulated, {self.addressing} addressing)"
@@ -101,23 +104,19 @@ class EmulatedDevice:
         return torch.device("cpu")
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Emulation]:
+    def running(self, seed: int = 0) -> Iterator[Any]:
         """Within this context the CPU is this device, for selection, layers and Triton.
+
+        Args:
+            seed: of the order in which warps run, for `InterpretedHopper`.
 
         Raises:
             EmulationError: as for `emulation.emulated`.
         """
         from attn_dispatch.emulation import emulated
 
-        profile = self.profile
         buffer_ops = self.addressing != "global"
-        with (
-            emulated(profile.arch, buffer_ops=buffer_ops) as emulation,
-            contextlib.ExitStack() as stack,
-        ):
-            stack.callback(changed)  # selections for the CPU, before and afterwards, are others
-            stack.enter_context(emulated_profile(profile))
-            changed()
+        with emulated(self.profile.arch, buffer_ops=buffer_ops) as emulation, self._as_profile():
             try:
                 yield emulation
             finally:
@@ -125,15 +124,24 @@ class EmulatedDevice:
                 self.instructions += sum(each.instructions for each in emulation.launches)
                 self.seconds += sum(each.seconds for each in emulation.launches)
 
-    def check_on_it(self, check: Check) -> Check:
-        """The check, run on this device."""
+    @contextlib.contextmanager
+    def _as_profile(self) -> Iterator[None]:
+        """Within this context the CPU is this device, for selection and layers."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(changed)  # selections for the CPU, before and afterwards, are others
+            stack.enter_context(emulated_profile(self.profile))
+            changed()
+            yield
+
+    def check_on_it(self, check: Check, cls: type[AttentionBackend]) -> Check:
+        """A check of a backend, run on this device."""
         if check.needs:
             reason = f"it needs a PyTorch device of type {check.needs}, and tensors are on the CPU"
             return dataclasses.replace(check, test=partial(skip, reason), needs="")
         return dataclasses.replace(check, test=partial(self._run, check))
 
     def _run(self, check: Check) -> ErrorBound | None:
-        with self.running():
+        with self.running(zlib.crc32(check.full_name.encode())):
             try:
                 return check.test()
             except Exception as error:
@@ -150,6 +158,76 @@ class EmulatedDevice:
             f"{self.profile.arch}: {self.launches} launches, {self.instructions / 1e6:.1f} million "
             f"wave instructions, {self.seconds:.0f} s. It is an emulated instruction set, not "
             "hardware."
+        )
+
+
+@dataclasses.dataclass
+class InterpretedHopper(EmulatedDevice):
+    """A Hopper GPU: Gluon kernels are interpreted, and Triton interprets its own.
+
+    Attributes:
+        kernels: how often each Gluon kernel was launched.
+    """
+
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return f"{self.profile.arch} (interpreted)"
+
+    @contextlib.contextmanager
+    def running(self, seed: int = 0) -> Iterator[Any]:
+        """See EmulatedDevice.running."""
+        from attn_dispatch.emulation.gluon.interpret import interpreted
+
+        with interpreted(seed=seed) as launched, self._as_profile():
+            try:
+                yield launched
+            finally:
+                self.kernels.update(launched)
+
+    def check_on_it(self, check: Check, cls: type[AttentionBackend]) -> Check:
+        """See EmulatedDevice.check_on_it."""
+        reason = ""
+        if check.group == "bits":
+            reason = "matrix products on a CPU are summed in an order that depends on their shapes"
+        elif check.spec.dtype == torch.bfloat16 and cls.kernel_notes(
+            check.spec, self.profile, None
+        ):
+            reason = "portable kernels compute it, and Triton's interpreter gets bfloat16 wrong"
+        if reason:
+            return dataclasses.replace(check, test=partial(skip, reason), needs="")
+        return super().check_on_it(check, cls)
+
+    def summary(self) -> str:
+        """See EmulatedDevice.summary."""
+        if not self.kernels:
+            return f"No Gluon kernel was launched on the interpreted {self.profile.arch}."
+        names = ", ".join(f"{name} {number}" for name, number in sorted(self.kernels.items()))
+        return (
+            f"{self.profile.arch}: launches of {names}. Kernels are interpreted in Python: no "
+            "compiler and no hardware."
+        )
+
+
+def _few_units(arch: str) -> DeviceProfile:
+    known = KNOWN_DEVICES[arch]
+    return dataclasses.replace(
+        known,
+        name=f"{known.name}, emulated",
+        num_sms=_COMPUTE_UNITS,
+        other_libraries="looked up",
+    )
+
+
+def _require_interpreter() -> None:
+    """Raise InvalidInputError unless Triton interprets kernels in this process."""
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    if not triton.knobs.runtime.interpret or isinstance(tl.sum, JITFunction):
+        raise InvalidInputError(
+            "For sm90 kernels are interpreted: set TRITON_INTERPRET=1 and start a new process."
         )
 
 

@@ -264,6 +264,8 @@ def _sizes_of(mla: MLADims) -> dict[str, Any]:
 def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionSpec:
     """A plain layer that the backend accepts on this device; of latents if it takes no others.
 
+    It is one that the backend's own kernels compute, if there is one: see `kernel_notes`.
+
     Raises:
         InvalidInputError: it accepts none that is tried; the message has the reasons.
     """
@@ -288,16 +290,36 @@ def base_spec(cls: type[AttentionBackend], profile: DeviceProfile) -> AttentionS
             for heads, kv_heads in (*_HEADS, *itertools.product(*named))
             for size_v in [None, *_named(fields.get("head_size_v"), profile)][:4]
         ]
-    for choice in itertools.islice(itertools.product(*options.values()), _PLAIN_TRIED):
-        chosen = dict(zip(options, choice, strict=True))
-        spec = _changed(like, {**chosen.pop("sizes"), **chosen})
-        if spec is not None and not refusals(cls, spec, profile):
-            return spec
+    accepted = _accepted(cls, profile, like, options)
+    if (found := next(accepted, None)) is not None:
+        choice, spec = found
+        if cls.kernel_notes(spec, profile, None):  # other kernels compute it
+            own = {name: [choice[name]] for name in options}
+            own |= {name: options[name] for name in ("dtype", "sizes")}
+            for _, other in _accepted(cls, profile, like, own):
+                if not cls.kernel_notes(other, profile, None):
+                    return other
+        return spec
     reasons = "; ".join(map(str, refusals(cls, like, profile)))
     raise InvalidInputError(
         f"{cls.get_name()} accepts no plain layer on {profile.name} ({profile.arch}) that could be "
         f"tried. It rejects {like}: {reasons}."
     )
+
+
+def _accepted(
+    cls: type[AttentionBackend],
+    profile: DeviceProfile,
+    like: AttentionSpec,
+    options: dict[str, list[Any]],
+) -> Iterator[tuple[dict[str, Any], AttentionSpec]]:
+    """Choices of one value of each option, with the layer, that the backend accepts."""
+    for values in itertools.islice(itertools.product(*options.values()), _PLAIN_TRIED):
+        choice = dict(zip(options, values, strict=True))
+        fields = {name: value for name, value in choice.items() if name != "sizes"}
+        spec = _changed(like, {**choice["sizes"], **fields})
+        if spec is not None and not refusals(cls, spec, profile):
+            yield choice, spec
 
 
 def _companions(field: str, value: Any) -> list[dict[str, Any]]:

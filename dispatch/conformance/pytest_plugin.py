@@ -30,7 +30,7 @@ def conformance_checks(
         name: the backend's.
         device: cpu, cuda, cuda:1; None for the default device.
         quick: fewer checks.
-        emulate: an AMD GPU, such as "gfx942", to emulate on the CPU; instead of device.
+        emulate: a GPU, such as "gfx942" or "sm90", to emulate on the CPU; instead of device.
 
     Raises:
         UnknownBackendError, BackendFailure: there is no such backend, or it cannot be loaded.
@@ -72,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--attn-dispatch-emulate",
         metavar="ARCH",
-        help="An AMD GPU, such as gfx942, to emulate on the CPU; instead of a device.",
+        help="A GPU, such as gfx942, to emulate on the CPU; instead of a device.",
     )
     group.addoption("--attn-dispatch-quick", action="store_true", help="Fewer checks.")
 

@@ -84,8 +84,8 @@ def checks_for(
         quick: one value of each field, few sets of features, no compiler.
         profile: the device to test for, if not the real one: Triton's interpreter runs on a CPU
             what is declared for a GPU.
-        emulate: an AMD GPU, such as "gfx942", on whose emulation each check runs; instead of
-            `device` and `profile`.
+        emulate: a GPU, such as "gfx942" or "sm90", on whose emulation each check runs; instead
+            of `device` and `profile`.
 
     Raises:
         UnsupportedError: the backend does not run on the device.
@@ -114,7 +114,7 @@ def checks_for(
             for check in group(target)
         ]
         if emulate is not None:
-            return [emulate.check_on_it(check) for check in checks]
+            return [emulate.check_on_it(check, backend_cls) for check in checks]
         return [check for check in checks if check.needs in ("", torch_device.type)]
     except (AttnDispatchError, KeyboardInterrupt):
         raise

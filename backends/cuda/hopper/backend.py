@@ -93,6 +93,8 @@ class HopperImpl(TritonImpl):
     def _attend(self, call: Call) -> None:
         prefill, decode = call.metadata.prefill, call.metadata.decode
         shares = prefill.shares if isinstance(prefill, HopperPlan) else None
+        if not call.query.is_cuda:
+            shares = None  # interpreted kernels run one after another
         pages = None
         if decode is not None and decode.num_reqs and call.cache is not None:
             pages = self._pages_to_decode(call.cache, decode, call.query.dtype)

@@ -135,6 +135,8 @@ class HopperMLAImpl(TritonMLAImpl):
         lse = out
         if self.returns_lse:
             lse = torch.empty(tokens, self.num_heads, dtype=torch.float32, device=absorbed.device)
+        if not tokens:  # TMA has no empty matrices
+            return out, lse if self.returns_lse else None
         rows = absorbed.flatten(0, 1)
         most_rows = batch.max_query_len * self.num_heads  # of a request
         q_rows = next((rows for rows in (16, 32) if rows >= most_rows), _ROWS)

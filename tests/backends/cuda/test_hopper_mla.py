@@ -152,6 +152,18 @@ def test_interpreted_attention_agrees_with_float64(which):
         torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-3, atol=1e-3)
 
 
+def test_a_batch_without_tokens():
+    step = MLAStep(
+        (), (), backend=HopperMLABackend, dims=DIMS, heads=16, dtype=torch.bfloat16, block_size=16,
+        returns_lse=True,
+    )  # fmt: skip
+    with interpreted() as launched, torch.inference_mode():
+        output, lse = step.run(metadata=step.builder().build(step.batch))
+    assert launched == []
+    assert output.shape == (0, 16, 8)
+    assert lse.shape == (0, 16)
+
+
 def test_a_misaligned_cache_is_rejected_before_anything_is_written():
     step = step_of()
     memory = torch.zeros(step.cache.numel() + 1, dtype=torch.bfloat16)
