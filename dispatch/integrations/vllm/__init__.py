@@ -17,8 +17,8 @@ __all__ = ["BACKEND_CLASS", "NAME", "PLUGIN", "register"]
 BACKEND_CLASS = "attn_dispatch.integrations.vllm.Backend"
 
 _TESTED = (
-    "whole engines with tiny models on a CPU, by its Python files with the operators of 0.32.0; names "
-    "and signatures in the released wheel. Never executed on a GPU"
+    "whole engines with tiny models on a CPU, by its Python files with the operators of 0.32.0; "
+    "names and signatures in the released wheel. Never executed on a GPU"
 )
 
 PLUGIN = EnginePlugin(
