@@ -123,8 +123,8 @@ def make_prompts() -> list[list[int]]:
 
 PROMPTS = make_prompts()
 
-#: Cases that a release cannot serve on a CPU: its sampler for drafts there lacks an argument, and for
-#: latent attention it makes a backend for prefills that needs FlashAttention.
+#: Cases that a release cannot serve on a CPU: its sampler for drafts there lacks an argument, and
+#: for latent attention it makes a backend for prefills that needs FlashAttention.
 UNSERVED = {"0.24.0": ["drafts", "deepseek_v2"]}
 
 #: Cases with the tokens of a decoder.
