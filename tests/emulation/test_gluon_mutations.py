@@ -147,15 +147,6 @@ PREFILLS = {
 }
 
 
-@pytest.mark.parametrize("what", PREFILLS)
-def test_a_wrong_prefill_is_noticed(what):
-    function, before, after, how = PREFILLS[what]
-    with changed(function, before, after):
-        message = noticed(prefills)
-    assert message, "unnoticed"
-    assert how in message
-
-
 def test_copied_pages_without_a_fence_are_noticed(monkeypatch):
     monkeypatch.setattr(plan, "MAX_SCRATCH_BYTES", 0)  # so that they are not gathered first
     with changed(RING.fill, "fence_async_shared()", "pass"):
@@ -203,15 +194,6 @@ DECODES = {
 }
 
 
-@pytest.mark.parametrize("what", DECODES)
-def test_a_wrong_decode_is_noticed(what):
-    function, before, after, how = DECODES[what]
-    with changed(function, before, after):
-        message = noticed(decodes)
-    assert message, "unnoticed"
-    assert how in message
-
-
 LATENTS = {
     "weights have no fence": (mla_decode._send_weights, "fence_async_shared()", "pass", "fence"),
     "weights are overwritten while they are read": (
@@ -247,15 +229,25 @@ LATENTS = {
 }
 
 
-@pytest.mark.parametrize("what", LATENTS)
-def test_wrong_latent_attention_is_noticed(what):
-    function, before, after, how = LATENTS[what]
+FAULTS = {prefills: PREFILLS, decodes: DECODES, latents: LATENTS}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param((run, *fault), id=f"{run.__name__}-{what}")
+        for run, faults in FAULTS.items()
+        for what, fault in faults.items()
+    ],
+)
+def test_a_wrong_kernel_is_noticed(fault):
+    run, function, before, after, how = fault
     with changed(function, before, after):
-        message = noticed(latents)
+        message = noticed(run)
     assert message, "unnoticed"
     assert how in message
 
 
-@pytest.mark.parametrize("run", [prefills, decodes, latents])
+@pytest.mark.parametrize("run", FAULTS)
 def test_the_kernels_as_they_are_go_unnoticed(run):
     assert noticed(run, seeds=(1, 2)) == ""
