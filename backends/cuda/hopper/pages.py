@@ -8,9 +8,6 @@ from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate, load_columns
 
 __all__ = ["Pages"]
 
-#: The layout of a tile's block numbers, which the producer's one warp reads.
-_BLOCKS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-
 
 @aggregate
 class Pages:
@@ -36,29 +33,29 @@ class Pages:
         return self.table_ptr + request.to(gl.int64) * self.table_stride
 
     @gluon.jit
-    def blocks(self, table, first, first_key, last_key, CONFIG: gl.constexpr):
-        """The blocks of a tile's boxes. Keys out of range are masked later: any block will do."""
+    def rows(self, table, first, first_key, last_key, kv_head, CONFIG: gl.constexpr):
+        """The matrix rows of a tile's boxes. Keys out of range are masked later: any block will do.
+
+        Each is a number of its own, so that their loads do not wait for each other.
+        """
         PAGE: gl.constexpr = self.desc.block_type.shape[0]
-        PER_TILE: gl.constexpr = CONFIG.BLOCK_N // PAGE
-        key = first + gl.arange(0, PER_TILE, _BLOCKS) * PAGE
-        at = gl.minimum(gl.maximum(key, first_key), last_key)
-        return gl.load(table + at // CONFIG.BLOCK_SIZE)
+        found = ()
+        for p in gl.static_range(CONFIG.BLOCK_N // PAGE):
+            key = first + p * PAGE
+            at = gl.minimum(gl.maximum(key, first_key), last_key)
+            block = gl.load(table + at // CONFIG.BLOCK_SIZE)
+            row = block * self.block_rows + kv_head * self.head_rows + key % CONFIG.BLOCK_SIZE
+            found = found + (row,)
+        return found
 
     @gluon.jit
-    def row_of(self, blocks, p: gl.constexpr, first, CONFIG: gl.constexpr):
-        """The matrix row of the first head's box p of a tile."""
-        PAGE: gl.constexpr = self.desc.block_type.shape[0]
-        box = gl.arange(0, CONFIG.BLOCK_N // PAGE, _BLOCKS)
-        block = gl.sum(gl.where(box == p, blocks, 0), 0)
-        return block * self.block_rows + (first + p * PAGE) % CONFIG.BLOCK_SIZE
-
-    @gluon.jit
-    def load(self, ring, n, blocks, first, kv_head, CONFIG: gl.constexpr):
+    def load(self, ring, n, rows, kv_head, CONFIG: gl.constexpr):
         """Load a key tile as the ring's tile n."""
         PAGE: gl.constexpr = self.desc.block_type.shape[0]
         PER_TILE: gl.constexpr = CONFIG.BLOCK_N // PAGE
         column = kv_head * self.head_columns
         stage = ring.acquire(n)
         for p in gl.static_range(PER_TILE):
-            row = self.row_of(blocks, p, first, CONFIG) + kv_head * self.head_rows
-            load_columns(ring, stage, ring.full.index(stage), self.desc, row, column, p, PER_TILE)
+            load_columns(
+                ring, stage, ring.full.index(stage), self.desc, rows[p], column, p, PER_TILE
+            )

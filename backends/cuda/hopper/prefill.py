@@ -31,8 +31,17 @@ from attn_dispatch.backends.cuda.hopper.copied import CopiedPages, copy_keys
 from attn_dispatch.backends.cuda.hopper.epilogue import Output
 from attn_dispatch.backends.cuda.hopper.pages import Pages
 from attn_dispatch.backends.cuda.hopper.prefill_schedule import Schedule, WorkTile
-from attn_dispatch.backends.cuda.hopper.scores import MASKED, Scale, no_score, sees_no_key, tanh
+from attn_dispatch.backends.cuda.hopper.scores import (
+    ANY,
+    MASKED,
+    Scale,
+    no_score,
+    sees_no_key,
+    tanh,
+    where_below,
+)
 from attn_dispatch.backends.cuda.hopper.tma_ring import (
+    TmaRing,
     aggregate,
     load_columns,
     make_ring,
@@ -57,8 +66,8 @@ class _Rows:
     tile's is added once for each row, and what is the same for all keys of a row is left out.
     """
 
-    q: gl.shared_memory_descriptor
-    q_tail: gl.shared_memory_descriptor
+    q_ring: TmaRing
+    q_tile: gl.tensor
     positions: gl.tensor
     col: gl.tensor
     col_bias: gl.tensor
@@ -82,15 +91,22 @@ class _Rows:
 
     @gluon.jit
     def issue_scores(self, k_ring, stage):
-        """Issue the products of the queries and the keys in a stage of the ring."""
-        ROWS: gl.constexpr = self.q.shape[0]
+        """Issue the products of the queries and the keys in a stage of the ring.
+
+        The tile of queries is numbered with a zero that depends on the stage. Without it ptxas 12.8
+        computes the queries' descriptors in front of one loop of key tiles, and then uses them
+        where that loop is skipped.
+        """
+        ROWS: gl.constexpr = self.q_ring.tiles.shape[1]
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         zero = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_layout(BLOCK_N))
+        q_tile = self.q_tile + (stage >> 4)
+        q = self.q_ring.tiles.index(q_tile)
         k = k_ring.tiles.index(stage).permute((1, 0))
-        s = warpgroup_mma(self.q, k, zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         if self.config.TAIL:
             k = k_ring.tail.index(stage).permute((1, 0))
-            s = warpgroup_mma(self.q_tail, k, s, is_async=True)
+            s = warpgroup_mma(self.q_ring.tail.index(q_tile), k, s, is_async=True)
         return s
 
     @gluon.jit
@@ -130,15 +146,13 @@ class _Rows:
         if IS_MASKED:
             rows = self.positions
             cols = first_col + self.col
+            distance = rows[:, None] - cols[None, :]
             if config.CAUSAL:  # no row that is stored comes after the last key
-                seen = cols[None, :] <= rows[:, None]
+                s = where_below(s, distance, self.window if config.WINDOW else ANY)
             else:
-                seen = (cols < self.work.seq_len)[None, :]
-            if config.WINDOW:
-                seen = seen & (cols[None, :] > (rows - self.window)[:, None])
-                if not config.CAUSAL:
-                    seen = seen & (cols[None, :] < (rows + self.window)[:, None])
-            s = gl.where(seen, s, MASKED)
+                s = where_below(s, (self.work.seq_len - 1 - cols)[None, :], ANY)
+                if config.WINDOW:
+                    s = where_below(s, distance + (self.window - 1), 2 * self.window - 1)
         largest = gl.max(s, 1)
         if config.ALIBI:
             largest = gl.where(no_score(largest), MASKED, largest + tile_bias)
@@ -166,14 +180,14 @@ class _Rows:
         """Weights as an operand of the product with the values."""
         OUT: gl.constexpr = mma_layout(self.config.MAIN_V)
         WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-        return gl.convert_layout(p.to(self.q.dtype), WEIGHTS)
+        return gl.convert_layout(p.to(self.q_ring.tiles.dtype), WEIGHTS)
 
     @gluon.jit
     def hide_values(self, v_ring, n, i, turn):
         """Zero values of the i-th tile that no query of the request sees; return the next turn.
 
-        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
-        here at the same tiles.
+        The warp groups take turns at the boxes of the tile, and wait for each other. All come here
+        at the same tiles.
         """
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         first = (self.work.last_tile - i) * BLOCK_N
@@ -198,7 +212,7 @@ class _Rows:
         BOXES: gl.constexpr = PER_PART * tiles.shape[2] // WIDTH
         ALL: gl.constexpr = tiles.shape[0] * BOXES
         boxes = reinterpret(tiles, dtype, [ALL, _BOX, WIDTH], tile_layout(WIDTH))
-        for b in range(self.WHICH, BOXES, 2):
+        for b in range(self.WHICH, BOXES, self.config.GROUPS):
             box = boxes.index(stage * BOXES + b)
             key = first + b % PER_PART * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
             is_seen = (key >= first_key) & (key < self.work.seq_len)
@@ -226,12 +240,21 @@ class _Rows:
         return acc, tail
 
     @gluon.jit
+    def pass_by(self, k_ring, v_ring, n, turn):
+        """Let a work tile pass in which the warp group has no rows; return hide_values' turn."""
+        for i in range(0, self.work.num_tiles):
+            k_ring.release(k_ring.wait(n + i))
+            turn = self.hide_values(v_ring, n + i, i, turn)
+            v_ring.release(v_ring.wait(n + i))
+        return turn
+
+    @gluon.jit
     def store(self, acc, tail, m_i, l_i, output):
         """Store the rows."""
         config: gl.constexpr = self.config
         work = self.work
         head = work.head
-        ROWS: gl.constexpr = self.q.shape[0]
+        ROWS: gl.constexpr = self.q_ring.tiles.shape[1]
         no_key = sees_no_key(self.positions, work.seq_len, self.window, config)
         low = no_score(m_i)
         m_log2 = m_i * self.unit()
@@ -264,23 +287,74 @@ class _Rows:
 
 
 @gluon.jit
-def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
-    """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
-    CONFIG: gl.constexpr = schedule.config
+def _attend(rows, q_ring, q_stage, k_ring, v_ring, n, turn, output):
+    """A warp group's rows of a work tile; its first key tile has number n in the rings."""
+    work = rows.work
+    CONFIG: gl.constexpr = rows.config
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     MAIN_V: gl.constexpr = CONFIG.MAIN_V
     TAIL_V: gl.constexpr = CONFIG.TAIL_V
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     SCORES: gl.constexpr = mma_layout(BLOCK_N)
-    q = q_ring.tiles.index(WHICH)
-    q_tail = q_ring.tail.index(WHICH)
+    m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
+    l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([ROWS, MAIN_V], gl.float32, mma_layout(MAIN_V))
+    tail = gl.to_tensor(0.0)
+    if TAIL_V:
+        tail = gl.zeros([ROWS, TAIL_V], gl.float32, mma_layout(TAIL_V))
+    first_left = work.num_tiles - work.num_left
+    begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
+    for i in range(0, begin):
+        acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
+        turn = rows.hide_values(v_ring, n + i, i, turn)
+        acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
+    if work.num_tiles > 0:
+        acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
+        turn = rows.hide_values(v_ring, n + begin, begin, turn)
+        weights = rows.operand(p)
+        for i in range(begin + 1, first_left):
+            stage = k_ring.wait(n + i)
+            s = rows.issue_scores(k_ring, stage)
+            before = v_ring.wait(n + i - 1)
+            acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
+            s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
+            k_ring.release(stage)
+            p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
+            acc, tail = rows.wait_output(acc, tail)
+            v_ring.release(before)
+            acc, tail = rows.rescale(acc, tail, alpha)
+            weights = rows.operand(p)
+        if not CONFIG.WINDOW:
+            q_ring.release(q_stage)
+        end = gl.maximum(first_left, begin + 1)
+        acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
+        if CONFIG.WINDOW:
+            for i in range(end, work.num_tiles):
+                acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
+                turn = rows.hide_values(v_ring, n + i, i, turn)
+                acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
+            q_ring.release(q_stage)
+    else:
+        q_ring.release(q_stage)
+    rows.store(acc, tail, m_i, l_i, output)
+    return turn
+
+
+@gluon.jit
+def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, scale, output):
+    """A warp group: 64 rows of each work tile, over its key tiles, last keys first."""
+    CONFIG: gl.constexpr = schedule.config
+    ROWS: gl.constexpr = q_ring.tiles.shape[1]
+    BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
+    SCORES: gl.constexpr = mma_layout(BLOCK_N)
     col = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     n = 0  # tiles taken from the rings before this work tile
     turn = 0  # of hide_values
     number = 0  # of work tiles before this one
-    q_ring.wait(0)
-    work = schedule.receive()
+    q_stage = q_ring.wait(0)
+    work, _ = schedule.receive(q_stage)
     while work.head >= 0:
+        q_tile = gl.to_tensor(q_stage * CONFIG.GROUPS + WHICH)
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
@@ -289,61 +363,29 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         positions = work.first_position + WHICH * ROWS
         positions = positions + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         rows = _Rows(
-            q, q_tail, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
+            q_ring, q_tile, positions, col, col_bias, slope, work, scale, schedule.window, hidden,
             CONFIG, WHICH,
         )  # fmt: skip
-        m_i = gl.full([ROWS], MASKED, gl.float32, gl.SliceLayout(1, SCORES))
-        l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros([ROWS, MAIN_V], gl.float32, mma_layout(MAIN_V))
-        tail = gl.to_tensor(0.0)
-        if TAIL_V:
-            tail = gl.zeros([ROWS, TAIL_V], gl.float32, mma_layout(TAIL_V))
-        first_left = work.num_tiles - work.num_left
-        begin = gl.maximum(work.num_right - 1, 0)  # the pipeline begins with this tile
-        for i in range(0, begin):
-            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
-            turn = rows.hide_values(v_ring, n + i, i, turn)
-            acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-        if work.num_tiles > 0:
-            acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
-            turn = rows.hide_values(v_ring, n + begin, begin, turn)
-            weights = rows.operand(p)
-            for i in range(begin + 1, first_left):
-                stage = k_ring.wait(n + i)
-                s = rows.issue_scores(k_ring, stage)
-                before = v_ring.wait(n + i - 1)
-                acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
-                s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
-                k_ring.release(stage)
-                p, m_i, l_i, alpha = rows.softmax(s, m_i, l_i, i, False)
-                acc, tail = rows.wait_output(acc, tail)
-                v_ring.release(before)
-                acc, tail = rows.rescale(acc, tail, alpha)
-                weights = rows.operand(p)
-            if not CONFIG.WINDOW:
-                q_ring.release(0)
-            end = gl.maximum(first_left, begin + 1)
-            acc, tail = rows.finish_tile(acc, tail, weights, v_ring, n + end - 1)
-            if CONFIG.WINDOW:
-                for i in range(end, work.num_tiles):
-                    acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + i, i)
-                    turn = rows.hide_values(v_ring, n + i, i, turn)
-                    acc, tail = rows.finish_tile(acc, tail, rows.operand(p), v_ring, n + i)
-                q_ring.release(0)
+        if work.first_token + WHICH * ROWS < work.q_len:
+            turn = _attend(rows, q_ring, q_stage, k_ring, v_ring, n, turn, output)
         else:
-            q_ring.release(0)
+            q_ring.release(q_stage)
+            turn = rows.pass_by(k_ring, v_ring, n, turn)
         n += work.num_tiles
-        rows.store(acc, tail, m_i, l_i, output)
         number += 1
-        q_ring.wait(number)
-        work = schedule.receive()
+        q_stage = q_ring.wait(number)
+        work, _ = schedule.receive(q_stage)
 
 
 @gluon.jit
 def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
-    """One warp: the queries of each work tile, then its keys and values through the rings."""
+    """Takes work tiles from the list, and loads their queries and keys.
+
+    One warp. Or, where pages are copied, four, which load values too.
+    """
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
+    GROUPS: gl.constexpr = CONFIG.GROUPS
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     n = 0  # key tiles before this work tile
     number = 0  # of work tiles before this one
@@ -352,60 +394,110 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         work, request = schedule.work_tile(index)
         index = schedule.take()  # its latency passes during the loads
         q_row = work.q_start + work.first_token
-        q_ring.wait_empty(number)
-        schedule.send(work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
-        mbarrier.expect(q_ring.full.index(0), q_ring.TILE_BYTES)
-        for half in gl.static_range(2):
-            load_columns(
-                q_ring, half, q_ring.full.index(0), q_desc, q_row + half * ROWS, work.head * D
+        stage = q_ring.wait_empty(number)
+        full = q_ring.full.index(stage)
+        schedule.send(stage, work, request)
+        mbarrier.expect(full, q_ring.TILE_BYTES)
+        for group in gl.static_range(GROUPS):
+            tile = stage * GROUPS + group
+            load_columns(q_ring, tile, full, q_desc, q_row + group * ROWS, work.head * D)
+        if CONFIG.COPIES:
+            _copy_tiles(
+                work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
             )
-        if CONFIG.HAS_FRESH:
-            if work.seq_len == work.q_len:
-                _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
-            else:
-                _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         else:
-            _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
+            _load_tiles(work, request, n, schedule, keys, new_k_desc, k_ring, D)
         n += work.num_tiles
         number += 1
-    q_ring.wait_empty(number)
-    schedule.send(-1, 0, 0, 0, 0)
-    mbarrier.arrive(q_ring.full.index(0))
+    stage = q_ring.wait_empty(number)
+    schedule.send_end(stage)
+    mbarrier.arrive(q_ring.full.index(stage))
     schedule.finish()
 
 
 @gluon.jit
-def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
-    """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
-    CONFIG: gl.constexpr = schedule.config
-    kv_head = work.head // CONFIG.GROUP
-    if CONFIG.BLOCK_SIZE == 0:
-        key_start = gl.load(keys.table_ptr + request)
-        _load_rows(work, n, key_start, keys.desc, values.desc, k_ring, v_ring, CONFIG)
-    elif CONFIG.COPIES:
-        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
-    else:
-        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-        table = keys.table_of(request)
-        for i in range(0, work.num_tiles):
-            first = (work.last_tile - i) * CONFIG.BLOCK_N
-            # Before the ring has room, so that their latency passes in that time.
-            blocks = keys.blocks(table, first, first_key, work.seq_len - 1, CONFIG)
-            keys.load(k_ring, n + i, blocks, first, kv_head, CONFIG)
-            values.load(v_ring, n + i, blocks, first, kv_head, CONFIG)
+def _value_producer(schedule, new_v_desc, values, q_ring, v_ring):
+    """One warp: the values of each work tile, when its queries have been loaded.
+
+    A warp of their own, since one issues loads of small pages about as fast as they are used.
+    """
+    n = 0
+    number = 0
+    stage = q_ring.wait(0)
+    work, request = schedule.receive(stage, 1)
+    while work.head >= 0:
+        q_ring.release(stage)
+        _load_tiles(
+            work, request, n, schedule, values, new_v_desc, v_ring, schedule.config.D_V
+        )  # fmt: skip
+        n += work.num_tiles
+        number += 1
+        stage = q_ring.wait(number)
+        work, request = schedule.receive(stage, 1)
 
 
 @gluon.jit
-def _load_rows(work, n, key_start, k_desc, v_desc, k_ring, v_ring, CONFIG: gl.constexpr):
-    """Load a work tile's key tiles from contiguous rows."""
-    kv_head = work.head // CONFIG.GROUP
+def _load_tiles(work, request, n, schedule, source, new_desc, ring, SIZE: gl.constexpr):
+    """Load a work tile's tiles of keys or of values; the first has number n in the ring."""
+    CONFIG: gl.constexpr = schedule.config
+    if CONFIG.HAS_FRESH:
+        if work.seq_len == work.q_len:
+            _load_rows(work, n, work.q_start, new_desc, ring, SIZE, CONFIG)
+        else:
+            _load_past(work, request, n, schedule, source, ring, SIZE)
+    else:
+        _load_past(work, request, n, schedule, source, ring, SIZE)
+
+
+@gluon.jit
+def _load_past(work, request, n, schedule, source, ring, SIZE: gl.constexpr):
+    """Load a work tile's tiles from pages, or from all rows."""
+    CONFIG: gl.constexpr = schedule.config
+    if CONFIG.BLOCK_SIZE == 0:
+        start = gl.load(source.table_ptr + request)
+        _load_rows(work, n, start, source.desc, ring, SIZE, CONFIG)
+    else:
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        table = source.table_of(request)
+        kv_head = work.head // CONFIG.GROUP
+        for i in range(0, work.num_tiles):
+            first = (work.last_tile - i) * CONFIG.BLOCK_N
+            # Before the ring has room, so that their latency passes in that time.
+            rows = source.rows(table, first, first_key, work.seq_len - 1, kv_head, CONFIG)
+            source.load(ring, n + i, rows, kv_head, CONFIG)
+
+
+@gluon.jit
+def _load_rows(work, n, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
+    """Load a work tile's tiles from contiguous rows, of which the request's first is `start`."""
     for i in range(0, work.num_tiles):
-        row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
-        stage = k_ring.acquire(n + i)
-        load_columns(k_ring, stage, k_ring.full.index(stage), k_desc, row, kv_head * CONFIG.D)
-        stage = v_ring.acquire(n + i)
-        load_columns(v_ring, stage, v_ring.full.index(stage), v_desc, row, kv_head * CONFIG.D_V)
+        _load_row_tile(work, n, i, start, desc, ring, SIZE, CONFIG)
+
+
+@gluon.jit
+def _load_row_tile(work, n, i, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
+    row = start + (work.last_tile - i) * CONFIG.BLOCK_N
+    stage = ring.acquire(n + i)
+    column = work.head // CONFIG.GROUP * SIZE
+    load_columns(ring, stage, ring.full.index(stage), desc, row, column)
+
+
+@gluon.jit
+def _copy_tiles(
+    work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
+):  # fmt: skip
+    """Copy a work tile's tiles of keys and values, or load them if they are new rows."""
+    CONFIG: gl.constexpr = schedule.config
+    first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+    if CONFIG.HAS_FRESH:
+        if work.seq_len == work.q_len:
+            for i in range(0, work.num_tiles):
+                _load_row_tile(work, n, i, work.q_start, new_k_desc, k_ring, CONFIG.D, CONFIG)
+                _load_row_tile(work, n, i, work.q_start, new_v_desc, v_ring, CONFIG.D_V, CONFIG)
+        else:
+            copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
+    else:
+        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
 
 
 #: Parameters whose values the compiled code does not depend on.
@@ -444,14 +536,21 @@ def hopper_prefill_kernel(
         Others: as for triton/kernels/prefill.py.
     """
     STAGES: gl.constexpr = CONFIG.STAGES
+    Q_STAGES: gl.constexpr = CONFIG.Q_STAGES
+    GROUPS: gl.constexpr = CONFIG.GROUPS
+    READERS: gl.constexpr = GROUPS if CONFIG.COPIES else GROUPS + 1  # of queries, or of tickets
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
-    q_ring = make_ring(dtype, 1, 2, 64, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
-    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
-    v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
+    q_ring = make_ring(
+        dtype, Q_STAGES, Q_STAGES * GROUPS, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL
+    )
+    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
+    v_ring = make_ring(
+        dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, GROUPS, 1, CONFIG.TAIL_V
+    )
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(hidden, count=2)
+    mbarrier.init(hidden, count=GROUPS)
     fence_async_shared()
     if CONFIG.COPIES:
         keys = CopiedPages(
@@ -463,21 +562,66 @@ def hopper_prefill_kernel(
     else:
         keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
         values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
-    ticket = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, ticket, CONFIG)
+    tickets = gl.allocate_shared_memory(
+        gl.int32, [Q_STAGES * 6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, tickets, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
     output = Output(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     # Written out: in a tuple that has a name, constants would no longer be constants.
-    gl.warp_specialize(
-        [
-            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-            (_producer, (
-                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-            )),
-        ],
-        [4, CONFIG.PRODUCERS],
-        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if CONFIG.COPIES:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+            ],
+            [4, 4],
+            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [1, 1],
+            [CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [4, 1, 1],
+            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_consumer, (2, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+                (_producer, (
+                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+                )),
+                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
+            ],
+            [4, 4, 1, 1],
+            [
+                CONFIG.REGISTERS, CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS,
+                CONFIG.PRODUCER_REGISTERS,
+            ],
+        )  # fmt: skip

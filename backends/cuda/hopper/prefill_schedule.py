@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate
 
 __all__ = ["Schedule", "WorkTile"]
@@ -11,13 +10,13 @@ __all__ = ["Schedule", "WorkTile"]
 
 @gluon.constexpr_function
 def _one_value(warps):
-    """The layout of one value that all of the producer's warps have."""
+    """The layout of one value that all warps have."""
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @aggregate
 class WorkTile:
-    """128 query tokens of a request and one head, and the tiles of keys that they see.
+    """64 query tokens for each warp group, of a request and one head, and the key tiles they see.
 
     Attributes:
         q_start, q_len, seq_len: the request's query rows and its number of keys.
@@ -51,8 +50,8 @@ class WorkTile:
 class Schedule:
     """The list of work tiles, and how the producer tells the consumers which one is next.
 
-    `ticket` is written and read like the queries: after the producer has acquired their ring, and
-    once they have arrived.
+    `tickets` are written and read like the queries: after the producer has acquired a stage of
+    their ring, and once they have arrived.
     """
 
     tiles_ptr: gl.tensor
@@ -60,7 +59,7 @@ class Schedule:
     counters_ptr: gl.tensor
     num_tiles: gl.tensor
     window: gl.tensor
-    ticket: gl.shared_memory_descriptor
+    tickets: gl.shared_memory_descriptor
     config: gl.constexpr
 
     @gluon.jit
@@ -89,30 +88,41 @@ class Schedule:
         return work, request
 
     @gluon.jit
-    def send(self, head, q_start, q_len, seq_len, first_token):
-        """For the producer: write the ticket; a head of −1 says that there are no more."""
+    def send(self, stage, work, request):
+        """For the producer: write a stage's ticket."""
+        values = (work.head, work.q_start, work.q_len, work.seq_len, work.first_token, request)
+        for i in gl.static_range(6):
+            self._write(stage, i, values[i])
+
+    @gluon.jit
+    def send_end(self, stage):
+        """For the producer: a head of −1 says that there are no more."""
+        self._write(stage, 0, -1)
+
+    @gluon.jit
+    def _write(self, stage, i: gl.constexpr, value):
         ONE: gl.constexpr = _one_value(self.config.PRODUCERS)
-        values = (head, q_start, q_len, seq_len, first_token)
-        for i in gl.static_range(5):
-            self.ticket.index(i).store(gl.full([1], values[i], gl.int32, ONE))
+        self.tickets.index(stage * 6 + i).store(gl.full([1], value, gl.int32, ONE))
 
     @gluon.jit
-    def receive(self):
-        """For the consumers: the work tile of the ticket."""
-        return self._work(
-            self._read(0), self._read(1), self._read(2), self._read(3), self._read(4)
+    def receive(self, stage, WARPS: gl.constexpr = 4):
+        """For WARPS warps: (the work tile of a stage's ticket, its request)."""
+        work = self._work(
+            self._read(stage, 0, WARPS), self._read(stage, 1, WARPS), self._read(stage, 2, WARPS),
+            self._read(stage, 3, WARPS), self._read(stage, 4, WARPS),
         )  # fmt: skip
+        return work, self._read(stage, 5, WARPS)
 
     @gluon.jit
-    def _read(self, i: gl.constexpr):
-        return gl.max(self.ticket.index(i).load(VECTOR), 0)
+    def _read(self, stage, i: gl.constexpr, WARPS: gl.constexpr):
+        return gl.max(self.tickets.index(stage * 6 + i).load(_one_value(WARPS)), 0)
 
     @gluon.jit
     def _work(self, head, q_start, q_len, seq_len, first_token):
         config: gl.constexpr = self.config
         past = seq_len - q_len
         first = past + first_token
-        last = past + gl.minimum(first_token + 128, q_len) - 1
+        last = past + gl.minimum(first_token + 64 * config.GROUPS, q_len) - 1
         lo = 0  # [lo, hi) is seen by some row, [full_lo, full_hi) by every row
         full_lo = 0
         hi = seq_len

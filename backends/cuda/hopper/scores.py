@@ -5,9 +5,12 @@ from triton.experimental.gluon import language as gl
 
 from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate
 
-__all__ = ["MASKED", "Scale", "no_score", "sees_no_key", "tanh"]
+__all__ = ["ANY", "MASKED", "Scale", "no_score", "sees_no_key", "tanh", "where_below"]
 
 MASKED = gl.constexpr(-1.0e30)  # a masked score; −inf would become NaN
+
+#: A limit that no number from 0 on reaches.
+ANY = gl.constexpr(-(1 << 31))  # as int32
 
 
 @aggregate
@@ -26,6 +29,18 @@ def tanh(x):
     return gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def where_below(s, number, limit):
+    """Scores where 0 <= number < limit, and MASKED elsewhere.
+
+    The comparison is PTX: LLVM would pack its results into bits, and take them apart again.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.u32 p, $2, $3; selp.f32 $0, $1, 0fF149F2CA, p; }",
+        "=f,f,r,r", [s, number, limit], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -75,6 +75,8 @@ def _operation(name: str) -> Callable[..., Array]:
         "add.f32": lambda a, b: _bits(_float(a) + _float(b)),
         "sub.f32": lambda a, b: _bits(_float(a) - _float(b)),
         "xor.b32": lambda a, b: a ^ b,
+        "setp.lt.u32": lambda a, b: a < b,
+        "selp.f32": lambda a, b, p: np.where(p, a, b),
         "prmt.b32": _permute_bytes,
     }
     if name in plain:
