@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_M,
     BLOCK_N,
     DECODES,
     FEW_KV_HEADS_PER_SM,
     FIXED_BLOCKS,
-    GROUP_ROWS,
     HEAD_SIZES,
     MAX_DECODE_ROWS,
     DecodeConfig,
@@ -142,17 +142,15 @@ class HopperImpl(TritonImpl):
     def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if not isinstance(plan, HopperPlan):
             super()._prefill(call, plan, source)
-        elif source.starts is not None or self._reads(source, call.query.dtype, plan):
+        elif source.starts is not None or self._reads(source, call.query.dtype):
             self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
         else:
             portable = plan.portable_plan(call.metadata)
             super()._prefill(call, portable, super()._source(call, portable))
 
-    def _reads(self, cache: KVSource, dtype: torch.dtype, plan: HopperPlan) -> bool:
-        """Whether the prefill kernel reads a cache; two warp groups go with warps that copy."""
-        if self._pages(cache, dtype) is not None:
-            return True
-        return plan.groups == 2 and self._copied(cache, dtype) is not None
+    def _reads(self, cache: KVSource, dtype: torch.dtype) -> bool:
+        """Whether the prefill kernel reads a cache."""
+        return self._pages(cache, dtype) is not None or self._copied(cache, dtype) is not None
 
     def _launch_prefill(self, call: Call, plan: HopperPlan, source: KVSource, num_sms: int) -> None:
         """Launch the Hopper prefill kernel on this many SMs."""
@@ -174,7 +172,7 @@ class HopperImpl(TritonImpl):
         # Triton encodes each descriptor at each launch: none that is not read.
         new = new if has_fresh else keys.scales
         launch = self._launchers.find(
-            ("hopper", query.dtype, sinks.dtype, has_fresh, plan.groups, *keys.name),
+            ("hopper", query.dtype, sinks.dtype, has_fresh, *keys.name),
             self._hopper_kernel,
             lambda: {
                 "CONFIG": PrefillConfig(
@@ -186,14 +184,13 @@ class HopperImpl(TritonImpl):
                     FORMAT=keys.format,
                     UNIT=keys.unit,
                     SCALE_STRIDE=keys.scale_stride,
-                    GROUPS=plan.groups,
                 )
             },
             {"num_warps": 4},
         )
         launch(
             (min(num_tiles, num_sms), 1, 1),
-            describe_rows(query, GROUP_ROWS), keys.k, keys.v, *new, out.values, out.lse,
+            describe_rows(query, BLOCK_M // 2), keys.k, keys.v, *new, out.values, out.lse,
             plan.tiles, plan.counters, batch.seq_lens, keys.table, *keys.scales, slopes, sinks,
             num_tiles, keys.table.stride(0), *keys.steps, *out.values.stride()[:2], *self._numbers,
         )  # fmt: skip

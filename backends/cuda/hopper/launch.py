@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = [
+    "BLOCK_M",
     "BLOCK_N",
     "DECODES",
     "DecodeConfig",
     "DecodeLaunch",
-    "GROUPS",
-    "GROUP_ROWS",
     "HEAD_SIZES",
     "MAX_SCRATCH_BYTES",
     "MLA_COUNTERS",
@@ -23,10 +22,8 @@ __all__ = [
 #: Keys and values that the prefill kernel does not read from their pages are gathered first, up to
 #: this many bytes for all layers; beyond that a warp group copies them in the kernel.
 MAX_SCRATCH_BYTES = 64 << 20
-#: Query tokens of a work tile for each warp group of the prefill kernel that computes.
-GROUP_ROWS = 64
-#: Head size -> such warp groups: two, or three where their registers suffice.
-GROUPS = {64: (2, 3), 96: (2,), 128: (2,), 192: (2,), 256: (2,)}
+#: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
+BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.
 BLOCK_N = {64: 128, 96: 128, 128: 128, 192: 128, 256: 64}
 #: Head size -> that of its values.
@@ -72,7 +69,6 @@ class PrefillConfig(_Config):
         UNIT: bytes of the unit in which the strides of copied pages are given.
         SCALE_STRIDE: from one head's scale to the next, with an fp8 FORMAT.
         STAGES: of the rings of keys and values.
-        GROUPS: warp groups that compute, for 64 query tokens each.
     """
 
     D_V: int
@@ -83,11 +79,10 @@ class PrefillConfig(_Config):
     UNIT: int = 16
     SCALE_STRIDE: int = 0
     STAGES: int = 2
-    GROUPS: int = 2
 
     @property
     def Q_STAGES(self) -> int:
-        """Of the ring of queries: two where they fit into shared memory."""
+        """Of the ring of queries: those of the next work tile are loaded early, where they fit."""
         return 2 if self.D <= 128 else 1
 
     @property
@@ -127,10 +122,10 @@ class PrefillConfig(_Config):
 
     @property
     def REGISTERS(self) -> int:
-        """Of each thread of the warp groups that compute."""
+        """Of each thread of the two warp groups that compute."""
         if self.COPIES:
             return 208 if self.D > 192 else 200
-        return 160 if self.GROUPS == 3 else 240
+        return 240
 
     @property
     def PRODUCER_REGISTERS(self) -> int:

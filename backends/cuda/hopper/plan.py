@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from attn_dispatch.backends.cuda.hopper.launch import (
+    BLOCK_M,
     BLOCK_N,
     DECODES,
     FIXED_BLOCKS,
-    GROUP_ROWS,
-    GROUPS,
     MAX_SCRATCH_BYTES,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
@@ -31,10 +30,6 @@ from attn_dispatch.platforms.detect import detect_device
 from attn_dispatch.platforms.device import DeviceProfile
 
 __all__ = ["HopperBuilder", "HopperPlan", "cache_problem", "describe_rows", "words_to_copy"]
-
-
-#: How much less a row of a work tile takes with one more warp group, as a share.
-_GAIN = 0.08
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,6 @@ class HopperPlan(PrefillPlan):
         shares: how the SMs are shared with concurrent decodes; None if decodes run first.
         chosen: which requests; None in a captured step.
         portable: a plan of the same requests for the portable kernel, if a cache needs one.
-        groups: warp groups that compute a work tile, of GROUP_ROWS tokens each.
     """
 
     counters: torch.Tensor | None = None
@@ -79,7 +73,6 @@ class HopperPlan(PrefillPlan):
     portable: PrefillPlan | None = None
     splits_all_sms: bool = False
     shares: SMShares | None = None
-    groups: int = 2
 
     def portable_plan(self, metadata: TritonMetadata) -> PrefillPlan:
         """A plan of the same requests for the portable kernel.
@@ -122,9 +115,12 @@ class HopperBuilder(TritonGraphBuilder):
         profile = detect_device(device)
         dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, profile.arch)
         sizes = (spec.head_size, spec.head_size_v)
-        self._copies = spec.block_size is not None and bool(cache_problem(spec, profile))
         # Gathered rows are as wide as a tile of the portable kernel.
-        self._can_gather = self._copies and blocks_of(*sizes) == sizes
+        self._can_gather = (
+            spec.block_size is not None
+            and bool(cache_problem(spec, profile))
+            and blocks_of(*sizes) == sizes
+        )
         self._knows_format = copied_format(FORMATS.get(dtype, dtype), spec.dtype) is not None
 
     def build(self, batch: AttentionBatch) -> TritonMetadata:
@@ -157,13 +153,12 @@ class HopperBuilder(TritonGraphBuilder):
         gathers = self._can_gather and self._has_room(rows)
         if batch.block_table is not None and not (self._knows_format or gathers):
             return self.portable_prefill(batch, chosen)
-        groups = self._groups_for(rows.query_lens)
-        tiles = self._work_tiles(batch, rows, groups)
+        tiles = self._work_tiles(batch, rows)
         # One copy to the device for both.
         counters_and_tiles = torch.cat([tiles.new_zeros(1, tiles.shape[1]), tiles])
         plan = self._plan(batch, rows, counters_and_tiles, gathers, HopperPlan)
         assert isinstance(plan, HopperPlan)
-        plan.chosen, plan.groups = chosen, groups
+        plan.chosen = chosen
         plan.counters, plan.tiles = plan.tiles[0, :2], plan.tiles[1:]
         is_bound = batch.lengths == "upper_bound"
         lens = zip(rows.key_lens, rows.seq_lens, strict=True)
@@ -177,22 +172,9 @@ class HopperBuilder(TritonGraphBuilder):
         """TRITON_ATTN's plan for these requests."""
         return super()._prefill(batch, chosen)
 
-    def _groups_for(self, query_lens: list[int]) -> int:
-        """The warp groups of work tiles that fill them best; more of them share keys.
-
-        What copies, caps scores or adds biases to them takes the registers of a third group.
-        """
-        if self._copies or self.spec.alibi or self.spec.logits_soft_cap is not None:
-            return 2
-        rows = {
-            groups: sum(-(-each // (groups * GROUP_ROWS)) * groups for each in query_lens)
-            for groups in GROUPS[self.spec.head_size]
-        }
-        return min(rows, key=lambda groups: rows[groups] / (1 + _GAIN * groups))
-
-    def _work_tiles(self, batch: AttentionBatch, rows: PlanRows, groups: int = 2) -> torch.Tensor:
+    def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
-        requests, first_tokens = self._tiles(rows, groups * GROUP_ROWS, 1).long().unbind(1)
+        requests, first_tokens = self._tiles(rows, BLOCK_M, 1).long().unbind(1)
         starts = batch.query_start_loc_cpu
         firsts = starts[requests]
         lengths = starts[requests + 1] - firsts
@@ -201,7 +183,7 @@ class HopperBuilder(TritonGraphBuilder):
     def _max_tiles(self, limits: GraphLimits, longest_decode: int) -> int:
         if not self._knows_format:
             return super()._max_tiles(limits, longest_decode)
-        return limits.num_tokens // (2 * GROUP_ROWS) + self._max_prefills(limits, longest_decode)
+        return limits.num_tokens // BLOCK_M + self._max_prefills(limits, longest_decode)
 
     def _idle_tile(self, idle: int) -> tuple[int, ...]:
         return (0, 0, 0, idle) if self._knows_format else super()._idle_tile(idle)

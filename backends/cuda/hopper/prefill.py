@@ -90,17 +90,21 @@ class _Rows:
             return self.scale.scale_log2
 
     @gluon.jit
-    def issue_scores(self, k_ring, stage):
-        """Issue the products of the queries and the keys in a stage of the ring.
+    def query_tile(self, zero):
+        """The number of the tile of queries, plus a number that is 0 when the kernel runs.
 
-        The tile of queries is numbered with a zero that depends on the stage. Without it ptxas 12.8
-        computes the queries' descriptors in front of one loop of key tiles, and then uses them
-        where that loop is skipped.
+        Each place that issues scores takes another zero, which no compiler knows. Where they were
+        equal, ptxas 12.8 computed the descriptors of the queries in front of one loop of key tiles,
+        and used them in the next one also if the first had been skipped.
         """
+        return self.q_tile + (zero >> 28)
+
+    @gluon.jit
+    def issue_scores(self, q_tile, k_ring, stage):
+        """Issue the products of a tile of queries and the keys in a stage of the ring."""
         ROWS: gl.constexpr = self.q_ring.tiles.shape[1]
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         zero = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_layout(BLOCK_N))
-        q_tile = self.q_tile + (stage >> 4)
         q = self.q_ring.tiles.index(q_tile)
         k = k_ring.tiles.index(stage).permute((1, 0))
         s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -186,8 +190,8 @@ class _Rows:
     def hide_values(self, v_ring, n, i, turn):
         """Zero values of the i-th tile that no query of the request sees; return the next turn.
 
-        The warp groups take turns at the boxes of the tile, and wait for each other. All come here
-        at the same tiles.
+        Each warp group zeroes every other box of the tile, and waits for the other one. Both come
+        here at the same tiles.
         """
         BLOCK_N: gl.constexpr = self.config.BLOCK_N
         first = (self.work.last_tile - i) * BLOCK_N
@@ -212,7 +216,7 @@ class _Rows:
         BOXES: gl.constexpr = PER_PART * tiles.shape[2] // WIDTH
         ALL: gl.constexpr = tiles.shape[0] * BOXES
         boxes = reinterpret(tiles, dtype, [ALL, _BOX, WIDTH], tile_layout(WIDTH))
-        for b in range(self.WHICH, BOXES, self.config.GROUPS):
+        for b in range(self.WHICH, BOXES, 2):
             box = boxes.index(stage * BOXES + b)
             key = first + b % PER_PART * _BOX + gl.arange(0, _BOX, gl.SliceLayout(1, LAYOUT))
             is_seen = (key >= first_key) & (key < self.work.seq_len)
@@ -223,7 +227,7 @@ class _Rows:
     def begin_tile(self, acc, tail, m_i, l_i, k_ring, n, i):
         """Weights of the i-th tile, which is masked and has number n in the rings."""
         stage = k_ring.wait(n)
-        s = self.issue_scores(k_ring, stage)
+        s = self.issue_scores(self.query_tile(stage), k_ring, stage)
         s = warpgroup_mma_wait(0, deps=[s])
         k_ring.release(stage)
         p, m_i, l_i, alpha = self.softmax(s, m_i, l_i, i, True)
@@ -312,9 +316,10 @@ def _attend(rows, q_ring, q_stage, k_ring, v_ring, n, turn, output):
         acc, tail, m_i, l_i, p = rows.begin_tile(acc, tail, m_i, l_i, k_ring, n + begin, begin)
         turn = rows.hide_values(v_ring, n + begin, begin, turn)
         weights = rows.operand(p)
+        q_tile = rows.query_tile(first_left)  # here, so that the loop does not compute it again
         for i in range(begin + 1, first_left):
             stage = k_ring.wait(n + i)
-            s = rows.issue_scores(k_ring, stage)
+            s = rows.issue_scores(q_tile, k_ring, stage)
             before = v_ring.wait(n + i - 1)
             acc, tail = rows.issue_output(weights, v_ring, before, acc, tail)
             s = warpgroup_mma_wait(2 if TAIL_V else 1, deps=[s])
@@ -354,7 +359,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     q_stage = q_ring.wait(0)
     work, _ = schedule.receive(q_stage)
     while work.head >= 0:
-        q_tile = gl.to_tensor(q_stage * CONFIG.GROUPS + WHICH)
+        q_tile = gl.to_tensor(q_stage * 2 + WHICH)
         slope = gl.to_tensor(0.0)
         col_bias = col
         if CONFIG.ALIBI:
@@ -385,11 +390,10 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
     """
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
-    GROUPS: gl.constexpr = CONFIG.GROUPS
     ROWS: gl.constexpr = q_ring.tiles.shape[1]
     n = 0  # key tiles before this work tile
     number = 0  # of work tiles before this one
-    index = schedule.take()
+    index = schedule.first()
     while index < schedule.num_tiles:
         work, request = schedule.work_tile(index)
         index = schedule.take()  # its latency passes during the loads
@@ -398,8 +402,8 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         full = q_ring.full.index(stage)
         schedule.send(stage, work, request)
         mbarrier.expect(full, q_ring.TILE_BYTES)
-        for group in gl.static_range(GROUPS):
-            tile = stage * GROUPS + group
+        for group in gl.static_range(2):
+            tile = stage * 2 + group
             load_columns(q_ring, tile, full, q_desc, q_row + group * ROWS, work.head * D)
         if CONFIG.COPIES:
             _copy_tiles(
@@ -537,20 +541,17 @@ def hopper_prefill_kernel(
     """
     STAGES: gl.constexpr = CONFIG.STAGES
     Q_STAGES: gl.constexpr = CONFIG.Q_STAGES
-    GROUPS: gl.constexpr = CONFIG.GROUPS
-    READERS: gl.constexpr = GROUPS if CONFIG.COPIES else GROUPS + 1  # of queries, or of tickets
+    READERS: gl.constexpr = 2 if CONFIG.COPIES else 3  # of queries or tickets
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
     q_ring = make_ring(
-        dtype, Q_STAGES, Q_STAGES * GROUPS, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL
+        dtype, Q_STAGES, 2 * Q_STAGES, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL
     )
-    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, GROUPS, 1, CONFIG.TAIL)
-    v_ring = make_ring(
-        dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, GROUPS, 1, CONFIG.TAIL_V
-    )
+    k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
+    v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(hidden, count=GROUPS)
+    mbarrier.init(hidden, count=2)
     fence_async_shared()
     if CONFIG.COPIES:
         keys = CopiedPages(
@@ -583,19 +584,7 @@ def hopper_prefill_kernel(
             [4, 4],
             [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
         )  # fmt: skip
-    elif GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_producer, (
-                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-                )),
-                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
-            ],
-            [1, 1],
-            [CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
-        )  # fmt: skip
-    elif GROUPS == 2:
+    else:
         gl.warp_specialize(
             [
                 (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
@@ -607,21 +596,4 @@ def hopper_prefill_kernel(
             ],
             [4, 1, 1],
             [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_consumer, (2, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_producer, (
-                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-                )),
-                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
-            ],
-            [4, 4, 1, 1],
-            [
-                CONFIG.REGISTERS, CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS,
-                CONFIG.PRODUCER_REGISTERS,
-            ],
         )  # fmt: skip

@@ -16,7 +16,7 @@ def _one_value(warps):
 
 @aggregate
 class WorkTile:
-    """64 query tokens for each warp group, of a request and one head, and the key tiles they see.
+    """128 query tokens of a request and one head, and the tiles of keys that they see.
 
     Attributes:
         q_start, q_len, seq_len: the request's query rows and its number of keys.
@@ -63,9 +63,15 @@ class Schedule:
     config: gl.constexpr
 
     @gluon.jit
+    def first(self):
+        """For the producer: the index of the program's first work tile."""
+        return gl.program_id(0)
+
+    @gluon.jit
     def take(self):
         """For the producer: the index of the next work tile that no program has taken."""
-        return gl.atomic_add(self.counters_ptr, 1, sem="relaxed", scope="gpu")
+        taken = gl.atomic_add(self.counters_ptr, 1, sem="relaxed", scope="gpu")
+        return gl.num_programs(0) + taken
 
     @gluon.jit
     def finish(self):
@@ -122,7 +128,7 @@ class Schedule:
         config: gl.constexpr = self.config
         past = seq_len - q_len
         first = past + first_token
-        last = past + gl.minimum(first_token + 64 * config.GROUPS, q_len) - 1
+        last = past + gl.minimum(first_token + 128, q_len) - 1
         lo = 0  # [lo, hi) is seen by some row, [full_lo, full_hi) by every row
         full_lo = 0
         hi = seq_len
