@@ -316,6 +316,12 @@ LATENTS = (
         archs=("sm89", "gfx950"),
     ),
     Case(
+        name="MLA, float32 cache",
+        fields={"mla": _DEEPSEEK, "num_heads": 128, "kv_cache_dtype": "float32"},
+        lens=ONE,
+        archs=("sm90", "gfx942"),
+    ),
+    Case(
         name="MLA, batch invariant",
         fields={"mla": _DEEPSEEK, "num_heads": 128, "batch_invariant": True},
         lens=ONE,

@@ -17,6 +17,7 @@ from attn_dispatch.backends.triton.plan import (
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.metadata import AttentionMetadataBuilder
+from attn_dispatch.interface.quantization import kv_cache_torch_dtype
 from attn_dispatch.interface.spec import AttentionSpec
 from attn_dispatch.interface.validation import check_int32
 from attn_dispatch.platforms.detect import detect_device
@@ -45,6 +46,9 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         super().__init__(spec, device)
         self.launches = Launches.of(spec, detect_device(device))
+        cache = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype)
+        #: Of the wider of queries and latents: tiles of both are in shared memory.
+        self._element_bytes = max(spec.dtype.itemsize, cache.itemsize)
 
     def build(self, batch: AttentionBatch) -> TritonMLAMetadata:
         """See AttentionMetadataBuilder.build."""
@@ -84,7 +88,7 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
         """
         spec, launches = self.spec, self.launches
         rows, launch = launches.table.latents_for(
-            spec.head_size_v, spec.dtype.itemsize, block_of(longest * spec.num_heads)
+            spec.head_size_v, self._element_bytes, block_of(longest * spec.num_heads)
         )
         grid = launches.num_sms * launch.programs_per_sm
         slots = 2 * (grid + -(-grid // MERGE_GROUP))
