@@ -33,29 +33,26 @@ class Pages:
         return self.table_ptr + request.to(gl.int64) * self.table_stride
 
     @gluon.jit
-    def rows(self, table, first, first_key, last_key, kv_head, CONFIG: gl.constexpr):
-        """The matrix rows of a tile's boxes. Keys out of range are masked later: any block will do.
+    def blocks(self, table, first, first_key, last_key, CONFIG: gl.constexpr):
+        """The blocks of a tile's boxes. Keys out of range are masked later: any block will do.
 
         Each is a number of its own, so that their loads do not wait for each other.
         """
         PAGE: gl.constexpr = self.desc.block_type.shape[0]
         found = ()
         for p in gl.static_range(CONFIG.BLOCK_N // PAGE):
-            key = first + p * PAGE
-            at = gl.minimum(gl.maximum(key, first_key), last_key)
-            block = gl.load(table + at // CONFIG.BLOCK_SIZE)
-            row = block * self.block_rows + kv_head * self.head_rows + key % CONFIG.BLOCK_SIZE
-            found = found + (row,)
+            at = gl.minimum(gl.maximum(first + p * PAGE, first_key), last_key)
+            found = found + (gl.load(table + at // CONFIG.BLOCK_SIZE),)
         return found
 
     @gluon.jit
-    def load(self, ring, n, rows, kv_head, CONFIG: gl.constexpr):
+    def load(self, ring, n, blocks, first, kv_head, CONFIG: gl.constexpr):
         """Load a key tile as the ring's tile n."""
         PAGE: gl.constexpr = self.desc.block_type.shape[0]
         PER_TILE: gl.constexpr = CONFIG.BLOCK_N // PAGE
+        head = kv_head * self.head_rows
         column = kv_head * self.head_columns
         stage = ring.acquire(n)
         for p in gl.static_range(PER_TILE):
-            load_columns(
-                ring, stage, ring.full.index(stage), self.desc, rows[p], column, p, PER_TILE
-            )
+            row = blocks[p] * self.block_rows + head + (first + p * PAGE) % CONFIG.BLOCK_SIZE
+            load_columns(ring, stage, ring.full.index(stage), self.desc, row, column, p, PER_TILE)

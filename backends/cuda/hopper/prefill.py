@@ -357,7 +357,7 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
     turn = 0  # of hide_values
     number = 0  # of work tiles before this one
     q_stage = q_ring.wait(0)
-    work, _ = schedule.receive(q_stage)
+    work = schedule.receive(q_stage)
     while work.head >= 0:
         q_tile = gl.to_tensor(q_stage * 2 + WHICH)
         slope = gl.to_tensor(0.0)
@@ -379,14 +379,14 @@ def _consumer(WHICH: gl.constexpr, schedule, q_ring, k_ring, v_ring, hidden, sca
         n += work.num_tiles
         number += 1
         q_stage = q_ring.wait(number)
-        work, _ = schedule.receive(q_stage)
+        work = schedule.receive(q_stage)
 
 
 @gluon.jit
 def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring):
-    """Takes work tiles from the list, and loads their queries and keys.
+    """The queries of each work tile, then its keys and values through the rings.
 
-    One warp. Or, where pages are copied, four, which load values too.
+    One warp; or four, where pages are copied.
     """
     CONFIG: gl.constexpr = schedule.config
     D: gl.constexpr = CONFIG.D
@@ -400,108 +400,57 @@ def _producer(schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_
         q_row = work.q_start + work.first_token
         stage = q_ring.wait_empty(number)
         full = q_ring.full.index(stage)
-        schedule.send(stage, work, request)
+        schedule.send(stage, work.head, work.q_start, work.q_len, work.seq_len, work.first_token)
         mbarrier.expect(full, q_ring.TILE_BYTES)
-        for group in gl.static_range(2):
-            tile = stage * 2 + group
-            load_columns(q_ring, tile, full, q_desc, q_row + group * ROWS, work.head * D)
-        if CONFIG.COPIES:
-            _copy_tiles(
-                work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
-            )
+        for half in gl.static_range(2):
+            load_columns(q_ring, stage * 2 + half, full, q_desc, q_row + half * ROWS, work.head * D)
+        if CONFIG.HAS_FRESH:
+            if work.seq_len == work.q_len:
+                _load_rows(work, n, work.q_start, new_k_desc, new_v_desc, k_ring, v_ring, CONFIG)
+            else:
+                _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         else:
-            _load_tiles(work, request, n, schedule, keys, new_k_desc, k_ring, D)
+            _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring)
         n += work.num_tiles
         number += 1
     stage = q_ring.wait_empty(number)
-    schedule.send_end(stage)
+    schedule.send(stage, -1, 0, 0, 0, 0)
     mbarrier.arrive(q_ring.full.index(stage))
     schedule.finish()
 
 
 @gluon.jit
-def _value_producer(schedule, new_v_desc, values, q_ring, v_ring):
-    """One warp: the values of each work tile, when its queries have been loaded.
-
-    A warp of their own, since one issues loads of small pages about as fast as they are used.
-    """
-    n = 0
-    number = 0
-    stage = q_ring.wait(0)
-    work, request = schedule.receive(stage, 1)
-    while work.head >= 0:
-        q_ring.release(stage)
-        _load_tiles(
-            work, request, n, schedule, values, new_v_desc, v_ring, schedule.config.D_V
-        )  # fmt: skip
-        n += work.num_tiles
-        number += 1
-        stage = q_ring.wait(number)
-        work, request = schedule.receive(stage, 1)
-
-
-@gluon.jit
-def _load_tiles(work, request, n, schedule, source, new_desc, ring, SIZE: gl.constexpr):
-    """Load a work tile's tiles of keys or of values; the first has number n in the ring."""
+def _load_keys(work, request, n, schedule, keys, values, k_ring, v_ring):
+    """Load a work tile's key tiles, from pages or rows; the first has number n in the rings."""
     CONFIG: gl.constexpr = schedule.config
-    if CONFIG.HAS_FRESH:
-        if work.seq_len == work.q_len:
-            _load_rows(work, n, work.q_start, new_desc, ring, SIZE, CONFIG)
-        else:
-            _load_past(work, request, n, schedule, source, ring, SIZE)
-    else:
-        _load_past(work, request, n, schedule, source, ring, SIZE)
-
-
-@gluon.jit
-def _load_past(work, request, n, schedule, source, ring, SIZE: gl.constexpr):
-    """Load a work tile's tiles from pages, or from all rows."""
-    CONFIG: gl.constexpr = schedule.config
+    kv_head = work.head // CONFIG.GROUP
     if CONFIG.BLOCK_SIZE == 0:
-        start = gl.load(source.table_ptr + request)
-        _load_rows(work, n, start, source.desc, ring, SIZE, CONFIG)
+        key_start = gl.load(keys.table_ptr + request)
+        _load_rows(work, n, key_start, keys.desc, values.desc, k_ring, v_ring, CONFIG)
+    elif CONFIG.COPIES:
+        first_key = work.first_key(schedule.window, CONFIG.WINDOW)
+        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
     else:
         first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-        table = source.table_of(request)
-        kv_head = work.head // CONFIG.GROUP
+        table = keys.table_of(request)
         for i in range(0, work.num_tiles):
             first = (work.last_tile - i) * CONFIG.BLOCK_N
             # Before the ring has room, so that their latency passes in that time.
-            rows = source.rows(table, first, first_key, work.seq_len - 1, kv_head, CONFIG)
-            source.load(ring, n + i, rows, kv_head, CONFIG)
+            blocks = keys.blocks(table, first, first_key, work.seq_len - 1, CONFIG)
+            keys.load(k_ring, n + i, blocks, first, kv_head, CONFIG)
+            values.load(v_ring, n + i, blocks, first, kv_head, CONFIG)
 
 
 @gluon.jit
-def _load_rows(work, n, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
-    """Load a work tile's tiles from contiguous rows, of which the request's first is `start`."""
+def _load_rows(work, n, key_start, k_desc, v_desc, k_ring, v_ring, CONFIG: gl.constexpr):
+    """Load a work tile's key tiles from contiguous rows."""
+    kv_head = work.head // CONFIG.GROUP
     for i in range(0, work.num_tiles):
-        _load_row_tile(work, n, i, start, desc, ring, SIZE, CONFIG)
-
-
-@gluon.jit
-def _load_row_tile(work, n, i, start, desc, ring, SIZE: gl.constexpr, CONFIG: gl.constexpr):
-    row = start + (work.last_tile - i) * CONFIG.BLOCK_N
-    stage = ring.acquire(n + i)
-    column = work.head // CONFIG.GROUP * SIZE
-    load_columns(ring, stage, ring.full.index(stage), desc, row, column)
-
-
-@gluon.jit
-def _copy_tiles(
-    work, request, n, schedule, keys, values, new_k_desc, new_v_desc, k_ring, v_ring
-):  # fmt: skip
-    """Copy a work tile's tiles of keys and values, or load them if they are new rows."""
-    CONFIG: gl.constexpr = schedule.config
-    first_key = work.first_key(schedule.window, CONFIG.WINDOW)
-    if CONFIG.HAS_FRESH:
-        if work.seq_len == work.q_len:
-            for i in range(0, work.num_tiles):
-                _load_row_tile(work, n, i, work.q_start, new_k_desc, k_ring, CONFIG.D, CONFIG)
-                _load_row_tile(work, n, i, work.q_start, new_v_desc, v_ring, CONFIG.D_V, CONFIG)
-        else:
-            copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
-    else:
-        copy_keys(work, request, first_key, n, keys, values, k_ring, v_ring, CONFIG)
+        row = key_start + (work.last_tile - i) * CONFIG.BLOCK_N
+        stage = k_ring.acquire(n + i)
+        load_columns(k_ring, stage, k_ring.full.index(stage), k_desc, row, kv_head * CONFIG.D)
+        stage = v_ring.acquire(n + i)
+        load_columns(v_ring, stage, v_ring.full.index(stage), v_desc, row, kv_head * CONFIG.D_V)
 
 
 #: Parameters whose values the compiled code does not depend on.
@@ -541,13 +490,10 @@ def hopper_prefill_kernel(
     """
     STAGES: gl.constexpr = CONFIG.STAGES
     Q_STAGES: gl.constexpr = CONFIG.Q_STAGES
-    READERS: gl.constexpr = 2 if CONFIG.COPIES else 3  # of queries or tickets
     BLOCK_N: gl.constexpr = CONFIG.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = tile_layout(CONFIG.COLUMNS)
-    q_ring = make_ring(
-        dtype, Q_STAGES, 2 * Q_STAGES, 64, CONFIG.MAIN, TILE, READERS, 1, CONFIG.TAIL
-    )
+    q_ring = make_ring(dtype, Q_STAGES, 2 * Q_STAGES, 64, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
     k_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN, TILE, 2, 1, CONFIG.TAIL)
     v_ring = make_ring(dtype, STAGES, STAGES, BLOCK_N, CONFIG.MAIN_V, TILE, 2, 1, CONFIG.TAIL_V)
     hidden = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -564,7 +510,7 @@ def hopper_prefill_kernel(
         keys = Pages(k_src, table_ptr, table_stride, k_step_0, k_step_1, k_step_2)
         values = Pages(v_src, table_ptr, table_stride, v_step_0, v_step_1, v_step_2)
     tickets = gl.allocate_shared_memory(
-        gl.int32, [Q_STAGES * 6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [Q_STAGES * 5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     schedule = Schedule(tiles_ptr, seq_lens_ptr, counters_ptr, num_tiles, window, tickets, CONFIG)
     scale = Scale(scale_log2, cap_log2, scale_over_cap, slopes_ptr)
@@ -572,28 +518,14 @@ def hopper_prefill_kernel(
         out_ptr, lse_ptr, sinks_ptr, gl.to_tensor(out_stride_t), gl.to_tensor(out_stride_h), CONFIG
     )
     # Written out: in a tuple that has a name, constants would no longer be constants.
-    if CONFIG.COPIES:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_producer, (
-                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-                )),
-            ],
-            [4, 4],
-            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
-                (_producer, (
-                    schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
-                )),
-                (_value_producer, (schedule, new_v_desc, values, q_ring, v_ring)),
-            ],
-            [4, 1, 1],
-            [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS, CONFIG.PRODUCER_REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consumer, (0, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+            (_consumer, (1, schedule, q_ring, k_ring, v_ring, hidden, scale, output)),
+            (_producer, (
+                schedule, q_desc, new_k_desc, new_v_desc, keys, values, q_ring, k_ring, v_ring,
+            )),
+        ],
+        [4, CONFIG.PRODUCERS],
+        [CONFIG.REGISTERS, CONFIG.PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attn_dispatch.backends.cuda.hopper.stream_k import VECTOR
 from attn_dispatch.backends.cuda.hopper.tma_ring import aggregate
 
 __all__ = ["Schedule", "WorkTile"]
@@ -10,7 +11,7 @@ __all__ = ["Schedule", "WorkTile"]
 
 @gluon.constexpr_function
 def _one_value(warps):
-    """The layout of one value that all warps have."""
+    """The layout of one value that all of the producer's warps have."""
     return gl.BlockedLayout([1], [32], [warps], [0])
 
 
@@ -94,34 +95,25 @@ class Schedule:
         return work, request
 
     @gluon.jit
-    def send(self, stage, work, request):
-        """For the producer: write a stage's ticket."""
-        values = (work.head, work.q_start, work.q_len, work.seq_len, work.first_token, request)
-        for i in gl.static_range(6):
-            self._write(stage, i, values[i])
-
-    @gluon.jit
-    def send_end(self, stage):
-        """For the producer: a head of −1 says that there are no more."""
-        self._write(stage, 0, -1)
-
-    @gluon.jit
-    def _write(self, stage, i: gl.constexpr, value):
+    def send(self, stage, head, q_start, q_len, seq_len, first_token):
+        """For the producer: write a stage's ticket; a head of −1 says that there are no more."""
         ONE: gl.constexpr = _one_value(self.config.PRODUCERS)
-        self.tickets.index(stage * 6 + i).store(gl.full([1], value, gl.int32, ONE))
+        values = (head, q_start, q_len, seq_len, first_token)
+        for i in gl.static_range(5):
+            self.tickets.index(stage * 5 + i).store(gl.full([1], values[i], gl.int32, ONE))
 
     @gluon.jit
-    def receive(self, stage, WARPS: gl.constexpr = 4):
-        """For WARPS warps: (the work tile of a stage's ticket, its request)."""
-        work = self._work(
-            self._read(stage, 0, WARPS), self._read(stage, 1, WARPS), self._read(stage, 2, WARPS),
-            self._read(stage, 3, WARPS), self._read(stage, 4, WARPS),
+    def receive(self, stage):
+        """For the consumers: the work tile of a stage's ticket."""
+        at = stage * 5
+        return self._work(
+            self._read(at), self._read(at + 1), self._read(at + 2), self._read(at + 3),
+            self._read(at + 4),
         )  # fmt: skip
-        return work, self._read(stage, 5, WARPS)
 
     @gluon.jit
-    def _read(self, stage, i: gl.constexpr, WARPS: gl.constexpr):
-        return gl.max(self.tickets.index(stage * 6 + i).load(_one_value(WARPS)), 0)
+    def _read(self, i):
+        return gl.max(self.tickets.index(i).load(VECTOR), 0)
 
     @gluon.jit
     def _work(self, head, q_start, q_len, seq_len, first_token):
