@@ -188,7 +188,7 @@ class HopperBuilder(TritonGraphBuilder):
     def _has_enough_work(self, rows: PlanRows) -> bool:
         """See TritonBuilder."""
         tiles = sum(-(-each // BLOCK_M) for each in rows.query_lens)
-        return tiles * self.spec.num_heads >= self.launches.num_sms
+        return 2 * tiles * self.spec.num_heads >= self.launches.num_sms
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""
