@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 
-from attn_dispatch.backends.cuda.hopper import plan as hopper_plan
 from attn_dispatch.backends.cuda.hopper.backend import HopperAttnBackend
 from attn_dispatch.backends.cuda.hopper.launch import DECODES, DecodeLaunch, DecodeLaunches
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.launcher import Launcher
 from attn_dispatch.backends.triton.merge import MergeKernels
@@ -484,7 +484,9 @@ def launches_of(case: Case, device: DeviceProfile) -> list[Launch]:
         kv_cache = allocate_kv_cache(shape, TritonAttnBackend.get_kv_cache_stride_order(), dtype)
     row = case.decode_row
     chosen = {} if row is None else {spec.head_size: DecodeLaunches(row, row, row)}
-    copies = mock.patch.object(hopper_plan, "MAX_SCRATCH_BYTES", 0)  # gathered rows are no case
+    # Of HOPPER_ATTN, pages that the kernel copies are the case, not gathered rows.
+    limit = 0 if case in HOPPER else scratch.MAX_SCRATCH_BYTES
+    copies = mock.patch.object(scratch, "MAX_SCRATCH_BYTES", limit)
     with recorded() as launches, mock.patch.dict(DECODES, chosen), copies:
         impl.forward(
             scales, query, key, value, kv_cache, builder.build(batch), **_output(spec, tokens)

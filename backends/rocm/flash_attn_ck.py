@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
 from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource, suits_tma
-from attn_dispatch.backends.triton.plan import PrefillPlan, plan_rows
+from attn_dispatch.backends.triton.prefill_plan import KeyGroup, PrefillPlan, plan_rows
 from attn_dispatch.errors import BackendFailure, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.batch_checks import rows_of
@@ -111,15 +111,38 @@ class VarlenBuilder(TritonGraphBuilder):
     In a captured step TRITON_ATTN's own kernel computes them.
     """
 
-    def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
-        spec, has_pages = self.spec, batch.block_table is not None
+    def _prefill(self, batch: AttentionBatch, chosen: list[int], free_bytes: int) -> PrefillPlan:
         called = [i for i in chosen if batch.query_lens[i] and batch.seq_lens_list[i]]
-        rows = plan_rows(batch, called, 1)
-        if not called or (has_pages and not self._has_room(rows)):
-            return super()._prefill(batch, chosen)
+        if not called:
+            return super()._prefill(batch, chosen, free_bytes)
+        has_pages = batch.block_table is not None
+        groups = [KeyGroup(plan_rows(batch, called, 1), gathers=False)]
+        if has_pages:
+            groups = self._groups(groups[0].rows, free_bytes)
+            if not any(each.gathers for each in groups):
+                return super()._prefill(batch, chosen, free_bytes)
+        if len(groups) == 1:
+            return self._varlen_plan(batch, chosen, called, gathers=has_pages)
+        whole = self._varlen_plan(batch, chosen, called, gathers=False)
+        rest = set(chosen)
+        parts: list[PrefillPlan] = []
+        for rows, gathers in groups:
+            if gathers:
+                its = sorted(rows.requests)
+                parts.append(self._varlen_plan(batch, its, its, gathers=True))
+                rest -= set(its)
+        if rest:
+            parts.append(super()._prefill(batch, sorted(rest), 0))
+        return replace(whole, parts=tuple(each.sharing(whole.buffers) for each in parts))
+
+    def _varlen_plan(
+        self, batch: AttentionBatch, chosen: list[int], called: list[int], *, gathers: bool
+    ) -> VarlenPlan:
+        """The plan for these requests, of which some have queries and keys."""
+        spec, rows = self.spec, plan_rows(batch, called, 1)
         # The tiles cover all requests, so TRITON_ATTN's own kernel can run this plan too.
         tiles = self._tiles(plan_rows(batch, chosen, 1), self.launches.prefill.block_m, self._group)
-        plan = self._plan(batch, rows, tiles, has_pages)
+        plan = self._plan(batch, [KeyGroup(rows, gathers)], [tiles], PrefillPlan)
         max_seqlen_q, max_seqlen_k = max(rows.query_lens), max(rows.seq_lens)
         if not spec.causal and spec.sliding_window is not None:
             # A window longer than max_seqlen_k is treated as none. But with more queries than keys
@@ -187,7 +210,7 @@ class VarlenImpl(TritonImpl):
             super()._prefill(call, plan, source)
             return
         query, out = call.query, call.out
-        is_gathered = plan.gathered is not None and source.k is plan.gathered[0]
+        is_gathered = source.starts is plan.gathered_start_loc
         keys = slice(None) if is_gathered else plan.keys
         result = self._function(
             aligned(query[plan.tokens], suits_tma),

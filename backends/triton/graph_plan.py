@@ -15,11 +15,10 @@ import torch
 
 from attn_dispatch.backends.triton.plan import (
     MAX_DECODE_TOKENS,
-    PrefillPlan,
     TritonBuilder,
     TritonMetadata,
-    plan_rows,
 )
+from attn_dispatch.backends.triton.prefill_plan import PrefillPlan, plan_rows
 from attn_dispatch.errors import UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits, StagedBuffers, ranges_by_request

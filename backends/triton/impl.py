@@ -24,12 +24,8 @@ from attn_dispatch.backends.triton.operands import (
     tensor_descriptor,
     with_contiguous_heads,
 )
-from attn_dispatch.backends.triton.plan import (
-    DecodePlan,
-    PrefillPlan,
-    TritonMetadata,
-    Variant,
-)
+from attn_dispatch.backends.triton.plan import DecodePlan, TritonMetadata, Variant
+from attn_dispatch.backends.triton.prefill_plan import PrefillPlan
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.impl import AttentionImpl, AttentionLayer
@@ -160,11 +156,18 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
         """Attention of all requests; the cache has the new keys already."""
         metadata = call.metadata
         if metadata.decode is not None and metadata.decode.num_reqs and call.cache is not None:
-            self._decode(call, metadata.decode, call.cache)
+            for decode in metadata.decode.in_turn or (metadata.decode,):
+                self._decode(call, decode, call.cache)
         else:  # the decode kernel clears the padding rows itself, by the lengths on the device
             call.out.clear_from(metadata.batch.num_tokens)
         if metadata.prefill is not None:
-            self._prefill(call, metadata.prefill, self._source(call, metadata.prefill))
+            self._prefill_parts(call, metadata.prefill)
+
+    def _prefill_parts(self, call: Call, plan: PrefillPlan) -> None:
+        """Attention of a plan's requests, at once or part by part."""
+        parts = (plan,) if self._is_new(call, plan) else plan.parts or (plan,)
+        for part in parts:
+            self._prefill(call, part, self._source(call, part))
 
     def write_kv(
         self,
@@ -292,12 +295,20 @@ class TritonImpl(AttentionImpl[TritonMetadata]):
     def _source(self, call: Call, plan: PrefillPlan) -> KVSource:
         """The keys of the prefill kernel: those of the call, gathered ones, or pages."""
         key, value, cache = call.key, call.value, call.cache
-        if key is not None and value is not None and plan.is_fresh and self._has_rows(call):
+        if self._is_new(call, plan):
+            assert key is not None  # by check_forward
+            assert value is not None
             return KVSource.of_rows(key, value, plan.key_start_loc)
-        assert cache is not None  # by check_forward
+        assert cache is not None
         if plan.gathered_start_loc is None:
             return cache
         return self._gather(call, plan, plan.gathered_start_loc, cache)
+
+    def _is_new(self, call: Call, plan: PrefillPlan) -> bool:
+        """Whether all keys are rows of the call."""
+        if call.cache is None:
+            return True
+        return plan.is_fresh and call.value is not None and self._has_rows(call)
 
     def _has_rows(self, call: Call) -> bool:
         """Whether the rows of key and value are what the cache has after it is written."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.operands import block_of
 from attn_dispatch.backends.triton.plan import (
     INVARIANT_PARTS,
@@ -13,6 +14,7 @@ from attn_dispatch.backends.triton.plan import (
     Launches,
     TritonMetadata,
     int32_tensor,
+    part_bytes,
 )
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
@@ -91,9 +93,14 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
             spec.head_size_v, self._element_bytes, block_of(longest * spec.num_heads)
         )
         grid = launches.num_sms * launch.programs_per_sm
-        slots = 2 * (grid + -(-grid // MERGE_GROUP))
-        if parts:
-            slots = num_reqs * -(-spec.num_heads // rows) * parts if parts > 1 else 1
+        slots, at_once = 2 * (grid + -(-grid // MERGE_GROUP)), num_reqs
+        if parts == 1:
+            slots = 1
+        elif parts:
+            each = -(-spec.num_heads // rows) * parts
+            limit = scratch.MAX_SCRATCH_BYTES // (each * part_bytes(rows, spec.head_size_v))
+            at_once = min(num_reqs, max(1, limit))
+            slots = at_once * each
         floats = torch.empty(
             slots * rows * (spec.head_size_v + 1), dtype=torch.float32, device=self.device
         )
@@ -108,4 +115,4 @@ class TritonMLABuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
             part_lse=floats[: slots * rows],
             counters=torch.zeros(slots, dtype=torch.int32, device=self.device),
             parts=parts,
-        )
+        ).in_turns_of(at_once)

@@ -279,7 +279,6 @@ def tensor_descriptor() -> Any:
     return module.TensorDescriptor.from_tensor
 
 
-@functools.cache
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which has no hardware instructions."""
     return bool(import_library("triton").knobs.runtime.interpret)

@@ -7,16 +7,26 @@ prefill kernel, as a list of tiles.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from attn_dispatch.backends.common import start_offsets
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.configs import amd, nvidia
 from attn_dispatch.backends.triton.launch_config import DecodeLaunch, LaunchTable, PrefillLaunch
 from attn_dispatch.backends.triton.operands import block_of, blocks_of
+from attn_dispatch.backends.triton.prefill_plan import (
+    KeyGroup,
+    Plan,
+    PlanRows,
+    PrefillPlan,
+    group_by_memory,
+    plan_rows,
+)
+from attn_dispatch.backends.triton.scratch import GatherBuffers
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import StagedBuffers
 from attn_dispatch.interface.host_copies import to_device
@@ -30,22 +40,21 @@ __all__ = [
     "INVARIANT_PARTS",
     "DecodePlan",
     "Launches",
-    "PlanRows",
-    "PrefillPlan",
     "TritonBuilder",
     "TritonMetadata",
     "Variant",
     "int32_tensor",
     "launch_table",
-    "plan_rows",
+    "part_bytes",
 ]
 
 #: Requests of up to this many query tokens go to the decode kernel: a token, or drafts to verify.
 MAX_DECODE_TOKENS = 16
 #: With batch_invariant, the keys of a request are split into this many parts.
 INVARIANT_PARTS = 8
-#: Gathered keys and values take at most this much memory. Larger ones are read from their pages.
-MAX_GATHERED_BYTES = 4 << 30
+#: Of the memory for scratch, the share of the parts of split requests with batch_invariant: whether
+#: a request's keys are gathered must not depend on how many others are split.
+_INVARIANT_PARTS_SHARE = 1 / 4
 #: The number of SMs in Triton's interpreter.
 _INTERPRETED_SMS = 2
 
@@ -119,6 +128,8 @@ class DecodePlan:
         part_out, part_lse, counters: buffers for the parts of splits, see decode.py.
         parts: each work unit is split into this many parts, so that how a request is split depends
             only on the request; 0 for Stream-K.
+        in_turn: plans of groups of these requests, one after the other, where the parts of all do
+            not fit into memory at once. () if one launch takes all.
     """
 
     launch: DecodeLaunch
@@ -131,49 +142,24 @@ class DecodePlan:
     part_lse: torch.Tensor
     counters: torch.Tensor
     parts: int
+    in_turn: tuple[DecodePlan, ...] = ()
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of the buffers."""
+        buffers = (self.part_out, self.part_lse, self.counters)
+        return sum(each.numel() * each.element_size() for each in buffers)
 
-@dataclass
-class PrefillPlan:
-    """The operands of the prefill kernel.
-
-    Attributes:
-        tiles: (num_tiles, 2) int32, requests and first rows; long requests and late rows first.
-        requests: (number,) int32, which requests.
-        is_fresh: no request has earlier tokens: their keys are the rows of the call's `key`.
-        key_start_loc: (num_reqs,) int32, where each request's rows begin in `key`.
-        gathered_start_loc: (num_reqs,) int32, where each request's rows begin once gathered; None
-            if pages are read directly.
-        gathered_rows: rows of all requests, or an upper bound.
-        longest: rows of the longest request, or an upper bound.
-        pad: the rows of each request are padded to a multiple of this, with zeros.
-        dtype: of gathered keys and values.
-        gathered: the buffers for them, made at their first use and shared by all layers.
-    """
-
-    tiles: torch.Tensor
-    requests: torch.Tensor
-    is_fresh: bool
-    key_start_loc: torch.Tensor
-    gathered_start_loc: torch.Tensor | None
-    gathered_rows: int
-    longest: int
-    pad: int
-    dtype: torch.dtype
-    gathered: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def room_for(
-        self, num_kv_heads: int, head_size: int, head_size_v: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buffers for gathered keys and values, (gathered_rows, num_kv_heads, width of a tile)."""
-        if self.gathered is None:
-            shape, device = (self.gathered_rows, num_kv_heads), self.tiles.device
-            block, block_v = blocks_of(head_size, head_size_v)
-            self.gathered = (
-                torch.empty(*shape, block, dtype=self.dtype, device=device),
-                torch.empty(*shape, block_v, dtype=self.dtype, device=device),
-            )
-        return self.gathered
+    def in_turns_of(self, num_reqs: int) -> DecodePlan:
+        """The plan with `in_turn` for groups of at most this many requests."""
+        if self.num_reqs <= num_reqs:
+            return self
+        requests = self.requests
+        if requests is None:
+            requests = int32_tensor(range(self.num_reqs), self.counters.device)
+        groups = requests.tensor_split(-(-self.num_reqs // num_reqs))
+        in_turn = tuple(replace(self, requests=each, num_reqs=len(each)) for each in groups)
+        return replace(self, in_turn=in_turn)
 
 
 @dataclass
@@ -246,7 +232,8 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             if decodes:
                 metadata.decode = self._decode(batch, decodes)
             if prefills:
-                metadata.prefill = self._prefill(batch, prefills)
+                free_bytes = self.bytes_to_gather(metadata.decode)
+                metadata.prefill = self._prefill(batch, prefills, free_bytes)
         if batch.custom_mask is not None:
             mask_starts = torch.tensor(batch.mask_starts[:-1], dtype=torch.int64, device="cpu")
             metadata.mask_starts = to_device(mask_starts, self.device)
@@ -272,7 +259,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         else:
             num_reqs, longest = len(chosen), max(batch.query_lens[i] for i in chosen)
         requests = None if chosen is None else int32_tensor(chosen, self.device)
-        return self._decode_plan(num_reqs, longest, requests)
+        return self._decode_plan(num_reqs, longest, requests, has_prefills=chosen is not None)
 
     def _decode_plan(
         self,
@@ -280,10 +267,13 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         longest: int,
         requests: torch.Tensor | None,
         make_room: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        *,
+        has_prefills: bool = False,
     ) -> DecodePlan:
         """The plan for this many requests of up to `longest` new tokens.
 
-        `make_room` gives as many float32 and int32 for the parts of splits, the latter zeros.
+        `make_room` gives as many float32 and int32 for the parts of splits, the latter zeros. With
+        `has_prefills` the batch has requests whose keys are gathered, too.
         """
         spec, launches = self.spec, self.launches
         programs = launches.num_sms * launches.decode_few.programs_per_sm
@@ -291,12 +281,16 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         launch = launches.decode_few if is_few else launches.decode
         rows = min(block_of(longest * self._group), launch.max_rows)
         grid = launches.num_sms * launch.programs_per_sm
-        parts = 2 * self._most_programs(grid)
-        if spec.batch_invariant:  # queries of one token
-            units = spec.num_kv_heads * -(-self._group // rows)
-            parts = num_reqs * units * INVARIANT_PARTS
-        size = parts * rows
         _, block_v = blocks_of(spec.head_size, spec.head_size_v)
+        parts, at_once = 2 * self._most_programs(grid), num_reqs
+        if spec.batch_invariant:  # queries of one token
+            each = spec.num_kv_heads * -(-self._group // rows) * INVARIANT_PARTS
+            limit = scratch.MAX_SCRATCH_BYTES
+            if has_prefills:
+                limit = int(limit * _INVARIANT_PARTS_SHARE)
+            at_once = min(num_reqs, max(1, limit // (each * part_bytes(rows, block_v))))
+            parts = at_once * each
+        size = parts * rows
         floats, counters = (make_room or self._make_room)(size * (block_v + 1), parts)
         return DecodePlan(
             launch=launch,
@@ -309,7 +303,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
             part_lse=floats[:size],
             counters=counters,
             parts=INVARIANT_PARTS if spec.batch_invariant else 0,
-        )
+        ).in_turns_of(at_once)
 
     def _make_room(self, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -321,46 +315,82 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         """How many programs may store parts, if the decode kernel has this grid."""
         return grid
 
-    def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
+    def bytes_to_gather(self, decode: DecodePlan | None) -> int:
+        """What gathered keys and values may take in a batch with these decodes.
+
+        With batch_invariant it does not depend on the batch.
+        """
+        limit = scratch.MAX_SCRATCH_BYTES
+        if self.spec.batch_invariant:
+            return limit - int(limit * _INVARIANT_PARTS_SHARE)
+        return limit - (0 if decode is None else decode.scratch_bytes)
+
+    def _prefill(self, batch: AttentionBatch, chosen: list[int], free_bytes: int) -> PrefillPlan:
         row = self.launches.prefill
         rows = plan_rows(batch, chosen, row.block_n)
-        tiles = self._tiles(rows, row.block_m, self._group)
-        return self._plan(batch, rows, tiles, self._gathers(batch, rows))
+        groups = [KeyGroup(rows, gathers=False)]
+        if self._gathers(batch, rows):
+            groups = self._groups(rows, free_bytes)
+        tiles = [self._tiles(each.rows, row.block_m, self._group) for each in groups]
+        return self._plan(batch, groups, tiles, PrefillPlan).in_parts(groups, tiles)
+
+    def _groups(self, rows: PlanRows, free_bytes: int) -> list[KeyGroup]:
+        """Groups of requests whose gathered keys fit into memory; see `group_by_memory`."""
+        # With batch_invariant only a request's own size decides.
+        has_enough = None if self.spec.batch_invariant else self._has_enough_work
+        return group_by_memory(rows, free_bytes // self._row_bytes, has_enough)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of a gathered key and its value."""
+        spec = self.spec
+        size = sum(blocks_of(spec.head_size, spec.head_size_v))
+        return spec.num_kv_heads * size * spec.dtype.itemsize
+
+    def _has_enough_work(self, rows: PlanRows) -> bool:
+        """Whether these requests have programs for half of the SMs: pages take longer than that."""
+        block_m = self.launches.prefill.block_m
+        tiles = sum(-(-each * self._group // block_m) for each in rows.query_lens)
+        return 2 * tiles * self.spec.num_kv_heads >= self.launches.num_sms
 
     def _plan(
         self,
         batch: AttentionBatch,
-        rows: PlanRows,
-        tiles: torch.Tensor,
-        gathers: bool,
-        plan_cls: type[PrefillPlan] = PrefillPlan,
-    ) -> PrefillPlan:
-        """The plan for these requests and tiles."""
+        groups: Sequence[KeyGroup],
+        tiles: Sequence[torch.Tensor],
+        plan_cls: type[Plan],
+    ) -> Plan:
+        """The plan for these requests and the tiles of each group."""
         starts = torch.zeros(batch.num_reqs, dtype=torch.int32, device="cpu")
-        starts[rows.requests] = start_offsets(rows.padded)[:-1]
+        for rows, _ in groups:
+            starts[rows.requests] = start_offsets(rows.padded)[:-1]
+        requests = [i for rows, _ in groups for i in rows.requests]
+        is_fresh = all(rows.key_lens == rows.seq_lens for rows, _ in groups)
+        gathered = [sum(rows.padded) for rows, gathers in groups if gathers]
         own_keys = batch.key_start_loc_cpu
         return plan_cls(
-            tiles=tiles.to(self.device, non_blocking=True),
-            requests=int32_tensor(rows.requests, self.device),
+            tiles=torch.cat([*tiles]).to(self.device, non_blocking=True),
+            requests=int32_tensor(requests, self.device),
             # An upper bound that is the number of new keys is the true count: these are among the
             # keys. Whether keys are fresh depends on the batch, which must not affect invariant
             # results. With key positions, new keys may be another GPU's, and their number may still
             # agree.
-            is_fresh=rows.key_lens == rows.seq_lens
+            is_fresh=is_fresh
             and (batch.key_positions is None or batch.block_table is None)
             and not (self.spec.batch_invariant and batch.block_table is not None),
             key_start_loc=(
                 batch.query_start_loc if own_keys is None else to_device(own_keys, self.device)
             ),
-            gathered_start_loc=starts.to(self.device, non_blocking=True) if gathers else None,
-            gathered_rows=sum(rows.padded),
-            longest=max(rows.padded),
-            pad=rows.pad,
+            gathered_start_loc=starts.to(self.device, non_blocking=True) if gathered else None,
+            gathered_rows=max(gathered, default=0),
+            longest=max(max(rows.padded) for rows, _ in groups),
+            pad=groups[0].rows.pad,
             dtype=self.spec.dtype,
+            buffers=GatherBuffers(max(gathered, default=0)),
         )
 
     def _gathers(self, batch: AttentionBatch, rows: PlanRows) -> bool:
-        """Whether to gather pages first: it is faster, and the buffers are not too large.
+        """Whether to gather pages first, as far as there is memory: where it is faster.
 
         It is faster where each key is read often. How often is estimated without the key counts:
         quantized keys are rounded when they are gathered, so with upper bounds the choice must be
@@ -368,18 +398,7 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         """
         if batch.block_table is None or self.spec.batch_invariant:
             return batch.block_table is not None
-        is_faster = sum(rows.query_lens) >= self.launches.table.gather_from * len(rows.query_lens)
-        return is_faster and self._has_room(rows)
-
-    def _has_room(self, rows: PlanRows) -> bool:
-        """Whether gathered keys and values fit in the memory that they may take."""
-        spec = self.spec
-        size = sum(blocks_of(spec.head_size, spec.head_size_v))
-        row_bytes = spec.num_kv_heads * size * spec.dtype.itemsize
-        return sum(rows.padded) * row_bytes <= self._scratch_bytes()
-
-    def _scratch_bytes(self) -> int:
-        return MAX_GATHERED_BYTES
+        return sum(rows.query_lens) >= self.launches.table.gather_from * len(rows.query_lens)
 
     def _tiles(self, rows: PlanRows, block_m: int, rows_per_token: int) -> torch.Tensor:
         """(num_tiles, 2) int32 on the host: requests and first rows, long and late ones first.
@@ -404,32 +423,9 @@ class TritonBuilder(AttentionMetadataBuilder[TritonMetadata]):
         return torch.stack([requests, first], 1)[order].to(torch.int32)
 
 
-@dataclass(frozen=True)
-class PlanRows:
-    """The requests of a prefill plan, their lengths, and these padded to `pad`.
-
-    `seq_lens` and `padded` are upper bounds if the batch has only these.
-    """
-
-    requests: list[int]
-    query_lens: list[int]
-    seq_lens: list[int]
-    key_lens: list[int]
-    padded: list[int]
-    pad: int
-
-
-def plan_rows(batch: AttentionBatch, chosen: list[int], pad: int) -> PlanRows:
-    """The chosen requests, with their keys padded to a multiple of `pad`."""
-    seq_lens = [batch.seq_lens_list[i] for i in chosen]
-    return PlanRows(
-        requests=chosen,
-        query_lens=[batch.query_lens[i] for i in chosen],
-        seq_lens=seq_lens,
-        key_lens=[batch.key_starts[i + 1] - batch.key_starts[i] for i in chosen],
-        padded=[-(-n // pad) * pad for n in seq_lens],
-        pad=pad,
-    )
+def part_bytes(rows: int, block_v: int) -> int:
+    """Bytes of a part of a split: outputs and log2-sums in float32, and a counter."""
+    return 4 * (rows * (block_v + 1) + 1)
 
 
 def int32_tensor(values: Any, device: torch.device) -> torch.Tensor:

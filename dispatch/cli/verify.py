@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,8 +76,6 @@ def verify(
 
 
 def _emulated_device(arch: str, addressing: str) -> EmulatedDevice:
-    if arch == "sm90" and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
     from attn_dispatch.conformance.emulated import EmulatedDevice
 
     return EmulatedDevice.named(arch, addressing)

@@ -81,7 +81,6 @@ class EmulatedDevice:
         if arch == _HOPPER:
             if addressing != "buffer":
                 raise InvalidInputError(f"{arch} has no addressing: leave it out.")
-            _require_interpreter()
             return InterpretedHopper(_few_units(arch))
         try:
             with emulated(arch):
@@ -217,18 +216,6 @@ def _few_units(arch: str) -> DeviceProfile:
         num_sms=_COMPUTE_UNITS,
         other_libraries="looked up",
     )
-
-
-def _require_interpreter() -> None:
-    """Raise InvalidInputError unless Triton interprets kernels in this process."""
-    import triton
-    import triton.language as tl
-    from triton.runtime.jit import JITFunction
-
-    if not triton.knobs.runtime.interpret or isinstance(tl.sum, JITFunction):
-        raise InvalidInputError(
-            "For sm90 kernels are interpreted: set TRITON_INTERPRET=1 and start a new process."
-        )
 
 
 def _notes(error: BaseException | None) -> list[str]:

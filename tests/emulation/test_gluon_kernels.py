@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("triton", minversion="3.6")
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -191,10 +194,33 @@ def test_verify_on_sm90(backend, kernels):
     assert text.endswith("no compiler and no hardware.")
 
 
-def test_sm90_needs_a_process_that_interprets(monkeypatch):
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(InvalidInputError, match="set TRITON_INTERPRET=1 and start a new process"):
-        EmulatedDevice.named("sm90")
+_WITHOUT_THE_VARIABLE = """
+import torch, triton.language as tl
+from attn_dispatch.backends.triton.operands import is_interpreted
+from attn_dispatch.emulation.gluon.interpret import interpreted
+from triton.runtime.jit import JITFunction
+from typer.testing import CliRunner
+from attn_dispatch.cli import app
+
+owners = (tl, tl.core, tl.math, tl.standard, tl.tensor, JITFunction)
+before = [dict(vars(owner)) for owner in owners]
+assert isinstance(tl.sum, JITFunction) and not is_interpreted()
+arguments = "verify HOPPER_ATTN --emulate sm90 --quick --only layer/eager"
+done = CliRunner().invoke(app, arguments.split())
+assert done.exit_code == 0, done.output
+assert "1 checks, none failed" in " ".join(done.output.split()), done.output
+assert [dict(vars(owner)) for owner in owners] == before and not is_interpreted()
+"""
+
+
+def test_a_process_in_which_triton_compiles_interprets_too():
+    """As on a machine with a GPU. Triton's language is unchanged afterwards: it must compile."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_THE_VARIABLE],
+        env=environment, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_sm90_has_no_addressing():

@@ -170,11 +170,13 @@ def poison(metadata):
     if metadata.decode is not None:
         metadata.decode.part_out.fill_(torch.nan)
         metadata.decode.part_lse.fill_(torch.nan)
-    if metadata.prefill is not None and metadata.prefill.gathered_start_loc is not None:
-        spec = metadata.builder.spec
-        sizes = (spec.num_kv_heads, spec.head_size, spec.head_size_v)
-        for gathered in metadata.prefill.room_for(*sizes):
-            gathered.fill_(torch.nan)
+    prefill = metadata.prefill
+    for plan in () if prefill is None else prefill.parts or (prefill,):
+        if plan.gathered_start_loc is not None:
+            spec = metadata.builder.spec
+            sizes = (spec.num_kv_heads, spec.head_size, spec.head_size_v)
+            for gathered in plan.room_for(*sizes):
+                gathered.fill_(torch.nan)
 
 
 __all__ = [

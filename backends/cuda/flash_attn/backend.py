@@ -38,8 +38,8 @@ from attn_dispatch.backends.cuda.flash_attn.providers import (
     pick_provider,
     require_provider,
 )
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
-from attn_dispatch.backends.triton.plan import MAX_GATHERED_BYTES
 from attn_dispatch.interface.backend import AttentionBackend
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.capability import Capabilities, Reason
@@ -170,7 +170,7 @@ class FlashAttnBuilder(AttentionMetadataBuilder[FlashAttnMetadata]):
     def _needs_own_call(self, query_len: int, seq_len: int) -> bool:
         spec = self.spec
         row_bytes = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
-        fits = seq_len * row_bytes <= MAX_GATHERED_BYTES
+        fits = seq_len * row_bytes <= scratch.MAX_SCRATCH_BYTES
         return self.provider.gathers and query_len >= _OWN_CALL_QUERY_LEN and fits
 
     def _call(self, batch: AttentionBatch, first: int, end: int, is_single: bool) -> FlashCall:

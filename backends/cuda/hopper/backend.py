@@ -34,10 +34,8 @@ from attn_dispatch.backends.cuda.hopper.sm_partition import side_stream
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.impl import Call, TritonImpl
 from attn_dispatch.backends.triton.operands import KVSource
-from attn_dispatch.backends.triton.plan import (
-    DecodePlan,
-    PrefillPlan,
-)
+from attn_dispatch.backends.triton.plan import DecodePlan
+from attn_dispatch.backends.triton.prefill_plan import PrefillPlan
 from attn_dispatch.interface.capability import (
     AnyOf,
     Capabilities,
@@ -133,20 +131,13 @@ class HopperImpl(TritonImpl):
             return call.cache
         return super()._source(call, plan)
 
-    def _is_new(self, call: Call, plan: HopperPlan) -> bool:
-        """Whether all keys are rows of the call."""
-        if call.cache is None:
-            return True
-        return plan.is_fresh and call.value is not None and self._has_rows(call)
-
     def _prefill(self, call: Call, plan: PrefillPlan, source: KVSource) -> None:
         if not isinstance(plan, HopperPlan):
             super()._prefill(call, plan, source)
         elif source.starts is not None or self._reads(source, call.query.dtype):
             self._launch_prefill(call, plan, source, call.metadata.launches.num_sms)
         else:
-            portable = plan.portable_plan(call.metadata)
-            super()._prefill(call, portable, super()._source(call, portable))
+            self._prefill_parts(call, plan.portable_plan(call.metadata))
 
     def _reads(self, cache: KVSource, dtype: torch.dtype) -> bool:
         """Whether the prefill kernel reads a cache."""

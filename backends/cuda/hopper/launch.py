@@ -13,15 +13,11 @@ __all__ = [
     "DecodeConfig",
     "DecodeLaunch",
     "HEAD_SIZES",
-    "MAX_SCRATCH_BYTES",
     "MLA_COUNTERS",
     "MLAConfig",
     "PrefillConfig",
 ]
 
-#: Keys and values that the prefill kernel does not read from their pages are gathered first, up to
-#: this many bytes for all layers; beyond that a warp group copies them in the kernel.
-MAX_SCRATCH_BYTES = 64 << 20
 #: Query tokens in a work tile of the prefill kernel, half of them for each warp group.
 BLOCK_M = 128
 #: Head size -> keys in a tile: two stages of keys and values fill shared memory.

@@ -14,13 +14,18 @@ from attn_dispatch.backends.cuda.hopper.launch import (
     BLOCK_N,
     DECODES,
     FIXED_BLOCKS,
-    MAX_SCRATCH_BYTES,
 )
 from attn_dispatch.backends.cuda.hopper.paged_tma import box_columns, page_problem, tma_descriptor
 from attn_dispatch.backends.cuda.hopper.sm_partition import SMShares, share_sms
 from attn_dispatch.backends.triton.graph_plan import TritonGraphBuilder
 from attn_dispatch.backends.triton.operands import FORMATS, KVSource, blocks_of
-from attn_dispatch.backends.triton.plan import PlanRows, PrefillPlan, TritonMetadata, plan_rows
+from attn_dispatch.backends.triton.plan import TritonMetadata
+from attn_dispatch.backends.triton.prefill_plan import (
+    KeyGroup,
+    PlanRows,
+    PrefillPlan,
+    plan_rows,
+)
 from attn_dispatch.errors import InvalidInputError
 from attn_dispatch.interface.batch import AttentionBatch
 from attn_dispatch.interface.captured import GraphLimits
@@ -88,7 +93,9 @@ class HopperPlan(PrefillPlan):
         if self.portable is None:
             builder = metadata.builder
             assert isinstance(builder, HopperBuilder)
-            self.portable = builder.portable_prefill(metadata.batch, self.chosen)
+            free_bytes = builder.bytes_to_gather(metadata.decode)
+            portable = builder.portable_prefill(metadata.batch, self.chosen, free_bytes)
+            self.portable = portable.sharing(self.buffers)
         return self.portable
 
     def describe_gathered(self, source: KVSource, block_n: int) -> tuple[Any, Any]:
@@ -131,14 +138,12 @@ class HopperBuilder(TritonGraphBuilder):
             is_decode = self._few_tokens(batch)
             assert is_decode is not None  # the batch has both kinds
             num_tiles = len(plan.tiles) * self.spec.num_heads
-            # Without a decode kernel of Hopper's own, the portable one's blocks share SMs.
-            if self.spec.head_size not in DECODES:
+            # Without a decode kernel of Hopper's own, the portable one's blocks share SMs. Where it
+            # has one, the prefill kernel reads the same pages: there are no parts.
+            if self.spec.head_size not in DECODES or plan.parts:
                 return metadata
             plan.shares = share_sms(self.spec, batch, is_decode, num_tiles, self.launches.num_sms)
         return metadata
-
-    def _scratch_bytes(self) -> int:
-        return MAX_SCRATCH_BYTES
 
     def _most_programs(self, grid: int) -> int:
         if self.spec.lengths == "exact":
@@ -148,16 +153,18 @@ class HopperBuilder(TritonGraphBuilder):
         programs = DECODES[self.spec.head_size].mixed.programs
         return max(grid, FIXED_BLOCKS * programs * self.launches.num_sms)
 
-    def _prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
+    def _prefill(self, batch: AttentionBatch, chosen: list[int], free_bytes: int) -> PrefillPlan:
         rows = plan_rows(batch, chosen, BLOCK_N[self.spec.head_size])
-        gathers = self._can_gather and self._has_room(rows)
+        groups = [KeyGroup(rows, gathers=False)]
+        if self._can_gather and batch.block_table is not None:
+            groups = self._groups(rows, free_bytes)
+        gathers = any(each.gathers for each in groups)
         if batch.block_table is not None and not (self._knows_format or gathers):
-            return self.portable_prefill(batch, chosen)
-        tiles = self._work_tiles(batch, rows)
+            return self.portable_prefill(batch, chosen, free_bytes)
+        tiles = [self._work_tiles(batch, each.rows) for each in groups]
         # One copy to the device for both.
-        counters_and_tiles = torch.cat([tiles.new_zeros(1, tiles.shape[1]), tiles])
-        plan = self._plan(batch, rows, counters_and_tiles, gathers, HopperPlan)
-        assert isinstance(plan, HopperPlan)
+        counters = tiles[0].new_zeros(1, tiles[0].shape[1])
+        plan = self._plan(batch, groups, [counters, *tiles], HopperPlan)
         plan.chosen = chosen
         plan.counters, plan.tiles = plan.tiles[0, :2], plan.tiles[1:]
         is_bound = batch.lengths == "upper_bound"
@@ -166,11 +173,22 @@ class HopperBuilder(TritonGraphBuilder):
         plan.may_be_fresh = has_fresh and not plan.is_fresh and batch.key_start_loc_cpu is None
         plan.splits_all_sms = self.spec.lengths == "upper_bound"
         plan.fresh_end = batch.key_starts[chosen[-1] + 1]
+        plan = plan.in_parts(groups, tiles)
+        for part, group in zip(plan.parts, groups, strict=False):
+            assert isinstance(part, HopperPlan)
+            part.chosen = group.rows.requests
         return plan
 
-    def portable_prefill(self, batch: AttentionBatch, chosen: list[int]) -> PrefillPlan:
+    def portable_prefill(
+        self, batch: AttentionBatch, chosen: list[int], free_bytes: int
+    ) -> PrefillPlan:
         """TRITON_ATTN's plan for these requests."""
-        return super()._prefill(batch, chosen)
+        return super()._prefill(batch, chosen, free_bytes)
+
+    def _has_enough_work(self, rows: PlanRows) -> bool:
+        """See TritonBuilder."""
+        tiles = sum(-(-each // BLOCK_M) for each in rows.query_lens)
+        return 2 * tiles * self.spec.num_heads >= self.launches.num_sms
 
     def _work_tiles(self, batch: AttentionBatch, rows: PlanRows) -> torch.Tensor:
         """(num_tiles, 4) int32 on the host: the columns that `hopper_prefill_kernel` documents."""

@@ -19,6 +19,7 @@ from attn_dispatch.emulation.errors import EmulationError
 from attn_dispatch.emulation.gluon.global_memory import Descriptor, Memory
 from attn_dispatch.emulation.gluon.language import Language, Program
 from attn_dispatch.emulation.gluon.scheduler import Scheduler, Task
+from attn_dispatch.emulation.gluon.triton_interpreter import triton_interpreted
 from attn_dispatch.emulation.gluon.values import Tensor, as_tensor
 
 __all__ = ["interpret", "interpreted"]
@@ -188,12 +189,15 @@ def interpreted(
 ) -> Iterator[list[str]]:
     """Inside of this, launches of Gluon kernels with CPU tensors are interpreted.
 
+    So are those of Triton kernels, by Triton's own interpreter, also if Triton compiles kernels in
+    this process, as it does without TRITON_INTERPRET=1. All tensors must be on the CPU.
+
     Args:
         seed, lateness: see `Scheduler`.
         programs: launch at most this many in the first dimension; for persistent kernels.
 
     Yields:
-        The names of the kernels that were launched.
+        The names of the Gluon kernels that were launched.
     """
     launched: list[str] = []
 
@@ -209,5 +213,5 @@ def interpreted(
 
         return launch
 
-    with mock.patch.object(_runtime.GluonJITFunction, "__getitem__", run):
+    with mock.patch.object(_runtime.GluonJITFunction, "__getitem__", run), triton_interpreted():
         yield launched

@@ -14,6 +14,7 @@ from hypothesis import given
 
 from attn_dispatch.backends.cuda.flash_attn import backend as flash_attn
 from attn_dispatch.backends.cuda.flash_attn.backend import FlashAttnBackend, FlashAttnImpl
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.conformance.kv_layouts import engine_cache_of, memories_of
 from attn_dispatch.interface import unquantized
 from attn_dispatch.interface.kv_layout_table import KV_LAYOUTS
@@ -421,8 +422,9 @@ def test_long_prompts_of_equal_length_are_one_call_over_rows(name):
 
 def test_prompts_too_large_to_gather_read_pages():
     lengths = {"query_lens": (50,), "seq_lens": (150,)}
-    cut = mock.patch.multiple(flash_attn, _OWN_CALL_QUERY_LEN=50, MAX_GATHERED_BYTES=1000)
-    with provided(VLLM_3) as recorder, cut:
+    own_call = mock.patch.object(flash_attn, "_OWN_CALL_QUERY_LEN", 50)
+    limit = mock.patch.object(scratch, "MAX_SCRATCH_BYTES", 1000)
+    with provided(VLLM_3) as recorder, own_call, limit:
         forward(step_of(VLLM_3, {}, lengths))
     assert calls_of(recorder)[0]["block_table"] is not None
 

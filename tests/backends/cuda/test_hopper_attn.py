@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from attn_dispatch.backends.cuda.hopper import plan as plan_module
 from attn_dispatch.backends.cuda.hopper.backend import HopperImpl
 from attn_dispatch.backends.cuda.hopper.plan import HopperBuilder, HopperPlan
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.platforms import libraries
@@ -108,7 +108,7 @@ COPIED = {
 
 
 #: Bytes of gathered keys and values, up to which they are gathered.
-NO_SCRATCH = mock.patch.object(plan_module, "MAX_SCRATCH_BYTES", 0)
+NO_SCRATCH = mock.patch.object(scratch, "MAX_SCRATCH_BYTES", 0)
 
 
 @on_gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 
@@ -22,7 +23,7 @@ from attn_dispatch.backends.rocm.flash_attn_ck import (
     RocmFlashAttnBackend,
     VarlenPlan,
 )
-from attn_dispatch.backends.triton import plan as triton_plan
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.errors import BackendFailure, InvalidInputError, UnsupportedError
 from attn_dispatch.interface.capability import compare
@@ -318,10 +319,27 @@ def test_decodes_do_not_call_the_library(name, calls):
 
 
 def test_prefills_too_large_to_gather_use_triton(name, calls, monkeypatch):
-    monkeypatch.setattr(triton_plan, "MAX_GATHERED_BYTES", 1000)
+    monkeypatch.setattr(scratch, "MAX_SCRATCH_BYTES", 1000)
     step = step_of({"returns_lse": True})
     check(step, run(name, step))
     assert len(calls) == 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"kv_cache_dtype": "fp8_e4m3"}], ids=in_words)
+def test_prefills_are_gathered_in_groups_that_fit(name, fields, calls, monkeypatch):
+    """Of 18, 40, 20 and 90 keys, the last do not fit, and no two others do together with 40."""
+    step = step_of(
+        {"returns_lse": True, **fields},
+        {"query_lens": (18, 17, 3, 0, 20, 30), "seq_lens": (18, 40, 9, 0, 20, 90)},
+    )
+    builder = BACKENDS[name].get_builder_cls()(step.spec, step.device)
+    builder.launches = dataclasses.replace(builder.launches, num_sms=1)
+    decodes = builder.build(step.batch).decode.scratch_bytes
+    monkeypatch.setattr(scratch, "MAX_SCRATCH_BYTES", decodes + 41 * 2 * 32 * 2)
+    metadata = builder.build(step.batch)
+    check(step, run(name, step, metadata=metadata))
+    assert [len(call["k"]) for call in calls.made] == [40, 38]
+    assert [each.requests.tolist() for each in metadata.prefill.parts] == [[1], [0, 4], [5]]
 
 
 def test_layers_share_the_memory_of_gathered_keys(name, calls):

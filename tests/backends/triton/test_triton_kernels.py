@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_dispatch.backends.triton import impl as triton_impl
-from attn_dispatch.backends.triton import launcher, operands
+from attn_dispatch.backends.triton import launcher, operands, scratch
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.kernels.fp8 import decode_fp8, encode_fp8
 from attn_dispatch.interface.kv_access import write_kv_cache
@@ -348,7 +348,7 @@ def test_descriptors_are_used_for_tested_sizes(sizes, dtype, has):
 
 
 def test_large_keys_are_not_gathered(monkeypatch, found_in):
-    monkeypatch.setattr(triton_plan, "MAX_GATHERED_BYTES", 0)
+    monkeypatch.setattr(scratch, "MAX_SCRATCH_BYTES", 0)
     step = prefill_step(CHUNKS)
     check(step, run_prefill(step, SOURCES["gathered"][1]))
     assert found_in == ["pages"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attn_dispatch import AttentionBatch, InvalidInputError, MLADims, UnsupportedError, resolve
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.interface.graphs import CommonAttentionState
 from attn_dispatch.platforms.known_devices import KNOWN_DEVICES
 from attn_dispatch.platforms.libraries import Library
@@ -144,6 +146,20 @@ def test_a_nan_makes_the_rows_that_see_it_nan(part, programs):
     assert lse[2:].isnan().all()
     step.check(output[:right], expected[:right])
     torch.testing.assert_close(lse[:2].double(), expected_lse[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_invariant_decodes_in_turn_have_the_bits_of_one_launch():
+    """The parts of five requests do not fit into memory at once; those of two do."""
+    step = step_of((1,) * 5, (60, 33, 7, 21, 40), batch_invariant=True, returns_lse=True)
+    at_once = with_launch(step, **SMALL)
+    limit = at_once.decode.scratch_bytes * 2 // 5
+    with mock.patch.object(scratch, "MAX_SCRATCH_BYTES", limit):
+        in_turn = with_launch(step, **SMALL)
+    assert [each.num_reqs for each in in_turn.decode.in_turn] == [2, 2, 1]
+    assert in_turn.decode.scratch_bytes <= limit
+    expected = step.run(metadata=at_once)
+    check(step, expected)
+    assert same_bits(step.run(metadata=in_turn), expected)
 
 
 def test_batch_invariant_gives_the_same_bits_alone():
