@@ -9,10 +9,11 @@ It finds reads of uniform registers (UR) and of predicates (P, UP). Uniform arit
 register is no finding, since ptxas leaves dead copies in right code: its result is unset, and what
 reads that outside of uniform arithmetic is a finding.
 
-It cannot find wrong values. A write under a predicate counts as a write, even if the predicate is
-false. Vector registers are not checked: right code reads unset ones, such as one half of a packed
-pair. Every branch may go either way, so a read that only a path with contradictory conditions
-reaches would be a false finding.
+It cannot find wrong values, such as the one that an earlier use left in a register: of 60 writes to
+uniform registers, deleted one by one from a right kernel, 9 were noticed. A write under a predicate
+counts as a write, even if the predicate is false. Vector registers are not checked: right code
+reads unset ones, such as one half of a packed pair. Every branch may go either way, so a read that
+only a path with contradictory conditions reaches would be a false finding.
 """
 
 from __future__ import annotations
