@@ -6,8 +6,9 @@ No GPU is needed. What the library would launch for a layer on a device is recor
 compiled for that device. A kernel that does not compile, does not fit into shared memory, spills
 more than is allowed or multiplies without matrix instructions is a problem, and the exit status 1;
 so is a Hopper decode kernel of which fewer programs fit on an SM than are launched for it, and an
-AMD kernel with an instruction that attn_dispatch.emulation does not know. With --check, so is a
-table in docs/kernels.md that differs from the compiler's figures; --write updates it. A covering
+AMD kernel with an instruction that attn_dispatch.emulation does not know, and an NVIDIA kernel with
+wgmma or tcgen05 that reads a register which it did not write (machine_code.py). With --check, so is
+a table in docs/kernels.md that differs from the compiler's figures; --write updates it. A covering
 set is compiled, which is what the table has; --quick compiles a part of it, and --full every case
 for every device, on AMD with tensors of every size.
 """
@@ -47,6 +48,7 @@ from compile_cases import (
     launches_of,
     quick_set,
 )
+from machine_code import disassembled, find_nvdisasm, unset_reads
 from occupancy import UNITS
 
 from attn_dispatch.emulation.instructions.decode import unknown_instructions
@@ -92,7 +94,10 @@ _TYPES = {
     torch.int8: "i8",
 }
 
-_MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "v_wmma")
+#: Of the instructions that multiply, those that read descriptors in uniform registers. Kernels with
+#: one are searched for unset registers; nvdisasm takes too long for all.
+_DESCRIBED = ("wgmma.mma_async", "tcgen05.mma")
+_MATRIX = (*_DESCRIBED, "mma.sync", "v_mfma", "v_wmma")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,19 @@ def report_on(case: Case, launch: Launch, arch: str, addressing: str) -> Report:
         has_matrix=multiplies and (is_half or arch.startswith("gfx9")),
         at_once=launch.programs // (KNOWN_DEVICES[arch].num_sms or 1) if is_persistent else 0,
         unknown=unknown_instructions(assembly, arch) if arch in AMD else (),
+        unset=unset_in(kernel_of.asm["cubin"]) if report.matrix in _DESCRIBED else (),
     )
+
+
+def unset_in(cubin: bytes) -> list[str]:
+    """Reads of registers that were not written in a kernel, as sentences; none without nvdisasm."""
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        return []
+    try:
+        return [str(read) for read in unset_reads(disassembled(cubin, nvdisasm))]
+    except ValueError as error:
+        return [f"machine code is not understood: {error}"]
 
 
 def figures_of(assembly: str, log: str) -> tuple[int, int]:
@@ -227,7 +244,11 @@ def figures_of(assembly: str, log: str) -> tuple[int, int]:
 
 
 def judged(
-    report: Report, has_matrix: bool, at_once: int = 0, unknown: Iterable[str] = ()
+    report: Report,
+    has_matrix: bool,
+    at_once: int = 0,
+    unknown: Iterable[str] = (),
+    unset: Iterable[str] = (),
 ) -> Report:
     """The report with its problems.
 
@@ -236,6 +257,7 @@ def judged(
         has_matrix: it multiplies, and the device has instructions for that in its dtype.
         at_once: programs that are launched for each SM, as many as it should hold.
         unknown: what the emulator reports of instructions that it does not know.
+        unset: reads of registers that were not written.
     """
     problems = []
     limit = KNOWN_DEVICES[report.arch].shared_memory_bytes or 0
@@ -253,6 +275,7 @@ def judged(
     if report.programs < at_once:
         problems.append(f"an SM holds {report.programs} programs of {at_once}")
     problems += [f"cannot be emulated: {each}" for each in unknown]
+    problems += [f"compiled wrongly: {each}" for each in unset]
     return dataclasses.replace(report, problems=tuple(problems))
 
 
@@ -400,6 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = quick_set() if args.quick else full_set() if args.full else covering_set()
     archs = names if args.arch is None else vendors.get(args.arch, (args.arch,))
     compilations = [each for each in whole if each.arch in archs and args.filter in each.case.name]
+    if any(each.arch in NVIDIA for each in compilations) and find_nvdisasm() is None:
+        print("Triton has no nvdisasm here: the machine code for NVIDIA is not checked.")
     reports = run(compilations, args.jobs)
     bad = [report for report in reports if report.problems]
     for report in bad if args.check or args.write else reports:
