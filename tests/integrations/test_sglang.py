@@ -19,6 +19,7 @@ from support import fake_sglang, sglang_names
 from support.fake_sglang import AttentionType, Block, ForwardMode, MHATokenToKVPool, RadixAttention
 from support.graph_cases import BACKEND, interpreted_backend
 from support.paths import ROOT
+from support.plain_backend import plain_backend
 from support.sglang_cases import ROWS, STEPS, Conversation
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -400,6 +401,25 @@ def test_a_required_backend_that_lacks_a_feature_gives_its_reasons():
     ):
         make_backend(runner_of(Block(radix(logit_cap=30.0))))
     assert caught.value.report is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sinks", "reason"),
+    [
+        ({}, SINKS, "sinks=True"),
+        ({"logit_cap": 30.0}, None, "logits_soft_cap=30.0"),
+        ({"sliding_window_size": 3}, None, "sliding_window=4"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, None, "attn_type=encoder_only"),
+    ],
+    ids=["sinks", "soft_cap", "window", "encoder"],
+)
+def test_a_feature_that_no_backend_has_is_an_error_at_the_start(arguments, sinks, reason):
+    """With our reasons, and the layer's name. Without the feature, the model is served."""
+    with plain_backend():
+        make_backend(runner_of(Block(radix())))
+        with pytest.raises(UnsupportedError, match=r"layers\.0\.attn") as caught:
+            make_backend(runner_of(Block(radix(**arguments), sinks=sinks)))
+    assert f"PLAIN: {reason} is not supported" in str(caught.value)
 
 
 def test_a_model_without_layers_is_rejected():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from attn_dispatch import engines
-from attn_dispatch.engines import AttentionType
 from attn_dispatch.integrations.vllm.private import host_lengths_of
 
 __all__ = ["CACHES", "FP8_NAMES", "NAME", "PLUGIN", "batch_of", "reasons_of_flags", "spec_of_flags"]
@@ -33,7 +32,7 @@ PLUGIN = engines.EnginePlugin(
 FP8_NAMES = {"fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8_e5m2"}
 CACHES = ("auto", "float16", "bfloat16", *FP8_NAMES)
 
-_TYPES = (AttentionType.DECODER.value, AttentionType.ENCODER_ONLY.value)
+_TYPES = (engines.AttentionType.DECODER.value, engines.AttentionType.ENCODER_ONLY.value)
 
 #: A window that is asked for without its size.
 _SOME_WINDOW = 4096
@@ -93,7 +92,7 @@ def spec_of_flags(asked: Mapping[str, Any]) -> engines.AttentionSpec:
     Raises:
         InvalidInputError: a size is invalid.
     """
-    kind = AttentionType(asked.get("attn_type", AttentionType.DECODER))
+    kind = engines.AttentionType(asked.get("attn_type", engines.AttentionType.DECODER))
     cache, size = asked.get("kv_cache_dtype") or "auto", asked.get("head_size")
     arguments = {
         "attn_type": kind.value,
