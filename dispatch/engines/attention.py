@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -149,9 +150,17 @@ class EngineAttention:
         Args:
             given: a tensor, several ones, or another object.
         """
-        if given is self._given or self._given is None:
-            return given is self._given
-        return _memory_of(given) == _memory_of(self._given)
+        bound = self._given
+        if given is bound or bound is None:
+            return given is bound
+        if (
+            isinstance(given, tuple)
+            and isinstance(bound, tuple)
+            and len(given) == len(bound)
+            and all(map(operator.is_, given, bound))
+        ):
+            return True  # a pair that is made at each call, of the same tensors
+        return _memory_of(given) == _memory_of(bound)
 
     def follow(
         self,
