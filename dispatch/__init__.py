@@ -15,6 +15,10 @@ _HOMES = {
     "distributed.context_parallel": "ContextParallel",
     "distributed.merge": "merge_states_distributed",
     "distributed.ring": "ring_attention zigzag_rows",
+    "engines.attention": "EngineAttention",
+    "engines.graphs": "DecodeSteps",
+    "engines.plugin": "EnginePlugin",
+    "engines.steps": "batches_by_layer padded_batch slot_table_batch",
     "errors": "AttnDispatchError BackendFailure DeviceWaitError InvalidInputError "
     "UnknownBackendError UnsupportedError",
     "interface.backend": "AttentionBackend INTERFACE_VERSION",
@@ -42,7 +46,6 @@ _HOMES = {
     "platforms.device": "DeviceMatch DeviceProfile",
     "platforms.known_devices": "known_device",
     "runtime.context": "forward_context",
-    "runtime.engine_attention": "DecodeSteps EngineAttention",
     "runtime.functional": "attention merge_states",
     "runtime.graph_state": "ModelGraphState graph_state",
     "runtime.graph_step": "GraphStep",

@@ -2,6 +2,12 @@ from attn_dispatch.distributed.context_parallel import ContextParallel as Contex
 from attn_dispatch.distributed.merge import merge_states_distributed as merge_states_distributed
 from attn_dispatch.distributed.ring import ring_attention as ring_attention
 from attn_dispatch.distributed.ring import zigzag_rows as zigzag_rows
+from attn_dispatch.engines.attention import EngineAttention as EngineAttention
+from attn_dispatch.engines.graphs import DecodeSteps as DecodeSteps
+from attn_dispatch.engines.plugin import EnginePlugin as EnginePlugin
+from attn_dispatch.engines.steps import batches_by_layer as batches_by_layer
+from attn_dispatch.engines.steps import padded_batch as padded_batch
+from attn_dispatch.engines.steps import slot_table_batch as slot_table_batch
 from attn_dispatch.errors import AttnDispatchError as AttnDispatchError
 from attn_dispatch.errors import BackendFailure as BackendFailure
 from attn_dispatch.errors import DeviceWaitError as DeviceWaitError
@@ -67,8 +73,6 @@ from attn_dispatch.platforms.device import DeviceMatch as DeviceMatch
 from attn_dispatch.platforms.device import DeviceProfile as DeviceProfile
 from attn_dispatch.platforms.known_devices import known_device as known_device
 from attn_dispatch.runtime.context import forward_context as forward_context
-from attn_dispatch.runtime.engine_attention import DecodeSteps as DecodeSteps
-from attn_dispatch.runtime.engine_attention import EngineAttention as EngineAttention
 from attn_dispatch.runtime.functional import attention as attention
 from attn_dispatch.runtime.functional import merge_states as merge_states
 from attn_dispatch.runtime.graph_state import ModelGraphState as ModelGraphState

@@ -20,6 +20,7 @@ __all__ = [
     "as_indexable_bytes",
     "is_e4m3",
     "is_fp8",
+    "kv_cache_dtype_name",
     "kv_cache_torch_dtype",
     "quantize",
     "quantize_rows",
@@ -125,6 +126,20 @@ def kv_cache_torch_dtype(kv_cache_dtype: str, dtype: torch.dtype, arch: str = ""
             "spec.KV_CACHE_DTYPES."
         )
     return found
+
+
+def kv_cache_dtype_name(stored: torch.dtype, dtype: torch.dtype) -> str | None:
+    """The kv_cache_dtype of a cache of plain numbers, for engines that state a torch dtype.
+
+    Args:
+        stored: of the cache's elements.
+        dtype: of the layer.
+
+    Returns:
+        One of spec.KV_CACHE_DTYPES, "auto" if both are the same; None if there is none.
+    """
+    names = [n for n in KV_CACHE_DTYPES if n not in ("fp8", INT8_PER_TOKEN_HEAD)]
+    return next((name for name in names if kv_cache_torch_dtype(name, dtype) == stored), None)
 
 
 class KVScales:

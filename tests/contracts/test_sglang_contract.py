@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 import torch
 
-from attn_dispatch.integrations.sglang import BACKEND_NAME, make_backend, names, register
+from attn_dispatch.integrations.sglang import BACKEND_NAME, VERSION, make_backend, register
 from support import fake_sglang, sglang_names
 from support.sglang_cases import Conversation
 
 pytestmark = pytest.mark.contracts
 
 #: One file of the released package, whichever Python runs the test. It is kept in pytest's cache.
-WHEEL = f"sglang=={names.VERSION}"
+WHEEL = f"sglang=={VERSION}"
 BUILD = ("--python-version", "3.11", "--platform", "manylinux_2_34_x86_64")
 
 
@@ -70,7 +70,7 @@ class Package:
 @pytest.fixture(scope="session")
 def sglang(pytestconfig):
     folder = pytestconfig.cache.mkdir("engine_wheels")
-    pattern = f"sglang-{names.VERSION}-*.whl"
+    pattern = f"sglang-{VERSION}-*.whl"
     if not list(folder.glob(pattern)):
         options = ["-q", "--no-deps", "--only-binary=:all:", *BUILD, "--dest", str(folder)]
         pip = [sys.executable, "-m", "pip", "download"]
@@ -118,7 +118,7 @@ def attributes_of(node):
     return found
 
 
-@pytest.mark.parametrize(("name", "module"), names.IMPORTED.items())
+@pytest.mark.parametrize(("name", "module"), sglang_names.IMPORTED.items())
 def test_names_that_are_imported(sglang, name, module):
     assert name in defined_names(sglang, module)
 
@@ -153,7 +153,7 @@ def test_texts(sglang, module, text):
 
 def test_the_values_that_the_plug_in_compares(sglang):
     """Defaults of a layer that mean that a feature is off, and the kinds of layers."""
-    radix, module = names.IMPORTED["RadixAttention"], "sglang.srt.layers.radix_attention"
+    radix, module = sglang_names.IMPORTED["RadixAttention"], "sglang.srt.layers.radix_attention"
     init = sglang.definition(radix, "RadixAttention.__init__").args
     defaults = {
         each.arg: ast.literal_eval(value)
@@ -202,7 +202,7 @@ def engine_classes(sglang, in_prefill_graph=False):
     modes = "sglang.srt.model_executor.forward_batch_info"
     mode = sglang.run(modes, "ForwardMode", IntEnum=enum.IntEnum, auto=enum.auto).ForwardMode
     base = sglang.run(
-        names.IMPORTED["AttentionBackend"],
+        sglang_names.IMPORTED["AttentionBackend"],
         "AttentionBackend",
         ABC=object,
         is_npu=lambda: False,
@@ -229,7 +229,7 @@ def engine_classes(sglang, in_prefill_graph=False):
         **vars(slicing),
     }
     radix = sglang.run(
-        names.IMPORTED["RadixAttention"],
+        sglang_names.IMPORTED["RadixAttention"],
         "RadixAttention",
         AttentionType=types.AttentionType,
         eager_on_graph=lambda function: function,
@@ -307,12 +307,12 @@ def test_the_plug_in_is_found_and_loaded(sglang):
 
 def test_the_option_becomes_a_choice(sglang, monkeypatch):
     """With SGLang's own registry and list of choices."""
-    module = names.IMPORTED["register_attention_backend"]
+    module = sglang_names.IMPORTED["register_attention_backend"]
     registry: dict[str, Any] = {}
     found = sglang.run(module, "register_attention_backend", ATTENTION_BACKENDS=registry)
     choices = next(
         ast.literal_eval(node.value)
-        for node in sglang.tree(names.IMPORTED["ATTENTION_BACKEND_CHOICES"]).body
+        for node in sglang.tree(sglang_names.IMPORTED["ATTENTION_BACKEND_CHOICES"]).body
         if isinstance(node, ast.Assign) and node.targets[0].id == "ATTENTION_BACKEND_CHOICES"
     )
     assert BACKEND_NAME not in choices

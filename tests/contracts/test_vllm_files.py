@@ -47,6 +47,11 @@ def test_features_change_the_output_as_they_should(engine, name):
     vllm_cases.check_feature(engine, name)
 
 
+@pytest.mark.parametrize("name", vllm_cases.LACKING)
+def test_a_feature_that_no_backend_has_is_an_error_at_the_start(engine, name):
+    vllm_cases.check_lacking(engine, name)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_an_encoder_sees_both_ways(engine, window):
     vllm_cases.check_encoder_only(engine, window)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attn_dispatch import attention_backend
+from attn_dispatch import attention_backend, engines
 from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.sglang import BACKEND_NAME, adapter, make_backend, names, register
+from attn_dispatch.integrations.sglang import BACKEND_NAME, make_backend, register
 from support import fake_sglang, sglang_names
 from support.fake_sglang import AttentionType, Block, ForwardMode, MHATokenToKVPool, RadixAttention
 from support.graph_cases import BACKEND, interpreted_backend
 from support.paths import ROOT
+from support.plain_backend import plain_backend
 from support.sglang_cases import ROWS, STEPS, Conversation
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -309,7 +310,7 @@ def test_the_preparation_of_a_step_is_not_captured(monkeypatch):
     """It reads host values. SGLang prepares steps without a graph after an exception."""
     backend = make_backend(runner_of(Block(radix())))
     step = fake_sglang.make_step(backend._runner, ForwardMode.DECODE, [0], [1], [1])
-    monkeypatch.setattr(adapter, "is_capturing", lambda: True)
+    monkeypatch.setattr(engines, "is_capturing", lambda: True)
     with pytest.raises(UnsupportedError, match="SGLANG_ENABLE_METADATA_GLUE_GRAPH"):
         backend.init_forward_metadata_out_graph(padded(step, 4, 1))
 
@@ -331,7 +332,7 @@ def test_layers_without_a_backend_for_graphs_are_rejected_before_a_capture():
         ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "cross-attention"),
         ({"spec_algorithm": SimpleNamespace(is_none=lambda: False)}, "speculative"),
         ({"kv_index_translator": SimpleNamespace(is_translating=True)}, "unified memory"),
-        ({"token_to_kv_pool": object()}, "the KV cache is a object"),
+        ({"token_to_kv_pool": object()}, "a KV cache that is a object"),
         ({"kv_cache_dtype": torch.int8}, "int8"),
         ({"prefill_aware_swa": True}, "depend on the length of the prompt"),
     ],
@@ -360,7 +361,7 @@ def test_pools_that_hand_over_copies_are_rejected(monkeypatch):
 def test_two_pools_of_another_class_are_rejected():
     runner = runner_with_two_pools(1)
     runner.token_to_kv_pool.swa_kv_pool = type("MLATokenToKVPool", (), {})()
-    with pytest.raises(UnsupportedError, match="the KV cache is a MLATokenToKVPool"):
+    with pytest.raises(UnsupportedError, match="a KV cache that is a MLATokenToKVPool"):
         make_backend(runner)
 
 
@@ -400,6 +401,25 @@ def test_a_required_backend_that_lacks_a_feature_gives_its_reasons():
     ):
         make_backend(runner_of(Block(radix(logit_cap=30.0))))
     assert caught.value.report is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sinks", "reason"),
+    [
+        ({}, SINKS, "sinks=True"),
+        ({"logit_cap": 30.0}, None, "logits_soft_cap=30.0"),
+        ({"sliding_window_size": 3}, None, "sliding_window=4"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, None, "attn_type=encoder_only"),
+    ],
+    ids=["sinks", "soft_cap", "window", "encoder"],
+)
+def test_a_feature_that_no_backend_has_is_an_error_at_the_start(arguments, sinks, reason):
+    """With our reasons, and the layer's name. Without the feature, the model is served."""
+    with plain_backend():
+        make_backend(runner_of(Block(radix())))
+        with pytest.raises(UnsupportedError, match=r"layers\.0\.attn") as caught:
+            make_backend(runner_of(Block(radix(**arguments), sinks=sinks)))
+    assert f"PLAIN: {reason} is not supported" in str(caught.value)
 
 
 def test_a_model_without_layers_is_rejected():
@@ -466,15 +486,20 @@ def test_sinks_that_are_left_out_of_a_call_are_rejected():
         talk.backend.forward(q, k, v, layer, batch)
 
 
-def test_scales_that_change_are_rejected():
-    block = Block(radix())
-    runner = runner_of(block, kv_dtype=torch.float8_e4m3fn)
-    talk = Conversation(make_backend(runner), runner)
+def test_scales_that_change_are_followed():
+    block, dtype = Block(radix()), torch.float8_e4m3fn
+    runner = runner_of(block, kv_dtype=dtype)
+    backend = make_backend(runner)
+    for scale in (1.0, 0.25):
+        block.attn.k_scale_float = block.attn.v_scale_float = scale
+        talk = Conversation(backend, runner)
+        errors = talk.run([{"causal": True}], lambda t, s=scale: (t / s).to(dtype).double() * s)
+        assert max(errors) < 2e-6
+    block.attn.k_scale_float = None
     batch, _, ((q, k, v),) = talk.step("EXTEND", [2, 2, 2])
-    talk.backend.init_forward_metadata(batch)
-    block.attn.k_scale_float = block.attn.v_scale_float = 2.0
-    with pytest.raises(UnsupportedError, match="scales"):
-        talk.backend.forward(q, k, v, block.attn, batch)
+    backend.init_forward_metadata(batch)
+    with pytest.raises(InvalidInputError, match="only one of k_scale and v_scale"):
+        backend.forward(q, k, v, block.attn, batch)
 
 
 def test_calls_without_a_plan_and_of_unknown_layers_are_rejected():
@@ -517,21 +542,33 @@ def test_overrides_of_this_library_choose_the_backends(monkeypatch):
 def test_another_version_of_sglang_is_named(monkeypatch):
     name = "sglang.srt.layers.radix_attention"
     monkeypatch.delattr(sys.modules[name], "RadixAttention")
-    with pytest.raises(ImportError, match=r"RadixAttention was not found.*0\.5\.23"):
+    with pytest.raises(ImportError, match=r"RadixAttention.*0\.5\.23"):
         register()
 
 
 def parsed():
-    folder = Path(names.__file__).parent
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
+    folder = ROOT / "dispatch" / "integrations" / "sglang"
+    return {path.stem: ast.parse(path.read_text("utf-8")) for path in folder.glob("*.py")}
 
 
-def test_no_module_imports_sglang_when_it_is_imported():
-    """SGLang is not installed here; only load_engine imports it, by name."""
-    for node in (node for tree in parsed() for node in ast.walk(tree)):
-        imported = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
-        imported.append(getattr(node, "module", None) or "")
-        assert not any(name.split(".")[0] == "sglang" for name in imported)
+def imports_of_sglang(tree):
+    """name -> module."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang":
+            found.update((alias.name, node.module) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update((a.name, a.name) for a in node.names if a.name.split(".")[0] == "sglang")
+    return found
+
+
+def test_one_module_imports_sglang_and_the_package_does_not():
+    found = {name: imports_of_sglang(tree) for name, tree in parsed().items()}
+    assert {name for name, imported in found.items() if imported} == {"names"}
+    assert found["names"] == sglang_names.IMPORTED
+    code = "import sys, attn_dispatch.integrations.sglang; print('sglang' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_names_lists_every_attribute_of_sglang_that_is_used():
@@ -542,14 +579,20 @@ def test_names_lists_every_attribute_of_sglang_that_is_used():
     )
     roots = {"runner", "_runner", "layer", "forward_batch", "pool", "parallel"}
     used = set()
-    for node in (node for tree in parsed() for node in ast.walk(tree)):
+    for node in (node for tree in parsed().values() for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute):
             of = node.value
             while isinstance(of, ast.Attribute) and of.attr in known:
                 of = of.value
             if (getattr(of, "id", None) or getattr(of, "attr", None)) in roots:
                 used.add(node.attr)
-    others = {"prefix", "shape", "name", "value"}  # of our layers, of tensors and of enums
+    others = {
+        "prefix",
+        "shape",
+        "device",
+        "name",
+        "value",
+    }  # of our layers, of tensors and of enums
     assert used - known - others == set()
     assert {"token_to_kv_pool", "extend_seq_lens_cpu", "use_irope", "req_to_token"} <= used
-    assert not [name for name in known | set(names.IMPORTED) if name.startswith("_")]
+    assert not [name for name in known | set(sglang_names.IMPORTED) if name.startswith("_")]

@@ -26,6 +26,7 @@ from attn_dispatch.interface.kv_cache import (
     view_kv_cache,
 )
 from attn_dispatch.interface.quantization import (
+    kv_cache_dtype_name,
     kv_cache_torch_dtype,
     quantize_rows,
     stored_head_size,
@@ -581,3 +582,16 @@ def test_scales_per_head_have_no_float():
     assert layer._k_scale_float != layer._k_scale_float
     with pytest.raises(InvalidInputError, match=r"it must be \(2,\)"):
         layer.set_kv_scales(1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "fp8_e4m3", "fp8_e5m2", "fp8_e5m2fnuz"])
+def test_a_cache_of_plain_numbers_has_a_name(name):
+    stored = kv_cache_torch_dtype(name, torch.bfloat16)
+    assert kv_cache_dtype_name(stored, torch.bfloat16) == name
+    assert kv_cache_dtype_name(stored, stored) == "auto"
+
+
+def test_a_cache_of_integers_has_none():
+    """int8 would need the scales that its rows have here."""
+    assert kv_cache_dtype_name(torch.int8, torch.bfloat16) is None
+    assert kv_cache_dtype_name(torch.uint8, torch.bfloat16) is None

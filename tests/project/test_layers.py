@@ -20,7 +20,7 @@ LAYERS = [
     ["interface"],
     ["backends", "selection", "models"],
     ["runtime"],
-    ["distributed"],
+    ["distributed", "engines"],
     ["conformance", "integrations"],
     ["serving"],
     ["bench"],

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from attn_dispatch.integrations.sglang.names import IMPORTED
+import attn_dispatch.integrations.sglang as plugin
+from support.sglang_names import IMPORTED
 
 
 class AttentionType(enum.Enum):
@@ -130,7 +131,13 @@ class SWAKVPool:
 
 
 def install(monkeypatch, **instead):
-    """Put modules with the imported names into sys.modules; `instead` replaces stand-ins."""
+    """Put modules with the imported names into sys.modules; `instead` replaces stand-ins.
+
+    The plug-in's modules that import them are imported again.
+    """
+    for name in ("names", "requests", "adapter"):
+        monkeypatch.delitem(sys.modules, f"{plugin.__name__}.{name}", raising=False)
+        monkeypatch.delattr(plugin, name, raising=False)
     registered: dict[str, object] = {}
 
     def register_attention_backend(name):

@@ -33,6 +33,10 @@ class MultipleOf:
 class AttentionBackend:
     forward_includes_kv_cache_update = True
 
+    @classmethod
+    def is_mla(cls):
+        return False
+
 
 class AttentionMetadata:
     pass
@@ -192,7 +196,8 @@ def modules(version: str) -> dict[str, ModuleType]:
     older = version == "0.24.0"
     config = SimpleNamespace(
         speculative_config=None,
-        model_config=SimpleNamespace(use_mla=False),
+        model_config=SimpleNamespace(use_mla=False, max_model_len=48),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
     attention = {

@@ -1,4 +1,4 @@
-"""Every name of SGLang that the plug-in uses and does not import, as SGLang 0.5.23 has them.
+"""Every name of SGLang that the plug-in uses, as SGLang 0.5.23 has them.
 
 The contract test looks each of them up in the released package; `test_sglang.py` compares the lists
 with what the plug-in's files read. None of the names begins with an underscore.
@@ -6,9 +6,16 @@ with what the plug-in's files read. None of the names begins with an underscore.
 
 from __future__ import annotations
 
-from attn_dispatch.integrations.sglang.names import IMPORTED
+__all__ = ["ATTRIBUTES", "IMPORTED", "SIGNATURES", "TEXTS"]
 
-__all__ = ["ATTRIBUTES", "SIGNATURES", "TEXTS"]
+#: What the plug-in imports, in its module `names`: name -> module.
+IMPORTED = {
+    "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend",
+    "RadixAttention": "sglang.srt.layers.radix_attention",
+    "register_attention_backend": "sglang.srt.layers.attention.attention_registry",
+    "ATTENTION_BACKEND_CHOICES": "sglang.srt.arg_groups.choices",
+    "get_parallel": "sglang.srt.runtime_context",
+}
 
 _CALL = ("q", "k", "v", "layer", "forward_batch", "save_kv_cache", "**kwargs")
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_dispatch import UnsupportedError
+from attn_dispatch import UnsupportedError, attention_backend
 from attn_dispatch.conformance.oracle import attention_of_request
+from support.plain_backend import plain_backend
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 32, 16
 NEW, TOTAL = [1, 5, 1, 20], [33, 5, 1, 40]  # decodes, prompts and a chunk, in any order
@@ -393,6 +394,52 @@ def check_start_up_errors(engine, monkeypatch):
     assert any("TORCH_SDPA: sinks" in each for each in reasons)
 
 
+#: feature -> (arguments of a layer that has it, flags that ask for it, words of our reason)
+LACKING = {
+    "sinks": ({"sinks": torch.zeros(HEADS)}, {"has_sink": True}, "PLAIN: sinks=True"),
+    "soft_cap": ({"logits_soft_cap": 30.0}, None, "PLAIN: logits_soft_cap=30.0"),
+    "window": (
+        {"per_layer_sliding_window": 7},
+        {"has_sliding_window": True},
+        "PLAIN: sliding_window=",
+    ),
+    "alibi": ({"alibi_slopes": SLOPES}, None, "PLAIN: alibi=True"),
+    "encoder_only": (
+        {"attn_type": "encoder_only"},
+        {"attn_type": "encoder_only"},
+        "PLAIN: attn_type=encoder_only",
+    ),
+    "cross_attention": (
+        {"attn_type": "encoder_decoder"},
+        {"attn_type": "encoder_decoder"},
+        "attention of type 'encoder_decoder' is not wired",
+    ),
+}
+
+
+def check_lacking(engine, name):
+    """A feature that no backend has is an error at the start, with our reasons."""
+    arguments, flags, reason = LACKING[name]
+    validate = engine.ours.AttnDispatchBackend.validate_configuration
+    with plain_backend():
+        engine.layer("able")
+        assert validate(dtype=torch.float32) == []
+        with pytest.raises(UnsupportedError) as caught:
+            engine.layer("unable", **arguments)
+        assert reason in str(caught.value)
+        if flags is not None:  # vLLM asks for the others only by making the layer
+            assert any(reason in each for each in validate(dtype=torch.float32, **flags))
+
+
+def check_lacking_latents(engine):
+    """The same for latent attention: vLLM asks before it makes a layer."""
+    with attention_backend("mla=TORCH_SDPA"):
+        reasons = engine.mla.AttnDispatchMLABackend.validate_configuration(head_size=576)
+    assert any(each.startswith("TORCH_SDPA: mla=") for each in reasons), reasons
+    reasons = engine.ours.AttnDispatchBackend.validate_configuration(use_mla=True)
+    assert "MLA" in reasons[0]
+
+
 def check_overrides(engine, monkeypatch):
     """Our environment variable decides inside of vLLM, and vLLM's asks for equal bits."""
     monkeypatch.setattr(engine.ours.vllm.envs, "VLLM_BATCH_INVARIANT", True)
@@ -444,6 +491,7 @@ CHECKS = (
     check_profiling,
     check_validation,
     check_rejected_steps,
+    check_lacking_latents,
 )
 
 #: Checks that take an engine and a monkeypatch.

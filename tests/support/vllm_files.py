@@ -99,7 +99,8 @@ def vllm_engine(version: str, monkeypatch: Any) -> Iterator[Any]:
     """The engine of this version."""
     config = SimpleNamespace(
         speculative_config=None,
-        model_config=None,
+        model_config=SimpleNamespace(use_mla=False, max_model_len=48, is_mm_prefix_lm=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,

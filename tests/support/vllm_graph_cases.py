@@ -24,7 +24,7 @@ from support.vllm_cases import BLOCK, HEADS, KV_HEADS, SIZE, assert_close, commo
 
 #: (keys of each request, slots of padding): steps that are replayed on a graph of 3 requests.
 STEPS = (([33, 5, 40], 0), ([17], 2), ([], 3))
-MAX_LEN, SIZES = 48, (3, 1)
+SIZES = (3, 1)
 
 
 class FullMode:
@@ -37,12 +37,10 @@ class FullMode:
 def configure(engine):
     """vLLM's configuration with graphs of whole decodes."""
     engine.config.compilation_config.cudagraph_mode = FullMode()
-    engine.config.scheduler_config = SimpleNamespace(max_num_seqs=2)
 
 
 def capture_step(engine, builder, size):
     """The metadata that a decode of this size is captured with."""
-    engine.config.model_config = SimpleNamespace(max_model_len=MAX_LEN, use_mla=False)
     return builder.build_for_cudagraph_capture(step_of(engine, [1] * size, 0))
 
 

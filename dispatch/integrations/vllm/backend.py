@@ -16,33 +16,25 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Static
 from vllm.v1.attention import backend as theirs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from attn_dispatch.errors import InvalidInputError, UnsupportedError
-from attn_dispatch.integrations.vllm.batches import batch_of
+from attn_dispatch import engines
+from attn_dispatch.integrations.vllm import requests
 from attn_dispatch.integrations.vllm.private import scales_of
-from attn_dispatch.integrations.vllm.requests import (
-    FP8_NAMES,
-    MAX_DECODE_QUERY_LEN,
-    NAME,
-    check_known,
-    kv_cache_dtype_of,
-    layer_arguments,
-    reasons_of_flags,
-    spec_of_flags,
-)
-from attn_dispatch.interface.kv_cache import STRIDE_ORDERS, kv_cache_shape
-from attn_dispatch.interface.kv_layouts import kv_cache_from_vllm, kv_cache_from_vllm_0_24
-from attn_dispatch.interface.kv_view import KVCache
-from attn_dispatch.interface.quantization import kv_cache_torch_dtype
-from attn_dispatch.interface.types import AttentionType
-from attn_dispatch.platforms.detect import detect_device
-from attn_dispatch.runtime.context import ForwardContext
-from attn_dispatch.runtime.engine_attention import DecodeSteps, EngineAttention
-from attn_dispatch.selection.resolve import reasons_against
+from attn_dispatch.integrations.vllm.requests import NAME, PLUGIN
 
 __all__ = ["AttnDispatchBackend", "AttnDispatchBuilder", "AttnDispatchImpl", "AttnDispatchMetadata"]
 
 #: Kernel block sizes that are tried. A smaller one is possible, but no fast kernel reads it.
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+#: Requests of more new tokens go to the kernel for prefills, also if they are verified drafts.
+_MAX_DECODE_QUERY_LEN = 16
+
+#: Of vLLM 0.24: the physical order of a layer's cache, and of all layers' in one allocation.
+_ORDERS = {
+    "NHD": (engines.STRIDE_ORDERS["NHD"], (1, 0, 2, 3, 4, 5)),
+    "HND": (engines.STRIDE_ORDERS["HND"], (1, 4, 0, 2, 3, 5)),
+    "latents": ((0, 1, 2), (1, 0, 2, 3)),
+}
 
 #: What the constructor of a layer's impl is given, by position.
 ARGUMENTS = (
@@ -50,16 +42,13 @@ ARGUMENTS = (
     *("kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name"),
 )
 
-#: From how many keys on, and for how many requests, a shared prefix is read once.
-_MIN_PREFIX, _MIN_REQUESTS = 256, 8
-
 
 def _supports(flag: str) -> Any:
     """A method of a backend: whether it accepts a value of a flag, or the flag itself."""
 
     def supports(cls: type[AttnDispatchBackend], *value: Any, **named: Any) -> bool:
         asked = [*value, *named.values()] or [True]
-        return cls._accepts(**{flag: asked[0]})
+        return not cls.validate_configuration(**{flag: asked[0]})
 
     return classmethod(supports)
 
@@ -68,8 +57,7 @@ class AttnDispatchBackend(theirs.AttentionBackend):
     """The backend that `--attention-backend` names. What it supports is what our backends do."""
 
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FP8_NAMES]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*requests.CACHES]
 
     @staticmethod
     def get_name() -> str:
@@ -77,7 +65,7 @@ class AttnDispatchBackend(theirs.AttentionBackend):
         return NAME if NAME in AttentionBackendEnum.__members__ else "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> type[AttnDispatchImpl]:
+    def get_impl_cls() -> type[BoundImpl]:
         """The class of a layer's impl."""
         return AttnDispatchImpl
 
@@ -87,18 +75,19 @@ class AttnDispatchBackend(theirs.AttentionBackend):
         return AttnDispatchBuilder
 
     @classmethod
-    def validate_configuration(cls, *args: Any, **asked: Any) -> list[str]:
+    def validate_configuration(cls, **asked: Any) -> list[str]:
         """Why no backend computes such layers here; empty if one does.
 
         vLLM gives everything by name. What this version of the plug-in does not know is rejected.
         """
-        if args:
-            return ["validate_configuration takes its arguments by name"]
-        return reasons_of_flags(asked) or reasons_against(spec_of_flags(**asked))
-
-    @classmethod
-    def _accepts(cls, **asked: Any) -> bool:
-        return not cls.validate_configuration(**asked)
+        asked = {"use_mla": cls.is_mla(), **asked}
+        if asked["use_mla"] != cls.is_mla():
+            return ["a model that mixes layers with and without latents (MLA) is not wired"]
+        try:
+            reasons = requests.reasons_of_flags(asked, cls.supported_kv_cache_dtypes)
+            return reasons or engines.reasons_against(requests.spec_of_flags(asked))
+        except engines.InvalidInputError as error:
+            return [str(error)]
 
     supports_head_size = _supports("head_size")
     supports_dtype = _supports("dtype")
@@ -113,38 +102,35 @@ class AttnDispatchBackend(theirs.AttentionBackend):
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         """The block sizes that a backend takes here."""
-        sizes = [size for size in _BLOCK_SIZES if cls._accepts(block_size=size)]
-        if sizes and cls._accepts(block_size=3 * sizes[0]):
-            return [theirs.MultipleOf(sizes[0])]
-        return sizes
+        sizes = [size for size in _BLOCK_SIZES if cls.supports_block_size(size)]
+        takes_multiples = sizes and cls.supports_block_size(3 * sizes[0])
+        return [theirs.MultipleOf(sizes[0])] if takes_multiples else sizes
 
-    @staticmethod
+    @classmethod
     def get_kv_cache_shape(
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype_str: str = "auto",
+        cls, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *_: str, **__: str
     ) -> tuple[int, ...]:
         """The logical shape of a cache, for vLLM 0.24."""
-        return kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+        if cls.is_mla():
+            return (num_blocks, block_size, head_size)
+        return engines.kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
 
-    @staticmethod
-    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+    @classmethod
+    def get_kv_cache_stride_order(
+        cls, include_num_layers_dimension: bool = False
+    ) -> tuple[int, ...]:
         """The physical order of a cache in the layout that vLLM 0.24 has set."""
         from vllm.v1.attention.backends.utils import get_kv_cache_layout
 
-        layout = get_kv_cache_layout()
-        if include_num_layers_dimension:  # of all layers in one allocation, blocks outermost
-            return {"NHD": (1, 0, 2, 3, 4, 5), "HND": (1, 4, 0, 2, 3, 5)}[layout]
-        return STRIDE_ORDERS[layout]
+        layout = "latents" if cls.is_mla() else get_kv_cache_layout()
+        return _ORDERS[layout][include_num_layers_dimension]
 
 
 @dataclass
 class AttnDispatchMetadata(theirs.AttentionMetadata):
     """A step for the layers of one group; equal layers share what is planned in `context`."""
 
-    context: ForwardContext
+    context: engines.ForwardContext
     num_actual_tokens: int
     max_query_len: int
 
@@ -152,28 +138,27 @@ class AttnDispatchMetadata(theirs.AttentionMetadata):
 class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
     """Makes an AttentionBatch of vLLM's metadata. Each layer's backend plans when it first runs."""
 
-    metadata_class: ClassVar[type[AttnDispatchMetadata]] = AttnDispatchMetadata
-
     def __init__(
-        self,
-        kv_cache_spec: Any,
-        layer_names: list[str],
-        vllm_config: Any,
-        device: torch.device,
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         found = vllm_config.compilation_config.static_forward_context
         self._layers = [found[name] for name in layer_names]
+        for layer in self._layers:
+            layer.impl.vllm_layer = layer  # not every call of an impl is given it
         self._attentions = [layer.impl.attention for layer in self._layers]
-        self._graphs: DecodeSteps | None = None
+        self._metadata: type[AttnDispatchMetadata] = self._layers[0].impl.metadata_class
+        self._graphs = engines.DecodeSteps(
+            self._attentions,
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            max_seq_len=vllm_config.model_config.max_model_len,
+        )
         size, size_v = kv_cache_spec.head_size, getattr(kv_cache_spec, "head_size_v", None)
-        if size_v not in (None, 0, size):  # 0: latents, which are keys and values
-            raise UnsupportedError(
-                f"Layers {layer_names} have values of {size_v} elements and keys of {size}. vLLM "
-                "does not tell a plug-in's layers that: use another --attention-backend."
-            )
+        asked = f"values of {size_v} elements and keys of {size}, which it does not tell a plug-in"
+        # 0: latents, which are keys and values
+        PLUGIN.reject({asked: size_v not in (None, 0, size)}, f"layers {layer_names}")
         drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
-        self._max_decode_query_len = min(1 + drafts, MAX_DECODE_QUERY_LEN)
+        self._max_decode_query_len = min(1 + drafts, _MAX_DECODE_QUERY_LEN)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -183,8 +168,8 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         host. With NEVER, vLLM captures the pieces between attention layers, which run eagerly.
         """
         found = vllm_config.compilation_config.static_forward_context.values()
-        found = [layer for layer in found if hasattr(layer, "impl")]
-        ours = [layer.impl.attention for layer in found if isinstance(layer.impl, BoundImpl)]
+        impls = [getattr(layer, "impl", None) for layer in found]
+        ours = [impl.attention for impl in impls if isinstance(impl, BoundImpl)]
         if vllm_config.speculative_config is None and ours and all(a.has_graphs for a in ours):
             return theirs.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return theirs.AttentionCGSupport.NEVER
@@ -197,23 +182,11 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
                 captured.
         """
         num_reqs = int(common_attn_metadata.num_reqs)
-        if int(common_attn_metadata.max_query_len) != 1:
-            raise UnsupportedError(
-                "attn-dispatch's plug-in captures decodes of one new token. Set "
-                "cudagraph_mode=PIECEWISE."
-            )
-        if self._graphs is None:
-            for layer in self._layers:
-                layer.impl.bind(layer, layer.kv_cache)
-            self._graphs = DecodeSteps(
-                [layer for each in self._attentions for layer in each.layers],
-                max_num_seqs=max(num_reqs, self.vllm_config.scheduler_config.max_num_seqs),
-                max_seq_len=self.vllm_config.model_config.max_model_len,
-            )
-        step = self._graphs.capture(num_reqs)
-        for each in self._attentions:
-            each.warm_up(step)
-        return self.metadata_class(step, num_reqs, 1)
+        asked = {"more than one new token": int(common_attn_metadata.max_query_len) != 1}
+        PLUGIN.reject(asked, "graphs of requests", "Set cudagraph_mode=PIECEWISE.")
+        for layer in self._layers:
+            layer.impl.bind(layer, layer.kv_cache)
+        return self._metadata(self._graphs.capture(num_reqs, warm_up=True), num_reqs, 1)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -223,7 +196,7 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         Raises:
             UnsupportedError: the step needs what these layers were not made for.
         """
-        batch = batch_of(
+        batch = requests.batch_of(
             common_attn_metadata,
             self._attentions[0].layer.spec,
             block_size=self.kv_cache_spec.block_size,
@@ -232,19 +205,14 @@ class AttnDispatchBuilder(theirs.AttentionMetadataBuilder):
         )
         num_reqs = int(common_attn_metadata.num_reqs)  # of a graph, if it is padded
         is_decode = int(common_attn_metadata.max_query_len) == 1 and not common_prefix_len
-        if self._graphs is not None and is_decode and num_reqs in self._graphs:
+        if is_decode and num_reqs in self._graphs:
             self._graphs.prepare(num_reqs, batch)
-        return self.metadata_class(ForwardContext(batch), batch.num_tokens, batch.max_query_len)
+        return self._metadata(engines.ForwardContext(batch), batch.num_tokens, batch.max_query_len)
 
-    def use_cascade_attention(
-        self, common_prefix_len: int, query_lens: Sequence[int], **_: Any
-    ) -> bool:
+    def use_cascade_attention(self, common_prefix_len: int, query_lens: Any, **_: Any) -> bool:
         """Whether the prefix that all requests share is read once, in vLLM 0.24."""
-        return (
-            common_prefix_len >= _MIN_PREFIX
-            and len(query_lens) >= _MIN_REQUESTS
-            and all(each.shares_prefix for each in self._attentions)
-        )
+        step = (common_prefix_len, len(query_lens))
+        return all(each.uses_shared_prefix(*step) for each in self._attentions)
 
 
 class BoundImpl:
@@ -252,66 +220,69 @@ class BoundImpl:
 
     Attributes:
         attention: the layer of this library.
+        vllm_layer: vLLM's own, once its metadata has a builder.
     """
 
-    attention: EngineAttention
+    metadata_class: ClassVar[type[AttnDispatchMetadata]] = AttnDispatchMetadata
+    attention: engines.EngineAttention
+    vllm_layer: Any = None
     total_cp_world_size: int
 
-    def read(self, given: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Nothing: only layers of latent attention have a weight."""
+
+    def read(self, args: Sequence[Any], given: dict[str, Any], known: Any) -> dict[str, Any]:
         """What every kind of layer's constructor is given, as arguments of an `EngineAttention`.
 
         Args:
-            given: by vLLM, by the names of `ARGUMENTS` and others.
-            known: the others that the impl reads itself.
+            args: by vLLM, in the order of `ARGUMENTS`.
+            given: by vLLM, by name; those of args are added to it.
+            known: the names that the impl reads itself, in addition to `ARGUMENTS`.
 
         Raises:
             UnsupportedError: vLLM asks for what the plug-in does not know.
         """
-        known = (*ARGUMENTS, *known)
-        check_known(self, {name: value for name, value in given.items() if name not in known})
-        for name in ARGUMENTS[:4]:
-            setattr(self, name, given[name])
+        given |= dict(zip(ARGUMENTS, args, strict=False))
+        others = {n: value for n, value in given.items() if n not in (*ARGUMENTS, *known)}
+        others["context parallelism"] = self.total_cp_world_size > 1
+        flags = {n: value for n, value in given.items() if n in ("kv_cache_dtype", "attn_type")}
+        PLUGIN.reject([*PLUGIN.reasons(others), *requests.reasons_of_flags(flags)], "a layer")
+        vars(self).update((name, given.get(name)) for name in ARGUMENTS)  # vLLM reads some of them
         config = get_current_vllm_config()
         mode = getattr(config.compilation_config, "cudagraph_mode", None)
-        has_graphs = mode is not None and mode.has_full_cudagraphs()
         has_drafts = config.speculative_config is not None
-        window, attn_type = given.get("sliding_window"), given.get("attn_type", "decoder")
+        kind = engines.AttentionType(given.get("attn_type", "decoder"))
+        cache = given.get("kv_cache_dtype") or "auto"
         return {
-            **layer_arguments(attn_type, window, has_drafts),
+            "attn_type": kind.value,
+            "sliding_window": given.get("sliding_window"),
+            # The host knows the true lengths; bounds of them where drafts are verified.
+            "lengths": "upper_bound" if has_drafts and kind.has_kv_cache else "exact",
             "num_heads": given["num_heads"],
             "scale": float(given["scale"]),
-            "kv_cache_dtype": kv_cache_dtype_of(given.get("kv_cache_dtype")),
+            "kv_cache_dtype": requests.FP8_NAMES.get(cache, cache),
             "logits_soft_cap": given.get("logits_soft_cap"),
             "batch_invariant": bool(vllm.envs.VLLM_BATCH_INVARIANT),
-            "try_cuda_graph": has_graphs and not has_drafts,
+            "try_cuda_graph": bool(mode and mode.has_full_cudagraphs()) and not has_drafts,
         }
 
     def bind(self, layer: Any, kv_cache: torch.Tensor) -> None:
         """Use the cache and the scales that vLLM's layer has now.
 
         Raises:
-            InvalidInputError, UnsupportedError: as for `bind_kv_caches`.
+            InvalidInputError, UnsupportedError: as for `EngineAttention.follow`.
         """
-        attention, spec = self.attention, self.attention.layer.spec
-        if not AttentionType(spec.attn_type).has_kv_cache:
-            return
-        attention.set_scales(*self.scales_of(layer))
-        if attention.is_bound_to(kv_cache):
-            return
-        dtype = None
-        if kv_cache.dtype == torch.uint8:
-            arch = detect_device(kv_cache.device).arch
-            dtype = kv_cache_torch_dtype(spec.kv_cache_dtype, spec.dtype, arch)
-        attention.bind(self.view_of(kv_cache, dtype), kv_cache, layer.layer_name)
+        if not self.attention.is_bound_to(kv_cache):  # 0.24 does not call it for latents
+            self.process_weights_after_loading(self.attention.layer.spec.dtype)
+        self.attention.follow(kv_cache, self.view_of, scales_of(layer), layer.layer_name)
 
-    def scales_of(self, layer: Any) -> tuple[float, float]:
-        """The scales of keys and of values."""
-        k_scale, v_scale = scales_of(layer)
-        return k_scale, v_scale
-
-    def view_of(self, kv_cache: torch.Tensor, dtype: torch.dtype | None) -> KVCache:
-        """vLLM's cache as a view of its memory; bytes as dtype."""
-        convert = kv_cache_from_vllm_0_24 if kv_cache.dim() == 5 else kv_cache_from_vllm
+    def view_of(self, kv_cache: torch.Tensor) -> engines.KVCache:
+        """vLLM's cache as a view of its memory: of latents, or by its version."""
+        dtype = self.attention.dtype_of_bytes(kv_cache)
+        if kv_cache.dim() == 3:
+            return kv_cache.view(dtype or kv_cache.dtype)
+        is_older = kv_cache.dim() == 5
+        convert = engines.kv_cache_from_vllm_0_24 if is_older else engines.kv_cache_from_vllm
         return convert(kv_cache, self.attention.layer.spec.head_size, dtype=dtype)
 
 
@@ -324,20 +295,14 @@ class AttnDispatchImpl(BoundImpl, theirs.AttentionImpl):
     """
 
     def __init__(self, *args: Any, **given: Any) -> None:
-        given |= dict(zip(ARGUMENTS, args, strict=False))
-        given.setdefault("num_kv_heads", given["num_heads"])
-        self.attention = EngineAttention(
-            **self.read(given, ["sinks"]),
-            head_size=given["head_size"],
-            num_kv_heads=given["num_kv_heads"],
-            alibi_slopes=given.get("alibi_slopes"),
-            kv_sharing_target_layer_name=given.get("kv_sharing_target_layer_name"),
-            sinks=given.get("sinks"),
+        arguments = self.read(args, given, ["sinks"])
+        names = ("head_size", "num_kv_heads", "alibi_slopes", "kv_sharing_target_layer_name")
+        arguments |= {name: given.get(name) for name in (*names, "sinks")}
+        self.attention = engines.EngineAttention(
+            **arguments,
             # vLLM 0.33 has no cascade attention: it looks no common prefix up.
             try_shared_prefix=hasattr(theirs.AttentionMetadataBuilder, "use_cascade_attention"),
         )
-        self.kv_cache_dtype = given.get("kv_cache_dtype")
-        self.kv_sharing_target_layer_name = given.get("kv_sharing_target_layer_name")
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Whether the output can be fp8 by a static scale; no other quantization is fused."""
@@ -358,15 +323,12 @@ class AttnDispatchImpl(BoundImpl, theirs.AttentionImpl):
         """See AttentionImpl.forward of vLLM. Without metadata, as in profiling, it writes zeros.
 
         Raises:
+            UnsupportedError: there is an output_block_scale, which is for other quantizations.
             InvalidInputError: an argument does not fit; nothing has been written then.
         """
-        if output_block_scale is not None:
-            raise InvalidInputError(
-                "output_block_scale was given, and fused_output_quant_supported rejects outputs "
-                "with a scale for each block."
-            )
+        PLUGIN.reject({"output_block_scale": output_block_scale}, "a call of a layer")
         if attn_metadata is None:
             return output.fill_(0)
         self.bind(layer, kv_cache)
-        self.attention.forward(query, key, value, attn_metadata.context, output, output_scale)
-        return output
+        step = attn_metadata.context
+        return self.attention.forward(query, key, value, step, output, output_scale)

