@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
     "BLOCK_M",
@@ -37,8 +37,12 @@ FIXED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
-class _Config:
-    """A layer's constants. Not a NamedTuple: as a constexpr, Triton 3.8 takes that apart."""
+class _Config(str):
+    """A layer's constants. Not a NamedTuple: as a constexpr, Triton 3.8 takes that apart.
+
+    Also a string, of the same fields: where a hook is told of what is compiled, as vLLM's engine
+    has one, Triton writes all constants as JSON.
+    """
 
     NUM_HEADS: int
     NUM_KV_HEADS: int
@@ -50,6 +54,9 @@ class _Config:
     ALIBI: bool
     SINKS: bool
     LSE: bool
+
+    def __new__(cls, *args: object, **fields: object) -> Any:
+        return super().__new__(cls, f"{cls.__name__} {args} {fields}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
+import json
+import pickle
 import sys
 import types
 
@@ -23,6 +27,7 @@ matrix = importlib.import_module("compile_matrix")
 cases = importlib.import_module("compile_cases")
 
 CASES = {case.name: case for case in (*cases.SIZES, *cases.FEATURES, *cases.LATENTS)}
+HOPPER = {case.name: case for case in cases.HOPPER}
 
 
 def is_power_of_two(number):
@@ -104,7 +109,9 @@ def test_the_quick_part_has_every_case_device_and_kernel():
 
 
 def recorded(name, arch="sm90"):
-    return {each.name: each for each in cases.launches_of(CASES[name], KNOWN_DEVICES[arch])}
+    return {
+        each.name: each for each in cases.launches_of((CASES | HOPPER)[name], KNOWN_DEVICES[arch])
+    }
 
 
 def test_recorder_covers_each_kernel():
@@ -112,6 +119,32 @@ def test_recorder_covers_each_kernel():
     assert set(recorded("batch invariant")) >= {"decode", "prefill"}
     assert set(recorded("MLA")) == {"write_kv", "decode"}
     assert set(recorded("MLA, batch invariant")) == {"write_kv", "project", "decode"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["128", "fp8_e4m3 gathered", "Hopper, 128", "Hopper, MLA, all features", "MLA, fp8_e4m3"],
+)
+def test_constants_can_be_written_as_json(name):
+    """Triton does that where a hook is told of compilations: vLLM's engine has one."""
+    for launch in recorded(name).values():
+        for key, constant in launch.constants.items():
+            written = str(constant) if type(constant).__name__ == "dtype" else constant
+            assert json.loads(json.dumps(written)) is not None or constant is None, key
+
+
+def test_a_config_is_the_text_of_its_fields_and_is_copied_as_a_whole():
+    (config,) = {each.constants["CONFIG"] for each in recorded("Hopper, 128").values()
+                 if each.name == "hopper_prefill"}  # fmt: skip
+    other = dataclasses.replace(config, BLOCK_N=2 * config.BLOCK_N)
+    assert f"'BLOCK_N': {other.BLOCK_N}" in json.dumps(other)
+    assert other != config
+    assert str(other) != str(config)
+    same = dataclasses.replace(other, BLOCK_N=config.BLOCK_N)
+    for copied in (same, pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert copied == config
+        assert hash(copied) == hash(config)
+        assert repr(copied) == repr(config)
 
 
 @pytest.mark.parametrize(
