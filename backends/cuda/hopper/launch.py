@@ -40,8 +40,8 @@ FIXED_BLOCKS = 2
 class _Config(str):
     """A layer's constants. Not a NamedTuple: as a constexpr, Triton 3.8 takes that apart.
 
-    Also a string, of the same fields: where a hook is told of what is compiled, as vLLM's engine
-    has one, Triton writes all constants as JSON.
+    Also a string, of the same fields: Triton writes all constants as JSON where a hook receives
+    what is compiled, as in vLLM's engine.
     """
 
     NUM_HEADS: int

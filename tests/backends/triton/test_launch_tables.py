@@ -126,7 +126,7 @@ def test_recorder_covers_each_kernel():
     ["128", "fp8_e4m3 gathered", "Hopper, 128", "Hopper, MLA, all features", "MLA, fp8_e4m3"],
 )
 def test_constants_can_be_written_as_json(name):
-    """Triton does that where a hook is told of compilations: vLLM's engine has one."""
+    """Triton does that where a hook receives compilations: vLLM's engine has one."""
     for launch in recorded(name).values():
         for key, constant in launch.constants.items():
             written = str(constant) if type(constant).__name__ == "dtype" else constant
