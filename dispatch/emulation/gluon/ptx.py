@@ -65,6 +65,11 @@ def _permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     return result
 
 
+def _select(a: Array, b: Array, predicate: Array) -> Array:
+    """selp: the first where the predicate holds, else the second."""
+    return np.where(predicate, a, b)
+
+
 def _operation(name: str) -> Callable[..., Array]:
     """What an instruction computes of 32-bit registers."""
     plain: dict[str, Callable[..., Array]] = {
@@ -76,7 +81,7 @@ def _operation(name: str) -> Callable[..., Array]:
         "sub.f32": lambda a, b: _bits(_float(a) - _float(b)),
         "xor.b32": lambda a, b: a ^ b,
         "setp.lt.u32": lambda a, b: a < b,
-        "selp.f32": lambda a, b, p: np.where(p, a, b),
+        "selp.f32": _select,
         "prmt.b32": _permute_bytes,
     }
     if name in plain:
