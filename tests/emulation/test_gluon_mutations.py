@@ -15,12 +15,12 @@ from attn_dispatch.backends.cuda.hopper import (
     epilogue,
     mla_decode,
     mla_parts,
-    plan,
     prefill,
     prefill_schedule,
     tma_ring,
 )
 from attn_dispatch.backends.cuda.hopper.mla import HopperMLABackend
+from attn_dispatch.backends.triton import scratch
 from attn_dispatch.emulation import EmulationError
 from attn_dispatch.emulation.gluon.interpret import interpreted
 from support.gluon_mutations import changed
@@ -34,7 +34,7 @@ SEEDS = range(4)
 
 def prefills(seed, **fields):
     """A chunk with a past, by two programs, of which one has a second work tile."""
-    batch = {"query_lens": (150,), "seq_lens": (600,), "brings_keys": False}
+    batch = {"query_lens": (200,), "seq_lens": (600,), "brings_keys": False}
     step = step_of({"head_size": 64, "num_heads": 2, "num_kv_heads": 1} | fields, batch, "cpu")
     returned = interpreted_prefills(step, seed=seed, lateness=seed % 3 / 2, programs=2)
     step.check(returned)
@@ -71,7 +71,7 @@ def noticed(run, seeds=SEEDS, **fields):
     return ""
 
 
-RING, ROWS, PREFILL = tma_ring.TmaRing, prefill._Rows, prefill._consumer
+RING, ROWS = tma_ring.TmaRing, prefill._Rows
 SCHEDULE = prefill_schedule.Schedule
 #: What is wrong: a function, a text in it, the text instead, and how it is noticed, or a part of
 #: the message.
@@ -83,13 +83,13 @@ PREFILLS = {
         WRONG,
     ),
     "values are released before they are multiplied": (
-        PREFILL,
-        "acc, tail = rows.wait_output(acc, tail)\n                v_ring.release(before)",
-        "v_ring.release(before)\n                acc, tail = rows.wait_output(acc, tail)",
+        prefill._attend,
+        "acc, tail = rows.wait_output(acc, tail)\n            v_ring.release(before)",
+        "v_ring.release(before)\n            acc, tail = rows.wait_output(acc, tail)",
         WRONG,
     ),
     "the pipeline does not wait for the scores": (
-        PREFILL,
+        prefill._attend,
         "2 if TAIL_V else 1",
         "2",
         "used before a wait",
@@ -138,9 +138,9 @@ PREFILLS = {
         "initialized without a fence",
     ),
     "the queries are released too early": (
-        PREFILL,
-        "work = schedule.receive()\n    while",
-        "work = schedule.receive()\n    q_ring.release(0)\n    while",
+        prefill._consumer,
+        "work = schedule.receive(q_stage)\n    while",
+        "work = schedule.receive(q_stage)\n    q_ring.release(q_stage)\n    while",
         "",
     ),
     "the ticket is not read again": (SCHEDULE.send, "range(5)", "range(4)", ""),
@@ -148,7 +148,7 @@ PREFILLS = {
 
 
 def test_copied_pages_without_a_fence_are_noticed(monkeypatch):
-    monkeypatch.setattr(plan, "MAX_SCRATCH_BYTES", 0)  # so that they are not gathered first
+    monkeypatch.setattr(scratch, "MAX_SCRATCH_BYTES", 0)  # so that they are not gathered first
     with changed(RING.fill, "fence_async_shared()", "pass"):
         assert "fence" in noticed(prefills, block_size=8)
 
