@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attn_dispatch.backends.triton import launcher, operands
+from attn_dispatch.backends.triton import launcher, operands, scratch
 from attn_dispatch.backends.triton.backend import TritonAttnBackend
 from attn_dispatch.backends.triton.impl import TritonImpl
 from attn_dispatch.backends.triton.kv_writer import KVCacheWriter
@@ -48,9 +48,20 @@ def state_of(spec, max_batch_size, **launch):
 # Graphs.
 
 
+def test_captured_decodes_in_turn_agree_with_direct_run(monkeypatch):
+    """With batch_invariant, where the parts of all requests of a graph exceed the limit."""
+    monkeypatch.setattr(scratch, "MAX_SCRATCH_BYTES", 30_000)
+    captured = check_static_buffers({"batch_invariant": True}, 8)
+    assert [each.num_reqs for each in captured.decode.in_turn] == [3, 3, 2]
+
+
 @pytest.mark.parametrize("fields", [{}, {"batch_invariant": True}, {"sliding_window": 9}])
 @pytest.mark.parametrize("size", [4, 8])
 def test_static_buffers_agree_with_direct_run(fields, size):
+    assert not check_static_buffers(fields, size).decode.in_turn
+
+
+def check_static_buffers(fields, size):
     """What a graph would replay, run without one: a smaller step after a larger one."""
     spec = layer_spec(dtype=torch.float32, num_kv_heads=1, block_size=16, cuda_graph=True, **fields)
     state = state_of(spec, 8, **SMALL)
@@ -71,6 +82,7 @@ def test_static_buffers_agree_with_direct_run(fields, size):
         check(step, output[:count], expected)
         assert not output[count:].any()
         assert counters_are_zero(captured)
+    return captured
 
 
 @needs_gpu
